@@ -1,0 +1,99 @@
+"""``conmoe.json``: what a package holds. Read from disk, so nothing in it is trusted.
+
+A package folder holds (docs/architecture.md, "The package"):
+
+- ``config.json``: the model's own config plus ``quantization_config = {"quant_method": "conmoe", "format_version": 1}``
+- ``conmoe.json``: this manifest
+- ``dense-*.safetensors`` + ``model.safetensors.index.json``: all tensors outside the routed experts, own names
+- ``prototypes-*.safetensors``: one uint8 tensor per record (see ``records.py``)
+- ``constants.safetensors``: only where slots have constants: tensor ``constants.<layer>`` [n, hidden] in fp32
+- tokenizer, generation config, chat template, licence
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "conmoe.json"
+
+
+class ExpertId(NamedTuple):
+    """A pretrained routed expert: decoder layer and index within it. Sorts by layer, then expert."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """What a router slot sends its tokens to: ``scale * prototype(x) + constant``, or nothing at all.
+
+    ``prototype is None and constant is None`` means dropped. ``constant`` is the row of ``constants.<layer>``.
+    """
+
+    prototype: ExpertId | None
+    scale: float = 1.0
+    constant: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPart:
+    """A named run of bytes inside a record: ``shape`` and ``dtype`` (torch name) of the view, ``offset`` in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """How one expert lies in a record of ``nbytes`` bytes (a multiple of 4096). Parts start 64-aligned."""
+
+    precision: str
+    parts: tuple[RecordPart, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrototypeEntry:
+    """Where one prototype's record lies: byte ``offset`` from the start of ``file``; ``weight`` = share of the
+    calibration's routing weight that the prototype carries (sum of gates of all slots that point to it)."""
+
+    id: ExpertId
+    file: str
+    offset: int
+    layout: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of ``conmoe.json``.
+
+    Attributes:
+        source: name, revision, fingerprint of the model that was consolidated.
+        method, rate, scope, precision: the levers.
+        layouts: record layouts; ``PrototypeEntry.layout`` is an index into them.
+        prototypes: sorted by ``id``; position = prototype number.
+        slots: decoder layer -> one ``SlotRecord`` per router slot.
+        files: file name -> {"size": int, "sha256": str}.
+        plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/receipt.py``).
+    """
+
+    source: dict[str, Any]
+    method: str
+    rate: float
+    scope: int
+    precision: str
+    layouts: tuple[RecordLayout, ...]
+    prototypes: tuple[PrototypeEntry, ...]
+    slots: dict[int, tuple[SlotRecord, ...]]
+    files: dict[str, dict[str, Any]]
+    plan: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, Any] = field(default_factory=dict)
+    tool_version: str = ""
+    format_version: int = FORMAT_VERSION

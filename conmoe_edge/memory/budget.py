@@ -1,0 +1,39 @@
+"""The budget: what the target machine gives, as named parts.
+
+A ``Budget`` is plain data and may describe another machine than the one that runs: ``fit`` may prepare a package on a
+server for a laptop. Bandwidths are bytes per second and may be unknown (``None``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceKind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be used on the target.
+
+    Attributes:
+        device: where the compute happens; on ``cpu`` the device tier is RAM and the backing tier is the disk.
+        device_bytes: hard ceiling of the device tier, everything included (context, weights, caches, workspace).
+        asked: the user's own word, ``24GB``, ``rtx-4090`` or ``auto``.
+        source: one sentence that says where ``device_bytes`` comes from.
+        host_bytes: RAM for the backing tier of a GPU; ``None`` where unknown, 0 on ``cpu`` (there is no tier between).
+        device_bandwidth: memory of the device, bytes/s.
+        link_bandwidth: from the backing tier to the device, bytes/s (PCIe for a GPU; the disk for ``cpu``).
+        disk_bandwidth: sequential reads of records from the disk, bytes/s.
+        in_use_by_others: device bytes that other processes hold, already taken off ``device_bytes`` where measured.
+    """
+
+    device: DeviceKind
+    device_bytes: int
+    asked: str
+    source: str
+    host_bytes: int | None = None
+    device_bandwidth: float | None = None
+    link_bandwidth: float | None = None
+    disk_bandwidth: float | None = None
+    in_use_by_others: int = 0

@@ -1,0 +1,133 @@
+"""What a model is, in numbers: the dataclasses that the plan and the streaming read. No torch here.
+
+``probe.py`` fills them from the meta model, that is, from ``config.json`` alone; no weight is read.
+All byte counts are in the checkpoint's own dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """One fused parameter of an experts module, seen for a single expert.
+
+    ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
+    ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsAnatomy:
+    """The routed experts of one decoder layer.
+
+    ``module`` is the path of the module that holds the fused weights, ``parts`` are in record order.
+    """
+
+    module: str
+    count: int
+    top_k: int
+    parts: tuple[ExpertPart, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert, unpadded."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def expert_numel(self) -> int:
+        """Parameters of one expert."""
+        total = 0
+        for part in self.parts:
+            numel = 1
+            for size in part.shape:
+                numel *= size
+            total += numel
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAnatomy:
+    """One decoder layer: its index, the bytes outside the routed experts, the experts if it is a MoE layer."""
+
+    index: int
+    dense_bytes: int
+    experts: ExpertsAnatomy | None
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """Cache of one decoder layer for one sequence: ``constant + per_token * min(tokens, window)`` bytes.
+
+    ``window`` is ``None`` for full attention; a linear-attention layer has ``per_token == 0``.
+    """
+
+    per_token: int
+    constant: int = 0
+    window: int | None = None
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes at ``tokens`` tokens of context."""
+        held = tokens if self.window is None else min(tokens, self.window)
+        return self.constant + self.per_token * held
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnatomy:
+    """The whole model.
+
+    Attributes:
+        model_type: transformers' ``model_type``.
+        architecture: class name of the causal LM.
+        dtype: the checkpoint's main dtype.
+        hidden_size, vocab_size: as in the config.
+        max_context: longest context that the config allows, in tokens.
+        layers: every decoder layer in order, dense ones included.
+        outside_bytes: embeddings, final norm, head and whatever else is not in a decoder layer.
+        kv: cache layers, one a decoder layer, from transformers' own cache classes.
+    """
+
+    model_type: str
+    architecture: str
+    dtype: str
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    layers: tuple[LayerAnatomy, ...]
+    outside_bytes: int
+    kv: tuple[KVLayer, ...]
+
+    @property
+    def moe_layers(self) -> tuple[LayerAnatomy, ...]:
+        """The layers that have routed experts."""
+        return tuple(layer for layer in self.layers if layer.experts is not None)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Everything that is not a routed expert."""
+        return self.outside_bytes + sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of the whole model."""
+        return sum(layer.experts.count for layer in self.layers if layer.experts)
+
+    @property
+    def experts_bytes(self) -> int:
+        """Bytes of all routed experts, unpadded."""
+        return sum(layer.experts.count * layer.experts.expert_bytes for layer in self.layers if layer.experts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole checkpoint."""
+        return self.dense_bytes + self.experts_bytes
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the cache at ``tokens`` tokens, one sequence."""
+        return sum(layer.nbytes(tokens) for layer in self.kv)

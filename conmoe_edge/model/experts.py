@@ -1,0 +1,157 @@
+"""The maths of routed experts, for every architecture: through the experts module's own attributes.
+
+transformers v5 keeps the routed experts of a layer in one module with fused 3-D weights and marks how they are laid out
+(``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``) and gated (``_apply_gate``, ``act_fn``). Everything
+here reads those, so there is no code for single models. Weights come in as ``parts``: a mapping from the module's
+parameter names (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...) to the tensor of *one* expert, without the
+expert axis.
+
+Nothing here allocates more than the activations of the rows it is given (and one expert in ``compute_dtype``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """True for a module whose class runs through transformers' registry of experts functions."""
+    return all(hasattr(module, mark) for mark in _MARKS)
+
+
+def part_names(module: nn.Module) -> tuple[str, ...]:
+    """The fused parameters of an experts module in record order: projections in flow order, then their biases."""
+    own = dict(module.named_parameters(recurse=False))
+    names = [name for name in _PROJECTIONS if name in own]
+    names += [f"{name}_bias" for name in _PROJECTIONS if f"{name}_bias" in own]
+    return tuple(names)
+
+
+def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Decoder layer -> (module path, experts module), in layer order.
+
+    The decoder layers are the ``ModuleList`` that holds the first experts module found; experts elsewhere (heads for
+    multi-token prediction, say) are no decoder layer's and are left out.
+    """
+    prefix = decoder_prefix(model)
+    if prefix is None:
+        return {}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if is_experts_module(module) and path.startswith(f"{prefix}."):
+            found[int(path[len(prefix) + 1 :].split(".", 1)[0])] = (path, module)
+    return dict(sorted(found.items()))
+
+
+def decoder_prefix(model: nn.Module) -> str | None:
+    """Path of the ``ModuleList`` of decoder layers (``model.layers``), or ``None`` in a model without routed experts."""
+    for path, module in model.named_modules():
+        if not is_experts_module(module):
+            continue
+        pieces = path.split(".")
+        for end, piece in enumerate(pieces):
+            if piece.isdigit() and isinstance(model.get_submodule(".".join(pieces[:end])), nn.ModuleList):
+                return ".".join(pieces[:end])
+    return None
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if transposed:
+        y = x @ weight  # [n, in] @ [in, out]
+    else:
+        y = nn.functional.linear(x, weight)  # [n, in] @ [out, in].T
+    return y if bias is None else y + bias
+
+
+def expert_forward(
+    module: nn.Module,
+    hidden: Tensor,
+    parts: Mapping[str, Tensor],
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One expert applied to its tokens.
+
+    Args:
+        module: the experts module; only its attributes are read, its weights may be absent.
+        hidden: [n, H].
+        parts: one expert's tensors by parameter name.
+        compute_dtype: dtype of the matrix products; that of ``hidden`` by default. Where the weights have another
+            one they are converted, which costs one copy of this expert.
+
+    Returns:
+        [n, H] in ``compute_dtype``, without the routing weight.
+    """
+    dtype = compute_dtype or hidden.dtype
+
+    def part(name: str) -> Tensor | None:
+        tensor = parts.get(name)
+        return None if tensor is None else tensor.to(dtype)
+
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = part(up_name), part("down_proj")
+    assert up is not None and down is not None, "an expert needs its projections"
+    transposed = bool(module.is_transposed)
+    inner = _project(hidden.to(dtype), up, part(f"{up_name}_bias"), transposed)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    out = _project(inner, down, part("down_proj_bias"), transposed)
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)  # type: ignore[operator]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which prototype sees which tokens, duplicates already added up.
+
+    ``prototypes`` are the distinct prototype numbers in ascending order; prototype ``prototypes[i]`` takes the tokens
+    ``rows[starts[i]:starts[i + 1]]`` (ascending) with the weights ``weights[starts[i]:starts[i + 1]]`` (fp32).
+    """
+
+    prototypes: list[int]
+    starts: list[int]
+    rows: Tensor  # [N] int64
+    weights: Tensor  # [N] fp32
+
+
+def merge_routes(
+    index: Tensor,
+    weights: Tensor,
+    slot_to_prototype: Tensor,
+    scales: Tensor | None = None,
+) -> Routes:
+    """Router slots to prototypes; weights that meet on one prototype are added once, in fp32 (ConMoE, section 3.3).
+
+    alpha_p(t) = sum of g_i(t) * s_i over the chosen slots i with m(i) = p.
+
+    Args:
+        index: [T, K] router slots; values outside ``[0, E)`` are skip marks and carry nothing.
+        weights: [T, K] gates as the model's router gave them; nothing is renormalised here.
+        slot_to_prototype: [E] int64 prototype numbers, -1 for a slot without prototype.
+        scales: [E] fp32 factor per slot, or ``None`` for all one.
+
+    The order of every sum is fixed by the order of a token's slots, so the result does not depend on memory or device.
+    """
+    experts = slot_to_prototype.numel()
+    valid = (index >= 0) & (index < experts)
+    slot = index.clamp(0, experts - 1)
+    proto = torch.where(valid, slot_to_prototype[slot], -1)  # [T, K]
+    alpha = weights.float()
+    if scales is not None:
+        alpha = alpha * scales[slot]
+    alpha = torch.where(proto >= 0, alpha, 0.0)
+    same = proto.unsqueeze(2) == proto.unsqueeze(1)  # [T, K, K]
+    summed = (same * alpha.unsqueeze(1)).sum(-1)  # [T, K]
+    first = ~torch.tril(same, diagonal=-1).any(-1) & (proto >= 0)  # the slot that stands for all its equals
+    rows, cols = first.nonzero(as_tuple=True)  # tokens ascending
+    chosen = proto[rows, cols]
+    order = torch.argsort(chosen, stable=True)
+    present, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+    starts = [0, *torch.cumsum(counts, 0).tolist()]
+    return Routes(present.tolist(), starts, rows[order], summed[rows, cols][order])

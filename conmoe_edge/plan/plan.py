@@ -1,0 +1,80 @@
+"""What will be done, and why: the dataclasses of the plan. Arithmetic only, no torch, no files.
+
+A ``Plan`` is made by ``planner.make_plan`` from a ``ModelAnatomy`` and a ``Budget``, shown by the command line, obeyed by
+``compress`` and ``offload``, and written into the manifest. Every byte count is of the target's device tier unless said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from conmoe_edge.memory.budget import Budget
+
+Preference = Literal["quality", "speed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One named summand of what is needed on the device."""
+
+    name: str
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One combination of the levers and what the plan thinks of it.
+
+    ``resident_share`` is the share of the prototypes that the slots hold at once; ``verdict`` is one word
+    (``chosen``, ``fits``, ``slow``, ``too big``), ``reason`` a sentence that a user reads.
+    """
+
+    precision: str
+    rate: float
+    scope: int
+    prototypes: int
+    record_bytes: int
+    pool_bytes: int
+    slots: int
+    resident_share: float
+    tokens_per_second: float | None
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decision with everything that led to it.
+
+    Attributes:
+        budget: what was given.
+        context: tokens of context that the cache is planned for.
+        prefill_chunk: most tokens that one forward takes.
+        terms: the named needs without the prototypes; they and the slots add up to ``device_bytes_used``.
+        left_for_prototypes: ``budget.device_bytes`` less the terms.
+        chosen: the levers that were taken.
+        candidates: every combination that was looked at, mildest first, the chosen one among them.
+        unchanged: true where the model fits as it is (rate 0, every expert resident).
+        disk_bytes: size of the package.
+        scratch_bytes: disk that the run needs beside the package while it works.
+        prefer: what ties and the floor of residency were decided by.
+    """
+
+    budget: Budget
+    context: int
+    prefill_chunk: int
+    terms: tuple[Term, ...]
+    left_for_prototypes: int
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    unchanged: bool
+    disk_bytes: int
+    scratch_bytes: int
+    prefer: Preference
+
+    @property
+    def device_bytes_used(self) -> int:
+        """The terms plus the slots of the chosen candidate."""
+        return sum(term.nbytes for term in self.terms) + self.chosen.slots * self.chosen.record_bytes

@@ -1,0 +1,70 @@
+# `make demo` and `make test` do all the set-up themselves: they need only Python >= 3.11 and make.
+# The environment is made once in .venv and made again when pyproject.toml or constraints.txt change.
+
+TORCH := torch==2.13.0
+
+# A budget that the demo model does not fit into unchanged, so that at least a quarter of its experts go.
+DEMO_BUDGET ?= 600MB
+DEMO_OUT ?= demo-out
+DEMO_PROMPT ?= Tell me a short story about a lighthouse.
+
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu test-slow quality style clean
+
+help:
+	@echo "make demo       fit the model that ships with the project, then ask it something"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-gpu   run the tests that need a CUDA device"
+	@echo "make quality    check lint, format, types and layers; changes nothing"
+	@echo "make style      apply lint fixes and the format"
+	@echo "make clean      remove .venv and everything the targets above made"
+
+# torch goes first and alone, so that nothing later pulls another build of it. On Linux the default wheel brings CUDA;
+# without a GPU this is smaller:  make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" demo
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv was found; name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11; name a newer one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/conmoe-edge fit demo --gpu $(DEMO_BUDGET) --out $(DEMO_OUT) --overwrite --yes
+	$(BIN)/conmoe-edge chat $(DEMO_OUT) --gpu $(DEMO_BUDGET) --prompt "$(DEMO_PROMPT)"
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find conmoe_edge tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

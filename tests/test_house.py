@@ -1,0 +1,226 @@
+"""Rules of the house that no general tool checks, held over the source text itself.
+
+Nothing in a model is executed, so nothing that could execute it may appear; only the command line
+talks. The rules are functions from source text to findings, so that the tests can also show each of
+them finding what it is there for.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "conmoe_edge"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TALKERS = ("click", "prompt_toolkit", "rich")
+
+FORBIDDEN_IMPORTS = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+}
+FORBIDDEN_BUILTINS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_CALLS = {
+    "torch.load": "unpickles",
+    "torch.jit.load": "runs code from a file",
+    "torch.hub.load": "runs code from the net",
+    "yaml.load": "builds any object",
+    "os.system": "goes through a shell",
+    "os.popen": "goes through a shell",
+    "logging.basicConfig": "configures the caller's logging",
+}
+FORBIDDEN_FLAGS = {
+    "shell": True,
+    "trust_remote_code": True,
+    "allow_pickle": True,
+    "weights_only": False,
+}
+
+
+def dotted(node: ast.expr) -> str:
+    """``torch.load`` for the expression that reads so, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Full names that an import statement brings in."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def executes(source: str) -> list[str]:
+    """Places where the source could execute what it reads."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for name in imported(node):
+            if name.split(".")[0] in FORBIDDEN_IMPORTS or name in FORBIDDEN_CALLS:
+                found.append(f"line {getattr(node, 'lineno', 0)}: imports {name}")
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"line {node.lineno}: bare except")
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if name in FORBIDDEN_BUILTINS:
+            found.append(f"line {node.lineno}: calls {name}")
+        if name in FORBIDDEN_CALLS:
+            found.append(f"line {node.lineno}: {name} {FORBIDDEN_CALLS[name]}")
+        for keyword in node.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+            if keyword.arg in FORBIDDEN_FLAGS and value is FORBIDDEN_FLAGS[keyword.arg]:
+                found.append(f"line {node.lineno}: {keyword.arg}={value}")
+    return found
+
+
+def talks(source: str) -> list[str]:
+    """Places where the source writes to the terminal or imports what does."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for name in imported(node):
+            if name.split(".")[0] in TALKERS or name in ("sys.stdout", "sys.stderr"):
+                found.append(f"line {getattr(node, 'lineno', 0)}: imports {name}")
+        if isinstance(node, ast.Call) and dotted(node.func) in ("print", "input"):
+            found.append(f"line {node.lineno}: calls {dotted(node.func)}")
+        if isinstance(node, ast.Attribute) and dotted(node) in ("sys.stdout", "sys.stderr"):
+            found.append(f"line {node.lineno}: uses {dotted(node)}")
+    return found
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_nothing_that_is_read_can_be_executed(path: Path) -> None:
+    assert executes(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if PACKAGE / "cli" not in p.parents], ids=shown
+)
+def test_only_the_command_line_talks(path: Path) -> None:
+    assert talks(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "eval('1')",
+        "exec('x = 1')",
+        "__import__('os')",
+        "import subprocess\nsubprocess.run('ls', shell=True)",
+        "f(trust_remote_code=True)",
+        "np.load('x', allow_pickle=True)",
+        "try:\n    f()\nexcept:\n    pass",
+        "def late():\n    import marshal",
+    ],
+)
+def test_the_rule_against_execution_finds(source: str) -> None:
+    assert len(executes(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "re.compile('x')",
+        "f(trust_remote_code=False)",
+        "safetensors.torch.load_file('x')",
+    ],
+)
+def test_the_rule_against_execution_leaves_alone(source: str) -> None:
+    assert executes(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print('x')",
+        "import rich.table",
+        "from click import echo",
+        "import sys\nsys.stderr.write('x')",
+    ],
+)
+def test_the_rule_about_talking_finds(source: str) -> None:
+    assert len(talks(source)) == 1
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return [Requirement(text) for text in texts]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda r: r.name)
+def test_every_dependency_is_pinned_inside_its_range(requirement: Requirement) -> None:
+    version = pins()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    modules = {"huggingface-hub": "huggingface_hub", "nvidia-ml-py": "pynvml"}
+    names = {canonicalize_name(r.name) for r in requirements()}
+    declared = {modules.get(name, name.replace("-", "_")) for name in names}
+    used = {
+        name.split(".")[0]
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in imported(node)
+    }
+    assert used - declared - set(sys.stdlib_module_names) - {"conmoe_edge"} == set()
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    broken = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{shown(document)}: {target}")
+    assert broken == []
+
+
+@pytest.mark.parametrize(
+    "module", ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner"]
+)
+def test_start_does_not_load_torch(module: str) -> None:
+    heavy = ("torch", "transformers", "accelerate", "bitsandbytes")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -1,0 +1,2 @@
+def register_config(): pass
+def register_model(): pass

@@ -1,0 +1,227 @@
+"""A model that is never whole in memory: one decoder layer at a time, for every architecture.
+
+``StreamedModel`` holds the causal LM on the meta device. What is outside the decoder layers is loaded once; a decoder
+layer is loaded, run over all the sequences, and dropped. Which arguments a layer gets (rotary embeddings, the mask of its
+attention type, ...) is found out by running the model's own forward with every layer replaced by a stub that writes
+its arguments down, so no model's forward is transcribed here.
+
+Peak memory of the device: what is outside the layers + one decoder layer (twice its experts while they are fused) + the
+activations of one batch. Hidden states between layers belong to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.model import bridge
+from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+
+ReadTensors = Callable[[Sequence[str]], Mapping[str, Any]]
+
+
+class _Captured(Exception):
+    """Leaves the model's forward once the last layer's arguments are known."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences that run together and the arguments that each decoder layer gets for them.
+
+    ``input_ids`` [B, T]; ``attention_mask`` [B, T] with 0 at padding, or ``None``; ``calls[i]`` are the positional and
+    keyword arguments of decoder layer i without the hidden states.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class StreamedModel:
+    """A causal LM whose decoder layers come and go.
+
+    Args:
+        config: the model's config.
+        keys: names of all tensors in the checkpoint.
+        read: names -> lazily read tensors; called once a layer.
+        dtype: dtype of everything but the routed experts, and of the activations.
+        experts_dtype: dtype in which the routed experts are held (the checkpoint's, to save memory).
+        device: where the layer runs.
+        experts_implementation: name of the registered experts function, or ``eager``.
+
+    Raises:
+        UnsupportedModel: the model has no routed experts that run through transformers' registry.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        keys: Sequence[str],
+        read: ReadTensors,
+        *,
+        dtype: torch.dtype,
+        experts_dtype: torch.dtype,
+        device: torch.device,
+        experts_implementation: str = "eager",
+    ) -> None:
+        self.model = bridge.build_meta(config, dtype)
+        self.device = device
+        self.dtype = dtype
+        self._read = read
+        prefix = decoder_prefix(self.model)
+        if prefix is None:
+            raise no_experts(config)
+        self.prefix = prefix
+        self.layers: nn.ModuleList = self.model.get_submodule(prefix)  # type: ignore[assignment]
+        self.experts = find_experts(self.model)
+        for _, module in self.experts.values():
+            for name in part_names(module):
+                old = getattr(module, name)
+                setattr(module, name, nn.Parameter(torch.empty_like(old, dtype=experts_dtype), requires_grad=False))
+        self.set_experts_implementation(experts_implementation)
+        self._own_forwards = [layer.forward for layer in self.layers]
+        self._keys_of: dict[int | None, list[str]] = {None: [], **{i: [] for i in range(len(self.layers))}}
+        targets = bridge.targets_of(self.model, keys)
+        for key, target in targets.items():
+            self._keys_of[self._layer_of(target)].append(key)
+        expert_targets = {
+            f"{path}.{name}" for path, module in self.experts.values() for name in part_names(module)
+        }
+        self.expert_keys = frozenset(key for key, target in targets.items() if target in expert_targets)
+
+    def _layer_of(self, target: str) -> int | None:
+        if not target.startswith(f"{self.prefix}."):
+            return None
+        piece = target[len(self.prefix) + 1 :].split(".", 1)[0]
+        return int(piece) if piece.isdigit() else None
+
+    def set_experts_implementation(self, name: str) -> None:
+        """Choose the registered experts function for every layer."""
+        for config in {id(m.config): m.config for _, m in self.experts.values()}.values():
+            config._experts_implementation = name
+
+    def layer_keys(self, index: int) -> list[str]:
+        """Checkpoint tensors of one decoder layer, sorted."""
+        return self._keys_of[index]
+
+    @property
+    def outside_keys(self) -> list[str]:
+        """Checkpoint tensors outside the decoder layers, sorted."""
+        return self._keys_of[None]
+
+    def load_outside(self) -> None:
+        """Load what is outside the decoder layers: embeddings, final norm, head."""
+        bridge.load_subset(self.model, self._read(self._keys_of[None]), self.device)
+        bridge.tie(self.model)
+        bridge.fill_buffers(self.model, "", self.device)
+        for path, module in self.model.named_modules():
+            inside = path == self.prefix or path.startswith(f"{self.prefix}.")
+            if not inside and not any(True for _ in module.children()):
+                bridge.check_loaded(module, path)
+
+    @contextmanager
+    def layer(self, index: int, *, with_experts: bool = True) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with its weights; they are dropped on leaving.
+
+        With ``with_experts=False`` the routed experts stay on the meta device: the experts function brings its own.
+        """
+        keys = self._keys_of[index]
+        if not with_experts:
+            keys = [key for key in keys if key not in self.expert_keys]
+        path = f"{self.prefix}.{index}"
+        bridge.load_subset(self.model, self._read(keys), self.device)
+        layer = self.layers[index]
+        bridge.fill_buffers(self.model, path, self.device)
+        if with_experts:
+            bridge.check_loaded(layer, path)
+        try:
+            yield layer
+        finally:
+            layer.to("meta")
+
+    def prologue(self, batch: Batch) -> Tensor:
+        """Embed the batch and write down every layer's arguments into ``batch.calls``.
+
+        Returns:
+            [B, T, H]: the input of decoder layer 0.
+        """
+        first: list[Tensor] = []
+        batch.calls.clear()
+
+        def stub(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    first.append(hidden_states)
+                batch.calls.append((args, kwargs))
+                if index == len(self.layers) - 1:
+                    raise _Captured
+                return hidden_states
+
+            return forward
+
+        try:
+            self._run(batch, stub)
+        except _Captured:
+            pass
+        return first[0]
+
+    def epilogue(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Final norm, head and whatever else the model does after its layers.
+
+        Args:
+            hidden: [B, T, H], the output of the last decoder layer.
+
+        Returns:
+            [B, T, V] logits.
+        """
+        last = len(self.layers) - 1
+
+        def stub(index: int) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                return hidden if index == last else hidden_states
+
+            return forward
+
+        return self._run(batch, stub).logits
+
+    def run_layer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """Decoder layer ``index`` (loaded) over one batch. hidden: [B, T, H] -> [B, T, H]."""
+        args, kwargs = batch.calls[index]
+        with torch.no_grad():
+            out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _run(self, batch: Batch, stub: Callable[[int], Callable[..., Tensor]]) -> Any:
+        for index, layer in enumerate(self.layers):
+            layer.forward = stub(index)  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                return self.model(
+                    input_ids=batch.input_ids.to(self.device),
+                    attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(self.device),
+                    use_cache=False,
+                )
+        finally:
+            for layer, forward in zip(self.layers, self._own_forwards, strict=True):
+                layer.forward = forward  # type: ignore[method-assign]
+
+
+def no_experts(config: PretrainedConfig) -> UnsupportedModel:
+    """The error for a model without routed experts that can be reached."""
+    words = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    text = config.get_text_config()
+    if any((getattr(text, word, 0) or 0) > 1 for word in words):
+        return UnsupportedModel(
+            f"{config.model_type} cannot be consolidated.",
+            "its experts do not run through transformers' registry of experts functions",
+        )
+    return UnsupportedModel(
+        f"{config.model_type} is a dense model.", "it has no routed experts, so there is nothing to consolidate"
+    )

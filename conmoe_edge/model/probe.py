@@ -1,0 +1,193 @@
+"""From a config and the headers of its weights to a ``ModelAnatomy``; no weight is read, no device memory taken.
+
+Byte counts come from the checkpoint's headers where there are any, else from the meta model's shapes. The cache's size comes
+from transformers' own cache classes: the model runs twice on the meta device and what its cache holds is weighed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.model import bridge
+from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, KVLayer, LayerAnatomy, ModelAnatomy
+from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.streaming import no_experts
+
+_SHAPES_ONLY = "conmoe_shapes"
+
+
+class TensorFacts(NamedTuple):
+    """What a header says of one tensor: torch's name of the dtype, and its bytes."""
+
+    dtype: str
+    nbytes: int
+
+
+def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
+
+
+def probe(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None = None) -> ModelAnatomy:
+    """The anatomy of a model.
+
+    Args:
+        config: the model's config.
+        headers: checkpoint tensor -> facts; without it the shapes of the meta model in ``config.dtype`` are used.
+
+    Raises:
+        UnsupportedModel: the model is dense, its experts cannot be reached, or its weights are quantised already.
+    """
+    quantized = bridge.quantization_of(config)
+    if quantized is not None:
+        raise UnsupportedModel(
+            f"This {config.model_type} checkpoint is quantised already ({quantized}).",
+            "experts are taken in 16 or 32 bit",
+            "use the bf16 version of the model",
+        )
+    model = bridge.build_meta(config, _main_dtype(config, headers))
+    prefix = decoder_prefix(model)
+    if prefix is None:
+        raise no_experts(config)
+    if headers is None:
+        facts = {
+            name: TensorFacts(_name(tensor.dtype), tensor.numel() * tensor.element_size())
+            for name, tensor in model.state_dict().items()
+        }
+        targets = {name: name for name in facts}
+    else:
+        facts = dict(headers)
+        targets = bridge.targets_of(model, facts)
+    return _assemble(config, model, prefix, facts, targets)
+
+
+def _assemble(
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    prefix: str,
+    facts: Mapping[str, TensorFacts],
+    targets: Mapping[str, str],
+) -> ModelAnatomy:
+    text = config.get_text_config()
+    layers: nn.ModuleList = model.get_submodule(prefix)  # type: ignore[assignment]
+    experts = find_experts(model)
+    fused = {
+        f"{path}.{name}": index for index, (path, module) in experts.items() for name in part_names(module)
+    }
+    dense = [0] * len(layers)
+    outside = 0
+    expert_dtypes: dict[str, str] = {}
+    for key, target in targets.items():
+        if target in fused:
+            expert_dtypes[target] = facts[key].dtype
+        elif target.startswith(f"{prefix}."):
+            dense[int(target[len(prefix) + 1 :].split(".", 1)[0])] += facts[key].nbytes
+        else:
+            outside += facts[key].nbytes
+    top_k = _top_k(text)
+    anatomy = []
+    for index in range(len(layers)):
+        found = None
+        if index in experts:
+            path, module = experts[index]
+            found = _experts_anatomy(path, module, expert_dtypes, top_k)
+        anatomy.append(LayerAnatomy(index, dense[index], found))
+    return ModelAnatomy(
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        dtype=_name(next(model.parameters()).dtype),
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        max_context=int(getattr(text, "max_position_embeddings", 0) or 1 << 20),
+        layers=tuple(anatomy),
+        outside_bytes=outside,
+        kv=_weigh_cache(model),
+    )
+
+
+def _experts_anatomy(path: str, module: nn.Module, dtypes: Mapping[str, str], top_k: int) -> ExpertsAnatomy:
+    parts = []
+    count = 0
+    for name in part_names(module):
+        tensor: Tensor = getattr(module, name)
+        count = tensor.shape[0]
+        dtype = dtypes.get(f"{path}.{name}", _name(tensor.dtype))
+        shape = tuple(tensor.shape[1:])
+        parts.append(ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize))
+    return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts))
+
+
+def _top_k(text: PretrainedConfig) -> int:
+    for word in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token"):
+        value = getattr(text, word, None)
+        if isinstance(value, (list, tuple)) and value:
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None) -> torch.dtype:
+    """The dtype that most bytes of the checkpoint have; the config's where there are no headers."""
+    weight: dict[str, int] = {}
+    for fact in (headers or {}).values():
+        weight[fact.dtype] = weight.get(fact.dtype, 0) + fact.nbytes
+    floating = {name: count for name, count in weight.items() if getattr(torch, name, torch.int8).is_floating_point}
+    if floating:
+        return getattr(torch, max(sorted(floating), key=lambda name: floating[name]))
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def _weigh_cache(model: PreTrainedModel) -> tuple[KVLayer, ...]:
+    ALL_EXPERTS_FUNCTIONS.register(_SHAPES_ONLY, _shapes_only)
+    for _, module in find_experts(model).values():
+        module.config._experts_implementation = _SHAPES_ONLY  # type: ignore[union-attr]
+    short, long = 12, 24
+    before, after = _cache_after(model, short), _cache_after(model, long)
+    found = []
+    for one, two in zip(before.layers, after.layers, strict=True):
+        window = getattr(two, "sliding_window", None) if getattr(two, "is_sliding", False) else None
+        if window is not None:
+            tokens = max(int(two.keys.shape[-2]), 1)
+            found.append(KVLayer(_nbytes(two.keys, two.values) // tokens, 0, int(window)))
+            continue
+        small, large = _nbytes(vars(one)), _nbytes(vars(two))
+        per_token = (large - small) // (long - short)
+        found.append(KVLayer(per_token, max(0, large - per_token * long)))
+    loose = {name: value for name, value in vars(after).items() if name != "layers"}
+    extra = _nbytes(loose)
+    if extra and found:
+        found[0] = KVLayer(found[0].per_token, found[0].constant + extra, found[0].window)
+    return tuple(found)
+
+
+def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
+    with torch.no_grad():
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        return model(input_ids=ids, use_cache=True).past_key_values
+
+
+def _nbytes(*values: Any) -> int:
+    """Bytes of all tensors of more than one element in nested containers."""
+    total = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size() if value.numel() > 1 else 0
+        elif isinstance(value, Mapping):
+            total += _nbytes(*value.values())
+        elif isinstance(value, (list, tuple)):
+            total += _nbytes(*value)
+    return total

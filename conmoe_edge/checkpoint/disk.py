@@ -1,0 +1,63 @@
+"""Free space and the errors of a disk, said in the package's own words. No state, no torch."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conmoe_edge.errors import ConmoeError, NoSpace
+from conmoe_edge.units import gib
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def existing_parent(path: Path) -> Path:
+    """The deepest folder on the way to ``path`` that exists already."""
+    here = path.absolute()
+    while not here.is_dir() and here != here.parent:
+        here = here.parent
+    return here
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written on the disk that holds, or will hold, ``path``."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def require_space(path: Path, nbytes: int) -> None:
+    """Refuse when the disk of ``path`` has less than ``nbytes`` free.
+
+    Raises:
+        NoSpace: with the needed and the free size.
+    """
+    free = free_bytes(path)
+    if free < nbytes:
+        raise NoSpace(
+            f"The disk of {path} has too little free space.",
+            f"{gib(nbytes)} are needed, {gib(free)} are free.",
+            f"Free {gib(nbytes - free)}, or choose a folder on another disk with --out.",
+        )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block, which writes below ``path``, into ``NoSpace`` or
+    ``ConmoeError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise NoSpace(
+                f"The disk became full while {path} was written.",
+                f"{gib(free_bytes(path))} are free now.",
+                "Free some space and run the same command again: it goes on where it stopped.",
+            ) from error
+        raise ConmoeError(
+            f"Cannot write {path}.",
+            error.strerror or type(error).__name__,
+            "Choose a folder that you may write to with --out.",
+        ) from error

@@ -1,0 +1,113 @@
+"""Records: one expert as one run of bytes, so that it is one read, one copy and one cache slot.
+
+``make_layout`` decides where each part lies; ``pack`` writes tensors into a record; ``view`` and
+``pool_views`` look at the bytes of one record, or of a pool of them, as typed tensors without
+copying. Parts start 64-aligned (vector loads), records are multiples of 4096 bytes (direct reads,
+page-sized copies). Padding is zero, so equal experts give equal bytes.
+
+Peak memory: the record itself. Raises ``ValueError`` for tensors that do not match the layout,
+which is a mistake of the caller; damaged layouts on disk are caught by ``manifest_io``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from conmoe_edge.checkpoint.dtypes import CODES, nbytes_of, torch_dtype
+from conmoe_edge.checkpoint.manifest import RecordLayout, RecordPart
+from conmoe_edge.units import round_up
+
+PART_ALIGNMENT = 64
+RECORD_ALIGNMENT = 4096
+
+
+def make_layout(
+    parts: Sequence[tuple[str, Sequence[int], str]], precision: str = "source"
+) -> RecordLayout:
+    """Lay out ``(name, shape, torch dtype name)`` parts one after another, in the order given."""
+    if len({name for name, _, _ in parts}) != len(parts):
+        raise ValueError("two parts of a record have the same name")
+    placed: list[RecordPart] = []
+    end = 0
+    for name, shape, dtype in parts:
+        offset = round_up(end, PART_ALIGNMENT)
+        nbytes = nbytes_of(dtype, shape)
+        placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
+        end = offset + nbytes
+    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+
+
+def pack(
+    layout: RecordLayout, tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Copy the parts into one record.
+
+    Args:
+        layout: where each part goes.
+        tensors: one tensor per part, of the part's shape and dtype, on any device and with any
+            strides.
+        out: uint8 ``[nbytes]`` to fill, such as a buffer that is used again and again; a new one by
+            default.
+
+    Returns:
+        The record, uint8 ``[nbytes]``.
+    """
+    if set(tensors) != {part.name for part in layout.parts}:
+        raise ValueError(
+            f"the record holds {[part.name for part in layout.parts]}, got {sorted(tensors)}"
+        )
+    for part in layout.parts:
+        tensor = tensors[part.name]
+        if tuple(tensor.shape) != part.shape or tensor.dtype != _dtype(part):
+            raise ValueError(
+                f"{part.name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"the record holds {part.dtype} {list(part.shape)}"
+            )
+    record = torch.empty(layout.nbytes, dtype=torch.uint8) if out is None else out
+    for start, stop in _gaps(layout):
+        record[start:stop].zero_()
+    for name, target in view(layout, record).items():
+        target.copy_(tensors[name])
+    return record
+
+
+def view(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a record uint8 ``[nbytes]`` as tensors that share its memory."""
+    if record.shape != (layout.nbytes,):
+        raise ValueError(f"a record has {layout.nbytes} bytes, got {list(record.shape)}")
+    return {name: pool[0] for name, pool in pool_views(layout, record.unsqueeze(0)).items()}
+
+
+def pool_views(layout: RecordLayout, pool: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a pool uint8 ``[slots, nbytes]`` as strided views ``[slots, *shape]`` that share
+    its memory.
+
+    Only the leading axis is strided: every slot's own part is contiguous.
+    """
+    if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.shape[1] != layout.nbytes:
+        raise ValueError(
+            f"a pool is uint8 [slots, {layout.nbytes}], got {pool.dtype} {list(pool.shape)}"
+        )
+    return {
+        part.name: pool[:, part.offset : part.offset + part.nbytes]  # [slots, part bytes]
+        .view(_dtype(part))
+        .unflatten(1, part.shape)
+        if part.shape
+        else pool[:, part.offset : part.offset + part.nbytes].view(_dtype(part)).squeeze(1)
+        for part in layout.parts
+    }
+
+
+def _dtype(part: RecordPart) -> torch.dtype:
+    return torch_dtype(CODES[part.dtype], part.name)
+
+
+def _gaps(layout: RecordLayout) -> Iterable[tuple[int, int]]:
+    """The padding between the parts and after the last one."""
+    end = 0
+    for part in layout.parts:
+        yield end, part.offset
+        end = part.offset + part.nbytes
+    yield end, layout.nbytes

@@ -1,0 +1,80 @@
+"""One question and its answer: stream the text, let Ctrl-C stop the answer alone, count what
+happened.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from conmoe_edge.cli._conversation import Message, Sampling
+
+if TYPE_CHECKING:
+    from conmoe_edge.offload.generate import ChatSession
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The answer as far as it came; ``stopped`` where the user ended it."""
+
+    text: str
+    stopped: bool
+
+
+def run_turn(
+    session: ChatSession,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    show: Callable[[str], None],
+) -> Turn:
+    """Ask, and hand every piece of the answer to ``show`` as it comes.
+
+    Raises:
+        ContextFull: the messages leave no room for an answer.
+        KeyboardInterrupt: a second Ctrl-C, before the first one took effect.
+    """
+    pieces: list[str] = []
+    with stop_on_interrupt() as stop:
+        for piece in session.reply(
+            list(messages),
+            stop_event=stop,
+            **{k: v for k, v in _arguments(sampling).items() if v is not None},
+        ):
+            pieces.append(piece)
+            show(piece)
+    return Turn("".join(pieces), stop.is_set())
+
+
+def _arguments(sampling: Sampling) -> dict[str, Any]:
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+    }
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second one raises, for a step that does not look at
+    the event.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,197 @@
+"""``conmoe-edge chat DIR``: talk to a package inside its budget, or ask it once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli._options import DEVICES, Tokens, common_options
+from conmoe_edge.errors import PackageError, UsageError
+
+if TYPE_CHECKING:
+    from conmoe_edge.cli._conversation import Sampling
+    from conmoe_edge.cli._output import Output
+    from conmoe_edge.offload.generate import ChatSession
+
+
+@click.command(short_help="Talk to a package that fit wrote, inside its budget.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--gpu",
+    metavar="SIZE|PROFILE|auto",
+    help="Memory to stay within.  [default: what the package was planned for]",
+)
+@click.option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave.")
+@click.option(
+    "--system", metavar="TEXT", default="", help="System text that stands before the conversation."
+)
+@click.option("--max-tokens", metavar="N", type=Tokens(), help="Longest answer, in tokens.")
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=click.FloatRange(0, 10),
+    help="0 is greedy; more is more varied.",
+)
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw from this share of the likelihood.",
+)
+@click.option("--seed", metavar="N", type=click.IntRange(0), help="Same seed, same answer.")
+@click.option(
+    "--context",
+    metavar="N",
+    type=Tokens(),
+    help="Tokens of conversation to keep room for, 4096 or 32k.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+@click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
+@common_options
+def chat(
+    folder: Path,
+    gpu: str | None,
+    prompt: str | None,
+    system: str,
+    context: int | None,
+    device: str,
+    no_history: bool,
+    output: Output,
+    **sampling: Any,
+) -> None:
+    """Talk to the package in DIR.
+
+    On a terminal this is a conversation: Enter sends, Alt-Enter starts a new line, Ctrl-C stops an
+    answer, /help lists the commands. With --prompt, or with text on standard input, it answers
+    once: the answer goes to stdout, the numbers to stderr.
+
+    \b
+    Examples:
+      conmoe-edge chat ./out
+      conmoe-edge chat ./out --gpu 4GB --prompt "Name three rivers." --max-tokens 100
+      cat letter.txt | conmoe-edge chat ./out --system "Answer in one sentence." --json
+    """
+    from conmoe_edge.cli._conversation import Sampling
+
+    _check_package(folder)
+    question = prompt if prompt is not None else _piped()
+    if question is None and output.as_json:
+        raise UsageError(
+            "--json answers once and needs a question.",
+            "",
+            "--prompt TEXT, or text on standard input",
+        )
+    if question is not None and not question.strip():
+        raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
+    session = _open(folder, gpu, device, context, output)
+    drawn = Sampling(**sampling)
+    if question is None:
+        _converse(session, folder, system, drawn, output, keep_history=not no_history)
+    else:
+        _answer_once(session, question, system, drawn, output)
+
+
+def _check_package(folder: Path) -> None:
+    """Say what is wrong with the folder before torch is loaded for it."""
+    if (folder / "conmoe.json").is_file():
+        return
+    if not folder.exists():
+        raise PackageError(
+            f"There is no folder {folder}.", "", f"conmoe-edge fit MODEL --out {folder}"
+        )
+    if (folder / "config.json").is_file():
+        raise PackageError(
+            f"{folder} is a model, but no package of conmoe-edge.",
+            "it has no conmoe.json",
+            f"conmoe-edge fit {folder} --out {folder.name or 'model'}-fit",
+        )
+    raise PackageError(
+        f"{folder} is no package of conmoe-edge.",
+        "it has no conmoe.json",
+        "conmoe-edge fit MODEL --out DIR writes one",
+    )
+
+
+def _piped() -> str | None:
+    """What stands on standard input; ``None`` where that is a terminal."""
+    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+
+
+def _open(
+    folder: Path, gpu: str | None, device: str, context: int | None, output: Output
+) -> ChatSession:
+    """Load the package inside the budget."""
+    from conmoe_edge.cli._text import path_text
+
+    output.note(f"Loading {path_text(folder)} ...")
+    from transformers import AutoTokenizer
+
+    from conmoe_edge import api
+    from conmoe_edge.offload.generate import ChatSession
+
+    model = api.load(
+        folder, budget=gpu, device=None if device == "auto" else device, context=context
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return ChatSession(model, tokenizer, context)
+
+
+def _converse(
+    session: ChatSession,
+    folder: Path,
+    system: str,
+    sampling: Sampling,
+    output: Output,
+    *,
+    keep_history: bool,
+) -> None:
+    from conmoe_edge.cli._conversation import Conversation
+    from conmoe_edge.cli._prompt import Reader, open_history
+    from conmoe_edge.cli._repl import COMMANDS, WELCOME, Repl
+    from conmoe_edge.cli._stats import loaded_line
+
+    history, problem = open_history(keep_history)
+    if problem:
+        output.warning(problem)
+    output.note(loaded_line(session))
+    output.note(WELCOME)
+    output.note()
+    name = folder.resolve().name
+    repl = Repl(session, output, name=name, conversation=Conversation(system), sampling=sampling)
+    repl.run(Reader(list(COMMANDS), history))
+
+
+def _answer_once(
+    session: ChatSession, question: str, system: str, sampling: Sampling, output: Output
+) -> None:
+    from conmoe_edge.cli._conversation import Conversation
+    from conmoe_edge.cli._errors import Interrupted
+    from conmoe_edge.cli._stats import footer, read_stats, stats_json
+    from conmoe_edge.cli._text import without_controls
+    from conmoe_edge.cli._turn import run_turn
+
+    clean = without_controls if output.stdout_is_terminal else str
+
+    def show(piece: str) -> None:
+        if not output.as_json:
+            output.stream(clean(piece))
+
+    turn = run_turn(session, Conversation(system).asking(question), sampling, show)
+    if turn.stopped and output.as_json:
+        raise Interrupted("Stopped before the answer was complete.")
+    stats = read_stats(session)
+    output.value({"reply": turn.text, "stats": stats_json(stats)})
+    if not output.as_json:
+        output.stream("" if turn.text.endswith("\n") else "\n")
+    output.note(footer(stats))
+    if turn.stopped:
+        raise Interrupted("Stopped before the answer was complete.")

@@ -1,0 +1,124 @@
+"""The entry point: the group, its global flags, and the one place where an exception becomes text
+and an exit status.
+
+Exit status: 0 done, 1 failure, 2 usage, 3 does not fit, 130 interrupted. An error is three lines on
+stderr, or one JSON value on stdout where ``--json`` was given; a traceback only with ``--debug`` or
+``CONMOE_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from conmoe_edge.cli._errors import describe
+from conmoe_edge.cli._lazy import LazyGroup
+from conmoe_edge.cli._options import Settings, debug_wanted
+
+_COMMANDS = {
+    "fit": "conmoe_edge.cli.fit:fit",
+    "chat": "conmoe_edge.cli.chat:chat",
+    "plan": "conmoe_edge.cli.plan:plan",
+    "profiles": "conmoe_edge.cli.profiles:profiles",
+    "doctor": "conmoe_edge.cli.doctor:doctor",
+}
+
+
+class Application(LazyGroup):
+    """The group with our own last resort: same text and status from a shell, a test and ``python
+    -m``.
+    """
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run and leave with the status; with ``standalone_mode=False`` return and raise as click
+        does.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        name = prog_name or "conmoe-edge"
+        if not standalone_mode:
+            return super().main(words, name, complete_var, standalone_mode=False, **extra)
+        try:
+            status = super().main(words, name, complete_var, standalone_mode=False, **extra)
+        except Exception as error:
+            _fail(error, words)
+        except KeyboardInterrupt as error:
+            _fail(error, words)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(error: BaseException, words: Sequence[str]) -> NoReturn:
+    """Show the error in the mode that the words of the command line ask for, and leave.
+
+    The words are read here once more because an error of usage comes before click has parsed them.
+    """
+    from conmoe_edge.cli._output import Output
+
+    text = describe(error)
+    output = Output(as_json="--json" in words)
+    if debug_wanted("--debug" in words) and not isinstance(error, click.ClickException):
+        import traceback
+
+        output.error_stream_write("".join(traceback.format_exception(error)))
+    output.error(text)
+    sys.exit(text.exit_code)
+
+
+def _show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from conmoe_edge import __version__
+
+        click.echo(f"conmoe-edge {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Application,
+    lazy=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks; CONMOE_DEBUG=1 does the same.")
+@click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but warnings and errors.")
+@click.pass_context
+def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
+    """Fit a Mixture-of-Experts language model into the memory you have, and run it.
+
+    \b
+    Start here (the model `demo` comes with the program, nothing is downloaded):
+      conmoe-edge fit demo --gpu 600MB     measure, plan, consolidate, write ./out
+      conmoe-edge chat ./out               talk to it inside that budget
+
+    \b
+    A bigger one:
+      conmoe-edge plan olmoe --gpu 8GB     what would be done, before any download
+      conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
+
+    Results go to stdout, everything else to stderr. Every command takes --json. Exit status: 0
+    done, 1 failure, 2 usage, 3 does not fit, 130 interrupted.
+
+    \b
+    Completion for bash; zsh and fish alike:
+      eval "$(_CONMOE_EDGE_COMPLETE=bash_source conmoe-edge)"
+    """
+    ctx.obj = Settings(debug=debug_wanted(debug), quiet=quiet)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""``conmoe-edge plan MODEL``: what ``fit`` would do, without doing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli._options import common_options, lever_options, levers
+
+if TYPE_CHECKING:
+    from conmoe_edge.api import PlanReport
+    from conmoe_edge.cli._output import Output
+
+
+@click.command(short_help="Show what fit would do, before any download.")
+@click.argument("model")
+@lever_options
+@common_options
+def plan(model: str, output: Output, **parameters: Any) -> None:
+    """Show what fit would do with MODEL, and why.
+
+    MODEL is an alias (demo, olmoe, ...), a model on the hub (owner/name) or a folder. Only its
+    configuration is read: no weights are downloaded. The table lists the settings from the mildest
+    on, with the reason why each was taken or not.
+
+    \b
+    Examples:
+      conmoe-edge plan demo --gpu 600MB
+      conmoe-edge plan allenai/OLMoE-1B-7B-0924 --gpu rtx-3060-12gb --context 16k
+      conmoe-edge plan olmoe --gpu 8GB --json
+    """
+    from conmoe_edge import api
+
+    report = api.plan(model, **levers(parameters))
+    show_plan(output, report, Path("out"))
+
+
+def show_plan(output: Output, report: PlanReport, out: Path) -> None:
+    """The plan as the command's result."""
+    from conmoe_edge.cli._render import plan_view
+
+    output.value(report.to_json())
+    output.result(plan_view(report, out, free_disk(out)))
+
+
+def free_disk(out: Path) -> int | None:
+    """Free bytes on the disk where ``out`` will be, ``None`` where that cannot be read."""
+    from conmoe_edge.memory.machine import disk_free
+
+    try:
+        return disk_free(out)
+    except OSError:
+        return None

@@ -1,0 +1,84 @@
+"""Writes docs/cli.md from the commands themselves: ``python tools/cli_reference.py``.
+
+``--check`` writes nothing and leaves with 1 where the file differs, so that a test notices drift.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+
+_HEAD = """# Command line
+
+<!-- Made by tools/cli_reference.py from the commands; change them, then run it again. -->
+
+Results go to stdout, everything else to stderr. `--json` prints exactly one value on stdout, with
+`schema_version`; an error is then `{"schema_version": 1, "error": {"type", "what", "why", "fix"}}`.
+Otherwise an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
+
+| Exit status | Meaning |
+|---|---|
+| 0 | done |
+| 1 | failure |
+| 2 | usage: the request itself is wrong |
+| 3 | does not fit; the fix is the smallest change that would |
+| 130 | interrupted |
+
+| Variable | Meaning |
+|---|---|
+| `CONMOE_DEBUG=1` | tracebacks, as with `--debug` |
+| `CONMOE_CONFIG_DIR` | folder of your own profiles and aliases |
+| `CONMOE_STATE_DIR` | folder of the chat history |
+| `NO_COLOR` | no colours |
+| `HF_HOME`, `HF_HUB_OFFLINE` | where downloaded models lie; use only those |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    from conmoe_edge.cli.main import main
+
+    return _HEAD + "".join(_sections(main, "conmoe-edge", None))
+
+
+def _sections(command: click.Command, path: str, parent: click.Context | None) -> Iterator[str]:
+    # The width is fixed: a page must not depend on the terminal of whoever made it.
+    context = click.Context(command, info_name=path, parent=None, terminal_width=90)
+    context.max_content_width = 90
+    if parent is not None:
+        context.help_option_names = parent.help_option_names
+    else:
+        context.help_option_names = ["-h", "--help"]
+    text = command.get_help(context)
+    body = "\n".join(line.rstrip() for line in text.splitlines())
+    yield f"\n## `{path}`\n\n```text\n{body}\n```\n"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            if child is not None and not child.hidden:
+                yield from _sections(child, f"{path} {name}", context)
+
+
+def run(arguments: list[str]) -> int:
+    """Write the page, or compare it; the exit status."""
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write("usage: python tools/cli_reference.py [--check]\n")
+        return 2
+    wanted = page()
+    if not arguments:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(wanted, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted:
+        return 0
+    sys.stderr.write("docs/cli.md differs from the commands: run python tools/cli_reference.py\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""From the user's word to a ``Budget``: a size, a profile, or this machine.
+
+``--gpu`` names the *target*, which need not be this machine: with a size and no ``--device`` the
+target is taken to be like this machine (its GPU if it has one, its RAM if not); a profile brings
+its own device.
+Raises ``UsageError`` for a number without a unit, an unknown profile, or words that contradict each
+other.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.budget import Budget, DeviceKind
+from conmoe_edge.memory.machine import GpuFacts, MachineFacts, measure_machine
+from conmoe_edge.memory.profiles import Profile, get_profile
+from conmoe_edge.units import MIB, gib, parse_size
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+# What "auto" leaves to others, who go on working beside us: a tenth of the RAM that is free now; on
+# a GPU less, since there only the desktop may grow and fragments of the allocator are the larger
+# part.
+_RAM_SHARE_LEFT = 0.10
+_GPU_SHARE_LEFT = 0.02
+_GPU_LEFT_AT_LEAST = 256 * MIB
+
+
+def resolve_budget(
+    asked: str,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    *,
+    facts: MachineFacts | None = None,
+) -> Budget:
+    """The budget that ``asked`` means; without ``facts`` this machine is measured where needed."""
+    word = asked.strip()
+    size = parse_size(word)
+    if word.lower() == "auto":
+        return _from_machine(device, facts or measure_machine())
+    if size is not None:
+        if size == 0:
+            raise UsageError(
+                f"--gpu {asked} leaves no memory at all.",
+                "",
+                "--gpu 8GB, or --gpu auto for this machine",
+            )
+        return _from_size(word, size, device, facts or measure_machine())
+    if _NUMBER.fullmatch(word):
+        raise UsageError(
+            f"--gpu {word} has no unit.",
+            "it might mean bytes, GB or GiB",
+            f"--gpu {word}GB (decimal) or --gpu {word}GiB (binary)",
+        )
+    return _from_profile(get_profile(word), device)
+
+
+def _from_size(asked: str, size: int, device: str, facts: MachineFacts) -> Budget:
+    """A size on a target that is taken to be like this machine."""
+    kind = _kind(device, facts)
+    if kind == "cpu":
+        note = f"you asked for {asked} = {gib(size)} of RAM"
+        if size > facts.ram_limit:
+            note += f"; this machine has only {gib(facts.ram_limit)}"
+        elif size > facts.ram_usable:
+            note += (
+                f"; only {gib(facts.ram_usable)} of this machine's {gib(facts.ram_limit)} are free"
+            )
+        return Budget("cpu", size, asked, note, host_bytes=0)
+    note = f"you asked for {asked} = {gib(size)} of GPU memory"
+    gpu = facts.gpu
+    if gpu is None:
+        return Budget(
+            "cuda", size, asked, f"{note}; this machine has no GPU, so the target is another one"
+        )
+    note += (
+        f"; the {gpu.name} here has {gib(gpu.total)}, {gib(gpu.used_by_others)} in use by others"
+    )
+    if size > gpu.total:
+        note += ", which is less than you asked for"
+    elif size > gpu.total - gpu.used_by_others:
+        note += ", so not all of it is free now"
+    return _gpu_budget(size, asked, note, gpu, facts, others=0)
+
+
+def _from_machine(device: str, facts: MachineFacts) -> Budget:
+    """Everything that is free here now, less a share for others."""
+    if _kind(device, facts) == "cpu":
+        usable = int(facts.ram_usable * (1 - _RAM_SHARE_LEFT))
+        others = max(0, facts.ram_limit - facts.ram_usable)
+        note = f"nine tenths of the {gib(facts.ram_usable)} of RAM that are free on this machine"
+        if facts.cgroup_limit is not None and facts.cgroup_limit < facts.ram_total:
+            note += f" inside its limit of {gib(facts.cgroup_limit)}"
+        if usable <= 0:
+            raise UsageError(
+                "There is no free RAM on this machine.",
+                "",
+                "Close other programs, or give --gpu SIZE",
+            )
+        return Budget("cpu", usable, "auto", note, host_bytes=0, in_use_by_others=others)
+    gpu = facts.gpu
+    if gpu is None:
+        raise UsageError(
+            "This machine has no GPU to measure.",
+            facts.gpu_problem,
+            "--device cpu for its RAM, or name the target: --gpu rtx-4090 (any profile or size)",
+        )
+    free = gpu.total - gpu.used_by_others
+    usable = free - max(_GPU_LEFT_AT_LEAST, int(free * _GPU_SHARE_LEFT))
+    if usable <= 0:
+        raise UsageError(
+            f"The {gpu.name} has no free memory.",
+            f"other processes hold {gib(gpu.used_by_others)}",
+            "Close them, or use --device cpu",
+        )
+    note = f"the {gpu.name} has {gib(gpu.total)}, {gib(gpu.used_by_others)} in use by others"
+    note += "; a margin is kept"
+    return _gpu_budget(usable, "auto", note, gpu, facts, others=gpu.used_by_others)
+
+
+def _from_profile(profile: Profile, device: str) -> Budget:
+    """A profile's figures as they stand."""
+    if device not in ("auto", profile.device):
+        raise UsageError(
+            f"--gpu {profile.name} and --device {device} contradict each other.",
+            f"that profile computes on {profile.device}",
+            f"Leave out --device, or give a size: --gpu 8GB --device {device}",
+        )
+    on_cpu = profile.device == "cpu"
+    note = f"profile {profile.name}: {gib(profile.memory)} of {'RAM' if on_cpu else 'GPU memory'}"
+    note += f" less {gib(profile.reserve)} for the system"
+    return Budget(
+        device=profile.device,
+        device_bytes=profile.usable,
+        asked=profile.name,
+        source=note,
+        host_bytes=0 if on_cpu else profile.host_memory,
+        device_bandwidth=profile.memory_bandwidth,
+        link_bandwidth=profile.disk_bandwidth if on_cpu else profile.link_bandwidth,
+        disk_bandwidth=profile.disk_bandwidth,
+    )
+
+
+def _gpu_budget(
+    size: int, asked: str, note: str, gpu: GpuFacts, facts: MachineFacts, *, others: int
+) -> Budget:
+    return Budget(
+        device="cuda",
+        device_bytes=size,
+        asked=asked,
+        source=note,
+        host_bytes=facts.ram_usable,
+        device_bandwidth=gpu.memory_bandwidth,
+        link_bandwidth=gpu.link_bandwidth,
+        in_use_by_others=others,
+    )
+
+
+def _kind(device: str, facts: MachineFacts) -> DeviceKind:
+    """``auto`` is the GPU where there is one."""
+    if device == "cpu" or (device == "auto" and facts.gpu is None):
+        return "cpu"
+    return "cuda"

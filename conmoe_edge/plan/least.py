@@ -1,0 +1,109 @@
+"""The smallest change that makes a model fit, from the same arithmetic as the plan.
+
+``does_not_fit`` builds the error; both of its values work when they are given: planning with
+exactly that budget, or with exactly that context, succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conmoe_edge.errors import DoesNotFit
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.placement import Placement, place
+from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.units import gib, parse_size
+
+_CONTEXT_STEP = 64
+_SHORTEST_CONTEXT = 128
+
+
+def does_not_fit(
+    anatomy: ModelAnatomy, budget: Budget, context: int, candidates: Sequence[Candidate]
+) -> DoesNotFit:
+    """The error for a budget that none of ``candidates`` meets, not even with one slot a layer."""
+    smallest = min(
+        (_at_least(anatomy, budget, context, one) for one in candidates),
+        key=lambda p: p.least_bytes,
+    )
+    parts = [f"{term.name} {_number(term.nbytes)}" for term in smallest.terms]
+    slots = smallest.least_bytes - sum(term.nbytes for term in smallest.terms)
+    parts.append(f"slots {_number(slots)}")
+    fix = f"--gpu {least_size(smallest.least_bytes)} is the least that works"
+    shorter = longest_context(anatomy, budget, context, candidates)
+    if shorter is not None:
+        fix += f"; or --context {shorter}, which fits"
+    return DoesNotFit(
+        f"{anatomy.architecture} does not fit in {budget.asked}, even with one slot per layer.",
+        f"the smallest setting needs {gib(smallest.least_bytes)} ({', '.join(parts)}); "
+        f"the budget is {gib(budget.device_bytes)}",
+        fix,
+    )
+
+
+def least_size(count: int) -> str:
+    """``count`` bytes, rounded up to three decimal digits: what can be typed after ``--gpu``."""
+    unit, name = (10**9, "GB") if count > 999 * 10**6 else (10**6, "MB")
+    digits = 2
+    while digits > 0 and count >= unit * 10 ** (3 - digits):
+        digits -= 1
+    step = unit // 10**digits
+    steps = -(-count // step)
+    while True:
+        text = f"{steps * step / unit:.{digits}f}{name}"
+        parsed = parse_size(text)
+        assert parsed is not None
+        if parsed >= count:
+            return text
+        steps += 1
+
+
+def longest_context(
+    anatomy: ModelAnatomy, budget: Budget, context: int, candidates: Sequence[Candidate]
+) -> int | None:
+    """The longest context below ``context`` that fits, in steps of 64 tokens; ``None`` where that
+    is too short.
+    """
+
+    def fits(tokens: int) -> bool:
+        return any(
+            _at_least(anatomy, budget, tokens, one).least_bytes <= budget.device_bytes
+            for one in candidates
+        )
+
+    low, high = (
+        0,
+        (context - 1) // _CONTEXT_STEP,
+    )  # the need grows with the context: search by halves
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * _CONTEXT_STEP) else (low, middle - 1)
+    tokens = low * _CONTEXT_STEP
+    return tokens if tokens >= _SHORTEST_CONTEXT else None
+
+
+def _at_least(
+    anatomy: ModelAnatomy, budget: Budget, context: int, candidate: Candidate
+) -> Placement:
+    """The placement of a candidate at exactly the least budget that holds it."""
+    least = place(
+        anatomy,
+        budget.device,
+        budget.device_bytes,
+        context=context,
+        prototypes=candidate.prototypes,
+        record_bytes=candidate.record_bytes,
+    ).least_bytes
+    return place(
+        anatomy,
+        budget.device,
+        least,
+        context=context,
+        prototypes=candidate.prototypes,
+        record_bytes=candidate.record_bytes,
+    )
+
+
+def _number(count: int) -> str:
+    return gib(count).removesuffix(" GiB")

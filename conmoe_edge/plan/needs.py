@@ -1,0 +1,131 @@
+"""What the device tier must hold besides the prototypes, as named terms that add up.
+
+Each formula is bytes for one sequence; b = bytes of the computing dtype (4 for float32, else 2),
+H = hidden size, I = expert width, k = top-k, T = tokens of one forward (the prefill chunk),
+N = tokens of context, V = vocabulary, E = experts of a layer.
+
+========================  ========================================================================
+Python and libraries      a constant on ``cpu``, where the process shares the RAM with the model
+CUDA context, allocator   a constant on ``cuda``
+Dense weights             everything outside the routed experts, in the checkpoint's dtype
+KV cache                  ``ModelAnatomy.kv_bytes(N)``
+Workspace                 hidden states, attention projections   10·T·H·b
+                          routed rows through the experts        T·k·(2I + I + H)·b
+                          router probabilities                   3·T·E·4
+                          growing one layer's cache copies it    its bytes at N
+                          grouped-query heads are repeated       4·N·H·b, if cached narrower
+                          attention mask                         4·T·N
+                          logits of the last position            V·(4 + b)
+                          one expert in float32 (``cpu`` only)   4·(parameters of an expert)
+Transfer buffers          two records: one arrives while the other is used
+========================  ========================================================================
+
+The float32 expert is there because CPUs without native bfloat16 arithmetic multiply a whole chunk
+several times faster after widening the weights. The repeated heads count where a layer caches less
+than 2·H·b a token; they bound ``heads * head_dim`` by 2·H, as wide as known models have it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from conmoe_edge.memory.budget import DeviceKind
+from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.plan.plan import Term
+from conmoe_edge.units import MIB
+
+# Resident set of Python with torch and transformers after a small forward and a GEMM: 403 MiB
+# (torch 2.13, Linux, two threads); the rest is for the tokenizer, the command line and what malloc
+# keeps.
+PYTHON_BYTES = 512 * MIB
+# CUDA context, cuBLAS and lazily loaded kernels take 300 to 600 MB; 0.45 GiB is the middle.
+CUDA_BYTES = 461 * MIB
+TRANSFER_RECORDS = 2
+
+MIN_CHUNK = 32
+MAX_CHUNK = 512
+
+
+def fixed_terms(
+    anatomy: ModelAnatomy, device: DeviceKind, context: int, record_bytes: int
+) -> tuple[Term, ...]:
+    """The terms that do not depend on the prefill chunk: all but the workspace."""
+    if device == "cpu":
+        runtime = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
+    else:
+        runtime = Term("CUDA context and allocator", CUDA_BYTES, "driver, cuBLAS, kernels")
+    return (
+        runtime,
+        Term("Dense weights", anatomy.dense_bytes, "everything outside the routed experts"),
+        Term(f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), "one conversation"),
+        Term(
+            "Transfer buffers",
+            TRANSFER_RECORDS * record_bytes,
+            f"{TRANSFER_RECORDS} records on their way",
+        ),
+    )
+
+
+def device_terms(
+    anatomy: ModelAnatomy,
+    device: DeviceKind,
+    context: int,
+    record_bytes: int,
+    workspace: int,
+    chunk: int,
+) -> tuple[Term, ...]:
+    """All terms in the order in which they are shown; ``workspace`` bytes are set aside for chunks
+    of ``chunk``.
+    """
+    runtime, dense, cache, transfer = fixed_terms(anatomy, device, context, record_bytes)
+    return (
+        runtime,
+        dense,
+        cache,
+        Term("Workspace", workspace, f"{chunk} tokens at a time"),
+        transfer,
+    )
+
+
+def workspace_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, chunk: int) -> int:
+    """The most that one forward of ``chunk`` tokens holds at once beyond weights and cache (see the
+    table above).
+    """
+    size = 4 if anatomy.dtype in ("float32", "float64") else 2
+    hidden = anatomy.hidden_size
+    experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
+    routed = max(one.top_k * (_inner_widths(one, hidden) + hidden) for one in experts)
+    router = max(one.count for one in experts) * 3 * 4
+    total = chunk * (10 * hidden * size + routed * size + router)
+    total += _attention_bytes(anatomy, context, size)
+    total += 4 * chunk * context
+    total += anatomy.vocab_size * (4 + size)
+    if device == "cpu":
+        total += 4 * max(one.expert_numel for one in experts)
+    return total
+
+
+def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
+    """The largest copy that one layer makes of its keys and values."""
+    most = 0
+    for layer in anatomy.kv:
+        if layer.per_token == 0:
+            continue
+        copied = layer.nbytes(context)
+        held = context if layer.window is None else min(context, layer.window)
+        repeated = 4 * held * anatomy.hidden_size * size
+        grouped = layer.per_token < 2 * anatomy.hidden_size * size
+        most = max(most, copied + repeated if grouped else copied)
+    return most
+
+
+def _inner_widths(experts: ExpertsAnatomy, hidden: int) -> int:
+    """Widths of an expert's inner activations for one token: 2I of gate and up, I of their
+    product.
+    """
+    widths = 0
+    for part in experts.parts:
+        if len(part.shape) == 2:
+            first, second = part.shape
+            widths += first if second == hidden else second if first == hidden else max(part.shape)
+    return widths or math.isqrt(experts.expert_numel)

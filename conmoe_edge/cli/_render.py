@@ -4,6 +4,7 @@ and prints nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Rows of the candidates' table around the chosen one; --json has them all.
 _MILDER_SHOWN, _HARDER_SHOWN = 6, 2
+_SHARE_FIRST = re.compile(r"^[0-9.]+ % resident: ")
 
 
 def size(count: int, unit: int | None = None) -> str:
@@ -38,12 +40,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
     """
     plan = report.plan
     parts: list[RenderableType] = [
-        _head(
-            [
-                ("Model", printable(report.source_name), model_line(report.anatomy)),
-                ("Budget", *budget_line(plan.budget)),
-            ]
-        ),
+        _head("Model", printable(report.source_name), model_line(report.anatomy)),
+        _head("Budget", *budget_line(plan.budget)),
         Text(),
         _needs(plan),
         Text(),
@@ -86,14 +84,8 @@ def tier_name(budget: Budget) -> str:
     return "GPU" if budget.device == "cuda" else "RAM"
 
 
-def _head(rows: Sequence[tuple[str, str, str]]) -> Table:
-    table = _grid()
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_column(style="dim", overflow="fold")
-    for label, value, note in rows:
-        table.add_row(Text(label), Text(value), Text(note))
-    return table
+def _head(label: str, value: str, note: str = "") -> Text:
+    return Text.assemble((f"{label:<9}", "bold"), value, (f"   {note}" if note else "", "dim"))
 
 
 def _needs(plan: Plan) -> Table:
@@ -172,7 +164,7 @@ def _candidates(plan: Plan) -> RenderableType:
         if speeds:
             speed = candidate.tokens_per_second
             cells.append(
-                "?" if speed is None else f"≈{speed:.1f}" if speed < 10 else f"≈{speed:.0f}"
+                "?" if speed is None else f"≤{speed:.1f}" if speed < 10 else f"≤{speed:.0f}"
             )
         style = "bold" if chosen else "dim" if candidate.verdict == "too big" else ""
         table.add_row(
@@ -184,17 +176,17 @@ def _candidates(plan: Plan) -> RenderableType:
 
 
 def _verdict(candidate: Candidate) -> str:
-    if not candidate.reason or candidate.reason == candidate.verdict:
-        return candidate.verdict
-    return f"{candidate.verdict}: {candidate.reason}"
+    # The reason stands alone in the manifest; beside the column of shares it is shorter.
+    reason = _SHARE_FIRST.sub("", candidate.reason)
+    return f"{candidate.verdict}: {reason}" if reason else candidate.verdict
 
 
-def _disk(plan: Plan, out: Path, free: int | None) -> Table:
+def _disk(plan: Plan, out: Path, free: int | None) -> Text:
     text = f"needs {human_size(plan.disk_bytes)} in {path_text(out)}"
     notes = [] if free is None else [f"{human_size(free)} free"]
     if plan.scratch_bytes:
         notes.append(f"{human_size(plan.scratch_bytes)} more while it works")
-    return _head([("Disk", text, ", ".join(notes))])
+    return _head("Disk", text, ", ".join(notes))
 
 
 def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:

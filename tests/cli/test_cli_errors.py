@@ -20,7 +20,10 @@ class Boom(Exception):
 
 
 RAISED: dict[str, tuple[BaseException, int]] = {
-    "does not fit": (errors.DoesNotFit("OLMoE does not fit in 2 GB.", "it needs 3", "--gpu 3GB"), 3),
+    "does not fit": (
+        errors.DoesNotFit("OLMoE does not fit in 2 GB.", "it needs 3", "--gpu 3GB"),
+        3,
+    ),
     "usage": (errors.UsageError("No profile x.", "", "profiles list"), 2),
     "missing": (errors.ModelNotFound("There is no model x."), 1),
     "unforeseen": (Boom("first line\nsecond line"), 1),
@@ -98,7 +101,11 @@ def test_out_of_memory_of_torch_is_known_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "suggested"),
-    [(["fitt"], "'fit'"), (["profiles", "shwo"], "'show'"), (["plan", "x", "--gup", "8GB"], "'--gpu'")],
+    [
+        (["fitt"], "'fit'"),
+        (["profiles", "shwo"], "'show'"),
+        (["plan", "x", "--gup", "8GB"], "'--gpu'"),
+    ],
 )
 def test_did_you_mean(arguments: list[str], suggested: str) -> None:
     result = CliRunner().invoke(main, arguments)

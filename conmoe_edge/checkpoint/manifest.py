@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "conmoe.json"
+UNCHANGED = "unchanged"
+"""``Manifest.method`` of a model that fits as it is: its own files, linked, and no prototypes."""
 
 
 class ExpertId(NamedTuple):

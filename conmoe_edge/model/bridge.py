@@ -10,7 +10,7 @@ Peak memory of ``load_subset``: the tensors of the subset once as read and once 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,9 +164,20 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         raise CheckpointError(f"{name} cannot be assembled from the checkpoint.", str(reason).strip()[-200:])
 
 
-def check_loaded(module: nn.Module, path: str) -> None:
-    """Raise ``CheckpointError`` for the first parameter of ``module`` that is still on the meta device."""
+def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:
+    """Raise ``CheckpointError`` for the first tensor of ``module`` that no file had or that holds NaN or infinity.
+
+    ``absent`` are the last names of parameters that are meant to be missing.
+    """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta and name.rsplit(".", 1)[-1] in absent:
+            continue
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float32).isfinite()):
+            raise CheckpointError(
+                f"{path}.{name} holds NaN or infinity.",
+                "nothing that is computed from it can be right",
+                "download the model again; if it is the same afterwards, the model itself is broken",
+            )
         if tensor.is_meta:
             raise CheckpointError(
                 f"The checkpoint has no tensor for {path}.{name}.",

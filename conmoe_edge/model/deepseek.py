@@ -7,6 +7,8 @@ that registering the config stays cheap.
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -35,6 +37,12 @@ class DeepseekConfig(LlamaConfig):
     max_position_embeddings: int = 4096
     bos_token_id: int | None = 100000
     eos_token_id: int | list[int] | None = 100001
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # Every way to a model goes through an instance of its config. Registering the model any earlier would import
+        # modelling code while transformers may itself be half imported.
+        register_model()
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether decoder layer ``index`` has routed experts."""

@@ -139,8 +139,8 @@ class StreamedModel:
         bridge.load_subset(self.model, self._read(keys), self.device)
         layer = self.layers[index]
         bridge.fill_buffers(self.model, path, self.device)
-        if with_experts:
-            bridge.check_loaded(layer, path)
+        absent = () if with_experts or index not in self.experts else part_names(self.experts[index][1])
+        bridge.check_loaded(layer, path, absent)
         try:
             yield layer
         finally:

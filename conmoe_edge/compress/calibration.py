@@ -1,0 +1,187 @@
+"""Calibration text to token sequences. Unlabelled text in, ``TokenSet`` out; nothing is trained.
+
+A text file is UTF-8. A line ``<|document domain=NAME|>`` begins a new document; a file without such lines is one
+document. Windows of equal length are taken from every domain in turn, evenly spread over the domain's text, so that a
+small number of tokens still sees all of it.
+
+Peak memory: the text and its tokens. Raises ``CalibrationError``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.errors import CalibrationError
+
+_MARK = re.compile(r"^<\|document(?:\s+domain=([\w.-]+))?\|>[ \t]*$", re.MULTILINE)
+_HELD_OUT_EVERY = 5
+_MIN_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the domain that it belongs to (``text`` where none was named)."""
+
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSet:
+    """Sequences of one length. ``ids`` [N, T] int64; ``mask`` [N, T] bool, true at real tokens; a domain for each."""
+
+    ids: Tensor
+    mask: Tensor
+    domains: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int(self.mask.sum())
+
+    @property
+    def padded(self) -> bool:
+        """Whether any sequence has padding."""
+        return not bool(self.mask.all())
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """The documents to calibrate on, those held out, and a hash of both."""
+
+    train: tuple[Document, ...]
+    held_out: tuple[Document, ...] | None
+    sha256: str
+
+
+def bundled_text() -> CalibrationText:
+    """The text that ships with the package: six domains, and a held-out text from other sources of the same six."""
+    folder = files("conmoe_edge") / "data" / "texts"
+    train = (folder / "calibration.txt").read_bytes()
+    held_out = (folder / "heldout.txt").read_bytes()
+    digest = hashlib.sha256(train + b"\0" + held_out).hexdigest()
+    return CalibrationText(_split(train.decode()), _split(held_out.decode()), digest)
+
+
+def read_text(path: Path) -> CalibrationText:
+    """A user's own text. Part of its windows is held out later (``token_sets``)."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(
+            f"The calibration text {path} cannot be read.", error.strerror or "", "give another file with --calibration"
+        ) from error
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"The calibration text {path} is not UTF-8 text.",
+            f"byte {error.start} does not belong there",
+            "save it as UTF-8, or leave --calibration out to use the text that comes with the program",
+        ) from error
+    if not text.strip():
+        raise CalibrationError(f"The calibration text {path} is empty.", "", "give a file with text in it")
+    return CalibrationText(_split(text), None, hashlib.sha256(raw).hexdigest())
+
+
+def _split(text: str) -> tuple[Document, ...]:
+    text = text.replace("\r\n", "\n")
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return (Document("text", text),)
+    documents = []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, end in zip(marks, ends, strict=True):
+        body = text[mark.end() : end].strip("\n")
+        if body.strip():
+            documents.append(Document(mark.group(1) or "text", body))
+    return tuple(documents)
+
+
+def token_sets(
+    text: CalibrationText, tokenizer: Any, *, length: int, tokens: int, held_out_tokens: int
+) -> tuple[TokenSet, TokenSet]:
+    """Calibration and held-out sequences.
+
+    Args:
+        text: what to read.
+        tokenizer: a transformers tokenizer.
+        length: tokens of one sequence.
+        tokens, held_out_tokens: how many to take at the most; less where the text is short.
+
+    Raises:
+        CalibrationError: the text has too few tokens.
+    """
+    windows = _windows(text.train, tokenizer, length)
+    if text.held_out is not None:
+        held = _windows(text.held_out, tokenizer, length)
+    else:
+        held = {domain: rows[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] for domain, rows in windows.items()}
+        windows = {
+            domain: [row for number, row in enumerate(rows) if number % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1]
+            for domain, rows in windows.items()
+        }
+        if not any(held.values()):  # a text of a few windows: measured on what it was calibrated on, better than nothing
+            held = windows
+    total = sum(len(row) for rows in windows.values() for row in rows)
+    if total < _MIN_TOKENS:
+        raise CalibrationError(
+            f"The calibration text has only {total} tokens.",
+            f"at least {_MIN_TOKENS} are needed, some ten thousand are sensible",
+            "give a longer text with --calibration, or leave it out to use the one that comes with the program",
+        )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return (
+        _take(windows, length, max(1, tokens // length), pad),
+        _take(held, length, max(1, held_out_tokens // length), pad),
+    )
+
+
+def _windows(documents: Sequence[Document], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:
+    """domain -> its text cut into windows of ``length`` tokens; the last, shorter one is kept if nothing else is there."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    streams: dict[str, list[int]] = {}
+    for document in documents:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        streams.setdefault(document.domain, []).extend([*ids, *end])
+    result = {}
+    for domain, ids in sorted(streams.items()):
+        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+        if len(rows) > 1 and len(rows[-1]) < length:
+            rows.pop()
+        result[domain] = rows
+    return result
+
+
+def _take(windows: dict[str, list[list[int]]], length: int, count: int, pad: int) -> TokenSet:
+    """Up to ``count`` windows, the domains in turn, evenly spread within each."""
+    domains = [domain for domain, rows in sorted(windows.items()) if rows]
+    share = dict.fromkeys(domains, 0)
+    while sum(share.values()) < count:
+        open_domains = [domain for domain in domains if share[domain] < len(windows[domain])]
+        if not open_domains:
+            break
+        for domain in open_domains[: count - sum(share.values())]:
+            share[domain] += 1
+    rows: list[list[int]] = []
+    names: list[str] = []
+    for domain in domains:
+        available = windows[domain]
+        for number in range(share[domain]):
+            rows.append(available[number * len(available) // share[domain]])
+            names.append(domain)
+    ids = torch.full((len(rows), length), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = True
+    return TokenSet(ids, mask, tuple(names))

@@ -1,0 +1,427 @@
+"""The whole consolidation of one model: from a checked checkpoint to the files of a package.
+
+Order: dense tensors and side files; then layer by layer over the calibration and held-out sequences, deciding and writing
+the prototypes of each scope as soon as its last layer has run; then the written package once more over the held-out
+sequences, for the receipt; then the manifest. After each layer the journal makes the state durable, so a run that was
+killed goes on with the layer it was in, and ends with the same bytes.
+
+Peak memory of the device: one decoder layer, its experts twice while they are fused, and one batch of activations. On the
+host: the hidden states of all sequences. Raises the errors of ``CheckpointError``, ``NoSpace``, ``UnsupportedModel``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from conmoe_edge.checkpoint.disk import disk_errors
+from conmoe_edge.checkpoint.files import WrittenFile, write_json
+from conmoe_edge.checkpoint.index import CheckpointIndex, read_header, read_json_object
+from conmoe_edge.checkpoint.manifest import (
+    FORMAT_VERSION,
+    ExpertId,
+    Manifest,
+    PrototypeEntry,
+    RecordLayout,
+    SlotRecord,
+)
+from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.checkpoint.records import make_layout, view
+from conmoe_edge.checkpoint.sidefiles import copy_side_files
+from conmoe_edge.checkpoint.writer import TensorSource, write_dense
+from conmoe_edge.compress.calibration import TokenSet
+from conmoe_edge.compress.clock import Clock
+from conmoe_edge.compress.distance import distances
+from conmoe_edge.compress.journal import Journal
+from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.methods.interface import Decision, ScopeView
+from conmoe_edge.compress.receipt import ReceiptTracker
+from conmoe_edge.compress.scope import pool_of
+from conmoe_edge.compress.statistics import LayerStatistics, StatisticsTracker
+from conmoe_edge.compress.stream import (
+    Stream,
+    compute_dtype,
+    open_stream,
+    run_layer,
+    sequence_logits,
+)
+from conmoe_edge.compress.taps import IMPLEMENTATION, MappedTap, RoutedTap, attach, register
+from conmoe_edge.compress.weights import (
+    LayerWeights,
+    LoadedLayer,
+    ScopeWeights,
+    ScratchLayer,
+    matrix_views,
+    record_name,
+    write_experts,
+)
+from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.levers import kept, scopes
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done; everything that decides the bytes of the package.
+
+    ``plan`` and ``source`` are plain JSON and go into the manifest as they are.
+    """
+
+    index: CheckpointIndex
+    config: PretrainedConfig
+    anatomy: ModelAnatomy
+    method: str
+    rate: float
+    scope: int
+    precision: str
+    train: TokenSet
+    held_out: TokenSet
+    device: torch.device
+    plan: Mapping[str, Any]
+    source: Mapping[str, Any]
+    tool_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a fit is. ``stage`` is ``locate``, ``write``, ``calibrate``, ``receipt`` or ``verify``; ``step`` of ``steps``
+    are done in it; ``seconds_left`` is for the whole fit, once it can be told."""
+
+    stage: str
+    step: int
+    steps: int
+    detail: str = ""
+    seconds_left: float | None = None
+    device_bytes: int | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Consolidation:
+    """One run (or the rest of one) in the folders of a ``StagedFolder``."""
+
+    def __init__(self, job: Job, package: Path, work: Path, progress: OnProgress) -> None:
+        register()
+        self.job = job
+        self.package = package
+        self.work = work
+        self.journal = Journal.open(work)
+        self.clock = Clock(self.journal.seconds)
+        self.resumed_from = self.journal.done if self.journal.phase in ("calibrate", "receipt") else 0
+        self._progress = progress
+        self._layers = len(job.anatomy.layers)
+        self._scopes = scopes(job.anatomy, job.scope)
+        self._scope_of = {layer: scope for scope in self._scopes for layer in scope}
+        self._done_here = 0
+        self._started = time.perf_counter()
+
+    def run(self) -> Manifest:
+        """Do what is left to do and return the manifest, not yet written."""
+        with torch.no_grad(), disk_errors(self.package), ShardReader(self.job.index) as reader:
+            if self.journal.phase == "prepare":
+                self._prepare(reader)
+            original = self._streamed(self.job.index, reader)
+            if self.journal.phase == "calibrate":
+                self._calibrate(original)
+            if self.journal.phase == "receipt":
+                self._receipt(original)
+        return self._manifest()
+
+    # -- 1. everything that is not a routed expert ---------------------------------------------------------------
+
+    def _prepare(self, reader: ShardReader) -> None:
+        self._progress(Progress("write", 0, self._layers, "dense weights"))
+        model = self._streamed(self.job.index, reader)
+        dense = [
+            key
+            for layer in (None, *range(self._layers))
+            for key in (model.outside_keys if layer is None else model.layer_keys(layer))
+            if key not in model.expert_keys
+        ]
+        with self.clock.part("write"):
+            for written in write_dense(self.package, [TensorSource.of(reader[key]) for key in dense]):
+                self._note(written)
+            for written in copy_side_files(self.job.index.folder, self.package):
+                self._note(written)
+            config = read_json_object(self.job.index.folder / "config.json")
+            config.pop("auto_map", None)  # names of code that is never run
+            config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
+            self._note(write_json(self.package / "config.json", config))
+        self._save("calibrate", 0)
+
+    # -- 2. the original, layer by layer -------------------------------------------------------------------------
+
+    def _calibrate(self, model: StreamedModel) -> None:
+        streams = self._open_streams(model, {"train": self.job.train, "held_out": self.job.held_out}, "calibrate")
+        for index in range(self.journal.done, self._layers):
+            self._announce("calibrate", index)
+            with self._loaded(model, index, with_experts=True):
+                self._statistics(model, index, streams)
+                if index in model.experts:
+                    self._decide(model.experts[index][1], index)
+            self._layer_done("calibrate", index, streams)
+        self.journal.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
+        self._save("receipt", 0)
+        self.journal.drop_hidden("calibrate", self._layers)
+
+    def _statistics(self, model: StreamedModel, index: int, streams: Mapping[str, Stream]) -> None:
+        tap = None
+        if index in model.experts:
+            module = model.experts[index][1]
+            tap = RoutedTap()
+            attach(module, tap)
+        start = time.perf_counter()
+        for name in ("train", "held_out"):
+            if tap is not None:
+                experts = self._experts(index)
+                tap.tracker = StatisticsTracker(experts.count) if name == "train" else None
+            run_layer(model, index, streams[name], tap)
+            if tap is not None and tap.tracker is not None:
+                self.journal.statistics[str(index)] = tap.tracker.result().to_json()
+        inside = 0.0 if tap is None else tap.seconds
+        self.clock.add("experts", inside)
+        self.clock.add("attention", time.perf_counter() - start - inside)
+
+    def _decide(self, module: nn.Module, index: int) -> None:
+        """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts."""
+        scope = self._scope_of[index]
+        layout = self._layout(index)
+        here = LoadedLayer(module)
+        pool = pool_of(self.job.anatomy, scope)
+        if index != scope[-1]:
+            own = [expert for expert in pool if expert.layer == index]
+            with self.clock.part("write"):
+                write_experts(self._scratch(index), layout, own, ScopeWeights({index: here}, matrix_views(module)))
+            return
+        layers: dict[int, LayerWeights] = {index: here}
+        earlier = [ScratchLayer(self._scratch(layer), layout) for layer in scope[:-1]]
+        layers.update(zip(scope[:-1], earlier, strict=True))
+        weights = ScopeWeights(layers, matrix_views(module))
+        decision = self._decision(pool, weights)
+        with self.clock.part("write"):
+            path = self.package / f"prototypes-{scope[0]:05d}.safetensors"
+            written = write_experts(path, layout, decision.prototypes, weights)
+        self._note(written)
+        for name, offset in written.offsets.items():
+            self.journal.offsets[name] = [written.name, offset]
+        for expert, record in zip(pool, decision.slots, strict=True):
+            rows = self.journal.decisions.setdefault(str(expert.layer), [])
+            rows.append([list(record.prototype) if record.prototype else None, record.scale, record.constant])
+        for layer in earlier:
+            layer.close()
+
+    def _decision(self, pool: Sequence[ExpertId], weights: ScopeWeights) -> Decision:
+        statistics = {layer: self._statistics_of(layer) for layer in {expert.layer for expert in pool}}
+        contribution = torch.cat([statistics[layer].contribution() for layer in sorted(statistics)])
+        gates = torch.cat([torch.tensor(statistics[layer].gates).double() for layer in sorted(statistics)])
+
+        def measure() -> torch.Tensor:
+            with self.clock.part("distance"):
+                return distances(weights)
+
+        scope = ScopeView(tuple(pool), contribution, gates, measure)
+        return METHODS[self.job.method](scope, kept(len(pool), self.job.rate))
+
+    # -- 3. the package, layer by layer --------------------------------------------------------------------------
+
+    def _receipt(self, original: StreamedModel) -> None:
+        index = CheckpointIndex.open(self.package)
+        files = sorted({file for file, _ in self.journal.offsets.values()})
+        headers = [read_header(self.package, name) for name in files]
+        records = CheckpointIndex(
+            self.package,
+            {entry.name: entry for _, entries in headers for entry in entries},
+            {shard.name: shard for shard, _ in headers},
+        )
+        with ShardReader(index) as dense, ShardReader(records) as prototypes:
+            package = self._streamed(index, dense)
+            streams = self._open_streams(package, {"held_out": self.job.held_out}, "receipt")
+            for layer in range(self.journal.done, self._layers):
+                self._announce("receipt", layer)
+                with self._loaded(package, layer, with_experts=False):
+                    tap = None
+                    if layer in package.experts:
+                        with self.clock.part("read"):
+                            tap = self._mapped(layer, prototypes)
+                        attach(package.experts[layer][1], tap)
+                    start = time.perf_counter()
+                    run_layer(package, layer, streams["held_out"], tap, "the package")
+                    self.clock.add("receipt", time.perf_counter() - start)
+                    if tap is not None:
+                        attach(package.experts[layer][1], RoutedTap())
+                self._layer_done("receipt", layer, streams)
+            with self.clock.part("receipt"):
+                self.journal.receipt = self._compare(original, package, streams["held_out"])
+        self._save("done", 0)
+        self.journal.drop_hidden("receipt", self._layers)
+
+    def _mapped(self, layer: int, reader: ShardReader) -> MappedTap:
+        slots = self._slots(layer)
+        layout = self._layout(layer)
+        parts = {}
+        for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
+            record = reader[record_name(expert)][...]
+            parts[expert] = {name: part.to(self.job.device) for name, part in view(layout, record).items()}
+        return MappedTap(slots, parts, None)
+
+    def _compare(self, original: StreamedModel, package: StreamedModel, after: Stream) -> dict[str, Any]:
+        before = open_stream(
+            original, self.job.held_out, self.journal.load_hidden("original", 0)["held_out"]
+        )
+        tracker = ReceiptTracker(self.job.held_out)
+        for row in range(self.job.held_out.ids.shape[0]):
+            tracker.add(
+                row,
+                sequence_logits(original, self.job.held_out, before, row),
+                sequence_logits(package, self.job.held_out, after, row),
+            )
+        return tracker.result()
+
+    # -- shared --------------------------------------------------------------------------------------------------
+
+    def _streamed(self, index: CheckpointIndex, reader: ShardReader) -> StreamedModel:
+        source = getattr(torch, self.job.anatomy.dtype)
+        experts = self.job.anatomy.moe_layers[0].experts
+        assert experts is not None
+        model = StreamedModel(
+            self.job.config,
+            list(index.tensors),
+            lambda keys: {key: reader[key] for key in keys},
+            dtype=compute_dtype(self.job.device, source),
+            experts_dtype=getattr(torch, experts.parts[0].dtype),
+            device=self.job.device,
+            experts_implementation=IMPLEMENTATION,
+        )
+        return model
+
+    def _open_streams(
+        self, model: StreamedModel, sets: Mapping[str, TokenSet], phase: str
+    ) -> dict[str, Stream]:
+        with self.clock.part("read"):
+            model.load_outside()
+        hidden = self.journal.load_hidden(phase, self.journal.done) if self.journal.done else {}
+        with self.clock.part("attention"):
+            return {name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()}
+
+    def _loaded(self, model: StreamedModel, index: int, *, with_experts: bool) -> _TimedLayer:
+        return _TimedLayer(model, index, with_experts, self.clock)
+
+    def _layer_done(self, phase: str, index: int, streams: Mapping[str, Stream]) -> None:
+        with self.clock.part("journal"):
+            self.journal.save_hidden(phase, index + 1, {name: stream.hidden for name, stream in streams.items()})
+            self._save(phase, index + 1)
+            self.journal.drop_hidden(phase, index)
+            if index in self._scope_of and index == self._scope_of[index][-1]:
+                for layer in self._scope_of[index][:-1]:
+                    self._scratch(layer).unlink(missing_ok=True)
+        self._done_here += 1
+
+    def _save(self, phase: str, done: int) -> None:
+        self.journal.phase, self.journal.done = phase, done
+        self.journal.seconds = dict(self.clock.seconds)
+        self.journal.save()
+
+    def _announce(self, stage: str, layer: int) -> None:
+        left = None
+        if self._done_here:
+            per_layer = (time.perf_counter() - self._started) / self._done_here
+            # A layer of the receipt runs the held-out tokens only.
+            share = self.job.held_out.ids.numel() / (self.job.held_out.ids.numel() + self.job.train.ids.numel())
+            rest = self._layers - layer
+            left = per_layer * (rest + (share * self._layers if stage == "calibrate" else 0))
+        self._progress(Progress(stage, layer, self._layers, f"layer {layer + 1}", left, _in_use(self.job.device)))
+
+    def _note(self, written: WrittenFile) -> None:
+        self.journal.files[written.name] = written.entry()
+
+    def _scratch(self, layer: int) -> Path:
+        return self.work / f"experts-{layer:05d}.safetensors"
+
+    def _experts(self, layer: int) -> ExpertsAnatomy:
+        experts = self.job.anatomy.layers[layer].experts
+        assert experts is not None
+        return experts
+
+    def _layout(self, layer: int) -> RecordLayout:
+        dtype = {"bf16": "bfloat16"}.get(self.job.precision)
+        return make_layout(
+            [(part.name, part.shape, dtype or part.dtype) for part in self._experts(layer).parts],
+            self.job.precision,
+        )
+
+    def _statistics_of(self, layer: int) -> LayerStatistics:
+        return LayerStatistics.from_json(self.journal.statistics[str(layer)])
+
+    def _slots(self, layer: int) -> tuple[SlotRecord, ...]:
+        return tuple(
+            SlotRecord(ExpertId(*prototype) if prototype else None, scale, constant)
+            for prototype, scale, constant in self.journal.decisions[str(layer)]
+        )
+
+    def _manifest(self) -> Manifest:
+        layers = [layer.index for layer in self.job.anatomy.moe_layers]
+        slots = {layer: self._slots(layer) for layer in layers}
+        carried: dict[ExpertId, float] = {}
+        total = sum(sum(self._statistics_of(layer).gates) for layer in layers) or 1.0
+        for layer in layers:
+            for record, gates in zip(slots[layer], self._statistics_of(layer).gates, strict=True):
+                if record.prototype is not None:
+                    carried[record.prototype] = carried.get(record.prototype, 0.0) + gates
+        layouts: list[RecordLayout] = []
+        entries = []
+        for expert in sorted(_expert_of(name) for name in self.journal.offsets):
+            layout = self._layout(expert.layer)
+            if layout not in layouts:
+                layouts.append(layout)
+            file, offset = self.journal.offsets[record_name(expert)]
+            weight = carried.get(expert, 0.0) / total
+            entries.append(PrototypeEntry(expert, file, offset, layouts.index(layout), weight))
+        return Manifest(
+            source=dict(self.job.source),
+            method=self.job.method,
+            rate=self.job.rate,
+            scope=self.job.scope,
+            precision=self.job.precision,
+            layouts=tuple(layouts),
+            prototypes=tuple(entries),
+            slots=slots,
+            files=dict(sorted(self.journal.files.items())),
+            plan=dict(self.job.plan),
+            receipt=self.journal.receipt,
+            tool_version=self.job.tool_version,
+        )
+
+
+class _TimedLayer:
+    """A loaded layer whose reading is timed."""
+
+    def __init__(self, model: StreamedModel, index: int, with_experts: bool, clock: Clock) -> None:
+        self._context = model.layer(index, with_experts=with_experts)
+        self._clock = clock
+
+    def __enter__(self) -> nn.Module:
+        with self._clock.part("read"):
+            return self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+
+
+def _expert_of(name: str) -> ExpertId:
+    _, layer, expert = name.split(".")
+    return ExpertId(int(layer), int(expert))
+
+
+def _in_use(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,82 @@
+"""What calibration saw: per routed expert, how much it contributed.
+
+ConMoE, section 3.2, "contribution":
+
+    a_e = (1 / N_e) * sum over t in D_e of g_e(t) * ||f_e(h_t)||_2,    a_e = 0 where N_e = 0
+
+with D_e the tokens whose router chose e, N_e their number, g_e(t) the coefficient with which the model multiplies the
+expert's output (after top-k, renormalisation, scaling), f_e(h_t) the output before it. Padding is not counted.
+
+Accumulators are float64 on the host: 3 numbers an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """Sums over the calibration tokens of one MoE layer, one entry an expert.
+
+    ``weighted_norms`` = sum of g * ||f||, ``gates`` = sum of g, ``counts`` = N_e.
+    """
+
+    weighted_norms: tuple[float, ...]
+    gates: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def contribution(self) -> Tensor:
+        """[E] float64: a_e of every expert."""
+        sums = torch.tensor(self.weighted_norms, dtype=torch.float64)
+        counts = torch.tensor(self.counts, dtype=torch.float64)
+        return torch.where(counts > 0, sums / counts.clamp(min=1), torch.zeros_like(sums))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; floats survive JSON exactly."""
+        return {"weighted_norms": list(self.weighted_norms), "gates": list(self.gates), "counts": list(self.counts)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LayerStatistics:
+        """The inverse of ``to_json``."""
+        return cls(tuple(value["weighted_norms"]), tuple(value["gates"]), tuple(value["counts"]))
+
+
+class StatisticsTracker:
+    """Accumulates ``LayerStatistics`` while a layer runs."""
+
+    def __init__(self, experts: int) -> None:
+        self._weighted = torch.zeros(experts, dtype=torch.float64)
+        self._gates = torch.zeros(experts, dtype=torch.float64)
+        self._counts = torch.zeros(experts, dtype=torch.int64)
+
+    def add(self, expert: int, gates: Tensor, outputs: Tensor, keep: Tensor | None) -> None:
+        """Count the tokens that one expert got.
+
+        Args:
+            expert: its number in the layer.
+            gates: [n] routing weights.
+            outputs: [n, H] what the expert gave, not yet weighted.
+            keep: [n] bool, false at padding; ``None`` where there is none.
+        """
+        weights = gates.float()
+        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
+        products = weights * norms
+        count = weights.numel()
+        if keep is not None:
+            products = products[keep]
+            weights = weights[keep]
+            count = int(keep.sum())
+        self._weighted[expert] += products.double().sum().cpu()
+        self._gates[expert] += weights.double().sum().cpu()
+        self._counts[expert] += count
+
+    def result(self) -> LayerStatistics:
+        """What was seen so far."""
+        return LayerStatistics(
+            tuple(self._weighted.tolist()), tuple(self._gates.tolist()), tuple(self._counts.tolist())
+        )

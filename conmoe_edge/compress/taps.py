@@ -1,0 +1,124 @@
+"""What runs in place of a layer's experts while a model is streamed.
+
+One function is registered with transformers (``conmoe_fit``); it hands over to the tap that hangs on the experts module:
+``RoutedTap`` computes the layer's own experts and gathers statistics, ``MappedTap`` computes prototypes through the slot
+records of a written package. Both go expert by expert in ascending order, so sums are the same on every run, and convert
+one expert at a time where the weights have another dtype than the activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
+from conmoe_edge.compress.statistics import StatisticsTracker
+from conmoe_edge.model.experts import expert_forward, merge_routes, part_names
+
+IMPLEMENTATION = "conmoe_fit"
+
+
+class Tap:
+    """Base of the taps. ``keep`` [T] marks real tokens of the batch that runs (``None``: all); ``seconds`` adds up."""
+
+    def __init__(self) -> None:
+        self.keep: Tensor | None = None
+        self.seconds = 0.0
+
+    def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H]."""
+        raise NotImplementedError
+
+
+class RoutedTap(Tap):
+    """The layer's own experts. Gathers statistics where a tracker is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracker: StatisticsTracker | None = None
+
+    def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Every expert on the tokens that the router sent to it."""
+        names = part_names(module)
+        experts = getattr(module, names[0]).shape[0]
+        out = torch.zeros_like(hidden)
+        flat = index.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1).tolist()
+        start = 0
+        for expert in range(experts):
+            chosen = order[start : start + counts[expert]]
+            start += counts[expert]
+            if not len(chosen):
+                continue
+            rows = chosen // index.shape[1]
+            gates = weights.reshape(-1)[chosen]
+            value = expert_forward(module, hidden[rows], {name: getattr(module, name)[expert] for name in names})
+            if self.tracker is not None:
+                self.tracker.add(expert, gates, value, None if self.keep is None else self.keep[rows])
+            out.index_add_(0, rows, (value * gates.unsqueeze(-1)).to(out.dtype))
+        return out
+
+
+class MappedTap(Tap):
+    """Prototypes in place of experts, as the slot records of one layer say.
+
+    Args:
+        slots: one record a router slot.
+        prototypes: the parts of every prototype that the layer uses.
+        constants: [n, H] fp32, or ``None``.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[SlotRecord],
+        prototypes: Mapping[ExpertId, Mapping[str, Tensor]],
+        constants: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self._order = sorted(prototypes)
+        number = {expert: position for position, expert in enumerate(self._order)}
+        self._parts = prototypes
+        self._map = torch.tensor([-1 if s.prototype is None else number[s.prototype] for s in slots])
+        self._scales = torch.tensor([s.scale for s in slots], dtype=torch.float32)
+        self._constant_of = torch.tensor([-1 if s.constant is None else s.constant for s in slots])
+        self._constants = constants
+
+    def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """sum over p of alpha_p p(h), plus the gated constants."""
+        device = hidden.device
+        routes = merge_routes(index, weights, self._map.to(device), self._scales.to(device))
+        out = torch.zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
+        for position, number in enumerate(routes.prototypes):
+            span = slice(routes.starts[position], routes.starts[position + 1])
+            rows = routes.rows[span]
+            value = expert_forward(module, hidden[rows], self._parts[self._order[number]])
+            out.index_add_(0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype))
+        if self._constants is not None:
+            chosen = self._constant_of.to(device)[index.clamp(0, len(self._constant_of) - 1)]
+            gates = torch.where((chosen >= 0) & (index < len(self._constant_of)), weights.float(), 0.0)
+            table = self._constants.to(device)[chosen.clamp(min=0)]  # [T, K, H]
+            out += (table * gates.unsqueeze(-1)).sum(1).to(out.dtype)
+        return out.to(hidden.dtype)
+
+
+def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    tap: Tap = module._conmoe_tap  # type: ignore[assignment]
+    start = time.perf_counter()
+    out = tap.forward(module, hidden, index, weights)
+    tap.seconds += time.perf_counter() - start
+    return out
+
+
+def register() -> None:
+    """Make transformers know the function; calling it again does nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+
+
+def attach(module: nn.Module, tap: Tap) -> None:
+    """Let ``tap`` compute the experts of ``module``."""
+    module._conmoe_tap = tap  # type: ignore[assignment]

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One target. ``memory`` and ``reserve`` are of the device tier; ``origin`` says where it lies."""
+    """One target. ``memory`` and ``reserve`` are of the device tier; ``origin`` is its place."""
 
     name: str
     title: str

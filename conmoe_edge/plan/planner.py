@@ -229,7 +229,8 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: _Option, wishes: 
         used = gib(terms + candidate.slots * candidate.record_bytes).removesuffix(" GiB")
         return f"fits unchanged: {used} of {gib(budget.device_bytes)}, nothing is removed"
     if option.meets:
-        wish = f"at least {_percent(wishes.min_resident)} resident"
+        share = wishes.min_resident
+        wish = f"at least {_percent(share)} resident" if share < 1 else "every prototype resident"
         if wishes.speed_floor is not None:
             floor = f"{wishes.speed_floor:g} tokens/s within reach"
             wish = floor if wishes.min_resident == 0 else f"{wish} and {floor}"

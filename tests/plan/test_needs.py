@@ -1,0 +1,67 @@
+"""Every term of the sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conmoe_edge.model.anatomy import KVLayer
+from conmoe_edge.plan.needs import (
+    CUDA_BYTES,
+    PYTHON_BYTES,
+    device_terms,
+    fixed_terms,
+    workspace_bytes,
+)
+from conmoe_edge.units import GIB, KIB
+
+
+def test_olmoe_against_known_sums(olmoe):
+    assert olmoe.experts_bytes == 12 * GIB
+    assert olmoe.dense_bytes / GIB == pytest.approx(0.89, abs=0.005)
+    assert olmoe.kv_bytes(1) == 128 * KIB
+    assert olmoe.kv_bytes(4096) == GIB // 2
+
+
+@pytest.mark.parametrize(("device", "first"), [("cpu", PYTHON_BYTES), ("cuda", CUDA_BYTES)])
+def test_terms_of_olmoe(olmoe, device, first):
+    terms = device_terms(olmoe, device, 4096, 12 << 20, 1000, 32)
+    assert [term.nbytes for term in terms] == [first, olmoe.dense_bytes, GIB // 2, 1000, 24 << 20]
+    assert [term for term in terms if term.name != "Workspace"] == list(
+        fixed_terms(olmoe, device, 4096, 12 << 20)
+    )
+    assert terms[2].name == "KV cache (4,096 tokens)"
+
+
+def test_workspace_by_hand(olmoe):
+    tokens, context, hidden, width, top_k = 512, 4096, 2048, 1024, 8
+    expected = 10 * tokens * hidden * 2
+    expected += tokens * top_k * (3 * width + hidden) * 2
+    expected += 3 * tokens * 64 * 4
+    expected += 2 * hidden * 2 * context  # one layer's cache, copied as it grows
+    expected += 4 * tokens * context
+    expected += 50304 * (4 + 2)
+    assert workspace_bytes(olmoe, "cuda", context, tokens) == expected
+    assert workspace_bytes(olmoe, "cpu", context, tokens) == expected + 3 * hidden * width * 4
+
+
+def test_grouped_heads_count_repeated(olmoe):
+    grouped = replace(olmoe, kv=tuple(KVLayer(per_token=2048) for _ in olmoe.layers))
+    many = workspace_bytes(olmoe, "cuda", 4096, 32) - 8192 * 4096
+    assert workspace_bytes(grouped, "cuda", 4096, 32) == many + 4096 * (2048 + 4 * 2048 * 2)
+
+
+def test_windows_and_linear_attention_bound_the_copy(olmoe):
+    whole = workspace_bytes(olmoe, "cuda", 4096, 32)
+    windowed = replace(olmoe, kv=tuple(KVLayer(per_token=8192, window=128) for _ in olmoe.layers))
+    assert workspace_bytes(windowed, "cuda", 4096, 32) == whole - 8192 * (4096 - 128)
+    linear = replace(olmoe, kv=tuple(KVLayer(per_token=0, constant=9999) for _ in olmoe.layers))
+    assert workspace_bytes(linear, "cuda", 4096, 32) == whole - 8192 * 4096
+
+
+def test_workspace_grows_with_chunk_and_context(olmoe):
+    sizes = [workspace_bytes(olmoe, "cpu", 4096, chunk) for chunk in range(32, 513, 32)]
+    assert sizes == sorted(set(sizes))
+    sizes = [workspace_bytes(olmoe, "cpu", context, 32) for context in (128, 1024, 4096)]
+    assert sizes == sorted(set(sizes))

@@ -1,0 +1,163 @@
+"""Between transformers' loading and the runtime: take the experts out, build the runtime afterwards.
+
+``begin_loading`` works on the model on the meta device, before any weight is read; ``finish_loading`` runs when the dense
+weights are where they belong, measures them, asks the plan's arithmetic how many cache slots the budget leaves, and allocates.
+Peak memory: dense weights, slots and what the plan's terms name; never two copies of an expert.
+Raises ``PackageError`` where manifest and model do not describe the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, load_manifest
+from conmoe_edge.errors import PackageError
+from conmoe_edge.integrations.memory_plan import default_context, plan_memory
+from conmoe_edge.integrations.options import current_options, device_of
+from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.context import guard_context
+from conmoe_edge.offload.experts import HANDLE, LayerHandle, conmoe_experts_forward
+from conmoe_edge.offload.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPERTS_FUNCTION = "conmoe"
+_AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
+
+
+@dataclass(slots=True)
+class Loading:
+    """What is known between the two steps."""
+
+    folder: Path
+    manifest: Manifest
+    device: torch.device
+    handles: tuple[LayerHandle, ...]
+
+
+def begin_loading(
+    model: PreTrainedModel, checkpoint_files: Sequence[str], device_map: dict[str, Any] | None
+) -> Loading:
+    """Remove the routed experts from a meta model and give each layer its handle."""
+    if not checkpoint_files:
+        raise PackageError("The package has no dense weights.", "model.safetensors.index.json names none", _AGAIN)
+    folder = Path(checkpoint_files[0]).parent
+    manifest = load_manifest(folder)
+    register_experts_function()
+    experts = find_experts(model)
+    if sorted(experts) != sorted(manifest.slots):
+        raise PackageError(
+            f"The package in {folder} does not match its config.json.",
+            f"the model has routed experts in layers {sorted(experts)}, the manifest in {sorted(manifest.slots)}",
+            _AGAIN,
+        )
+    constants = _read_constants(folder, manifest)
+    handles = []
+    for layer, (_, module) in experts.items():
+        names = part_names(module)
+        _check_shapes(folder, manifest, layer, module, names)
+        for name in names:
+            delattr(module, name)
+        module._is_hf_initialized = True  # type: ignore[assignment]
+        with torch.device("cpu"):  # transformers has made meta the default device around this call
+            handle = _make_handle(manifest, layer, constants.get(layer))
+        setattr(module, HANDLE, handle)
+        module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
+        handles.append(handle)
+    return Loading(folder, manifest, device_of(device_map), tuple(handles))
+
+
+def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
+    """Build the runtime beside the dense weights, as ``model.conmoe``."""
+    options = current_options()
+    context = options.context or default_context(model.config, loading.manifest)
+    memory = plan_memory(model, loading.manifest, loading.device, options, context)
+    runtime = Runtime(
+        loading.folder,
+        loading.manifest,
+        loading.handles,
+        loading.device,
+        budget=memory.budget,
+        context=context,
+        prefill_chunk=memory.prefill_chunk,
+        slots=memory.slots,
+        progress=options.progress,
+    )
+    model.conmoe = runtime  # type: ignore[assignment]
+    guard_context(model, context)
+
+
+def register_experts_function() -> None:
+    """Make ``conmoe`` known as an experts implementation; calling it again does nothing."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if EXPERTS_FUNCTION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
+
+
+def _make_handle(manifest: Manifest, layer: int, constants: Tensor | None) -> LayerHandle:
+    number = {entry.id: i for i, entry in enumerate(manifest.prototypes)}
+    slots = manifest.slots[layer]
+    scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float32)
+    rows = [-1 if slot.constant is None else slot.constant for slot in slots]
+    if constants is None and max(rows) >= 0 or constants is not None and max(rows) >= len(constants):
+        raise PackageError(
+            f"{CONSTANTS_FILE} is damaged.", f"layer {layer} has fewer constants than its slots name", _AGAIN
+        )
+    return LayerHandle(
+        layer=layer,
+        slot_map=torch.tensor([-1 if slot.prototype is None else number[slot.prototype] for slot in slots]),
+        scales=None if bool((scales == 1.0).all()) else scales,
+        constants=constants if max(rows) >= 0 else None,
+        constant_of=torch.tensor(rows) if max(rows) >= 0 else None,
+    )
+
+
+def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:
+    """Layer -> [C, H] fp32; empty where no slot has a constant."""
+    if not any(slot.constant is not None for row in manifest.slots.values() for slot in row):
+        return {}
+    found = {}
+    try:
+        with torch.device("cpu"), safe_open(folder / CONSTANTS_FILE, framework="pt") as file:
+            for layer in manifest.slots:
+                if f"constants.{layer}" in file.keys():  # noqa: SIM118  (the handle is no mapping)
+                    found[layer] = file.get_tensor(f"constants.{layer}").float()
+    except (SafetensorError, OSError) as error:
+        raise PackageError(f"{folder / CONSTANTS_FILE} cannot be read.", str(error)[:200], _AGAIN) from error
+    return found
+
+
+def _check_shapes(
+    folder: Path, manifest: Manifest, layer: int, module: nn.Module, names: Sequence[str]
+) -> None:
+    """The records that this layer uses hold what its experts module expects."""
+    wanted: Mapping[str, tuple[int, ...]] = {name: tuple(getattr(module, name).shape) for name in names}
+    slots = manifest.slots[layer]
+    count = next(iter(wanted.values()))[0]
+    if len(slots) != count:
+        raise PackageError(
+            f"The package in {folder} does not match its config.json.",
+            f"layer {layer} has {count} router slots, the manifest describes {len(slots)}",
+            _AGAIN,
+        )
+    used = {slot.prototype for slot in slots if slot.prototype is not None}
+    for layout in sorted({entry.layout for entry in manifest.prototypes if entry.id in used}):
+        parts = {part.name: part.shape for part in manifest.layouts[layout].parts}
+        for name in names:
+            if parts.get(name) != wanted[name][1:]:
+                raise PackageError(
+                    f"The package in {folder} does not match its config.json.",
+                    f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, its records hold "
+                    f"{list(parts.get(name, ()))}",
+                    _AGAIN,
+                )

@@ -1,0 +1,95 @@
+"""Open a package as a transformers model: the door behind ``conmoe_edge.load``.
+
+In: a folder that ``fit`` wrote. Out: a model whose ``generate`` works, with its runtime as ``model.conmoe``. Opens no socket.
+Peak memory: the dense weights, the cache slots and the plan's other terms. Raises ``PackageError`` for a package that is
+damaged, ``DoesNotFit`` where the budget holds no prototype, ``UsageError`` for a device that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from conmoe_edge.checkpoint.manifest_io import verify_package
+from conmoe_edge.errors import PackageError, UsageError
+from conmoe_edge.integrations.options import LoadOptions, loading
+from conmoe_edge.memory.budget import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
+
+
+def load_package(
+    path: Path | str,
+    *,
+    budget: Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    slots: tuple[int, ...] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreTrainedModel:
+    """Load the package in ``path``.
+
+    Args:
+        path: the folder.
+        budget: what may be used; by default what the package was planned for.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the budget's, else a GPU where there is one.
+        context: tokens to keep room for; by default what the package was planned for.
+        dtype: of the computation; by default the checkpoint's own.
+        slots: cache slots of every record layout, instead of what the budget gives.
+        progress: called with (records read, records to read) while the slots are filled.
+    """
+    folder = Path(path)
+    verify_package(folder)
+    where = _device(device, budget)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with loading(LoadOptions(budget=budget, context=context, slots=slots, progress=progress)):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=dtype or "auto",
+                device_map={"": where} if where.type != "cpu" else None,
+            )
+    except (SafetensorError, OSError) as error:
+        raise PackageError(f"The dense weights in {folder} cannot be read.", str(error).strip()[:200], _AGAIN) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    _check_complete(model, folder)
+    return model
+
+
+def _device(device: str | None, budget: Budget | None) -> torch.device:
+    word = device or (budget.device if budget is not None else None)
+    if word is None:
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(word)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "There is no GPU that torch can use here.",
+            "the package was asked for on a GPU",
+            "--device cpu, and a --gpu SIZE that this machine's RAM holds",
+        )
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def _check_complete(model: PreTrainedModel, folder: Path) -> None:
+    """Every dense weight came from the package."""
+    missing = sorted(name for name, tensor in model.named_parameters() if tensor.is_meta)
+    if missing:
+        raise PackageError(f"{folder} is incomplete.", f"it has no weights for {missing[0]}", _AGAIN)

@@ -1,0 +1,120 @@
+"""How much of the budget goes to cache slots when a package is opened.
+
+The same arithmetic as the plan's, with two figures that are known better now: the dense weights are there and are measured,
+and the cache is weighed in the dtype that was loaded.
+
+The prefill chunk is the package's, not the budget's: the number of tokens in one forward is the one thing that could change
+the last bit of a sum, so that a smaller budget has fewer slots rather than a smaller chunk. Only where not even one slot a
+layer would be left does the chunk shrink.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.errors import PackageError
+from conmoe_edge.integrations.options import LoadOptions
+from conmoe_edge.memory.budget import Budget, DeviceKind
+from conmoe_edge.memory.resolve import resolve_budget
+from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.probe import probe
+from conmoe_edge.offload.quota import slots_for
+from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
+from conmoe_edge.plan.plan import Plan
+from conmoe_edge.plan.serialise import plan_from_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The budget that holds, the slots of every record layout, the prefill chunk."""
+
+    budget: Budget
+    slots: tuple[int, ...]
+    prefill_chunk: int
+
+
+def plan_memory(
+    model: PreTrainedModel,
+    manifest: Manifest,
+    device: torch.device,
+    options: LoadOptions,
+    context: int,
+) -> Memory:
+    """Divide the budget for a model whose dense weights are loaded.
+
+    Raises:
+        DoesNotFit: the budget holds no prototype.
+    """
+    kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
+    planned = planned_by(manifest)
+    budget = options.budget or default_budget(planned, kind)
+    wished = planned.prefill_chunk if planned is not None else MAX_CHUNK
+    counts = [0] * len(manifest.layouts)
+    for entry in manifest.prototypes:
+        counts[entry.layout] += 1
+    if options.slots is not None:
+        return Memory(budget, tuple(options.slots), min(wished, context))
+    anatomy = _anatomy(model)
+    records = [(layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)]
+    largest = max(nbytes for nbytes, _ in records)
+    fixed = sum(term.nbytes for term in fixed_terms(anatomy, kind, context, largest))
+    floor = min(sum(counts), len(anatomy.moe_layers)) * largest
+    chunk = min(wished, context)
+    while chunk > MIN_CHUNK:
+        if fixed + workspace_bytes(anatomy, kind, context, chunk) + floor <= budget.device_bytes:
+            break
+        chunk = max(MIN_CHUNK, chunk // 2)
+    fixed += workspace_bytes(anatomy, kind, context, chunk)
+    return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk)
+
+
+def planned_by(manifest: Manifest) -> Plan | None:
+    """The plan that the package was made by; ``None`` where there is none that this version reads."""
+    if not manifest.plan:
+        return None
+    try:
+        return plan_from_json(manifest.plan)
+    except PackageError:
+        # For readers, says the manifest's contract: a plan from another version is no reason not to run.
+        return None
+
+
+def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
+    """What the package was planned for where that is this kind of device and there is as much; else what is free here."""
+    here = resolve_budget("auto", kind)
+    if planned is None or planned.budget.device != kind or planned.budget.device_bytes > here.device_bytes:
+        return here
+    return planned.budget
+
+
+def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
+    """The planned context; else a usual one, as far as the model goes."""
+    planned = planned_by(manifest)
+    if planned is not None:
+        return planned.context
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT
+    return min(int(longest), DEFAULT_CONTEXT)
+
+
+def _anatomy(model: PreTrainedModel) -> ModelAnatomy:
+    """The anatomy of a loaded model: from its config in the dtype it was loaded with, dense bytes as they are."""
+    config = copy.deepcopy(model.config)
+    for one in {id(c): c for c in (config, config.get_text_config())}.values():
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    config.dtype = model.dtype
+    anatomy = probe(config)
+    seen = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}  # tied ones once
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+    layers = tuple(replace(layer, dense_bytes=0) for layer in anatomy.layers)
+    return replace(anatomy, layers=layers, outside_bytes=dense)

@@ -1,0 +1,84 @@
+"""What a load may use: options that travel beside ``from_pretrained``, which has no room for them.
+
+``with loading(LoadOptions(...)): AutoModelForCausalLM.from_pretrained(folder)``. The options belong to the running context
+(thread or task) and are gone after the block. Without them the package's own plan and the caller's ``device_map`` decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.budget import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Attributes:
+    budget: what may be used; ``None`` for what the package was planned for.
+    context: tokens of key-value cache to keep room for; ``None`` for what was planned.
+    slots: cache slots of every record layout instead of what the budget gives.
+    progress: called with (records read, records to read).
+    """
+
+    budget: Budget | None = None
+    context: int | None = None
+    slots: Sequence[int] | None = None
+    progress: Callable[[int, int], None] | None = None
+
+
+_OPTIONS: ContextVar[LoadOptions] = ContextVar("conmoe_load_options")
+
+
+@contextmanager
+def loading(options: LoadOptions) -> Iterator[None]:
+    """Use ``options`` for the packages that are opened inside the block."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+def current_options() -> LoadOptions:
+    """The options of the running load."""
+    return _OPTIONS.get(LoadOptions())
+
+
+def one_device(device_map: Any) -> dict[str, Any] | None:
+    """The device map of a package: a single device; ``None`` (transformers' default) is the CPU.
+
+    Raises:
+        UsageError: the map spreads the model over several devices or the disk.
+    """
+    if device_map is None:
+        return None
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
+    if not isinstance(device_map, dict):
+        return {"": device_map}
+    devices = {str(device) for device in device_map.values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise UsageError(
+            "A package runs on one device.",
+            f"device_map names {', '.join(sorted(devices))}",
+            "device_map={'': 'cuda:0'} or conmoe_edge.load(DIR, budget='8GB'): the runtime does the offloading",
+        )
+    return {"": next(iter(device_map.values()))}
+
+
+def device_of(device_map: dict[str, Any] | None) -> torch.device:
+    """The device that a one-device map names."""
+    if not device_map:
+        return torch.device("cpu")
+    value = next(iter(device_map.values()))
+    device = torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,90 @@
+"""The quantizer ``conmoe``: how ``from_pretrained`` opens a package.
+
+Before weights are loaded it takes the fused parameters of the routed experts out of the (meta) model, so that transformers
+neither expects nor initialises them, and hangs a ``LayerHandle`` on each experts module; afterwards it builds the runtime,
+``model.conmoe``. Everything else, the dense weights above all, is transformers' own loading.
+
+transformers imports this file while it is being imported itself, so at the top there are its two base classes and nothing
+that needs more of it. Raises ``PackageError`` where package and model disagree, ``DoesNotFit`` where the budget is too small.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from conmoe_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+
+class ConmoeConfig(QuantizationConfigMixin):
+    """``quantization_config`` in a package's ``config.json``. All else is in ``conmoe.json``."""
+
+    def __init__(self, quant_method: str = "conmoe", format_version: int = 1, **unknown: Any) -> None:
+        """``unknown`` are fields of later formats; the manifest's version decides whether the package can be read."""
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format_version = format_version
+
+
+class ConmoeQuantizer(HfQuantizer):
+    """Opens a package. Budget, device and context come from ``load_options``; without them the package's own plan."""
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._loading: Any = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what a package is not: something to make on the fly out of a plain checkpoint."""
+        if not self.pre_quantized:
+            raise UsageError(
+                "A plain checkpoint cannot be consolidated while it is loaded.",
+                "consolidating needs calibration",
+                "Make a package first: conmoe-edge fit MODEL --out DIR",
+            )
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
+        """One device: the prototypes are where the router is."""
+        from conmoe_edge.integrations.options import one_device
+
+        return one_device(device_map)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from conmoe_edge.integrations.attach import begin_loading
+
+        self._loading = begin_loading(
+            model, kwargs.get("checkpoint_files") or (), kwargs.get("device_map")
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from conmoe_edge.integrations.attach import finish_loading
+
+        loading, self._loading = self._loading, None
+        finish_loading(model, loading)
+
+    def is_serializable(self) -> bool:
+        """False: a package is a folder that is copied, not a state dict."""
+        _LOG.warning(
+            "A consolidated model is not saved by save_pretrained: its prototypes live in the package. Copy the package's "
+            "folder, or make another one with `conmoe-edge fit`."
+        )
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: prototypes are read-only bytes."""
+        return False
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        raise UsageError(
+            "A consolidated model cannot be turned back.",
+            "the experts that were removed are gone",
+            "Load the original checkpoint instead.",
+        )

@@ -1,0 +1,44 @@
+"""The context that the memory was planned for is a hard limit: nobody's cache grows beyond it unnoticed.
+
+``guard_context`` adds a check in front of every forward of a model. It raises ``ContextFull`` before a forward whose
+key-value cache would hold more tokens (over all sequences of a batch) than were planned; nothing is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from conmoe_edge.errors import ContextFull
+
+
+def guard_context(model: nn.Module, context: int) -> None:
+    """Check every forward of ``model`` that uses a cache against ``context`` tokens."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache") is False:
+            return
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else None
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return
+        cache = kwargs.get("past_key_values")
+        held = 0 if cache is None else int(cache.get_seq_length())
+        needed = tokens.shape[0] * (held + tokens.shape[1])
+        if needed > context:
+            raise context_full(needed, context)
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def context_full(needed: int, context: int) -> ContextFull:
+    """The error for ``needed`` tokens where ``context`` were planned."""
+    return ContextFull(
+        f"The conversation needs {needed} tokens, and the memory was planned for {context}.",
+        "nothing was cut",
+        f"Start a new conversation, or load with room for more: --context {-(-needed // 1024) * 1024}",
+    )

@@ -1,0 +1,227 @@
+"""The runtime of a loaded package: ``model.conmoe``.
+
+It owns everything that the experts function needs: the files, the cache slots, the transfer, the arithmetic's scratch; it
+knows the budget, counts what happens and can give memory back. Memory on the device: the slot pools (``slots_for``), one
+expert of scratch. Raises ``PackageError`` for damaged records, ``DoesNotFit`` and ``OutOfMemory`` where memory is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.offload.arithmetic import Machine, Scratch
+from conmoe_edge.offload.experts import LayerHandle
+from conmoe_edge.offload.host_tier import HostTier
+from conmoe_edge.offload.quota import halved, slots_for
+from conmoe_edge.offload.residency import Residency
+from conmoe_edge.offload.slots import SlotPool
+from conmoe_edge.offload.store import RecordStore
+from conmoe_edge.offload.transfer import DirectTransfer, StagedTransfer, Transfer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStats:
+    """What happened since the start or the last reset, and what is held now.
+
+    Attributes:
+        hits, misses: prototypes that were resident when a layer asked for them, or had to be read.
+        bytes_read: bytes of records that were brought to the device.
+        prototypes: how many the package has.
+        resident: how many of them the slots hold at once.
+        slots, slot_bytes: the cache slots and their memory.
+        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on a GPU).
+        memory_budget: the budget's ceiling; ``None`` where none was given.
+        device: ``cpu``, ``cuda:0``.
+    """
+
+    hits: int
+    misses: int
+    bytes_read: int
+    prototypes: int
+    resident: int
+    slots: int
+    slot_bytes: int
+    memory_used: int
+    memory_budget: int | None
+    device: str
+
+    @property
+    def resident_share(self) -> float:
+        """Share of the prototypes that the slots hold at once."""
+        return self.resident / self.prototypes if self.prototypes else 1.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the requests that found their prototype resident; 1 before the first request."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+
+class Runtime:
+    """What the experts function computes with. Built once a model, after its dense weights are loaded."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        handles: Sequence[LayerHandle],
+        device: torch.device,
+        *,
+        budget: Budget | None = None,
+        fixed_bytes: int = 0,
+        context: int,
+        prefill_chunk: int = 512,
+        slots: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Allocate the slots and read what they hold.
+
+        Args:
+            folder: the package.
+            manifest: its manifest, verified.
+            handles: one a layer; their tables move to ``device`` and they learn of this runtime.
+            device: where the compute happens.
+            budget: what may be used; without one every prototype gets a slot.
+            fixed_bytes: what everything but the prototypes needs on the device.
+            context: tokens that the key-value cache is planned for.
+            prefill_chunk: most tokens of one forward.
+            slots: slots of every layout, instead of what the budget would give.
+            progress: called with (records read, records to read) at start.
+        """
+        self.folder = folder
+        self.manifest = manifest
+        self.device = device
+        self.budget = budget
+        self.context = context
+        self.prefill_chunk = prefill_chunk
+        self.machine = Machine.here(device)
+        self.scratch = Scratch(device)
+        self.closed = False
+        self._before = (0, 0, 0)  # hits, misses, bytes of residencies that were given up
+        self._slots = tuple(slots) if slots is not None else self._quota(fixed_bytes)
+        everything = sum(
+            manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
+        ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
+        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second copy there.
+        self._store = RecordStore(
+            folder,
+            manifest.prototypes,
+            manifest.layouts,
+            keep_cached=device.type != "cpu" or not everything,
+        )
+        self._host: HostTier | None = None
+        try:
+            self._transfer = self._make_transfer()
+            self.residency = self._make_residency(progress)
+        except BaseException:
+            self._store.close()
+            raise
+        for handle in handles:
+            handle.to(device)
+            handle.runtime = self
+
+    def stats(self) -> RuntimeStats:
+        """The counters and what is held now."""
+        hits, misses, read = self._before
+        return RuntimeStats(
+            hits=hits + self.residency.hits,
+            misses=misses + self.residency.misses,
+            bytes_read=read + self.residency.bytes_read,
+            prototypes=len(self.manifest.prototypes),
+            resident=self.residency.resident_count,
+            slots=self.residency.slots,
+            slot_bytes=self.residency.nbytes,
+            memory_used=self._memory_used(),
+            memory_budget=None if self.budget is None else self.budget.device_bytes,
+            device=str(self.device),
+        )
+
+    def reset_stats(self) -> None:
+        """Count from zero."""
+        self._before = (0, 0, 0)
+        self.residency.reset_counts()
+
+    def retreat(self) -> bool:
+        """After memory ran out: go on with half the slots. False where nothing can be given up.
+
+        The caller must have let go of the error first; its traceback holds on to the memory.
+        """
+        fewer = halved(self._slots)
+        if fewer is None:
+            return False
+        hits, misses, read = self._before
+        old = self.residency
+        self._before = (hits + old.hits, misses + old.misses, read + old.bytes_read)
+        old.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._slots = fewer
+        self.residency = self._make_residency(None)
+        return True
+
+    def close(self) -> None:
+        """Give memory, threads and files back; the model cannot compute afterwards."""
+        if self.closed:
+            return
+        self.closed = True
+        self.residency.close()
+        self._transfer.close()
+        if self._host is not None:
+            self._host.close()
+        self._store.close()
+
+    def _quota(self, fixed_bytes: int) -> tuple[int, ...]:
+        counts = [0] * len(self.manifest.layouts)
+        for entry in self.manifest.prototypes:
+            counts[entry.layout] += 1
+        if self.budget is None:
+            return tuple(counts)
+        records = [(layout.nbytes, n) for layout, n in zip(self.manifest.layouts, counts, strict=True)]
+        return slots_for(self.budget.device_bytes, fixed_bytes, records)
+
+    def _make_transfer(self) -> Transfer:
+        if self.device.type == "cpu":
+            return DirectTransfer(self._store)
+        largest = max(layout.nbytes for layout in self.manifest.layouts)
+        host_bytes = 0 if self.budget is None else self.budget.host_bytes or 0
+        by_weight = sorted(
+            range(len(self.manifest.prototypes)),
+            key=lambda n: (-self.manifest.prototypes[n].weight, n),
+        )
+        if sum(self._slots) < len(by_weight):
+            self._host = HostTier(self._store, by_weight, host_bytes)
+        return StagedTransfer(self._store, self.device, largest, self._host)
+
+    def _make_residency(self, progress: Progress | None) -> Residency:
+        """Pools of the present number of slots, or of fewer where even those cannot be had."""
+        while True:
+            pools: list[SlotPool] = []
+            try:
+                for layout, count in zip(self.manifest.layouts, self._slots, strict=True):
+                    pools.append(SlotPool(layout, count, self.device))
+                break
+            except OutOfMemory:
+                for pool in pools:
+                    pool.close()
+                fewer = halved(self._slots)
+                if fewer is None:
+                    raise
+                self._slots = fewer
+        residency = Residency(self.manifest.prototypes, pools, self._transfer)
+        residency.preload(progress)
+        return residency
+
+    def _memory_used(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return psutil.Process().memory_info().rss

@@ -1,0 +1,89 @@
+"""The device memory of the runtime: one uint8 pool per record layout, cut into cache slots of one record each.
+
+A pool is allocated once, before anything else competes for the memory, and never grows, so the budget is known to the
+byte and nothing fragments. On the CPU the pool is an anonymous mapping: page-aligned, so that a record can be read from
+disk straight into its slot, and touched at once, so that missing memory shows at start and not in the middle of an
+answer. On a GPU it is one tensor of torch's allocator.
+
+Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned as well.
+Raises ``OutOfMemory`` where the pool cannot be had.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.manifest import RecordLayout
+from conmoe_edge.checkpoint.records import view
+from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.units import gib
+
+_PAGE = 4096
+_HUGE_FROM = 64 << 20  # below this, whole huge pages waste more than they save
+
+
+class SlotPool:
+    """``slots`` buffers of one record each on ``device``."""
+
+    def __init__(self, layout: RecordLayout, slots: int, device: torch.device) -> None:
+        self.layout = layout
+        self.slots = slots
+        self.device = device
+        self.nbytes = slots * layout.nbytes
+        self._memory: Tensor | None = _allocate(self.nbytes, device)
+        self._views: list[Mapping[str, Tensor] | None] = [None] * slots
+
+    def record(self, slot: int) -> Tensor:
+        """The raw bytes of a slot: uint8 [record bytes]."""
+        assert self._memory is not None, "the pool is closed"
+        start = slot * self.layout.nbytes
+        return self._memory[start : start + self.layout.nbytes]
+
+    def parts(self, slot: int) -> Mapping[str, Tensor]:
+        """The typed tensors of the record in a slot, by parameter name; views, made once a slot."""
+        views = self._views[slot]
+        if views is None:
+            views = view(self.layout, self.record(slot))
+            self._views[slot] = views
+        return views
+
+    def close(self) -> None:
+        """Give the memory back; views that are still held keep it alive."""
+        self._views = []
+        self._memory = None
+
+
+def _allocate(nbytes: int, device: torch.device) -> Tensor:
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    if device.type != "cpu":
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(nbytes, str(device)) from error
+    return host_buffer(nbytes)
+
+
+def host_buffer(nbytes: int) -> Tensor:
+    """Page-aligned, touched uint8 memory on the host, outside the C heap: what is given back goes back to the system."""
+    try:
+        mapping = mmap.mmap(-1, nbytes)
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_memory(nbytes, "cpu") from error
+    if nbytes >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    memory[::_PAGE] = 0
+    return memory
+
+
+def _no_memory(nbytes: int, device: str) -> OutOfMemory:
+    return OutOfMemory(
+        f"{gib(nbytes)} for the prototypes could not be allocated on {device}.",
+        "something else holds the memory, or the budget is larger than what is free",
+        "Close other programs or give a smaller --gpu.",
+    )

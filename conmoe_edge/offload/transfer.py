@@ -1,0 +1,171 @@
+"""How a record gets into its cache slot, and when compute may read it.
+
+Two ways with one interface:
+
+- ``DirectTransfer`` (CPU): worker threads read from disk straight into the slot.
+- ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy stream moves them to
+  the slot. Events order it all: compute waits for *loaded*, the next copy into a slot waits for *free*. Records that
+  ``HostTier`` holds in registered host memory skip disk and ring.
+
+A caller says ``load`` when the policy gave a slot, ``wait`` before the compute that reads it, ``used`` after that compute
+was issued. Memory: the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, nothing on the CPU.
+Errors of a read surface in ``wait``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.offload.host_tier import HostTier
+from conmoe_edge.offload.store import RecordStore
+
+READERS = 3
+RING_RECORDS = 4
+
+Slot = tuple[int, int]  # pool, slot
+
+
+class Transfer(Protocol):
+    """Moves records into slots."""
+
+    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+        """Begin to bring prototype ``number`` into ``target``, the bytes of ``slot``."""
+
+    def wait(self, slot: Slot) -> None:
+        """Return once compute that is issued from now on will see the slot's record."""
+
+    def used(self, slot: Slot) -> None:
+        """Compute that reads the slot has been issued; the slot may be given to another record after it."""
+
+    def drain(self) -> None:
+        """Wait for every load that has begun, whatever became of it."""
+
+    def close(self) -> None:
+        """Drain and let the threads go."""
+
+
+class _Pending:
+    """Loads under way by slot."""
+
+    def __init__(self, readers: int) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
+        self._futures: dict[Slot, Future[None]] = {}
+
+    def start(self, slot: Slot, job: Callable[[], None]) -> None:
+        self._futures[slot] = self._threads.submit(job)
+
+    def wait(self, slot: Slot) -> None:
+        future = self._futures.pop(slot, None)
+        if future is not None:
+            future.result()
+
+    def drain(self) -> None:
+        wait_for_futures(self._futures.values())
+        self._futures.clear()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+class DirectTransfer:
+    """CPU: disk to slot."""
+
+    def __init__(self, store: RecordStore, readers: int = READERS) -> None:
+        self._store = store
+        self._pending = _Pending(readers)
+
+    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+        self._pending.start(slot, lambda: self._store.read_into(number, target))
+
+    def wait(self, slot: Slot) -> None:
+        self._pending.wait(slot)
+
+    def used(self, slot: Slot) -> None:
+        """Nothing to do: on a CPU the compute is over when the call returns."""
+
+    def drain(self) -> None:
+        self._pending.drain()
+
+    def close(self) -> None:
+        self._pending.close()
+
+
+class StagedTransfer:
+    """CUDA: disk or host memory to slot by way of a copy stream."""
+
+    def __init__(
+        self,
+        store: RecordStore,
+        device: torch.device,
+        largest_record: int,
+        host: HostTier | None = None,
+        readers: int = READERS,
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._host = host
+        self._pending = _Pending(readers)
+        self._stream = torch.cuda.Stream(device)
+        self._loaded: dict[Slot, torch.cuda.Event] = {}
+        self._free: dict[Slot, torch.cuda.Event] = {}
+        self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
+        for _ in range(RING_RECORDS):
+            self._ring.put((torch.empty(largest_record, dtype=torch.uint8, pin_memory=True), None))
+
+    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+        # Taken here, on the caller's thread: the compute that still reads the slot was issued before this load.
+        free = self._free.pop(slot, None)
+        self._pending.start(slot, lambda: self._bring(number, slot, target, free))
+
+    def wait(self, slot: Slot) -> None:
+        self._pending.wait(slot)
+        loaded = self._loaded.pop(slot, None)
+        if loaded is not None:
+            torch.cuda.current_stream(self._device).wait_event(loaded)
+
+    def used(self, slot: Slot) -> None:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._free[slot] = event
+
+    def drain(self) -> None:
+        self._pending.drain()
+        self._stream.synchronize()
+        self._loaded.clear()
+
+    def close(self) -> None:
+        self._pending.close()
+        self._stream.synchronize()
+
+    def _bring(self, number: int, slot: Slot, target: Tensor, free: torch.cuda.Event | None) -> None:
+        held = None if self._host is None else self._host.record(number)
+        if held is not None:
+            self._loaded[slot] = self._copy(held, target, free)
+            return
+        buffer, last_copy = self._ring.get()
+        event = last_copy
+        try:
+            if last_copy is not None:
+                last_copy.synchronize()  # the ring's buffer may still be on its way to another slot
+            staged = buffer[: target.numel()]
+            self._store.read_into(number, staged)
+            event = self._copy(staged, target, free)
+            self._loaded[slot] = event
+        finally:
+            self._ring.put((buffer, event))
+
+    def _copy(self, source: Tensor, target: Tensor, free: torch.cuda.Event | None) -> torch.cuda.Event:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            if free is not None:
+                self._stream.wait_event(free)
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return event

@@ -1,0 +1,135 @@
+"""Packages written by hand from tiny models, and the plain checkpoints they are compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, PrototypeEntry, SlotRecord
+from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, save_manifest
+from conmoe_edge.checkpoint.records import make_layout, pack
+from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
+from conmoe_edge.model.experts import find_experts, part_names
+
+Slots = dict[int, tuple[SlotRecord, ...]]
+Choose = Callable[[int, int], SlotRecord]
+
+
+def identity(model: Any) -> Slots:
+    """Every router slot keeps its own expert."""
+    return slots_of(model, lambda layer, expert: SlotRecord(ExpertId(layer, expert)))
+
+
+def slots_of(model: Any, choose: Choose) -> Slots:
+    """A map by a function of (layer, expert)."""
+    return {
+        layer: tuple(choose(layer, expert) for expert in range(count_of(module)))
+        for layer, (_, module) in find_experts(model).items()
+    }
+
+
+def count_of(module: Any) -> int:
+    return getattr(module, part_names(module)[0]).shape[0]
+
+
+def thirds(model: Any) -> Slots:
+    """Slots 0, 1, 2 share prototype 0, slots 3, 4, 5 prototype 3, and so on; within each layer."""
+    return slots_of(model, lambda layer, expert: SlotRecord(ExpertId(layer, expert - expert % 3)))
+
+
+def write_package(
+    model: Any,
+    folder: Path,
+    slots: Slots,
+    constants: Mapping[int, torch.Tensor] | None = None,
+    weights: Mapping[ExpertId, float] | None = None,
+    plan: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``model`` with its experts consolidated by ``slots``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experts = find_experts(model)
+    ids = sorted({slot.prototype for row in slots.values() for slot in row if slot.prototype is not None})
+    layouts: list[Any] = []
+    layout_of: dict[ExpertId, int] = {}
+    tensors: dict[ExpertId, dict[str, torch.Tensor]] = {}
+    for one in ids:
+        module: Any = experts[one.layer][1]
+        tensors[one] = {name: getattr(module, name)[one.expert].detach() for name in part_names(module)}
+        layout = make_layout(
+            [(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors[one].items()]
+        )
+        if layout not in layouts:
+            layouts.append(layout)
+        layout_of[one] = layouts.index(layout)
+    names = {one: f"prototypes.{one.layer}.{one.expert}" for one in ids}
+    records = write_records(
+        folder / "prototypes-00001-of-00001.safetensors",
+        {names[one]: layouts[layout_of[one]].nbytes for one in ids},
+        ((names[one], pack(layouts[layout_of[one]], tensors[one])) for one in ids),
+    )
+    fused = {f"{path}.{name}" for path, module in experts.values() for name in part_names(module)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    dense = write_dense(
+        folder,
+        [
+            TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach())
+            for name, t in model.state_dict().items()
+            if name not in fused and name not in tied
+        ],
+    )
+    files = [records, *dense]
+    if constants:
+        files.append(
+            write_tensors(
+                folder / CONSTANTS_FILE,
+                [
+                    TensorSource(f"constants.{layer}", "float32", tuple(t.shape), lambda t=t: t)
+                    for layer, t in sorted(constants.items())
+                ],
+            )
+        )
+    total = sum(count_of(module) for _, module in experts.values())
+    manifest = Manifest(
+        source={"name": "tiny", "revision": None, "fingerprint": "0"},
+        method="conmoe",
+        rate=1 - len(ids) / total,
+        scope=1,
+        precision="source",
+        layouts=tuple(layouts),
+        prototypes=tuple(
+            PrototypeEntry(one, records.name, records.offsets[names[one]], layout_of[one], (weights or {}).get(one, 0.0))
+            for one in ids
+        ),
+        slots=slots,
+        files={file.name: file.entry() for file in files},
+        plan=plan or {},
+        tool_version="0.1.0",
+    )
+    save_manifest(folder, manifest)
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config["quantization_config"] = {"quant_method": "conmoe", "format_version": 1}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def materialise(model: Any, slots: Slots) -> Any:
+    """Fill every router slot of ``model`` with its prototype's weights, in place, for plain transformers to run."""
+    experts = find_experts(model)
+    with torch.no_grad():
+        originals = {
+            layer: {name: getattr(module, name).clone() for name in part_names(module)}
+            for layer, (_, module) in experts.items()
+        }
+        for layer, row in slots.items():
+            module = experts[layer][1]
+            for expert, slot in enumerate(row):
+                assert slot.prototype is not None
+                for name in part_names(module):
+                    getattr(module, name)[expert] = originals[slot.prototype.layer][name][slot.prototype.expert]
+    return model

@@ -139,3 +139,38 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, dtype: torch.dtype =
     model = tiny_model(model_type, seed, dtype, **overrides)
     model.save_pretrained(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of single characters over the tiny vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 33 + VOCAB - 5)]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "▁", *letters]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Metaspace()])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def materialise(model: Any, slots: Any) -> Any:
+    """Fill every router slot of a plain model with the weights of its prototype, scaled as its record says."""
+    from conmoe_edge.model.experts import find_experts, part_names
+
+    experts = find_experts(model)
+    before = {
+        layer: {name: getattr(module, name).detach().clone() for name in part_names(module)}
+        for layer, (_, module) in experts.items()
+    }
+    with torch.no_grad():
+        for layer, (_, module) in experts.items():
+            for slot, record in enumerate(slots[layer]):
+                for name in part_names(module):
+                    source = before[record.prototype.layer][name][record.prototype.expert]
+                    getattr(module, name)[slot] = source
+    return model

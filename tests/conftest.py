@@ -1,0 +1,21 @@
+"""For every test: folders of the user's own out of reach, one thread, no hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several test processes share the cores; threads that wait by spinning would take them from each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_user_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    home: Path = tmp_path_factory.mktemp("user")
+    monkeypatch.setenv("CONMOE_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("CONMOE_STATE_DIR", str(home / "state"))
+    yield home

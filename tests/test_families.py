@@ -1,0 +1,109 @@
+"""The same code serves every architecture: streaming, consolidating and running tiny instances of 25 families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, materialise, save_tiny, save_tokenizer
+
+from conmoe_edge import api
+from conmoe_edge.checkpoint.index import CheckpointIndex
+from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.model import bridge
+from conmoe_edge.model.experts import find_experts
+from conmoe_edge.model.streaming import Batch, StreamedModel
+
+NAMES = [family.model_type for family in FAMILIES]
+LENGTH = 20
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def original(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    bridge.register_model()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+
+
+def streamed_logits(folder: Path, mask: torch.Tensor | None) -> torch.Tensor:
+    index = CheckpointIndex.open(folder)
+    with ShardReader(index) as reader:
+        model = StreamedModel(
+            bridge.read_config(str(folder)),
+            list(index.tensors),
+            lambda keys: {key: reader[key] for key in keys},
+            dtype=torch.float32,
+            experts_dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        model.load_outside()
+        batch = Batch(tokens(), mask)
+        hidden = model.prologue(batch)
+        for layer in range(len(model.layers)):
+            with model.layer(layer):
+                hidden = model.run_layer(layer, hidden, batch)
+        return model.epilogue(batch, hidden)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streamed_logits_equal_from_pretrained_exactly(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    model = original(tmp_path)
+    padded = torch.ones(2, LENGTH, dtype=torch.long)
+    padded[1, :4] = 0
+    for mask in (None, padded):
+        with torch.no_grad():
+            wanted = model(input_ids=tokens(), attention_mask=mask, use_cache=False).logits
+        real = slice(None) if mask is None else mask.bool()
+        assert torch.equal(streamed_logits(tmp_path, mask)[real], wanted[real])
+
+
+@pytest.fixture(params=NAMES)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    save_tiny(request.param, folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def fit(source: Path, out: Path, rate: float, scope: int = 1) -> None:
+    text = source.parent / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    api.fit(
+        str(source), out, budget="4GB", device="cpu", rate=rate, scope=scope, calibration=text, calibration_tokens=1024
+    )
+
+
+def greedy(model, prompt: torch.Tensor) -> list[int]:
+    return model.generate(input_ids=prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist()
+
+
+def assert_same(runtime, reference) -> None:
+    with torch.no_grad():
+        wanted = reference(input_ids=tokens(), use_cache=False).logits
+        found = runtime(input_ids=tokens(), use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    assert greedy(runtime, tokens()[:1]) == greedy(reference, tokens()[:1])
+
+
+def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
+    """Identity map: the package gives what the model gives. Half the experts: what a materialised checkpoint gives."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    fit(source, whole, 0.0)
+    assert_same(api.load(whole, device="cpu"), original(source))
+    scope = 2 if len(find_experts(original(source))) > 1 else 1
+    fit(source, half, 0.5, scope)
+    manifest = load_manifest(half)
+    assert len(manifest.prototypes) == sum(len(slots) for slots in manifest.slots.values()) // 2
+    reference = materialise(original(source), manifest.slots)
+    assert_same(api.load(half, device="cpu"), reference)
+    before = manifest.receipt
+    assert before["tokens"] > 0 and before["kl"] > 0

@@ -13,7 +13,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate
-from conmoe_edge.units import gib, parse_size
+from conmoe_edge.units import GIB, MIB, parse_size
 
 _CONTEXT_STEP = 64
 _SHORTEST_CONTEXT = 128
@@ -27,17 +27,18 @@ def does_not_fit(
         (_at_least(anatomy, budget, context, one) for one in candidates),
         key=lambda p: p.least_bytes,
     )
-    parts = [f"{term.name} {_number(term.nbytes)}" for term in smallest.terms]
+    unit = "GiB" if smallest.least_bytes >= GIB else "MiB"
+    parts = [f"{term.name} {_number(term.nbytes, unit)}" for term in smallest.terms]
     slots = smallest.least_bytes - sum(term.nbytes for term in smallest.terms)
-    parts.append(f"slots {_number(slots)}")
+    parts.append(f"slots {_number(slots, unit)}")
     fix = f"--gpu {least_size(smallest.least_bytes)} is the least that works"
     shorter = longest_context(anatomy, budget, context, candidates)
     if shorter is not None:
         fix += f"; or --context {shorter}, which fits"
     return DoesNotFit(
         f"{anatomy.architecture} does not fit in {budget.asked}, even with one slot per layer.",
-        f"the smallest setting needs {gib(smallest.least_bytes)} ({', '.join(parts)}); "
-        f"the budget is {gib(budget.device_bytes)}",
+        f"the smallest setting needs {_number(smallest.least_bytes, unit)} {unit} ({', '.join(parts)}); "
+        f"the budget is {_number(budget.device_bytes, unit)} {unit}",
         fix,
     )
 
@@ -105,5 +106,5 @@ def _at_least(
     )
 
 
-def _number(count: int) -> str:
-    return gib(count).removesuffix(" GiB")
+def _number(count: int, unit: str) -> str:
+    return f"{count / GIB:.2f}" if unit == "GiB" else f"{count / MIB:.1f}"

@@ -36,7 +36,7 @@ from conmoe_edge.plan.levers import (
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate, Plan, Preference
 from conmoe_edge.plan.speed import tokens_per_second
-from conmoe_edge.units import gib
+from conmoe_edge.units import human_size
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_CALIBRATION_TOKENS = 64 * 512
@@ -203,7 +203,7 @@ def _explain(
     """Give a candidate its verdict and the sentence behind it."""
     candidate = option.candidate
     if not option.placement.fits:
-        needs = gib(option.placement.least_bytes)
+        needs = human_size(option.placement.least_bytes)
         return replace(
             candidate, verdict="too big", reason=f"needs {needs} even with one slot per layer"
         )
@@ -226,8 +226,8 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: _Option, wishes: 
         return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate, wishes)}"
     if _is_unchanged(anatomy, candidate):
         terms = sum(term.nbytes for term in option.placement.terms)
-        used = gib(terms + candidate.slots * candidate.record_bytes).removesuffix(" GiB")
-        return f"fits unchanged: {used} of {gib(budget.device_bytes)}, nothing is removed"
+        used = human_size(terms + candidate.slots * candidate.record_bytes)
+        return f"fits unchanged: {used} of {human_size(budget.device_bytes)}, nothing is removed"
     if option.meets:
         share = wishes.min_resident
         wish = f"at least {_percent(share)} resident" if share < 1 else "every prototype resident"

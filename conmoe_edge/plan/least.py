@@ -37,8 +37,8 @@ def does_not_fit(
         fix += f"; or --context {shorter}, which fits"
     return DoesNotFit(
         f"{anatomy.architecture} does not fit in {budget.asked}, even with one slot per layer.",
-        f"the smallest setting needs {_number(smallest.least_bytes, unit)} {unit} ({', '.join(parts)}); "
-        f"the budget is {_number(budget.device_bytes, unit)} {unit}",
+        f"the smallest setting needs {_number(smallest.least_bytes, unit)} {unit} "
+        f"({', '.join(parts)}); the budget is {_number(budget.device_bytes, unit)} {unit}",
         fix,
     )
 

@@ -72,8 +72,9 @@ class Scratch:
             starts.append(end)
             end = round_up(end + part.numel() * dtype.itemsize, _ALIGNMENT)
         if self._memory.numel() < end:
-            self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)  # never two of them
-            self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
+            with torch.inference_mode(False):  # written to again later, in whatever mode the caller is then
+                self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)  # never two of them
+                self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
         converted = {}
         for start, (name, part) in zip(starts, parts.items(), strict=True):
             raw = self._memory[start : start + part.numel() * dtype.itemsize]

@@ -8,19 +8,20 @@ after ``fit`` it measures what this machine can do; the better of the two counts
 the harder one. The bound of a part is the work that nobody can leave out, divided by that rate:
 
 * read: every byte of the checkpoint once, from the disk (its files are dropped from the cache
-  before);
-* dense: for every calibration and every held-out token, the attention projections, half of the
+  before), and every byte of the package once, for the receipt;
+* attention: for every calibration and every held-out token, the attention projections, half of the
   score matrix (it is causal) and the router;
 * experts: for the same tokens, the three projections of the chosen experts;
 * distance: the Gram matrices of each scope's experts, half of them, as they are symmetric;
 * write: every byte of the package that is not a link, fsync included;
-* receipt: the package read once; the held-out tokens through the dense part and the consolidated
-  experts, where slots that share a prototype cost one evaluation (their expected number, from the
+* receipt: the held-out tokens through the attention and the consolidated experts of the package,
+  where slots that share a prototype cost one evaluation (their expected number, from the
   reassignment map and even routing); the head for the original and for the consolidated model.
 
 A part's FLOPs are divided by the best rate over fp32 and bf16, whichever the run used. Parts add
 up: nothing is assumed to overlap. What is no part of the above (norms, softmax, checksums, sorting
-tokens by expert, Python itself) has no bound and counts fully against the run.
+tokens by expert, the journal, the check of the finished package, Python itself) has no bound and
+counts fully against the run.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Sizes:
             nbytes=sum(path.stat().st_size for path in weights_of(model)),
         )
 
-    def dense_flops(self, tokens: int) -> float:
-        """Projections, causal scores and router, all layers."""
+    def attention_flops(self, tokens: int) -> float:
+        """Attention projections, causal scores and router, all layers."""
         projections = 4 * 2 * self.hidden**2
         scores = 2 * 2 * self.hidden * (SEQUENCE + 1) / 2  # QK and AV, over the mean context
         router = 2 * self.hidden * self.experts
@@ -181,27 +182,24 @@ def parts_of(
     package = sum(path.stat().st_size for path in weights_of(out))
     own = sum(path.stat().st_size for path in weights_of(out) if path.stat().st_nlink == 1)
 
-    dense = sizes.dense_flops(seen)
+    attention = sizes.attention_flops(seen)
     experts = sizes.experts_flops(seen, sizes.layers * sizes.top_k)
     distance = sizes.distance_flops(int(manifest["scope"]))
-    again_dense = sizes.dense_flops(held_out)
+    again_attention = sizes.attention_flops(held_out)
     again_experts = sizes.experts_flops(held_out, evaluations(manifest, sizes.top_k))
     heads = 2 * sizes.head_flops(held_out)
     again = (
-        again_dense / rates.gemm["dense"]
+        again_attention / rates.gemm["attention"]
         + again_experts / rates.experts()
         + heads / rates.gemm["head"]
     )
     bounds = {
-        "read": (sizes.nbytes / rates.read, f"{sizes.nbytes / 1e9:.2f} GB"),
-        "dense": (dense / rates.gemm["dense"], f"{dense / 1e12:.2f} TFLOP"),
+        "read": ((sizes.nbytes + package) / rates.read, f"{(sizes.nbytes + package) / 1e9:.2f} GB"),
+        "attention": (attention / rates.gemm["attention"], f"{attention / 1e12:.2f} TFLOP"),
         "experts": (experts / rates.experts(), f"{experts / 1e12:.2f} TFLOP"),
         "distance": (distance / rates.gemm["distance"], f"{distance / 1e12:.2f} TFLOP"),
         "write": (own / rates.write, f"{own / 1e9:.2f} GB"),
-        "receipt": (
-            package / rates.read + again,
-            f"{package / 1e9:.2f} GB, {(again_dense + again_experts + heads) / 1e12:.2f} TFLOP",
-        ),
+        "receipt": (again, f"{(again_attention + again_experts + heads) / 1e12:.2f} TFLOP"),
     }
     seconds = dict(report["seconds"])
     parts = [

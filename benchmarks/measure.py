@@ -230,7 +230,7 @@ def gemm_rates(
         return record
 
     shapes = {
-        "dense": (rows, hidden, hidden),
+        "attention": (rows, hidden, hidden),
         "experts up": (rows, hidden, 2 * width),
         "experts down": (rows, width, hidden),
         "head": (512, hidden, vocab),

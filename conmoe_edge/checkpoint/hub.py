@@ -79,10 +79,14 @@ def fetch_config(hub_id: str, revision: str | None) -> Path:
 
 def fetch_headers(hub_id: str, revision: str | None) -> dict[str, tuple[str, Any]]:
     """Tensor name -> (file, ``huggingface_hub.TensorInfo``): a few ranged reads, no weights."""
-    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub import errors, get_safetensors_metadata
 
     with _hub_errors(hub_id, revision, offline=False):
-        metadata = get_safetensors_metadata(hub_id, revision=revision)
+        try:
+            metadata = get_safetensors_metadata(hub_id, revision=revision)
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            # What the library's parser says to a header, or an index, of another form.
+            raise errors.SafetensorsParsingError(type(error).__name__) from error
     return {
         name: (file, tensor)
         for file, part in sorted(metadata.files_metadata.items())
@@ -162,16 +166,10 @@ def _hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[No
         raise ModelNotFound(
             f"The hub refused {named}.", _reason(error), "Check the name, and try again later."
         ) from error
-    except Exception as error:
-        # Connection failures come as the exceptions of whichever HTTP library the hub's client
-        # uses.
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in {
-            "httpx",
-            "httpcore",
-            "requests",
-        }:
-            raise _unreachable(named, offline, error) from error
-        raise
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        # HTTPError is the base class of whichever HTTP library the hub's client stands on; only
+        # that client knows which one it is.
+        raise _unreachable(named, offline, error) from error
 
 
 def _unreachable(named: str, offline: bool, error: Exception) -> ModelNotFound:

@@ -290,23 +290,40 @@ def _entry(shard: ShardFile, name: str, dtype: str, shape: Any, offsets: Any) ->
     """One tensor of a header, checked once more by arithmetic of our own: reads will go to exactly
     these bytes.
     """
-    bits = BITS.get(dtype)
-    start, end = offsets
+    start, nbytes = place_in_data(name, str(shard.path), dtype, shape, offsets)
+    if start + nbytes > shard.size - shard.data_start:
+        raise _impossible(name, str(shard.path))
+    return TensorEntry(name, shard.name, dtype, tuple(shape), shard.data_start + start, nbytes)
+
+
+def place_in_data(name: str, where: str, dtype: Any, shape: Any, offsets: Any) -> tuple[int, int]:
+    """Start in the data section and size of a tensor, from its header, if they make sense.
+
+    ``where`` is the file, or the model on the hub, that messages name.
+
+    Raises:
+        CheckpointError: an unknown number format, or a size that is not that of the shape.
+    """
+    bits = BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise CheckpointError(
-            f"The tensor {name!r} in {shard.path} is stored as {dtype}.",
+            f"The tensor {name!r} in {where} is stored as {dtype}.",
             "This number format is not known here.",
             "Use the checkpoint in bf16, fp16 or fp32.",
         )
-    nbytes = end - start
-    if (
-        not 0 <= start <= end <= shard.size - shard.data_start
-        or nbytes * 8 != math.prod(shape) * bits
-    ):
-        raise CheckpointError(
-            f"{shard.path} is damaged.", f"The place of the tensor {name!r} is impossible.", _AGAIN
-        )
-    return TensorEntry(name, shard.name, dtype, tuple(shape), shard.data_start + start, nbytes)
+    numbers = [*shape, *offsets]
+    if len(offsets) != 2 or any(type(number) is not int or number < 0 for number in numbers):
+        raise _impossible(name, where)
+    start, end = offsets
+    if (end - start) * 8 != math.prod(shape) * bits:
+        raise _impossible(name, where)
+    return start, end - start
+
+
+def _impossible(name: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is damaged.", f"The place of the tensor {name!r} is impossible.", _AGAIN
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint import hub
 from conmoe_edge.checkpoint.dtypes import TORCH_NAMES
-from conmoe_edge.checkpoint.index import CheckpointIndex, require_config
+from conmoe_edge.checkpoint.index import CheckpointIndex, place_in_data, require_config
 from conmoe_edge.checkpoint.names import Kind, Meaning, aliases, config_folder, resolve
 
 __all__ = ["Description", "Header", "Source", "aliases", "config_folder", "describe", "locate"]
@@ -105,7 +105,7 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
         name: Header(
             TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)),
             tuple(tensor.shape),
-            tensor.data_offsets[1] - tensor.data_offsets[0],
+            place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)[1],
             file,
         )
         for name, (file, tensor) in hub.fetch_headers(meaning.hub_id, commit).items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class RecordStore:
         self._keep_cached = keep_cached
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._closing = weakref.finalize(self, _close, self._files)  # also when a model is simply dropped
         for name in sorted({entry.file for entry in self._prototypes}):
             self._open(name)
 
@@ -70,9 +72,7 @@ class RecordStore:
 
     def close(self) -> None:
         """Close the files; reads afterwards are errors of the caller."""
-        for handle in self._files.values():
-            os.close(handle)
-        self._files = {}
+        self._closing()
 
     def _open(self, name: str) -> None:
         path = self._folder / name
@@ -92,6 +92,11 @@ class RecordStore:
             why,
             "Write the package again: conmoe-edge fit MODEL --out DIR --overwrite",
         )
+
+
+def _close(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _read_at(handle: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:

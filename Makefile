@@ -3,7 +3,8 @@
 
 TORCH := torch==2.13.0
 
-# A budget that the demo model does not fit into unchanged, so that at least a quarter of its experts go.
+# A budget of RAM, of which Python and its libraries are most, that the demo model does not fit into unchanged: a quarter
+# of its experts go.
 DEMO_BUDGET ?= 564MB
 DEMO_OUT ?= demo-out
 DEMO_PROMPT ?= Tell me a short story about a lighthouse.
@@ -43,8 +44,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/conmoe-edge fit demo --gpu $(DEMO_BUDGET) --out $(DEMO_OUT) --overwrite --yes
-	$(BIN)/conmoe-edge chat $(DEMO_OUT) --gpu $(DEMO_BUDGET) --prompt "$(DEMO_PROMPT)"
+	$(BIN)/conmoe-edge fit demo --gpu $(DEMO_BUDGET) --device cpu --out $(DEMO_OUT) --overwrite --yes
+	$(BIN)/conmoe-edge chat $(DEMO_OUT) --gpu $(DEMO_BUDGET) --device cpu --prompt "$(DEMO_PROMPT)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

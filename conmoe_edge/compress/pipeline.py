@@ -129,11 +129,10 @@ class Consolidation:
         with torch.no_grad(), disk_errors(self.package), ShardReader(self.job.index) as reader:
             if self.journal.phase == "prepare":
                 self._prepare(reader)
-            original = self._streamed(self.job.index, reader)
             if self.journal.phase == "calibrate":
-                self._calibrate(original)
+                self._calibrate(self._streamed(self.job.index, reader))
             if self.journal.phase == "receipt":
-                self._receipt(original)
+                self._receipt()
         return self._manifest()
 
     # -- 1. everything that is not a routed expert ---------------------------------------------------------------
@@ -233,7 +232,7 @@ class Consolidation:
 
     # -- 3. the package, layer by layer --------------------------------------------------------------------------
 
-    def _receipt(self, original: StreamedModel) -> None:
+    def _receipt(self) -> None:
         index = CheckpointIndex.open(self.package)
         files = sorted({file for file, _ in self.journal.offsets.values()})
         headers = [read_header(self.package, name) for name in files]
@@ -260,7 +259,7 @@ class Consolidation:
                         attach(package.experts[layer][1], RoutedTap())
                 self._layer_done("receipt", layer, streams)
             with self.clock.part("receipt"):
-                self.journal.receipt = self._compare(original, package, streams["held_out"])
+                self.journal.receipt = self._compare(package, streams["held_out"])
         self._save("done", 0)
         self.journal.drop_hidden("receipt", self._layers)
 
@@ -273,17 +272,14 @@ class Consolidation:
             parts[expert] = {name: part.to(self.job.device) for name, part in view(layout, record).items()}
         return MappedTap(slots, parts, None)
 
-    def _compare(self, original: StreamedModel, package: StreamedModel, after: Stream) -> dict[str, Any]:
-        before = open_stream(
-            original, self.job.held_out, self.journal.load_hidden("original", 0)["held_out"]
-        )
-        tracker = ReceiptTracker(self.job.held_out)
-        for row in range(self.job.held_out.ids.shape[0]):
-            tracker.add(
-                row,
-                sequence_logits(original, self.job.held_out, before, row),
-                sequence_logits(package, self.job.held_out, after, row),
-            )
+    def _compare(self, package: StreamedModel, after: Stream) -> dict[str, Any]:
+        """Both hidden states through the package's norm and head, which are the original's own bytes."""
+        hidden = self.journal.load_hidden("original", 0)["held_out"]
+        tokens = self.job.held_out
+        tracker = ReceiptTracker(tokens)
+        for row in range(tokens.ids.shape[0]):
+            before = sequence_logits(package, tokens, hidden, row)
+            tracker.add(row, before, sequence_logits(package, tokens, after.hidden, row))
         return tracker.result()
 
     # -- shared --------------------------------------------------------------------------------------------------

@@ -96,8 +96,8 @@ def run_layer(model: StreamedModel, index: int, stream: Stream, tap: Tap | None,
         )
 
 
-def sequence_logits(model: StreamedModel, tokens: TokenSet, stream: Stream, row: int) -> Tensor:
-    """[T, V] of one sequence whose stream has passed all layers."""
+def sequence_logits(model: StreamedModel, tokens: TokenSet, hidden: Tensor, row: int) -> Tensor:
+    """[T, V] of one sequence; hidden: [N, T, H] of the whole set behind the last layer."""
     mask = None if bool(tokens.mask[row].all()) else tokens.mask[row : row + 1].long()
     batch = Batch(tokens.ids[row : row + 1], mask)
-    return model.epilogue(batch, stream.hidden[row : row + 1].to(model.device))[0]
+    return model.epilogue(batch, hidden[row : row + 1].to(model.device))[0]

@@ -1,0 +1,79 @@
+"""Calibration text: documents, windows, domains, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conmoe_edge.compress.calibration import CalibrationText, Document, bundled_text, read_text, token_sets
+from conmoe_edge.errors import CalibrationError
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    eos_token_id = 1
+    pad_token_id = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [2 + byte for byte in text.encode()]}
+
+
+def test_bundled_text_has_six_domains_each_way() -> None:
+    text = bundled_text()
+    domains = {"books", "code", "french", "german", "math", "wiki"}
+    assert {document.domain for document in text.train} == domains
+    assert text.held_out is not None and {document.domain for document in text.held_out} == domains
+    assert sum(len(document.text.encode()) for document in text.train) <= 400_000
+
+
+def test_bundled_held_out_shares_no_document_with_the_calibration_text() -> None:
+    text = bundled_text()
+    assert text.held_out is not None
+    assert not {document.text for document in text.train} & {document.text for document in text.held_out}
+
+
+def test_domains_are_taken_in_turn_and_spread() -> None:
+    documents = tuple(Document(name, name * 300) for name in ("aaaa", "bbbb", "cccc"))
+    train, held = token_sets(
+        CalibrationText(documents, documents, "x"), Letters(), length=16, tokens=16 * 7, held_out_tokens=16 * 3
+    )
+    assert train.ids.shape == (7, 16) and not train.padded
+    assert sorted(train.domains) == ["aaaa"] * 3 + ["bbbb"] * 2 + ["cccc"] * 2
+    assert sorted(held.domains) == ["aaaa", "bbbb", "cccc"]
+
+
+def test_own_text_is_split_and_short_text_is_padded() -> None:
+    train, held = token_sets(
+        CalibrationText((Document("text", "x" * 400),), None, "x"), Letters(), length=32, tokens=10**6, held_out_tokens=64
+    )
+    assert len(train.domains) == 10 and len(held.domains) == 2
+    short, _ = token_sets(
+        CalibrationText((Document("text", "x" * 90),), None, "x"), Letters(), length=512, tokens=512, held_out_tokens=512
+    )
+    assert short.tokens == 91 and short.padded and short.ids.shape == (1, 512)
+
+
+def test_marks_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("<|document domain=code|>\nx = 1\n\n<|document|>\nhello\n", encoding="utf-8")
+    assert read_text(path).train == (Document("code", "x = 1"), Document("text", "hello"))
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe\x00bad"])
+def test_unreadable_text_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError) as error:
+        read_text(path)
+    assert str(path) in error.value.what and error.value.fix
+
+
+def test_missing_and_too_short(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError):
+        read_text(tmp_path / "none.txt")
+    with pytest.raises(CalibrationError, match="tokens"):
+        token_sets(
+            CalibrationText((Document("text", "short"),), None, "x"), Letters(), length=16, tokens=64, held_out_tokens=16
+        )

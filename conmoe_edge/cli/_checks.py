@@ -69,7 +69,7 @@ def python_check() -> Check:
 
     found = ".".join(str(part) for part in sys.version_info[:3])
     try:
-        wanted = metadata.metadata(DISTRIBUTION).get("Requires-Python") or ""
+        wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     except metadata.PackageNotFoundError:
         wanted = ""
     if found not in SpecifierSet(wanted):

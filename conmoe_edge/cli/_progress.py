@@ -4,6 +4,7 @@ elsewhere, nothing when quiet.
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -11,20 +12,22 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from conmoe_edge.cli._output import Output
-from conmoe_edge.cli._text import duration, percent, printable
+from conmoe_edge.cli._text import duration, percent_whole, printable
 from conmoe_edge.units import GIB
 
 if TYPE_CHECKING:
-    from conmoe_edge.api import Progress as Step
+    from conmoe_edge.compress.pipeline import Progress as Step
 
-# What a stage counts, and what a user is told it does.
+# What a user is told that a stage does; those that count layers.
 _LABELS = {
-    "locate": ("file", "find the model"),
-    "calibrate": ("layer", "calibrate"),
-    "write": ("layer", "write"),
-    "receipt": ("layer", "measure quality"),
-    "verify": ("file", "verify"),
+    "locate": "find the model",
+    "calibrate": "calibrate",
+    "write": "write",
+    "receipt": "measure quality",
+    "verify": "verify",
 }
+_BY_LAYER = ("calibrate", "receipt")
+_WIDTH = max(map(len, _LABELS.values()))
 
 
 class ProgressView:
@@ -61,8 +64,11 @@ class ProgressView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._bar is None:
+            return
+        if error is None:
+            self._finish(self._bar)
+        self._bar.stop()
 
     def update(self, step: Step) -> None:
         """One report: ``step.step`` of ``step.steps`` are done."""
@@ -75,11 +81,9 @@ class ProgressView:
         self.stage = step.stage
 
     def _line(self, step: Step) -> None:
-        parts = [self._description(step)]
-        if step.detail:
-            parts.append(printable(step.detail))
+        parts = [f"[{time.strftime('%H:%M:%S')}] {_description(step)}"]
         if step.device_bytes:
-            parts.append(self._memory(step))
+            parts.append(_memory(step))
         if step.seconds_left:
             parts.append(f"{duration(step.seconds_left)} left")
         self._output.note(Text(" · ".join(parts)))
@@ -88,26 +92,36 @@ class ProgressView:
         # The bar starts with the first step, not with the view: the plan is printed in between.
         bar.start()
         if step.stage != self.stage or self._task is None:
-            if self._task is not None:
-                bar.update(self._task, left="")
+            self._finish(bar)
             self._task = bar.add_task("", total=None, share="", memory="", left="")
-        done = step.steps > 0 and step.step >= step.steps
         bar.update(
             self._task,
-            description=self._description(step),
+            description=_description(step),
             total=step.steps or None,
             completed=step.step,
-            share=percent(step.step / step.steps) if step.steps else "",
-            memory=self._memory(step),
-            left=f"ETA {duration(step.seconds_left)}" if step.seconds_left and not done else "",
+            share=percent_whole(step.step / step.steps) if step.steps else "",
+            memory=_memory(step),
+            left=f"ETA {duration(step.seconds_left)}" if step.seconds_left else "",
         )
 
-    def _description(self, step: Step) -> str:
-        noun, label = _LABELS.get(step.stage, ("step", step.stage))
-        width = max(len(label) for _, label in _LABELS.values())
-        return f"{label:{width}}  {noun} {step.step}/{step.steps}" if step.steps else label
+    def _finish(self, bar: Progress) -> None:
+        """The stage before has ended, though its last report named the step it began."""
+        if self._task is not None:
+            task = next(task for task in bar.tasks if task.id == self._task)
+            label = _LABELS.get(self.stage, self.stage)
+            done = task.total or 1
+            bar.update(
+                self._task, description=label, total=done, completed=done, share="100 %", left=""
+            )
 
-    def _memory(self, step: Step) -> str:
-        if not step.device_bytes:
-            return ""
-        return f"memory {step.device_bytes / GIB:.2f} GiB"
+
+def _description(step: Step) -> str:
+    """``calibrate  layer 7/16``: the step that is being worked on, not the number of those done."""
+    label = f"{_LABELS.get(step.stage, step.stage):{_WIDTH}}"
+    if step.stage in _BY_LAYER:
+        return f"{label}  layer {min(step.step + 1, step.steps)}/{step.steps}"
+    return f"{label}  {printable(step.detail)}".rstrip()
+
+
+def _memory(step: Step) -> str:
+    return f"memory {step.device_bytes / GIB:.2f} GiB" if step.device_bytes else ""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conmoe_edge.cli._text import counted, path_text, percent, percent_whole, printable, span
-from conmoe_edge.units import GIB, gib, human_size
+from conmoe_edge.units import GIB, MIB, gib, human_size
 
 if TYPE_CHECKING:
     from conmoe_edge.api import PlanReport
@@ -27,11 +27,6 @@ _PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Rows of the candidates' table around the chosen one; --json has them all.
 _MILDER_SHOWN, _HARDER_SHOWN = 6, 2
 _SHARE_FIRST = re.compile(r"^[0-9.]+ % resident: ")
-
-
-def size(count: int, unit: int | None = None) -> str:
-    """Bytes in GiB, or in MiB where a small model would only show zeros."""
-    return human_size(count) if unit is None else f"{count / unit:,.2f}"
 
 
 def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType:
@@ -90,7 +85,13 @@ def _head(label: str, value: str, note: str = "") -> Text:
 
 def _needs(plan: Plan) -> Table:
     """The sum, one named term a line, and what is left for the prototypes."""
-    unit, name = _unit([*(t.nbytes for t in plan.terms), plan.left_for_prototypes])
+    # One unit for the whole sum; in a small budget GiB would be a column of zeros.
+    unit, name = (GIB, "GiB") if plan.budget.device_bytes >= 2 * GIB else (MIB, "MiB")
+    digits = 2 if unit == GIB else 1
+
+    def size(count: int) -> str:
+        return f"{count / unit:,.{digits}f}"
+
     table = _grid()
     table.add_column(min_width=36)
     table.add_column(justify="right", min_width=8)
@@ -98,24 +99,14 @@ def _needs(plan: Plan) -> Table:
     where = "on the GPU" if plan.budget.device == "cuda" else "in RAM"
     table.add_row(Text(f"  Needed {where}", style="bold"), Text(name, style="bold"), "")
     for term in plan.terms:
-        table.add_row(Text(f"  {term.name}"), size(term.nbytes, unit), Text(term.note))
-    chosen = plan.chosen
-    used = chosen.slots * chosen.record_bytes
+        table.add_row(Text(f"  {term.name}"), size(term.nbytes), Text(term.note))
+    used = plan.chosen.slots * plan.chosen.record_bytes
     table.add_row(
         Text("  Left for prototypes"),
-        size(plan.left_for_prototypes, unit),
-        Text(
-            f"of which {size(used, unit)} {name} are used"
-            if plan.left_for_prototypes >= used
-            else ""
-        ),
+        size(plan.left_for_prototypes),
+        Text(f"of which {size(used)} {name} are used"),
     )
     return table
-
-
-def _unit(values: Sequence[int]) -> tuple[int, str]:
-    """GiB, or MiB where the largest value is below half a GiB."""
-    return (GIB, "GiB") if max(values, default=0) >= GIB // 2 else (1 << 20, "MiB")
 
 
 def _unchanged(plan: Plan) -> Text:
@@ -199,13 +190,14 @@ def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:
     for _ in range(7):
         table.add_column(justify="right", no_wrap=True)
     table.columns[0].justify = "left"
-    header = ("  Quality", "tokens", "original", "consolidated", "perplexity", "KL", "same top-1")
+    header = ("  Quality", "tokens", "loss before", "after", "perplexity", "KL", "same top-1")
     table.add_row(*(Text(cell, style="bold") for cell in header))
     table.add_row(*_receipt_row("all", receipt), style="bold")
     domains = receipt.get("per_domain") or {}
     for name in sorted(domains):
         table.add_row(*_receipt_row(name, domains[name]))
-    return table
+    note = "  On text that calibration did not see; loss in nats a token, KL against the original."
+    return Group(table, Text(note, style="dim"))
 
 
 def _receipt_row(name: str, row: Mapping[str, Any]) -> list[Text]:

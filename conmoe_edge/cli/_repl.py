@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,12 +19,13 @@ from conmoe_edge.cli._render import table_view
 from conmoe_edge.cli._stats import cache_rows, context_line, footer, read_stats, stats_rows
 from conmoe_edge.cli._text import counted, printable, without_controls
 from conmoe_edge.cli._turn import run_turn
-from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.errors import ConmoeError, ContextFull, UsageError
 
 if TYPE_CHECKING:
     from conmoe_edge.cli._output import Output
     from conmoe_edge.offload.generate import ChatSession
 
+_MAKE_ROOM = "/clear forgets the conversation; /save FILE keeps it first"
 WELCOME = "Type a message. /help lists the commands, Ctrl-D leaves."
 
 
@@ -86,6 +88,9 @@ class Repl:
                 self.handle(text)
             except Leave:
                 return
+            except ContextFull as error:
+                # The way out that the error names is for programs; here it is a command.
+                self.output.error(replace(describe(error), fix=_MAKE_ROOM))
             except ConmoeError as error:
                 self.output.error(describe(error))
             except KeyboardInterrupt:
@@ -119,8 +124,13 @@ class Repl:
             self.conversation.add(question, turn.text)
         if turn.stopped:
             self.output.note("Stopped." if turn.text else "Stopped; the question was not kept.")
-        self.output.note(footer(read_stats(self.session)))
+        stats = read_stats(self.session)
+        if stats.finish == "length":
+            self.output.note(f"Cut at max_tokens; /set max_tokens {2 * stats.tokens} allows more.")
+        self.output.note(footer(stats))
         self.output.note()
+        if turn.full is not None:
+            raise turn.full
 
     def _command(self, word: str) -> Command:
         command = COMMANDS.get(_SHORT.get(word, word))
@@ -182,6 +192,7 @@ class Repl:
     def load(self, rest: str) -> None:
         """Go on with a saved conversation."""
         self.conversation = Conversation.load(_path(rest, "/load FILE"))
+        self.session.forget()
         self.output.note(f"Loaded {self._length()}.")
 
     def retry(self, _rest: str) -> None:
@@ -200,6 +211,7 @@ class Repl:
     def clear(self, _rest: str) -> None:
         """Forget the conversation."""
         self.conversation.clear()
+        self.session.forget()
         self.output.note(
             "Forgotten; the system text stays." if self.conversation.system else "Forgotten."
         )

@@ -8,10 +8,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.cli._conversation import Message, Sampling
+from conmoe_edge.errors import ContextFull
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.generate import ChatSession
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The answer as far as it came; ``stopped`` where the user ended it."""
+    """The answer as far as it came.
+
+    ``stopped`` where the user ended it; ``full`` where the end of the context did.
+    """
 
     text: str
     stopped: bool
+    full: ContextFull | None = None
 
 
 def run_turn(
@@ -37,25 +42,19 @@ def run_turn(
         ContextFull: the messages leave no room for an answer.
         KeyboardInterrupt: a second Ctrl-C, before the first one took effect.
     """
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     pieces: list[str] = []
+    full = None
     with stop_on_interrupt() as stop:
-        for piece in session.reply(
-            list(messages),
-            stop_event=stop,
-            **{k: v for k, v in _arguments(sampling).items() if v is not None},
-        ):
-            pieces.append(piece)
-            show(piece)
-    return Turn("".join(pieces), stop.is_set())
-
-
-def _arguments(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
-    }
+        try:
+            for piece in session.reply(plain, stop_event=stop, **asdict(sampling)):
+                pieces.append(piece)
+                show(piece)
+        except ContextFull as error:
+            if not pieces:
+                raise
+            full = error
+    return Turn("".join(pieces), stop.is_set(), full)
 
 
 @contextmanager

@@ -157,12 +157,12 @@ def _converse(
     from conmoe_edge.cli._conversation import Conversation
     from conmoe_edge.cli._prompt import Reader, open_history
     from conmoe_edge.cli._repl import COMMANDS, WELCOME, Repl
-    from conmoe_edge.cli._stats import loaded_line
+    from conmoe_edge.cli._stats import loaded_line, read_stats
 
     history, problem = open_history(keep_history)
     if problem:
         output.warning(problem)
-    output.note(loaded_line(session))
+    output.note(loaded_line(read_stats(session)))
     output.note(WELCOME)
     output.note()
     name = folder.resolve().name
@@ -193,5 +193,7 @@ def _answer_once(
     if not output.as_json:
         output.stream("" if turn.text.endswith("\n") else "\n")
     output.note(footer(stats))
+    if turn.full is not None:
+        output.warning("The context is full, so the answer ends here; --context N makes room.")
     if turn.stopped:
         raise Interrupted("Stopped before the answer was complete.")

@@ -10,7 +10,8 @@ import click
 
 from conmoe_edge.cli._errors import Interrupted
 from conmoe_edge.cli._options import Tokens, common_options, lever_options, levers
-from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.cli._text import path_text
+from conmoe_edge.errors import OutputExists
 
 if TYPE_CHECKING:
     from conmoe_edge.api import FitReport, PlanReport
@@ -78,8 +79,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
         show_plan(output, api.plan(model, **levers(parameters)), out)
         output.note("Dry run: nothing was written.")
         return
-    if parameters["overwrite"] and not yes:
-        _confirm_foreign_folder(out)
+    overwrite = _may_replace(out, output, overwrite=parameters["overwrite"], yes=yes)
 
     def on_plan(report: PlanReport) -> None:
         from conmoe_edge.cli._render import plan_view
@@ -100,7 +100,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
                 calibration_tokens=parameters["calibration_tokens"],
                 seed=parameters["seed"],
                 fresh=parameters["fresh"],
-                overwrite=parameters["overwrite"],
+                overwrite=overwrite,
                 on_plan=on_plan,
                 progress=view.update,
             )
@@ -109,39 +109,38 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     _show(output, report)
 
 
-def _confirm_foreign_folder(out: Path) -> None:
-    """``--overwrite`` on a folder that this program did not write deserves a question."""
-    try:
-        foreign = any(out.iterdir()) and not (out / "conmoe.json").exists()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if not foreign:
-        return
-    question = f"{out} was not written by conmoe-edge. Delete it with everything in it?"
-    if not sys.stdin.isatty():
-        raise UsageError(
-            f"{out} was not written by conmoe-edge.",
-            "--overwrite would delete it with everything in it, and there is no terminal to ask on",
-            "another --out, or --overwrite --yes if that is what you want",
-        )
-    if not click.confirm(question, err=True):
-        raise ConmoeError("Nothing was changed.", "", "another --out DIR")
+def _may_replace(out: Path, output: Output, *, overwrite: bool, yes: bool) -> bool:
+    """Whether a package at ``out`` may be replaced; on a terminal that is asked, before any work.
+
+    Raises:
+        OutputExists: it is there, and nobody said that it may go.
+    """
+    if overwrite or not (out / "conmoe.json").exists():
+        return overwrite
+    where = path_text(out)
+    if not output.as_json and sys.stdin.isatty():
+        if yes or click.confirm(f"{where} is a package already. Replace it?", err=True):
+            return True
+        raise OutputExists("Nothing was changed.", "", "another --out DIR")
+    raise OutputExists(
+        f"{where} is a package already.", "", "--overwrite to replace it, or another --out DIR"
+    )
 
 
 def _stopped(view: ProgressView) -> str:
-    """What a stop leaves, in one sentence."""
+    """What a stop leaves, in one sentence or two."""
     again = "run the same command to go on, or --fresh to start over."
-    if view.stage in ("", "locate") or view.layers_done == 0:
-        return f"Stopped before the first layer. Nothing was written yet: {again}"
-    if view.layers_done < view.layers:
-        return f"Stopped after layer {view.layers_done} of {view.layers}. Nothing is lost: {again}"
-    return f"Stopped after all {view.layers} layers were calibrated. Nothing is lost: {again}"
+    if view.layers_done == 0 and view.stage != "receipt":
+        return "Stopped before the first layer was done. Run the same command to start again."
+    if view.stage in ("receipt", "verify"):
+        return f"Stopped after the last layer, while it was checked. Nothing is lost: {again}"
+    return f"Stopped after layer {view.layers_done} of {view.layers}. Nothing is lost: {again}"
 
 
 def _show(output: Output, report: FitReport) -> None:
     """Receipt and the next command."""
     from conmoe_edge.cli._render import receipt_view
-    from conmoe_edge.cli._text import duration, path_text
+    from conmoe_edge.cli._text import duration
     from conmoe_edge.units import human_size
 
     output.value(report.to_json())
@@ -150,8 +149,8 @@ def _show(output: Output, report: FitReport) -> None:
         output.result(receipt)
         output.result("")
     where = path_text(report.out)
-    took = sum(report.seconds.values())
-    output.result(
-        f"Wrote {where} ({human_size(report.bytes_written)}) in {duration(took)}. "
-        f"Try:  conmoe-edge chat {where}"
-    )
+    size = human_size(report.bytes_written)
+    if report.plan.plan.unchanged and not report.receipt:
+        size = "the model as it is, its weights linked"
+    took = duration(sum(report.seconds.values()))
+    output.result(f"Wrote {where} ({size}) in {took}. Try:  conmoe-edge chat {where}")

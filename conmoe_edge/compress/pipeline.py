@@ -122,7 +122,7 @@ class Consolidation:
         self._scopes = scopes(job.anatomy, job.scope)
         self._scope_of = {layer: scope for scope in self._scopes for layer in scope}
         self._done_here = 0
-        self._started = time.perf_counter()
+        self._layers_began = 0.0
 
     def run(self) -> Manifest:
         """Do what is left to do and return the manifest, not yet written."""
@@ -169,6 +169,7 @@ class Consolidation:
                     self._decide(model.experts[index][1], index)
             self._layer_done("calibrate", index, streams)
         self.journal.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
+        self._done_here = 0
         self._save("receipt", 0)
         self.journal.drop_hidden("calibrate", self._layers)
 
@@ -258,6 +259,8 @@ class Consolidation:
                     if tap is not None:
                         attach(package.experts[layer][1], RoutedTap())
                 self._layer_done("receipt", layer, streams)
+            with self.clock.part("read"):
+                package.load_outside()
             with self.clock.part("receipt"):
                 self.journal.receipt = self._compare(package, streams["held_out"])
         self._save("done", 0)
@@ -306,7 +309,9 @@ class Consolidation:
             model.load_outside()
         hidden = self.journal.load_hidden(phase, self.journal.done) if self.journal.done else {}
         with self.clock.part("attention"):
-            return {name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()}
+            streams = {name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()}
+        model.drop_outside()
+        return streams
 
     def _loaded(self, model: StreamedModel, index: int, *, with_experts: bool) -> _TimedLayer:
         return _TimedLayer(model, index, with_experts, self.clock)
@@ -328,8 +333,10 @@ class Consolidation:
 
     def _announce(self, stage: str, layer: int) -> None:
         left = None
-        if self._done_here:
-            per_layer = (time.perf_counter() - self._started) / self._done_here
+        if not self._done_here:
+            self._layers_began = time.perf_counter()
+        else:
+            per_layer = (time.perf_counter() - self._layers_began) / self._done_here
             # A layer of the receipt runs the held-out tokens only.
             share = self.job.held_out.ids.numel() / (self.job.held_out.ids.numel() + self.job.train.ids.numel())
             rest = self._layers - layer

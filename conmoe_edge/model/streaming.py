@@ -126,6 +126,10 @@ class StreamedModel:
             if not inside and not any(True for _ in module.children()):
                 bridge.check_loaded(module, path)
 
+    def drop_outside(self) -> None:
+        """Give back what ``load_outside`` loaded; between prologue and epilogue nobody needs it."""
+        self.model.to("meta")
+
     @contextmanager
     def layer(self, index: int, *, with_experts: bool = True) -> Iterator[nn.Module]:
         """Decoder layer ``index`` with its weights; they are dropped on leaving.

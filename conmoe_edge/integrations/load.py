@@ -52,23 +52,27 @@ def load_package(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it would report is looked at below
     try:
         with loading(LoadOptions(budget=budget, context=context, slots=slots, progress=progress)):
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=dtype or "auto",
                 device_map={"": where} if where.type != "cpu" else None,
+                output_loading_info=True,
             )
     except (SafetensorError, OSError) as error:
         raise PackageError(f"The dense weights in {folder} cannot be read.", str(error).strip()[:200], _AGAIN) from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    _check_complete(model, folder)
+    model, info = loaded
+    _check_complete(info, folder)
     return model
 
 
@@ -88,8 +92,9 @@ def _device(device: str | None, budget: Budget | None) -> torch.device:
     return found
 
 
-def _check_complete(model: PreTrainedModel, folder: Path) -> None:
-    """Every dense weight came from the package."""
-    missing = sorted(name for name, tensor in model.named_parameters() if tensor.is_meta)
-    if missing:
-        raise PackageError(f"{folder} is incomplete.", f"it has no weights for {missing[0]}", _AGAIN)
+def _check_complete(info: dict[str, Any], folder: Path) -> None:
+    """Every dense weight came from the package, in its shape."""
+    for name in sorted(info["missing_keys"]):
+        raise PackageError(f"{folder} is incomplete.", f"it has no weights for {name}", _AGAIN)
+    for name, *_ in sorted(info["mismatched_keys"]):
+        raise PackageError(f"{folder} does not match its config.json.", f"{name} has another shape", _AGAIN)

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -41,19 +42,23 @@ def read_config(folder: str) -> PretrainedConfig:
     """
     register_config()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if "model_type" in reason or "model type" in reason or "trust_remote_code" in reason:
+        named, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        kind = named.get("model_type")
+        if kind not in CONFIG_MAPPING:
             raise UnsupportedModel(
                 f"The architecture of {folder} is not known to transformers.",
-                reason[:200],
+                f'its model_type is "{kind}"' if kind else "its config.json names no model_type",
                 "use a model whose architecture is part of transformers; code inside a model folder is never run",
-            ) from error
-        raise CheckpointError(f"{folder}/config.json cannot be used.", reason[:200]) from error
-    except (OSError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{folder}/config.json cannot be used.", reason[:200]) from error
+            )
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # config classes check foreign data in ways of their own, with any exception
+        raise CheckpointError(
+            f"{folder}/config.json cannot be used.",
+            _one_line(error),
+            "download the model again; if it is the same afterwards, the model itself is broken",
+        ) from error
     text = config.get_text_config()
     if getattr(config, "model_type", "") in _GATED_INPUT or getattr(text, "model_type", "") in _GATED_INPUT:
         raise UnsupportedModel(
@@ -62,6 +67,11 @@ def read_config(folder: str) -> PretrainedConfig:
             "cannot be added up",
         )
     return config
+
+
+def _one_line(error: BaseException) -> str:
+    """A library's message in one line of bearable length."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def quantization_of(config: PretrainedConfig) -> str | None:
@@ -87,10 +97,10 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # sizes that contradict each other fail anywhere inside the model's constructor
         raise UnsupportedModel(
-            f"transformers has no causal language model for {config.model_type}.", reason
+            f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
+            _one_line(error),
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -161,7 +171,7 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             "the weights and config.json belong to different models",
         )
     for name, reason in sorted(info.conversion_errors.items()):
-        raise CheckpointError(f"{name} cannot be assembled from the checkpoint.", str(reason).strip()[-200:])
+        raise CheckpointError(f"{name} cannot be assembled from the checkpoint.", _one_line(Exception(reason)))
 
 
 def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:

@@ -227,7 +227,8 @@ def table_view(
     for index in range(len(headers)):
         side = "right" if index in numbers else "left"
         table.add_column(justify=side, overflow="fold", no_wrap=index != len(headers) - 1)
-    table.add_row(*(Text(h, style="bold") for h in headers))
+    if any(headers):
+        table.add_row(*(Text(h, style="bold") for h in headers))
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table

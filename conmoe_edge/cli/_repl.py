@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from conmoe_edge.cli._output import Output
     from conmoe_edge.offload.generate import ChatSession
 
+_SHORTEN = "a shorter message; chat --context N keeps room for more"
 _MAKE_ROOM = "/clear forgets the conversation; /save FILE keeps it first"
 WELCOME = "Type a message. /help lists the commands, Ctrl-D leaves."
 
@@ -90,7 +91,8 @@ class Repl:
                 return
             except ContextFull as error:
                 # The way out that the error names is for programs; here it is a command.
-                self.output.error(replace(describe(error), fix=_MAKE_ROOM))
+                fix = _MAKE_ROOM if self.conversation.messages else _SHORTEN
+                self.output.error(replace(describe(error), fix=fix))
             except ConmoeError as error:
                 self.output.error(describe(error))
             except KeyboardInterrupt:

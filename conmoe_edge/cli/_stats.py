@@ -88,13 +88,14 @@ def stats_rows(stats: ChatStats) -> list[tuple[str, str]]:
     """``/stats``: the last answer, a figure a line."""
     if not stats.answered:
         return [("no answer yet", ""), ("memory", memory_text(stats))]
+    below = "the disk" if stats.tier == "RAM" else "RAM or the disk"
     return [
         ("answer", f"{counted(stats.tokens, 'token')}, ended by {_ENDED_BY[stats.finish]}"),
         ("question", f"{counted(stats.prompt_tokens, 'token')} that were new to the model"),
         ("speed", f"{stats.tokens_per_second:.2f} tokens a second"),
         ("first token", f"after {duration(stats.first_token_seconds)}"),
         ("memory", memory_text(stats)),
-        ("experts read", f"{human_size(stats.bytes_read)} from below the {stats.tier}"),
+        ("experts read", f"{human_size(stats.bytes_read)} from {below}"),
     ]
 
 

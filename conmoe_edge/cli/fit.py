@@ -65,7 +65,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
 
     \b
     Examples:
-      conmoe-edge fit demo --gpu 600MB
+      conmoe-edge fit demo --gpu 564MB --device cpu
       conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
       conmoe-edge fit olmoe --gpu rtx-4060-laptop-8gb --rate 50% --scope 2 --calibration notes.txt
       conmoe-edge fit ./my-checkpoint --gpu 16GB --dry-run --json
@@ -119,7 +119,12 @@ def _may_replace(out: Path, output: Output, *, overwrite: bool, yes: bool) -> bo
         return overwrite
     where = path_text(out)
     if not output.as_json and sys.stdin.isatty():
-        if yes or click.confirm(f"{where} is a package already. Replace it?", err=True):
+        try:
+            agreed = yes or click.confirm(f"{where} is a package already. Replace it?", err=True)
+        except click.Abort:
+            output.note()  # closes the line of the question
+            raise Interrupted("Stopped. Nothing was changed.") from None
+        if agreed:
             return True
         raise OutputExists("Nothing was changed.", "", "another --out DIR")
     raise OutputExists(

@@ -103,12 +103,12 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     \b
     Start here (the model `demo` comes with the program, nothing is downloaded):
-      conmoe-edge fit demo --gpu 600MB     measure, plan, consolidate, write ./out
-      conmoe-edge chat ./out               talk to it inside that budget
+      conmoe-edge fit demo --gpu 564MB --device cpu   measure, plan, consolidate, write ./out
+      conmoe-edge chat ./out                          talk to it inside that budget
 
     \b
     A bigger one:
-      conmoe-edge plan olmoe --gpu 8GB     what would be done, before any download
+      conmoe-edge plan olmoe --gpu 8GB                what would be done, before any download
       conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
 
     Results go to stdout, everything else to stderr. Every command takes --json. Exit status: 0

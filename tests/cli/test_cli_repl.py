@@ -191,7 +191,7 @@ def test_no_room_for_an_answer_leaves_the_conversation_as_it_was(talk: Any) -> N
     session = Session([])
     session.finish = "context"
     repl, _, err = talk(session, "long")
-    assert "/clear" in err
+    assert "a shorter message" in err
     assert repl.conversation.messages == []
 
 

@@ -5,7 +5,8 @@
 - ``load(path, budget=None, device=None)``: a transformers model that runs inside the budget.
 
 After ``import conmoe_edge`` a package also opens through transformers' own door,
-``AutoModelForCausalLM.from_pretrained("./out")``. Importing this package imports neither torch nor transformers.
+``AutoModelForCausalLM.from_pretrained("./out")``. Importing this package imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ watch_transformers()
 class _Package(ModuleType):
     """This module, with ``plan`` being the function although a sub-package has the same name.
 
-    The import system binds a sub-package to its parent's attribute; here that assignment is dropped, and
-    ``from conmoe_edge.plan.planner import make_plan`` works all the same, since imports go by the full name.
+    The import system binds a sub-package to its parent's attribute; here that assignment is
+    dropped, and ``from conmoe_edge.plan.planner import make_plan`` works all the same, since
+    imports go by the full name.
     """
 
     @property

@@ -52,15 +52,22 @@ def write_package(
     """Write ``model`` with its experts consolidated by ``slots``."""
     folder.mkdir(parents=True, exist_ok=True)
     experts = find_experts(model)
-    ids = sorted({slot.prototype for row in slots.values() for slot in row if slot.prototype is not None})
+    ids = sorted(
+        {slot.prototype for row in slots.values() for slot in row if slot.prototype is not None}
+    )
     layouts: list[Any] = []
     layout_of: dict[ExpertId, int] = {}
     tensors: dict[ExpertId, dict[str, torch.Tensor]] = {}
     for one in ids:
         module: Any = experts[one.layer][1]
-        tensors[one] = {name: getattr(module, name)[one.expert].detach() for name in part_names(module)}
+        tensors[one] = {
+            name: getattr(module, name)[one.expert].detach() for name in part_names(module)
+        }
         layout = make_layout(
-            [(n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors[one].items()]
+            [
+                (n, tuple(t.shape), str(t.dtype).removeprefix("torch."))
+                for n, t in tensors[one].items()
+            ]
         )
         if layout not in layouts:
             layouts.append(layout)
@@ -76,7 +83,9 @@ def write_package(
     dense = write_dense(
         folder,
         [
-            TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach())
+            TensorSource(
+                name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach()
+            )
             for name, t in model.state_dict().items()
             if name not in fused and name not in tied
         ],
@@ -101,7 +110,13 @@ def write_package(
         precision="source",
         layouts=tuple(layouts),
         prototypes=tuple(
-            PrototypeEntry(one, records.name, records.offsets[names[one]], layout_of[one], (weights or {}).get(one, 0.0))
+            PrototypeEntry(
+                one,
+                records.name,
+                records.offsets[names[one]],
+                layout_of[one],
+                (weights or {}).get(one, 0.0),
+            )
             for one in ids
         ),
         slots=slots,
@@ -119,7 +134,9 @@ def write_package(
 
 
 def materialise(model: Any, slots: Slots) -> Any:
-    """Fill every router slot of ``model`` with its prototype's weights, in place, for plain transformers to run."""
+    """Fill every router slot of ``model`` with its prototype's weights, in place, for plain
+    transformers to run.
+    """
     experts = find_experts(model)
     with torch.no_grad():
         originals = {
@@ -131,5 +148,7 @@ def materialise(model: Any, slots: Slots) -> Any:
             for expert, slot in enumerate(row):
                 assert slot.prototype is not None
                 for name in part_names(module):
-                    getattr(module, name)[expert] = originals[slot.prototype.layer][name][slot.prototype.expert]
+                    getattr(module, name)[expert] = originals[slot.prototype.layer][name][
+                        slot.prototype.expert
+                    ]
     return model

@@ -1,9 +1,11 @@
-"""Between transformers' loading and the runtime: take the experts out, build the runtime afterwards.
+"""Between transformers' loading and the runtime: take the experts out, build the runtime
+afterwards.
 
-``begin_loading`` works on the model on the meta device, before any weight is read; ``finish_loading`` runs when the dense
-weights are where they belong, measures them, asks the plan's arithmetic how many cache slots the budget leaves, and allocates.
-Peak memory: dense weights, slots and what the plan's terms name; never two copies of an expert.
-Raises ``PackageError`` where manifest and model do not describe the same thing.
+``begin_loading`` works on the model on the meta device, before any weight is read;
+``finish_loading`` runs when the dense weights are where they belong, measures them, asks the plan's
+arithmetic how many cache slots the budget leaves, and allocates. Peak memory: dense weights, slots
+and what the plan's terms name; never two copies of an expert. Raises ``PackageError`` where
+manifest and model do not describe the same thing.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def begin_loading(
 ) -> Loading:
     """Remove the routed experts from a meta model and give each layer its handle."""
     if not checkpoint_files:
-        raise PackageError("The package has no dense weights.", "model.safetensors.index.json names none", _AGAIN)
+        raise PackageError(
+            "The package has no dense weights.", "model.safetensors.index.json names none", _AGAIN
+        )
     folder = Path(checkpoint_files[0]).parent
     manifest = load_manifest(folder)
     register_experts_function()
@@ -57,7 +61,8 @@ def begin_loading(
     if sorted(experts) != sorted(manifest.slots):
         raise PackageError(
             f"The package in {folder} does not match its config.json.",
-            f"the model has routed experts in layers {sorted(experts)}, the manifest in {sorted(manifest.slots)}",
+            f"the model has routed experts in layers {sorted(experts)}, "
+            f"the manifest in {sorted(manifest.slots)}",
             _AGAIN,
         )
     constants = _read_constants(folder, manifest)
@@ -96,6 +101,15 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     guard_context(model, context)
 
 
+def attach_unchanged(
+    model: PreTrainedModel, folder: Path, manifest: Manifest, device: torch.device
+) -> None:
+    """Give a model that was left whole the same face: budget, context and numbers, no
+    prototypes.
+    """
+    finish_loading(model, Loading(folder, manifest, device, ()))
+
+
 def register_experts_function() -> None:
     """Make ``conmoe`` known as an experts implementation; calling it again does nothing."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -109,13 +123,19 @@ def _make_handle(manifest: Manifest, layer: int, constants: Tensor | None) -> La
     slots = manifest.slots[layer]
     scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float32)
     rows = [-1 if slot.constant is None else slot.constant for slot in slots]
-    if constants is None and max(rows) >= 0 or constants is not None and max(rows) >= len(constants):
+    if (constants is None and max(rows) >= 0) or (
+        constants is not None and max(rows) >= len(constants)
+    ):
         raise PackageError(
-            f"{CONSTANTS_FILE} is damaged.", f"layer {layer} has fewer constants than its slots name", _AGAIN
+            f"{CONSTANTS_FILE} is damaged.",
+            f"layer {layer} has fewer constants than its slots name",
+            _AGAIN,
         )
     return LayerHandle(
         layer=layer,
-        slot_map=torch.tensor([-1 if slot.prototype is None else number[slot.prototype] for slot in slots]),
+        slot_map=torch.tensor(
+            [-1 if slot.prototype is None else number[slot.prototype] for slot in slots]
+        ),
         scales=None if bool((scales == 1.0).all()) else scales,
         constants=constants if max(rows) >= 0 else None,
         constant_of=torch.tensor(rows) if max(rows) >= 0 else None,
@@ -129,11 +149,14 @@ def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:
     found = {}
     try:
         with torch.device("cpu"), safe_open(folder / CONSTANTS_FILE, framework="pt") as file:
+            names = set(file.keys())
             for layer in manifest.slots:
-                if f"constants.{layer}" in file.keys():  # noqa: SIM118  (the handle is no mapping)
+                if f"constants.{layer}" in names:
                     found[layer] = file.get_tensor(f"constants.{layer}").float()
     except (SafetensorError, OSError) as error:
-        raise PackageError(f"{folder / CONSTANTS_FILE} cannot be read.", str(error)[:200], _AGAIN) from error
+        raise PackageError(
+            f"{folder / CONSTANTS_FILE} cannot be read.", str(error)[:200], _AGAIN
+        ) from error
     return found
 
 
@@ -141,7 +164,9 @@ def _check_shapes(
     folder: Path, manifest: Manifest, layer: int, module: nn.Module, names: Sequence[str]
 ) -> None:
     """The records that this layer uses hold what its experts module expects."""
-    wanted: Mapping[str, tuple[int, ...]] = {name: tuple(getattr(module, name).shape) for name in names}
+    wanted: Mapping[str, tuple[int, ...]] = {
+        name: tuple(getattr(module, name).shape) for name in names
+    }
     slots = manifest.slots[layer]
     count = next(iter(wanted.values()))[0]
     if len(slots) != count:
@@ -157,7 +182,7 @@ def _check_shapes(
             if parts.get(name) != wanted[name][1:]:
                 raise PackageError(
                     f"The package in {folder} does not match its config.json.",
-                    f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, its records hold "
-                    f"{list(parts.get(name, ()))}",
+                    f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, "
+                    f"its records hold {list(parts.get(name, ()))}",
                     _AGAIN,
                 )

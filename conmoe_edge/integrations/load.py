@@ -1,8 +1,9 @@
 """Open a package as a transformers model: the door behind ``conmoe_edge.load``.
 
-In: a folder that ``fit`` wrote. Out: a model whose ``generate`` works, with its runtime as ``model.conmoe``. Opens no socket.
-Peak memory: the dense weights, the cache slots and the plan's other terms. Raises ``PackageError`` for a package that is
-damaged, ``DoesNotFit`` where the budget holds no prototype, ``UsageError`` for a device that is not there.
+In: a folder that ``fit`` wrote. Out: a model whose ``generate`` works, with its runtime as
+``model.conmoe``. Opens no socket. Peak memory: the dense weights, the cache slots and the plan's
+other terms. Raises ``PackageError`` for a package that is damaged, ``DoesNotFit`` where the budget
+holds no prototype, ``UsageError`` for a device that is not there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from conmoe_edge.checkpoint.manifest import UNCHANGED
 from conmoe_edge.checkpoint.manifest_io import verify_package
 from conmoe_edge.errors import PackageError, UsageError
+from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
 
@@ -40,19 +43,23 @@ def load_package(
     Args:
         path: the folder.
         budget: what may be used; by default what the package was planned for.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the budget's, else a GPU where there is one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the budget's, else a GPU where there is
+            one.
         context: tokens to keep room for; by default what the package was planned for.
         dtype: of the computation; by default the checkpoint's own.
         slots: cache slots of every record layout, instead of what the budget gives.
         progress: called with (records read, records to read) while the slots are filled.
     """
     folder = Path(path)
-    verify_package(folder)
+    manifest = verify_package(folder)
     where = _device(device, budget)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    bars, verbosity = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would report is looked at below
     try:
@@ -65,14 +72,18 @@ def load_package(
                 device_map={"": where} if where.type != "cpu" else None,
                 output_loading_info=True,
             )
+            model, info = loaded
+            _check_complete(info, folder)
+            if manifest.method == UNCHANGED:
+                attach_unchanged(model, folder, manifest, where)
     except (SafetensorError, OSError) as error:
-        raise PackageError(f"The dense weights in {folder} cannot be read.", str(error).strip()[:200], _AGAIN) from error
+        raise PackageError(
+            f"The dense weights in {folder} cannot be read.", str(error).strip()[:200], _AGAIN
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    model, info = loaded
-    _check_complete(info, folder)
     return model
 
 
@@ -97,4 +108,6 @@ def _check_complete(info: dict[str, Any], folder: Path) -> None:
     for name in sorted(info["missing_keys"]):
         raise PackageError(f"{folder} is incomplete.", f"it has no weights for {name}", _AGAIN)
     for name, *_ in sorted(info["mismatched_keys"]):
-        raise PackageError(f"{folder} does not match its config.json.", f"{name} has another shape", _AGAIN)
+        raise PackageError(
+            f"{folder} does not match its config.json.", f"{name} has another shape", _AGAIN
+        )

@@ -1,11 +1,11 @@
 """How much of the budget goes to cache slots when a package is opened.
 
-The same arithmetic as the plan's, with two figures that are known better now: the dense weights are there and are measured,
-and the cache is weighed in the dtype that was loaded.
+The same arithmetic as the plan's, with two figures that are known better now: the dense weights are
+there and are measured, and the cache is weighed in the dtype that was loaded.
 
-The prefill chunk is the package's, not the budget's: the number of tokens in one forward is the one thing that could change
-the last bit of a sum, so that a smaller budget has fewer slots rather than a smaller chunk. Only where not even one slot a
-layer would be left does the chunk shrink.
+The prefill chunk is the package's, not the budget's: the number of tokens in one forward is the one
+thing that could change the last bit of a sum, so that a smaller budget has fewer slots rather than
+a smaller chunk. Only where not even one slot a layer would be left does the chunk shrink.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from conmoe_edge.checkpoint.manifest import Manifest
-from conmoe_edge.errors import PackageError
+from conmoe_edge.errors import DoesNotFit, PackageError
 from conmoe_edge.integrations.options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.resolve import resolve_budget
@@ -27,6 +27,7 @@ from conmoe_edge.offload.quota import slots_for
 from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
+from conmoe_edge.units import gib
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,8 +66,10 @@ def plan_memory(
     if options.slots is not None:
         return Memory(budget, tuple(options.slots), min(wished, context))
     anatomy = _anatomy(model)
-    records = [(layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)]
-    largest = max(nbytes for nbytes, _ in records)
+    records = [
+        (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
+    ]
+    largest = max((nbytes for nbytes, _ in records), default=0)
     fixed = sum(term.nbytes for term in fixed_terms(anatomy, kind, context, largest))
     floor = min(sum(counts), len(anatomy.moe_layers)) * largest
     chunk = min(wished, context)
@@ -75,24 +78,44 @@ def plan_memory(
             break
         chunk = max(MIN_CHUNK, chunk // 2)
     fixed += workspace_bytes(anatomy, kind, context, chunk)
+    if not records and fixed > budget.device_bytes:
+        raise _too_small(fixed, budget)
     return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk)
 
 
+def _too_small(needed: int, budget: Budget) -> DoesNotFit:
+    """The error for a model that was left whole and has no prototypes to offload."""
+    return DoesNotFit(
+        f"This model needs {gib(needed)}, and the budget is {gib(budget.device_bytes)}.",
+        "it was left unchanged because it fitted the budget that fit was given",
+        f"Make a package for it: conmoe-edge fit MODEL --gpu {budget.asked} --out DIR",
+    )
+
+
 def planned_by(manifest: Manifest) -> Plan | None:
-    """The plan that the package was made by; ``None`` where there is none that this version reads."""
+    """The plan that the package was made by; ``None`` where there is none that this version
+    reads.
+    """
     if not manifest.plan:
         return None
     try:
         return plan_from_json(manifest.plan)
     except PackageError:
-        # For readers, says the manifest's contract: a plan from another version is no reason not to run.
+        # For readers, says the manifest's contract: a plan from another version is no reason not to
+        # run.
         return None
 
 
 def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
-    """What the package was planned for where that is this kind of device and there is as much; else what is free here."""
+    """What the package was planned for where that is this kind of device and there is as much;
+    else what is free here.
+    """
     here = resolve_budget("auto", kind)
-    if planned is None or planned.budget.device != kind or planned.budget.device_bytes > here.device_bytes:
+    if (
+        planned is None
+        or planned.budget.device != kind
+        or planned.budget.device_bytes > here.device_bytes
+    ):
         return here
     return planned.budget
 
@@ -107,14 +130,18 @@ def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
 
 
 def _anatomy(model: PreTrainedModel) -> ModelAnatomy:
-    """The anatomy of a loaded model: from its config in the dtype it was loaded with, dense bytes as they are."""
+    """The anatomy of a loaded model: from its config in the dtype it was loaded with, dense bytes
+    as they are.
+    """
     config = copy.deepcopy(model.config)
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
         if hasattr(one, "quantization_config"):
-            del one.quantization_config
+            delattr(one, "quantization_config")  # probe takes the plain model
     config.dtype = model.dtype
     anatomy = probe(config)
-    seen = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}  # tied ones once
+    seen = {
+        tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]
+    }  # tied ones once
     dense = sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
     layers = tuple(replace(layer, dense_bytes=0) for layer in anatomy.layers)
     return replace(anatomy, layers=layers, outside_bytes=dense)

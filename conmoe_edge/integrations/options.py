@@ -1,7 +1,8 @@
 """What a load may use: options that travel beside ``from_pretrained``, which has no room for them.
 
-``with loading(LoadOptions(...)): AutoModelForCausalLM.from_pretrained(folder)``. The options belong to the running context
-(thread or task) and are gone after the block. Without them the package's own plan and the caller's ``device_map`` decide.
+``with loading(LoadOptions(...)): AutoModelForCausalLM.from_pretrained(folder)``. The options belong
+to the running context (thread or task) and are gone after the block. Without them the package's own
+plan and the caller's ``device_map`` decide.
 """
 
 from __future__ import annotations
@@ -59,8 +60,17 @@ def one_device(device_map: Any) -> dict[str, Any] | None:
     """
     if device_map is None:
         return None
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"}
+    if isinstance(device_map, str) and device_map in (
+        "auto",
+        "balanced",
+        "balanced_low_0",
+        "sequential",
+    ):
+        return {
+            "": torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else "cpu"
+        }
     if not isinstance(device_map, dict):
         return {"": device_map}
     devices = {str(device) for device in device_map.values()}
@@ -68,7 +78,7 @@ def one_device(device_map: Any) -> dict[str, Any] | None:
         raise UsageError(
             "A package runs on one device.",
             f"device_map names {', '.join(sorted(devices))}",
-            "device_map={'': 'cuda:0'} or conmoe_edge.load(DIR, budget='8GB'): the runtime does the offloading",
+            "device_map={'': 'cuda:0'}, or conmoe_edge.load(DIR, budget='8GB') to offload",
         )
     return {"": next(iter(device_map.values()))}
 

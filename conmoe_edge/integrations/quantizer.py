@@ -1,11 +1,13 @@
 """The quantizer ``conmoe``: how ``from_pretrained`` opens a package.
 
-Before weights are loaded it takes the fused parameters of the routed experts out of the (meta) model, so that transformers
-neither expects nor initialises them, and hangs a ``LayerHandle`` on each experts module; afterwards it builds the runtime,
-``model.conmoe``. Everything else, the dense weights above all, is transformers' own loading.
+Before weights are loaded it takes the fused parameters of the routed experts out of the (meta)
+model, so that transformers neither expects nor initialises them, and hangs a ``LayerHandle`` on
+each experts module; afterwards it builds the runtime, ``model.conmoe``. Everything else, the dense
+weights above all, is transformers' own loading.
 
-transformers imports this file while it is being imported itself, so at the top there are its two base classes and nothing
-that needs more of it. Raises ``PackageError`` where package and model disagree, ``DoesNotFit`` where the budget is too small.
+transformers imports this file while it is being imported itself, so at the top there are its two
+base classes and nothing that needs more of it. Raises ``PackageError`` where package and model
+disagree, ``DoesNotFit`` where the budget is too small.
 """
 
 from __future__ import annotations
@@ -28,14 +30,20 @@ _LOG = logging.getLogger(__name__)
 class ConmoeConfig(QuantizationConfigMixin):
     """``quantization_config`` in a package's ``config.json``. All else is in ``conmoe.json``."""
 
-    def __init__(self, quant_method: str = "conmoe", format_version: int = 1, **unknown: Any) -> None:
-        """``unknown`` are fields of later formats; the manifest's version decides whether the package can be read."""
+    def __init__(
+        self, quant_method: str = "conmoe", format_version: int = 1, **unknown: Any
+    ) -> None:
+        """``unknown`` are fields of later formats; the manifest's version decides whether the
+        package can be read.
+        """
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
 
 
 class ConmoeQuantizer(HfQuantizer):
-    """Opens a package. Budget, device and context come from ``load_options``; without them the package's own plan."""
+    """Opens a package. Budget, device and context come from ``load_options``; without them the
+    package's own plan.
+    """
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -72,8 +80,8 @@ class ConmoeQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """False: a package is a folder that is copied, not a state dict."""
         _LOG.warning(
-            "A consolidated model is not saved by save_pretrained: its prototypes live in the package. Copy the package's "
-            "folder, or make another one with `conmoe-edge fit`."
+            "A consolidated model is not saved by save_pretrained: its prototypes live in the "
+            "package. Copy the package's folder, or make another one with `conmoe-edge fit`."
         )
         return False
 
@@ -82,7 +90,9 @@ class ConmoeQuantizer(HfQuantizer):
         """False: prototypes are read-only bytes."""
         return False
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         raise UsageError(
             "A consolidated model cannot be turned back.",
             "the experts that were removed are gone",

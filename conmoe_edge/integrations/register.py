@@ -1,8 +1,8 @@
 """Make transformers know packages, without importing transformers.
 
-``watch_transformers`` is called by ``import conmoe_edge``. Whether transformers was imported before or comes later, once the
-modules with its registries are there, the quantizer ``conmoe`` and the DeepSeek V1 classes are in them. Importing this file
-costs no torch. Nothing is registered twice.
+``watch_transformers`` is called by ``import conmoe_edge``. Whether transformers was imported before
+or comes later, once the modules with its registries are there, the quantizer ``conmoe`` and the
+DeepSeek V1 classes are in them. Importing this file costs no torch. Nothing is registered twice.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import wrapt
 QUANT_METHOD = "conmoe"
 
 
-
 def watch_transformers() -> None:
     """Register as soon as transformers' registries exist."""
     wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")
-    wrapt.register_post_import_hook(_register_deepseek, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(
+        _register_deepseek, "transformers.models.auto.configuration_auto"
+    )
     wrapt.register_post_import_hook(_register_deepseek, "transformers.models.auto.modeling_auto")
 
 
 def _register_quantizer(auto: ModuleType) -> None:
-    # This runs while transformers is still being imported: the quantizer's own file may import only its base classes.
+    # This runs while transformers is still being imported: the quantizer's own file may import only
+    # its base classes.
     if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
     from conmoe_edge.integrations.quantizer import ConmoeConfig, ConmoeQuantizer
@@ -36,8 +38,8 @@ def _register_quantizer(auto: ModuleType) -> None:
 def _register_deepseek(auto: ModuleType) -> None:
     """The config class; it registers its model itself, with the first config that is made.
 
-    A config's file needs both auto modules whole. Where one is in the middle of its import, the work is left to the call
-    that comes when that import is over.
+    A config's file needs both auto modules whole. Where one is in the middle of its import, the
+    work is left to the call that comes when that import is over.
     """
     models = sys.modules.get("transformers.models.auto.modeling_auto")
     if models is not None and not hasattr(models, "AutoModelForCausalLM"):

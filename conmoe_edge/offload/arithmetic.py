@@ -1,11 +1,14 @@
-"""In which number format an expert's matrix products run: a fixed rule, and the scratch that it needs.
+"""In which number format an expert's matrix products run: a fixed rule, and the scratch that it
+needs.
 
-The rule looks at the processor and at how many tokens an expert got, never at memory, cache state or a stopwatch, so the
-same package gives the same tokens at every budget on one machine. (A prompt that is cut into chunks of another length gives
-every expert other numbers of tokens, and the sums may then differ in their last bit, as with any program.)
+The rule looks at the processor and at how many tokens an expert got, never at memory, cache state
+or a stopwatch, so the same package gives the same tokens at every budget on one machine. (A prompt
+that is cut into chunks of another length gives every expert other numbers of tokens, and the sums
+may then differ in their last bit, as with any program.)
 
-Why there is a choice at all: on processors without bf16 instructions, bf16 matrix products of many rows run at a fraction of
-the speed of fp32, so the expert is converted once and computed in fp32; for few rows reading half the bytes wins.
+Why there is a choice at all: on processors without bf16 instructions, bf16 matrix products of many
+rows run at a fraction of the speed of fp32, so the expert is converted once and computed in fp32;
+for few rows reading half the bytes wins.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor
 from conmoe_edge.units import round_up
 
 WIDE_FROM_ROWS = 16
-"""From this many tokens on, fp32 wins on a processor without bf16 instructions (conversion included)."""
+"""From this many tokens on, fp32 wins on a processor without bf16 instructions (conversion
+included).
+"""
 
 _ALIGNMENT = 64
 
@@ -36,12 +41,19 @@ class Machine:
         """The machine that runs."""
         if device.type != "cpu":
             return cls(device.type, True)
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        probes = (
+            getattr(torch.cpu, name, None)
+            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
         return cls("cpu", any(probe() for probe in probes if probe is not None))
 
 
-def compute_dtype(machine: Machine, hidden: torch.dtype, weight: torch.dtype, rows: int) -> torch.dtype:
-    """The format of an expert's matrix products for ``rows`` tokens in ``hidden`` and weights in ``weight``."""
+def compute_dtype(
+    machine: Machine, hidden: torch.dtype, weight: torch.dtype, rows: int
+) -> torch.dtype:
+    """The format of an expert's matrix products for ``rows`` tokens in ``hidden`` and weights in
+    ``weight``.
+    """
     if hidden == torch.float64:
         return torch.float64
     if machine.device != "cpu":
@@ -56,7 +68,8 @@ def compute_dtype(machine: Machine, hidden: torch.dtype, weight: torch.dtype, ro
 class Scratch:
     """One expert in another format, in memory that is used again for the next one.
 
-    Peak memory: the largest expert that was asked for, in the widest format; allocated with the first use.
+    Peak memory: the largest expert that was asked for, in the widest format; allocated with the
+    first use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +77,9 @@ class Scratch:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     def convert(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """``parts`` in ``dtype``: as they are where they have it already, else copied into the scratch."""
+        """``parts`` in ``dtype``: as they are where they have it already, else copied into the
+        scratch.
+        """
         if all(part.dtype == dtype for part in parts.values()):
             return parts
         starts, end = [], 0
@@ -72,8 +87,12 @@ class Scratch:
             starts.append(end)
             end = round_up(end + part.numel() * dtype.itemsize, _ALIGNMENT)
         if self._memory.numel() < end:
-            with torch.inference_mode(False):  # written to again later, in whatever mode the caller is then
-                self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)  # never two of them
+            with torch.inference_mode(
+                False
+            ):  # written to again later, in whatever mode the caller is then
+                self._memory = torch.empty(
+                    0, dtype=torch.uint8, device=self._device
+                )  # never two of them
                 self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
         converted = {}
         for start, (name, part) in zip(starts, parts.items(), strict=True):

@@ -1,18 +1,20 @@
 """Which cache slot holds which prototype: pure arithmetic on ints, no torch, no files, no memory.
 
-A ``SlotCache`` has ``slots`` places. A layer's forward opens a ``Pass`` over the prototypes it needs, in the order in
-which it will compute them, and then, prototype by prototype: asks for the ``loads`` that may start now, computes, and
-says ``finish``. Somebody else moves the bytes.
+A ``SlotCache`` has ``slots`` places. A layer's forward opens a ``Pass`` over the prototypes it
+needs, in the order in which it will compute them, and then, prototype by prototype: asks for the
+``loads`` that may start now, computes, and says ``finish``. Somebody else moves the bytes.
 
 Rules (each is tested against a brute-force model):
 
-- What a pass still needs is *locked*: it is evicted only when its own pass cannot go on otherwise, that is, when the very
-  next prototype is missing and every unpinned slot holds something that the same pass needs later. Then the one that is
-  needed last goes, and is read again when its turn comes. So one unpinned slot is enough for any pass, and the order of
-  computation never depends on the number of slots.
-- A slot that was assigned in a pass is not assigned again before the pass has finished with it: reads that are under
-  way are never overwritten.
-- Otherwise the victim is the least recently used prototype that is not pinned (global over all layers).
+- What a pass still needs is *locked*: it is evicted only when its own pass cannot go on otherwise,
+  that is, when the very next prototype is missing and every unpinned slot holds something that the
+  same pass needs later. Then the one that is needed last goes, and is read again when its turn
+  comes. So one unpinned slot is enough for any pass, and the order of computation never depends on
+  the number of slots.
+- A slot that was assigned in a pass is not assigned again before the pass has finished with it:
+  reads that are under way are never overwritten.
+- Otherwise the victim is the least recently used prototype that is not pinned (global over all
+  layers).
 - Pinned prototypes stay. At least one slot is never pinned unless every prototype has a slot.
 """
 
@@ -32,7 +34,9 @@ class Load:
 
 @dataclass(slots=True)
 class CacheCounts:
-    """What passes asked for: ``hits`` were there when their turn came, ``misses`` had to be read."""
+    """What passes asked for: ``hits`` were there when their turn came, ``misses`` had to be
+    read.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -47,7 +51,8 @@ def pin_order(weights: Sequence[float], slots: int, share: float = 0.5) -> tuple
         share: largest share of the slots that pins may take where not every item has a slot.
 
     Returns:
-        All items where they all fit; else at most ``share * slots`` of them and never the last slot.
+        All items where they all fit; else at most ``share * slots`` of them and never the last
+        slot.
     """
     if slots >= len(weights):
         return tuple(range(len(weights)))
@@ -79,7 +84,9 @@ class SlotCache:
         return frozenset(self._slot_of)
 
     def fill(self, items: Sequence[int]) -> list[Load]:
-        """Before the first pass: give slots to the pins and then to ``items`` in order, while there are free ones."""
+        """Before the first pass: give slots to the pins and then to ``items`` in order, while
+        there are free ones.
+        """
         assert self._running is None, "filling happens between passes"
         loads = []
         for item in [*sorted(self.pinned), *items]:
@@ -112,7 +119,9 @@ class SlotCache:
             self._recent[item] = None
 
     def _place(self, locked: dict[int, int]) -> int | None:
-        """A slot for one more item: a free one, else that of the least recently used item that is not locked."""
+        """A slot for one more item: a free one, else that of the least recently used item that is
+        not locked.
+        """
         if self._free:
             return self._free.pop()
         for item in self._recent:
@@ -132,11 +141,15 @@ class SlotCache:
 
 
 class Pass:
-    """One forward of one layer. Use as a context manager; leaving it early forgets the reads that it began."""
+    """One forward of one layer. Use as a context manager; leaving it early forgets the reads that
+    it began.
+    """
 
     def __init__(self, cache: SlotCache, order: Sequence[int]) -> None:
         self._cache = cache
-        self._turn = {item: turn for turn, item in enumerate(order)}  # what is still needed, in order
+        self._turn = {
+            item: turn for turn, item in enumerate(order)
+        }  # what is still needed, in order
         assert len(self._turn) == len(order), "a pass names each item once"
         self._loaded: set[int] = set()
 
@@ -148,7 +161,9 @@ class Pass:
         self._cache._close([item for item in self._loaded if item in self._turn])
 
     def loads(self) -> list[Load]:
-        """Reads that may start now, in the order in which they will be needed; the next item's is always among them."""
+        """Reads that may start now, in the order in which they will be needed; the next item's is
+        always among them.
+        """
         begun = []
         for turn, item in enumerate(self._turn):
             if self._cache.slot_of(item) is not None:

@@ -1,7 +1,9 @@
-"""The context that the memory was planned for is a hard limit: nobody's cache grows beyond it unnoticed.
+"""The context that the memory was planned for is a hard limit: nobody's cache grows beyond it
+unnoticed.
 
-``guard_context`` adds a check in front of every forward of a model. It raises ``ContextFull`` before a forward whose
-key-value cache would hold more tokens (over all sequences of a batch) than were planned; nothing is cut.
+``guard_context`` adds a check in front of every forward of a model. It raises ``ContextFull``
+before a forward whose key-value cache would hold more tokens (over all sequences of a batch) than
+were planned; nothing is cut.
 """
 
 from __future__ import annotations
@@ -40,5 +42,5 @@ def context_full(needed: int, context: int) -> ContextFull:
     return ContextFull(
         f"The conversation needs {needed} tokens, and the memory was planned for {context}.",
         "nothing was cut",
-        f"Start a new conversation, or load with room for more: --context {-(-needed // 1024) * 1024}",
+        f"Start a new conversation, or load with more room: --context {-(-needed // 1024) * 1024}",
     )

@@ -5,15 +5,17 @@ For a token t with the router's slots i and gates g_i,
     y(t) = sum over prototypes p of alpha_p(t) * p(x_t)  +  sum over i of g_i(t) * c_i,
     alpha_p(t) = sum over slots i with m(i) = p of g_i(t) * s_i,
 
-where m is the reassignment map, s_i the slot's scale and c_i its constant (both rare). A slot without prototype adds its
-constant or nothing; an index outside the router's slots adds nothing.
+where m is the reassignment map, s_i the slot's scale and c_i its constant (both rare). A slot
+without prototype adds its constant or nothing; an index outside the router's slots adds nothing.
 
-``conmoe_experts_forward`` has the signature of every function in transformers' registry of experts functions, and works for
-each architecture that uses that registry. Every prototype computes once, on all its tokens; contributions are added in fp32
-in the order of the prototype numbers. That order and the rule for the number format do not depend on how many prototypes
-are resident, so neither does the result.
+``conmoe_experts_forward`` has the signature of every function in transformers' registry of experts
+functions, and works for each architecture that uses that registry. Every prototype computes once,
+on all its tokens; contributions are added in fp32 in the order of the prototype numbers. That order
+and the rule for the number format do not depend on how many prototypes are resident, so neither
+does the result.
 
-Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T, H].
+Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T,
+H].
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class LayerHandle:
 def conmoe_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The routed experts' output: [..., H] like ``hidden_states``, from [..., K] slots and gates."""
+    """The routed experts' output: [..., H] like ``hidden_states``, from [..., K] slots and
+    gates.
+    """
     handle: LayerHandle = getattr(self, HANDLE)
     runtime = handle.runtime
     if runtime is None or runtime.closed:
@@ -81,8 +85,8 @@ def conmoe_experts_forward(
         )
     if hidden_states.device != runtime.device:
         raise UsageError(
-            f"The model was moved to {hidden_states.device}, but its prototypes are on {runtime.device}.",
-            "prototypes stay where the package was loaded",
+            f"The model was moved to {hidden_states.device}.",
+            f"its prototypes stay on {runtime.device}, where the package was loaded",
             "Load it there: conmoe_edge.load(DIR, device='cuda')",
         )
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
@@ -96,7 +100,9 @@ def conmoe_experts_forward(
         rows = routes.rows[start:stop]
         weight = next(iter(parts.values())).dtype
         dtype = compute_dtype(runtime.machine, hidden.dtype, weight, stop - start)
-        out = expert_forward(self, hidden[rows], runtime.scratch.convert(parts, dtype), dtype)  # [n, H]
+        out = expert_forward(
+            self, hidden[rows], runtime.scratch.convert(parts, dtype), dtype
+        )  # [n, H]
         out = out.to(total.dtype) * routes.weights[start:stop].unsqueeze(1)
         total.index_add_(0, rows, out)  # a prototype sees a token once, so no two rows collide
 
@@ -110,7 +116,9 @@ def _sum_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _add_constants(total: Tensor, index: Tensor, weights: Tensor, constants: Tensor, constant_of: Tensor) -> None:
+def _add_constants(
+    total: Tensor, index: Tensor, weights: Tensor, constants: Tensor, constant_of: Tensor
+) -> None:
     """total(t) += sum over slots i of g_i(t) * c_i, slot by slot."""
     slots = constant_of.numel()
     inside = (index >= 0) & (index < slots)

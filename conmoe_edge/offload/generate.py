@@ -1,9 +1,10 @@
 """Chat on top of a loaded package: messages in, text as it comes, and an account of the turn.
 
-The session keeps the key-value cache between turns and feeds only what is new; where a model's cache cannot be taken back
-to the common beginning, it starts over. Prompts go in by chunks of the runtime's ``prefill_chunk`` tokens. A context that is
-full raises ``ContextFull`` before anything is cut; where memory runs out the runtime retreats (half the cache slots, then
-shorter chunks) and the turn goes on; ``OutOfMemory`` comes only when nothing is left to give up.
+The session keeps the key-value cache between turns and feeds only what is new; where a model's
+cache cannot be taken back to the common beginning, it starts over. Prompts go in by chunks of the
+runtime's ``prefill_chunk`` tokens. A context that is full raises ``ContextFull`` before anything is
+cut; where memory runs out the runtime retreats (half the cache slots, then shorter chunks) and the
+turn goes on; ``OutOfMemory`` comes only when nothing is left to give up.
 
 Memory: the cache, as planned for ``context`` tokens, and the activations of one chunk.
 """
@@ -44,8 +45,8 @@ class TurnStats:
         tokens_per_second: after the first token; 0 for answers of one token.
         hits, misses, bytes_read: of the prototypes, during this turn.
         context_used: tokens that the conversation takes now.
-        finish: the model was done (``stop``), ``max_tokens`` came (``length``), the context is full (``context``), or
-            the caller asked to stop (``interrupted``).
+        finish: the model was done (``stop``), ``max_tokens`` came (``length``), the context is full
+            (``context``), or the caller asked to stop (``interrupted``).
     """
 
     tokens: int
@@ -75,7 +76,7 @@ class ChatSession:
         self.runtime: Runtime = model.conmoe
         if context is not None and context > self.runtime.context:
             raise UsageError(
-                f"The model was loaded for {self.runtime.context} tokens of context, not for {context}.",
+                f"The model was loaded for {self.runtime.context} tokens, not for {context}.",
                 "the memory is divided when it is loaded",
                 f"Load it with --context {context}",
             )
@@ -118,7 +119,8 @@ class ChatSession:
             stop_event: once it is set, the answer ends within a token (or a chunk of the prompt).
 
         Raises:
-            ContextFull: the messages leave no room for an answer, or the answer filled the context; its text has been
+            ContextFull: the messages leave no room for an answer, or the answer filled the context;
+            its text has been
                 given out by then.
             OutOfMemory: memory ran out and nothing was left to give up.
         """
@@ -173,10 +175,14 @@ class ChatSession:
 
         try:
             encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                return_dict=True,
             )
         except TemplateError as error:
-            raise UsageError("The model's chat template refuses these messages.", str(error)[:200]) from error
+            raise UsageError(
+                "The model's chat template refuses these messages.", str(error)[:200]
+            ) from error
         return list(encoded["input_ids"])
 
     def _end_tokens(self) -> frozenset[int]:
@@ -186,9 +192,13 @@ class ChatSession:
         return frozenset(token for token in found if token is not None)
 
     def _rewind(self, tokens: Sequence[int]) -> int:
-        """Take the cache back to what it has in common with ``tokens``; how many tokens that are."""
+        """Take the cache back to what it has in common with ``tokens``; how many tokens that
+        are.
+        """
         common = 0
-        for ours, theirs in zip(self._held, tokens[:-1], strict=False):  # one token at least has to be computed
+        for ours, theirs in zip(
+            self._held, tokens[:-1], strict=False
+        ):  # one token at least has to be computed
             if ours != theirs:
                 break
             common += 1
@@ -209,7 +219,8 @@ class ChatSession:
     def _advance(self, tokens: Sequence[int], stop: threading.Event) -> Tensor | None:
         """Scores [1, V] of what follows ``tokens``; ``None`` where the caller asked to stop.
 
-        Where memory runs out, everything is computed again with less: the cache may have grown in some layers only.
+        Where memory runs out, everything is computed again with less: the cache may have grown in
+        some layers only.
         """
         while True:
             try:
@@ -217,7 +228,8 @@ class ChatSession:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Out of the handler, so that the error's traceback does not keep the memory that is to be given up.
+            # Out of the handler, so that the error's traceback does not keep the memory that is to
+            # be given up.
             self.forget()
             if self.runtime.retreat():
                 continue
@@ -225,7 +237,7 @@ class ChatSession:
                 raise OutOfMemory(
                     "Memory ran out while the model was computing.",
                     f"one cache slot and {self._chunk} tokens at a time are the least there is",
-                    f"Close other programs, or load with a shorter --context than {self.runtime.context}",
+                    f"Close other programs, or load with less --context: {self.runtime.context}",
                 )
             self._chunk = max(SHORTEST_CHUNK, self._chunk // 2)
 
@@ -237,7 +249,8 @@ class ChatSession:
                 return None
             start = len(self._held)
             end = min(len(tokens), start + self._chunk) if self._in_chunks else len(tokens)
-            # Held by this frame alone while it grows: whatever ends the forward early leaves no half-grown cache behind.
+            # Held by this frame alone while it grows: whatever ends the forward early leaves no
+            # half-grown cache behind.
             cache, held = self._cache, self._held
             self.forget()
             out = self.model(
@@ -247,7 +260,9 @@ class ChatSession:
                 **self._last_only,
             )
             if self._in_chunks and end < len(tokens) and not _is_plain(out.past_key_values):
-                self._in_chunks = False  # a model with a cache of its own wants the prompt in one piece
+                self._in_chunks = (
+                    False  # a model with a cache of its own wants the prompt in one piece
+                )
                 continue
             self._cache, self._held = out.past_key_values, [*held, *tokens[start:end]]
             logits = out.logits[:, -1]
@@ -278,7 +293,9 @@ class _Account:
             tokens=self._tokens,
             prompt_tokens=self.prompt_tokens,
             seconds_to_first=self._first - self._start if self._tokens else 0.0,
-            tokens_per_second=(self._tokens - 1) / after_first if self._tokens > 1 and after_first > 0 else 0.0,
+            tokens_per_second=(self._tokens - 1) / after_first
+            if self._tokens > 1 and after_first > 0
+            else 0.0,
             hits=now.hits - before.hits,
             misses=now.misses - before.misses,
             bytes_read=now.bytes_read - before.bytes_read,
@@ -288,8 +305,8 @@ class _Account:
 
 
 def _is_plain(cache: Any) -> bool:
-    """True for transformers' general cache. Models with a class of their own keep states beside the layers' keys and
-    values, which can neither be taken back nor, in general, be filled in pieces.
+    """True for transformers' general cache. Models with a class of their own keep states beside the
+    layers' keys and values, which can neither be taken back nor, in general, be filled in pieces.
     """
     from transformers import DynamicCache
 
@@ -301,5 +318,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )

@@ -1,16 +1,20 @@
-"""RAM as a tier between disk and GPU: whole records in page-locked host memory, so that a copy needs no detour.
+"""RAM as a tier between disk and GPU: whole records in page-locked host memory, so that a copy
+needs no detour.
 
-Host memory that is merely read once already lives in the system's page cache, which costs nothing to keep and is given
-up under pressure; this tier is only worth its memory because it is registered with CUDA, so that the GPU fetches from it
-directly. Registered with ``cudaHostRegister`` on plain mappings: torch's own pinned allocator rounds to powers of two.
+Host memory that is merely read once already lives in the system's page cache, which costs nothing
+to keep and is given up under pressure; this tier is only worth its memory because it is registered
+with CUDA, so that the GPU fetches from it directly. Registered with ``cudaHostRegister`` on plain
+mappings: torch's own pinned allocator rounds to powers of two.
 
-Records are taken in the order of their calibration weight until ``host_bytes`` are used. Where the system refuses to lock
-memory (limits, some desktop drivers) there is no tier, and the page cache serves.
+Records are taken in the order of their calibration weight until ``host_bytes`` are used. Where the
+system refuses to lock memory (limits, some desktop drivers) there is no tier, and the page cache
+serves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +62,14 @@ class HostTier:
         """Unlock and forget; call only when no copy is under way."""
         self._records = {}
         if self._memory is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            _cuda().cudaHostUnregister(self._memory.data_ptr())
             self._memory = None
 
 
 def _register(memory: Tensor) -> bool:
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-    return int(status) == 0
+    return int(_cuda().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+
+
+def _cuda() -> Any:
+    """CUDA's runtime library as torch loaded it."""
+    return torch.cuda.cudart()

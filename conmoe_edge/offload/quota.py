@@ -19,8 +19,9 @@ def slots_for(
         records: ``(bytes of a record, number of prototypes)`` of every layout.
 
     Returns:
-        All prototypes of every layout where they fit; else the same share of each layout, rounded down, at least one,
-        what is left going to the layouts in order. A layout without prototypes has no slots.
+        All prototypes of every layout where they fit; else the same share of each layout, rounded
+        down, at least one, what is left going to the layouts in order. A layout without prototypes
+        has no slots.
 
     Raises:
         DoesNotFit: not even one slot of each layout.
@@ -37,7 +38,8 @@ def slots_for(
             f"Give at least --gpu {_least_size(fixed_bytes + least)}, or a smaller --context.",
         )
     slots = [min(count, max(1, left * count // total)) if count else 0 for _, count in records]
-    # The guaranteed single slots may have cost more than their share: take it back from the largest layouts.
+    # The guaranteed single slots may have cost more than their share: take it back from the largest
+    # layouts.
     while (used := sum(n * nbytes for n, (nbytes, _) in zip(slots, records, strict=True))) > left:
         slots[max(range(len(slots)), key=lambda i: (slots[i], -i))] -= 1
     for i, (nbytes, count) in enumerate(records):

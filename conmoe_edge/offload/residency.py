@@ -1,11 +1,14 @@
-"""Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put together.
+"""Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put
+together.
 
-``Residency.visit(numbers, compute)`` calls ``compute(position, parts)`` once for each prototype, in the order given,
-whether all of them are resident or only one slot exists. The order, and with it every sum of the caller, is the same at
-any budget. Reads of what comes next run while the present one computes.
+``Residency.visit(numbers, compute)`` calls ``compute(position, parts)`` once for each prototype, in
+the order given, whether all of them are resident or only one slot exists. The order, and with it
+every sum of the caller, is the same at any budget. Reads of what comes next run while the present
+one computes.
 
-Each record layout has a pool and a policy of its own (one in almost every model). Device memory: the pools, allocated in
-the constructor. Raises ``PackageError`` from reads and ``OutOfMemory`` where the pools cannot be had.
+Each record layout has a pool and a policy of its own (one in almost every model). Device memory:
+the pools, allocated in the constructor. Raises ``PackageError`` from reads and ``OutOfMemory``
+where the pools cannot be had.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ class Residency:
         pools: Sequence[SlotPool],
         transfer: Transfer,
     ) -> None:
-        """``pools`` is indexed by layout number; a layout that no prototype uses has a pool without slots."""
+        """``pools`` is indexed by layout number; a layout that no prototype uses has a pool
+        without slots.
+        """
         self._pool_of = [entry.layout for entry in prototypes]
         self._pools = tuple(pools)
         self._transfer = transfer
@@ -51,7 +56,8 @@ class Residency:
             self._caches.append(SlotCache(pool.slots, pins))
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the pins, then what else has a place, in the order of the numbers; each record is read once.
+        """Read the pins, then what else has a place, in the order of the numbers; each record is
+        read once.
 
         ``progress(done, total)`` counts records.
         """
@@ -96,7 +102,8 @@ class Residency:
         return sum(pool.slots for pool in self._pools)
 
     def visit(self, numbers: Sequence[int], compute: Compute) -> None:
-        """``compute(position, parts)`` for every prototype of ``numbers`` (distinct), in that order.
+        """``compute(position, parts)`` for every prototype of ``numbers`` (distinct), in that
+        order.
 
         ``parts`` are views of a slot; they are valid during the call only.
         """
@@ -109,7 +116,8 @@ class Residency:
         try:
             self._visit_cached(numbers, compute)
         except BaseException:
-            self._transfer.drain()  # no read may still be writing into a slot that the policy gives away
+            # No read may still be writing into a slot that the policy gives away.
+            self._transfer.drain()
             raise
 
     def _visit_cached(self, numbers: Sequence[int], compute: Compute) -> None:
@@ -134,7 +142,9 @@ class Residency:
     def _begin(self, loads: Iterable[tuple[int, Load]]) -> None:
         for layout, load in loads:
             self.bytes_read += self._record_bytes[load.item]
-            self._transfer.load(load.item, (layout, load.slot), self._pools[layout].record(load.slot))
+            self._transfer.load(
+                load.item, (layout, load.slot), self._pools[layout].record(load.slot)
+            )
 
     @property
     def hits(self) -> int:

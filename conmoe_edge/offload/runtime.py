@@ -1,8 +1,9 @@
 """The runtime of a loaded package: ``model.conmoe``.
 
-It owns everything that the experts function needs: the files, the cache slots, the transfer, the arithmetic's scratch; it
-knows the budget, counts what happens and can give memory back. Memory on the device: the slot pools (``slots_for``), one
-expert of scratch. Raises ``PackageError`` for damaged records, ``DoesNotFit`` and ``OutOfMemory`` where memory is short.
+It owns everything that the experts function needs: the files, the cache slots, the transfer, the
+arithmetic's scratch; it knows the budget, counts what happens and can give memory back. Memory on
+the device: the slot pools, one expert of scratch. Raises ``PackageError`` for damaged records and
+``OutOfMemory`` where the slots cannot be had.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.arithmetic import Machine, Scratch
 from conmoe_edge.offload.experts import LayerHandle
 from conmoe_edge.offload.host_tier import HostTier
-from conmoe_edge.offload.quota import halved, slots_for
+from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.residency import Residency
 from conmoe_edge.offload.slots import SlotPool
 from conmoe_edge.offload.store import RecordStore
@@ -39,7 +40,8 @@ class RuntimeStats:
         prototypes: how many the package has.
         resident: how many of them the slots hold at once.
         slots, slot_bytes: the cache slots and their memory.
-        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on a GPU).
+        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on
+            a GPU).
         memory_budget: the budget's ceiling; ``None`` where none was given.
         device: ``cpu``, ``cuda:0``.
     """
@@ -68,7 +70,9 @@ class RuntimeStats:
 
 
 class Runtime:
-    """What the experts function computes with. Built once a model, after its dense weights are loaded."""
+    """What the experts function computes with. Built once a model, after its dense weights are
+    loaded.
+    """
 
     def __init__(
         self,
@@ -78,10 +82,9 @@ class Runtime:
         device: torch.device,
         *,
         budget: Budget | None = None,
-        fixed_bytes: int = 0,
         context: int,
-        prefill_chunk: int = 512,
-        slots: Sequence[int] | None = None,
+        prefill_chunk: int,
+        slots: Sequence[int],
         progress: Progress | None = None,
     ) -> None:
         """Allocate the slots and read what they hold.
@@ -91,11 +94,10 @@ class Runtime:
             manifest: its manifest, verified.
             handles: one a layer; their tables move to ``device`` and they learn of this runtime.
             device: where the compute happens.
-            budget: what may be used; without one every prototype gets a slot.
-            fixed_bytes: what everything but the prototypes needs on the device.
+            budget: what may be used, for the account and for the tier in host memory.
             context: tokens that the key-value cache is planned for.
             prefill_chunk: most tokens of one forward.
-            slots: slots of every layout, instead of what the budget would give.
+            slots: cache slots of every record layout.
             progress: called with (records read, records to read) at start.
         """
         self.folder = folder
@@ -108,11 +110,12 @@ class Runtime:
         self.scratch = Scratch(device)
         self.closed = False
         self._before = (0, 0, 0)  # hits, misses, bytes of residencies that were given up
-        self._slots = tuple(slots) if slots is not None else self._quota(fixed_bytes)
+        self._slots = tuple(slots)
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
-        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second copy there.
+        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second
+        # copy there.
         self._store = RecordStore(
             folder,
             manifest.prototypes,
@@ -180,17 +183,8 @@ class Runtime:
             self._host.close()
         self._store.close()
 
-    def _quota(self, fixed_bytes: int) -> tuple[int, ...]:
-        counts = [0] * len(self.manifest.layouts)
-        for entry in self.manifest.prototypes:
-            counts[entry.layout] += 1
-        if self.budget is None:
-            return tuple(counts)
-        records = [(layout.nbytes, n) for layout, n in zip(self.manifest.layouts, counts, strict=True)]
-        return slots_for(self.budget.device_bytes, fixed_bytes, records)
-
     def _make_transfer(self) -> Transfer:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or not self.manifest.prototypes:
             return DirectTransfer(self._store)
         largest = max(layout.nbytes for layout in self.manifest.layouts)
         host_bytes = 0 if self.budget is None else self.budget.host_bytes or 0

@@ -21,14 +21,17 @@ class Draw:
 
     @classmethod
     def of(
-        cls, generation_config: Any, temperature: float | None, top_p: float | None, seed: int | None
+        cls,
+        generation_config: Any,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int | None,
     ) -> Draw:
         """The model's own generation config, with what the caller gave instead."""
         own = generation_config
-        if temperature is None:
-            temperature = (own.temperature or 1.0) if own.do_sample else 0.0
+        usual = (own.temperature or 1.0) if own.do_sample else 0.0
         return cls(
-            temperature=temperature,
+            temperature=usual if temperature is None else temperature,
             top_p=top_p if top_p is not None else own.top_p or 1.0,
             top_k=own.top_k or 0,
             repetition_penalty=own.repetition_penalty or 1.0,

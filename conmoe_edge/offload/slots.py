@@ -1,12 +1,14 @@
-"""The device memory of the runtime: one uint8 pool per record layout, cut into cache slots of one record each.
+"""The device memory of the runtime: one uint8 pool per record layout, cut into cache slots of one
+record each.
 
-A pool is allocated once, before anything else competes for the memory, and never grows, so the budget is known to the
-byte and nothing fragments. On the CPU the pool is an anonymous mapping: page-aligned, so that a record can be read from
-disk straight into its slot, and touched at once, so that missing memory shows at start and not in the middle of an
-answer. On a GPU it is one tensor of torch's allocator.
+A pool is allocated once, before anything else competes for the memory, and never grows, so the
+budget is known to the byte and nothing fragments. On the CPU the pool is an anonymous mapping:
+page-aligned, so that a record can be read from disk straight into its slot, and touched at once, so
+that missing memory shows at start and not in the middle of an answer. On a GPU it is one tensor of
+torch's allocator.
 
-Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned as well.
-Raises ``OutOfMemory`` where the pool cannot be had.
+Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned
+as well. Raises ``OutOfMemory`` where the pool cannot be had.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def _allocate(nbytes: int, device: torch.device) -> Tensor:
 
 
 def host_buffer(nbytes: int) -> Tensor:
-    """Page-aligned, touched uint8 memory on the host, outside the C heap: what is given back goes back to the system."""
+    """Page-aligned, touched uint8 memory on the host, outside the C heap: what is given back goes
+    back to the system.
+    """
     try:
         mapping = mmap.mmap(-1, nbytes)
     except (OSError, ValueError, OverflowError) as error:

@@ -1,11 +1,13 @@
 """Records from disk: one record is one positioned read into memory that is already there.
 
-``RecordStore`` opens the prototype files of a package once and reads whole records into buffers that the caller owns
-(a cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing beside those buffers. Safe to call from several
-threads. Raises ``PackageError`` for a missing, short or unreadable file.
+``RecordStore`` opens the prototype files of a package once and reads whole records into buffers
+that the caller owns (a cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing
+beside those buffers. Safe to call from several threads. Raises ``PackageError`` for a missing,
+short or unreadable file.
 
-The page cache of the system works as a tier of its own: what was read once is often still there. Where the budget is the
-whole machine that copy competes with the slots; ``keep_cached=False`` tells the system to forget a record once it is read.
+The page cache of the system works as a tier of its own: what was read once is often still there.
+Where the budget is the whole machine that copy competes with the slots; ``keep_cached=False`` tells
+the system to forget a record once it is read.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +44,9 @@ class RecordStore:
         self._keep_cached = keep_cached
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._closing = weakref.finalize(self, _close, self._files)  # also when a model is simply dropped
+        self._closing = weakref.finalize(
+            self, _close, self._files
+        )  # also when a model is simply dropped
         for name in sorted({entry.file for entry in self._prototypes}):
             self._open(name)
 
@@ -54,7 +59,7 @@ class RecordStore:
         entry = self._prototypes[number]
         nbytes = self.record_bytes(number)
         assert target.numel() == nbytes, "the buffer has the size of the record"
-        buffer = memoryview(target.numpy())
+        buffer: Any = memoryview(target.numpy())  # type: ignore[arg-type]
         handle = self._files[entry.file]
         done = 0
         while done < nbytes:
@@ -65,7 +70,9 @@ class RecordStore:
                 raise self._damaged(entry.file, f"the system says: {error.strerror}") from error
             if count == 0:
                 end = entry.offset + nbytes
-                raise self._damaged(entry.file, f"it ends before byte {end}, where a prototype's record ends")
+                raise self._damaged(
+                    entry.file, f"it ends before byte {end}, where a prototype's record ends"
+                )
             done += count
         if not self._keep_cached and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, entry.offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -77,7 +84,9 @@ class RecordStore:
     def _open(self, name: str) -> None:
         path = self._folder / name
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+            handle = os.open(
+                path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+            )
         except OSError as error:
             self.close()
             raise self._damaged(name, f"it cannot be opened: {error.strerror}") from error

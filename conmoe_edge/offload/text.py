@@ -1,8 +1,8 @@
 """Tokens to text while they come: whole characters as soon as they are certain.
 
-A character may take several tokens (bytes of one code point), and how a token reads may depend on the one before it (a
-leading blank, say). So a small window of tokens is decoded twice, with and without the new ones, and the difference is
-given out unless it ends in an unfinished character.
+A character may take several tokens (bytes of one code point), and how a token reads may depend on
+the one before it (a leading blank, say). So a small window of tokens is decoded twice, with and
+without the new ones, and the difference is given out unless it ends in an unfinished character.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """Feed tokens, get text; the pieces and ``finish`` together are the text that decoding all tokens at once gives."""
+    """Feed tokens, get text; the pieces and ``finish`` together are the text that decoding all
+    tokens at once gives.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

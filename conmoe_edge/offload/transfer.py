@@ -3,13 +3,14 @@
 Two ways with one interface:
 
 - ``DirectTransfer`` (CPU): worker threads read from disk straight into the slot.
-- ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy stream moves them to
-  the slot. Events order it all: compute waits for *loaded*, the next copy into a slot waits for *free*. Records that
-  ``HostTier`` holds in registered host memory skip disk and ring.
+- ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy
+  stream moves them to the slot. Events order it all: compute waits for *loaded*, the next copy into
+  a slot waits for *free*. Records that ``HostTier`` holds in registered host memory skip disk and
+  ring.
 
-A caller says ``load`` when the policy gave a slot, ``wait`` before the compute that reads it, ``used`` after that compute
-was issued. Memory: the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, nothing on the CPU.
-Errors of a read surface in ``wait``.
+A caller says ``load`` when the policy gave a slot, ``wait`` before the compute that reads it,
+``used`` after that compute was issued. Memory: the ring, ``RING_RECORDS`` records of pinned host
+memory on CUDA, nothing on the CPU. Errors of a read surface in ``wait``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Transfer(Protocol):
         """Return once compute that is issued from now on will see the slot's record."""
 
     def used(self, slot: Slot) -> None:
-        """Compute that reads the slot has been issued; the slot may be given to another record after it."""
+        """Compute that reads the slot has been issued; the slot may be given to another record
+        after it.
+        """
 
     def drain(self) -> None:
         """Wait for every load that has begun, whatever became of it."""
@@ -120,7 +123,8 @@ class StagedTransfer:
             self._ring.put((torch.empty(largest_record, dtype=torch.uint8, pin_memory=True), None))
 
     def load(self, number: int, slot: Slot, target: Tensor) -> None:
-        # Taken here, on the caller's thread: the compute that still reads the slot was issued before this load.
+        # Taken here, on the caller's thread: the compute that still reads the slot was issued
+        # before this load.
         free = self._free.pop(slot, None)
         self._pending.start(slot, lambda: self._bring(number, slot, target, free))
 
@@ -144,7 +148,9 @@ class StagedTransfer:
         self._pending.close()
         self._stream.synchronize()
 
-    def _bring(self, number: int, slot: Slot, target: Tensor, free: torch.cuda.Event | None) -> None:
+    def _bring(
+        self, number: int, slot: Slot, target: Tensor, free: torch.cuda.Event | None
+    ) -> None:
         held = None if self._host is None else self._host.record(number)
         if held is not None:
             self._loaded[slot] = self._copy(held, target, free)
@@ -161,7 +167,9 @@ class StagedTransfer:
         finally:
             self._ring.put((buffer, event))
 
-    def _copy(self, source: Tensor, target: Tensor, free: torch.cuda.Event | None) -> torch.cuda.Event:
+    def _copy(
+        self, source: Tensor, target: Tensor, free: torch.cuda.Event | None
+    ) -> torch.cuda.Event:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if free is not None:
                 self._stream.wait_event(free)

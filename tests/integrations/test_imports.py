@@ -1,4 +1,6 @@
-"""``import conmoe_edge`` is cheap, and its order with transformers does not matter. Each case in a fresh interpreter."""
+"""``import conmoe_edge`` is cheap, and its order with transformers does not matter. Each case in a
+fresh interpreter.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ ROOT = Path(__file__).parents[2]
 
 def _run(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error::ImportWarning", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -26,8 +33,10 @@ def _run(code: str) -> str:
 
 def test_import_is_cheap() -> None:
     code = (
-        "import time, sys, json; start = time.perf_counter(); import conmoe_edge; took = time.perf_counter() - start\n"
-        "heavy = [m for m in ('torch', 'transformers', 'rich', 'numpy', 'pydantic') if m in sys.modules]\n"
+        "import time, sys, json; start = time.perf_counter()\n"
+        "import conmoe_edge; took = time.perf_counter() - start\n"
+        "names = ('torch', 'transformers', 'rich', 'numpy', 'pydantic')\n"
+        "heavy = [m for m in names if m in sys.modules]\n"
         "print(json.dumps([took, heavy, conmoe_edge.__version__]))"
     )
     took, heavy, version = min((json.loads(_run(code)) for _ in range(3)), key=lambda one: one[0])
@@ -38,8 +47,10 @@ def test_import_is_cheap() -> None:
 
 def test_plan_is_the_function_whatever_was_imported_before() -> None:
     code = (
-        "import conmoe_edge.plan.planner, conmoe_edge as c; print(callable(c.plan), callable(c.load), callable(c.fit))\n"
-        "from conmoe_edge import plan; print(plan.__name__, issubclass(c.PackageError, c.ConmoeError))"
+        "import conmoe_edge.plan.planner, conmoe_edge as c\n"
+        "print(callable(c.plan), callable(c.load), callable(c.fit))\n"
+        "from conmoe_edge import plan\n"
+        "print(plan.__name__, issubclass(c.PackageError, c.ConmoeError))"
     )
     assert _run(code).split() == ["True", "True", "True", "plan", "True"]
 
@@ -61,7 +72,10 @@ def test_transformers_opens_a_package_in_either_order(folder: Path) -> None:
     outputs = {
         _run(f"import conmoe_edge; from transformers import AutoModelForCausalLM; {use}"),
         _run(f"from transformers import AutoModelForCausalLM; import conmoe_edge; {use}"),
-        _run(f"import conmoe_edge, transformers.modeling_utils; from transformers import AutoModelForCausalLM; {use}"),
+        _run(
+            "import conmoe_edge, transformers.modeling_utils; "
+            f"from transformers import AutoModelForCausalLM; {use}"
+        ),
     }
     assert len(outputs) == 1
     tokens = json.loads(outputs.pop())
@@ -74,14 +88,16 @@ def test_transformers_opens_a_package_in_either_order(folder: Path) -> None:
         "import conmoe_edge; from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig; import conmoe_edge, transformers.generation.utils; "
         "from transformers import AutoModelForCausalLM",
-        "import conmoe_edge.model.deepseek_modeling; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import conmoe_edge.model.deepseek_modeling; "
+        "from transformers import AutoConfig, AutoModelForCausalLM",
     ],
 )
 def test_deepseek_is_known_in_either_order(imports: str) -> None:
     code = (
         f"{imports}\n"
-        "c = AutoConfig.for_model('deepseek', num_hidden_layers=2, hidden_size=32, vocab_size=64, intermediate_size=32,\n"
-        "    moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=4,\n"
+        "c = AutoConfig.for_model('deepseek', num_hidden_layers=2, hidden_size=32, vocab_size=64,\n"
+        "    intermediate_size=32, moe_intermediate_size=16, n_routed_experts=4,\n"
+        "    num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=4,\n"
         "    bos_token_id=1, eos_token_id=2)\n"
         "print(type(AutoModelForCausalLM.from_config(c)).__name__)"
     )
@@ -93,5 +109,8 @@ def test_deepseek_is_known_in_either_order(imports: str) -> None:
     ["transformers.generation.utils", "transformers.models.olmoe.modeling_olmoe"],
 )
 def test_any_door_into_transformers_works(module: str) -> None:
-    code = f"import conmoe_edge, {module}, transformers.quantizers.auto as q; print('conmoe' in q.AUTO_QUANTIZER_MAPPING)"
+    code = (
+        f"import conmoe_edge, {module}, transformers.quantizers.auto as q; "
+        "print('conmoe' in q.AUTO_QUANTIZER_MAPPING)"
+    )
     assert _run(code).strip() == "True"

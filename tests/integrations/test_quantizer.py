@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conmoe_edge.errors import CheckpointError, DoesNotFit, PackageError, UsageError
+from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.manifest_io import save_manifest
+from conmoe_edge.errors import CheckpointError, ContextFull, DoesNotFit, PackageError, UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.integrations.memory_plan import default_budget, planned_by
 from conmoe_edge.integrations.options import LoadOptions, loading, one_device
@@ -24,7 +26,7 @@ from conmoe_edge.plan.needs import MIN_CHUNK, fixed_terms, workspace_bytes
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_to_json
 from tests.families import tiny_model
-from tests.hand_packages import identity, thirds, write_package
+from tests.hand_packages import identity, write_package
 
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9, 41, 27]])
 
@@ -47,9 +49,12 @@ def test_two_doors_one_model(folder: Path) -> None:
     assert theirs.conmoe.stats().resident_share == 1
 
 
-def test_no_complaint_about_missing_weights(folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_complaint_about_missing_weights(
+    folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level(logging.WARNING):
-        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    info = loaded[1]
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert [record.message for record in caplog.records] == []
     err = capfd.readouterr().err
@@ -74,7 +79,9 @@ def test_a_config_is_untouched_by_the_load(folder: Path) -> None:
     assert before == after
 
 
-def test_it_can_neither_be_saved_nor_trained(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_can_neither_be_saved_nor_trained(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = load_package(folder)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "copy")
@@ -101,26 +108,36 @@ def test_options_do_not_leak(folder: Path) -> None:
 def _needs(context: int, chunk: int) -> tuple[int, int]:
     """Fixed bytes and bytes of a record for the tiny model of ``folder``."""
     plain = tiny_model("olmoe")
-    anatomy = probe(plain.config)
+    anatomy = probe(copy.deepcopy(plain.config))
     dense = sum(t.numel() * 4 for n, t in plain.state_dict().items() if "experts" not in n)
     dense += sum(t.numel() * t.element_size() for t in plain.buffers())
     record = 20480
-    fixed = sum(term.nbytes for term in fixed_terms(anatomy, "cpu", context, record)) - anatomy.dense_bytes + dense
+    fixed = (
+        sum(term.nbytes for term in fixed_terms(anatomy, "cpu", context, record))
+        - anatomy.dense_bytes
+        + dense
+    )
     return fixed + workspace_bytes(anatomy, "cpu", context, chunk), record
 
 
 def test_slots_are_what_the_budget_leaves(folder: Path) -> None:
     fixed, record = _needs(context=64, chunk=64)
     for slots in (3, 7, 23):
-        model = load_package(folder, budget=_budget(fixed + slots * record + record // 2), context=64)
+        model = load_package(
+            folder, budget=_budget(fixed + slots * record + record // 2), context=64
+        )
         assert model.conmoe.stats().slots == slots
         assert model.conmoe.prefill_chunk == 64
-    assert load_package(folder, budget=_budget(fixed + 24 * record), context=64).conmoe.residency.all_resident
+    assert load_package(
+        folder, budget=_budget(fixed + 24 * record), context=64
+    ).conmoe.residency.all_resident
 
 
 def test_a_tight_budget_shrinks_the_chunk_only_at_the_end(folder: Path) -> None:
     fixed, record = _needs(context=64, chunk=64)
-    model = load_package(folder, budget=_budget(fixed + 2 * record), context=64)  # less than one slot a layer
+    model = load_package(
+        folder, budget=_budget(fixed + 2 * record), context=64
+    )  # less than one slot a layer
     assert model.conmoe.prefill_chunk == MIN_CHUNK
     assert model.conmoe.stats().slots >= 3
 
@@ -133,21 +150,55 @@ def test_a_budget_for_nothing(folder: Path) -> None:
 
 def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(plain.config), _budget(600_000_000), context=96)
+    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(600_000_000), context=96)
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     model = load_package(folder)
     assert model.conmoe.budget is not None and model.conmoe.budget.device_bytes == 600_000_000
     assert (model.conmoe.context, model.conmoe.prefill_chunk) == (96, planned.prefill_chunk)
-    assert load_package(folder, budget=_budget(700_000_000)).conmoe.prefill_chunk == planned.prefill_chunk
+    assert (
+        load_package(folder, budget=_budget(700_000_000)).conmoe.prefill_chunk
+        == planned.prefill_chunk
+    )
 
 
 def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(plain.config), _budget(10**15), context=96)
+    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(10**15), context=96)
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     read = planned_by(load_package(folder).conmoe.manifest)
     assert read is not None and read.budget.device_bytes == 10**15
     assert default_budget(read, "cpu").device_bytes < 10**15
+
+
+def test_a_model_that_was_left_unchanged(tmp_path: Path) -> None:
+    plain = tiny_model("olmoe")
+    plain.save_pretrained(tmp_path)
+    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), context=96)
+    manifest = Manifest(
+        source={"name": "tiny", "revision": None, "fingerprint": "0"},
+        method=UNCHANGED,
+        rate=0.0,
+        scope=1,
+        precision="source",
+        layouts=(),
+        prototypes=(),
+        slots={},
+        files={},
+        plan=plan_to_json(planned),
+    )
+    save_manifest(tmp_path, manifest)
+    model = load_package(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    stats = model.conmoe.stats()
+    assert (stats.prototypes, stats.slots, stats.resident_share, stats.hit_rate) == (0, 0, 1, 1)
+    assert (model.conmoe.context, stats.memory_budget) == (96, 2_000_000_000)
+    with pytest.raises(ContextFull):
+        model(IDS.repeat(1, 10))
+    with pytest.raises(DoesNotFit, match="left unchanged"):
+        load_package(tmp_path, budget=_budget(100_000_000))
+    assert not model.conmoe.retreat()
+    model.conmoe.close()
 
 
 def test_one_device_only() -> None:
@@ -178,7 +229,9 @@ def test_no_manifest(folder: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(copied)
 
 
-@pytest.mark.parametrize("name", ["prototypes-00001-of-00001.safetensors", "dense-00001-of-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["prototypes-00001-of-00001.safetensors", "dense-00001-of-00001.safetensors"]
+)
 def test_truncated_files(folder: Path, tmp_path: Path, name: str) -> None:
     copied = _damaged(folder, tmp_path)
     path = copied / name

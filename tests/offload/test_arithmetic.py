@@ -18,7 +18,9 @@ def test_many_rows_are_widened_without_bf16_instructions() -> None:
 
 
 def test_processors_with_bf16_and_gpus_compute_as_loaded() -> None:
-    for machine, rows in itertools.product((Machine("cpu", True), Machine("cuda", True)), (1, 1000)):
+    for machine, rows in itertools.product(
+        (Machine("cpu", True), Machine("cuda", True)), (1, 1000)
+    ):
         assert compute_dtype(machine, BF16, BF16, rows) == BF16
         assert compute_dtype(machine, FP16, FP16, rows) == FP16
 

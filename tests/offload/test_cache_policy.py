@@ -12,7 +12,9 @@ ITEMS = 12
 
 
 class Brute:
-    """Residency by the letter of the rules: a list in order of last use, scanned anew for every decision."""
+    """Residency by the letter of the rules: a list in order of last use, scanned anew for every
+    decision.
+    """
 
     def __init__(self, slots: int, pins: tuple[int, ...]) -> None:
         self.slots = slots
@@ -50,7 +52,9 @@ class Brute:
 def _caches(draw: st.DrawFn) -> tuple[int, tuple[int, ...], list[list[int]]]:
     slots = draw(st.integers(1, ITEMS))
     pins = draw(st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=slots - 1))
-    passes = draw(st.lists(st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=ITEMS), max_size=8))
+    passes = draw(
+        st.lists(st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=ITEMS), max_size=8)
+    )
     return slots, tuple(pins), passes
 
 
@@ -69,7 +73,9 @@ def test_same_decisions_as_the_rules(case: tuple[int, tuple[int, ...], list[list
         with cache.begin(order) as one:
             for item in order:
                 for load in one.loads():
-                    assert load.slot not in in_flight, "a slot whose record is being read was given away"
+                    assert load.slot not in in_flight, (
+                        "a slot whose record is being read was given away"
+                    )
                     in_flight[load.slot] = load.item
                 slot = one.slot(item)
                 seen.append((item, slot not in in_flight))
@@ -129,7 +135,9 @@ def test_pins_are_the_heaviest_and_ties_go_to_the_lowest_number() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 30))
-def test_a_slot_is_left_unpinned_unless_everything_has_one(weights: list[float], slots: int) -> None:
+def test_a_slot_is_left_unpinned_unless_everything_has_one(
+    weights: list[float], slots: int
+) -> None:
     pins = pin_order(weights, slots)
     if slots >= len(weights):
         assert len(pins) == len(weights)

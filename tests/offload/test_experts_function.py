@@ -15,7 +15,11 @@ from conmoe_edge.model.experts import expert_forward, find_experts, part_names
 from tests.families import tiny_model
 from tests.hand_packages import identity, materialise, slots_of, thirds, write_package
 
-MODELS = ("olmoe", "qwen3_moe", "gpt_oss")  # plain; with a dense layer; transposed, biased, interleaved gate
+MODELS = (
+    "olmoe",
+    "qwen3_moe",
+    "gpt_oss",
+)  # plain; with a dense layer; transposed, biased, interleaved gate
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9, 41, 27, 3, 58, 77, 21, 30, 90, 11, 45, 62, 8]])
 
 
@@ -74,7 +78,12 @@ def test_consolidated_is_the_materialised_checkpoint(name: str, tmp_path: Path) 
 def test_prototypes_of_another_layer(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
     layers = sorted(find_experts(plain))
-    slots = slots_of(plain, lambda layer, expert: SlotRecord(ExpertId(layers[(expert + layer) % 2], expert - expert % 2)))
+    slots = slots_of(
+        plain,
+        lambda layer, expert: SlotRecord(
+            ExpertId(layers[(expert + layer) % 2], expert - expert % 2)
+        ),
+    )
     packed = load_package(write_package(plain, tmp_path, slots), slots=(2,))
     full = materialise(plain, slots)
     assert torch.allclose(_logits(packed), _logits(full), atol=1e-5)
@@ -86,7 +95,11 @@ def _reference(model: Any, slots: Any, constants: dict[int, torch.Tensor]) -> No
     for layer, (_, module) in experts.items():
 
         def forward(
-            hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: int = layer, module: Any = module
+            hidden: torch.Tensor,
+            index: torch.Tensor,
+            weights: torch.Tensor,
+            layer: int = layer,
+            module: Any = module,
         ) -> torch.Tensor:
             out = torch.zeros_like(hidden)
             for t in range(hidden.shape[0]):
@@ -94,8 +107,15 @@ def _reference(model: Any, slots: Any, constants: dict[int, torch.Tensor]) -> No
                     slot = slots[layer][int(index[t, k])]
                     if slot.prototype is not None:
                         home: Any = experts[slot.prototype.layer][1]
-                        parts = {name: getattr(home, name)[slot.prototype.expert] for name in part_names(home)}
-                        out[t] += weights[t, k] * slot.scale * expert_forward(module, hidden[t : t + 1], parts)[0]
+                        parts = {
+                            name: getattr(home, name)[slot.prototype.expert]
+                            for name in part_names(home)
+                        }
+                        out[t] += (
+                            weights[t, k]
+                            * slot.scale
+                            * expert_forward(module, hidden[t : t + 1], parts)[0]
+                        )
                     if slot.constant is not None:
                         out[t] += weights[t, k] * constants[layer][slot.constant]
             return out
@@ -143,7 +163,11 @@ def test_no_tokens_at_all(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
     packed = load_package(write_package(plain, tmp_path, thirds(plain)))
     _, module = next(iter(find_experts(packed).values()))
-    out = module(torch.zeros(0, plain.config.hidden_size), torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3))
+    out = module(
+        torch.zeros(0, plain.config.hidden_size),
+        torch.zeros(0, 3, dtype=torch.long),
+        torch.zeros(0, 3),
+    )
     assert out.shape == (0, plain.config.hidden_size)
 
 
@@ -154,16 +178,25 @@ def test_a_padded_batch_gives_what_each_sequence_gives(tmp_path: Path) -> None:
     padded = torch.cat([torch.zeros(1, 8, dtype=torch.long), short], dim=1)
     mask = torch.ones(2, IDS.shape[1], dtype=torch.long)
     mask[1, :8] = 0
-    together = packed.generate(torch.cat([IDS, padded]), attention_mask=mask, max_new_tokens=6, do_sample=False)
-    assert together[0].tolist() == packed.generate(IDS, max_new_tokens=6, do_sample=False)[0].tolist()
-    assert together[1, 8:].tolist() == packed.generate(short, max_new_tokens=6, do_sample=False)[0].tolist()
+    together = packed.generate(
+        torch.cat([IDS, padded]), attention_mask=mask, max_new_tokens=6, do_sample=False
+    )
+    assert (
+        together[0].tolist() == packed.generate(IDS, max_new_tokens=6, do_sample=False)[0].tolist()
+    )
+    assert (
+        together[1, 8:].tolist()
+        == packed.generate(short, max_new_tokens=6, do_sample=False)[0].tolist()
+    )
 
 
 def test_the_model_in_another_dtype_than_its_records(tmp_path: Path) -> None:
     plain = tiny_model("olmoe", dtype=torch.bfloat16)
     plain.save_pretrained(tmp_path / "plain")
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    packed = load_package(write_package(plain, tmp_path / "package", identity(plain)), dtype=torch.float32)
+    packed = load_package(
+        write_package(plain, tmp_path / "package", identity(plain)), dtype=torch.float32
+    )
     assert packed.dtype == torch.float32
     assert torch.allclose(_logits(packed), _logits(reference), atol=1e-5)
 

@@ -18,7 +18,9 @@ from tests.hand_packages import thirds, write_package
 
 DEMO = Path(__file__).parents[2] / "conmoe_edge" / "data" / "demo"
 HELLO = [{"role": "user", "content": "Tell me about the river and the sea."}]
-NO_MEMORY = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def _reply(session: ChatSession, messages: list[dict[str, str]], **settings: Any
 
 
 def _generated(model: Any, tokenizer: Any, messages: list[dict[str, str]], count: int = 12) -> str:
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     out = model.generate(**ids, max_new_tokens=count, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -58,7 +62,9 @@ def test_streamed_text_is_what_generate_says(model: Any, tokenizer: Any) -> None
     assert last is not None
     assert (last.tokens, last.finish) == (12, "length")
     assert last.seconds_to_first > 0 and last.tokens_per_second > 0
-    assert last.misses > 0 and last.bytes_read == last.misses * model.conmoe.manifest.layouts[0].nbytes
+    assert (
+        last.misses > 0 and last.bytes_read == last.misses * model.conmoe.manifest.layouts[0].nbytes
+    )
 
 
 def test_chunks_of_the_prompt_do_not_change_the_answer(folder: Path, tokenizer: Any) -> None:
@@ -73,10 +79,18 @@ def test_the_next_turn_computes_only_what_is_new(model: Any, tokenizer: Any) -> 
     answer = _reply(session, HELLO)
     first = session.last
     assert first is not None
-    turns = [*HELLO, {"role": "assistant", "content": answer}, {"role": "user", "content": "And the boats?"}]
+    turns = [
+        *HELLO,
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And the boats?"},
+    ]
     second = _reply(session, turns)
     assert session.last is not None
-    total = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    total = len(
+        tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
     assert session.last.prompt_tokens < total - first.prompt_tokens + 5
     assert second == _reply(ChatSession(model, tokenizer), turns)
 
@@ -87,7 +101,11 @@ def test_another_conversation_keeps_the_common_beginning(model: Any, tokenizer: 
     other = [{"role": "user", "content": "Tell me about the river and a bridge over it."}]
     answer = _reply(session, other)
     assert session.last is not None
-    total = len(tokenizer.apply_chat_template(other, add_generation_prompt=True, return_dict=True)["input_ids"])
+    total = len(
+        tokenizer.apply_chat_template(other, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
     assert session.last.prompt_tokens < total
     assert answer == _reply(ChatSession(model, tokenizer), other)
     session.forget()
@@ -106,8 +124,12 @@ def test_the_same_seed_gives_the_same_answer(model: Any, tokenizer: Any) -> None
 
 def test_stops_at_the_end_token(model: Any, tokenizer: Any) -> None:
     session = ChatSession(model, tokenizer)
-    ids = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    ids = tokenizer.apply_chat_template(
+        HELLO, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=12, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ].tolist()
     model.generation_config.eos_token_id = [out[5]]
     cut = out.index(out[5])
     assert _reply(session, HELLO) == tokenizer.decode(out[:cut], skip_special_tokens=True)
@@ -133,7 +155,10 @@ def test_a_stop_before_the_first_token(model: Any, tokenizer: Any) -> None:
     stop.set()
     session = ChatSession(model, tokenizer)
     assert _reply(session, HELLO, stop_event=stop) == ""
-    assert session.last is not None and (session.last.tokens, session.last.finish) == (0, "interrupted")
+    assert session.last is not None and (session.last.tokens, session.last.finish) == (
+        0,
+        "interrupted",
+    )
 
 
 def test_leaving_the_stream_ends_the_turn(model: Any, tokenizer: Any) -> None:
@@ -153,7 +178,11 @@ def test_a_question_that_does_not_fit_is_refused_whole(model: Any, tokenizer: An
 
 
 def test_an_answer_that_fills_the_context_says_so(model: Any, tokenizer: Any) -> None:
-    prompt = len(tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=True)["input_ids"])
+    prompt = len(
+        tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
     session = ChatSession(model, tokenizer, context=prompt + 6)
     seen: list[str] = []
     with pytest.raises(ContextFull):
@@ -181,7 +210,9 @@ def test_generate_cannot_grow_past_the_context_either(folder: Path) -> None:
 
 
 def _failing(model: Any, fails: Callable[[int], bool]) -> list[int]:
-    """Let the ``n``-th experts call raise torch's allocation error where ``fails(n)``; returns the counter."""
+    """Let the ``n``-th experts call raise torch's allocation error where ``fails(n)``; returns the
+    counter.
+    """
     calls = [0]
     residency = type(model.conmoe.residency)
     real = residency.visit
@@ -208,7 +239,9 @@ def restored() -> Any:
 
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("nth", [1, 2, 5, 8, 20, 33])
-def test_memory_that_runs_out_costs_slots_and_not_words(folder: Path, tokenizer: Any, nth: int) -> None:
+def test_memory_that_runs_out_costs_slots_and_not_words(
+    folder: Path, tokenizer: Any, nth: int
+) -> None:
     model = load_package(folder, context=200)
     expected = _reply(ChatSession(model, tokenizer), HELLO)
     slots = model.conmoe.stats().slots
@@ -244,7 +277,10 @@ def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
 
     residency.visit = broken
     with pytest.raises(RuntimeError, match="mat1"):
-        _reply(session, [*HELLO, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}])
+        _reply(
+            session,
+            [*HELLO, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}],
+        )
     residency.visit = visit
     assert _reply(session, HELLO) == expected, "the half-grown cache was dropped"
 
@@ -252,7 +288,9 @@ def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
 def test_a_model_without_template_completes(model: Any, tokenizer: Any) -> None:
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        text = _reply(ChatSession(model, tokenizer), [{"role": "user", "content": "Once upon a time"}])
+        text = _reply(
+            ChatSession(model, tokenizer), [{"role": "user", "content": "Once upon a time"}]
+        )
     finally:
         tokenizer.chat_template = template
     ids = tokenizer("Once upon a time", return_tensors="pt")

@@ -10,11 +10,17 @@ from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.offload.quota import halved, slots_for
 from conmoe_edge.units import parse_size
 
-RECORDS = st.lists(st.tuples(st.integers(1, 1000).map(lambda n: n * 4096), st.integers(0, 50)), min_size=1, max_size=4)
+RECORDS = st.lists(
+    st.tuples(st.integers(1, 1000).map(lambda n: n * 4096), st.integers(0, 50)),
+    min_size=1,
+    max_size=4,
+)
 
 
 @given(RECORDS, st.integers(0, 10**8), st.integers(0, 10**9))
-def test_slots_never_exceed_the_budget(records: list[tuple[int, int]], fixed: int, budget: int) -> None:
+def test_slots_never_exceed_the_budget(
+    records: list[tuple[int, int]], fixed: int, budget: int
+) -> None:
     try:
         slots = slots_for(budget, fixed, records)
     except DoesNotFit:

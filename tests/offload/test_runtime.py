@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ def test_counts_are_what_was_asked_and_read(folder: Path) -> None:
     runtime.reset_stats()
     asked: list[int] = []
     visit = runtime.residency.visit
-    runtime.residency.visit = lambda numbers, compute: (asked.extend(numbers), visit(numbers, compute))
+    runtime.residency.visit = lambda numbers, compute: (
+        asked.extend(numbers),
+        visit(numbers, compute),
+    )
     _logits(model)
     stats = runtime.stats()
-    repeated = sum(first == second for first, second in zip(asked, asked[1:], strict=False))
+    repeated = sum(first == second for first, second in pairwise(asked))
     assert stats.hits + stats.misses == len(asked)
     # One slot: only what was computed just before can be there; before the first, prototype 0 was.
     assert stats.hits == repeated + (asked[0] == 0)
@@ -63,7 +67,11 @@ def test_the_heaviest_prototypes_are_pinned(tmp_path: Path) -> None:
     layer = min(find_experts(plain))
     heavy = {ExpertId(layer, 3): 0.9, ExpertId(layer, 0): 0.8, ExpertId(layer, 6): 0.1}
     model = load_package(write_package(plain, tmp_path, thirds(plain), weights=heavy), slots=(4,))
-    numbers = [i for i, entry in enumerate(model.conmoe.manifest.prototypes) if entry.id in (ExpertId(layer, 0), ExpertId(layer, 3))]
+    numbers = [
+        i
+        for i, entry in enumerate(model.conmoe.manifest.prototypes)
+        if entry.id in (ExpertId(layer, 0), ExpertId(layer, 3))
+    ]
     _logits(model)
     cache = model.conmoe.residency._caches[0]
     assert cache is not None and cache.pinned == set(numbers)
@@ -91,7 +99,9 @@ def test_a_record_that_vanishes_while_running(tmp_path: Path) -> None:
             _logits(model)
     with file.open("r+b") as handle:
         handle.write(data)
-    assert torch.equal(_logits(model), whole), "a read that failed must not count as a resident prototype"
+    assert torch.equal(_logits(model), whole), (
+        "a read that failed must not count as a resident prototype"
+    )
 
 
 def test_retreat_gives_up_half_the_slots_and_changes_nothing(folder: Path) -> None:
@@ -106,7 +116,9 @@ def test_retreat_gives_up_half_the_slots_and_changes_nothing(folder: Path) -> No
     assert seen == [24, 12, 6, 3, 1]
 
 
-def test_slots_that_cannot_be_had_are_fewer_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_that_cannot_be_had_are_fewer_slots(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def scarce(layout: Any, slots: int, device: torch.device) -> SlotPool:
         if slots > 5:
             raise OutOfMemory("no memory")

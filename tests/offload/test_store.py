@@ -21,7 +21,8 @@ def _files(folder: Path, records: int) -> tuple[bytes, list[PrototypeEntry]]:
     data = os.urandom(4096 + records * LAYOUT.nbytes)
     (folder / "p.bin").write_bytes(data)
     entries = [
-        PrototypeEntry(ExpertId(0, i), "p.bin", 4096 + i * LAYOUT.nbytes, 0, 0.0) for i in range(records)
+        PrototypeEntry(ExpertId(0, i), "p.bin", 4096 + i * LAYOUT.nbytes, 0, 0.0)
+        for i in range(records)
     ]
     return data, entries
 

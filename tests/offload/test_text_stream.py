@@ -31,14 +31,18 @@ def _stream(tokenizer: Any, tokens: list[int]) -> list[str]:
 def test_pieces_are_the_whole_text(tokenizer: Any, text: str) -> None:
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     pieces = _stream(tokenizer, tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(pieces) == tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(tokens=st.lists(st.integers(6, 4000), max_size=40))
 def test_any_tokens_even_broken_characters(tokenizer: Any, tokens: list[int]) -> None:
     pieces = _stream(tokenizer, tokens)
-    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(pieces) == tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 def test_a_character_of_several_tokens_comes_in_one_piece(tokenizer: Any) -> None:

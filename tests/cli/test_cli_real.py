@@ -270,3 +270,13 @@ def test_what_cannot_be_talked_to(
     assert result.exit_code == status
     assert "  fix:  " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_fits_as_it_is_can_be_talked_to(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "same"
+    result = run("fit", str(model), "--out", str(out), *_BUDGET, "--offline")
+    assert result.exit_code == 0, result.stderr
+    assert "Fits unchanged" in result.stderr
+    assert "the model as it is" in result.stdout
+    answer = run("chat", str(out), "--prompt", "Hello", "--max-tokens", "3")
+    assert answer.exit_code == 0, answer.stderr

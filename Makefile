@@ -9,6 +9,9 @@ DEMO_BUDGET ?= 564MB
 DEMO_OUT ?= demo-out
 DEMO_PROMPT ?= Tell me a short story about a lighthouse.
 
+# Threads that wait for work otherwise spin, which on a busy machine keeps the others from it.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -47,8 +50,9 @@ demo: $(READY)
 	$(BIN)/conmoe-edge fit demo --gpu $(DEMO_BUDGET) --device cpu --out $(DEMO_OUT) --overwrite --yes
 	$(BIN)/conmoe-edge chat $(DEMO_OUT) --gpu $(DEMO_BUDGET) --device cpu --prompt "$(DEMO_PROMPT)"
 
+# The workers are the parallelism, so each of them computes on one thread.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

@@ -70,7 +70,9 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What a fit did. ``seconds`` by part, earlier runs of the same fit included; ``resumed_from`` layers were there."""
+    """What a fit did. ``seconds`` by part, earlier runs of the same fit included; ``resumed_from``
+    layers were there.
+    """
 
     out: Path
     plan: PlanReport
@@ -205,7 +207,9 @@ def fit(
     from conmoe_edge.model.bridge import read_config
 
     if method not in METHODS:
-        raise UsageError(f"{method!r} is not a method.", f"there are: {', '.join(METHODS)}", "--method conmoe")
+        raise UsageError(
+            f"{method!r} is not a method.", f"there are: {', '.join(METHODS)}", "--method conmoe"
+        )
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(budget, device, context, rate, scope, precision, prefer, min_resident)
@@ -213,7 +217,9 @@ def fit(
     source = locate(model, revision=revision, offline=offline)
     index = CheckpointIndex.open(source.path)
     config = read_config(str(source.path))
-    anatomy = _anatomy(source.path, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()})
+    anatomy = _anatomy(
+        source.path, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    )
     tokens = calibration_tokens or CALIBRATION_TOKENS
     report = PlanReport(source.hub_id or source.name, anatomy, levers.plan(anatomy, tokens))
     if on_plan is not None:
@@ -260,7 +266,11 @@ def fit(
             held_out=held_out,
             device=target,
             plan=plan_to_json(report.plan),
-            source={"name": report.source_name, "revision": source.revision, "fingerprint": identity},
+            source={
+                "name": report.source_name,
+                "revision": source.revision,
+                "fingerprint": identity,
+            },
             tool_version=__version__,
         )
         run = Consolidation(job, staged.path, staged.work, tell)
@@ -272,7 +282,9 @@ def fit(
         staged.commit()
         run.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
-        return FitReport(staged.target, report, manifest.receipt, run.clock.seconds, run.resumed_from, written)
+        return FitReport(
+            staged.target, report, manifest.receipt, run.clock.seconds, run.resumed_from, written
+        )
 
 
 def load(
@@ -304,14 +316,18 @@ def _anatomy(folder: Path, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.model.probe import TensorFacts, probe
 
-    return probe(read_config(str(folder)), {name: TensorFacts(*facts) for name, facts in headers.items()})
+    return probe(
+        read_config(str(folder)), {name: TensorFacts(*facts) for name, facts in headers.items()}
+    )
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()
         raise CalibrationError(
@@ -323,24 +339,38 @@ def _tokenizer(folder: Path) -> Any:
 
 def _same_plan(path: Path, report: PlanReport) -> PlanReport:
     """The plan that an unfinished run began with: free memory may have changed since, the package must not."""
-    from conmoe_edge.checkpoint.index import read_json_object
     from conmoe_edge.checkpoint.files import write_json
+    from conmoe_edge.checkpoint.index import read_json_object
 
     if path.is_file():
-        return PlanReport(report.source_name, report.anatomy, plan_from_json(read_json_object(path)))
+        return PlanReport(
+            report.source_name, report.anatomy, plan_from_json(read_json_object(path))
+        )
     write_json(path, plan_to_json(report.plan))
     return report
 
 
 def _fit_unchanged(
-    source: Source, index: CheckpointIndex, out: Path, report: PlanReport, *, overwrite: bool, fresh: bool
+    source: Source,
+    index: CheckpointIndex,
+    out: Path,
+    report: PlanReport,
+    *,
+    overwrite: bool,
+    fresh: bool,
 ) -> FitReport:
     """The model fits as it is: link it, say so, and change nothing."""
     identity = fingerprint(index, (source.path / "config.json").read_bytes())
-    with StagedFolder(out, {"unchanged": identity["id"]}, overwrite=overwrite, fresh=fresh) as staged:
+    with StagedFolder(
+        out, {"unchanged": identity["id"]}, overwrite=overwrite, fresh=fresh
+    ) as staged:
         written = link_model(index, staged.path)
         manifest = Manifest(
-            source={"name": report.source_name, "revision": source.revision, "fingerprint": identity},
+            source={
+                "name": report.source_name,
+                "revision": source.revision,
+                "fingerprint": identity,
+            },
             method=UNCHANGED,
             rate=0.0,
             scope=1,

@@ -14,7 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def _own_user_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def _own_user_folders(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     home: Path = tmp_path_factory.mktemp("user")
     monkeypatch.setenv("CONMOE_CONFIG_DIR", str(home / "config"))
     monkeypatch.setenv("CONMOE_STATE_DIR", str(home / "state"))

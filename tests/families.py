@@ -54,11 +54,22 @@ class Family:
 
 
 FAMILIES = (
-    Family("afmoe", {"num_dense_layers": 1, "num_shared_experts": 1, "global_attn_every_n_layers": 2, "sliding_window": 8}),
+    Family(
+        "afmoe",
+        {
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "global_attn_every_n_layers": 2,
+            "sliding_window": 8,
+        },
+    ),
     Family("deepseek_v2", {**_MLA, "topk_method": "greedy", "n_group": 1}),
     Family("deepseek_v3", {**_MLA, "q_lora_rank": 16}),
     Family("dots1", {**_SPARSE, "n_group": 1}),
-    Family("ernie4_5_moe", {"moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}),
+    Family(
+        "ernie4_5_moe",
+        {"moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
     Family("exaone_moe", {**_SPARSE, "sliding_window": 8, "num_shared_experts": 1}),
     Family("flex_olmo", {}),
     Family("glm4_moe", {**_SPARSE}),
@@ -68,7 +79,13 @@ FAMILIES = (
     Family("hunyuan_v1_moe", {"moe_topk": 3, "num_shared_expert": 1}),
     Family("lfm2_moe", {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}),
     Family("mimo_v2_flash", {"sliding_window": 8}),
-    Family("minimax", {"block_size": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
+    Family(
+        "minimax",
+        {
+            "block_size": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     Family("minimax_m2", {}),
     Family("mixtral", {}),
     Family("olmoe", {}),
@@ -113,11 +130,15 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         deepseek.register_config()
         deepseek.register_model()
     settings = {**_BASE, **BY_NAME[model_type].extra, **overrides}
-    settings = {key: value for key, value in settings.items() if value is not None or key == "q_lora_rank"}
+    settings = {
+        key: value for key, value in settings.items() if value is not None or key == "q_lora_rank"
+    }
     return AutoConfig.for_model(model_type, **settings)
 
 
-def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+def tiny_model(
+    model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
     """A random model of the family, weights spread enough for routing to matter, in eval mode."""
     from transformers import AutoModelForCausalLM
 
@@ -134,7 +155,13 @@ def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float3
     return model.to(dtype).eval()
 
 
-def save_tiny(model_type: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def save_tiny(
+    model_type: str,
+    folder: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Path:
     """A tiny model written as transformers writes it (per-expert or fused names, as the family has them on the hub)."""
     model = tiny_model(model_type, seed, dtype, **overrides)
     model.save_pretrained(folder)
@@ -148,13 +175,19 @@ def save_tokenizer(folder: Path) -> None:
 
     letters = [chr(code) for code in range(33, 33 + VOCAB - 5)]
     words = ["<pad>", "<s>", "</s>", "<unk>", "▁", *letters]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split("", "isolated")]
     )
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Metaspace()])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     ).save_pretrained(folder)
 
 

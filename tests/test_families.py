@@ -78,12 +78,21 @@ def fit(source: Path, out: Path, rate: float, scope: int = 1) -> None:
     text = source.parent / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
     api.fit(
-        str(source), out, budget="4GB", device="cpu", rate=rate, scope=scope, calibration=text, calibration_tokens=1024
+        str(source),
+        out,
+        budget="4GB",
+        device="cpu",
+        rate=rate,
+        scope=scope,
+        calibration=text,
+        calibration_tokens=1024,
     )
 
 
 def greedy(model, prompt: torch.Tensor) -> list[int]:
-    return model.generate(input_ids=prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist()
+    return model.generate(input_ids=prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)[
+        0
+    ].tolist()
 
 
 def assert_same(runtime, reference) -> None:

@@ -12,7 +12,13 @@ from families import save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from conmoe_edge import api
-from conmoe_edge.errors import CalibrationError, CheckpointError, ConmoeError, UnsupportedModel, UsageError
+from conmoe_edge.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConmoeError,
+    UnsupportedModel,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -58,7 +64,11 @@ def test_dense_model(tmp_path: Path) -> None:
 
     folder = tmp_path / "source"
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     assert "dense" in refused(folder, UnsupportedModel).what
@@ -77,12 +87,16 @@ def test_unknown_architecture(source: Path) -> None:
 
 
 def test_code_beside_a_known_model_is_not_run(source: Path) -> None:
-    edit_config(source, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    edit_config(
+        source, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    )
     (source / "evil.py").write_text(f"open({str(source.parent / 'ran')!r}, 'w')")
     out = source.parent / "out"
     api.fit(str(source), out, budget="4GB", device="cpu", rate=0.5, calibration_tokens=512)
     assert not (source.parent / "ran").exists()
-    assert not (out / "evil.py").exists() and "auto_map" not in json.loads((out / "config.json").read_text())
+    assert not (out / "evil.py").exists() and "auto_map" not in json.loads(
+        (out / "config.json").read_text()
+    )
 
 
 def test_quantised_already(source: Path) -> None:
@@ -95,7 +109,10 @@ def test_pickled_weights(source: Path) -> None:
     assert "pickle" in refused(source, CheckpointError).why
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_numbers(source: Path, name: str, value: float) -> None:
     tensor = load_file(source / "model.safetensors")[name]
@@ -105,7 +122,12 @@ def test_broken_numbers(source: Path, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"]
+    "name",
+    [
+        "model.layers.1.mlp.experts.2.up_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.norm.weight",
+    ],
 )
 def test_missing_tensor(source: Path, name: str) -> None:
     edit_weights(source, name, None)
@@ -122,7 +144,9 @@ def test_truncated_shard_and_bad_index(source: Path) -> None:
     (source / "model.safetensors").write_bytes(data[: len(data) // 2])
     refused(source, CheckpointError)
     for shard in ("../model.safetensors", "/etc/passwd", "missing.safetensors"):
-        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+        (source / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": shard}})
+        )
         refused(source, CheckpointError)
 
 
@@ -138,7 +162,14 @@ def test_damaged_config_and_tokenizer(source: Path) -> None:
 
 
 def test_levers_out_of_range(source: Path) -> None:
-    for levers in ({"rate": 1.0}, {"rate": -0.1}, {"scope": 0}, {"method": "magic"}, {"precision": "int3"}, {"budget": "12"}):
+    for levers in (
+        {"rate": 1.0},
+        {"rate": -0.1},
+        {"scope": 0},
+        {"method": "magic"},
+        {"precision": "int3"},
+        {"budget": "12"},
+    ):
         refused(source, UsageError, **levers)
     refused(source, CalibrationError, calibration=source / "none.txt")
 
@@ -146,7 +177,12 @@ def test_levers_out_of_range(source: Path) -> None:
 def test_damaged_package_is_not_loaded(source: Path) -> None:
     out = source.parent / "out"
     api.fit(str(source), out, budget="4GB", device="cpu", rate=0.5, calibration_tokens=512)
-    for name in ("prototypes-00001.safetensors", "dense-00001-of-00001.safetensors", "config.json", "conmoe.json"):
+    for name in (
+        "prototypes-00001.safetensors",
+        "dense-00001-of-00001.safetensors",
+        "config.json",
+        "conmoe.json",
+    ):
         broken = source.parent / f"broken-{name}"
         shutil.copytree(out, broken)
         data = (broken / name).read_bytes()

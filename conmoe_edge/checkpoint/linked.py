@@ -10,9 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
+from conmoe_edge.checkpoint.files import WrittenFile, write_bytes
 from conmoe_edge.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 from conmoe_edge.checkpoint.sidefiles import copy_side_files
-from conmoe_edge.checkpoint.files import WrittenFile, write_bytes
 
 _SMALL = 64 << 20
 

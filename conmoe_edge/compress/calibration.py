@@ -78,7 +78,9 @@ def read_text(path: Path) -> CalibrationText:
         raw = path.read_bytes()
     except OSError as error:
         raise CalibrationError(
-            f"The calibration text {path} cannot be read.", error.strerror or "", "give another file with --calibration"
+            f"The calibration text {path} cannot be read.",
+            error.strerror or "",
+            "give another file with --calibration",
         ) from error
     try:
         text = raw.decode("utf-8")
@@ -89,7 +91,9 @@ def read_text(path: Path) -> CalibrationText:
             "save it as UTF-8, or leave --calibration out to use the text that comes with the program",
         ) from error
     if not text.strip():
-        raise CalibrationError(f"The calibration text {path} is empty.", "", "give a file with text in it")
+        raise CalibrationError(
+            f"The calibration text {path} is empty.", "", "give a file with text in it"
+        )
     return CalibrationText(_split(text), None, hashlib.sha256(raw).hexdigest())
 
 
@@ -125,12 +129,20 @@ def token_sets(
     if text.held_out is not None:
         held = _windows(text.held_out, tokenizer, length)
     else:
-        held = {domain: rows[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] for domain, rows in windows.items()}
+        held = {
+            domain: rows[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] for domain, rows in windows.items()
+        }
         windows = {
-            domain: [row for number, row in enumerate(rows) if number % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1]
+            domain: [
+                row
+                for number, row in enumerate(rows)
+                if number % _HELD_OUT_EVERY != _HELD_OUT_EVERY - 1
+            ]
             for domain, rows in windows.items()
         }
-        if not any(held.values()):  # a text of a few windows: measured on what it was calibrated on, better than nothing
+        if not any(
+            held.values()
+        ):  # a text of a few windows: measured on what it was calibrated on, better than nothing
             held = windows
     total = sum(len(row) for rows in windows.values() for row in rows)
     if total < _MIN_TOKENS:
@@ -146,8 +158,12 @@ def token_sets(
     )
 
 
-def _windows(documents: Sequence[Document], tokenizer: Any, length: int) -> dict[str, list[list[int]]]:
-    """domain -> its text cut into windows of ``length`` tokens; the last, shorter one is kept if nothing else is there."""
+def _windows(
+    documents: Sequence[Document], tokenizer: Any, length: int
+) -> dict[str, list[list[int]]]:
+    """domain -> its text cut into windows of ``length`` tokens; the last, shorter one is kept if
+    nothing else is there.
+    """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     streams: dict[str, list[int]] = {}
     for document in documents:

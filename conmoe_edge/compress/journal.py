@@ -3,8 +3,8 @@
 The journal names only files that were synced before it was replaced, so whatever it says is on the disk. Hidden states
 are kept for the last finished layer only: ``hidden-<phase>-<layer>.safetensors`` beside it.
 
-Disk: the hidden states twice while one takes the place of the other. Raises ``NoSpace``; ``CheckpointError`` when a file
-of an earlier run is damaged.
+Disk: the hidden states twice while one takes the place of the other. Raises ``NoSpace``;
+``CheckpointError`` when a file of an earlier run is damaged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,13 +61,22 @@ class Journal:
             return cls(work, **json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"The journal {path} of the unfinished run is damaged.", str(error), "start over with --fresh"
+                f"The journal {path} of the unfinished run is damaged.",
+                str(error),
+                "start over with --fresh",
             ) from error
 
     def save(self) -> None:
         """Make the state durable."""
         names = (
-            "phase", "done", "statistics", "decisions", "files", "offsets", "receipt", "seconds",
+            "phase",
+            "done",
+            "statistics",
+            "decisions",
+            "files",
+            "offsets",
+            "receipt",
+            "seconds",
         )
         write_json(self.work / NAME, {name: getattr(self, name) for name in names})
 
@@ -88,7 +96,9 @@ class Journal:
             return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{path.name} of the unfinished run is damaged.", str(error)[:200], "start over with --fresh"
+                f"{path.name} of the unfinished run is damaged.",
+                str(error)[:200],
+                "start over with --fresh",
             ) from error
 
     def drop_hidden(self, phase: str, layer: int) -> None:
@@ -97,5 +107,3 @@ class Journal:
 
     def _hidden(self, phase: str, layer: int) -> Path:
         return self.work / f"hidden-{phase}-{layer}.safetensors"
-
-

@@ -1,12 +1,14 @@
 """The whole consolidation of one model: from a checked checkpoint to the files of a package.
 
-Order: dense tensors and side files; then layer by layer over the calibration and held-out sequences, deciding and writing
-the prototypes of each scope as soon as its last layer has run; then the written package once more over the held-out
-sequences, for the receipt; then the manifest. After each layer the journal makes the state durable, so a run that was
-killed goes on with the layer it was in, and ends with the same bytes.
+Order: dense tensors and side files; then layer by layer over the calibration and held-out
+sequences, deciding and writing the prototypes of each scope as soon as its last layer has run; then
+the written package once more over the held-out sequences, for the receipt; then the manifest. After
+each layer the journal makes the state durable, so a run that was killed goes on with the layer it
+was in, and ends with the same bytes.
 
-Peak memory of the device: one decoder layer, its experts twice while they are fused, and one batch of activations. On the
-host: the hidden states of all sequences. Raises the errors of ``CheckpointError``, ``NoSpace``, ``UnsupportedModel``.
+Peak memory of the device: one decoder layer, its experts twice while they are fused, and one batch
+of activations. On the host: the hidden states of all sequences. Raises the errors of
+``CheckpointError``, ``NoSpace``, ``UnsupportedModel``.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a fit is. ``stage`` is ``locate``, ``write``, ``calibrate``, ``receipt`` or ``verify``; ``step`` of ``steps``
+    """Where a fit is. ``stage`` is ``locate``, ``write``, ``calibrate``, ``receipt`` or ``verify``;
+    ``step`` of ``steps``
     are done in it; ``seconds_left`` is for the whole fit, once it can be told."""
 
     stage: str
@@ -116,7 +119,9 @@ class Consolidation:
         self.work = work
         self.journal = Journal.open(work)
         self.clock = Clock(self.journal.seconds)
-        self.resumed_from = self.journal.done if self.journal.phase in ("calibrate", "receipt") else 0
+        self.resumed_from = (
+            self.journal.done if self.journal.phase in ("calibrate", "receipt") else 0
+        )
         self._progress = progress
         self._layers = len(job.anatomy.layers)
         self._scopes = scopes(job.anatomy, job.scope)
@@ -147,20 +152,27 @@ class Consolidation:
             if key not in model.expert_keys
         ]
         with self.clock.part("write"):
-            for written in write_dense(self.package, [TensorSource.of(reader[key]) for key in dense]):
+            for written in write_dense(
+                self.package, [TensorSource.of(reader[key]) for key in dense]
+            ):
                 self._note(written)
             for written in copy_side_files(self.job.index.folder, self.package):
                 self._note(written)
             config = read_json_object(self.job.index.folder / "config.json")
             config.pop("auto_map", None)  # names of code that is never run
-            config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
+            config["quantization_config"] = {
+                "quant_method": "conmoe",
+                "format_version": FORMAT_VERSION,
+            }
             self._note(write_json(self.package / "config.json", config))
         self._save("calibrate", 0)
 
     # -- 2. the original, layer by layer -------------------------------------------------------------------------
 
     def _calibrate(self, model: StreamedModel) -> None:
-        streams = self._open_streams(model, {"train": self.job.train, "held_out": self.job.held_out}, "calibrate")
+        streams = self._open_streams(
+            model, {"train": self.job.train, "held_out": self.job.held_out}, "calibrate"
+        )
         for index in range(self.journal.done, self._layers):
             self._announce("calibrate", index)
             with self._loaded(model, index, with_experts=True):
@@ -200,7 +212,12 @@ class Consolidation:
         if index != scope[-1]:
             own = [expert for expert in pool if expert.layer == index]
             with self.clock.part("write"):
-                write_experts(self._scratch(index), layout, own, ScopeWeights({index: here}, matrix_views(module)))
+                write_experts(
+                    self._scratch(index),
+                    layout,
+                    own,
+                    ScopeWeights({index: here}, matrix_views(module)),
+                )
             return
         layers: dict[int, LayerWeights] = {index: here}
         earlier = [ScratchLayer(self._scratch(layer), layout) for layer in scope[:-1]]
@@ -215,14 +232,24 @@ class Consolidation:
             self.journal.offsets[name] = [written.name, offset]
         for expert, record in zip(pool, decision.slots, strict=True):
             rows = self.journal.decisions.setdefault(str(expert.layer), [])
-            rows.append([list(record.prototype) if record.prototype else None, record.scale, record.constant])
+            rows.append(
+                [
+                    list(record.prototype) if record.prototype else None,
+                    record.scale,
+                    record.constant,
+                ]
+            )
         for layer in earlier:
             layer.close()
 
     def _decision(self, pool: Sequence[ExpertId], weights: ScopeWeights) -> Decision:
-        statistics = {layer: self._statistics_of(layer) for layer in {expert.layer for expert in pool}}
+        statistics = {
+            layer: self._statistics_of(layer) for layer in {expert.layer for expert in pool}
+        }
         contribution = torch.cat([statistics[layer].contribution() for layer in sorted(statistics)])
-        gates = torch.cat([torch.tensor(statistics[layer].gates).double() for layer in sorted(statistics)])
+        gates = torch.cat(
+            [torch.tensor(statistics[layer].gates).double() for layer in sorted(statistics)]
+        )
 
         def measure() -> torch.Tensor:
             with self.clock.part("distance"):
@@ -272,7 +299,9 @@ class Consolidation:
         parts = {}
         for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
             record = reader[record_name(expert)][...]
-            parts[expert] = {name: part.to(self.job.device) for name, part in view(layout, record).items()}
+            parts[expert] = {
+                name: part.to(self.job.device) for name, part in view(layout, record).items()
+            }
         return MappedTap(slots, parts, None)
 
     def _compare(self, package: StreamedModel, after: Stream) -> dict[str, Any]:
@@ -309,7 +338,9 @@ class Consolidation:
             model.load_outside()
         hidden = self.journal.load_hidden(phase, self.journal.done) if self.journal.done else {}
         with self.clock.part("attention"):
-            streams = {name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()}
+            streams = {
+                name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()
+            }
         model.drop_outside()
         return streams
 
@@ -318,7 +349,9 @@ class Consolidation:
 
     def _layer_done(self, phase: str, index: int, streams: Mapping[str, Stream]) -> None:
         with self.clock.part("journal"):
-            self.journal.save_hidden(phase, index + 1, {name: stream.hidden for name, stream in streams.items()})
+            self.journal.save_hidden(
+                phase, index + 1, {name: stream.hidden for name, stream in streams.items()}
+            )
             self._save(phase, index + 1)
             self.journal.drop_hidden(phase, index)
             if index in self._scope_of and index == self._scope_of[index][-1]:
@@ -338,10 +371,16 @@ class Consolidation:
         else:
             per_layer = (time.perf_counter() - self._layers_began) / self._done_here
             # A layer of the receipt runs the held-out tokens only.
-            share = self.job.held_out.ids.numel() / (self.job.held_out.ids.numel() + self.job.train.ids.numel())
+            share = self.job.held_out.ids.numel() / (
+                self.job.held_out.ids.numel() + self.job.train.ids.numel()
+            )
             rest = self._layers - layer
             left = per_layer * (rest + (share * self._layers if stage == "calibrate" else 0))
-        self._progress(Progress(stage, layer, self._layers, f"layer {layer + 1}", left, _in_use(self.job.device)))
+        self._progress(
+            Progress(
+                stage, layer, self._layers, f"layer {layer + 1}", left, _in_use(self.job.device)
+            )
+        )
 
     def _note(self, written: WrittenFile) -> None:
         self.journal.files[written.name] = written.entry()

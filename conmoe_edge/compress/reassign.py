@@ -1,6 +1,6 @@
 """Where the others go: nearest-prototype reassignment (ConMoE, section 3.3). Pure.
 
-    m(e) = argmin over p in P of d(e, p);  a prototype maps to itself
+m(e) = argmin over p in P of d(e, p);  a prototype maps to itself
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ class ReceiptTracker:
         total = _Sums()
         for sums in self._sums.values():
             total.add(sums)
-        by_domain: Mapping[str, Any] = {name: sums.result() for name, sums in sorted(self._sums.items())}
+        by_domain: Mapping[str, Any] = {
+            name: sums.result() for name, sums in sorted(self._sums.items())
+        }
         return {**total.result(), "per_domain": by_domain}
 
 

@@ -1,8 +1,8 @@
 """Replaceability and the prototype score (ConMoE, section 3.2). Pure functions of small tensors.
 
-    b_e = min over e' != e in the scope of d(e, e')
-    x^  = (x - min x) / (max x - min x + eps)           within the scope
-    s_e = a^_e * b^_e
+b_e = min over e' != e in the scope of d(e, e')
+x^  = (x - min x) / (max x - min x + eps)           within the scope
+s_e = a^_e * b^_e
 """
 
 from __future__ import annotations

@@ -38,7 +38,11 @@ class LayerStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists; floats survive JSON exactly."""
-        return {"weighted_norms": list(self.weighted_norms), "gates": list(self.gates), "counts": list(self.counts)}
+        return {
+            "weighted_norms": list(self.weighted_norms),
+            "gates": list(self.gates),
+            "counts": list(self.counts),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerStatistics:
@@ -78,5 +82,7 @@ class StatisticsTracker:
     def result(self) -> LayerStatistics:
         """What was seen so far."""
         return LayerStatistics(
-            tuple(self._weighted.tolist()), tuple(self._gates.tolist()), tuple(self._counts.tolist())
+            tuple(self._weighted.tolist()),
+            tuple(self._gates.tolist()),
+            tuple(self._counts.tolist()),
         )

@@ -23,8 +23,8 @@ _MOST_TOKENS = 1 << 14
 def compute_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
     """The dtype of the activations while streaming.
 
-    On a CPU without bf16 units, bf16 matrix products run at a quarter of the fp32 rate, so fp32 is used there (each expert
-    is converted when its turn comes). A GPU uses the checkpoint's dtype.
+    On a CPU without bf16 units, bf16 matrix products run at a quarter of the fp32 rate, so fp32 is
+    used there (each expert is converted when its turn comes). A GPU uses the checkpoint's dtype.
     """
     if device.type != "cpu" or source == torch.float32:
         return source
@@ -77,7 +77,9 @@ def open_stream(model: StreamedModel, tokens: TokenSet, hidden: Tensor | None = 
     return Stream(batches, keep, store)
 
 
-def run_layer(model: StreamedModel, index: int, stream: Stream, tap: Tap | None, name: str = "") -> None:
+def run_layer(
+    model: StreamedModel, index: int, stream: Stream, tap: Tap | None, name: str = ""
+) -> None:
     """Take the stream through one loaded layer, in place.
 
     Raises:

@@ -1,9 +1,10 @@
 """What runs in place of a layer's experts while a model is streamed.
 
-One function is registered with transformers (``conmoe_fit``); it hands over to the tap that hangs on the experts module:
-``RoutedTap`` computes the layer's own experts and gathers statistics, ``MappedTap`` computes prototypes through the slot
-records of a written package. Both go expert by expert in ascending order, so sums are the same on every run, and convert
-one expert at a time where the weights have another dtype than the activations.
+One function is registered with transformers (``conmoe_fit``); it hands over to the tap that hangs
+on the experts module: ``RoutedTap`` computes the layer's own experts and gathers statistics,
+``MappedTap`` computes prototypes through the slot records of a written package. Both go expert by
+expert in ascending order, so sums are the same on every run, and convert one expert at a time where
+the weights have another dtype than the activations.
 """
 
 from __future__ import annotations
@@ -57,9 +58,13 @@ class RoutedTap(Tap):
                 continue
             rows = chosen // index.shape[1]
             gates = weights.reshape(-1)[chosen]
-            value = expert_forward(module, hidden[rows], {name: getattr(module, name)[expert] for name in names})
+            value = expert_forward(
+                module, hidden[rows], {name: getattr(module, name)[expert] for name in names}
+            )
             if self.tracker is not None:
-                self.tracker.add(expert, gates, value, None if self.keep is None else self.keep[rows])
+                self.tracker.add(
+                    expert, gates, value, None if self.keep is None else self.keep[rows]
+                )
             out.index_add_(0, rows, (value * gates.unsqueeze(-1)).to(out.dtype))
         return out
 
@@ -83,7 +88,9 @@ class MappedTap(Tap):
         self._order = sorted(prototypes)
         number = {expert: position for position, expert in enumerate(self._order)}
         self._parts = prototypes
-        self._map = torch.tensor([-1 if s.prototype is None else number[s.prototype] for s in slots])
+        self._map = torch.tensor(
+            [-1 if s.prototype is None else number[s.prototype] for s in slots]
+        )
         self._scales = torch.tensor([s.scale for s in slots], dtype=torch.float32)
         self._constant_of = torch.tensor([-1 if s.constant is None else s.constant for s in slots])
         self._constants = constants
@@ -92,15 +99,21 @@ class MappedTap(Tap):
         """sum over p of alpha_p p(h), plus the gated constants."""
         device = hidden.device
         routes = merge_routes(index, weights, self._map.to(device), self._scales.to(device))
-        out = torch.zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
+        out = torch.zeros(
+            hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device
+        )
         for position, number in enumerate(routes.prototypes):
             span = slice(routes.starts[position], routes.starts[position + 1])
             rows = routes.rows[span]
             value = expert_forward(module, hidden[rows], self._parts[self._order[number]])
-            out.index_add_(0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype))
+            out.index_add_(
+                0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype)
+            )
         if self._constants is not None:
             chosen = self._constant_of.to(device)[index.clamp(0, len(self._constant_of) - 1)]
-            gates = torch.where((chosen >= 0) & (index < len(self._constant_of)), weights.float(), 0.0)
+            gates = torch.where(
+                (chosen >= 0) & (index < len(self._constant_of)), weights.float(), 0.0
+            )
             table = self._constants.to(device)[chosen.clamp(min=0)]  # [T, K, H]
             out += (table * gates.unsqueeze(-1)).sum(1).to(out.dtype)
         return out.to(hidden.dtype)

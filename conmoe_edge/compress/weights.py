@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.files import WrittenFile
 from conmoe_edge.checkpoint.index import CheckpointIndex, read_header
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.checkpoint.records import pack, view
-from conmoe_edge.checkpoint.files import WrittenFile
 from conmoe_edge.checkpoint.writer import write_records
 from conmoe_edge.model.experts import part_names
 
@@ -42,23 +42,33 @@ def matrix_views(module: nn.Module) -> dict[str, MatrixView]:
     names = part_names(module)
     everything = slice(None)
     if "gate_up_proj" in names:
-        rows, columns = getattr(module, "gate_up_proj").shape[1:]
+        rows, columns = _shape(module, "gate_up_proj")
         halves = zip(("gate", "up"), (0, 1), strict=True)
         for name, half in halves:
             if module.is_transposed:
                 width = columns // 2
-                part = slice(half * width, (half + 1) * width) if module.is_concatenated else slice(half, None, 2)
+                part = (
+                    slice(half * width, (half + 1) * width)
+                    if module.is_concatenated
+                    else slice(half, None, 2)
+                )
                 views[name] = MatrixView("gate_up_proj", 0, 1, rows, part, width)
             else:
                 count = rows // 2
                 first, step = (half * count, 1) if module.is_concatenated else (half, 2)
                 views[name] = MatrixView("gate_up_proj", first, step, count, everything, columns)
     else:
-        rows, columns = getattr(module, "up_proj").shape[1:]
+        rows, columns = _shape(module, "up_proj")
         views["up"] = MatrixView("up_proj", 0, 1, rows, everything, columns)
-    rows, columns = getattr(module, "down_proj").shape[1:]
+    rows, columns = _shape(module, "down_proj")
     views["down"] = MatrixView("down_proj", 0, 1, rows, everything, columns)
     return views
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """Rows and columns of one expert's part of a fused parameter."""
+    tensor: Tensor = getattr(module, name)
+    return tensor.shape[1], tensor.shape[2]
 
 
 class LayerWeights(Protocol):
@@ -79,7 +89,9 @@ class LoadedLayer:
     """A layer whose experts module is in memory."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._tensors: dict[str, Tensor] = {name: getattr(module, name).detach() for name in part_names(module)}
+        self._tensors: dict[str, Tensor] = {
+            name: getattr(module, name).detach() for name in part_names(module)
+        }
         self.experts = next(iter(self._tensors.values())).shape[0]
 
     def part_rows(self, part: str, start: int, stop: int) -> Tensor:
@@ -96,7 +108,9 @@ class ScratchLayer:
 
     def __init__(self, path: Path, layout: RecordLayout) -> None:
         shard, entries = read_header(path.parent, path.name)
-        index = CheckpointIndex(path.parent, {entry.name: entry for entry in entries}, {shard.name: shard})
+        index = CheckpointIndex(
+            path.parent, {entry.name: entry for entry in entries}, {shard.name: shard}
+        )
         self._reader = ShardReader(index)
         self._entries = sorted(entries, key=lambda entry: entry.offset)
         self._layout = layout
@@ -131,7 +145,9 @@ class ScopeWeights:
         self._layers = dict(sorted(layers.items()))
         self._views = views
         self._ids = [
-            ExpertId(index, expert) for index, layer in self._layers.items() for expert in range(layer.experts)
+            ExpertId(index, expert)
+            for index, layer in self._layers.items()
+            for expert in range(layer.experts)
         ]
 
     @property
@@ -155,7 +171,9 @@ class ScopeWeights:
         for layer in self._layers.values():
             first = place.first_row - place.first_row % place.row_step
             lo, hi = first + start * place.row_step, first + stop * place.row_step
-            rows = layer.part_rows(place.part, lo, hi)[:, place.first_row % place.row_step :: place.row_step]
+            rows = layer.part_rows(place.part, lo, hi)[
+                :, place.first_row % place.row_step :: place.row_step
+            ]
             runs.append(rows[..., place.columns])
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
@@ -183,10 +201,15 @@ def write_experts(
     """Experts as records, one buffer for all of them. Values are converted where the layout's precision says so."""
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
 
-    def records():  # noqa: ANN202
+    def records():
         for expert in experts:
             parts = weights.parts(expert)
-            tensors = {part.name: parts[part.name].to(getattr(torch, part.dtype)).cpu() for part in layout.parts}
+            tensors = {
+                part.name: parts[part.name].to(getattr(torch, part.dtype)).cpu()
+                for part in layout.parts
+            }
             yield record_name(expert), pack(layout, tensors, buffer)
 
-    return write_records(path, {record_name(expert): layout.nbytes for expert in experts}, records())
+    return write_records(
+        path, {record_name(expert): layout.nbytes for expert in experts}, records()
+    )

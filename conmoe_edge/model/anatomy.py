@@ -121,7 +121,11 @@ class ModelAnatomy:
     @property
     def experts_bytes(self) -> int:
         """Bytes of all routed experts, unpadded."""
-        return sum(layer.experts.count * layer.experts.expert_bytes for layer in self.layers if layer.experts)
+        return sum(
+            layer.experts.count * layer.experts.expert_bytes
+            for layer in self.layers
+            if layer.experts
+        )
 
     @property
     def total_bytes(self) -> int:

@@ -53,14 +53,19 @@ def read_config(folder: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UnsupportedModel:
         raise
-    except Exception as error:  # config classes check foreign data in ways of their own, with any exception
+    except (
+        Exception
+    ) as error:  # config classes check foreign data in ways of their own, with any exception
         raise CheckpointError(
             f"{folder}/config.json cannot be used.",
             _one_line(error),
             "download the model again; if it is the same afterwards, the model itself is broken",
         ) from error
     text = config.get_text_config()
-    if getattr(config, "model_type", "") in _GATED_INPUT or getattr(text, "model_type", "") in _GATED_INPUT:
+    if (
+        getattr(config, "model_type", "") in _GATED_INPUT
+        or getattr(text, "model_type", "") in _GATED_INPUT
+    ):
         raise UnsupportedModel(
             f"{config.model_type} cannot be consolidated.",
             "it multiplies the input of an expert by the routing weight, so weights that meet on one prototype "
@@ -97,7 +102,9 @@ def build_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # sizes that contradict each other fail anywhere inside the model's constructor
+    except (
+        Exception
+    ) as error:  # sizes that contradict each other fail anywhere inside the model's constructor
         raise UnsupportedModel(
             f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
             _one_line(error),
@@ -155,7 +162,7 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             model,
             dict(tensors),
             LoadStateDictConfig(
-                weight_mapping=get_model_conversion_mapping(model),
+                weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),
                 device_map={"": device},
@@ -171,7 +178,9 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             "the weights and config.json belong to different models",
         )
     for name, reason in sorted(info.conversion_errors.items()):
-        raise CheckpointError(f"{name} cannot be assembled from the checkpoint.", _one_line(Exception(reason)))
+        raise CheckpointError(
+            f"{name} cannot be assembled from the checkpoint.", _one_line(Exception(reason))
+        )
 
 
 def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:
@@ -182,7 +191,11 @@ def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> No
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_meta and name.rsplit(".", 1)[-1] in absent:
             continue
-        if not tensor.is_meta and tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float32).isfinite()):
+        if (
+            not tensor.is_meta
+            and tensor.is_floating_point()
+            and not bool(tensor.sum(dtype=torch.float32).isfinite())
+        ):
             raise CheckpointError(
                 f"{path}.{name} holds NaN or infinity.",
                 "nothing that is computed from it can be right",
@@ -225,6 +238,10 @@ def fill_buffers(model: PreTrainedModel, within: str, device: torch.device) -> N
         for name in missing:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
         if missing:
-            owner = max((p for p in owners if not p or path.startswith(f"{p}.") or path == p), key=len, default="")
+            owner = max(
+                (p for p in owners if not p or path.startswith(f"{p}.") or path == p),
+                key=len,
+                default="",
+            )
             with torch.no_grad():
                 owners.get(owner, base)._init_weights(module)

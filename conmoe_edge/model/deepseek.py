@@ -1,8 +1,8 @@
 """DeepSeek V1 (``model_type: "deepseek"``, deepseek-moe-16b): its config, and registration with the Auto classes.
 
-transformers has no class for this one. The hub repository carries its own code, which is never run here; the model is built
-from transformers' parts instead (``deepseek_modeling.py``), under the same tensor names. This file imports no model code, so
-that registering the config stays cheap.
+transformers has no class for this one. The hub repository carries its own code, which is never run
+here; the model is built from transformers' parts instead (``deepseek_modeling.py``), under the same
+tensor names. This file imports no model code, so that registering the config stays cheap.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def register_config() -> None:
 
 def register_model() -> None:
     """Make ``AutoModelForCausalLM`` know ``deepseek``; calling it again does nothing."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+    )
 
     register_config()
     if DeepseekConfig in MODEL_FOR_CAUSAL_LM_MAPPING:

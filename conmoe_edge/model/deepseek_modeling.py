@@ -1,4 +1,5 @@
-"""DeepSeek V1 out of transformers' own parts: Llama's attention and dense layers, DeepSeek V2's experts, OLMoE's router.
+"""DeepSeek V1 out of transformers' own parts: Llama's attention and dense layers, DeepSeek V2's
+experts, OLMoE's router.
 
 The architecture (arXiv 2401.06066, section 3): Llama with, in all but the first layers, a softmax router that takes the
 top-k without renormalising them, routed experts, and shared experts that every token passes.
@@ -26,7 +27,10 @@ class DeepseekMoe(nn.Module):
         self.gate = OlmoeTopKRouter(config)
         self.experts = DeepseekV2Experts(config)
         self.shared_experts = (
-            DeepseekV2MLP(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
+            DeepseekV2MLP(
+                config,  # pyright: ignore[reportArgumentType]  # it has all the fields that the class reads
+                intermediate_size=config.moe_intermediate_size * config.n_shared_experts,
+            )
             if config.n_shared_experts
             else None
         )
@@ -56,8 +60,8 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, OlmoeTopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, DeepseekV2Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
-            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
 
 
 class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):

@@ -1,10 +1,10 @@
 """The maths of routed experts, for every architecture: through the experts module's own attributes.
 
-transformers v5 keeps the routed experts of a layer in one module with fused 3-D weights and marks how they are laid out
-(``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``) and gated (``_apply_gate``, ``act_fn``). Everything
-here reads those, so there is no code for single models. Weights come in as ``parts``: a mapping from the module's
-parameter names (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...) to the tensor of *one* expert, without the
-expert axis.
+transformers v5 keeps the routed experts of a layer in one module with fused 3-D weights and marks
+how they are laid out (``has_gate``, ``has_bias``, ``is_transposed``, ``has_post_expert_norm``) and
+gated (``_apply_gate``, ``act_fn``). Everything here reads those, so there is no code for single
+models. Weights come in as ``parts``: a mapping from the module's parameter names (``gate_up_proj``,
+``down_proj``, ``gate_up_proj_bias``, ...) to the tensor of *one* expert, without the expert axis.
 
 Nothing here allocates more than the activations of the rows it is given (and one expert in ``compute_dtype``).
 """
@@ -51,13 +51,17 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 
 
 def decoder_prefix(model: nn.Module) -> str | None:
-    """Path of the ``ModuleList`` of decoder layers (``model.layers``), or ``None`` in a model without routed experts."""
+    """Path of the ``ModuleList`` of decoder layers (``model.layers``), or ``None`` in a model
+    without routed experts.
+    """
     for path, module in model.named_modules():
         if not is_experts_module(module):
             continue
         pieces = path.split(".")
         for end, piece in enumerate(pieces):
-            if piece.isdigit() and isinstance(model.get_submodule(".".join(pieces[:end])), nn.ModuleList):
+            if piece.isdigit() and isinstance(
+                model.get_submodule(".".join(pieces[:end])), nn.ModuleList
+            ):
                 return ".".join(pieces[:end])
     return None
 
@@ -148,7 +152,9 @@ def merge_routes(
     alpha = torch.where(proto >= 0, alpha, 0.0)
     same = proto.unsqueeze(2) == proto.unsqueeze(1)  # [T, K, K]
     summed = (same * alpha.unsqueeze(1)).sum(-1)  # [T, K]
-    first = ~torch.tril(same, diagonal=-1).any(-1) & (proto >= 0)  # the slot that stands for all its equals
+    first = ~torch.tril(same, diagonal=-1).any(-1) & (
+        proto >= 0
+    )  # the slot that stands for all its equals
     rows, cols = first.nonzero(as_tuple=True)  # tokens ascending
     chosen = proto[rows, cols]
     order = torch.argsort(chosen, stable=True)

@@ -1,7 +1,8 @@
 """From a config and the headers of its weights to a ``ModelAnatomy``; no weight is read, no device memory taken.
 
-Byte counts come from the checkpoint's headers where there are any, else from the meta model's shapes. The cache's size comes
-from transformers' own cache classes: the model runs twice on the meta device and what its cache holds is weighed.
+Byte counts come from the checkpoint's headers where there are any, else from the meta model's
+shapes. The cache's size comes from transformers' own cache classes: the model runs twice on the
+meta device and what its cache holds is weighed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
-from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, KVLayer, LayerAnatomy, ModelAnatomy
+from conmoe_edge.model.anatomy import (
+    ExpertPart,
+    ExpertsAnatomy,
+    KVLayer,
+    LayerAnatomy,
+    ModelAnatomy,
+)
 from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
 from conmoe_edge.model.streaming import no_experts
 
@@ -34,7 +41,9 @@ def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tens
     return torch.zeros_like(hidden)
 
 
-def probe(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None = None) -> ModelAnatomy:
+def probe(
+    config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None = None
+) -> ModelAnatomy:
     """The anatomy of a model.
 
     Args:
@@ -78,7 +87,9 @@ def _assemble(
     layers: nn.ModuleList = model.get_submodule(prefix)  # type: ignore[assignment]
     experts = find_experts(model)
     fused = {
-        f"{path}.{name}": index for index, (path, module) in experts.items() for name in part_names(module)
+        f"{path}.{name}": index
+        for index, (path, module) in experts.items()
+        for name in part_names(module)
     }
     dense = [0] * len(layers)
     outside = 0
@@ -111,7 +122,9 @@ def _assemble(
     )
 
 
-def _experts_anatomy(path: str, module: nn.Module, dtypes: Mapping[str, str], top_k: int) -> ExpertsAnatomy:
+def _experts_anatomy(
+    path: str, module: nn.Module, dtypes: Mapping[str, str], top_k: int
+) -> ExpertsAnatomy:
     parts = []
     count = 0
     for name in part_names(module):
@@ -119,12 +132,20 @@ def _experts_anatomy(path: str, module: nn.Module, dtypes: Mapping[str, str], to
         count = tensor.shape[0]
         dtype = dtypes.get(f"{path}.{name}", _name(tensor.dtype))
         shape = tuple(tensor.shape[1:])
-        parts.append(ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize))
+        parts.append(
+            ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize)
+        )
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts))
 
 
 def _top_k(text: PretrainedConfig) -> int:
-    for word in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token"):
+    for word in (
+        "num_experts_per_tok",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+        "num_experts_per_token",
+    ):
         value = getattr(text, word, None)
         if isinstance(value, (list, tuple)) and value:
             value = max(value)
@@ -142,7 +163,11 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
     weight: dict[str, int] = {}
     for fact in (headers or {}).values():
         weight[fact.dtype] = weight.get(fact.dtype, 0) + fact.nbytes
-    floating = {name: count for name, count in weight.items() if getattr(torch, name, torch.int8).is_floating_point}
+    floating = {
+        name: count
+        for name, count in weight.items()
+        if getattr(torch, name, torch.int8).is_floating_point
+    }
     if floating:
         return getattr(torch, max(sorted(floating), key=lambda name: floating[name]))
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)

@@ -1,9 +1,10 @@
 """A model that is never whole in memory: one decoder layer at a time, for every architecture.
 
-``StreamedModel`` holds the causal LM on the meta device. What is outside the decoder layers is loaded once; a decoder
-layer is loaded, run over all the sequences, and dropped. Which arguments a layer gets (rotary embeddings, the mask of its
-attention type, ...) is found out by running the model's own forward with every layer replaced by a stub that writes
-its arguments down, so no model's forward is transcribed here.
+``StreamedModel`` holds the causal LM on the meta device. What is outside the decoder layers is
+loaded once; a decoder layer is loaded, run over all the sequences, and dropped. Which arguments a
+layer gets (rotary embeddings, the mask of its attention type, ...) is found out by running the
+model's own forward with every layer replaced by a stub that writes its arguments down, so no
+model's forward is transcribed here.
 
 Peak memory of the device: what is outside the layers + one decoder layer (twice its experts while they are fused) + the
 activations of one batch. Hidden states between layers belong to the caller.
@@ -12,7 +13,7 @@ activations of one batch. Hidden states between layers belong to the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,17 +85,28 @@ class StreamedModel:
         for _, module in self.experts.values():
             for name in part_names(module):
                 old = getattr(module, name)
-                setattr(module, name, nn.Parameter(torch.empty_like(old, dtype=experts_dtype), requires_grad=False))
+                setattr(
+                    module,
+                    name,
+                    nn.Parameter(torch.empty_like(old, dtype=experts_dtype), requires_grad=False),
+                )
         self.set_experts_implementation(experts_implementation)
         self._own_forwards = [layer.forward for layer in self.layers]
-        self._keys_of: dict[int | None, list[str]] = {None: [], **{i: [] for i in range(len(self.layers))}}
+        self._keys_of: dict[int | None, list[str]] = {
+            None: [],
+            **{i: [] for i in range(len(self.layers))},
+        }
         targets = bridge.targets_of(self.model, keys)
         for key, target in targets.items():
             self._keys_of[self._layer_of(target)].append(key)
         expert_targets = {
-            f"{path}.{name}" for path, module in self.experts.values() for name in part_names(module)
+            f"{path}.{name}"
+            for path, module in self.experts.values()
+            for name in part_names(module)
         }
-        self.expert_keys = frozenset(key for key, target in targets.items() if target in expert_targets)
+        self.expert_keys = frozenset(
+            key for key, target in targets.items() if target in expert_targets
+        )
 
     def _layer_of(self, target: str) -> int | None:
         if not target.startswith(f"{self.prefix}."):
@@ -104,7 +116,8 @@ class StreamedModel:
 
     def set_experts_implementation(self, name: str) -> None:
         """Choose the registered experts function for every layer."""
-        for config in {id(m.config): m.config for _, m in self.experts.values()}.values():
+        for _, module in self.experts.values():
+            config: Any = module.config
             config._experts_implementation = name
 
     def layer_keys(self, index: int) -> list[str]:
@@ -128,7 +141,7 @@ class StreamedModel:
 
     def drop_outside(self) -> None:
         """Give back what ``load_outside`` loaded; between prologue and epilogue nobody needs it."""
-        self.model.to("meta")
+        nn.Module.to(self.model, "meta")
 
     @contextmanager
     def layer(self, index: int, *, with_experts: bool = True) -> Iterator[nn.Module]:
@@ -143,7 +156,9 @@ class StreamedModel:
         bridge.load_subset(self.model, self._read(keys), self.device)
         layer = self.layers[index]
         bridge.fill_buffers(self.model, path, self.device)
-        absent = () if with_experts or index not in self.experts else part_names(self.experts[index][1])
+        absent = (
+            () if with_experts or index not in self.experts else part_names(self.experts[index][1])
+        )
         bridge.check_loaded(layer, path, absent)
         try:
             yield layer
@@ -170,10 +185,8 @@ class StreamedModel:
 
             return forward
 
-        try:
+        with suppress(_Captured):
             self._run(batch, stub)
-        except _Captured:
-            pass
         return first[0]
 
     def epilogue(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -209,7 +222,9 @@ class StreamedModel:
             with torch.no_grad():
                 return self.model(
                     input_ids=batch.input_ids.to(self.device),
-                    attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(self.device),
+                    attention_mask=None
+                    if batch.attention_mask is None
+                    else batch.attention_mask.to(self.device),
                     use_cache=False,
                 )
         finally:
@@ -227,5 +242,6 @@ def no_experts(config: PretrainedConfig) -> UnsupportedModel:
             "its experts do not run through transformers' registry of experts functions",
         )
     return UnsupportedModel(
-        f"{config.model_type} is a dense model.", "it has no routed experts, so there is nothing to consolidate"
+        f"{config.model_type} is a dense model.",
+        "it has no routed experts, so there is nothing to consolidate",
     )

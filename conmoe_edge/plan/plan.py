@@ -1,7 +1,8 @@
 """What will be done, and why: the dataclasses of the plan. Arithmetic only, no torch, no files.
 
-A ``Plan`` is made by ``planner.make_plan`` from a ``ModelAnatomy`` and a ``Budget``, shown by the command line, obeyed by
-``compress`` and ``offload``, and written into the manifest. Every byte count is of the target's device tier unless said.
+A ``Plan`` is made by ``planner.make_plan`` from a ``ModelAnatomy`` and a ``Budget``, shown by the
+command line, obeyed by ``compress`` and ``offload``, and written into the manifest. Every byte
+count is of the target's device tier unless said.
 """
 
 from __future__ import annotations
@@ -77,4 +78,6 @@ class Plan:
     @property
     def device_bytes_used(self) -> int:
         """The terms plus the slots of the chosen candidate."""
-        return sum(term.nbytes for term in self.terms) + self.chosen.slots * self.chosen.record_bytes
+        return (
+            sum(term.nbytes for term in self.terms) + self.chosen.slots * self.chosen.record_bytes
+        )

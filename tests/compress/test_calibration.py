@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.compress.calibration import CalibrationText, Document, bundled_text, read_text, token_sets
+from conmoe_edge.compress.calibration import (
+    CalibrationText,
+    Document,
+    bundled_text,
+    read_text,
+    token_sets,
+)
 from conmoe_edge.errors import CalibrationError
 
 
@@ -31,13 +37,19 @@ def test_bundled_text_has_six_domains_each_way() -> None:
 def test_bundled_held_out_shares_no_document_with_the_calibration_text() -> None:
     text = bundled_text()
     assert text.held_out is not None
-    assert not {document.text for document in text.train} & {document.text for document in text.held_out}
+    assert not {document.text for document in text.train} & {
+        document.text for document in text.held_out
+    }
 
 
 def test_domains_are_taken_in_turn_and_spread() -> None:
     documents = tuple(Document(name, name * 300) for name in ("aaaa", "bbbb", "cccc"))
     train, held = token_sets(
-        CalibrationText(documents, documents, "x"), Letters(), length=16, tokens=16 * 7, held_out_tokens=16 * 3
+        CalibrationText(documents, documents, "x"),
+        Letters(),
+        length=16,
+        tokens=16 * 7,
+        held_out_tokens=16 * 3,
     )
     assert train.ids.shape == (7, 16) and not train.padded
     assert sorted(train.domains) == ["aaaa"] * 3 + ["bbbb"] * 2 + ["cccc"] * 2
@@ -46,11 +58,19 @@ def test_domains_are_taken_in_turn_and_spread() -> None:
 
 def test_own_text_is_split_and_short_text_is_padded() -> None:
     train, held = token_sets(
-        CalibrationText((Document("text", "x" * 400),), None, "x"), Letters(), length=32, tokens=10**6, held_out_tokens=64
+        CalibrationText((Document("text", "x" * 400),), None, "x"),
+        Letters(),
+        length=32,
+        tokens=10**6,
+        held_out_tokens=64,
     )
     assert len(train.domains) == 10 and len(held.domains) == 2
     short, _ = token_sets(
-        CalibrationText((Document("text", "x" * 90),), None, "x"), Letters(), length=512, tokens=512, held_out_tokens=512
+        CalibrationText((Document("text", "x" * 90),), None, "x"),
+        Letters(),
+        length=512,
+        tokens=512,
+        held_out_tokens=512,
     )
     assert short.tokens == 91 and short.padded and short.ids.shape == (1, 512)
 
@@ -75,5 +95,9 @@ def test_missing_and_too_short(tmp_path: Path) -> None:
         read_text(tmp_path / "none.txt")
     with pytest.raises(CalibrationError, match="tokens"):
         token_sets(
-            CalibrationText((Document("text", "short"),), None, "x"), Letters(), length=16, tokens=64, held_out_tokens=16
+            CalibrationText((Document("text", "short"),), None, "x"),
+            Letters(),
+            length=16,
+            tokens=64,
+            held_out_tokens=16,
         )

@@ -27,7 +27,9 @@ H, WIDTH = 6, 4
 class FakeExperts(nn.Module):
     """Fused parameters with the marks of transformers' experts modules."""
 
-    def __init__(self, experts: int, *, transposed: bool, concatenated: bool, seed: int = 0) -> None:
+    def __init__(
+        self, experts: int, *, transposed: bool, concatenated: bool, seed: int = 0
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         up, down = ((H, 2 * WIDTH), (WIDTH, H)) if transposed else ((2 * WIDTH, H), (H, WIDTH))
@@ -65,7 +67,9 @@ def brute_distance(one: dict[str, list[float]], other: dict[str, list[float]]) -
     return total / 3
 
 
-def brute_conmoe(contribution: list[float], d: list[list[float]], keep: int) -> tuple[list[int], list[int]]:
+def brute_conmoe(
+    contribution: list[float], d: list[list[float]], keep: int
+) -> tuple[list[int], list[int]]:
     """Section 3 of the paper, line by line: (prototypes, map)."""
     count = len(contribution)
     b = [min(d[e][o] for o in range(count) if o != e) if count > 1 else 0.0 for e in range(count)]
@@ -91,7 +95,8 @@ def test_distance_equals_plain_loops(
 ) -> None:
     monkeypatch.setattr(distance_module, "BLOCK_BYTES", block_bytes)
     layers = {
-        layer: FakeExperts(3, transposed=transposed, concatenated=concatenated, seed=layer) for layer in (2, 5)
+        layer: FakeExperts(3, transposed=transposed, concatenated=concatenated, seed=layer)
+        for layer in (2, 5)
     }
     weights = ScopeWeights({k: LoadedLayer(m) for k, m in layers.items()}, matrix_views(layers[2]))
     found = distances(weights)
@@ -109,7 +114,9 @@ def test_equal_experts_have_distance_zero_exactly() -> None:
             parameter[2] = parameter[1] * (1 + 1e-4)
     found = distances(ScopeWeights({0: LoadedLayer(module)}, matrix_views(module)))
     assert found[1, 3] == 0.0
-    assert found[1, 2].item() == pytest.approx(1e-4, rel=1e-2)  # would drown in the cancellation of inner products
+    assert found[1, 2].item() == pytest.approx(
+        1e-4, rel=1e-2
+    )  # would drown in the cancellation of inner products
 
 
 @given(data=st.data(), count=st.integers(1, 9), seed=st.integers(0, 1000))
@@ -119,10 +126,14 @@ def test_decision_equals_the_paper(data: st.DataObject, count: int, seed: int) -
     points = torch.randn(count, 3, generator=generator, dtype=torch.float64).round(decimals=1)
     d = torch.cdist(points, points)
     # Few distinct values, so that ties happen.
-    contribution = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=count, max_size=count)))
+    contribution = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=count, max_size=count))
+    )
     contribution = contribution.double()
     keep = data.draw(st.integers(1, count))
-    pool = tuple(ExpertId(layer, expert) for layer, expert in ((n // 4, n % 4) for n in range(count)))
+    pool = tuple(
+        ExpertId(layer, expert) for layer, expert in ((n // 4, n % 4) for n in range(count))
+    )
     decision = METHODS["conmoe"](ScopeView(pool, contribution, contribution, lambda: d), keep)
     if keep == count:
         assert [slot.prototype for slot in decision.slots] == list(pool)
@@ -148,7 +159,9 @@ def test_single_expert_and_flat_scores_give_no_nan() -> None:
     assert min_max(torch.tensor([3.0, 3.0])).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(("rate", "pool", "wanted"), [(0.0, 64, 64), (0.25, 64, 48), (0.5, 7, 4), (0.99, 8, 1)])
+@pytest.mark.parametrize(
+    ("rate", "pool", "wanted"), [(0.0, 64, 64), (0.25, 64, 48), (0.5, 7, 4), (0.99, 8, 1)]
+)
 def test_number_kept(rate: float, pool: int, wanted: int) -> None:
     assert kept(pool, rate) == wanted == max(1, round((1 - rate) * pool))
     more = [kept(pool, step / 20) for step in range(20)]

@@ -17,7 +17,9 @@ def test_contribution_equals_token_by_token_and_padding_does_not_count() -> None
     experts, top_k, width = 8, 3, 32
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(17, width, generator=generator)
-    index = torch.stack([torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(17)])
+    index = torch.stack(
+        [torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(17)]
+    )
     gates = torch.rand(17, top_k, generator=generator)
     keep = torch.ones(17, dtype=torch.bool)
     keep[3:6] = False
@@ -37,7 +39,9 @@ def test_contribution_equals_token_by_token_and_padding_does_not_count() -> None
                 if int(index[token, slot]) == expert and keep[token]:
                     parts = {name: getattr(module, name)[expert] for name in part_names(module)}
                     with torch.no_grad():
-                        norm = float(expert_forward(module, hidden[token : token + 1], parts).norm())
+                        norm = float(
+                            expert_forward(module, hidden[token : token + 1], parts).norm()
+                        )
                     total += float(gates[token, slot]) * norm
                     count += 1
         assert found.counts[expert] == count

@@ -20,7 +20,9 @@ from conmoe_edge.checkpoint.durable import CRASH_STATUS, CRASH_VARIABLE
 from conmoe_edge.checkpoint.manifest_io import verify_package
 from conmoe_edge.errors import OutputExists, ResumeMismatch
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks, so that torch is imported once")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the test forks, so that torch is imported once"
+)
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 LAYERS = 3
 
@@ -30,7 +32,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     save_tiny("qwen3_moe", folder, mlp_only_layers=[])
     save_tokenizer(folder)
-    (folder.parent / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 30)
+    (folder.parent / "text.txt").write_text(
+        "the quick brown fox jumps over the lazy dog 0123456789 " * 30
+    )
     return folder
 
 
@@ -43,7 +47,9 @@ def fit(source: Path, out: Path, **more: Any) -> None:
         "scope": 2,
         "calibration": source.parent / "text.txt",
         "calibration_tokens": 512,
-        "progress": lambda step: layers.append(step.step) if step.stage in ("calibrate", "receipt") else None,
+        "progress": lambda step: (
+            layers.append(step.step) if step.stage in ("calibrate", "receipt") else None
+        ),
     }
     try:
         api.fit(str(source), out, **{**settings, **more})
@@ -56,7 +62,9 @@ def _append(path: Path, layers: list[int]) -> None:
         file.writelines(f"{layer}\n" for layer in layers)
 
 
-def child(run: Callable[[], None], crash_at: int | None = None) -> multiprocessing.process.BaseProcess:
+def child(
+    run: Callable[[], None], crash_at: int | None = None
+) -> multiprocessing.process.BaseProcess:
     def main() -> None:
         if crash_at is not None:
             os.environ[CRASH_VARIABLE] = str(crash_at)
@@ -75,7 +83,10 @@ def finish(process: multiprocessing.process.BaseProcess) -> int:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -151,7 +162,9 @@ def test_interrupted_run_repeats_one_layer_at_the_most(
     assert digests(out) == golden
 
 
-def test_changed_settings_are_refused_by_name(source: Path, golden: dict[str, str], tmp_path: Path) -> None:
+def test_changed_settings_are_refused_by_name(
+    source: Path, golden: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def stop(step: Any) -> None:
@@ -180,7 +193,9 @@ def test_changed_settings_are_refused_by_name(source: Path, golden: dict[str, st
     assert digests(out) == golden
 
 
-def test_existing_output_is_kept_or_replaced_whole(source: Path, golden: dict[str, str], tmp_path: Path) -> None:
+def test_existing_output_is_kept_or_replaced_whole(
+    source: Path, golden: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     fit(source, out, rate=0.25)
     before = digests(out)

@@ -67,10 +67,8 @@ def decoder_prefix(model: nn.Module) -> str | None:
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if transposed:
-        y = x @ weight  # [n, in] @ [in, out]
-    else:
-        y = nn.functional.linear(x, weight)  # [n, in] @ [out, in].T
+    # [n, in] @ [in, out], or the same with the weight stored as [out, in]
+    y = x @ weight if transposed else nn.functional.linear(x, weight)
     return y if bias is None else y + bias
 
 

@@ -79,11 +79,9 @@ def read_domain(corpora: Path, domain: str, split: str) -> str:
 
 def split_units(text: str, domain: str) -> list[str]:
     """Split a corpus into the smallest units that are kept whole."""
-    if domain == "code":  # two blank lines stand between top-level definitions
-        parts = re.split(r"\n\n\n", text)
-    else:
-        parts = re.split(r"\n\n+", text)
-    return [part.strip("\n") for part in parts if part.strip()]
+    # In code, two blank lines stand between top-level definitions.
+    separator = r"\n\n\n" if domain == "code" else r"\n\n+"
+    return [part.strip("\n") for part in re.split(separator, text) if part.strip()]
 
 
 def group_documents(units: list[str], domain: str, size: int = DOCUMENT_BYTES) -> list[str]:

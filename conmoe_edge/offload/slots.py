@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.units import gib
 
 _PAGE = 4096
+# Python maps shared by default, which the system accounts as files and rarely backs with huge pages.
+_PRIVATE: dict[str, Any] = (
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 _HUGE_FROM = 64 << 20  # below this, whole huge pages waste more than they save
 
 
@@ -75,7 +80,7 @@ def host_buffer(nbytes: int) -> Tensor:
     back to the system.
     """
     try:
-        mapping = mmap.mmap(-1, nbytes)
+        mapping = mmap.mmap(-1, nbytes, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
         raise _no_memory(nbytes, "cpu") from error
     if nbytes >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -7,6 +7,7 @@ meta device and what its cache holds is weighed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ def probe(
             "experts are taken in 16 or 32 bit",
             "use the bf16 version of the model",
         )
+    config = copy.deepcopy(config)  # the experts function is set on it below
     model = bridge.build_meta(config, _main_dtype(config, headers))
     prefix = decoder_prefix(model)
     if prefix is None:

@@ -359,7 +359,7 @@ def save_checkpoint(path: Path, model: OlmoeForCausalLM,
 def load_checkpoint(path: Path, model: OlmoeForCausalLM,
                     optimisers: list[torch.optim.Optimizer]) -> Run:
     """Restore a checkpoint and return the run's counters."""
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=False):
         optimiser.load_state_dict(saved)

@@ -21,12 +21,20 @@ from pathlib import Path
 DOMAINS = ("books", "math", "code", "wiki", "french", "german")
 ENGLISH = ("books", "math", "code", "wiki")
 CALIBRATION_BYTES = {
-    "books": 110_000, "math": 70_000, "code": 80_000,
-    "wiki": 60_000, "french": 38_000, "german": 38_000,
+    "books": 110_000,
+    "math": 70_000,
+    "code": 80_000,
+    "wiki": 60_000,
+    "french": 38_000,
+    "german": 38_000,
 }
 HELDOUT_BYTES = {
-    "books": 50_000, "math": 35_000, "code": 35_000,
-    "wiki": 30_000, "french": 15_000, "german": 15_000,
+    "books": 50_000,
+    "math": 35_000,
+    "code": 35_000,
+    "wiki": 30_000,
+    "french": 15_000,
+    "german": 15_000,
 }
 DOCUMENT_BYTES = 1_600
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "conmoe_edge" / "data" / "texts"

@@ -41,12 +41,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 # Settings read when the process starts: malloc keeps freed pages (giving them back slows training
 # a lot), and threads sleep instead of spinning (spinning wastes a machine shared with others).
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "GOMP_SPINCOUNT": "0",
 }
 VOCAB_SIZE = 4096
 BOS, PAD, SYSTEM, USER, ASSISTANT, END = (
-    "<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
 )
 SPECIAL = [BOS, PAD, SYSTEM, USER, ASSISTANT, END]
 CHAT_TEMPLATE = (
@@ -60,16 +66,31 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 SYSTEM_PROMPTS = (
-    "You are a helpful assistant.", "Answer briefly.", "Work step by step.",
-    "You are a teacher.", "Be concise and accurate.",
+    "You are a helpful assistant.",
+    "Answer briefly.",
+    "Work step by step.",
+    "You are a teacher.",
+    "Be concise and accurate.",
 )
 # Share of the training tokens drawn from each stream.
 MIXTURE = {
-    "books": 0.31, "code": 0.17, "math": 0.13, "math_chat": 0.11, "wiki": 0.10,
-    "prose_chat": 0.06, "french": 0.07, "german": 0.05,
+    "books": 0.31,
+    "code": 0.17,
+    "math": 0.13,
+    "math_chat": 0.11,
+    "wiki": 0.10,
+    "prose_chat": 0.06,
+    "french": 0.07,
+    "german": 0.05,
 }
-TOKENIZER_BYTES = {"books": 1.0, "math": 0.35, "code": 0.7, "wiki": 1.0, "french": 0.5,
-                   "german": 0.5}  # megabytes of each domain that the vocabulary is built from
+TOKENIZER_BYTES = {
+    "books": 1.0,
+    "math": 0.35,
+    "code": 0.7,
+    "wiki": 1.0,
+    "french": 0.5,
+    "german": 0.5,
+}  # megabytes of each domain that the vocabulary is built from
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -86,20 +107,29 @@ def train_tokenizer(corpora: Path) -> PreTrainedTokenizerFast:
         share = min(1.0, TOKENIZER_BYTES[domain] * 1e6 / total)
         sample += [d for i, d in enumerate(documents) if int((i + 1) * share) > int(i * share)]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(sample, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=END, pad_token=PAD,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT], chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=2048,
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
     )
 
 
@@ -109,8 +139,7 @@ def train_tokenizer(corpora: Path) -> PreTrainedTokenizerFast:
 def chat(user: str, assistant: str, system: str | None = None) -> str:
     """Render one exchange exactly as the chat template does."""
     head = f"{SYSTEM}\n{system}{END}\n" if system else ""
-    return (f"{BOS}{head}{USER}\n{user.strip()}{END}\n"
-            f"{ASSISTANT}\n{assistant.strip()}{END}\n")
+    return f"{BOS}{head}{USER}\n{user.strip()}{END}\n{ASSISTANT}\n{assistant.strip()}{END}\n"
 
 
 def math_chats(text: str, rng: np.random.Generator) -> list[str]:
@@ -127,8 +156,8 @@ def math_chats(text: str, rng: np.random.Generator) -> list[str]:
 def first_sentence(paragraph: str) -> tuple[str, str]:
     """Split a paragraph after its first sentence of at least 40 characters."""
     for i in range(40, min(len(paragraph), 300)):
-        if paragraph[i] in ".!?" and paragraph[i + 1:i + 2] == " ":
-            return paragraph[:i + 1], paragraph[i + 2:]
+        if paragraph[i] in ".!?" and paragraph[i + 1 : i + 2] == " ":
+            return paragraph[: i + 1], paragraph[i + 2 :]
     return "", ""
 
 
@@ -189,7 +218,7 @@ class Sampler:
             queue.extend(self.rng.permutation(starts).tolist())
         start = queue.pop()
         self.drawn[name] = self.drawn.get(name, 0) + length
-        return stream[start:start + length + 1]
+        return stream[start : start + length + 1]
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
         """Return [rows, length + 1] tokens in the proportions of the mixture."""
@@ -233,11 +262,22 @@ ALL_EXPERTS_FUNCTIONS.register("sorted_unbound", sorted_experts)
 def build_model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
     """Return the freshly initialised model."""
     config = OlmoeConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=96, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=3, num_experts=32, num_experts_per_tok=4,
-        max_position_embeddings=2048, norm_topk_prob=False, router_aux_loss_coef=0.01,
-        tie_word_embeddings=True, initializer_range=0.04, output_router_logits=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=2048,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.01,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        output_router_logits=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return OlmoeForCausalLM(config)
@@ -279,10 +319,17 @@ def orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for matrices and stacks of matrices."""
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, weight_decay: float,
-                 momentum: float = 0.95, steps: int = 5) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay,
-                                  "momentum": momentum, "steps": steps})
+    def __init__(
+        self,
+        params: list[torch.nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        steps: int = 5,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "steps": steps}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -316,7 +363,8 @@ def make_optimisers(
         else:
             matrices.append(p)
     adam_groups = [
-        {"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": plain, "weight_decay": 0.0},
     ]
     if args.optimizer == "adamw":
         adam_groups[0]["params"] = decayed + matrices
@@ -346,18 +394,23 @@ class Run:
     history: list[dict] = field(default_factory=list)
 
 
-def save_checkpoint(path: Path, model: OlmoeForCausalLM,
-                    optimisers: list[torch.optim.Optimizer], run: Run) -> None:
+def save_checkpoint(
+    path: Path, model: OlmoeForCausalLM, optimisers: list[torch.optim.Optimizer], run: Run
+) -> None:
     """Write a checkpoint atomically."""
-    state = {"model": model.state_dict(), "run": vars(run),
-             "optimisers": [o.state_dict() for o in optimisers]}
+    state = {
+        "model": model.state_dict(),
+        "run": vars(run),
+        "optimisers": [o.state_dict() for o in optimisers],
+    }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
 
 
-def load_checkpoint(path: Path, model: OlmoeForCausalLM,
-                    optimisers: list[torch.optim.Optimizer]) -> Run:
+def load_checkpoint(
+    path: Path, model: OlmoeForCausalLM, optimisers: list[torch.optim.Optimizer]
+) -> Run:
     """Restore a checkpoint and return the run's counters."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
@@ -366,8 +419,13 @@ def load_checkpoint(path: Path, model: OlmoeForCausalLM,
     return Run(**state["run"])
 
 
-def train_step(model: OlmoeForCausalLM, optimisers: list[torch.optim.Optimizer],
-               batch: torch.Tensor, args: argparse.Namespace, scale: float) -> dict:
+def train_step(
+    model: OlmoeForCausalLM,
+    optimisers: list[torch.optim.Optimizer],
+    batch: torch.Tensor,
+    args: argparse.Namespace,
+    scale: float,
+) -> dict:
     """One optimisation step."""
     for optimiser in optimisers:
         peak = args.muon_lr if isinstance(optimiser, Muon) else args.lr
@@ -414,9 +472,12 @@ def train(args: argparse.Namespace) -> None:
         if time.time() - logged > args.log_seconds:
             means = {k: float(np.mean([w[k] for w in window])) for k in window[0]}
             rate = (run.tokens - since) / (time.time() - logged)
-            print(f"{run.elapsed / 60:6.1f} min step {run.step} tokens {run.tokens / 1e6:.2f}M "
-                  f"loss {means['loss']:.3f} balance {means['balance']:.3f} "
-                  f"norm {means['norm']:.2f} {rate:.0f} tok/s", flush=True)
+            print(
+                f"{run.elapsed / 60:6.1f} min step {run.step} tokens {run.tokens / 1e6:.2f}M "
+                f"loss {means['loss']:.3f} balance {means['balance']:.3f} "
+                f"norm {means['norm']:.2f} {rate:.0f} tok/s",
+                flush=True,
+            )
             run.history.append({"minutes": run.elapsed / 60, "tokens": run.tokens, **means})
             logged, since, window = time.time(), run.tokens, []
         if time.time() - saved > 300:
@@ -445,9 +506,13 @@ def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
     copy.load_state_dict(state)
     copy.config.dtype = torch.bfloat16
     copy.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=[tokenizer.convert_tokens_to_ids(END), tokenizer.bos_token_id],
-        do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=256,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        max_new_tokens=256,
     )
     copy.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
@@ -471,20 +536,22 @@ def portable_tokenizer_config(path: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate_domain(model: OlmoeForCausalLM, ids: list[int], length: int,
-                    rows: int) -> tuple[float, int, torch.Tensor]:
+def evaluate_domain(
+    model: OlmoeForCausalLM, ids: list[int], length: int, rows: int
+) -> tuple[float, int, torch.Tensor]:
     """Return (summed nats, predicted tokens, [layers, experts] load) over windows of a text."""
     config = model.config
     load = torch.zeros(config.num_hidden_layers, config.num_experts)
-    windows = [ids[i:i + length + 1] for i in range(0, len(ids) - 1, length)]
+    windows = [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
     nats, count = 0.0, 0
-    for group in [windows[i:i + rows] for i in range(0, len(windows), rows)]:
+    for group in [windows[i : i + rows] for i in range(0, len(windows), rows)]:
         full = [w for w in group if len(w) == length + 1]
         for batch in filter(None, [full, [w for w in group if len(w) <= length]]):
             tokens = torch.tensor(batch, device=model.device)
             out = model(input_ids=tokens[:, :-1], output_router_logits=True, use_cache=False)
-            nats += F.cross_entropy(out.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(),
-                                    reduction="sum").item()
+            nats += F.cross_entropy(
+                out.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+            ).item()
             count += tokens[:, 1:].numel()
             for layer, logits in enumerate(out.router_logits):
                 chosen = logits.topk(config.num_experts_per_tok, -1).indices.reshape(-1)
@@ -506,11 +573,16 @@ def evaluate(args: argparse.Namespace) -> dict:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         nats, count, load = evaluate_domain(model, ids, args.long_length, 8)
         total += load / load.sum()
-        row = {"tokens": count, "nats_per_token": round(nats / count, 4),
-               "bits_per_byte": round(nats / math.log(2) / len(text.encode()), 4)}
+        row = {
+            "tokens": count,
+            "nats_per_token": round(nats / count, 4),
+            "bits_per_byte": round(nats / math.log(2) / len(text.encode()), 4),
+        }
         result["domains"][domain] = row
-        print(f"| {domain} | {count:,} | {row['nats_per_token']:.3f} "
-              f"| {row['bits_per_byte']:.3f} |", flush=True)
+        print(
+            f"| {domain} | {count:,} | {row['nats_per_token']:.3f} | {row['bits_per_byte']:.3f} |",
+            flush=True,
+        )
     english = [result["domains"][d]["nats_per_token"] for d in ENGLISH]
     result["english_mean"] = round(sum(english) / len(english), 4)
     share = total / total.sum(-1, keepdim=True) * model.config.num_experts
@@ -518,8 +590,10 @@ def evaluate(args: argparse.Namespace) -> dict:
     result["load_min_over_mean"] = [round(v, 3) for v in share.min(-1).values.tolist()]
     print("\n| layer | max load / mean | min load / mean |\n|---|---|---|")
     for layer in range(model.config.num_hidden_layers):
-        print(f"| {layer} | {result['load_max_over_mean'][layer]:.2f} "
-              f"| {result['load_min_over_mean'][layer]:.2f} |")
+        print(
+            f"| {layer} | {result['load_max_over_mean'][layer]:.2f} "
+            f"| {result['load_min_over_mean'][layer]:.2f} |"
+        )
     print(json.dumps(result))
     return result
 
@@ -536,13 +610,17 @@ def sample(args: argparse.Namespace) -> None:
         "Hello, who are you?",
     ):
         inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True,
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
-        for options in ({"do_sample": False, "temperature": None, "top_p": None},
-                        {"do_sample": True, "temperature": 0.7}):
+        for options in (
+            {"do_sample": False, "temperature": None, "top_p": None},
+            {"do_sample": True, "temperature": 0.7},
+        ):
             out = model.generate(**inputs, max_new_tokens=100, **options)
-            text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:])
+            text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
             print(f"### {prompt}\n[{'sampled' if options['do_sample'] else 'greedy'}] {text}\n")
 
 

@@ -65,6 +65,7 @@ from conmoe_edge.compress.weights import (
     record_name,
     write_experts,
 )
+from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import kept, scopes
@@ -451,11 +452,13 @@ class _TimedLayer:
         self._clock = clock
 
     def __enter__(self) -> nn.Module:
+        trim_heap()  # what the activations of the layer before left in pieces
         with self._clock.part("read"):
             return self._context.__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         self._context.__exit__(*exc)
+        trim_heap()
 
 
 def _expert_of(name: str) -> ExpertId:

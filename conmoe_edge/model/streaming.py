@@ -104,9 +104,8 @@ class StreamedModel:
             for path, module in self.experts.values()
             for name in part_names(module)
         }
-        self.expert_keys = frozenset(
-            key for key, target in targets.items() if target in expert_targets
-        )
+        self._fused = {key: target for key, target in targets.items() if target in expert_targets}
+        self.expert_keys = frozenset(self._fused)
 
     def _layer_of(self, target: str) -> int | None:
         if not target.startswith(f"{self.prefix}."):
@@ -149,11 +148,9 @@ class StreamedModel:
 
         With ``with_experts=False`` the routed experts stay on the meta device: the experts function brings its own.
         """
-        keys = self._keys_of[index]
-        if not with_experts:
-            keys = [key for key in keys if key not in self.expert_keys]
         path = f"{self.prefix}.{index}"
-        bridge.load_subset(self.model, self._read(keys), self.device)
+        for keys in self._portions(index, with_experts):
+            bridge.load_subset(self.model, self._read(keys), self.device)
         layer = self.layers[index]
         bridge.fill_buffers(self.model, path, self.device)
         absent = (
@@ -164,6 +161,17 @@ class StreamedModel:
             yield layer
         finally:
             layer.to("meta")
+
+    def _portions(self, index: int, with_experts: bool) -> list[list[str]]:
+        """The layer's tensors in groups that are loaded one after another: what is no routed
+        expert, then one fused parameter at a time, since fusing needs its tensors twice.
+        """
+        groups: dict[str, list[str]] = {"": []}
+        for key in self._keys_of[index]:
+            target = self._fused.get(key, "")
+            if with_experts or not target:
+                groups.setdefault(target, []).append(key)
+        return [keys for keys in groups.values() if keys]
 
     def prologue(self, batch: Batch) -> Tensor:
         """Embed the batch and write down every layer's arguments into ``batch.calls``.

@@ -20,6 +20,7 @@ from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.arithmetic import Machine, Scratch
 from conmoe_edge.offload.experts import LayerHandle
+from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.residency import Residency
@@ -107,6 +108,8 @@ class Runtime:
         self.context = context
         self.prefill_chunk = prefill_chunk
         self.machine = Machine.here(device)
+        if device.type == "cpu":
+            return_large_blocks()
         self.scratch = Scratch(device)
         self.closed = False
         self._before = (0, 0, 0)  # hits, misses, bytes of residencies that were given up

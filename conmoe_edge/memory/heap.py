@@ -1,0 +1,39 @@
+"""Keep freed memory from staying with the process where the budget is about RAM.
+
+glibc keeps freed blocks of some megabytes in a heap that breaks into pieces, so that resident
+memory runs ahead of what is in use, by some hundred MB for a key-value cache that grows, by more
+than a GiB for layers that come and go. Two remedies, each for its place: ``return_large_blocks``
+for a process that chats, where large blocks are rare; ``trim_heap`` between two layers of a fit,
+where they are frequent and each would cost its page faults. Elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+_M_MMAP_THRESHOLD = -3
+_THRESHOLD = 1 << 20
+
+
+def return_large_blocks() -> bool:
+    """Have blocks of a MiB and more mapped on their own and given back when they are freed; says
+    whether the C library can do that.
+    """
+    return _call("mallopt", _M_MMAP_THRESHOLD, _THRESHOLD)
+
+
+def trim_heap() -> bool:
+    """Give back what is free in the heap now; says whether there was any."""
+    return _call("malloc_trim", 0)
+
+
+def _call(name: str, *args: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        function: Any = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):  # another C library, without such a call
+        return False
+    return bool(function(*args))

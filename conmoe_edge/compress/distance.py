@@ -9,7 +9,7 @@ The squared norms come from inner products, summed over blocks of rows in fp32 a
 over the weights with P x block values in memory does for any scope. A difference of nearly equal experts would drown in
 cancellation; such pairs are compared once more directly, so equal experts have distance 0 exactly.
 
-Peak memory: ``P * BLOCK_BYTES / P`` for a block of all experts in fp32 (64 MiB), and P x P float64 a matrix.
+Peak memory: one block of rows of all experts in fp32 (64 MiB), and P x P float64 a matrix.
 """
 
 from __future__ import annotations

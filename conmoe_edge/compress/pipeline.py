@@ -6,8 +6,8 @@ the written package once more over the held-out sequences, for the receipt; then
 each layer the journal makes the state durable, so a run that was killed goes on with the layer it
 was in, and ends with the same bytes.
 
-Peak memory of the device: one decoder layer, its experts twice while they are fused, and one batch
-of activations. On the host: the hidden states of all sequences. Raises the errors of
+Peak memory of the device: one decoder layer, one of its fused parameters a second time, and one
+batch of activations. On the host: the hidden states of all sequences. Raises the errors of
 ``CheckpointError``, ``NoSpace``, ``UnsupportedModel``.
 """
 

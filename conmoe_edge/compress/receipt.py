@@ -8,7 +8,8 @@ Original and written package give logits for the same sequences; per domain and 
 - ``top1_agreement``: share of positions with the same most likely token
 - ``overlap``: mean over positions of the sum of min(p, q)
 
-Padding, and the position after it, are not counted. Peak memory: the logits of one sequence, twice, and a few blocks of 64 positions in fp32.
+Padding, and the position after it, are not counted. Peak memory: the logits of one sequence, twice,
+and a few blocks of 64 positions in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.compress.calibration import TokenSet
-
 
 _POSITIONS = 64
 

@@ -6,8 +6,9 @@ layer gets (rotary embeddings, the mask of its attention type, ...) is found out
 model's own forward with every layer replaced by a stub that writes its arguments down, so no
 model's forward is transcribed here.
 
-Peak memory of the device: what is outside the layers + one decoder layer (twice its experts while they are fused) + the
-activations of one batch. Hidden states between layers belong to the caller.
+Peak memory of the device: what is outside the layers, while it is loaded; one decoder layer, and
+one of its fused parameters a second time while it is put together; the activations of one batch.
+Hidden states between layers belong to the caller.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ import torch
 from conmoe_edge.checkpoint.manifest import Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.arithmetic import Machine, Scratch
 from conmoe_edge.offload.experts import LayerHandle
-from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.residency import Residency

@@ -23,7 +23,7 @@ RATE_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # Half of the experts is the most that is removed unasked: beyond it the published losses outweigh
 # the speed.
 AUTO_RATE_LIMIT = 0.5
-# Larger scopes bring nothing that could be measured (docs/algorithms: layer-local does as well), so
+# Larger scopes bring nothing that could be measured (docs/algorithm-conmoe.md: layer-local does as well), so
 # they are opt-in.
 AUTO_SCOPE = 1
 

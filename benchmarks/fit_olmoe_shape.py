@@ -281,6 +281,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def without_folders(text: str, args: argparse.Namespace) -> str:
+    """Results are read elsewhere: names instead of where things lay on this machine."""
+    for path in (args.model, args.out, Path(sys.executable)):
+        text = text.replace(str(path), path.name).replace(str(path.absolute()), path.name)
+    return text
+
+
 def main() -> None:
     """Measure, run, count, print."""
     args = arguments()
@@ -319,7 +326,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (RESULTS / f"{args.name}.json").write_text(
-        json.dumps(result, indent=2) + "\n", encoding="utf-8"
+        without_folders(json.dumps(result, indent=2), args) + "\n", encoding="utf-8"
     )
     print("\n".join(lines))
 

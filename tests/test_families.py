@@ -12,6 +12,7 @@ from conmoe_edge import api
 from conmoe_edge.checkpoint.index import CheckpointIndex
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.streaming import Batch, StreamedModel
@@ -114,5 +115,19 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     assert len(manifest.prototypes) == sum(len(slots) for slots in manifest.slots.values()) // 2
     reference = materialise(original(source), manifest.slots)
     assert_same(api.load(half, device="cpu"), reference)
-    before = manifest.receipt
-    assert before["tokens"] > 0 and before["kl"] > 0
+    assert manifest.receipt["tokens"] > 0 and manifest.receipt["kl"] > 0
+    records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
+    assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"
+    assert_same_with_one_slot(half)
+
+
+def assert_same_with_one_slot(package: Path) -> None:
+    """Memory changes speed, never the output: to the last bit, and the same greedy tokens."""
+    resident = api.load(package, device="cpu")
+    layouts = len(resident.conmoe.manifest.layouts)
+    starved = load_package(package, device="cpu", slots=(1,) * layouts)
+    with torch.no_grad():
+        wanted = resident(input_ids=tokens(), use_cache=False).logits
+        assert torch.equal(starved(input_ids=tokens(), use_cache=False).logits, wanted)
+    assert starved.conmoe.stats().misses > 0 and resident.conmoe.stats().misses == 0
+    assert greedy(starved, tokens()[:1]) == greedy(resident, tokens()[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ from families import save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from conmoe_edge import api
+from conmoe_edge.checkpoint import durable
 from conmoe_edge.errors import (
     CalibrationError,
     CheckpointError,
     ConmoeError,
+    NoSpace,
     UnsupportedModel,
     UsageError,
 )
@@ -172,6 +175,39 @@ def test_levers_out_of_range(source: Path) -> None:
     ):
         refused(source, UsageError, **levers)
     refused(source, CalibrationError, calibration=source / "none.txt")
+
+
+def test_full_disk_is_told_before_anything_is_done(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 16))
+    assert "needed" in refused(source, NoSpace).why
+
+
+def test_disk_that_becomes_full_is_a_stop_and_the_run_goes_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levers = {"budget": "4GB", "device": "cpu", "rate": 0.5, "calibration_tokens": 512}
+    whole = source.parent / "whole"
+    api.fit(str(source), whole, **levers)
+    steps = 0
+    fsync = durable.fsync_file
+
+    def full(path: Path) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(path)
+
+    monkeypatch.setattr(durable, "fsync_file", full)
+    refused(source, NoSpace)
+    monkeypatch.setattr(durable, "fsync_file", fsync)
+    out = source.parent / "out"
+    api.fit(str(source), out, **levers)
+    for path in sorted(whole.iterdir()):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_damaged_package_is_not_loaded(source: Path) -> None:

@@ -32,15 +32,29 @@ def guard_context(model: nn.Module, context: int) -> None:
         held = 0 if cache is None else int(cache.get_seq_length())
         needed = tokens.shape[0] * (held + tokens.shape[1])
         if needed > context:
-            raise context_full(needed, context)
+            raise context_full(needed, context, longest_context(model))
 
     model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def context_full(needed: int, context: int) -> ContextFull:
-    """The error for ``needed`` tokens where ``context`` were planned."""
+def longest_context(model: Any) -> int | None:
+    """Tokens that the model itself goes to; ``None`` where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def context_full(needed: int, context: int, longest: int | None) -> ContextFull:
+    """The error for ``needed`` tokens where ``context`` were planned and the model goes to
+    ``longest``.
+    """
+    why, fix = "nothing was cut", "Start a new conversation, or send a shorter message"
+    if longest is not None and needed > longest:
+        why += f"; the model itself goes no further than {longest}"
+    else:
+        room = -(-needed // 1024) * 1024
+        fix = "Start a new conversation, or load with more room: "
+        fix += f"--context {min(room, longest or room)}"
     return ContextFull(
         f"The conversation needs {needed} tokens, and the memory was planned for {context}.",
-        "nothing was cut",
-        f"Start a new conversation, or load with more room: --context {-(-needed // 1024) * 1024}",
+        why,
+        fix,
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.errors import OutOfMemory, UsageError
-from conmoe_edge.offload.context import context_full
+from conmoe_edge.offload.context import context_full, longest_context
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.offload.sampling import Draw, Sampler
 from conmoe_edge.offload.text import TextStream
@@ -127,7 +127,7 @@ class ChatSession:
         stop = stop_event or threading.Event()
         tokens = self._tokens_of(messages)
         if len(tokens) + 1 > self.context:
-            raise context_full(len(tokens) + 1, self.context)
+            raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         own = self.model.generation_config
         limit = max_tokens or own.max_new_tokens or LONGEST_ANSWER
         sampler = Sampler(Draw.of(own, temperature, top_p, seed), self.model.device)
@@ -163,7 +163,7 @@ class ChatSession:
         finally:
             self.last = account.close(len(tokens), finish)
         if finish == "context":
-            raise context_full(len(tokens), self.context)
+            raise context_full(len(tokens), self.context, longest_context(self.model))
 
     def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt: the chat template's, or the last message alone for a model without one."""

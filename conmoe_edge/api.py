@@ -30,7 +30,7 @@ from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from conmoe_edge.compress.pipeline import OnProgress
 
@@ -152,10 +152,12 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
+    from conmoe_edge.model.bridge import read_config
+
     levers = _Levers(budget, device, context, rate, scope, precision, prefer, min_resident)
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
-    anatomy = _anatomy(found.path, headers)
+    anatomy = _anatomy(read_config(str(found.path)), headers)
     return PlanReport(found.hub_id or found.name, anatomy, levers.plan(anatomy))
 
 
@@ -218,7 +220,7 @@ def fit(
     index = CheckpointIndex.open(source.path)
     config = read_config(str(source.path))
     anatomy = _anatomy(
-        source.path, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+        config, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
     )
     tokens = calibration_tokens or CALIBRATION_TOKENS
     report = PlanReport(source.hub_id or source.name, anatomy, levers.plan(anatomy, tokens))
@@ -312,13 +314,10 @@ def load(
     return load_package(Path(path), budget=budget, device=device, context=context)
 
 
-def _anatomy(folder: Path, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:
-    from conmoe_edge.model.bridge import read_config
+def _anatomy(config: PretrainedConfig, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:
     from conmoe_edge.model.probe import TensorFacts, probe
 
-    return probe(
-        read_config(str(folder)), {name: TensorFacts(*facts) for name, facts in headers.items()}
-    )
+    return probe(config, {name: TensorFacts(*facts) for name, facts in headers.items()})
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -16,7 +16,7 @@ import json
 import math
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,17 @@ class CheckpointIndex:
                 f"{folder} holds no weights.", "Its weight files name no tensor.", _AGAIN
             )
         return cls(folder, dict(sorted(tensors.items())), files)
+
+
+def index_files(folder: Path, names: Sequence[str]) -> CheckpointIndex:
+    """The tensors of single weights files of ``folder``, which need be no whole checkpoint.
+
+    Raises:
+        CheckpointError: as ``read_header``.
+    """
+    headers = [read_header(folder, name) for name in names]
+    tensors = {entry.name: entry for _, entries in headers for entry in entries}
+    return CheckpointIndex(folder, tensors, {shard.name: shard for shard, _ in headers})
 
 
 def require_config(folder: Path) -> bytes:

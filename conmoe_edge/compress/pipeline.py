@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.disk import disk_errors
 from conmoe_edge.checkpoint.files import WrittenFile, write_json
-from conmoe_edge.checkpoint.index import CheckpointIndex, read_header, read_json_object
+from conmoe_edge.checkpoint.index import CheckpointIndex, index_files, read_json_object
 from conmoe_edge.checkpoint.manifest import (
     FORMAT_VERSION,
     ExpertId,
@@ -125,8 +125,9 @@ class Consolidation:
         )
         self._progress = progress
         self._layers = len(job.anatomy.layers)
-        self._scopes = scopes(job.anatomy, job.scope)
-        self._scope_of = {layer: scope for scope in self._scopes for layer in scope}
+        self._scope_of = {
+            layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
+        }
         self._done_here = 0
         self._layers_began = 0.0
 
@@ -264,12 +265,7 @@ class Consolidation:
     def _receipt(self) -> None:
         index = CheckpointIndex.open(self.package)
         files = sorted({file for file, _ in self.journal.offsets.values()})
-        headers = [read_header(self.package, name) for name in files]
-        records = CheckpointIndex(
-            self.package,
-            {entry.name: entry for _, entries in headers for entry in entries},
-            {shard.name: shard for shard, _ in headers},
-        )
+        records = index_files(self.package, files)
         with ShardReader(index) as dense, ShardReader(records) as prototypes:
             package = self._streamed(index, dense)
             streams = self._open_streams(package, {"held_out": self.job.held_out}, "receipt")

@@ -18,7 +18,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.statistics import StatisticsTracker
-from conmoe_edge.model.experts import expert_forward, merge_routes, part_names
+from conmoe_edge.model.experts import (
+    add_constants,
+    expert_forward,
+    merge_routes,
+    part_names,
+    sum_dtype,
+)
 
 IMPLEMENTATION = "conmoe_fit"
 
@@ -99,9 +105,7 @@ class MappedTap(Tap):
         """sum over p of alpha_p p(h), plus the gated constants."""
         device = hidden.device
         routes = merge_routes(index, weights, self._map.to(device), self._scales.to(device))
-        out = torch.zeros(
-            hidden.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device
-        )
+        out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=device)
         for position, number in enumerate(routes.prototypes):
             span = slice(routes.starts[position], routes.starts[position + 1])
             rows = routes.rows[span]
@@ -110,12 +114,9 @@ class MappedTap(Tap):
                 0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype)
             )
         if self._constants is not None:
-            chosen = self._constant_of.to(device)[index.clamp(0, len(self._constant_of) - 1)]
-            gates = torch.where(
-                (chosen >= 0) & (index < len(self._constant_of)), weights.float(), 0.0
+            add_constants(
+                out, index, weights, self._constants.to(device), self._constant_of.to(device)
             )
-            table = self._constants.to(device)[chosen.clamp(min=0)]  # [T, K, H]
-            out += (table * gates.unsqueeze(-1)).sum(1).to(out.dtype)
         return out.to(hidden.dtype)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.files import WrittenFile
-from conmoe_edge.checkpoint.index import CheckpointIndex, read_header
+from conmoe_edge.checkpoint.index import index_files
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.checkpoint.records import pack, view
@@ -107,15 +107,12 @@ class ScratchLayer:
     """A layer whose experts lie as records in a file of the work folder."""
 
     def __init__(self, path: Path, layout: RecordLayout) -> None:
-        shard, entries = read_header(path.parent, path.name)
-        index = CheckpointIndex(
-            path.parent, {entry.name: entry for entry in entries}, {shard.name: shard}
-        )
+        index = index_files(path.parent, [path.name])
         self._reader = ShardReader(index)
-        self._entries = sorted(entries, key=lambda entry: entry.offset)
+        self._entries = sorted(index.tensors.values(), key=lambda entry: entry.offset)
         self._layout = layout
         self._part = {part.name: part for part in layout.parts}
-        self.experts = len(entries)
+        self.experts = len(self._entries)
 
     def part_rows(self, part: str, start: int, stop: int) -> Tensor:
         """[E, stop - start, columns], read from the file."""

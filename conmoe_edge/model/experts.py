@@ -159,3 +159,20 @@ def merge_routes(
     present, counts = torch.unique_consecutive(chosen[order], return_counts=True)
     starts = [0, *torch.cumsum(counts, 0).tolist()]
     return Routes(present.tolist(), starts, rows[order], summed[rows, cols][order])
+
+
+def sum_dtype(hidden: Tensor) -> torch.dtype:
+    """Sums over prototypes are fp32, or wider where the activations are."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def add_constants(
+    total: Tensor, index: Tensor, weights: Tensor, constants: Tensor, constant_of: Tensor
+) -> None:
+    """total(t) += sum over slots i of g_i(t) * c_i, slot by slot."""
+    slots = constant_of.numel()
+    inside = (index >= 0) & (index < slots)
+    row = torch.where(inside, constant_of[index.clamp(0, slots - 1)], -1)  # [T, K]
+    gate = torch.where(row >= 0, weights.float(), 0.0)  # [T, K]
+    for k in range(row.shape[1]):
+        total += constants[row[:, k].clamp(min=0)] * gate[:, k].unsqueeze(1)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.model.experts import expert_forward, merge_routes
+from conmoe_edge.model.experts import add_constants, expert_forward, merge_routes, sum_dtype
 from conmoe_edge.offload.arithmetic import compute_dtype
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def conmoe_experts_forward(
     index = top_k_index.reshape(-1, top_k_index.shape[-1])  # [T, K]
     weights = top_k_weights.reshape(index.shape)  # [T, K]
     routes = merge_routes(index, weights, handle.slot_map, handle.scales)
-    total = torch.zeros(hidden.shape, dtype=_sum_dtype(hidden), device=hidden.device)  # [T, H]
+    total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)  # [T, H]
 
     def add(position: int, parts: Mapping[str, Tensor]) -> None:
         start, stop = routes.starts[position], routes.starts[position + 1]
@@ -108,21 +108,5 @@ def conmoe_experts_forward(
 
     runtime.residency.visit(routes.prototypes, add)
     if handle.constants is not None and handle.constant_of is not None:
-        _add_constants(total, index, weights, handle.constants, handle.constant_of)
+        add_constants(total, index, weights, handle.constants, handle.constant_of)
     return total.to(hidden_states.dtype).view(hidden_states.shape)
-
-
-def _sum_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _add_constants(
-    total: Tensor, index: Tensor, weights: Tensor, constants: Tensor, constant_of: Tensor
-) -> None:
-    """total(t) += sum over slots i of g_i(t) * c_i, slot by slot."""
-    slots = constant_of.numel()
-    inside = (index >= 0) & (index < slots)
-    row = torch.where(inside, constant_of[index.clamp(0, slots - 1)], -1)  # [T, K]
-    gate = torch.where(row >= 0, weights.float(), 0.0)  # [T, K]
-    for k in range(row.shape[1]):
-        total += constants[row[:, k].clamp(min=0)] * gate[:, k].unsqueeze(1)

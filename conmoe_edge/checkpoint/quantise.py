@@ -26,18 +26,11 @@ for a matrix that a kind cannot take (``best_kind`` says which it can), a mistak
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["plain", "int8", "int4"]
-
-GROUPS = (64, 32)
-"""Columns that share a scale in int4: the first of these that divides the columns."""
-
-TILES = (64, 32, 16)
-"""Rows of a tile in int4: the first of these that divides the rows."""
+from conmoe_edge.checkpoint.forms import TILES, Kind, best_kind, first_divisor, group_of
 
 _SHRINK = 0.96
 """The first guess of a group's range, as a share of the widest: outliers are clipped a little, all else is finer."""
@@ -83,19 +76,7 @@ class Matrix:
     @property
     def tile(self) -> int:
         """Rows of a tile of int4."""
-        return _first(TILES, self.rows)
-
-
-def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
-    """``wished``, or int8 where int4 cannot take a matrix of this shape."""
-    if wished == "int4" and not (_first(TILES, rows) and _first(GROUPS, columns)):
-        return "int8"
-    return wished
-
-
-def group_of(columns: int) -> int:
-    """Columns that share a scale in an int4 matrix of ``columns`` columns; 0 where int4 cannot take it."""
-    return _first(GROUPS, columns)
+        return first_divisor(TILES, self.rows)
 
 
 def quantise(weight: Tensor, kind: Kind) -> Matrix:
@@ -127,10 +108,6 @@ def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
     return Matrix(kind, values, scales, rows, columns)
 
 
-def _first(sizes: tuple[int, ...], length: int) -> int:
-    return next((size for size in sizes if length % size == 0), 0)
-
-
 def _blocks(rows: int, columns: int) -> list[slice]:
     """Runs of rows, whole tiles each."""
     step = max(1, _BLOCK // columns // TILES[0]) * TILES[0]
@@ -160,7 +137,7 @@ def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=weight.device)
-    tile = _first(TILES, rows)
+    tile = first_divisor(TILES, rows)
     for block in _blocks(rows, columns):
         number, pairs = _int4_rows(weight[block].float(), group)
         packed[block] = _pack(number, tile)

@@ -1,0 +1,164 @@
+"""The hand-written operator: weights in any stored form times few rows of activations, at the speed of the memory.
+
+``operator()`` is the one way in: an ``Operator``, or ``None`` where the machine cannot compile it (``why_not`` says
+why); callers then use torch's own kernels. Which of the two it is depends on the machine, never on a stopwatch, so
+results are the same bits from run to run.
+
+For one token every weight is used once: time is bytes over memory bandwidth, and a kernel is good where it reads as
+fast as the memory delivers. ``benchmarks/kernels.py`` prints what each kernel reaches.
+
+Memory: the activations in fp32. Raises nothing of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.quantise import Kind, Matrix, quantise
+from conmoe_edge.offload.native.build import Unavailable, library
+
+_PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
+_TILE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What matrices must have in common to be multiplied in one call."""
+
+    code: int
+    rows: int
+    columns: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A matrix with the addresses of its numbers; it keeps them alive."""
+
+    form: Form
+    values: int
+    scales: int
+    matrix: Matrix
+
+
+class Operator:
+    """The compiled operator of this machine."""
+
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self._few_rows = handle.conmoe_few_rows
+        self._expand = handle.conmoe_expand
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        self._few_rows.argtypes = [
+            *(ctypes.c_int, number, address, address, address),
+            *(number, number, address, number, number, number),
+        ]
+        self._expand.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 3]
+        self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
+
+    def prepare(self, matrix: Matrix) -> Prepared | None:
+        """``matrix`` for use here; ``None`` where its form, device or strides are not for this operator."""
+        code = _PLAIN.get(matrix.values.dtype) if matrix.kind == "plain" else _CODES[matrix.kind]
+        tensors = [one for one in (matrix.values, matrix.scales) if one is not None]
+        if code is None or any(
+            not one.is_contiguous() or one.device.type != "cpu" for one in tensors
+        ):
+            return None
+        if matrix.kind == "int4" and matrix.rows % _TILE:
+            return None
+        scales = 0 if matrix.scales is None else matrix.scales.data_ptr()
+        form = Form(code, matrix.rows, matrix.columns, matrix.group)
+        return Prepared(form, matrix.values.data_ptr(), scales, matrix)
+
+    def few_rows(self, matrices: Sequence[Prepared], x: Tensor) -> Tensor:
+        """y[i, t] = W_i x[i, t], in one pass over the weights.
+
+        Args:
+            matrices: n of one form.
+            x: fp32 [n, t, K], or [1, t, K] for all of them, contiguous.
+
+        Returns:
+            fp32 [n, t, R]; each token's result is the same bits whatever n and t are.
+        """
+        form, count, tokens = matrices[0].form, len(matrices), x.shape[1]
+        assert x.dtype == torch.float32 and x.is_contiguous() and x.shape[2] == form.columns
+        y = torch.empty(count, tokens, form.rows)
+        table = ctypes.c_void_p * count
+        stride = tokens * form.columns if x.shape[0] > 1 else 0
+        failed = self._few_rows(
+            form.code,
+            count,
+            table(*[one.values for one in matrices]),
+            table(*[one.scales for one in matrices]),
+            x.data_ptr(),
+            stride,
+            tokens,
+            y.data_ptr(),
+            form.rows,
+            form.columns,
+            form.group,
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return y
+
+    def expand(self, matrix: Prepared, out: Tensor) -> Tensor:
+        """The weights as fp32 into ``out`` [R, K], contiguous."""
+        form = matrix.form
+        assert out.dtype == torch.float32 and out.is_contiguous()
+        assert out.shape == (form.rows, form.columns)
+        failed = self._expand(
+            form.code,
+            matrix.values,
+            matrix.scales,
+            out.data_ptr(),
+            form.rows,
+            form.columns,
+            form.group,
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return out
+
+
+def operator() -> Operator | None:
+    """This machine's operator, compiled on the first call ever; ``None`` where there is none."""
+    return _state()[0]
+
+
+def why_not() -> str:
+    """Why there is no operator; empty where there is one."""
+    return _state()[1]
+
+
+@cache
+def _state() -> tuple[Operator | None, str]:
+    try:
+        made = Operator(ctypes.CDLL(str(library())))
+        _check(made)
+    except (Unavailable, OSError) as error:
+        return None, str(error)
+    return made, ""
+
+
+def _check(made: Operator) -> None:
+    """A compiler's mistake must not become a model's mistake: one small product in each form.
+
+    Raises:
+        Unavailable: a result is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_TILE, 96, generator=generator)
+    x = torch.randn(1, 2, 96, generator=generator)
+    for kind in ("plain", "int8", "int4"):
+        matrix = quantise(weight, kind)
+        prepared = made.prepare(matrix)
+        assert prepared is not None
+        wide = matrix.dequantise()
+        right = torch.allclose(made.few_rows([prepared], x)[0], x[0] @ wide.T, atol=1e-4)
+        if not right or not torch.allclose(made.expand(prepared, torch.empty(_TILE, 96)), wide):
+            raise Unavailable(f"the compiled operator computes {kind} weights wrongly")

@@ -1,0 +1,134 @@
+"""The compiled operator against plain products, in every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from conmoe_edge.checkpoint.quantise import Matrix, quantise
+from conmoe_edge.offload import native
+from conmoe_edge.offload.native import Operator, build
+
+KINDS = ["bf16", "fp16", "fp32", "int8", "int4"]
+MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
+
+
+@pytest.fixture(scope="module", params=sorted(MARCHES))
+def operator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    """The operator as processors with these instructions get it."""
+    cache = tmp_path_factory.mktemp("operator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        flags = [MARCHES[request.param] if f.startswith("-march") else f for f in build._FLAGS]
+        patch.setattr(build, "_FLAGS", tuple(flags))
+        try:
+            path = build.library()
+        except build.Unavailable as error:
+            pytest.skip(str(error))
+    return Operator(ctypes.CDLL(str(path)))
+
+
+def matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if kind in plain:
+        return quantise(weight.to(plain[kind]), "plain")
+    return quantise(weight, kind)
+
+
+def activations(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 96), (192, 544)])
+def test_products(operator: Operator, kind: str, rows: int, columns: int) -> None:
+    matrices = [matrix(kind, rows, columns, seed) for seed in range(5)]
+    prepared = [operator.prepare(one) for one in matrices]
+    for x in (activations(5, 3, columns), activations(1, 2, columns)):
+        got = operator.few_rows(prepared, x)
+        wide = torch.stack([one.dequantise().double() for one in matrices])
+        expected = x.double() @ wide.transpose(1, 2)
+        assert torch.allclose(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32", "int8"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 19), (66, 33), (5, 16)])
+def test_odd_shapes(operator: Operator, kind: str, rows: int, columns: int) -> None:
+    one = matrix(kind, rows, columns)
+    x = activations(1, 2, columns)
+    got = operator.few_rows([operator.prepare(one)], x)
+    assert torch.allclose(got[0], x[0] @ one.dequantise().T, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_the_same_bits_in_any_company(operator: Operator, kind: str) -> None:
+    """The promise behind "same tokens at any budget": neither neighbours nor threads show in a result."""
+    matrices = [operator.prepare(matrix(kind, 640, 1024, seed)) for seed in range(4)]
+    x = activations(4, 3, 1024)
+    together = operator.few_rows(matrices, x)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            for i, one in enumerate(matrices):
+                for t in range(3):
+                    alone = operator.few_rows([one], x[i : i + 1, t : t + 1].contiguous())
+                    assert torch.equal(alone[0, 0], together[i, t])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanding_is_dequantising(operator: Operator, kind: str) -> None:
+    one = matrix(kind, 128, 160)
+    out = operator.expand(operator.prepare(one), torch.empty(128, 160))
+    assert torch.allclose(out, one.dequantise(), atol=1e-7)
+
+
+def test_halves_of_every_kind(operator: Operator) -> None:
+    """Zero, denormal, largest and infinite fp16 numbers keep their values."""
+    bits = torch.tensor([0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x8001, 0xFBFF], dtype=torch.int32)
+    halves = bits.to(torch.int16).view(torch.float16).view(1, 8)
+    one = quantise(halves, "plain")
+    out = operator.expand(operator.prepare(one), torch.empty(1, 8))
+    assert torch.equal(out, halves.float())
+
+
+def test_what_it_does_not_take(operator: Operator) -> None:
+    assert operator.prepare(quantise(torch.randn(32, 64), "int4")) is None  # a tile of 32 rows
+    assert operator.prepare(quantise(torch.randn(64, 64).double(), "plain")) is None
+    assert operator.prepare(quantise(torch.randn(64, 64).T, "plain")) is None
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.SWITCH, "off")
+    with pytest.raises(build.Unavailable, match="CONMOE_OPERATOR=off"):
+        build.library()
+
+
+def test_no_compiler_is_a_reason_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    native._state.cache_clear()
+    try:
+        assert native.operator() is None
+        assert "no C++ compiler" in native.why_not()
+    finally:
+        native._state.cache_clear()
+
+
+def test_a_compiler_that_fails_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-fno-such-flag"))
+    with pytest.raises(build.Unavailable, match="failed"):
+        build.library()
+    assert not [path for path in cache.rglob("*") if path.is_file()]

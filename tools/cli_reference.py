@@ -34,6 +34,7 @@ Otherwise an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
 | `CONMOE_DEBUG=1` | tracebacks, as with `--debug` |
 | `CONMOE_CONFIG_DIR` | folder of your own profiles and aliases |
 | `CONMOE_STATE_DIR` | folder of the chat history |
+| `CONMOE_CACHE_DIR` | folder of what was measured on this machine |
 | `NO_COLOR` | no colours |
 | `HF_HOME`, `HF_HUB_OFFLINE` | where downloaded models lie; use only those |
 """

@@ -82,7 +82,7 @@ def chat(
     """
     from conmoe_edge.cli._conversation import Sampling
 
-    _check_package(folder)
+    check_package(folder)
     question = prompt if prompt is not None else _piped()
     if question is None and output.as_json:
         raise UsageError(
@@ -92,7 +92,7 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
-    session = _open(folder, gpu, device, context, output)
+    session = open_session(folder, gpu, device, context, output)
     drawn = Sampling(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
@@ -100,7 +100,7 @@ def chat(
         _answer_once(session, question, system, drawn, output)
 
 
-def _check_package(folder: Path) -> None:
+def check_package(folder: Path) -> None:
     """Say what is wrong with the folder before torch is loaded for it."""
     if (folder / "conmoe.json").is_file():
         return
@@ -126,7 +126,7 @@ def _piped() -> str | None:
     return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
 
 
-def _open(
+def open_session(
     folder: Path, gpu: str | None, device: str, context: int | None, output: Output
 ) -> ChatSession:
     """Load the package inside the budget."""

@@ -22,6 +22,7 @@ _COMMANDS = {
     "fit": "conmoe_edge.cli.fit:fit",
     "chat": "conmoe_edge.cli.chat:chat",
     "plan": "conmoe_edge.cli.plan:plan",
+    "bench": "conmoe_edge.cli.bench:bench",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
 }

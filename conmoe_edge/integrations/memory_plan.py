@@ -65,7 +65,7 @@ def plan_memory(
         counts[entry.layout] += 1
     if options.slots is not None:
         return Memory(budget, tuple(options.slots), min(wished, context))
-    anatomy = _anatomy(model)
+    anatomy = loaded_anatomy(model)
     records = [
         (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
     ]
@@ -129,7 +129,7 @@ def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
     return min(int(longest), DEFAULT_CONTEXT)
 
 
-def _anatomy(model: PreTrainedModel) -> ModelAnatomy:
+def loaded_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     """The anatomy of a loaded model: from its config in the dtype it was loaded with, dense bytes
     as they are.
     """
@@ -144,4 +144,4 @@ def _anatomy(model: PreTrainedModel) -> ModelAnatomy:
     }  # tied ones once
     dense = sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
     layers = tuple(replace(layer, dense_bytes=0) for layer in anatomy.layers)
-    return replace(anatomy, layers=layers, outside_bytes=dense)
+    return replace(anatomy, layers=layers, outside_bytes=dense, dense_matrices=())

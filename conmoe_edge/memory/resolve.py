@@ -2,7 +2,8 @@
 
 ``--gpu`` names the *target*, which need not be this machine: with a size and no ``--device`` the
 target is taken to be like this machine (its GPU if it has one, its RAM if not); a profile brings
-its own device.
+its own device. The bandwidths of a target like this machine are measured where a ``Meter`` is given
+(``bandwidth.py``); a package that is only opened needs none.
 Raises ``UsageError`` for a number without a unit, an unknown profile, or words that contradict each
 other.
 """
@@ -10,9 +11,11 @@ other.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Literal
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.machine import GpuFacts, MachineFacts, measure_machine
 from conmoe_edge.memory.profiles import Profile, get_profile
@@ -32,12 +35,16 @@ def resolve_budget(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     *,
     facts: MachineFacts | None = None,
+    meter: Meter | None = None,
 ) -> Budget:
-    """The budget that ``asked`` means; without ``facts`` this machine is measured where needed."""
+    """The budget that ``asked`` means; without ``facts`` this machine is looked at where needed,
+    and with a ``meter`` a target like this machine gets its bandwidths.
+    """
     word = asked.strip()
     size = parse_size(word)
     if word.lower() == "auto":
-        return _from_machine(device, facts or measure_machine())
+        known = facts or measure_machine()
+        return _with_rates(_from_machine(device, known), known, meter)
     if size is not None:
         if size == 0:
             raise UsageError(
@@ -45,7 +52,8 @@ def resolve_budget(
                 "",
                 "--gpu 8GB, or --gpu auto for this machine",
             )
-        return _from_size(word, size, device, facts or measure_machine())
+        known = facts or measure_machine()
+        return _with_rates(_from_size(word, size, device, known), known, meter)
     if _NUMBER.fullmatch(word):
         raise UsageError(
             f"--gpu {word} has no unit.",
@@ -53,6 +61,17 @@ def resolve_budget(
             f"--gpu {word}GB (decimal) or --gpu {word}GiB (binary)",
         )
     return _from_profile(get_profile(word), device)
+
+
+def _with_rates(budget: Budget, facts: MachineFacts, meter: Meter | None) -> Budget:
+    """The budget with the bandwidths that it lacks, as far as this machine can stand for it."""
+    if meter is None or (budget.device == "cuda" and facts.gpu is None):
+        return budget
+    disk = budget.disk_bandwidth or meter.disk()
+    if budget.device == "cuda":
+        return replace(budget, disk_bandwidth=disk)
+    memory = budget.device_bandwidth or meter.memory()
+    return replace(budget, device_bandwidth=memory, link_bandwidth=disk, disk_bandwidth=disk)
 
 
 def _from_size(asked: str, size: int, device: str, facts: MachineFacts) -> Budget:

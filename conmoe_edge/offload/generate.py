@@ -165,6 +165,21 @@ class ChatSession:
         if finish == "context":
             raise context_full(len(tokens), self.context, longest_context(self.model))
 
+    def scores(self, tokens: Sequence[int]) -> Tensor:
+        """Scores [1, V] of what follows ``tokens``, at least one; only what the cache does not
+        stand for yet is computed.
+
+        Raises:
+            ContextFull: they are more than the context.
+            OutOfMemory: memory ran out and nothing was left to give up.
+        """
+        if len(tokens) > self.context:
+            raise context_full(len(tokens), self.context, longest_context(self.model))
+        self._rewind(tokens)
+        logits = self._advance(tokens, threading.Event())
+        assert logits is not None, "nobody asked to stop"
+        return logits
+
     def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The prompt: the chat template's, or the last message alone for a model without one."""
         if not messages:

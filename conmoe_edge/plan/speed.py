@@ -1,26 +1,145 @@
-"""Decode speed by the bandwidths alone, for one conversation: to compare settings, no promise.
+"""Decode speed by the bytes that a token moves: what is expected, and the bound that no runtime
+passes. One conversation, arithmetic only.
 
 Without prediction a miss cannot overlap its own layer (the router decides just before), so the
-times add up:
+times of memory and of what lies below it add up. With D the dense bytes that a token reads (the
+embedding table is looked up, not read, unless it is also the head), X its routed bytes, h the share
+of the requests that the slots serve and L the layers:
 
-    t = (D + X) / B_device + (1 - h) * X / B_link
+    bound     t = (D + X) / B_memory + (1 - h) * X / B_below
+    expected  t = D / (e_D * B_memory) + X / (e_X * B_memory) + (1 - h) * X / B_below + L * o
 
-- D: dense bytes that a token reads (the embedding table is looked up, not read, unless it is also
-  the head);
-- X: routed bytes (sum of top-k experts over the MoE layers);
-- h: share of the requests that the slots serve.
+``Reach`` has the shares e of a plain streaming read that the kernels get to, and the time o that a
+layer takes beside its bytes. They are constants of this program, not of a machine; they stand in
+one place (``REACH``), and ``benchmarks/speed_constants.py`` prints them.
 
-h is taken as the resident share, which is what evenly spread routing gives; caches do better on
-real text, so this is the careful side. Router slots that meet on one prototype are counted twice,
-which is careful as well. A GPU's misses come over the link while its machine's RAM holds them, and
-from the disk where it does not.
+Before calibration h is the resident share, which is what evenly spread routing gives, and router
+slots that meet on one prototype are counted twice: both are the careful side. Afterwards the
+replayed hit rate and ``distinct_share`` take their places. A GPU's misses come over the link while
+its machine's RAM holds them, and from the disk where it does not.
+
+The bound of a prompt is the same idea with arithmetic in the place of memory (``prefill_bound``).
 """
 
 from __future__ import annotations
 
-from conmoe_edge.memory.budget import Budget
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.levers import record_bytes
+from conmoe_edge.plan.levers import PRECISIONS, record_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What the kernels of a device get out of it.
+
+    Attributes:
+        dense: share of the streaming read bandwidth that dense matrices reach with one row.
+        experts: the same for prototypes, by kind of record.
+        layer_seconds: of a decoder layer beside its bytes: Python, small kernels, the router.
+        token_seconds: of a token beside its layers: embedding, head, sampling.
+    """
+
+    dense: float
+    experts: Mapping[str, float]
+    layer_seconds: float
+    token_seconds: float
+
+
+REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
+    {
+        "cpu": Reach(
+            dense=0.75,
+            experts=MappingProxyType({"source": 0.80, "bf16": 0.80, "int8": 0.75, "int4": 0.60}),
+            layer_seconds=450e-6,
+            token_seconds=400e-6,
+        ),
+        # Not measured: shares that such kernels usually reach, and the launches of a layer.
+        "cuda": Reach(
+            dense=0.80,
+            experts=MappingProxyType({"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50}),
+            layer_seconds=300e-6,
+            token_seconds=300e-6,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What one decoded token moves, in bytes; means over many tokens, so fractions are allowed.
+
+    Attributes:
+        dense: weights outside the routed experts, and keys and values, that are read.
+        routed: records of distinct prototypes that are computed with, by their kind.
+        from_disk, from_host: of those, what had to be brought to the device first.
+        layers: decoder layers.
+    """
+
+    dense: float
+    routed: Mapping[str, float]
+    from_disk: float
+    from_host: float
+    layers: int
+
+    @property
+    def read(self) -> float:
+        """All that the kernels read from the device's memory."""
+        return self.dense + sum(self.routed.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The least time that a piece of work can take, in seconds.
+
+    ``device``: the memory's part of a token, the arithmetic's part of a prompt; ``below``: what has
+    to come from disk or host. ``serial`` is one after the other, ``overlapped`` the longer alone.
+    """
+
+    device: float
+    below: float
+
+    @property
+    def serial(self) -> float:
+        """Nothing overlaps."""
+        return self.device + self.below
+
+    @property
+    def overlapped(self) -> float:
+        """Everything overlaps."""
+        return max(self.device, self.below)
+
+
+def decode_bound(step: StepBytes, budget: Budget) -> Bound | None:
+    """The bound of one token; ``None`` where a bandwidth that matters is unknown."""
+    below = _below_seconds(step.from_disk, step.from_host, budget)
+    if not budget.device_bandwidth or below is None:
+        return None
+    return Bound(step.read / budget.device_bandwidth, below)
+
+
+def prefill_bound(
+    flops: float, flops_per_second: float, from_disk: float, from_host: float, budget: Budget
+) -> Bound | None:
+    """The bound of a whole prompt; ``None`` where a bandwidth that matters is unknown."""
+    below = _below_seconds(from_disk, from_host, budget)
+    return None if below is None else Bound(flops / flops_per_second, below)
+
+
+def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
+    """What a token should take with these kernels; ``None`` where a bandwidth is unknown."""
+    below = _below_seconds(step.from_disk, step.from_host, budget)
+    if not budget.device_bandwidth or below is None:
+        return None
+    reach = REACH[budget.device]
+    moved = step.dense / reach.dense
+    moved += sum(nbytes / reach.experts[kind] for kind, nbytes in step.routed.items())
+    overhead = reach.token_seconds + step.layers * reach.layer_seconds
+    return moved / budget.device_bandwidth + below + overhead
 
 
 def tokens_per_second(
@@ -30,31 +149,76 @@ def tokens_per_second(
     precision: str,
     resident_share: float,
     offloaded_bytes: int,
+    wide_share: float = 0.0,
 ) -> float | None:
-    """Tokens a second at a short context; ``None`` where a bandwidth that matters is unknown.
+    """Expected tokens a second at a short context; ``None`` where a bandwidth that matters is
+    unknown.
 
-    ``offloaded_bytes`` is the part of the prototypes that the slots do not hold.
+    ``offloaded_bytes`` is the part of the prototypes that the slots do not hold; ``wide_share`` the
+    part of them that a mixed precision stores in its first kind.
     """
-    if not budget.device_bandwidth:
-        return None
-    routed = routed_bytes(anatomy, precision)
-    seconds = (dense_read_bytes(anatomy) + routed) / budget.device_bandwidth
-    missed = (1.0 - resident_share) * routed
-    if missed > 0:
-        rate = _miss_bandwidth(budget, offloaded_bytes)
-        if rate is None:
-            return None
-        seconds += missed / rate
-    return 1.0 / seconds
-
-
-def routed_bytes(anatomy: ModelAnatomy, precision: str) -> int:
-    """Bytes of routed experts that one token needs."""
-    return sum(
-        layer.experts.top_k * record_bytes(layer.experts, precision)
-        for layer in anatomy.moe_layers
-        if layer.experts is not None
+    routed = routed_bytes(anatomy, precision, wide_share)
+    step = planned_step(
+        anatomy, budget, routed, hit_rate=resident_share, offloaded_bytes=offloaded_bytes
     )
+    seconds = expected_seconds(step, budget)
+    return None if seconds is None else 1.0 / seconds
+
+
+def planned_step(
+    anatomy: ModelAnatomy,
+    budget: Budget,
+    routed: Mapping[str, float],
+    *,
+    hit_rate: float,
+    offloaded_bytes: int,
+    dense: float | None = None,
+) -> StepBytes:
+    """A token of a model that has not run yet: ``hit_rate`` of the routed bytes are there, the rest
+    comes from the tiers below.
+
+    ``dense`` is what a token reads beside the prototypes, where that is known better.
+    """
+    missed = (1.0 - hit_rate) * sum(routed.values())
+    on_disk = 1.0
+    if budget.device == "cuda":
+        held = budget.host_bytes
+        within = held is None or offloaded_bytes <= held
+        on_disk = 0.0 if within or held is None else 1.0 - held / offloaded_bytes
+    return StepBytes(
+        dense=dense_read_bytes(anatomy) if dense is None else dense,
+        routed=routed,
+        from_disk=missed * on_disk,
+        from_host=missed * (1.0 - on_disk),
+        layers=len(anatomy.layers),
+    )
+
+
+def routed_bytes(
+    anatomy: ModelAnatomy, precision: str, wide_share: float = 0.0
+) -> dict[str, float]:
+    """Bytes of routed experts that one token needs, by kind of record.
+
+    ``wide_share`` of them are of the first kind of a mixed precision.
+    """
+    kinds = PRECISIONS[precision].kinds
+    shares = (wide_share, 1.0 - wide_share) if len(kinds) == 2 else (1.0,)
+    found = dict.fromkeys(kinds, 0.0)
+    for layer in anatomy.moe_layers:
+        if layer.experts is not None:
+            for kind, share in zip(kinds, shares, strict=True):
+                found[kind] += share * layer.experts.top_k * record_bytes(layer.experts, kind)
+    return found
+
+
+def distinct_share(slots_of: Iterable[int], slots: int, top_k: int) -> float:
+    """Distinct prototypes that ``top_k`` evenly drawn router slots meet, as a share of ``top_k``.
+
+    ``slots_of`` has, for every prototype of a layer, how many of its ``slots`` router slots lead
+    there. If m of E do, then k distinct slots miss it with the chance C(E - m, k) / C(E, k).
+    """
+    draws = math.comb(slots, top_k)
+    return sum(1.0 - math.comb(slots - count, top_k) / draws for count in slots_of) / top_k
 
 
 def dense_read_bytes(anatomy: ModelAnatomy) -> int:
@@ -65,16 +229,17 @@ def dense_read_bytes(anatomy: ModelAnatomy) -> int:
     return anatomy.dense_bytes - (table if separate else 0)
 
 
-def _miss_bandwidth(budget: Budget, offloaded_bytes: int) -> float | None:
-    """Bytes per second at which missing prototypes arrive, over the tiers that hold them."""
-    link = budget.link_bandwidth
+def _below_seconds(from_disk: float, from_host: float, budget: Budget) -> float | None:
+    """Seconds in which missing prototypes arrive; ``None`` where the way's bandwidth is unknown."""
+    disk, link = budget.disk_bandwidth, budget.link_bandwidth
     if budget.device == "cpu":
-        return budget.disk_bandwidth or link
-    if link is None:
-        return None
-    if budget.host_bytes is None or offloaded_bytes <= budget.host_bytes:
-        return link
-    if not budget.disk_bandwidth:
-        return None
-    on_disk = 1.0 - budget.host_bytes / offloaded_bytes
-    return 1.0 / ((1.0 - on_disk) / link + on_disk / min(link, budget.disk_bandwidth))
+        disk = disk or link
+    elif disk and link:
+        disk = min(disk, link)  # what comes from the disk crosses the link as well
+    seconds = 0.0
+    for nbytes, rate in ((from_disk, disk), (from_host, link)):
+        if nbytes > 0:
+            if not rate:
+                return None
+            seconds += nbytes / rate
+    return seconds

@@ -19,14 +19,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE, best_kind, quantised_parts
+from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
 from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, load_manifest
 from conmoe_edge.errors import PackageError
+from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.options import current_options, device_of
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.offload.context import guard_context
+from conmoe_edge.offload.dense import DenseProducts
 from conmoe_edge.offload.experts import HANDLE, LayerHandle, conmoe_experts_forward
+from conmoe_edge.offload.kv_cache import keep_cache_growing
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ class Loading:
     manifest: Manifest
     device: torch.device
     handles: tuple[LayerHandle, ...]
+    products: DenseProducts
 
 
 def begin_loading(
@@ -78,11 +83,17 @@ def begin_loading(
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
-    return Loading(folder, manifest, device_of(device_map), tuple(handles))
+    device = device_of(device_map)
+    with torch.device("cpu"):
+        products = products_for(device)
+    if manifest.dense_precision != "source":
+        take_quantised(model, folder, products)
+    return Loading(folder, manifest, device, tuple(handles), products)
 
 
 def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     """Build the runtime beside the dense weights, as ``model.conmoe``."""
+    finish_dense(model, loading.products)
     options = current_options()
     context = options.context or default_context(model.config, loading.manifest)
     memory = plan_memory(model, loading.manifest, loading.device, options, context)
@@ -99,6 +110,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context)
+    keep_cache_growing(model, context)
 
 
 def attach_unchanged(
@@ -107,7 +119,7 @@ def attach_unchanged(
     """Give a model that was left whole the same face: budget, context and numbers, no
     prototypes.
     """
-    finish_loading(model, Loading(folder, manifest, device, ()))
+    finish_loading(model, Loading(folder, manifest, device, (), products_for(device)))
 
 
 def register_experts_function() -> None:
@@ -177,12 +189,32 @@ def _check_shapes(
         )
     used = {slot.prototype for slot in slots if slot.prototype is not None}
     for layout in sorted({entry.layout for entry in manifest.prototypes if entry.id in used}):
-        parts = {part.name: part.shape for part in manifest.layouts[layout].parts}
+        parts = {part.name: part for part in manifest.layouts[layout].parts}
         for name in names:
-            if parts.get(name) != wanted[name][1:]:
+            if not _holds(parts, name, wanted[name][1:], bool(module.is_transposed)):
+                held = parts.get(name)
                 raise PackageError(
                     f"The package in {folder} does not match its config.json.",
-                    f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, "
-                    f"its records hold {list(parts.get(name, ()))}",
+                    f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, its records "
+                    f"hold {f'{held.dtype} {list(held.shape)}' if held else 'none'}",
                     _AGAIN,
                 )
+
+
+def _holds(
+    parts: Mapping[str, RecordPart], name: str, shape: tuple[int, ...], transposed: bool
+) -> bool:
+    """Whether a record has the parameter ``name`` of this shape, plain or quantised."""
+    part = parts.get(name)
+    if part is None:
+        return False
+    kind = KIND_OF_VALUES.get(part.dtype)
+    if kind is None:
+        return part.shape == shape and name + SCALE not in parts
+    if len(shape) != 2 or name + SCALE not in parts:
+        return False
+    rows, columns = reversed(shape) if transposed else shape
+    if best_kind(rows, columns, kind) != kind:
+        return False
+    held = [(one.name, one.shape, one.dtype) for one in (part, parts[name + SCALE])]
+    return held == list(quantised_parts(name, rows, columns, kind))

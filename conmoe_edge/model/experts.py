@@ -11,7 +11,7 @@ Nothing here allocates more than the activations of the rows it is given (and on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +66,27 @@ def decoder_prefix(model: nn.Module) -> str | None:
     return None
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    # [n, in] @ [in, out], or the same with the weight stored as [out, in]
-    y = x @ weight if transposed else nn.functional.linear(x, weight)
-    return y if bias is None else y + bias
+Project = Callable[[str, Tensor], Tensor]
+"""A projection of an expert by its parameter name, bias included: [..., in] -> [..., out]."""
+
+
+def through_expert(module: nn.Module, hidden: Tensor, project: Project) -> Tensor:
+    """The walk through an expert, whatever does its products: up, gate, down, norm.
+
+    Args:
+        module: the experts module; only its attributes are read, its weights may be absent.
+        hidden: [..., H].
+        project: computes a projection.
+
+    Returns:
+        [..., H], without the routing weight.
+    """
+    inner = project("gate_up_proj" if module.has_gate else "up_proj", hidden)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    out = project("down_proj", inner)
+    if module.has_post_expert_norm:
+        out = module.post_expert_norm(out)  # type: ignore[operator]
+    return out
 
 
 def expert_forward(
@@ -78,7 +95,7 @@ def expert_forward(
     parts: Mapping[str, Tensor],
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One expert applied to its tokens.
+    """One expert applied to its tokens, by plain products.
 
     Args:
         module: the experts module; only its attributes are read, its weights may be absent.
@@ -92,20 +109,13 @@ def expert_forward(
     """
     dtype = compute_dtype or hidden.dtype
 
-    def part(name: str) -> Tensor | None:
-        tensor = parts.get(name)
-        return None if tensor is None else tensor.to(dtype)
+    def project(name: str, x: Tensor) -> Tensor:
+        weight, bias = parts[name].to(dtype), parts.get(f"{name}_bias")
+        # [n, in] @ [in, out], or the same with the weight stored as [out, in]
+        y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+        return y if bias is None else y + bias.to(dtype)
 
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up, down = part(up_name), part("down_proj")
-    assert up is not None and down is not None, "an expert needs its projections"
-    transposed = bool(module.is_transposed)
-    inner = _project(hidden.to(dtype), up, part(f"{up_name}_bias"), transposed)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
-    out = _project(inner, down, part("down_proj_bias"), transposed)
-    if module.has_post_expert_norm:
-        out = module.post_expert_norm(out)  # type: ignore[operator]
-    return out
+    return through_expert(module, hidden.to(dtype), project)
 
 
 @dataclass(frozen=True, slots=True)

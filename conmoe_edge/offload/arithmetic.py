@@ -1,32 +1,47 @@
-"""In which number format an expert's matrix products run: a fixed rule, and the scratch that it
-needs.
+"""How an expert's products are computed: a fixed rule, and the paths it chooses from.
 
-The rule looks at the processor and at how many tokens an expert got, never at memory, cache state
-or a stopwatch, so the same package gives the same tokens at every budget on one machine. (A prompt
-that is cut into chunks of another length gives every expert other numbers of tokens, and the sums
-may then differ in their last bit, as with any program.)
+The rule looks at the processor, the stored form and how many tokens an expert got, never at memory, cache state or a
+stopwatch, so the same package gives the same tokens at every budget on one machine. (A prompt that is cut into chunks
+of another length gives every expert other numbers of tokens, and the sums may then differ in their last bit, as with
+any program.)
 
-Why there is a choice at all: on processors without bf16 instructions, bf16 matrix products of many
-rows run at a fraction of the speed of fp32, so the expert is converted once and computed in fp32;
-for few rows reading half the bytes wins.
+=====================================  ==============================================================================
+few rows on a CPU                      the compiled operator (``native``): every stored form, read once, summed in fp32
+the same without a compiler            torch's own kernels for 8 and 4 bits where they take the form, else as below
+many rows on a CPU without bf16        one weight matrix at a time widened to fp32 in a scratch, fp32 products
+instructions, quantised many rows
+everything else                        torch's products in the format of the hidden states
+=====================================  ==============================================================================
+
+Why: for few rows time is the bytes of the weights over the memory's bandwidth; for many rows it is arithmetic, and on
+processors without bf16 instructions bf16 products run at a fraction of the speed of fp32.
+
+Memory: ``Scratch``, one weight matrix in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from conmoe_edge.units import round_up
+from conmoe_edge.checkpoint.quantise import Matrix
+from conmoe_edge.checkpoint.records import SCALE, matrix_of
+from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
+from conmoe_edge.offload.native import operator
+from conmoe_edge.offload.stored_expert import StoredExpert
 
-WIDE_FROM_ROWS = 16
-"""From this many tokens on, fp32 wins on a processor without bf16 instructions (conversion
-included).
-"""
+MANY_ROWS = 16
+"""From this many tokens on an expert's products are arithmetic; below, they are reading."""
 
-_ALIGNMENT = 64
+_TILE = 64
+
+# torch's elementwise operations take two vectors at a time and what is left one by one, with functions that differ in
+# the last bit, and share work among threads from a certain size on.
+_WHOLE_VECTORS = 64
+_ONE_THREAD = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,51 +66,168 @@ class Machine:
 def compute_dtype(
     machine: Machine, hidden: torch.dtype, weight: torch.dtype, rows: int
 ) -> torch.dtype:
-    """The format of an expert's matrix products for ``rows`` tokens in ``hidden`` and weights in
-    ``weight``.
-    """
+    """The format of torch's products for ``rows`` tokens in ``hidden`` and plain weights in ``weight``."""
     if hidden == torch.float64:
         return torch.float64
     if machine.device != "cpu":
         return hidden
     if torch.float32 in (hidden, weight):
         return torch.float32
-    if not machine.native_bf16 and rows >= WIDE_FROM_ROWS:
+    if not machine.native_bf16 and rows >= MANY_ROWS:
         return torch.float32
     return hidden
 
 
 class Scratch:
-    """One expert in another format, in memory that is used again for the next one.
+    """One weight matrix in another format, in memory that is used again for the next one.
 
-    Peak memory: the largest expert that was asked for, in the widest format; allocated with the
-    first use.
+    Peak memory: the largest matrix that was asked for, in the widest format; allocated with the first use.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def convert(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """``parts`` in ``dtype``: as they are where they have it already, else copied into the
-        scratch.
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Room for [rows, columns] in ``dtype``; what it held before is gone."""
+        nbytes = rows * columns * dtype.itemsize
+        if self._memory.numel() < nbytes:
+            # Written to again later, in whatever mode the caller is then.
+            with torch.inference_mode(False):
+                self._memory = torch.empty(0, dtype=torch.uint8, device=self._device)  # never two
+                self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return self._memory[:nbytes].view(dtype).view(rows, columns)
+
+
+class Arithmetic:
+    """Experts applied to tokens on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.machine = Machine.here(device)
+        self.scratch = Scratch(device)
+        self._operator = operator() if device.type == "cpu" else None
+
+    @property
+    def name(self) -> str:
+        """What computes few rows, for reports."""
+        if self._operator is not None:
+            return self._operator.name
+        return "torch" if self.machine.device == "cpu" else f"torch, {self.machine.device}"
+
+    def one_token(
+        self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
+    ) -> Tensor:
+        """Several experts applied to one token.
+
+        Args:
+            module: the experts module.
+            experts: n of them.
+            hidden: [1, H].
+
+        Returns:
+            [n, H] in fp32 (fp64 for activations in fp64); each row is the same bits in any company.
         """
-        if all(part.dtype == dtype for part in parts.values()):
-            return parts
-        starts, end = [], 0
-        for part in parts.values():
-            starts.append(end)
-            end = round_up(end + part.numel() * dtype.itemsize, _ALIGNMENT)
-        if self._memory.numel() < end:
-            with torch.inference_mode(
-                False
-            ):  # written to again later, in whatever mode the caller is then
-                self._memory = torch.empty(
-                    0, dtype=torch.uint8, device=self._device
-                )  # never two of them
-                self._memory = torch.empty(end, dtype=torch.uint8, device=self._device)
-        converted = {}
-        for start, (name, part) in zip(starts, parts.items(), strict=True):
-            raw = self._memory[start : start + part.numel() * dtype.itemsize]
-            converted[name] = raw.view(dtype).view(part.shape).copy_(part)
-        return converted
+        if not all(one.suits_operator(module, hidden.dtype) for one in experts):
+            return torch.cat([self.rows(module, one, hidden) for one in experts])
+        wide = hidden.float().unsqueeze(0)
+        groups: dict[object, list[int]] = {}
+        for position, one in enumerate(experts):
+            company = one.forms if _gates_together(module, one, len(experts)) else position
+            groups.setdefault(company, []).append(position)
+        if len(groups) == 1:
+            return self._by_operator(module, experts, wide)[:, 0]
+        out = torch.empty(len(experts), hidden.shape[1])
+        for positions in groups.values():
+            alike = [experts[position] for position in positions]
+            out[positions] = self._by_operator(module, alike, wide)[:, 0]
+        return out
+
+    def rows(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
+        """One expert applied to its tokens: [n, H] -> [n, H] in the format of the sums."""
+        if len(hidden) < MANY_ROWS and expert.suits_operator(module, hidden.dtype):
+            return self._by_operator(module, [expert], hidden.float().unsqueeze(0))[0]
+        compute = self._quantised if expert.quantised else self._plain
+        return compute(module, expert, hidden).to(sum_dtype(hidden))
+
+    def _by_operator(
+        self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
+    ) -> Tensor:
+        """fp32 [1, t, H] -> fp32 [n, t, H], one pass over the weights of all n."""
+        engine = self._operator
+        assert engine is not None, "stored experts suit the operator only where there is one"
+
+        def project(name: str, x: Tensor) -> Tensor:
+            y = engine.few_rows([one.prepared[name] for one in experts], x.contiguous())
+            bias = f"{name}_bias"
+            if bias in experts[0].parts:
+                y += torch.stack([one.parts[bias] for one in experts]).unsqueeze(1)
+            return y
+
+        return through_expert(module, hidden, project)
+
+    def _plain(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
+        weight = next(iter(expert.parts.values())).dtype
+        dtype = compute_dtype(self.machine, hidden.dtype, weight, len(hidden))
+        if dtype == weight or expert.forms is None or module.is_transposed:
+            return expert_forward(module, hidden, expert.parts, dtype)
+        return self._widened(module, expert, hidden, dtype)
+
+    def _quantised(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
+        few = len(hidden) < MANY_ROWS and self.machine.device == "cpu"
+        if few and all(_torch_takes(matrix_of(expert.parts, name)) for name in _weights(expert)):
+            return self._by_torch(module, expert, hidden)
+        on_cpu = self.machine.device == "cpu" and not self.machine.native_bf16
+        wide = torch.float32 if on_cpu and hidden.dtype != torch.float64 else hidden.dtype
+        return self._widened(module, expert, hidden, wide)
+
+    def _widened(
+        self, module: nn.Module, expert: StoredExpert, hidden: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Products in ``dtype`` with one weight matrix at a time expanded into the scratch."""
+
+        def project(name: str, x: Tensor) -> Tensor:
+            matrix = matrix_of(expert.parts, name)
+            weight = self.scratch.matrix(matrix.rows, matrix.columns, dtype)
+            if self._operator is not None and name in expert.prepared and dtype == torch.float32:
+                self._operator.expand(expert.prepared[name], weight)
+            else:
+                matrix.dequantise(out=weight)
+            bias = expert.parts.get(f"{name}_bias")
+            return nn.functional.linear(x, weight, None if bias is None else bias.to(dtype))
+
+        return through_expert(module, hidden.to(dtype), project)
+
+    def _by_torch(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
+        """torch's own kernels for few rows of 8-bit and 4-bit weights, which work in bf16."""
+
+        def project(name: str, x: Tensor) -> Tensor:
+            matrix = matrix_of(expert.parts, name)
+            assert matrix.scales is not None
+            if matrix.kind == "int8":
+                y = torch._weight_int8pack_mm(x, matrix.values, matrix.scales)
+            else:
+                kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+                y = kernel(x, matrix.values, matrix.group, matrix.scales)
+            bias = expert.parts.get(f"{name}_bias")
+            return y if bias is None else y + bias.to(y.dtype)
+
+        return through_expert(module, hidden.bfloat16(), project)
+
+
+def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:
+    """Whether the gates of several experts, computed in one call, are the same bits as one by one."""
+    width = expert.prepared["down_proj"].form.columns
+    whole = width % _WHOLE_VECTORS == 0 and experts * width <= _ONE_THREAD
+    return whole and not module.has_post_expert_norm
+
+
+def _weights(expert: StoredExpert) -> list[str]:
+    return [name for name in expert.parts if name + SCALE in expert.parts]
+
+
+def _torch_takes(matrix: Matrix) -> bool:
+    """Whether torch has a CPU kernel that reads this form as it is."""
+    if matrix.kind == "int8":
+        return True
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return matrix.kind == "int4" and wide and matrix.rows % _TILE == 0

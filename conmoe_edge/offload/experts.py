@@ -11,25 +11,28 @@ without prototype adds its constant or nothing; an index outside the router's sl
 ``conmoe_experts_forward`` has the signature of every function in transformers' registry of experts
 functions, and works for each architecture that uses that registry. Every prototype computes once,
 on all its tokens; contributions are added in fp32 in the order of the prototype numbers. That order
-and the rule for the number format do not depend on how many prototypes are resident, so neither
-does the result.
+and the rule for the arithmetic do not depend on how many prototypes are resident, so neither does
+the result.
+
+One token on a CPU takes a way of its own: a handful of numbers is quicker to merge in Python than
+by tensor operations, and all its prototypes that are there compute in one call.
 
 Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T,
-H].
+H]; below ``MANY_ROWS`` tokens the outputs of all their prototypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.model.experts import add_constants, expert_forward, merge_routes, sum_dtype
-from conmoe_edge.offload.arithmetic import compute_dtype
+from conmoe_edge.model.experts import add_constants, merge_routes, sum_dtype
+from conmoe_edge.offload.arithmetic import MANY_ROWS
+from conmoe_edge.offload.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.runtime import Runtime
@@ -57,6 +60,24 @@ class LayerHandle:
     constants: Tensor | None = None
     constant_of: Tensor | None = None
     runtime: Runtime | None = None
+    _targets: list[int] = field(default_factory=list)
+    _factors: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._targets = self.slot_map.tolist()
+        self._factors = [] if self.scales is None else self.scales.tolist()
+
+    def merge_one(self, slots: list[int], gates: list[float]) -> dict[int, float]:
+        """Prototype number -> weight for the slots of one token, in the order of the numbers: ``merge_routes`` for
+        a single row, by plain numbers.
+        """
+        weights: dict[int, float] = {}
+        for slot, gate in zip(slots, gates, strict=True):
+            if 0 <= slot < len(self._targets) and self._targets[slot] >= 0:
+                factor = self._factors[slot] if self._factors else 1.0
+                number = self._targets[slot]
+                weights[number] = weights.get(number, 0.0) + gate * factor
+        return dict(sorted(weights.items()))
 
     def to(self, device: torch.device) -> None:
         """Move the tables to where the router's output is."""
@@ -92,21 +113,74 @@ def conmoe_experts_forward(
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
     index = top_k_index.reshape(-1, top_k_index.shape[-1])  # [T, K]
     weights = top_k_weights.reshape(index.shape)  # [T, K]
-    routes = merge_routes(index, weights, handle.slot_map, handle.scales)
-    total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)  # [T, H]
-
-    def add(position: int, parts: Mapping[str, Tensor]) -> None:
-        start, stop = routes.starts[position], routes.starts[position + 1]
-        rows = routes.rows[start:stop]
-        weight = next(iter(parts.values())).dtype
-        dtype = compute_dtype(runtime.machine, hidden.dtype, weight, stop - start)
-        out = expert_forward(
-            self, hidden[rows], runtime.scratch.convert(parts, dtype), dtype
-        )  # [n, H]
-        out = out.to(total.dtype) * routes.weights[start:stop].unsqueeze(1)
-        total.index_add_(0, rows, out)  # a prototype sees a token once, so no two rows collide
-
-    runtime.residency.visit(routes.prototypes, add)
+    if len(hidden) == 1 and hidden.device.type == "cpu":
+        total = _one_token(self, handle, runtime, hidden, index, weights)
+    else:
+        total = _tokens(self, handle, runtime, hidden, index, weights)
     if handle.constants is not None and handle.constant_of is not None:
         add_constants(total, index, weights, handle.constants, handle.constant_of)
     return total.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def _one_token(
+    module: nn.Module,
+    handle: LayerHandle,
+    runtime: Runtime,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """[1, H], [1, K], [1, K] -> [1, H] in the format of the sums."""
+    merged = handle.merge_one(index[0].tolist(), weights[0].tolist())
+    if not merged:
+        return torch.zeros(hidden.shape, dtype=sum_dtype(hidden))
+    numbers = list(merged)
+    experts = runtime.residency.resident(numbers)
+    if experts is not None:
+        out = runtime.arithmetic.one_token(module, experts, hidden)  # [n, H]
+    else:
+        found: list[Tensor] = [hidden] * len(numbers)
+
+        def compute(position: int, expert: StoredExpert) -> None:
+            found[position] = runtime.arithmetic.one_token(module, [expert], hidden)
+
+        runtime.residency.visit(numbers, compute)
+        out = torch.cat(found)
+    alpha = torch.tensor(list(merged.values()), dtype=out.dtype).unsqueeze(1)
+    return (out * alpha).sum(0, keepdim=True)
+
+
+def _tokens(
+    module: nn.Module,
+    handle: LayerHandle,
+    runtime: Runtime,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """[T, H], [T, K], [T, K] -> [T, H] in the format of the sums."""
+    routes = merge_routes(index, weights, handle.slot_map, handle.scales)
+    total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
+
+    def apply(position: int, expert: StoredExpert) -> tuple[Tensor, Tensor]:
+        span = slice(routes.starts[position], routes.starts[position + 1])
+        rows = routes.rows[span]
+        out = runtime.arithmetic.rows(module, expert, hidden[rows])  # [n, H]
+        return rows, out * routes.weights[span].unsqueeze(1)
+
+    if len(hidden) >= MANY_ROWS:  # in the order of the numbers, each added as it comes
+
+        def add(position: int, expert: StoredExpert) -> None:
+            total.index_add_(0, *apply(position, expert))  # a prototype sees a token once
+
+        runtime.residency.visit(routes.prototypes, add, scan=True)
+        return total
+    found = [(routes.rows, hidden)] * len(routes.prototypes)
+
+    def keep(position: int, expert: StoredExpert) -> None:
+        found[position] = apply(position, expert)
+
+    runtime.residency.visit(routes.prototypes, keep)
+    for rows, out in found:
+        total.index_add_(0, rows, out)
+    return total

@@ -1,29 +1,35 @@
 """Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put
 together.
 
-``Residency.visit(numbers, compute)`` calls ``compute(position, parts)`` once for each prototype, in
-the order given, whether all of them are resident or only one slot exists. The order, and with it
-every sum of the caller, is the same at any budget. Reads of what comes next run while the present
-one computes.
+``Residency.visit(numbers, compute)`` calls ``compute(position, expert)`` once for each prototype,
+whether all of them are resident or only one slot exists. Reads of what is missing start before
+anything computes and run on while the present prototype computes.
 
-Each record layout has a pool and a policy of its own (one in almost every model). Device memory:
-the pools, allocated in the constructor. Raises ``PackageError`` from reads and ``OutOfMemory``
-where the pools cannot be had.
+- A decode (``scan=False``) computes what is there first, then what was missing in the order of its
+  reads. So the order depends on what is resident: the caller keeps the outputs by position and adds
+  them in a fixed order.
+- A scan (a chunk of a prompt) computes in the order of ``numbers`` at any budget, and leaves what
+  decode uses where it is.
+
+``resident`` is the short way where nothing has to move; ``prefetch`` reads ahead while no demand
+read is pending. Each record layout has a pool and a policy of its own (one in almost every model).
+Device memory: the pools, which the caller allocated. Raises ``PackageError`` from reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
-from torch import Tensor
-
-from conmoe_edge.checkpoint.manifest import PrototypeEntry
-from conmoe_edge.offload.cache_policy import Load, Pass, SlotCache, pin_order
+from conmoe_edge.checkpoint.manifest import CacheSettings, Manifest
+from conmoe_edge.errors import ConmoeError
+from conmoe_edge.offload.cache_policy import CacheCounts, Load, Pass, SlotCache
+from conmoe_edge.offload.replay import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.slots import SlotPool
+from conmoe_edge.offload.stored_expert import StoredExpert
 from conmoe_edge.offload.transfer import Transfer
 
-Compute = Callable[[int, Mapping[str, Tensor]], None]
+Compute = Callable[[int, StoredExpert], None]
 
 
 class Residency:
@@ -31,41 +37,47 @@ class Residency:
 
     def __init__(
         self,
-        prototypes: Sequence[PrototypeEntry],
+        manifest: Manifest,
         pools: Sequence[SlotPool],
         transfer: Transfer,
+        settings: Sequence[CacheSettings],
     ) -> None:
-        """``pools`` is indexed by layout number; a layout that no prototype uses has a pool
-        without slots.
+        """``pools`` and ``settings`` are indexed by layout number; a layout that no prototype uses
+        has a pool without slots.
         """
-        self._pool_of = [entry.layout for entry in prototypes]
+        self._pool_of = [entry.layout for entry in manifest.prototypes]
         self._pools = tuple(pools)
         self._transfer = transfer
-        self._ready: dict[int, Mapping[str, Tensor]] = {}  # prototypes that stay where they are
+        self.settings = tuple(settings)
+        self._ready: list[StoredExpert | None] = [None] * len(self._pool_of)
         self._resident_hits = 0
         self._record_bytes = [pools[layout].layout.nbytes for layout in self._pool_of]
         self.bytes_read = 0
+        self._demand: set[tuple[int, int]] = set()  # slots that a running visit waits for
+        self._wanted: list[int] = []  # a prefetch that waits for the demand reads
+        # Compute that has returned is over on a CPU only; elsewhere a slot may be given away while it is read.
+        self._direct = all(pool.device.type == "cpu" for pool in self._pools)
         self._caches: list[SlotCache | None] = []
-        for layout, pool in enumerate(self._pools):
-            members = [number for number, of in enumerate(self._pool_of) if of == layout]
-            if not members:
-                self._caches.append(None)
-                continue
-            weights = [prototypes[number].weight for number in members]
-            pins = [members[i] for i in pin_order(weights, pool.slots)]
-            self._caches.append(SlotCache(pool.slots, pins))
+        self._warm: list[tuple[int, ...]] = []
+        for pool, one, table in zip(self._pools, self.settings, tables(manifest), strict=True):
+            assert one.slots == pool.slots, "the settings are for these pools"
+            self._warm.append(warm_order(one, table))
+            self._caches.append(
+                SlotCache(pool.slots, pins_of(one, table), make_policy(one, table))
+                if table.members
+                else None
+            )
+        self.all_resident = not self._pool_of  # once the records are there
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the pins, then what else has a place, in the order of the numbers; each record is
-        read once.
+        """Read the pins, then the heaviest of what else has a place; each record is read once.
 
         ``progress(done, total)`` counts records.
         """
         loads: list[tuple[int, Load]] = []
         for layout, cache in enumerate(self._caches):
             if cache is not None:
-                members = [number for number, of in enumerate(self._pool_of) if of == layout]
-                loads += [(layout, load) for load in cache.fill(members)]
+                loads += [(layout, load) for load in cache.fill(self._warm[layout])]
         loads.sort(key=lambda item: item[1].item)  # file order, near enough
         self._begin(loads)
         for done, (layout, load) in enumerate(loads, start=1):
@@ -80,11 +92,7 @@ class Residency:
                 slot = cache.slot_of(number)
                 assert slot is not None, "a pin has a slot"
                 self._ready[number] = self._pools[layout].parts(slot)
-
-    @property
-    def all_resident(self) -> bool:
-        """True where every prototype has a slot for good."""
-        return len(self._ready) == len(self._pool_of)
+        self.all_resident = all(expert is not None for expert in self._ready)
 
     @property
     def resident_count(self) -> int:
@@ -101,50 +109,153 @@ class Residency:
         """Slots over all pools."""
         return sum(pool.slots for pool in self._pools)
 
-    def visit(self, numbers: Sequence[int], compute: Compute) -> None:
-        """``compute(position, parts)`` for every prototype of ``numbers`` (distinct), in that
-        order.
+    def resident(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
+        """The prototypes of ``numbers`` where none of them has to be read; else ``None``, and ``visit`` is the way.
 
-        ``parts`` are views of a slot; they are valid during the call only.
+        They are valid until the next call of any method. For decode: it counts as use. Without bookkeeping where
+        all of them stay for good; on a CPU also where they happen to be there.
         """
-        ready = self._ready
-        if all(number in ready for number in numbers):
-            for position, number in enumerate(numbers):
-                compute(position, ready[number])
-            self._resident_hits += len(numbers)
+        found = self._staying(numbers)
+        if found is not None or not self._direct:
+            return found
+        self._collect()
+        shares = self._shares(numbers)
+        if any(not cache.has(mine) for _, cache, mine in shares):
+            return None
+        for _, cache, mine in shares:
+            cache.ask(mine)
+        found = []
+        for number in numbers:
+            cache = self._caches[self._pool_of[number]]
+            slot = None if cache is None else cache.slot_of(number)
+            assert slot is not None, "it has a slot, or ``has`` is wrong"
+            found.append(self._pools[self._pool_of[number]].parts(slot))
+        return found
+
+    def visit(self, numbers: Sequence[int], compute: Compute, *, scan: bool = False) -> None:
+        """``compute(position, expert)`` for every prototype of ``numbers`` (distinct): a scan in that order, a
+        decode first what is there.
+
+        ``expert`` is valid during the call only.
+        """
+        staying = self._staying(numbers)
+        if staying is not None:
+            for position, expert in enumerate(staying):
+                compute(position, expert)
             return
+        self._wanted = []  # what it was for has come
         try:
-            self._visit_cached(numbers, compute)
+            self._collect()
+            self._visit_cached(numbers, compute, scan)
         except BaseException:
             # No read may still be writing into a slot that the policy gives away.
             self._transfer.drain()
+            self._demand.clear()
+            self._wanted = []
+            for cache in self._caches:
+                for item in sorted(cache.arriving) if cache is not None else ():
+                    cache.lost(item)  # type: ignore[union-attr]
             raise
 
-    def _visit_cached(self, numbers: Sequence[int], compute: Compute) -> None:
-        passes: list[Pass | None] = [None] * len(self._pools)
-        with ExitStack() as stack:
-            for layout, cache in enumerate(self._caches):
-                wanted = [number for number in numbers if self._pool_of[number] == layout]
-                if cache is not None and wanted:
-                    passes[layout] = stack.enter_context(cache.begin(wanted))
-            running = [(layout, one) for layout, one in enumerate(passes) if one is not None]
-            for position, number in enumerate(numbers):
-                self._begin((layout, load) for layout, one in running for load in one.loads())
-                layout = self._pool_of[number]
-                one = passes[layout]
-                assert one is not None, "every prototype belongs to a pass"
-                slot = one.slot(number)
-                self._transfer.wait((layout, slot))
-                compute(position, self._pools[layout].parts(slot))
-                self._transfer.used((layout, slot))
-                one.finish(number)
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Read what will probably be asked for next, the likeliest first, as far as slots can be given up for it.
 
-    def _begin(self, loads: Iterable[tuple[int, Load]]) -> None:
+        Starts when no demand read is pending, now or in the course of the running visit; a later call or the next
+        visit takes the place of what has not begun.
+        """
+        self._wanted = list(numbers)
+        if not self._demand:
+            self._collect()
+            self._start_prefetch()
+
+    def _staying(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
+        ready = self._ready
+        found = []
+        for number in numbers:
+            expert = ready[number]
+            if expert is None:
+                return None
+            found.append(expert)
+        self._resident_hits += len(found)
+        return found
+
+    def _shares(self, numbers: Sequence[int]) -> list[tuple[int, SlotCache, list[int]]]:
+        """(layout, its cache, what it has to give of ``numbers``), for the caches that have a share."""
+        if len(self._caches) == 1 and self._caches[0] is not None:
+            return [(0, self._caches[0], list(numbers))]
+        shares = []
+        for layout, cache in enumerate(self._caches):
+            mine = [number for number in numbers if self._pool_of[number] == layout]
+            if cache is not None and mine:
+                shares.append((layout, cache, mine))
+        return shares
+
+    def _turns(self, numbers: Sequence[int]) -> list[int]:
+        """Positions in the order of a decode: what is there, what a prefetch is bringing, what is missing."""
+
+        def rank(position: int) -> int:
+            number = numbers[position]
+            cache = self._caches[self._pool_of[number]]
+            assert cache is not None, "every prototype has a cache"
+            if cache.slot_of(number) is None:
+                return 2
+            return 1 if number in cache.arriving else 0
+
+        return sorted(range(len(numbers)), key=rank)
+
+    def _visit_cached(self, numbers: Sequence[int], compute: Compute, scan: bool) -> None:
+        turns = list(range(len(numbers))) if scan else self._turns(numbers)
+        with ExitStack() as stack:
+            passes: dict[int, Pass] = {}
+            for layout, cache, mine in self._shares([numbers[position] for position in turns]):
+                passes[layout] = stack.enter_context(cache.begin(mine, scan=scan))
+            for position in turns:
+                for layout, one in passes.items():
+                    self._begin([(layout, load) for load in one.loads()], demand=True)
+                number = numbers[position]
+                layout = self._pool_of[number]
+                place = (layout, passes[layout].slot(number))
+                self._transfer.wait(place)
+                self._demand.discard(place)
+                cache = self._caches[layout]
+                assert cache is not None, "a pass has a cache"
+                cache.arrived(number)
+                if self._wanted and all(one.complete for one in passes.values()):
+                    self._start_prefetch()
+                compute(position, self._pools[layout].parts(place[1]))
+                self._transfer.used(place)
+                passes[layout].finish(number)
+
+    def _start_prefetch(self) -> None:
+        if self._demand:
+            return
+        wanted, self._wanted = self._wanted, []
+        for layout, cache, mine in self._shares(wanted):
+            self._begin([(layout, load) for load in cache.prefetch(mine)])
+
+    def _collect(self) -> None:
+        """Notice prefetches that are over. One that failed is forgotten: whoever asks for it will be told."""
+        for layout, cache in enumerate(self._caches):
+            for number in sorted(cache.arriving) if cache is not None else ():
+                assert cache is not None
+                slot = cache.slot_of(number)
+                assert slot is not None, "what is arriving has a slot"
+                if not self._transfer.ready((layout, slot)):
+                    continue
+                try:
+                    self._transfer.wait((layout, slot))
+                except ConmoeError:
+                    cache.lost(number)
+                else:
+                    cache.arrived(number)
+
+    def _begin(self, loads: Iterable[tuple[int, Load]], *, demand: bool = False) -> None:
         for layout, load in loads:
             self.bytes_read += self._record_bytes[load.item]
-            self._transfer.load(
-                load.item, (layout, load.slot), self._pools[layout].record(load.slot)
-            )
+            place = (layout, load.slot)
+            if demand:
+                self._demand.add(place)
+            self._transfer.load(load.item, place, self._pools[layout].record(load.slot))
 
     @property
     def hits(self) -> int:
@@ -156,16 +267,22 @@ class Residency:
         """Prototypes that had to be read first."""
         return sum(cache.counts.misses for cache in self._caches if cache)
 
+    @property
+    def prefetched(self) -> tuple[int, int]:
+        """(prototypes read ahead, how many of them were asked for while they were there)."""
+        counts = [cache.counts for cache in self._caches if cache]
+        return sum(one.prefetched for one in counts), sum(one.useful for one in counts)
+
     def reset_counts(self) -> None:
-        """Hits, misses and bytes read start at zero again."""
+        """Hits, misses, prefetches and bytes read start at zero again."""
         self._resident_hits = self.bytes_read = 0
         for cache in self._caches:
             if cache is not None:
-                cache.counts.hits = cache.counts.misses = 0
+                cache.counts = CacheCounts()
 
     def close(self) -> None:
         """Let the device memory go. The transfer belongs to the caller."""
         self._transfer.drain()
-        self._ready = {}
+        self._ready = []
         for pool in self._pools:
             pool.close()

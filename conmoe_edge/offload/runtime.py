@@ -1,7 +1,7 @@
 """The runtime of a loaded package: ``model.conmoe``.
 
 It owns everything that the experts function needs: the files, the cache slots, the transfer, the
-arithmetic's scratch; it knows the budget, counts what happens and can give memory back. Memory on
+arithmetic; it knows the budget, counts what happens and can give memory back. Memory on
 the device: the slot pools, one expert of scratch. Raises ``PackageError`` for damaged records and
 ``OutOfMemory`` where the slots cannot be had.
 """
@@ -19,11 +19,13 @@ from conmoe_edge.checkpoint.manifest import Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
-from conmoe_edge.offload.arithmetic import Machine, Scratch
+from conmoe_edge.offload.arithmetic import Arithmetic
 from conmoe_edge.offload.experts import LayerHandle
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.quota import halved
+from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.residency import Residency
+from conmoe_edge.offload.routing import settings_for
 from conmoe_edge.offload.slots import SlotPool
 from conmoe_edge.offload.store import RecordStore
 from conmoe_edge.offload.transfer import DirectTransfer, StagedTransfer, Transfer
@@ -45,6 +47,12 @@ class RuntimeStats:
             a GPU).
         memory_budget: the budget's ceiling; ``None`` where none was given.
         device: ``cpu``, ``cuda:0``.
+        disk_bytes, host_bytes: the parts of ``bytes_read`` that came from the disk, and from the
+            tier in host memory.
+        waited_seconds: that computing stood still for records.
+        read_mode: how the disk is read: ``buffered`` or ``direct``.
+        policy: who stays in the slots, by name.
+        kernel: what computes a few rows.
     """
 
     hits: int
@@ -57,6 +65,12 @@ class RuntimeStats:
     memory_used: int
     memory_budget: int | None
     device: str
+    disk_bytes: int = 0
+    host_bytes: int = 0
+    waited_seconds: float = 0.0
+    read_mode: str = ""
+    policy: str = ""
+    kernel: str = ""
 
     @property
     def resident_share(self) -> float:
@@ -86,6 +100,7 @@ class Runtime:
         context: int,
         prefill_chunk: int,
         slots: Sequence[int],
+        cache_policy: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Allocate the slots and read what they hold.
@@ -99,6 +114,7 @@ class Runtime:
             context: tokens that the key-value cache is planned for.
             prefill_chunk: most tokens of one forward.
             slots: cache slots of every record layout.
+            cache_policy: instead of what the package's trace finds best.
             progress: called with (records read, records to read) at start.
         """
         self.folder = folder
@@ -107,13 +123,14 @@ class Runtime:
         self.budget = budget
         self.context = context
         self.prefill_chunk = prefill_chunk
-        self.machine = Machine.here(device)
         if device.type == "cpu":
             return_large_blocks()
-        self.scratch = Scratch(device)
+        self.arithmetic = Arithmetic(device)
+        self._process = psutil.Process()
         self.closed = False
         self._before = (0, 0, 0)  # hits, misses, bytes of residencies that were given up
         self._slots = tuple(slots)
+        self._cache_policy = cache_policy
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
@@ -139,6 +156,7 @@ class Runtime:
     def stats(self) -> RuntimeStats:
         """The counters and what is held now."""
         hits, misses, read = self._before
+        moved = self._transfer.counts
         return RuntimeStats(
             hits=hits + self.residency.hits,
             misses=misses + self.residency.misses,
@@ -150,12 +168,19 @@ class Runtime:
             memory_used=self._memory_used(),
             memory_budget=None if self.budget is None else self.budget.device_bytes,
             device=str(self.device),
+            disk_bytes=moved.disk_bytes,
+            host_bytes=moved.host_bytes,
+            waited_seconds=moved.waited_seconds,
+            read_mode=self._store.mode,
+            policy=", ".join(sorted({one.policy for one in self.residency.settings})),
+            kernel=self.arithmetic.name,
         )
 
     def reset_stats(self) -> None:
         """Count from zero."""
         self._before = (0, 0, 0)
         self.residency.reset_counts()
+        self._transfer.counts.reset()
 
     def retreat(self) -> bool:
         """After memory ran out: go on with half the slots. False where nothing can be given up.
@@ -214,11 +239,17 @@ class Runtime:
                 if fewer is None:
                     raise
                 self._slots = fewer
-        residency = Residency(self.manifest.prototypes, pools, self._transfer)
+        settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
+        residency = Residency(self.manifest, pools, self._transfer, settings)
+        choose_read_mode(
+            self._store,
+            stays=residency.resident_count == len(self.manifest.prototypes),
+            spare_bytes=free_memory(),
+        )
         residency.preload(progress)
         return residency
 
     def _memory_used(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.memory_reserved(self.device)
-        return psutil.Process().memory_info().rss
+        return self._process.memory_info().rss

@@ -14,7 +14,6 @@ as well. Raises ``OutOfMemory`` where the pool cannot be had.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.manifest import RecordLayout
 from conmoe_edge.checkpoint.records import view
 from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.offload.stored_expert import StoredExpert
 from conmoe_edge.units import gib
 
 _PAGE = 4096
@@ -42,7 +42,7 @@ class SlotPool:
         self.device = device
         self.nbytes = slots * layout.nbytes
         self._memory: Tensor | None = _allocate(self.nbytes, device)
-        self._views: list[Mapping[str, Tensor] | None] = [None] * slots
+        self._experts: list[StoredExpert | None] = [None] * slots
 
     def record(self, slot: int) -> Tensor:
         """The raw bytes of a slot: uint8 [record bytes]."""
@@ -50,17 +50,16 @@ class SlotPool:
         start = slot * self.layout.nbytes
         return self._memory[start : start + self.layout.nbytes]
 
-    def parts(self, slot: int) -> Mapping[str, Tensor]:
-        """The typed tensors of the record in a slot, by parameter name; views, made once a slot."""
-        views = self._views[slot]
-        if views is None:
-            views = view(self.layout, self.record(slot))
-            self._views[slot] = views
-        return views
+    def parts(self, slot: int) -> StoredExpert:
+        """The record in a slot as compute takes it; views, made once a slot."""
+        expert = self._experts[slot]
+        if expert is None:
+            expert = self._experts[slot] = StoredExpert(view(self.layout, self.record(slot)))
+        return expert
 
     def close(self) -> None:
         """Give the memory back; views that are still held keep it alive."""
-        self._views = []
+        self._experts = []
         self._memory = None
 
 
@@ -75,9 +74,9 @@ def _allocate(nbytes: int, device: torch.device) -> Tensor:
     return host_buffer(nbytes)
 
 
-def host_buffer(nbytes: int) -> Tensor:
-    """Page-aligned, touched uint8 memory on the host, outside the C heap: what is given back goes
-    back to the system.
+def host_buffer(nbytes: int, *, touch: bool = True) -> Tensor:
+    """Page-aligned uint8 memory on the host, outside the C heap: what is given back goes back to
+    the system. Without ``touch`` it takes memory only as it is written to.
     """
     try:
         mapping = mmap.mmap(-1, nbytes, **_PRIVATE)
@@ -86,7 +85,8 @@ def host_buffer(nbytes: int) -> Tensor:
     if nbytes >= _HUGE_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
-    memory[::_PAGE] = 0
+    if touch:
+        memory[::_PAGE] = 0
     return memory
 
 

@@ -1,20 +1,29 @@
-"""The rule for the number format, and the scratch."""
+"""The rule for an expert's products, and every path it chooses from against plain products."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import pytest
 import torch
 
-from conmoe_edge.offload.arithmetic import WIDE_FROM_ROWS, Machine, Scratch, compute_dtype
+from conmoe_edge.checkpoint.records import SCALE, decode
+from conmoe_edge.model.experts import expert_forward, find_experts, part_names
+from conmoe_edge.offload import arithmetic
+from conmoe_edge.offload.arithmetic import MANY_ROWS, Arithmetic, Machine, Scratch, compute_dtype
+from conmoe_edge.offload.stored_expert import StoredExpert
+from tests.families import tiny_model
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = Machine("cpu", native_bf16=False)
+CPU = torch.device("cpu")
+MODELS = ("olmoe", "gpt_oss")  # plain; transposed, biased, with a gate of its own
 
 
 def test_many_rows_are_widened_without_bf16_instructions() -> None:
-    assert compute_dtype(PLAIN, BF16, BF16, WIDE_FROM_ROWS) == FP32
-    assert compute_dtype(PLAIN, BF16, BF16, WIDE_FROM_ROWS - 1) == BF16
+    assert compute_dtype(PLAIN, BF16, BF16, MANY_ROWS) == FP32
+    assert compute_dtype(PLAIN, BF16, BF16, MANY_ROWS - 1) == BF16
 
 
 def test_processors_with_bf16_and_gpus_compute_as_loaded() -> None:
@@ -30,22 +39,101 @@ def test_a_model_in_fp32_computes_in_fp32() -> None:
         assert compute_dtype(machine, FP32, BF16, 1) == FP32
 
 
-def test_scratch_converts_exactly_and_is_used_again() -> None:
-    scratch = Scratch(torch.device("cpu"))
-    first = {"a": torch.randn(7, 5).bfloat16(), "b": torch.randn(3).bfloat16()}
-    wide = scratch.convert(first, FP32)
-    assert all(torch.equal(wide[name], first[name].float()) for name in first)
-    assert all(part.data_ptr() % 64 == 0 for part in wide.values())
-    where = wide["a"].data_ptr()
+def test_scratch_is_used_again_and_aligned() -> None:
+    scratch = Scratch(CPU)
+    first = scratch.matrix(7, 5, FP32).fill_(1)
+    assert first.data_ptr() % 64 == 0
     with torch.inference_mode():
-        again = scratch.convert({"a": first["a"] * 2}, FP32)
-    assert again["a"].data_ptr() == where
-    assert scratch.convert(first, BF16) is first
+        again = scratch.matrix(5, 7, BF16)
+        again.fill_(2)
+    assert again.data_ptr() == first.data_ptr()
+    assert scratch.matrix(5, 7, BF16).add_(1).sum() == 3 * 35  # outside of inference mode again
 
 
-def test_scratch_can_be_written_after_inference_mode() -> None:
-    scratch = Scratch(torch.device("cpu"))
-    parts = {"a": torch.ones(4).bfloat16()}
-    with torch.inference_mode():
-        scratch.convert(parts, FP32)
-    assert scratch.convert(parts, FP32)["a"].sum() == 4
+@pytest.fixture(params=["operator", "torch"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled operator, and as on a machine without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(arithmetic, "operator", lambda: None)
+        monkeypatch.setattr("conmoe_edge.offload.stored_expert.operator", lambda: None)
+    elif arithmetic.operator() is None:
+        pytest.skip("no compiler here")
+    return request.param
+
+
+def stored_experts(name: str, precision: str, dtype: torch.dtype) -> tuple[Any, list[StoredExpert]]:
+    """An experts module, and its first experts as records of this precision hold them."""
+    from conmoe_edge.checkpoint.quantise import best_kind, quantise
+
+    torch.manual_seed(3)
+    model = tiny_model(name, dtype=dtype)
+    module: Any = next(iter(find_experts(model).values()))[1]
+    found = []
+    for expert in range(4):
+        parts = {n: getattr(module, n)[expert].detach() for n in part_names(module)}
+        held: dict[str, torch.Tensor] = {}
+        for n, part in parts.items():
+            if precision == "source" or n.endswith("_bias"):
+                held[n] = part.contiguous()
+                continue
+            weight = part.T if module.is_transposed else part
+            kind = best_kind(*weight.shape, precision)
+            matrix = quantise(weight, kind)
+            held[n], held[n + SCALE] = matrix.values, matrix.scales
+        found.append(StoredExpert(held))
+    return module, found
+
+
+def reference(module: Any, expert: StoredExpert, hidden: torch.Tensor) -> torch.Tensor:
+    parts = decode(expert.parts, FP32, module.is_transposed)
+    return expert_forward(module, hidden.float(), {n: t.float() for n, t in parts.items()})
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["source", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rows", [1, 3, MANY_ROWS + 2])
+def test_every_path_is_the_plain_product(
+    how: str, name: str, precision: str, dtype: torch.dtype, rows: int
+) -> None:
+    module, experts = stored_experts(name, precision, dtype)
+    hidden = torch.randn(rows, module.config.hidden_size)
+    hidden = hidden.to(dtype)
+    compute = Arithmetic(CPU)
+    close = 2e-5 if dtype == FP32 and (precision == "source" or how == "operator") else 0.03
+    for expert in experts:
+        expected = reference(module, expert, hidden)
+        got = compute.rows(module, expert, hidden)
+        assert got.dtype == FP32
+        assert (got - expected).abs().max() <= close * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["source", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_experts_together_are_experts_alone(
+    how: str, name: str, precision: str, dtype: torch.dtype
+) -> None:
+    """To the last bit: what is resident decides who computes together, and must not show."""
+    module, experts = stored_experts(name, precision, dtype)
+    hidden = torch.randn(1, module.config.hidden_size).to(dtype)
+    compute = Arithmetic(CPU)
+    together = compute.one_token(module, experts, hidden)
+    for position, expert in enumerate(experts):
+        alone = compute.one_token(module, [expert], hidden)
+        assert torch.equal(alone[0], together[position])
+
+
+def test_mixed_precisions_together(how: str) -> None:
+    module, eights = stored_experts("olmoe", "int8", BF16)
+    _, fours = stored_experts("olmoe", "int4", BF16)
+    mixed = [eights[0], fours[1], eights[2], fours[3]]
+    hidden = torch.randn(1, module.config.hidden_size).bfloat16()
+    compute = Arithmetic(CPU)
+    together = compute.one_token(module, mixed, hidden)
+    for position, expert in enumerate(mixed):
+        assert torch.equal(compute.one_token(module, [expert], hidden)[0], together[position])
+
+
+def test_the_report_says_what_computes(how: str) -> None:
+    assert Arithmetic(CPU).name.startswith("native" if how == "operator" else "torch")

@@ -151,4 +151,4 @@ def test_slots_are_aligned(folder: Path) -> None:
     pool = model.conmoe.residency._pools[0]
     for slot in range(pool.slots):
         assert pool.record(slot).data_ptr() % 4096 == 0
-        assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).values())
+        assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())

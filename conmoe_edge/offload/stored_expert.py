@@ -1,0 +1,57 @@
+"""One prototype as it lies in its cache slot: the record's tensors, and their addresses for the operator.
+
+Made once a slot, when the slot is first computed with; what a slot holds changes, where its parts lie does not.
+Memory: nothing beside the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from conmoe_edge.checkpoint.records import SCALE, matrix_of
+from conmoe_edge.offload.native import Form, Prepared, operator
+
+_BIAS = "_bias"
+
+
+class StoredExpert:
+    """The parts of a record by name: views of the slot's bytes.
+
+    Attributes:
+        parts: every tensor of the record.
+        prepared: the weight matrices that the operator can take, by parameter name.
+        quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
+        forms: what two experts must have in common to be computed in one call; ``None`` without the operator.
+        nbytes: of the weights.
+    """
+
+    __slots__ = ("forms", "nbytes", "parts", "prepared", "quantised")
+
+    def __init__(self, parts: Mapping[str, Tensor]) -> None:
+        self.parts = parts
+        names = [name for name in parts if not name.endswith((SCALE, _BIAS))]
+        self.quantised = any(name + SCALE in parts for name in names)
+        self.nbytes = sum(part.numel() * part.element_size() for part in parts.values())
+        self.prepared: dict[str, Prepared] = {}
+        engine = operator() if all(part.device.type == "cpu" for part in parts.values()) else None
+        if engine is not None:
+            for name in names:
+                found = engine.prepare(matrix_of(parts, name))
+                if found is not None:
+                    self.prepared[name] = found
+        whole = len(self.prepared) == len(names)
+        self.forms: tuple[Form, ...] | None = (
+            tuple(one.form for one in self.prepared.values()) if whole else None
+        )
+
+    def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:
+        """Whether the operator computes this expert of ``module`` for activations in ``hidden``.
+
+        Plain weights of a model in fp32 stay with torch, so that such a model gives transformers' own numbers.
+        """
+        if self.forms is None or hidden == torch.float64:
+            return False
+        return self.quantised or (hidden != torch.float32 and not module.is_transposed)

@@ -1,11 +1,13 @@
 """Records: one expert as one run of bytes, so that it is one read, one copy and one cache slot.
 
-``make_layout`` decides where each part lies; ``pack`` writes tensors into a record; ``view`` and
+``make_layout`` decides where each part lies; ``encode`` brings an expert into the forms of a layout
+and ``decode`` brings it back; ``pack`` writes tensors into a record; ``view`` and
 ``pool_views`` look at the bytes of one record, or of a pool of them, as typed tensors without
 copying. Parts start 64-aligned (vector loads), records are multiples of 4096 bytes (direct reads,
 page-sized copies). Padding is zero, so equal experts give equal bytes.
 
-Peak memory: the record itself. Raises ``ValueError`` for tensors that do not match the layout,
+Peak memory: the record itself; one expert in the form or dtype asked for. Raises ``ValueError``
+for tensors that do not match the layout,
 which is a mistake of the caller; damaged layouts on disk are caught by ``manifest_io``.
 """
 
@@ -16,7 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from conmoe_edge.checkpoint.dtypes import CODES, nbytes_of, torch_dtype
+from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE
 from conmoe_edge.checkpoint.manifest import RecordLayout, RecordPart
+from conmoe_edge.checkpoint.quantise import Matrix, quantise, stored
 from conmoe_edge.units import round_up
 
 PART_ALIGNMENT = 64
@@ -37,6 +41,56 @@ def make_layout(
         placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
         end = offset + nbytes
     return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+
+
+def encode(
+    layout: RecordLayout, weights: Mapping[str, torch.Tensor], transposed: bool
+) -> dict[str, torch.Tensor]:
+    """One expert in the forms of a layout.
+
+    Args:
+        layout: which weights are quantised (those with scales) and the number format of the others.
+        weights: the expert's tensors by parameter name, as its module keeps them.
+        transposed: whether that is [in, out]; a quantised weight is [out, in] always.
+    """
+    parts = {part.name: part for part in layout.parts}
+    found: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        if name + SCALE in parts:
+            weight = weights[name].T if transposed else weights[name]
+            matrix = quantise(weight, KIND_OF_VALUES[part.dtype])
+            assert matrix.scales is not None
+            found[name], found[name + SCALE] = matrix.values, matrix.scales
+        elif name not in found:
+            found[name] = weights[name].to(_dtype(part))
+    return found
+
+
+def decode(
+    parts: Mapping[str, torch.Tensor], dtype: torch.dtype, transposed: bool
+) -> dict[str, torch.Tensor]:
+    """One expert's tensors by parameter name, as a module keeps them: quantised weights in ``dtype``,
+    everything else as it is.
+    """
+    found = {}
+    for name, tensor in parts.items():
+        if name.endswith(SCALE):
+            continue
+        if name + SCALE in parts:
+            wide = matrix_of(parts, name).dequantise(dtype)
+            found[name] = wide.T if transposed else wide
+        else:
+            found[name] = tensor
+    return found
+
+
+def matrix_of(parts: Mapping[str, torch.Tensor], name: str) -> Matrix:
+    """The weight ``name`` among the parts of a record, in its stored form; shares the record's memory."""
+    scales = parts.get(name + SCALE)
+    if scales is None:
+        return stored("plain", parts[name], None)
+    kind = KIND_OF_VALUES[str(parts[name].dtype).removeprefix("torch.")]
+    return stored(kind, parts[name], scales)
 
 
 def pack(

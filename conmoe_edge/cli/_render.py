@@ -100,7 +100,7 @@ def _needs(plan: Plan) -> Table:
     table.add_row(Text(f"  Needed {where}", style="bold"), Text(name, style="bold"), "")
     for term in plan.terms:
         table.add_row(Text(f"  {term.name}"), size(term.nbytes), Text(term.note))
-    used = plan.chosen.slots * plan.chosen.record_bytes
+    used = plan.chosen.resident_bytes
     table.add_row(
         Text("  Left for prototypes"),
         size(plan.left_for_prototypes),
@@ -155,7 +155,7 @@ def _candidates(plan: Plan) -> RenderableType:
         if speeds:
             speed = candidate.tokens_per_second
             cells.append(
-                "?" if speed is None else f"≤{speed:.1f}" if speed < 10 else f"≤{speed:.0f}"
+                "?" if speed is None else f"~{speed:.1f}" if speed < 10 else f"~{speed:.0f}"
             )
         style = "bold" if chosen else "dim" if candidate.verdict == "too big" else ""
         table.add_row(

@@ -36,7 +36,7 @@ class Journal:
         statistics: layer -> ``LayerStatistics`` as JSON.
         decisions: layer -> slot records as JSON.
         files: file of the package -> size and checksum.
-        offsets: record -> (file, offset).
+        records: record -> (file, offset, kind of layout).
         receipt: the quality receipt, once it is there.
         seconds: time by part over all runs.
     """
@@ -47,7 +47,7 @@ class Journal:
     statistics: dict[str, Any] = field(default_factory=dict)
     decisions: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
-    offsets: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Journal:
             "statistics",
             "decisions",
             "files",
-            "offsets",
+            "records",
             "receipt",
             "seconds",
         )

@@ -38,10 +38,12 @@ from conmoe_edge.checkpoint.manifest import (
 from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.checkpoint.records import make_layout, view
 from conmoe_edge.checkpoint.sidefiles import copy_side_files
-from conmoe_edge.checkpoint.writer import TensorSource, write_dense
+from conmoe_edge.checkpoint.writer import write_dense
 from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.clock import Clock
+from conmoe_edge.compress.dense import Dequantised, dense_sources
 from conmoe_edge.compress.distance import distances
+from conmoe_edge.compress.importance import RowSample, gains, load_sample, save_sample, widest
 from conmoe_edge.compress.journal import Journal
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.methods.interface import Decision, ScopeView
@@ -56,6 +58,7 @@ from conmoe_edge.compress.stream import (
     sequence_logits,
 )
 from conmoe_edge.compress.taps import IMPLEMENTATION, MappedTap, RoutedTap, attach, register
+from conmoe_edge.compress.trace import RoutingRecorder
 from conmoe_edge.compress.weights import (
     LayerWeights,
     LoadedLayer,
@@ -67,8 +70,10 @@ from conmoe_edge.compress.weights import (
 )
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.model.bridge import targets_of
+from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
-from conmoe_edge.plan.levers import kept, scopes
+from conmoe_edge.plan.levers import PRECISIONS, kept, record_parts, scopes, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,8 @@ class Job:
     rate: float
     scope: int
     precision: str
+    wide_prototypes: int
+    dense_precision: str
     train: TokenSet
     held_out: TokenSet
     device: torch.device
@@ -124,10 +131,12 @@ class Consolidation:
             self.journal.done if self.journal.phase in ("calibrate", "receipt") else 0
         )
         self._progress = progress
+        self._kinds = PRECISIONS[job.precision].kinds
         self._layers = len(job.anatomy.layers)
         self._scope_of = {
             layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
         }
+        self._routing = RoutingRecorder({"held_out": job.held_out, "train": job.train})
         self._done_here = 0
         self._layers_began = 0.0
 
@@ -137,7 +146,7 @@ class Consolidation:
             if self.journal.phase == "prepare":
                 self._prepare(reader)
             if self.journal.phase == "calibrate":
-                self._calibrate(self._streamed(self.job.index, reader))
+                self._calibrate(self._streamed(reader))
             if self.journal.phase == "receipt":
                 self._receipt()
         return self._manifest()
@@ -146,7 +155,7 @@ class Consolidation:
 
     def _prepare(self, reader: ShardReader) -> None:
         self._progress(Progress("write", 0, self._layers, "dense weights"))
-        model = self._streamed(self.job.index, reader)
+        model = self._streamed(reader)
         dense = [
             key
             for layer in (None, *range(self._layers))
@@ -155,7 +164,7 @@ class Consolidation:
         ]
         with self.clock.part("write"):
             for written in write_dense(
-                self.package, [TensorSource.of(reader[key]) for key in dense]
+                self.package, dense_sources(reader, dense, self._in_int8(model))
             ):
                 self._note(written)
             for written in copy_side_files(self.job.index.folder, self.package):
@@ -182,9 +191,14 @@ class Consolidation:
                 if index in model.experts:
                     self._decide(model.experts[index][1], index)
             self._layer_done("calibrate", index, streams)
+        layers = tuple(layer.index for layer in self.job.anatomy.moe_layers)
+        routing = self._routing.write(self.work, self.package, layers)
+        if routing is not None:
+            self._note(routing)
         self.journal.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
         self._done_here = 0
         self._save("receipt", 0)
+        self._routing.drop(self.work, layers)
         self.journal.drop_hidden("calibrate", self._layers)
 
     def _statistics(self, model: StreamedModel, index: int, streams: Mapping[str, Stream]) -> None:
@@ -192,15 +206,23 @@ class Consolidation:
         if index in model.experts:
             module = model.experts[index][1]
             tap = RoutedTap()
+            tap.routing = self._routing
+            self._routing.start_layer()
             attach(module, tap)
         start = time.perf_counter()
         for name in ("train", "held_out"):
             if tap is not None:
                 experts = self._experts(index)
                 tap.tracker = StatisticsTracker(experts.count) if name == "train" else None
+                self._routing.start_set(name)
+                tap.sample = self._sample(experts) if name == "train" else None
             run_layer(model, index, streams[name], tap)
             if tap is not None and tap.tracker is not None:
                 self.journal.statistics[str(index)] = tap.tracker.result().to_json()
+            if tap is not None and tap.sample is not None:
+                save_sample(self._sample_file(index), tap.sample.tensors())
+        if tap is not None:
+            self._routing.save_layer(self.work, index)
         inside = 0.0 if tap is None else tap.seconds
         self.clock.add("experts", inside)
         self.clock.add("attention", time.perf_counter() - start - inside)
@@ -208,7 +230,8 @@ class Consolidation:
     def _decide(self, module: nn.Module, index: int) -> None:
         """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts."""
         scope = self._scope_of[index]
-        layout = self._layout(index)
+        source = self._layout(index, "source")
+        transposed = self._experts(index).transposed
         here = LoadedLayer(module)
         pool = pool_of(self.job.anatomy, scope)
         if index != scope[-1]:
@@ -216,22 +239,27 @@ class Consolidation:
             with self.clock.part("write"):
                 write_experts(
                     self._scratch(index),
-                    layout,
-                    own,
+                    [(expert, source) for expert in own],
                     ScopeWeights({index: here}, matrix_views(module)),
+                    transposed=transposed,
                 )
             return
         layers: dict[int, LayerWeights] = {index: here}
-        earlier = [ScratchLayer(self._scratch(layer), layout) for layer in scope[:-1]]
+        earlier = [ScratchLayer(self._scratch(layer), source) for layer in scope[:-1]]
         layers.update(zip(scope[:-1], earlier, strict=True))
         weights = ScopeWeights(layers, matrix_views(module))
         decision = self._decision(pool, weights)
+        with self.clock.part("precision"):
+            kinds = self._kinds_of(module, scope, pool, decision, weights)
         with self.clock.part("write"):
             path = self.package / f"prototypes-{scope[0]:05d}.safetensors"
-            written = write_experts(path, layout, decision.prototypes, weights)
+            layouts = {kind: self._layout(index, kind) for kind in self._kinds}
+            records = [(expert, layouts[kind]) for expert, kind in kinds.items()]
+            written = write_experts(path, records, weights, transposed=transposed)
         self._note(written)
-        for name, offset in written.offsets.items():
-            self.journal.offsets[name] = [written.name, offset]
+        for expert, kind in kinds.items():
+            name = record_name(expert)
+            self.journal.records[name] = [written.name, written.offsets[name], kind]
         for expert, record in zip(pool, decision.slots, strict=True):
             rows = self.journal.decisions.setdefault(str(expert.layer), [])
             rows.append(
@@ -260,14 +288,52 @@ class Consolidation:
         scope = ScopeView(tuple(pool), contribution, gates, measure)
         return METHODS[self.job.method](scope, kept(len(pool), self.job.rate))
 
+    def _kinds_of(
+        self,
+        module: nn.Module,
+        scope: Sequence[int],
+        pool: Sequence[ExpertId],
+        decision: Decision,
+        weights: ScopeWeights,
+    ) -> dict[ExpertId, str]:
+        """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
+        if len(self._kinds) == 1:
+            return dict.fromkeys(decision.prototypes, self._kinds[0])
+        wide, narrow = self._kinds
+        every = scopes(self.job.anatomy, self.job.scope)
+        counts = [kept(len(pool_of(self.job.anatomy, one)), self.job.rate) for one in every]
+        count = spread(self.job.wide_prototypes, counts)[every.index(tuple(scope))]
+        found = gains(
+            module,
+            decision.prototypes,
+            decision.slots,
+            pool,
+            {layer: load_sample(self._sample_file(layer)) for layer in scope},
+            weights,
+            (self._layout(scope[0], wide), self._layout(scope[0], narrow)),
+            compute_dtype(self.job.device, getattr(torch, self.job.anatomy.dtype)),
+            self.job.device,
+        )
+        chosen = widest(found, count)
+        return {
+            expert: wide if position in chosen else narrow
+            for position, expert in enumerate(decision.prototypes)
+        }
+
+    def _sample(self, experts: ExpertsAnatomy) -> RowSample | None:
+        """Where the precision is mixed: hidden rows to measure it on."""
+        if len(self._kinds) == 1:
+            return None
+        return RowSample(experts.count, self.job.anatomy.hidden_size)
+
     # -- 3. the package, layer by layer --------------------------------------------------------------------------
 
     def _receipt(self) -> None:
         index = CheckpointIndex.open(self.package)
-        files = sorted({file for file, _ in self.journal.offsets.values()})
+        files = sorted({file for file, _, _ in self.journal.records.values()})
         records = index_files(self.package, files)
         with ShardReader(index) as dense, ShardReader(records) as prototypes:
-            package = self._streamed(index, dense)
+            package = self._streamed(Dequantised(dense))
             streams = self._open_streams(package, {"held_out": self.job.held_out}, "receipt")
             for layer in range(self.journal.done, self._layers):
                 self._announce("receipt", layer)
@@ -292,34 +358,49 @@ class Consolidation:
 
     def _mapped(self, layer: int, reader: ShardReader) -> MappedTap:
         slots = self._slots(layer)
-        layout = self._layout(layer)
         parts = {}
         for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
             record = reader[record_name(expert)][...]
+            layout = self._layout(layer, self.journal.records[record_name(expert)][2])
             parts[expert] = {
                 name: part.to(self.job.device) for name, part in view(layout, record).items()
             }
         return MappedTap(slots, parts, None)
 
     def _compare(self, package: StreamedModel, after: Stream) -> dict[str, Any]:
-        """Both hidden states through the package's norm and head, which are the original's own bytes."""
+        """The hidden states of both through norm and head: the original's, and the package's.
+
+        Where nothing dense is quantised these are the same bytes, and are loaded once.
+        """
         hidden = self.journal.load_hidden("original", 0)["held_out"]
         tokens = self.job.held_out
         tracker = ReceiptTracker(tokens)
-        for row in range(tokens.ids.shape[0]):
-            before = sequence_logits(package, tokens, hidden, row)
-            tracker.add(row, before, sequence_logits(package, tokens, after.hidden, row))
+        with ShardReader(self.job.index) as reader:
+            original = package
+            if self.job.dense_precision != "source":
+                original = self._streamed(reader)
+                original.load_outside()
+            for row in range(tokens.ids.shape[0]):
+                before = sequence_logits(original, tokens, hidden, row)
+                tracker.add(row, before, sequence_logits(package, tokens, after.hidden, row))
         return tracker.result()
+
+    def _in_int8(self, model: StreamedModel) -> frozenset[str]:
+        """The dense weights that the package stores in int8."""
+        if self.job.dense_precision == "source":
+            return frozenset()
+        targets = targets_of(model.model, self.job.index.tensors)
+        return frozenset(quantisable_weights(model.model, targets))
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def _streamed(self, index: CheckpointIndex, reader: ShardReader) -> StreamedModel:
+    def _streamed(self, reader: Mapping[str, Any]) -> StreamedModel:
         source = getattr(torch, self.job.anatomy.dtype)
         experts = self.job.anatomy.moe_layers[0].experts
         assert experts is not None
         model = StreamedModel(
             self.job.config,
-            list(index.tensors),
+            list(reader),
             lambda keys: {key: reader[key] for key in keys},
             dtype=compute_dtype(self.job.device, source),
             experts_dtype=getattr(torch, experts.parts[0].dtype),
@@ -352,8 +433,9 @@ class Consolidation:
             self._save(phase, index + 1)
             self.journal.drop_hidden(phase, index)
             if index in self._scope_of and index == self._scope_of[index][-1]:
-                for layer in self._scope_of[index][:-1]:
+                for layer in self._scope_of[index]:
                     self._scratch(layer).unlink(missing_ok=True)
+                    self._sample_file(layer).unlink(missing_ok=True)
         self._done_here += 1
 
     def _save(self, phase: str, done: int) -> None:
@@ -385,17 +467,16 @@ class Consolidation:
     def _scratch(self, layer: int) -> Path:
         return self.work / f"experts-{layer:05d}.safetensors"
 
+    def _sample_file(self, layer: int) -> Path:
+        return self.work / f"sample-{layer:05d}.safetensors"
+
     def _experts(self, layer: int) -> ExpertsAnatomy:
         experts = self.job.anatomy.layers[layer].experts
         assert experts is not None
         return experts
 
-    def _layout(self, layer: int) -> RecordLayout:
-        dtype = {"bf16": "bfloat16"}.get(self.job.precision)
-        return make_layout(
-            [(part.name, part.shape, dtype or part.dtype) for part in self._experts(layer).parts],
-            self.job.precision,
-        )
+    def _layout(self, layer: int, kind: str) -> RecordLayout:
+        return make_layout(record_parts(self._experts(layer), kind), kind)
 
     def _statistics_of(self, layer: int) -> LayerStatistics:
         return LayerStatistics.from_json(self.journal.statistics[str(layer)])
@@ -417,11 +498,11 @@ class Consolidation:
                     carried[record.prototype] = carried.get(record.prototype, 0.0) + gates
         layouts: list[RecordLayout] = []
         entries = []
-        for expert in sorted(_expert_of(name) for name in self.journal.offsets):
-            layout = self._layout(expert.layer)
+        for expert in sorted(_expert_of(name) for name in self.journal.records):
+            file, offset, kind = self.journal.records[record_name(expert)]
+            layout = self._layout(expert.layer, kind)
             if layout not in layouts:
                 layouts.append(layout)
-            file, offset = self.journal.offsets[record_name(expert)]
             weight = carried.get(expert, 0.0) / total
             entries.append(PrototypeEntry(expert, file, offset, layouts.index(layout), weight))
         return Manifest(
@@ -430,6 +511,7 @@ class Consolidation:
             rate=self.job.rate,
             scope=self.job.scope,
             precision=self.job.precision,
+            dense_precision=self.job.dense_precision,
             layouts=tuple(layouts),
             prototypes=tuple(entries),
             slots=slots,

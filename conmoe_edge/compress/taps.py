@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.records import decode
+from conmoe_edge.compress.importance import RowSample
 from conmoe_edge.compress.statistics import StatisticsTracker
+from conmoe_edge.compress.trace import RoutingRecorder
 from conmoe_edge.model.experts import (
     add_constants,
     expert_forward,
@@ -42,16 +45,20 @@ class Tap:
 
 
 class RoutedTap(Tap):
-    """The layer's own experts. Gathers statistics where a tracker is set."""
+    """The layer's own experts. Gathers statistics where a tracker is set, and hidden rows where a sample is."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tracker: StatisticsTracker | None = None
+        self.routing: RoutingRecorder | None = None
+        self.sample: RowSample | None = None
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Every expert on the tokens that the router sent to it."""
         names = part_names(module)
         experts = getattr(module, names[0]).shape[0]
+        if self.routing is not None:
+            self.routing.add(index, experts)
         out = torch.zeros_like(hidden)
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)
@@ -71,6 +78,10 @@ class RoutedTap(Tap):
                 self.tracker.add(
                     expert, gates, value, None if self.keep is None else self.keep[rows]
                 )
+            if self.sample is not None:
+                self.sample.add(
+                    expert, gates, hidden[rows], None if self.keep is None else self.keep[rows]
+                )
             out.index_add_(0, rows, (value * gates.unsqueeze(-1)).to(out.dtype))
         return out
 
@@ -80,7 +91,8 @@ class MappedTap(Tap):
 
     Args:
         slots: one record a router slot.
-        prototypes: the parts of every prototype that the layer uses.
+        prototypes: the parts of every prototype that the layer uses, as their records hold them; quantised ones are
+            expanded one at a time.
         constants: [n, H] fp32, or ``None``.
     """
 
@@ -109,7 +121,10 @@ class MappedTap(Tap):
         for position, number in enumerate(routes.prototypes):
             span = slice(routes.starts[position], routes.starts[position + 1])
             rows = routes.rows[span]
-            value = expert_forward(module, hidden[rows], self._parts[self._order[number]])
+            parts = decode(
+                self._parts[self._order[number]], hidden.dtype, bool(module.is_transposed)
+            )
+            value = expert_forward(module, hidden[rows], parts)
             out.index_add_(
                 0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype)
             )

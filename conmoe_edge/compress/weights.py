@@ -19,7 +19,7 @@ from conmoe_edge.checkpoint.files import WrittenFile
 from conmoe_edge.checkpoint.index import index_files
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.records import pack, view
+from conmoe_edge.checkpoint.records import encode, pack, view
 from conmoe_edge.checkpoint.writer import write_records
 from conmoe_edge.model.experts import part_names
 
@@ -193,20 +193,19 @@ def record_name(expert: ExpertId) -> str:
 
 
 def write_experts(
-    path: Path, layout: RecordLayout, experts: Sequence[ExpertId], weights: ScopeWeights
+    path: Path,
+    records: Sequence[tuple[ExpertId, RecordLayout]],
+    weights: ScopeWeights,
+    *,
+    transposed: bool,
 ) -> WrittenFile:
-    """Experts as records, one buffer for all of them. Values are converted where the layout's precision says so."""
-    buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+    """Experts as records, each in the forms of its layout; one buffer for all, one expert quantised at a time."""
+    sizes = {record_name(expert): layout.nbytes for expert, layout in records}
+    buffer = torch.empty(max(sizes.values()), dtype=torch.uint8)
 
-    def records():
-        for expert in experts:
-            parts = weights.parts(expert)
-            tensors = {
-                part.name: parts[part.name].to(getattr(torch, part.dtype)).cpu()
-                for part in layout.parts
-            }
-            yield record_name(expert), pack(layout, tensors, buffer)
+    def packed():
+        for expert, layout in records:
+            tensors = encode(layout, weights.parts(expert), transposed)
+            yield record_name(expert), pack(layout, tensors, buffer[: layout.nbytes])
 
-    return write_records(
-        path, {record_name(expert): layout.nbytes for expert in experts}, records()
-    )
+    return write_records(path, sizes, packed())

@@ -106,6 +106,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         context=context,
         prefill_chunk=memory.prefill_chunk,
         slots=memory.slots,
+        cache_policy=options.cache_policy,
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]

@@ -27,13 +27,15 @@ class ExpertPart:
 class ExpertsAnatomy:
     """The routed experts of one decoder layer.
 
-    ``module`` is the path of the module that holds the fused weights, ``parts`` are in record order.
+    ``module`` is the path of the module that holds the fused weights, ``parts`` are in record order; ``transposed``
+    where its projections are [in, out] instead of [out, in].
     """
 
     module: str
     count: int
     top_k: int
     parts: tuple[ExpertPart, ...]
+    transposed: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -59,6 +61,19 @@ class LayerAnatomy:
     index: int
     dense_bytes: int
     experts: ExpertsAnatomy | None
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMatrix:
+    """The weight of a linear layer outside the routed experts that may be stored in fewer bits.
+
+    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it.
+    """
+
+    layer: int | None
+    rows: int
+    columns: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,8 @@ class ModelAnatomy:
         layers: every decoder layer in order, dense ones included.
         outside_bytes: embeddings, final norm, head and whatever else is not in a decoder layer.
         kv: cache layers, one a decoder layer, from transformers' own cache classes.
+        dense_matrices: what ``--dense-precision`` may store in fewer bits; part of the dense bytes.
+        dense_precision: how they are stored (``plan/dense.py`` makes the anatomy for another one than ``source``).
     """
 
     model_type: str
@@ -102,6 +119,8 @@ class ModelAnatomy:
     layers: tuple[LayerAnatomy, ...]
     outside_bytes: int
     kv: tuple[KVLayer, ...]
+    dense_matrices: tuple[DenseMatrix, ...] = ()
+    dense_precision: str = "source"
 
     @property
     def moe_layers(self) -> tuple[LayerAnatomy, ...]:

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.anatomy import (
+    DenseMatrix,
     ExpertPart,
     ExpertsAnatomy,
     KVLayer,
@@ -26,6 +27,7 @@ from conmoe_edge.model.anatomy import (
     ModelAnatomy,
 )
 from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import no_experts
 
 _SHAPES_ONLY = "conmoe_shapes"
@@ -99,8 +101,8 @@ def _assemble(
     for key, target in targets.items():
         if target in fused:
             expert_dtypes[target] = facts[key].dtype
-        elif target.startswith(f"{prefix}."):
-            dense[int(target[len(prefix) + 1 :].split(".", 1)[0])] += facts[key].nbytes
+        elif (layer := _layer_of(target, prefix)) is not None:
+            dense[layer] += facts[key].nbytes
         else:
             outside += facts[key].nbytes
     top_k = _top_k(text)
@@ -121,7 +123,18 @@ def _assemble(
         layers=tuple(anatomy),
         outside_bytes=outside,
         kv=_weigh_cache(model),
+        dense_matrices=tuple(
+            DenseMatrix(_layer_of(key, prefix), *shape, facts[key].nbytes)
+            for key, shape in quantisable_weights(model, targets).items()
+        ),
     )
+
+
+def _layer_of(target: str, prefix: str) -> int | None:
+    """The decoder layer of a parameter, ``None`` for one outside of them."""
+    if not target.startswith(f"{prefix}."):
+        return None
+    return int(target[len(prefix) + 1 :].split(".", 1)[0])
 
 
 def _experts_anatomy(
@@ -137,7 +150,7 @@ def _experts_anatomy(
         parts.append(
             ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize)
         )
-    return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts))
+    return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
 
 
 def _top_k(text: PretrainedConfig) -> int:

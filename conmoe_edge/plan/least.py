@@ -95,6 +95,7 @@ def _at_least(
         context=context,
         prototypes=candidate.prototypes,
         record_bytes=candidate.record_bytes,
+        pool_bytes=candidate.pool_bytes,
     ).least_bytes
     return place(
         anatomy,
@@ -103,6 +104,7 @@ def _at_least(
         context=context,
         prototypes=candidate.prototypes,
         record_bytes=candidate.record_bytes,
+        pool_bytes=candidate.pool_bytes,
     )
 
 

@@ -1,15 +1,18 @@
 """The levers: precision, reduction rate with scope, and the sizes that follow from them.
 
-``record_bytes``, ``scopes`` and ``kept`` are the one definition of these quantities: the plan
-counts with them, the consolidation selects with them and the package is written with them.
+``record_parts``, ``scopes``, ``kept`` and ``spread`` are the one definition of these quantities: the
+plan counts with them, the consolidation selects with them and the package is written with them.
 Raises ``UsageError`` for a lever set to nonsense.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from conmoe_edge.checkpoint.forms import Part, best_kind, quantised_parts
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.units import round_up
@@ -27,62 +30,124 @@ AUTO_RATE_LIMIT = 0.5
 # they are opt-in.
 AUTO_SCOPE = 1
 
-# How mild a precision is: smaller comes first. ``None`` bits keep what the checkpoint has.
-_TORCH_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
+_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """How the numbers of a prototype are stored.
+    """How the numbers of the prototypes are stored, mildest first in ``PRECISIONS``.
 
-    ``bits`` a weight (``None``: the checkpoint's own), and ``scale_bytes`` for each group of
-    ``group`` weights of a matrix row where the precision has scales (``group`` 0: none).
+    ``kinds`` are the record layouts of a package in this precision: one, or two where the
+    prototypes that lose most by the second are stored in the first (mixed precision).
     """
 
     name: str
-    bits: int | None
-    group: int = 0
-    scale_bytes: int = 0
+    kinds: tuple[str, ...]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are records of two kinds."""
+        return len(self.kinds) == 2
 
 
-PRECISIONS = {one.name: one for one in (Precision("source", None), Precision("bf16", 16))}
+PRECISIONS = {
+    name: Precision(name, tuple(name.split("+")))
+    for name in ("source", "bf16", "bf16+int8", "int8", "int8+int4", "int4")
+}
+_UNASKED = ("bf16", "int8", "int8+int4", "int4")
+"""What is looked at beyond the checkpoint's own numbers when nothing was asked for."""
 
 
 def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
-    """The precisions to look at, mildest first: the one asked for, or all that need no asking."""
-    if asked == "auto":
-        widest = max(_TORCH_BITS.get(part.dtype, 0) for part in _all_parts(anatomy))
-        return ("source", "bf16") if widest > 16 else ("source",)
-    if asked not in PRECISIONS:
-        names = ", ".join(PRECISIONS)
-        raise UsageError(
-            f"{asked!r} is not a precision.", f"there are auto, {names}", "--precision auto"
-        )
-    return (asked,)
+    """The precisions to look at, mildest first: the one asked for, or all that need no asking.
+
+    Of those, one that makes no record smaller than the milder ones do is left out.
+    """
+    if asked != "auto":
+        if asked not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise UsageError(
+                f"{asked!r} is not a precision.", f"there are auto, {names}", "--precision auto"
+            )
+        return (asked,)
+    found = ["source"]
+    before = _record_sizes(anatomy, "source")
+    for name in _UNASKED:
+        kinds = PRECISIONS[name].kinds
+        sizes = _record_sizes(anatomy, kinds[-1])
+        milder_is_there = len(kinds) == 1 or kinds[0] in found
+        if milder_is_there and any(one < other for one, other in zip(sizes, before, strict=True)):
+            found.append(name)
+            if not PRECISIONS[name].mixed:
+                before = sizes
+    return tuple(found)
 
 
 def keeps_weights(anatomy: ModelAnatomy, precision: str) -> bool:
     """Whether a prototype in this precision is bit for bit the checkpoint's expert."""
-    return precision == "source" or all(part.dtype == "bfloat16" for part in _all_parts(anatomy))
+    if precision == "source":
+        return True
+    parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
+    return precision == "bf16" and all(part.dtype == "bfloat16" for part in parts)
 
 
-def part_bytes(part: ExpertPart, precision: str) -> int:
-    """Bytes of one part of a record."""
-    kind = PRECISIONS[precision]
-    if kind.bits is None:
-        return part.nbytes
-    numel = math.prod(part.shape)
-    rows = math.prod(part.shape[:-1])
-    scales = rows * -(-part.shape[-1] // kind.group) * kind.scale_bytes if kind.group else 0
-    return -(-numel * kind.bits // 8) + scales
+def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
+    """The tensors of a record of one ``kind`` (a precision that is not mixed) in order: name, shape,
+    number format.
+
+    A quantised projection is [out, in] also where the module keeps it transposed, and has its
+    scales behind it; a projection whose shape int4 cannot take is int8. Biases are small and stay
+    as they are.
+    """
+    parts: list[Part] = []
+    for part in experts.parts:
+        if kind in ("int8", "int4") and len(part.shape) == 2:
+            rows, columns = reversed(part.shape) if experts.transposed else part.shape
+            wished: Literal["int8", "int4"] = "int8" if kind == "int8" else "int4"
+            parts += quantised_parts(part.name, rows, columns, best_kind(rows, columns, wished))
+        else:
+            dtype = "bfloat16" if kind == "bf16" else part.dtype
+            parts.append((part.name, part.shape, dtype))
+    return tuple(parts)
 
 
-def record_bytes(experts: ExpertsAnatomy, precision: str) -> int:
+def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:
     """Bytes of one record: the parts in order, starts 64-aligned, the whole a multiple of 4096."""
     end = 0
-    for part in experts.parts:
-        end = round_up(end, PART_ALIGNMENT) + part_bytes(part, precision)
+    for _, shape, dtype in record_parts(experts, kind):
+        end = round_up(end, PART_ALIGNMENT) + math.prod(shape) * _BYTES[dtype]
     return round_up(end, RECORD_ALIGNMENT)
+
+
+def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
+    """``total`` wide records over scopes of ``counts`` prototypes: evenly, what is left to the
+    first, none more than it has.
+
+    More in all is never less in one scope.
+    """
+    given = [0] * len(counts)
+    left = min(total, sum(counts))
+    while left:
+        open_scopes = [i for i, count in enumerate(counts) if given[i] < count]
+        step = min(counts[i] - given[i] for i in open_scopes)
+        step = min(step, left // len(open_scopes))
+        if step == 0:
+            for i in open_scopes[:left]:
+                given[i] += 1
+            break
+        for i in open_scopes:
+            given[i] += step
+        left -= step * len(open_scopes)
+    return tuple(given)
 
 
 def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
@@ -129,7 +194,5 @@ def check_scope(scope: int) -> int:
     return scope
 
 
-def _all_parts(anatomy: ModelAnatomy) -> tuple[ExpertPart, ...]:
-    return tuple(
-        part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts
-    )
+def _record_sizes(anatomy: ModelAnatomy, kind: str) -> tuple[int, ...]:
+    return tuple(record_bytes(layer.experts, kind) for layer in anatomy.moe_layers if layer.experts)

@@ -53,26 +53,32 @@ def place(
     context: int,
     prototypes: int,
     record_bytes: int,
+    pool_bytes: int,
     wanted_share: float = 0.0,
 ) -> Placement:
     """Divide ``device_bytes``; ``wanted_share`` of the prototypes are made resident before the
     workspace may grow.
 
-    The floor is one slot a MoE layer (or one a prototype, where there are fewer prototypes than
-    layers).
+    A slot holds the largest record, ``record_bytes``, unless all ``prototypes`` have one: those take
+    ``pool_bytes``. The floor is one slot a MoE layer (or one a prototype, where there are fewer
+    prototypes than layers).
     """
+
+    def nbytes(slots: int) -> int:
+        return pool_bytes if slots == prototypes else min(slots * record_bytes, pool_bytes)
+
     floor = min(prototypes, len(anatomy.moe_layers))
     fixed = sum(term.nbytes for term in fixed_terms(anatomy, device, context, record_bytes))
     smallest_chunk = min(MIN_CHUNK, context)
     smallest = workspace_bytes(anatomy, device, context, smallest_chunk)
     largest = workspace_bytes(anatomy, device, context, min(MAX_CHUNK, context))
     left = device_bytes - fixed
-    least = fixed + smallest + floor * record_bytes
+    least = fixed + smallest + nbytes(floor)
 
     wanted = max(floor, wanted_slots(prototypes, wanted_share))
-    workspace = min(max(left // _WORKSPACE_DIVISOR, smallest), largest)
+    workspace = _workspace(left, smallest, largest)
     for slots in (prototypes, wanted, floor):
-        spare = left - slots * record_bytes
+        spare = left - nbytes(slots)
         if spare >= smallest:
             workspace = min(workspace, spare)
             break
@@ -82,10 +88,27 @@ def place(
         terms=device_terms(anatomy, device, context, record_bytes, workspace, chunk),
         prefill_chunk=chunk,
         left_for_prototypes=remaining,
-        slots=max(0, min(prototypes, remaining // record_bytes)),
+        slots=prototypes if remaining >= pool_bytes else max(0, remaining // record_bytes),
         fits=device_bytes >= least,
         least_bytes=least,
     )
+
+
+def room_beside_workspace(
+    anatomy: ModelAnatomy, device: DeviceKind, device_bytes: int, context: int, record_bytes: int
+) -> int:
+    """Bytes for prototypes where none of them has to give way to the workspace nor it to them; below
+    0 where there is no room.
+    """
+    fixed = sum(term.nbytes for term in fixed_terms(anatomy, device, context, record_bytes))
+    smallest = workspace_bytes(anatomy, device, context, min(MIN_CHUNK, context))
+    largest = workspace_bytes(anatomy, device, context, min(MAX_CHUNK, context))
+    left = device_bytes - fixed
+    return left - _workspace(left, smallest, largest)
+
+
+def _workspace(left: int, smallest: int, largest: int) -> int:
+    return min(max(left // _WORKSPACE_DIVISOR, smallest), largest)
 
 
 def wanted_slots(prototypes: int, share: float) -> int:

@@ -28,8 +28,10 @@ class Term:
 class Candidate:
     """One combination of the levers and what the plan thinks of it.
 
-    ``resident_share`` is the share of the prototypes that the slots hold at once; ``verdict`` is one word
-    (``chosen``, ``fits``, ``slow``, ``too big``), ``reason`` a sentence that a user reads.
+    ``record_bytes`` is the largest record's. ``resident_share`` is the share of the prototypes that the slots hold at
+    once; ``verdict`` is one word (``chosen``, ``fits``, ``slow``, ``too big``), ``reason`` a sentence for the user.
+    ``wide_prototypes`` of the prototypes have the wider kind of a mixed precision (``levers.spread`` says which scopes
+    they belong to), 0 in every other precision.
     """
 
     precision: str
@@ -43,6 +45,12 @@ class Candidate:
     tokens_per_second: float | None
     verdict: str
     reason: str
+    wide_prototypes: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the slots: all records where each has one, else slots of the largest."""
+        return min(self.slots * self.record_bytes, self.pool_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class Plan:
         disk_bytes: size of the package.
         scratch_bytes: disk that the run needs beside the package while it works.
         prefer: what ties and the floor of residency were decided by.
+        dense_precision: how the linear layers outside the routed experts are stored.
     """
 
     budget: Budget
@@ -74,10 +83,9 @@ class Plan:
     disk_bytes: int
     scratch_bytes: int
     prefer: Preference
+    dense_precision: str = "source"
 
     @property
     def device_bytes_used(self) -> int:
         """The terms plus the slots of the chosen candidate."""
-        return (
-            sum(term.nbytes for term in self.terms) + self.chosen.slots * self.chosen.record_bytes
-        )
+        return sum(term.nbytes for term in self.terms) + self.chosen.resident_bytes

@@ -1,0 +1,110 @@
+"""What a plan says of each of its candidates: one word, and a sentence that a user reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
+from conmoe_edge.plan.options import Option, Wishes
+from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.units import human_size
+
+_KIND_WORDS = {
+    "source": "as they are",
+    "bf16": "in bf16",
+    "int8": "at 8 bits",
+    "int4": "at 4 bits",
+}
+
+
+def explain(
+    anatomy: ModelAnatomy, budget: Budget, option: Option, chosen: Option, wishes: Wishes
+) -> Candidate:
+    """Give a candidate its verdict and the sentence behind it."""
+    candidate = option.candidate
+    if not option.placement.fits:
+        needs = human_size(option.placement.least_bytes)
+        return replace(
+            candidate, verdict="too big", reason=f"needs {needs} even with one slot per layer"
+        )
+    if option is chosen:
+        return replace(
+            candidate, verdict="chosen", reason=_why_chosen(anatomy, budget, option, wishes)
+        )
+    enough = candidate.resident_share >= wishes.min_resident - 1e-9
+    if option.pointless and enough and wishes.fast_enough(candidate.tokens_per_second):
+        wide, narrow = PRECISIONS[candidate.precision].kinds
+        reason = f"leaves no room for a prototype {_KIND_WORDS[wide]}, so it is {narrow}"
+        return replace(candidate, verdict="fits", reason=reason)
+    if not option.meets:
+        return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate, wishes))
+    if not option.allowed:
+        reason = f"would do, but you asked for {percent(chosen.candidate.rate)}"
+    elif candidate.rate > chosen.candidate.rate:
+        reason = "would do, but removes more than is needed"
+    else:
+        reason = "would do, but with fewer bits than are needed"
+    return replace(candidate, verdict="fits", reason=reason)
+
+
+def is_unchanged(anatomy: ModelAnatomy, candidate: Candidate) -> bool:
+    """Whether the model runs as it is: every expert kept, bit for bit, and resident."""
+    whole = candidate.rate == 0.0 and candidate.slots == candidate.prototypes
+    kept = anatomy.dense_precision == "source" and keeps_weights(anatomy, candidate.precision)
+    return whole and kept
+
+
+def percent(share: float) -> str:
+    """``37.5 %``, ``80 %``; a share below 1 is never rounded up to it."""
+    value = min(share * 100, 99.9) if share < 1 else 100.0
+    return f"{value:.1f} %" if value > 99 and share < 1 else f"{value:.3g} %"
+
+
+def stored_words(candidate: Candidate) -> str:
+    """How the prototypes are stored, for a sentence: ``at 8 bits``."""
+    kinds = PRECISIONS[candidate.precision].kinds
+    if len(kinds) == 1:
+        return _KIND_WORDS[kinds[0]]
+    few, all_of_them = candidate.wide_prototypes, candidate.prototypes
+    others = _KIND_WORDS[kinds[1]]
+    return (
+        f"with {few:,} of {all_of_them:,} prototypes {_KIND_WORDS[kinds[0]]}, the others {others}"
+    )
+
+
+def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, wishes: Wishes) -> str:
+    candidate = option.candidate
+    if wishes.rate is not None and wishes.rate > 0:
+        asked = f"you asked for {percent(candidate.rate)}"
+        return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate, wishes)}"
+    if is_unchanged(anatomy, candidate):
+        terms = sum(term.nbytes for term in option.placement.terms)
+        used = human_size(terms + candidate.resident_bytes)
+        return f"fits unchanged: {used} of {human_size(budget.device_bytes)}, nothing is removed"
+    if option.meets and candidate.rate == 0.0 and candidate.slots == candidate.prototypes:
+        return f"fits {stored_words(candidate)}, nothing is removed"
+    if option.meets:
+        share = wishes.min_resident
+        wish = f"at least {percent(share)} resident" if share < 1 else "every prototype resident"
+        if wishes.speed_floor is not None:
+            floor = f"{wishes.speed_floor:g} tokens/s within reach"
+            wish = floor if wishes.min_resident == 0 else f"{wish} and {floor}"
+        return f"the mildest with {wish}"
+    if wishes.rate is not None:
+        return f"you asked for {percent(candidate.rate)}; {_shortcoming(budget, candidate, wishes)}"
+    return f"the most that is removed unasked; {_shortcoming(budget, candidate, wishes)}"
+
+
+def _shortcoming(budget: Budget, candidate: Candidate, wishes: Wishes) -> str:
+    """Why a candidate that fits is called slow."""
+    share = candidate.resident_share
+    if share < wishes.min_resident - 1e-9:
+        origin = "from the disk" if budget.device == "cpu" else "over PCIe"
+        rest = "most experts come" if share < 0.5 else "the rest comes"
+        return f"{percent(share)} resident: {rest} {origin}"
+    return (
+        f"about {candidate.tokens_per_second or 0:.1f} tokens/s by the bandwidths, "
+        f"below the {wishes.speed_floor or 0:g} asked for"
+    )

@@ -1,0 +1,77 @@
+"""The dense part of a package on its way into a model: int8 weights find their place, bf16 weights their fast products.
+
+``take_quantised`` works on the meta model, before any weight is read: where the package has a weight in int8, an
+``EdgeLinear`` with room for values and scales stands in its layer's place, and ``from_pretrained`` fills both by name.
+``finish_dense`` runs when the weights are there. Peak memory: one weight twice. Raises ``PackageError`` where the
+package has int8 weights that the model has no linear layer for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from conmoe_edge.checkpoint.dense import quantised_names
+from conmoe_edge.checkpoint.index import CheckpointIndex
+from conmoe_edge.errors import CheckpointError, PackageError
+from conmoe_edge.offload.arithmetic import Machine
+from conmoe_edge.offload.dense import DenseProducts, EdgeLinear, into_one_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAST_FROM_BYTES = 1 << 20
+"""Below this a product is over before the way of computing it matters."""
+
+
+def take_quantised(
+    model: PreTrainedModel, folder: Path, products: DenseProducts
+) -> tuple[str, ...]:
+    """Make room in a meta model for the int8 weights of the package in ``folder``; their names."""
+    again = (
+        "Make the package again with conmoe-edge fit, or copy it again from where it came from."
+    )
+    try:
+        names = quantised_names(CheckpointIndex.open(folder).tensors)
+    except CheckpointError as error:
+        raise PackageError(error.what, error.why, again) from error
+    linears = {path: one for path, one in model.named_modules() if type(one) is nn.Linear}
+    for name in names:
+        path, _, last = name.rpartition(".")
+        if last != "weight" or path not in linears:
+            raise PackageError(
+                f"The package in {folder} does not match its config.json.",
+                f"{name} is stored in int8, but the model has no linear layer there",
+                again,
+            )
+        model.set_submodule(path, EdgeLinear(linears[path], products, int8=True), strict=True)
+    return names
+
+
+def finish_dense(
+    model: PreTrainedModel, products: DenseProducts, *, least_bytes: int = FAST_FROM_BYTES
+) -> None:
+    """Give large bf16 weights on a CPU without bf16 instructions the products that suit it, and put the weights that
+    every token reads into one place.
+
+    A model in fp32 is left alone: transformers' own products are right for it.
+    """
+    machine = products.machine
+    if machine.device != "cpu":
+        return
+    if not machine.native_bf16:
+        for path, module in list(model.named_modules()):
+            weight = module.weight if type(module) is nn.Linear else None
+            if weight is None or weight.dtype != torch.bfloat16:
+                continue
+            if weight.numel() * weight.element_size() >= least_bytes:
+                model.set_submodule(path, EdgeLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
+    into_one_place(one for one in model.modules() if isinstance(one, EdgeLinear))
+
+
+def products_for(device: torch.device) -> DenseProducts:
+    """How dense products run on ``device``."""
+    return DenseProducts(Machine.here(device))

@@ -204,7 +204,7 @@ class Arithmetic:
             matrix = matrix_of(expert.parts, name)
             assert matrix.scales is not None
             if matrix.kind == "int8":
-                y = torch._weight_int8pack_mm(x, matrix.values, matrix.scales)
+                y = torch.ops.aten._weight_int8pack_mm(x, matrix.values, matrix.scales)
             else:
                 kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
                 y = kernel(x, matrix.values, matrix.group, matrix.scales)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.staged import StagedFolder
 from conmoe_edge.errors import CalibrationError, UsageError
+from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
@@ -103,18 +104,20 @@ class _Levers:
     rate: float | Literal["auto"]
     scope: int | Literal["auto"]
     precision: str
+    dense_precision: str
     prefer: Preference
     min_resident: float | None
 
-    def plan(self, anatomy: ModelAnatomy, tokens: int = CALIBRATION_TOKENS) -> Plan:
-        """Decide for a model."""
+    def plan(self, anatomy: ModelAnatomy, folder: Path, tokens: int = CALIBRATION_TOKENS) -> Plan:
+        """Decide for a model whose package will lie in ``folder``, or on the same disk."""
         return make_plan(
             anatomy,
-            resolve_budget(self.budget, self.device),
+            resolve_budget(self.budget, self.device, meter=Meter(folder)),
             context=self.context,
             rate=self.rate,
             scope=self.scope,
             precision=self.precision,
+            dense_precision=self.dense_precision,
             prefer=self.prefer,
             min_resident=self.min_resident,
             calibration_tokens=tokens,
@@ -130,6 +133,7 @@ def plan(
     rate: float | Literal["auto"] = "auto",
     scope: int | Literal["auto"] = "auto",
     precision: str = "auto",
+    dense_precision: str = "source",
     prefer: Preference = "quality",
     min_resident: float | None = None,
     revision: str | None = None,
@@ -143,6 +147,8 @@ def plan(
         device: where the package will run; ``auto`` takes the GPU if this machine has one.
         context: tokens that the key-value cache must hold.
         rate, scope, precision: force a lever instead of leaving it to the plan.
+        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
+            routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         revision: branch, tag or commit of a hub model.
@@ -154,11 +160,13 @@ def plan(
     """
     from conmoe_edge.model.bridge import read_config
 
-    levers = _Levers(budget, device, context, rate, scope, precision, prefer, min_resident)
+    levers = _Levers(
+        budget, device, context, rate, scope, precision, dense_precision, prefer, min_resident
+    )
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
     anatomy = _anatomy(read_config(str(found.path)), headers)
-    return PlanReport(found.hub_id or found.name, anatomy, levers.plan(anatomy))
+    return PlanReport(found.hub_id or found.name, anatomy, levers.plan(anatomy, Path()))
 
 
 def fit(
@@ -171,6 +179,7 @@ def fit(
     rate: float | Literal["auto"] = "auto",
     scope: int | Literal["auto"] = "auto",
     precision: str = "auto",
+    dense_precision: str = "source",
     prefer: Preference = "quality",
     min_resident: float | None = None,
     revision: str | None = None,
@@ -207,6 +216,7 @@ def fit(
     from conmoe_edge.compress.pipeline import Consolidation, Job, Progress
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.offload.routing import planned_cache
 
     if method not in METHODS:
         raise UsageError(
@@ -214,7 +224,9 @@ def fit(
         )
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
-    levers = _Levers(budget, device, context, rate, scope, precision, prefer, min_resident)
+    levers = _Levers(
+        budget, device, context, rate, scope, precision, dense_precision, prefer, min_resident
+    )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)
     index = CheckpointIndex.open(source.path)
@@ -223,7 +235,7 @@ def fit(
         config, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
     )
     tokens = calibration_tokens or CALIBRATION_TOKENS
-    report = PlanReport(source.hub_id or source.name, anatomy, levers.plan(anatomy, tokens))
+    report = PlanReport(source.hub_id or source.name, anatomy, levers.plan(anatomy, Path(out), tokens))
     if on_plan is not None:
         on_plan(report)
     if report.plan.unchanged and rate == "auto":
@@ -239,6 +251,7 @@ def fit(
         "rate": rate,
         "scope": scope,
         "precision": precision,
+        "dense_precision": dense_precision,
         "prefer": prefer,
         "min_resident": min_resident,
         "method": method,
@@ -264,6 +277,8 @@ def fit(
             rate=chosen.rate,
             scope=chosen.scope,
             precision=chosen.precision,
+            dense_precision=report.plan.dense_precision,
+            wide_prototypes=chosen.wide_prototypes,
             train=train,
             held_out=held_out,
             device=target,
@@ -277,6 +292,9 @@ def fit(
         )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
+        with run.clock.part("cache"):
+            cache = planned_cache(staged.path, manifest, report.plan.left_for_prototypes)
+        manifest = replace(manifest, cache=cache)
         started = time.perf_counter()
         tell(Progress("verify", 0, 1, "package"))
         save_manifest(staged.path, manifest)
@@ -294,6 +312,7 @@ def load(
     budget: str | Budget | None = None,
     device: str | None = None,
     context: int | None = None,
+    cache_policy: str | None = None,
 ) -> PreTrainedModel:
     """Open a package: a transformers model whose ``generate`` works, inside the budget.
 
@@ -302,6 +321,8 @@ def load(
         budget: as for ``plan``; by default what the package was planned for.
         device: ``cpu`` or ``cuda``; by default what the budget says.
         context: tokens that the key-value cache must hold; by default what was planned.
+        cache_policy: who goes when a cache slot is wanted: ``lru``, ``layer-lru``, ``lfru``, ``pins``; by default what
+            would have had the most hits on the calibration's routing. Changes speed only.
 
     Raises:
         PackageError: the folder is no package, or it is damaged.
@@ -311,7 +332,9 @@ def load(
 
     if isinstance(budget, str):
         budget = resolve_budget(budget, device if device in ("cpu", "cuda") else "auto")  # type: ignore[arg-type]
-    return load_package(Path(path), budget=budget, device=device, context=context)
+    return load_package(
+        Path(path), budget=budget, device=device, context=context, cache_policy=cache_policy
+    )
 
 
 def _anatomy(config: PretrainedConfig, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:

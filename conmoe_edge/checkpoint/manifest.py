@@ -7,6 +7,7 @@ A package folder holds (docs/architecture.md, "The package"):
 - ``dense-*.safetensors`` + ``model.safetensors.index.json``: all tensors outside the routed experts, own names
 - ``prototypes-*.safetensors``: one uint8 tensor per record (see ``records.py``)
 - ``constants.safetensors``: only where slots have constants: tensor ``constants.<layer>`` [n, hidden] in fp32
+- ``routing.safetensors``: the router's choices for some calibration sequences (see ``compress/trace.py``)
 - tokenizer, generation config, chat template, licence
 """
 
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "conmoe.json"
+ROUTING_FILE = "routing.safetensors"
 UNCHANGED = "unchanged"
 """``Manifest.method`` of a model that fits as it is: its own files, linked, and no prototypes."""
 
@@ -73,16 +75,40 @@ class PrototypeEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """Who stays in the cache slots of one record layout (``offload/replay.py`` chooses).
+
+    Attributes:
+        slots: the number of slots that this was chosen for.
+        policy: ``lru``, ``layer-lru``, ``lfru`` or ``pins``.
+        pin_share: largest share of the slots that pins may take; 0 without pins.
+        quotas: slots of every group of layers that share prototypes, in the order of their first layers; empty
+            where the policy has none.
+        predicted_hit: share of the requests that found their prototype in the replay; ``None`` without a replay.
+        candidates: the same for everything that was tried, by name.
+    """
+
+    slots: int
+    policy: str
+    pin_share: float = 0.0
+    quotas: tuple[int, ...] = ()
+    predicted_hit: float | None = None
+    candidates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of ``conmoe.json``.
 
     Attributes:
         source: name, revision, fingerprint of the model that was consolidated.
         method, rate, scope, precision: the levers.
+        dense_precision: how linear layers outside the routed experts are stored: ``source``, or ``int8`` (``dense.py``).
         layouts: record layouts; ``PrototypeEntry.layout`` is an index into them.
         prototypes: sorted by ``id``; position = prototype number.
         slots: decoder layer -> one ``SlotRecord`` per router slot.
         files: file name -> {"size": int, "sha256": str}.
+        cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/receipt.py``).
     """
 
@@ -97,5 +123,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     plan: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
+    cache: tuple[CacheSettings, ...] = ()
+    dense_precision: str = "source"
     tool_version: str = ""
     format_version: int = FORMAT_VERSION

@@ -23,6 +23,7 @@ from conmoe_edge.checkpoint.index import CONFIG_FILE, read_json_object
 from conmoe_edge.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    CacheSettings,
     ExpertId,
     Manifest,
     PrototypeEntry,
@@ -88,6 +89,7 @@ def to_json(manifest: Manifest) -> bytes:
     }
     value: dict[str, Any] = {
         "constants": constants,
+        "dense_precision": manifest.dense_precision,
         "files": manifest.files,
         "format_version": manifest.format_version,
         "layouts": [
@@ -131,6 +133,18 @@ def to_json(manifest: Manifest) -> bytes:
         "source": manifest.source,
         "tool_version": manifest.tool_version,
     }
+    if manifest.cache:  # left out where there is none, as in packages from before there was any
+        value["cache"] = [
+            {
+                "candidates": one.candidates,
+                "pin_share": one.pin_share,
+                "policy": one.policy,
+                "predicted_hit": one.predicted_hit,
+                "quotas": list(one.quotas),
+                "slots": one.slots,
+            }
+            for one in manifest.cache
+        ]
     try:
         return _text(value).encode()
     except (TypeError, ValueError) as error:
@@ -249,18 +263,32 @@ def _build(parsed: ManifestJson) -> Manifest:
     }
     files = {name: facts.model_dump() for name, facts in sorted(parsed.files.items())}
     _check_prototypes(prototypes, layouts, slots, files)
+    if parsed.cache and len(parsed.cache) != len(layouts):
+        raise _Wrong("the cache settings are not one a layout")
     return Manifest(
         source=parsed.source,
         method=parsed.method,
         rate=parsed.rate,
         scope=parsed.scope,
         precision=parsed.precision,
+        dense_precision=parsed.dense_precision,
         layouts=layouts,
         prototypes=prototypes,
         slots=slots,
         files=files,
         plan=parsed.plan,
         receipt=parsed.receipt,
+        cache=tuple(
+            CacheSettings(
+                one.slots,
+                one.policy,
+                one.pin_share,
+                tuple(one.quotas),
+                one.predicted_hit,
+                dict(one.candidates),
+            )
+            for one in parsed.cache
+        ),
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
     )

@@ -5,7 +5,7 @@ satisfy in itself.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -91,6 +91,17 @@ class PrototypeJson(_Strict):
     weight: Annotated[Finite, Field(ge=0)]
 
 
+class CacheJson(_Strict):
+    """``CacheSettings``."""
+
+    slots: Annotated[int, Field(ge=0, le=1 << 31)]
+    policy: Name
+    pin_share: Annotated[Finite, Field(ge=0, le=1)]
+    quotas: Annotated[list[Count], Field(max_length=1 << 16)]
+    predicted_hit: Annotated[Finite, Field(ge=0, le=1)] | None
+    candidates: Annotated[dict[Name, Annotated[Finite, Field(ge=0, le=1)]], Field(max_length=64)]
+
+
 class FileJson(_Strict):
     """What is known of one file of the package."""
 
@@ -108,6 +119,7 @@ class ManifestJson(_Strict):
     rate: Annotated[Finite, Field(ge=0, lt=1)]
     scope: Annotated[int, Field(ge=1, lt=1 << 16)]
     precision: Name
+    dense_precision: Literal["source", "int8"] = "source"
     layouts: Annotated[list[LayoutJson], Field(max_length=1 << 16)]
     prototypes: list[PrototypeJson]
     remap: dict[Layer, Annotated[list[Id | None], Field(min_length=1, max_length=1 << 16)]]
@@ -116,3 +128,4 @@ class ManifestJson(_Strict):
     files: dict[FileName, FileJson]
     plan: Json
     receipt: Json
+    cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []

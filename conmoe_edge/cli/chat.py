@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where to compute.",
 )
+@click.option(
+    "--cache-policy",
+    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
+    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
+)
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -64,6 +69,7 @@ def chat(
     system: str,
     context: int | None,
     device: str,
+    cache_policy: str | None,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -92,7 +98,7 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
-    session = open_session(folder, gpu, device, context, output)
+    session = open_session(folder, gpu, device, context, output, cache_policy)
     drawn = Sampling(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
@@ -127,7 +133,12 @@ def _piped() -> str | None:
 
 
 def open_session(
-    folder: Path, gpu: str | None, device: str, context: int | None, output: Output
+    folder: Path,
+    gpu: str | None,
+    device: str,
+    context: int | None,
+    output: Output,
+    cache_policy: str | None = None,
 ) -> ChatSession:
     """Load the package inside the budget."""
     from conmoe_edge.cli._text import path_text
@@ -139,7 +150,11 @@ def open_session(
     from conmoe_edge.offload.generate import ChatSession
 
     model = api.load(
-        folder, budget=gpu, device=None if device == "auto" else device, context=context
+        folder,
+        budget=gpu,
+        device=None if device == "auto" else device,
+        context=context,
+        cache_policy=cache_policy,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return ChatSession(model, tokenizer, context)

@@ -21,6 +21,7 @@ from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.offload.replay import check_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ def load_package(
     context: int | None = None,
     dtype: torch.dtype | str | None = None,
     slots: tuple[int, ...] | None = None,
+    cache_policy: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Load the package in ``path``.
@@ -48,9 +50,11 @@ def load_package(
         context: tokens to keep room for; by default what the package was planned for.
         dtype: of the computation; by default the checkpoint's own.
         slots: cache slots of every record layout, instead of what the budget gives.
+        cache_policy: ``lru``, ``layer-lru``, ``lfru`` or ``pins``; by default what the package's trace finds best.
         progress: called with (records read, records to read) while the slots are filled.
     """
     folder = Path(path)
+    check_policy(cache_policy)
     manifest = verify_package(folder)
     where = _device(device, budget)
     from transformers import AutoModelForCausalLM
@@ -63,7 +67,14 @@ def load_package(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it would report is looked at below
     try:
-        with loading(LoadOptions(budget=budget, context=context, slots=slots, progress=progress)):
+        options = LoadOptions(
+            budget=budget,
+            context=context,
+            slots=slots,
+            cache_policy=cache_policy,
+            progress=progress,
+        )
+        with loading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 local_files_only=True,

@@ -25,12 +25,14 @@ class LoadOptions:
     budget: what may be used; ``None`` for what the package was planned for.
     context: tokens of key-value cache to keep room for; ``None`` for what was planned.
     slots: cache slots of every record layout instead of what the budget gives.
+    cache_policy: who goes when a cache slot is wanted; ``None`` for what the package's trace finds best.
     progress: called with (records read, records to read).
     """
 
     budget: Budget | None = None
     context: int | None = None
     slots: Sequence[int] | None = None
+    cache_policy: str | None = None
     progress: Callable[[int, int], None] | None = None
 
 

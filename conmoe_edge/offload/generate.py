@@ -47,6 +47,7 @@ class TurnStats:
         context_used: tokens that the conversation takes now.
         finish: the model was done (``stop``), ``max_tokens`` came (``length``), the context is full
             (``context``), or the caller asked to stop (``interrupted``).
+        waited_seconds: that computing stood still for prototypes on their way.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class TurnStats:
     bytes_read: int
     context_used: int
     finish: Finish
+    waited_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -316,6 +318,7 @@ class _Account:
             bytes_read=now.bytes_read - before.bytes_read,
             context_used=context_used,
             finish=finish,
+            waited_seconds=now.waited_seconds - before.waited_seconds,
         )
 
 

@@ -5,19 +5,27 @@ that the caller owns (a cache slot on a CPU, a staging buffer for a GPU). Peak m
 beside those buffers. Safe to call from several threads. Raises ``PackageError`` for a missing,
 short or unreadable file.
 
-The page cache of the system works as a tier of its own: what was read once is often still there.
-Where the budget is the whole machine that copy competes with the slots; ``keep_cached=False`` tells
-the system to forget a record once it is read.
+There are two ways to read, with the same bytes as the result:
+
+- *buffered*, through the page cache of the system, which works as a tier of its own: what was read
+  once is often still there. Where the budget is the whole machine that copy competes with the
+  slots; ``keep_cached=False`` tells the system to forget a record once it is read.
+- *direct* (O_DIRECT), from the disk into the buffer: no copy by the processor and no page cache. It
+  needs offsets, lengths and addresses that are multiples of 4096, which records and slots are. A
+  read that is not aligned, or that the file system refuses, is buffered.
+
+``read_mode`` decides between them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -25,6 +33,9 @@ from conmoe_edge.checkpoint.manifest import PrototypeEntry, RecordLayout
 from conmoe_edge.errors import PackageError
 
 _LARGEST_READ = 1 << 30  # the kernel moves at most 2 GiB - 4096 bytes a call
+_ALIGNED = 4096
+
+ReadMode = Literal["buffered", "direct"]
 
 
 class RecordStore:
@@ -43,12 +54,19 @@ class RecordStore:
         self._layouts = tuple(layouts)
         self._keep_cached = keep_cached
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}  # second handles, from the first direct read on
+        self._mode: ReadMode = "buffered"
         self._lock = threading.Lock()
         self._closing = weakref.finalize(
-            self, _close, self._files
+            self, _close, self._files, self._direct
         )  # also when a model is simply dropped
         for name in sorted({entry.file for entry in self._prototypes}):
             self._open(name)
+
+    @property
+    def count(self) -> int:
+        """How many prototypes there are."""
+        return len(self._prototypes)
 
     def record_bytes(self, number: int) -> int:
         """Size of a prototype's record."""
@@ -61,12 +79,22 @@ class RecordStore:
         assert target.numel() == nbytes, "the buffer has the size of the record"
         buffer: Any = memoryview(target.numpy())  # type: ignore[arg-type]
         handle = self._files[entry.file]
+        direct = self._direct.get(entry.file) if self._mode == "direct" else None
+        if (target.data_ptr() | nbytes | entry.offset) % _ALIGNED:
+            direct = None
         done = 0
         while done < nbytes:
             piece = buffer[done : min(nbytes, done + _LARGEST_READ)]
             try:
-                count = _read_at(handle, piece, entry.offset + done, self._lock)
+                count = _read_at(
+                    handle if direct is None else direct, piece, entry.offset + done, self._lock
+                )
             except OSError as error:
+                if direct is not None:  # refused, or a real error that the next round shows
+                    direct = None
+                    if error.errno == errno.EINVAL:
+                        self.read_buffered()
+                    continue
                 raise self._damaged(entry.file, f"the system says: {error.strerror}") from error
             if count == 0:
                 end = entry.offset + nbytes
@@ -74,8 +102,32 @@ class RecordStore:
                     entry.file, f"it ends before byte {end}, where a prototype's record ends"
                 )
             done += count
-        if not self._keep_cached and hasattr(os, "posix_fadvise"):
+            if done % _ALIGNED:
+                direct = None  # the rest of an interrupted read
+        if not self._keep_cached and direct is None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, entry.offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def mode(self) -> ReadMode:
+        """How records are read now."""
+        return self._mode
+
+    def read_direct(self) -> bool:
+        """Read directly from now on; False where the system cannot, and nothing changes."""
+        flag = getattr(os, "O_DIRECT", 0)
+        if not flag or not hasattr(os, "preadv"):
+            return False
+        try:
+            for name in self._files.keys() - self._direct.keys():
+                self._direct[name] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | flag)
+        except OSError:
+            return False
+        self._mode = "direct"
+        return True
+
+    def read_buffered(self) -> None:
+        """Read through the page cache from now on; reads under way end as they began."""
+        self._mode = "buffered"
 
     def close(self) -> None:
         """Close the files; reads afterwards are errors of the caller."""
@@ -103,9 +155,10 @@ class RecordStore:
         )
 
 
-def _close(files: dict[str, int]) -> None:
-    while files:
-        os.close(files.popitem()[1])
+def _close(*handles: dict[str, int]) -> None:
+    for files in handles:
+        while files:
+            os.close(files.popitem()[1])
 
 
 def _read_at(handle: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:

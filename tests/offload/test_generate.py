@@ -210,31 +210,34 @@ def test_generate_cannot_grow_past_the_context_either(folder: Path) -> None:
 
 
 def _failing(model: Any, fails: Callable[[int], bool]) -> list[int]:
-    """Let the ``n``-th experts call raise torch's allocation error where ``fails(n)``; returns the
-    counter.
+    """Let the ``n``-th request for prototypes raise torch's allocation error where ``fails(n)``;
+    returns the counter.
     """
     calls = [0]
     residency = type(model.conmoe.residency)
-    real = residency.visit
 
-    def visit(self: Any, numbers: Any, compute: Any) -> None:
-        calls[0] += 1
-        if fails(calls[0]):
-            raise RuntimeError(NO_MEMORY)
-        real(self, numbers, compute)
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **how: Any) -> Any:
+            calls[0] += 1
+            if fails(calls[0]):
+                raise RuntimeError(NO_MEMORY)
+            return real(*args, **how)
 
-    residency.visit = visit
+        return ask
+
+    residency.visit = failing(residency.visit)
+    residency.resident = failing(residency.resident)
     return calls
 
 
 @pytest.fixture
 def restored() -> Any:
-    """Give ``Residency.visit`` back after a test that replaced it."""
+    """Give ``Residency`` its methods back after a test that replaced them."""
     from conmoe_edge.offload.residency import Residency
 
-    before = Residency.visit
+    before = Residency.visit, Residency.resident
     yield
-    Residency.visit = before
+    Residency.visit, Residency.resident = before
 
 
 @pytest.mark.usefixtures("restored")

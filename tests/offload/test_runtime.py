@@ -49,6 +49,11 @@ def test_counts_are_what_was_asked_and_read(folder: Path) -> None:
     # One slot: only what was computed just before can be there; before the first, prototype 0 was.
     assert stats.hits == repeated + (asked[0] == 0)
     assert stats.bytes_read == stats.misses * runtime.manifest.layouts[0].nbytes
+    assert stats.disk_bytes == stats.bytes_read and stats.host_bytes == 0
+    assert stats.waited_seconds >= 0 and stats.read_mode == "buffered"
+    assert stats.policy and stats.kernel
+    runtime.reset_stats()
+    assert runtime.stats().disk_bytes == 0 == runtime.stats().waited_seconds
 
 
 def test_all_resident_reads_each_record_once(folder: Path) -> None:

@@ -60,12 +60,13 @@ def gather(session: ChatSession, folder: Path, rates: Rates, settings: Mapping[s
     records = record_shares(manifest)
     total = sum(asked.values())
     routed = {kind: total * nbytes for kind, nbytes in records.items()} or {"source": kept}
+    replayed = replayed_hit_rate(manifest, stats.slots) if stats.resident_share < 1 else None
     pool = sum(manifest.layouts[one.layout].nbytes for one in manifest.prototypes)
     step = planned_step(
         anatomy,
         budget,
         routed,
-        hit_rate=stats.resident_share,
+        hit_rate=stats.resident_share if replayed is None else replayed,
         offloaded_bytes=max(0, pool - stats.slot_bytes),
         dense=dense + cache,
     )
@@ -107,12 +108,35 @@ def record_shares(manifest: Manifest) -> dict[str, float]:
     The share is that of the routing weight in calibration, or of the prototypes where it is
     unknown; with one layout it does not matter.
     """
-    total = sum(one.weight for one in manifest.prototypes)
     shares: dict[str, float] = {}
-    for one in manifest.prototypes:
-        layout = manifest.layouts[one.layout]
-        share = one.weight / total if total > 0 else 1.0 / len(manifest.prototypes)
+    for number, share in _layout_shares(manifest).items():
+        layout = manifest.layouts[number]
         shares[layout.precision] = shares.get(layout.precision, 0.0) + share * layout.nbytes
+    return shares
+
+
+def replayed_hit_rate(manifest: Manifest, slots: int) -> float | None:
+    """What the replay of calibration routing predicts for ``slots`` cache slots; ``None`` where it
+    was made for another number, or not at all.
+    """
+    if sum(one.slots for one in manifest.cache) != slots:
+        return None
+    shares = _layout_shares(manifest)
+    found = 0.0
+    for number, settings in enumerate(manifest.cache):
+        if settings.predicted_hit is None:
+            return None
+        found += shares.get(number, 0.0) * settings.predicted_hit
+    return found
+
+
+def _layout_shares(manifest: Manifest) -> dict[int, float]:
+    """Record layout -> its share of the requests."""
+    total = sum(one.weight for one in manifest.prototypes)
+    shares: dict[int, float] = {}
+    for one in manifest.prototypes:
+        share = one.weight / total if total > 0 else 1.0 / len(manifest.prototypes)
+        shares[one.layout] = shares.get(one.layout, 0.0) + share
     return shares
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from conmoe_edge.checkpoint.dense import DENSE_SCALE
 from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, PrototypeEntry, SlotRecord
 from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, save_manifest
+from conmoe_edge.checkpoint.quantise import quantise
 from conmoe_edge.checkpoint.records import make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
 from conmoe_edge.model.experts import find_experts, part_names
@@ -48,8 +50,9 @@ def write_package(
     constants: Mapping[int, torch.Tensor] | None = None,
     weights: Mapping[ExpertId, float] | None = None,
     plan: dict[str, Any] | None = None,
+    in_int8: Collection[str] = (),
 ) -> Path:
-    """Write ``model`` with its experts consolidated by ``slots``."""
+    """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits."""
     folder.mkdir(parents=True, exist_ok=True)
     experts = find_experts(model)
     ids = sorted(
@@ -86,8 +89,9 @@ def write_package(
             TensorSource(
                 name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach()
             )
-            for name, t in model.state_dict().items()
-            if name not in fused and name not in tied
+            for key, weight in model.state_dict().items()
+            if key not in fused and key not in tied
+            for name, t in dense_tensors(key, weight, key in in_int8)
         ],
     )
     files = [records, *dense]
@@ -108,6 +112,7 @@ def write_package(
         rate=1 - len(ids) / total,
         scope=1,
         precision="source",
+        dense_precision="int8" if in_int8 else "source",
         layouts=tuple(layouts),
         prototypes=tuple(
             PrototypeEntry(
@@ -131,6 +136,15 @@ def write_package(
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": 1}
     (folder / "config.json").write_text(json.dumps(config, default=str))
     return folder
+
+
+def dense_tensors(name: str, weight: Any, in_int8: bool) -> list[tuple[str, torch.Tensor]]:
+    """What a package stores of a dense weight."""
+    if not in_int8:
+        return [(name, weight)]
+    matrix = quantise(weight, "int8")
+    assert matrix.scales is not None
+    return [(name, matrix.values), (name + DENSE_SCALE, matrix.scales)]
 
 
 def materialise(model: Any, slots: Slots) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from conmoe_edge.plan.dense import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -154,6 +155,14 @@ _LEVERS = (
         help="Number format of the prototypes; source keeps the checkpoint's own.",
     ),
     click.option(
+        "--dense-precision",
+        type=click.Choice(DENSE_PRECISIONS),
+        default="source",
+        show_default=True,
+        help="Number format of attention, shared experts and head; source keeps the checkpoint's "
+        "own.",
+    ),
+    click.option(
         "--context",
         metavar="N",
         type=Tokens(),
@@ -201,6 +210,7 @@ def levers(parameters: dict[str, Any]) -> dict[str, Any]:
         "rate",
         "scope",
         "precision",
+        "dense_precision",
         "prefer",
         "min_resident",
         "revision",

@@ -31,9 +31,7 @@ def take_quantised(
     model: PreTrainedModel, folder: Path, products: DenseProducts
 ) -> tuple[str, ...]:
     """Make room in a meta model for the int8 weights of the package in ``folder``; their names."""
-    again = (
-        "Make the package again with conmoe-edge fit, or copy it again from where it came from."
-    )
+    again = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
     try:
         names = quantised_names(CheckpointIndex.open(folder).tensors)
     except CheckpointError as error:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from conmoe_edge.checkpoint.dtypes import itemsize
 from conmoe_edge.checkpoint.forms import quantised_parts
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
+from conmoe_edge.plan.levers import BYTES
 
 DENSE_PRECISIONS = ("source", "int8")
 
@@ -41,4 +41,4 @@ def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:
 
 def _int8_bytes(matrix: DenseMatrix) -> int:
     parts = quantised_parts("weight", matrix.rows, matrix.columns, "int8")
-    return sum(prod(shape) * itemsize(dtype) for _, shape, dtype in parts)
+    return sum(prod(shape) * BYTES[dtype] for _, shape, dtype in parts)

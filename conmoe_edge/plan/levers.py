@@ -30,7 +30,7 @@ AUTO_RATE_LIMIT = 0.5
 # they are opt-in.
 AUTO_SCOPE = 1
 
-_BYTES = {
+BYTES = {
     "float64": 8,
     "float32": 4,
     "bfloat16": 2,
@@ -124,7 +124,7 @@ def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:
     """Bytes of one record: the parts in order, starts 64-aligned, the whole a multiple of 4096."""
     end = 0
     for _, shape, dtype in record_parts(experts, kind):
-        end = round_up(end, PART_ALIGNMENT) + math.prod(shape) * _BYTES[dtype]
+        end = round_up(end, PART_ALIGNMENT) + math.prod(shape) * BYTES[dtype]
     return round_up(end, RECORD_ALIGNMENT)
 
 

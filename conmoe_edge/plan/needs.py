@@ -7,7 +7,7 @@ N = tokens of context, V = vocabulary, E = experts of a layer.
 ========================  ========================================================================
 Python and libraries      a constant on ``cpu``, where the process shares the RAM with the model
 CUDA context, allocator   a constant on ``cuda``
-Dense weights             everything outside the routed experts, in the checkpoint's dtype
+Dense weights             everything outside the routed experts, as it is stored
 KV cache                  ``ModelAnatomy.kv_bytes(N)``
 Workspace                 hidden states, attention projections   10·T·H·b
                           routed rows through the experts        T·k·(2I + I + H)·b
@@ -17,6 +17,7 @@ Workspace                 hidden states, attention projections   10·T·H·b
                           attention mask                         4·T·N
                           logits of the last position            V·(4 + b)
                           one expert in float32 (``cpu`` only)   4·(parameters of an expert)
+                          rows of a dense matrix in float32      8 MiB, unless they are stored so
 Transfer buffers          two records: one arrives while the other is used
 ========================  ========================================================================
 
@@ -42,6 +43,9 @@ PYTHON_BYTES = 512 * MIB
 CUDA_BYTES = 461 * MIB
 TRANSFER_RECORDS = 2
 
+DENSE_BLOCK_BYTES = 8 * MIB
+"""Of a dense matrix, what is converted at a time for a product of many rows."""
+
 MIN_CHUNK = 32
 MAX_CHUNK = 512
 
@@ -56,7 +60,7 @@ def fixed_terms(
         runtime = Term("CUDA context and allocator", CUDA_BYTES, "driver, cuBLAS, kernels")
     return (
         runtime,
-        Term("Dense weights", anatomy.dense_bytes, "everything outside the routed experts"),
+        Term("Dense weights", anatomy.dense_bytes, _dense_note(anatomy)),
         Term(f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), "one conversation"),
         Term(
             "Transfer buffers",
@@ -64,6 +68,13 @@ def fixed_terms(
             f"{TRANSFER_RECORDS} records on their way",
         ),
     )
+
+
+def _dense_note(anatomy: ModelAnatomy) -> str:
+    note = "everything outside the routed experts"
+    if anatomy.dense_precision == "source":
+        return note
+    return f"{note}, linear layers in {anatomy.dense_precision}"
 
 
 def device_terms(
@@ -102,6 +113,8 @@ def workspace_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, chu
     total += anatomy.vocab_size * (4 + size)
     if device == "cpu":
         total += 4 * max(one.expert_numel for one in experts)
+    if size == 2 or anatomy.dense_precision != "source":
+        total += DENSE_BLOCK_BYTES
     return total
 
 

@@ -99,6 +99,7 @@ def test_layer_follows_its_weights_when_they_move(monkeypatch) -> None:
     assert layers[1].weight is layers[2].weight
     for layer, old in zip(layers, before, strict=True):
         assert torch.equal(layer(x), old) and layer(x).shape == (2, 3, 96)
+    for layer in layers:
         with torch.no_grad():
             layer.weight.zero_()
         assert bool((layer(x) == (0 if layer.bias is None else layer.bias)).all())

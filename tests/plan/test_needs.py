@@ -9,6 +9,7 @@ import pytest
 from conmoe_edge.model.anatomy import KVLayer
 from conmoe_edge.plan.needs import (
     CUDA_BYTES,
+    DENSE_BLOCK_BYTES,
     PYTHON_BYTES,
     device_terms,
     fixed_terms,
@@ -42,6 +43,7 @@ def test_workspace_by_hand(olmoe):
     expected += 2 * hidden * 2 * context  # one layer's cache, copied as it grows
     expected += 4 * tokens * context
     expected += 50304 * (4 + 2)
+    expected += DENSE_BLOCK_BYTES
     assert workspace_bytes(olmoe, "cuda", context, tokens) == expected
     assert workspace_bytes(olmoe, "cpu", context, tokens) == expected + 3 * hidden * width * 4
 

@@ -88,7 +88,7 @@ class Operator:
         """
         form, count, tokens = matrices[0].form, len(matrices), x.shape[1]
         assert x.dtype == torch.float32 and x.is_contiguous() and x.shape[2] == form.columns
-        y = torch.empty(count, tokens, form.rows)
+        y = torch.empty(count, tokens, form.rows, dtype=torch.float32)
         table = ctypes.c_void_p * count
         stride = tokens * form.columns if x.shape[0] > 1 else 0
         failed = self._few_rows(
@@ -152,13 +152,14 @@ def _check(made: Operator) -> None:
         Unavailable: a result is wrong.
     """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_TILE, 96, generator=generator)
-    x = torch.randn(1, 2, 96, generator=generator)
+    # The first call may come while transformers has set a default device and format of its own.
+    weight = torch.randn(_TILE, 96, generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(1, 2, 96, generator=generator, dtype=torch.float32, device="cpu")
     for kind in ("plain", "int8", "int4"):
         matrix = quantise(weight, kind)
         prepared = made.prepare(matrix)
         assert prepared is not None
         wide = matrix.dequantise()
         right = torch.allclose(made.few_rows([prepared], x)[0], x[0] @ wide.T, atol=1e-4)
-        if not right or not torch.allclose(made.expand(prepared, torch.empty(_TILE, 96)), wide):
+        if not right or not torch.allclose(made.expand(prepared, torch.empty_like(wide)), wide):
             raise Unavailable(f"the compiled operator computes {kind} weights wrongly")

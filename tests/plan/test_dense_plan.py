@@ -1,0 +1,70 @@
+"""The dense term with linear layers in int8, and where it leads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.anatomy import DenseMatrix
+from conmoe_edge.plan.dense import stored
+from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
+from conmoe_edge.units import MIB
+
+
+@pytest.fixture
+def with_matrices(olmoe):
+    """OLMoE with its attention and its head as what may be quantised."""
+    attention = tuple(
+        DenseMatrix(layer.index, 2048, 2048, 2 * 2048 * 2048)
+        for layer in olmoe.layers
+        for _ in range(4)
+    )
+    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048)
+    return replace(olmoe, dense_matrices=(*attention, head))
+
+
+def test_int8_bytes_by_hand(with_matrices) -> None:
+    saved = 64 * (2048 * 2048 - 2 * 2048) + 50304 * 2048 - 2 * 50304
+    small = stored(with_matrices, "int8")
+    assert small.dense_bytes == with_matrices.dense_bytes - saved
+    assert small.outside_bytes == with_matrices.outside_bytes - (50304 * 2048 - 2 * 50304)
+    assert small.experts_bytes == with_matrices.experts_bytes
+    assert stored(with_matrices, "source") is with_matrices
+    assert stored(small, "int8") is small
+
+
+def test_unknown_word(with_matrices) -> None:
+    with pytest.raises(UsageError, match="int3"):
+        stored(with_matrices, "int3")
+
+
+def test_plan_shows_and_counts_it(with_matrices) -> None:
+    budget = Budget("cpu", 8 * 10**9, "8GB", "test")
+    plain = make_plan(with_matrices, budget)
+    small = make_plan(with_matrices, budget, dense_precision="int8")
+    terms = {term.name: term for term in small.terms}
+    assert terms["Dense weights"].nbytes == stored(with_matrices, "int8").dense_bytes
+    assert "int8" in terms["Dense weights"].note
+    assert "int8" not in {term.name: term for term in plain.terms}["Dense weights"].note
+    assert small.left_for_prototypes > plain.left_for_prototypes + 300 * MIB
+    assert (plain.dense_precision, small.dense_precision) == ("source", "int8")
+    assert plan_from_json(plan_to_json(small)) == small
+
+
+def test_a_plan_written_before_there_was_a_choice(with_matrices) -> None:
+    plan = make_plan(with_matrices, Budget("cpu", 8 * 10**9, "8GB", "test"))
+    old = plan_to_json(plan)
+    del old["dense_precision"]
+    assert plan_from_json(old) == plan
+
+
+def test_a_model_with_quantised_layers_is_not_unchanged(with_matrices) -> None:
+    budget = Budget("cpu", 64 * 10**9, "64GB", "test")
+    assert make_plan(with_matrices, budget).unchanged
+    plan = make_plan(with_matrices, budget, dense_precision="int8")
+    assert not plan.unchanged and plan.chosen.rate == 0
+    assert "unchanged" not in plan.chosen.reason

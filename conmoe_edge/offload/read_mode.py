@@ -6,8 +6,9 @@ processor for every record and keeps nothing: direct reads then bring about twic
 (two cores, virtual disk, records of 12 MiB: 1.4 against 0.7 GB/s). So:
 
 - a model that is read again and again and whose files fit beside everything else is read buffered;
-- otherwise a few records are read each way, for at most ``MOST_SECONDS``, and the faster way is
-  taken. That also finds files that the page cache happens to hold already.
+- otherwise a few records are read each way, for about ``MOST_SECONDS``, and records are read
+  directly unless the other way is clearly faster, as it is where the page cache happens to hold the
+  files already. Near a tie, direct reads leave the processor to the compute.
 
 The choice changes speed and never a byte. Memory: one buffer of the largest record, for the time of
 the measurement.
@@ -25,6 +26,7 @@ from conmoe_edge.offload.store import RecordStore
 
 MOST_SECONDS = 0.3
 PAIRS = 4
+CLEARLY = 1.5
 WORTH_MEASURING = 256 << 20
 """Bytes of all records: what is read in a fraction of a second whichever way needs no choice."""
 
@@ -42,7 +44,7 @@ def choose_read_mode(store: RecordStore, *, stays: bool, spare_bytes: int) -> No
         return
     if not store.read_direct():
         return
-    if not _direct_is_faster(store):
+    if _buffered_is_faster(store):
         store.read_buffered()
 
 
@@ -53,12 +55,11 @@ def free_memory() -> int:
     return free if group is None else min(free, group.available)
 
 
-def _direct_is_faster(store: RecordStore) -> bool:
-    """Read different records each way, spread over the files, taking turns.
+def _buffered_is_faster(store: RecordStore) -> bool:
+    """Whether buffered reads are clearly faster, or the only way that works.
 
-    Time a byte is compared over all pairs, so that a file of which the page cache holds a part
-    counts as what it is. The first buffered read comes first: it pays for what is new to the
-    process, as the real reads would not.
+    Different records are read each way, spread over the files, taking turns. The sums over all of
+    them are compared, so a file of which the page cache holds a part counts as what it is.
     """
     count = min(2 * PAIRS, store.count)
     numbers = [i * store.count // count for i in range(count)]
@@ -75,9 +76,8 @@ def _direct_is_faster(store: RecordStore) -> bool:
             seconds[mode] += time.perf_counter() - before
             nbytes[mode] += store.record_bytes(number)
             if store.mode != mode:
-                return False  # the file system opens files for direct reads and then refuses them
+                return True  # the file system opens files for direct reads and then refuses them
         if time.perf_counter() - start > MOST_SECONDS:
             break
-    if not nbytes["direct"] or not nbytes["buffered"]:
-        return False
-    return seconds["direct"] * nbytes["buffered"] < seconds["buffered"] * nbytes["direct"]
+    speed = {mode: nbytes[mode] / max(seconds[mode], 1e-9) for mode in nbytes}
+    return speed["buffered"] > CLEARLY * speed["direct"]

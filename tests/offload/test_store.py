@@ -126,7 +126,7 @@ def test_files_that_fit_beside_everything_are_left_to_the_page_cache(
 ) -> None:
     _, entries = _files(tmp_path, 8)
     monkeypatch.setattr(read_mode, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(read_mode, "_direct_is_faster", lambda store: True)
+    monkeypatch.setattr(read_mode, "_buffered_is_faster", lambda store: False)
     total = 8 * LAYOUT.nbytes
     for stays, spare, mode in (
         (False, total, "buffered"),

@@ -65,9 +65,9 @@ def percent(share: float) -> str:
 def stored_words(candidate: Candidate) -> str:
     """How the prototypes are stored, for a sentence: ``at 8 bits``."""
     kinds = PRECISIONS[candidate.precision].kinds
-    if len(kinds) == 1:
-        return _KIND_WORDS[kinds[0]]
     few, all_of_them = candidate.wide_prototypes, candidate.prototypes
+    if len(kinds) == 1 or few in (0, all_of_them):
+        return _KIND_WORDS[kinds[0] if few else kinds[-1]]
     others = _KIND_WORDS[kinds[1]]
     return (
         f"with {few:,} of {all_of_them:,} prototypes {_KIND_WORDS[kinds[0]]}, the others {others}"

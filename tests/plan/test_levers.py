@@ -16,10 +16,11 @@ from conmoe_edge.plan.levers import (
     check_scope,
     keeps_weights,
     kept,
-    part_bytes,
     precisions,
     record_bytes,
+    record_parts,
     scopes,
+    spread,
 )
 
 
@@ -54,24 +55,88 @@ def test_record_equals_placing_byte_by_byte(sizes):
     assert record_bytes(_experts(*sizes), "source") == position
 
 
+def _gated(hidden: int, width: int, transposed: bool = False) -> ExpertsAnatomy:
+    shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    parts = [
+        ExpertPart(name, shape[::-1] if transposed else shape, "float32", 4 * math.prod(shape))
+        for name, shape in shapes.items()
+    ]
+    parts.append(ExpertPart("down_proj_bias", (hidden,), "float32", 4 * hidden))
+    return ExpertsAnatomy("experts", 4, 2, tuple(parts), transposed)
+
+
 def test_bf16_halves_float32():
-    part = ExpertPart("down_proj", (64, 32), "float32", 64 * 32 * 4)
-    assert part_bytes(part, "source") == 8192
-    assert part_bytes(part, "bf16") == 4096
+    experts = _gated(64, 32)
+    assert record_bytes(experts, "source") == 28672 and record_bytes(experts, "bf16") == 16384
+    assert {dtype for _, _, dtype in record_parts(experts, "bf16")} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_quantised_parts_are_out_by_in_however_the_module_keeps_them(transposed):
+    experts = _gated(128, 96, transposed)
+    assert record_parts(experts, "int8") == (
+        ("gate_up_proj", (192, 128), "int8"),
+        ("gate_up_proj.scale", (192,), "bfloat16"),
+        ("down_proj", (128, 96), "int8"),
+        ("down_proj.scale", (128,), "bfloat16"),
+        ("down_proj_bias", (128,), "float32"),
+    )
+    assert record_parts(experts, "int4") == (
+        ("gate_up_proj", (192, 64), "uint8"),
+        ("gate_up_proj.scale", (2, 192, 2), "bfloat16"),
+        ("down_proj", (128, 48), "uint8"),
+        ("down_proj.scale", (3, 128, 2), "bfloat16"),  # 64 does not divide 96: groups of 32
+        ("down_proj_bias", (128,), "float32"),
+    )
+
+
+def test_int4_falls_back_to_int8_for_shapes_that_it_cannot_take():
+    parts = record_parts(_gated(80, 32), "int4")
+    assert [dtype for _, _, dtype in parts] == ["int8", "bfloat16", "uint8", "bfloat16", "float32"]
+
+
+def test_olmoe_in_few_bits(olmoe):
+    experts = olmoe.layers[0].experts
+    weights, rows = 3 * 2048 * 1024, 2 * 1024 + 2048
+    assert record_bytes(experts, "int8") == weights + rows * 2
+    assert record_bytes(experts, "int4") == weights // 2 + weights // 64 * 4
 
 
 def test_precisions_asked_and_unasked(model):
-    assert precisions(model(), "auto") == ("source",)
-    assert precisions(model(dtype="float32"), "auto") == ("source", "bf16")
+    wide = {"hidden": 256, "width": 256}
+    few_bits = ("int8", "int8+int4", "int4")
+    assert precisions(model(**wide), "auto") == ("source", *few_bits)
+    assert precisions(model(**wide, dtype="float32"), "auto") == ("source", "bf16", *few_bits)
     assert precisions(model(), "bf16") == ("bf16",)
+    assert precisions(model(), "bf16+int8") == ("bf16+int8",)
     with pytest.raises(UsageError, match="int3"):
         precisions(model(), "int3")
+
+
+def test_a_precision_that_saves_nothing_is_not_looked_at(model):
+    tiny = model(hidden=32, width=16)  # every record is one page
+    assert record_bytes(tiny.layers[0].experts, "source") == 4096 * 1
+    assert precisions(tiny, "auto") == ("source",)
+    odd = model(hidden=80, width=80)  # int4 can take neither matrix
+    assert precisions(odd, "auto") == ("source", "int8")
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 500))
+def test_wide_records_are_spread_evenly(counts, total):
+    given_now, more = spread(total, counts), spread(total + 1, counts)
+    assert sum(given_now) == min(total, sum(counts))
+    assert all(0 <= one <= count for one, count in zip(given_now, counts, strict=True))
+    assert all(a <= b for a, b in zip(given_now, more, strict=True))
+    unfilled = [one for one, count in zip(given_now, counts, strict=True) if one < count]
+    assert not unfilled or max(given_now) - min(unfilled) <= 1
+    assert unfilled == sorted(unfilled, reverse=True)
 
 
 def test_bf16_changes_weights_unless_the_checkpoint_is_bf16(model):
     assert keeps_weights(model(), "bf16")
     assert not keeps_weights(model(dtype="float16"), "bf16")
     assert keeps_weights(model(dtype="float16"), "source")
+    assert not any(keeps_weights(model(), name) for name in ("int8", "int8+int4", "int4"))
 
 
 def test_scopes_skip_dense_layers(model):

@@ -32,7 +32,9 @@ _LEVERS = st.fixed_dictionaries(
     {
         "rate": st.one_of(st.just("auto"), st.sampled_from((0.0, 0.25, 0.3, 0.75, 0.99))),
         "scope": st.sampled_from(("auto", 1, 2, 4)),
-        "precision": st.sampled_from(("auto", "source", "bf16")),
+        "precision": st.sampled_from(
+            ("auto", "source", "bf16", "bf16+int8", "int8", "int8+int4", "int4")
+        ),
         "prefer": st.sampled_from(("quality", "speed")),
     }
 )
@@ -55,7 +57,8 @@ def test_a_plan_adds_up_and_stays_inside(model, shape, levers, device, nbytes):
     assert plan.device_bytes_used <= nbytes
     terms = sum(term.nbytes for term in plan.terms)
     assert plan.left_for_prototypes == nbytes - terms
-    assert plan.device_bytes_used == terms + chosen.slots * chosen.record_bytes
+    assert plan.device_bytes_used == terms + chosen.resident_bytes
+    assert chosen.resident_bytes <= plan.left_for_prototypes
     assert all(term.nbytes >= 0 for term in plan.terms)
     assert min(chosen.prototypes, shape["layers"]) <= chosen.slots <= chosen.prototypes
     assert chosen.resident_share == chosen.slots / chosen.prototypes
@@ -131,10 +134,10 @@ def test_olmoe_in_2_gb_says_what_would_do(olmoe):
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_one_slot_a_layer_runs(olmoe, device):
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(olmoe, Budget(device, 10**9, "1GB", "test"))
+        make_plan(olmoe, Budget(device, 10**9, "1GB", "test"), precision="source")
     match = re.match(r"--gpu (\S+) ", caught.value.fix)
     assert match is not None
     least = parse_size(match[1])
     assert least is not None
-    plan = make_plan(olmoe, Budget(device, least, match[1], "test"))
+    plan = make_plan(olmoe, Budget(device, least, match[1], "test"), precision="source")
     assert plan.chosen.slots == 16 and plan.prefill_chunk == 32

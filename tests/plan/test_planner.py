@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from conmoe_edge.errors import UnsupportedModel, UsageError
+from conmoe_edge.plan.levers import record_bytes
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.units import GIB
 
@@ -28,8 +29,8 @@ def test_olmoe_fits_unchanged_in_24_gb(olmoe, budget, device):
 
 
 @pytest.mark.parametrize("device", _DEVICES)
-def test_olmoe_in_8_gb_is_halved_and_mostly_resident(olmoe, budget, device):
-    plan = make_plan(olmoe, budget("8GB", device))
+def test_olmoe_in_its_own_numbers_in_8_gb_is_halved_and_mostly_resident(olmoe, budget, device):
+    plan = make_plan(olmoe, budget("8GB", device), precision="source")
     assert plan.chosen.rate == 0.5 and plan.chosen.prototypes == 512
     assert 0.9 < plan.chosen.resident_share < 0.92
     assert _rates(plan, "slow") == [0, 0.125, 0.25, 0.375]
@@ -40,7 +41,7 @@ def test_olmoe_in_8_gb_is_halved_and_mostly_resident(olmoe, budget, device):
 
 @pytest.mark.parametrize("device", _DEVICES)
 def test_olmoe_in_4_gb_stops_at_half_and_says_so(olmoe, budget, device):
-    plan = make_plan(olmoe, budget("4GB", device))
+    plan = make_plan(olmoe, budget("4GB", device), precision="source")
     assert plan.chosen.rate == 0.5 and not plan.unchanged
     assert 140 <= plan.chosen.slots <= 150
     assert plan.chosen.reason.startswith("the most that is removed unasked")
@@ -50,15 +51,58 @@ def test_mostly_resident_without_removal_is_milder_than_removal(olmoe, budget):
     plan = make_plan(olmoe, budget("14GB"))
     assert plan.chosen.rate == 0 and not plan.unchanged
     assert 0.8 <= plan.chosen.resident_share < 1
-    faster = make_plan(olmoe, budget("14GB"), prefer="speed")
+    faster = make_plan(olmoe, budget("14GB"), prefer="speed", precision="source")
     assert faster.chosen.rate == 0.125 and faster.chosen.resident_share == 1
+    narrower = make_plan(olmoe, budget("14GB"), prefer="speed")
+    assert (narrower.chosen.precision, narrower.chosen.rate) == ("int8", 0)
+    assert narrower.chosen.reason == "fits at 8 bits, nothing is removed"
+
+
+@pytest.mark.parametrize("device", _DEVICES)
+def test_fewer_bits_come_before_fewer_experts(olmoe, budget, device):
+    sizes = ("24GB", "10GB", "6.5GB", "5.5GB", "4GB")
+    chosen = [make_plan(olmoe, budget(size, device)).chosen for size in sizes]
+    ladder = ["source", "int8", "int8+int4", "int4", "int4"]
+    assert [one.precision for one in chosen] == ladder
+    assert [one.rate for one in chosen[:4]] == [0, 0, 0, 0] and chosen[4].rate > 0
+    assert all("nothing is removed" in one.reason for one in chosen[:3])
+
+
+def test_a_mix_makes_everything_resident_and_fills_the_room(olmoe, budget):
+    plan = make_plan(olmoe, budget("6.5GB"))
+    chosen = plan.chosen
+    experts = olmoe.layers[0].experts
+    wide, narrow = record_bytes(experts, "int8"), record_bytes(experts, "int4")
+    many = chosen.wide_prototypes
+    assert 0 < many < 1024 and chosen.slots == chosen.prototypes == 1024
+    assert chosen.pool_bytes == many * wide + (1024 - many) * narrow == chosen.resident_bytes
+    assert 0 <= plan.left_for_prototypes - chosen.pool_bytes < wide - narrow
+    assert plan.prefill_chunk == 512
+    assert f"{many} of 1,024 prototypes at 8 bits, the others at 4" in chosen.reason
+
+
+def test_a_forced_mix_without_room_is_the_narrow_one(olmoe, budget):
+    plan = make_plan(olmoe, budget("4GB"), precision="int8+int4")
+    assert plan.chosen.precision == "int8+int4" and plan.chosen.wide_prototypes == 0
+    assert plan.chosen.record_bytes == record_bytes(olmoe.layers[0].experts, "int4")
+    whole = make_plan(olmoe, budget("24GB"), precision="int8+int4").chosen
+    assert whole.wide_prototypes == whole.prototypes
+    assert whole.reason == "fits at 8 bits, nothing is removed"
+
+
+def test_what_is_not_taken_says_why(olmoe, budget):
+    tight = {c.precision: c for c in make_plan(olmoe, budget("5.5GB")).candidates if not c.rate}
+    assert tight["int8+int4"].verdict == "fits"
+    assert tight["int8+int4"].reason == "leaves no room for a prototype at 8 bits, so it is int4"
+    roomy = {c.precision: c for c in make_plan(olmoe, budget("14GB")).candidates if not c.rate}
+    assert roomy["int4"].reason == "would do, but with fewer bits than are needed"
 
 
 def test_a_forced_rate_is_obeyed_when_slow_and_when_needless(olmoe, budget):
-    slow = make_plan(olmoe, budget("4GB"), rate=0.25)
+    slow = make_plan(olmoe, budget("4GB"), rate=0.25, precision="source")
     assert slow.chosen.rate == 0.25 and slow.chosen.resident_share < 0.2
     assert slow.chosen.reason.startswith("you asked for 25 %; ")
-    needless = make_plan(olmoe, budget("24GB"), rate=0.25)
+    needless = make_plan(olmoe, budget("24GB"), rate=0.25, precision="source")
     assert needless.chosen.rate == 0.25 and not needless.unchanged
     assert needless.chosen.reason == "you asked for 25 %"
     assert _rates(needless, "fits") == [0, 0.125]
@@ -66,13 +110,13 @@ def test_a_forced_rate_is_obeyed_when_slow_and_when_needless(olmoe, budget):
 
 
 def test_a_forced_rate_beyond_the_grid(olmoe, budget):
-    plan = make_plan(olmoe, budget("4GB"), rate=0.9)
+    plan = make_plan(olmoe, budget("4GB"), rate=0.9, precision="int4")
     assert plan.chosen.prototypes == 16 * 6
     assert [candidate.rate for candidate in plan.candidates][-2:] == [0.75, 0.9]
 
 
 def test_forced_zero_runs_from_the_backing_tier(olmoe, budget):
-    plan = make_plan(olmoe, budget("4GB"), rate=0)
+    plan = make_plan(olmoe, budget("4GB"), rate=0, precision="source")
     assert plan.chosen.rate == 0 and not plan.unchanged and len(plan.candidates) == 1
     assert plan.chosen.verdict == "chosen"
 
@@ -103,14 +147,14 @@ def test_layers_of_unequal_shape_get_slots_of_the_largest_record(model, budget):
     anatomy = model(layers=3)
     wide = model(layers=3, width=512).layers[1]
     mixed = replace(anatomy, layers=(anatomy.layers[0], wide, anatomy.layers[2]))
-    plan = make_plan(mixed, budget("1GB"))
+    plan = make_plan(mixed, budget("1GB"), precision="source")
     assert plan.chosen.record_bytes == 3 * 512 * 64 * 2
     assert plan.chosen.pool_bytes == 8 * (3 * 512 * 64 * 2) + 16 * 12288
     assert plan.unchanged
 
 
 def test_min_resident_moves_the_rate(olmoe, budget):
-    loose = make_plan(olmoe, budget("8GB"), min_resident=0.5)
+    loose = make_plan(olmoe, budget("8GB"), min_resident=0.5, precision="source")
     assert loose.chosen.rate == 0.125
     assert "50 %" in loose.chosen.reason
     assert make_plan(olmoe, budget("8GB"), min_resident=0.0).chosen.rate == 0
@@ -118,15 +162,18 @@ def test_min_resident_moves_the_rate(olmoe, budget):
 
 def test_speed_floor_takes_the_mildest_that_is_fast_enough(olmoe, budget):
     card = budget("8GB", device_bandwidth=1008e9, link_bandwidth=25.6e9)
-    plan = make_plan(olmoe, card, speed_floor=35)
-    assert plan.chosen.rate == 0.25
+    plan = make_plan(olmoe, card, precision="source")
     speeds = [candidate.tokens_per_second or 0 for candidate in plan.candidates]
-    assert speeds[0] < speeds[1] < 35 <= speeds[2]
+    assert speeds == sorted(speeds) and speeds[1] < speeds[2]
+    floor = (speeds[1] + speeds[2]) / 2
+    plan = make_plan(olmoe, card, precision="source", speed_floor=floor)
+    assert plan.chosen == plan.candidates[2] and plan.chosen.rate == 0.25
     assert plan.candidates[0].verdict == "slow" and "tokens/s" in plan.candidates[0].reason
-    both = make_plan(olmoe, card, speed_floor=35, min_resident=0.8)
+    both = make_plan(olmoe, card, precision="source", speed_floor=floor, min_resident=0.8)
     assert both.chosen.rate == 0.5
+    assert make_plan(olmoe, card, speed_floor=floor).chosen.precision == "int8"
     with pytest.raises(UsageError, match="speed floor"):
-        make_plan(olmoe, budget("8GB"), speed_floor=35)
+        make_plan(olmoe, budget("8GB"), speed_floor=floor)
 
 
 def test_context_defaults_to_what_the_model_can_read(model, budget):

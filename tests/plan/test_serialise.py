@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_round_trip_through_text(plan):
     text = json.dumps(written, allow_nan=False)
     assert json.loads(text) == written
     assert plan_from_json(json.loads(text)) == plan
+
+
+def test_plans_from_before_mixed_precision_are_read(plan):
+    written = plan_to_json(plan)
+    for candidate in (written["chosen"], *written["candidates"]):
+        del candidate["wide_prototypes"]
+    assert plan_from_json(written).chosen == replace(plan.chosen, wide_prototypes=0)
 
 
 @pytest.mark.parametrize(

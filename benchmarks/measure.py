@@ -81,7 +81,7 @@ def run_child(command: Sequence[str], limit: int | None = None) -> Child:
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_rss=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             peak_anonymous=anonymous[0],
-            cgroup_peak=_cgroup_peak(cgroup),
+            cgroup_peak=cgroup_peak(cgroup),
             limit=limit,
             stdout=out.read().decode(errors="replace"),
         )
@@ -103,13 +103,13 @@ def _sample(pid: int, peak: list[int], done: threading.Event) -> None:
 @contextlib.contextmanager
 def memory_cgroup(limit: int | None) -> Iterator[Path | None]:
     """A fresh memory cgroup below our own, or ``None`` where we may not make one."""
-    parent = _own_memory_cgroup()
+    parent = own_memory_cgroup()
     group = None
     if parent is not None:
         with contextlib.suppress(OSError):
             group = parent / f"conmoe-benchmark-{os.getpid()}"
             group.mkdir()
-            if _cgroup_peak(group) is None:
+            if cgroup_peak(group) is None:
                 group.rmdir()
                 group = None
     if group is not None and limit is not None:
@@ -123,7 +123,7 @@ def memory_cgroup(limit: int | None) -> Iterator[Path | None]:
                 group.rmdir()
 
 
-def _own_memory_cgroup() -> Path | None:
+def own_memory_cgroup() -> Path | None:
     """Where the memory controller keeps this process: version 1 first, then the unified tree."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -138,7 +138,7 @@ def _own_memory_cgroup() -> Path | None:
     return None
 
 
-def _cgroup_peak(group: Path | None) -> int | None:
+def cgroup_peak(group: Path | None) -> int | None:
     """The high-water mark of a memory cgroup."""
     for name in ("memory.max_usage_in_bytes", "memory.peak"):
         with contextlib.suppress(OSError, ValueError):

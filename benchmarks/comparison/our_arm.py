@@ -1,0 +1,110 @@
+"""The arm of this project: a package, opened inside a budget, through the session that chat uses.
+
+Routes come from a trace (``traces.py``). The session is driven by token numbers: its tokenizer is
+one that takes them as they are, so that no arm computes a token more or less than another. What
+chat does, this does: chunks of the prompt, the cache between steps, greedy sampling, the text
+stream and the counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import conmoe_edge
+from benchmarks.comparison.clock import Arm, main
+from benchmarks.comparison.traces import Replay
+from conmoe_edge.integrations import attach
+from conmoe_edge.offload.experts import HANDLE, conmoe_experts_forward
+from conmoe_edge.offload.generate import ChatSession
+from conmoe_edge.offload.measure import dense_read_bytes
+
+ENDLESS = 1 << 30
+
+
+class Numbers:
+    """A tokenizer whose text is the numbers themselves, and which has no end mark."""
+
+    chat_template = None
+    eos_token_id = None
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        return "".join(f" {token}" for token in tokens)
+
+
+class OurArm(Arm):
+    """``job``: ``path``, ``trace``, ``threads``, ``context``, ``budget`` (as for ``--gpu``)."""
+
+    def load(self) -> None:
+        torch.set_num_threads(self.job["threads"])
+        routes = torch.load(self.job["trace"], weights_only=True)["routes"]
+        self.replay = Replay(
+            conmoe_experts_forward, routes, lambda module: getattr(module, HANDLE).layer
+        )
+        ALL_EXPERTS_FUNCTIONS.register(attach.EXPERTS_FUNCTION, self.replay)
+        self.model: Any = conmoe_edge.load(
+            self.job["path"],
+            budget=self.job["budget"],
+            device=self.job.get("device", "cpu"),
+            context=self.job["context"],
+        )
+        self.model.generation_config.eos_token_id = None
+        self.session = ChatSession(self.model, Numbers())
+        self.answer: Iterator[str] = iter(())
+        self.before, self.steps = self.model.conmoe.stats(), 0
+
+    def prompt(self, tokens: Sequence[int]) -> int:
+        self.replay.rewind()
+        self.session.forget()
+        content = " ".join(str(token) for token in tokens)
+        room = self.session.context - len(tokens) - 1
+        self.answer = self.session.reply(
+            [{"role": "user", "content": content}], max_tokens=min(room, ENDLESS), temperature=0
+        )
+        return int(next(self.answer))
+
+    def step(self, token: int) -> int:
+        self.steps += 1
+        return int(next(self.answer))
+
+    def mark(self) -> None:
+        self.before, self.steps = self.model.conmoe.stats(), 0
+
+    def facts(self) -> dict[str, Any]:
+        """The counters of the steps, and what the package is."""
+        now, before = self.model.conmoe.stats(), self.before
+        if not self.replay.calls:
+            raise RuntimeError("the routes were not replayed: another experts function ran")
+        hits, misses = now.hits - before.hits, now.misses - before.misses
+        manifest = self.model.conmoe.manifest
+        sizes = [manifest.layouts[one.layout].nbytes for one in manifest.prototypes]
+        asked = (hits + misses) / max(1, self.steps)
+        return {
+            "dense_token_bytes": dense_read_bytes(self.model),
+            "routed_token_bytes": round(asked * sum(sizes) / len(sizes)),
+            "hits": hits,
+            "misses": misses,
+            "hit": hits / (hits + misses) if hits + misses else 1.0,
+            "record_bytes": now.bytes_read - before.bytes_read,
+            "stats": asdict(now),
+            "rate": manifest.rate,
+            "precision": manifest.precision,
+            "prefill_chunk": self.model.conmoe.prefill_chunk,
+            "package_bytes": sum(
+                path.stat().st_size for path in Path(self.job["path"]).glob("*.safetensors")
+            ),
+            "torch": torch.__version__,
+        }
+
+
+if __name__ == "__main__":
+    main(OurArm)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conmoe_edge.offload.cache_policy import SlotCache, pin_order
+from conmoe_edge.offload.cache_policy import Load, SlotCache, pin_order
+from conmoe_edge.offload.eviction import LayerLru, Lfru, Lru, Policy
 
 ITEMS = 12
 
@@ -144,3 +145,142 @@ def test_a_slot_is_left_unpinned_unless_everything_has_one(
     else:
         assert len(pins) < slots
         assert len(pins) <= slots / 2
+
+
+GROUP_OF = tuple(item * 3 // ITEMS for item in range(ITEMS))
+
+
+def _policy(kind: str) -> Policy:
+    return {"lru": Lru(), "layer-lru": LayerLru(GROUP_OF, (2, 1, 1)), "lfru": Lfru(6)}[kind]
+
+
+@st.composite
+def _mixed(
+    draw: st.DrawFn,
+) -> tuple[int, tuple[int, ...], str, list[tuple[list[int], bool, list[int]]]]:
+    slots = draw(st.integers(1, ITEMS))
+    pins = draw(st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=slots - 1))
+    items = st.lists(st.integers(0, ITEMS - 1), unique=True, max_size=ITEMS)
+    passes = draw(st.lists(st.tuples(items, st.booleans(), items), max_size=8))
+    return slots, tuple(pins), draw(st.sampled_from(["lru", "layer-lru", "lfru"])), passes
+
+
+@settings(max_examples=200, deadline=None)
+@given(_mixed(), st.data())
+def test_no_policy_scan_or_prefetch_breaks_a_rule(
+    case: tuple[int, tuple[int, ...], str, list[tuple[list[int], bool, list[int]]]],
+    data: st.DataObject,
+) -> None:
+    slots, pins, kind, passes = case
+    cache = SlotCache(slots, pins, _policy(kind))
+    cache.fill(list(range(ITEMS)))
+    reading: dict[int, int] = {}  # slot -> item: reads that are under way
+
+    def begun(loads: list[Load]) -> None:
+        for load in loads:
+            assert load.slot not in reading, "a slot that is being read into was given away"
+            reading[load.slot] = load.item
+
+    for order, scan, ahead in passes:
+        loaded: list[int] = []
+        there = cache.resident
+        with cache.begin(order, scan=scan) as one:
+            for turn, item in enumerate(order):
+                loads = one.loads()
+                begun(loads)
+                loaded += [load.item for load in loads]
+                held = [i for i in order[turn:] if cache.slot_of(i) is not None]
+                if data.draw(st.booleans()):
+                    begun(cache.prefetch(ahead))
+                    assert all(cache.slot_of(i) is not None for i in held), "a locked item went"
+                reading.pop(one.slot(item), None)
+                cache.arrived(item)
+                one.finish(item)
+        assert len(loaded) == len(set(loaded)), "a pass reads a record once at the most"
+        assert set(loaded) >= set(order) - there - cache.resident - set(ahead)
+        assert set(pins) <= cache.resident
+        places = [cache.slot_of(item) for item in cache.resident]
+        assert len(set(places)) == len(places) <= slots
+        if data.draw(st.booleans()):
+            begun(cache.prefetch(ahead))
+        for item in sorted(cache.arriving):
+            slot = cache.slot_of(item)
+            assert slot is not None and reading[slot] == item
+            if data.draw(st.booleans()):
+                cache.arrived(item)
+                del reading[slot]
+    assert cache.counts.useful <= cache.counts.prefetched
+    assert cache.counts.hits + cache.counts.misses == sum(len(order) for order, _, _ in passes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(3, 40),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.sampled_from(["lru", "layer-lru", "lfru"]),
+)
+def test_scans_keep_what_is_resident(slots: int, more: int, layers: int, kind: str) -> None:
+    """Chunk after chunk over P > S prototypes in L layers: at least S - ring are there each time."""
+    count = slots + more
+    policies: dict[str, Policy] = {
+        "lru": Lru(),
+        "layer-lru": LayerLru(
+            [n * layers // count for n in range(count)], [slots // layers] * layers
+        ),
+        "lfru": Lfru(slots),
+    }
+    cache = SlotCache(slots, (), policies[kind])
+    cache.fill(range(count))
+    for _ in range(4):
+        before = cache.counts.hits
+        for layer in range(layers):
+            order = [n for n in range(count) if n * layers // count == layer]
+            with cache.begin(order, scan=True) as one:
+                for item in order:
+                    one.loads()
+                    one.finish(item)
+        assert cache.counts.hits - before >= slots - cache.ring
+    assert 2 <= cache.ring <= max(4, slots // 8)
+
+
+def test_a_scan_leaves_what_decode_uses() -> None:
+    cache = SlotCache(16)
+    cache.fill(range(16))
+    for _ in range(3):
+        with cache.begin(range(8)) as one:
+            for item in range(8):
+                one.loads()
+                one.finish(item)
+    with cache.begin(range(16, 64), scan=True) as one:
+        for item in range(16, 64):
+            one.loads()
+            one.finish(item)
+    assert set(range(8)) <= cache.resident
+    # What is on trial goes first when decode misses, and stays once decode has asked for it.
+    trial = sorted(cache.resident - set(range(16)))
+    with cache.begin(trial[:1]) as one:
+        one.finish(trial[0])
+    with cache.begin([70]) as one:
+        one.loads()
+        one.finish(70)
+    assert trial[0] in cache.resident and trial[1] not in cache.resident
+
+
+def test_prefetch_takes_no_locked_slot_and_never_the_last() -> None:
+    cache = SlotCache(3)
+    cache.fill([0, 1, 2])
+    with cache.begin([0, 1]) as one:
+        assert [load.item for load in cache.prefetch([5, 6, 7])] == [5]
+        one.finish(0)
+        one.finish(1)
+    assert [load.item for load in cache.prefetch([5, 6, 7])] == [6]
+    assert cache.prefetch([8]) == [], "two of three slots are being read into"
+    cache.lost(6)
+    assert cache.resident == {5} | (cache.resident - {6})
+    with cache.begin([5, 9]) as one:
+        assert [load.item for load in one.loads()] == [9]
+        cache.arrived(5)
+        one.finish(5)
+        one.finish(9)
+    assert (cache.counts.prefetched, cache.counts.useful) == (2, 1)

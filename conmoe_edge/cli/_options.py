@@ -152,7 +152,8 @@ _LEVERS = (
         type=click.Choice(("auto", *PRECISIONS)),
         default="auto",
         show_default=True,
-        help="Number format of the prototypes; source keeps the checkpoint's own.",
+        help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
+        "hurts most; auto takes fewer bits before it removes experts.",
     ),
     click.option(
         "--dense-precision",

@@ -65,7 +65,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
 
     \b
     Examples:
-      conmoe-edge fit demo --gpu 564MB --device cpu
+      conmoe-edge fit demo --gpu 562MB --device cpu
       conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
       conmoe-edge fit olmoe --gpu rtx-4060-laptop-8gb --rate 50% --scope 2 --calibration notes.txt
       conmoe-edge fit ./my-checkpoint --gpu 16GB --dry-run --json

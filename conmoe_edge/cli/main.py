@@ -104,7 +104,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     \b
     Start here (the model `demo` comes with the program, nothing is downloaded):
-      conmoe-edge fit demo --gpu 564MB --device cpu   measure, plan, consolidate, write ./out
+      conmoe-edge fit demo --gpu 562MB --device cpu   measure, plan, consolidate, write ./out
       conmoe-edge chat ./out                          talk to it inside that budget
 
     \b

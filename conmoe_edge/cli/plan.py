@@ -27,7 +27,7 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
 
     \b
     Examples:
-      conmoe-edge plan demo --gpu 564MB --device cpu
+      conmoe-edge plan demo --gpu 562MB --device cpu
       conmoe-edge plan allenai/OLMoE-1B-7B-0924 --gpu rtx-3060-12gb --context 16k
       conmoe-edge plan olmoe --gpu 8GB --json
     """

@@ -82,7 +82,7 @@ def test_the_sum_is_shown_term_by_term() -> None:
 
 
 def test_the_chosen_row_is_marked_and_milder_ones_say_why_not() -> None:
-    plan = planned("8GB")
+    plan = planned("4GB")
     assert plan.chosen.rate > 0
     rows = [line for line in shown(plan).splitlines() if " %" in line and "GiB" in line]
     marked = [row for row in rows if row.startswith("❯")]

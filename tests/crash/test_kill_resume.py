@@ -17,8 +17,10 @@ from families import save_tiny, save_tokenizer
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.durable import CRASH_STATUS, CRASH_VARIABLE
-from conmoe_edge.checkpoint.manifest_io import verify_package
-from conmoe_edge.errors import OutputExists, ResumeMismatch
+from conmoe_edge.checkpoint.manifest_io import load_manifest, verify_package
+from conmoe_edge.errors import DoesNotFit, OutputExists, ResumeMismatch
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.plan.planner import make_plan
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the test forks, so that torch is imported once"
@@ -209,3 +211,43 @@ def test_existing_output_is_kept_or_replaced_whole(
     fit(source, out, overwrite=True)
     assert digests(out) == golden
     assert leftovers(tmp_path) == []
+
+
+def test_mixed_precision_killed_inside_a_scope_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Which prototypes get more bits is measured on hidden states of both layers of a scope, one of them run before."""
+    source = tmp_path / "source"
+    wide = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64, "head_dim": 16}
+    save_tiny("qwen3_moe", source, mlp_only_layers=[], **wide)
+    save_tokenizer(source)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    anatomy = api.plan(str(source), budget="4GB", device="cpu").anatomy
+    levers: dict[str, Any] = {"rate": 0.5, "scope": 2, "precision": "int8+int4"}
+
+    def mixed(nbytes: int) -> int:
+        try:
+            plan = make_plan(anatomy, Budget("cpu", nbytes, "", "test"), **levers)
+        except DoesNotFit:
+            return 0
+        return plan.chosen.wide_prototypes
+
+    low, high = 0, 4 * 10**9  # the least budget with five wide records
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if mixed(middle) >= 5 else (middle + 1, high)
+    levers["budget"] = f"{low}B"
+    whole = tmp_path / "whole"
+    assert finish(child(lambda: fit(source, whole, **levers))) == 0
+    manifest = load_manifest(whole)
+    kinds = [manifest.layouts[entry.layout].precision for entry in manifest.prototypes]
+    assert kinds.count("int8") == 5 and kinds.count("int4") == 7
+    golden = digests(whole)
+
+    def stop(step: Any) -> None:
+        if step.stage == "calibrate" and step.step == 1:  # the first layer of the scope is done
+            os._exit(CRASH_STATUS)
+
+    out = tmp_path / "out"
+    assert finish(child(lambda: fit(source, out, progress=stop, **levers))) == CRASH_STATUS
+    assert not out.exists()
+    assert finish(child(lambda: fit(source, out, **levers))) == 0
+    assert digests(out) == golden

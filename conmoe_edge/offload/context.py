@@ -8,6 +8,7 @@ were planned; nothing is cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,14 @@ from torch import Tensor, nn
 from conmoe_edge.errors import ContextFull
 
 
-def guard_context(model: nn.Module, context: int) -> None:
-    """Check every forward of ``model`` that uses a cache against ``context`` tokens."""
+def guard_context(
+    model: nn.Module, context: int, make_room: Callable[[int], None] | None = None
+) -> None:
+    """Check every forward of ``model`` that uses a cache against ``context`` tokens.
+
+    ``make_room`` is told, before each, how many tokens of the context the cache will hold after it.
+    A batch counts as a full context: each of its sequences has windows of its own.
+    """
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("use_cache") is False:
@@ -33,6 +40,8 @@ def guard_context(model: nn.Module, context: int) -> None:
         needed = tokens.shape[0] * (held + tokens.shape[1])
         if needed > context:
             raise context_full(needed, context, longest_context(model))
+        if make_room is not None:
+            make_room(needed if tokens.shape[0] == 1 else context)
 
     model.register_forward_pre_hook(check, with_kwargs=True)
 

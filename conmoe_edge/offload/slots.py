@@ -2,10 +2,10 @@
 record each.
 
 A pool is allocated once, before anything else competes for the memory, and never grows, so the
-budget is known to the byte and nothing fragments. On the CPU the pool is an anonymous mapping:
-page-aligned, so that a record can be read from disk straight into its slot, and touched at once, so
-that missing memory shows at start and not in the middle of an answer. On a GPU it is one tensor of
-torch's allocator.
+budget is known to the byte and nothing fragments; on Linux its end can be given back (``shrink``).
+On the CPU the pool is an anonymous mapping: page-aligned, so that a record can be read from disk
+straight into its slot, and touched at once, so that missing memory shows at start and not in the
+middle of an answer. On a GPU it is one tensor of torch's allocator.
 
 Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned
 as well. Raises ``OutOfMemory`` where the pool cannot be had.
@@ -14,6 +14,7 @@ as well. Raises ``OutOfMemory`` where the pool cannot be had.
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from conmoe_edge.checkpoint.manifest import RecordLayout
 from conmoe_edge.checkpoint.records import view
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.offload.stored_expert import StoredExpert
-from conmoe_edge.units import gib
+from conmoe_edge.units import gib, round_up
 
 _PAGE = 4096
 # Python maps shared by default, which the system accounts as files and rarely backs with huge pages.
@@ -41,7 +42,8 @@ class SlotPool:
         self.slots = slots
         self.device = device
         self.nbytes = slots * layout.nbytes
-        self._memory: Tensor | None = _allocate(self.nbytes, device)
+        self._mapping: mmap.mmap | None = None
+        self._memory: Tensor | None = self._allocate()
         self._experts: list[StoredExpert | None] = [None] * slots
 
     def record(self, slot: int) -> Tensor:
@@ -57,27 +59,49 @@ class SlotPool:
             expert = self._experts[slot] = StoredExpert(view(self.layout, self.record(slot)))
         return expert
 
+    def shrink(self, slots: int) -> None:
+        """Give the memory of the slots from number ``slots`` on back to the system; their views must
+        not be used any more.
+        """
+        assert can_shrink(self.device) and slots <= self.slots, "there is an end to give back"
+        end, self.nbytes = self.nbytes, slots * self.layout.nbytes
+        self.slots = slots
+        del self._experts[slots:]
+        start = round_up(self.nbytes, mmap.PAGESIZE)
+        if self._mapping is not None and start < end:
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def close(self) -> None:
         """Give the memory back; views that are still held keep it alive."""
         self._experts = []
-        self._memory = None
+        self._memory = self._mapping = None
+
+    def _allocate(self) -> Tensor:
+        nbytes, device = self.nbytes, self.device
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError as error:
+                raise _no_memory(nbytes, str(device)) from error
+        self._mapping, memory = _mapped(nbytes, touch=True)
+        return memory
 
 
-def _allocate(nbytes: int, device: torch.device) -> Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type != "cpu":
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError as error:
-            raise _no_memory(nbytes, str(device)) from error
-    return host_buffer(nbytes)
+def can_shrink(device: torch.device) -> bool:
+    """Whether a pool on ``device`` can give its end back while the rest is in use."""
+    return device.type == "cpu" and sys.platform.startswith("linux")
 
 
 def host_buffer(nbytes: int, *, touch: bool = True) -> Tensor:
     """Page-aligned uint8 memory on the host, outside the C heap: what is given back goes back to
     the system. Without ``touch`` it takes memory only as it is written to.
     """
+    return _mapped(nbytes, touch=touch)[1]
+
+
+def _mapped(nbytes: int, *, touch: bool) -> tuple[mmap.mmap, Tensor]:
     try:
         mapping = mmap.mmap(-1, nbytes, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
@@ -87,7 +111,7 @@ def host_buffer(nbytes: int, *, touch: bool = True) -> Tensor:
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     if touch:
         memory[::_PAGE] = 0
-    return memory
+    return mapping, memory
 
 
 def _no_memory(nbytes: int, device: str) -> OutOfMemory:

@@ -86,8 +86,8 @@ def miss_curve(rows: Sequence[Sequence[int]], size: int) -> list[int]:
     """Misses of a least recently used cache over ``rows`` with 0, 1, ... ``size`` slots.
 
     Stack distances (Mattson et al., IBM Systems Journal 9(2), 1970) with a whole row as one step: an item of a row
-    is there in a cache of n slots if fewer than n others were used later than it, before the row. That is exact for
-    caches that hold a row at once.
+    is there in a cache of n slots if fewer than n others were used later than it, before the row. A row counts as
+    used in ascending order.
 
     Args:
         rows: passes; each a row of distinct items in ascending order.

@@ -26,6 +26,7 @@ POLICIES = ("lru", "layer-lru", "lfru", "pins")
 PIN_SHARES = (0.25, 0.5)
 DEFAULT_PIN_SHARE = 0.5
 _HALF_LIFE = 8  # uses a slot
+_MOST_REQUESTS = 1 << 18  # of a replay; a longer trace gives some of its sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ def _choose_one(
     if mixed:
         members = frozenset(table.members)
         trace = trace.only([n in members for n in range(len(table.weights))])
+    trace = trace.every(-(-trace.requests // _MOST_REQUESTS) or 1)
     rows = [row for _, row in trace.decode()]
     middle = sum(1 for _ in trace.decode(stop=trace.tokens // 2))
     tried: list[tuple[int, str, CacheSettings]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 MOST_TOKENS = 4096
 """Longest trace that a package carries."""
@@ -67,12 +68,38 @@ class PrototypeTrace:
                 if row:
                     yield position, row
 
+    @property
+    def requests(self) -> int:
+        """Prototypes that were asked for, over all layers and tokens."""
+        return sum(len(row) for layer in self.asked for row in layer)
+
+    def every(self, step: int) -> PrototypeTrace:
+        """Each ``step``-th sequence, whole, from the first on."""
+        ends = list(accumulate(self.sequences))
+        spans = [slice(e - n, e) for n, e in zip(self.sequences, ends, strict=True)][::step]
+        asked = tuple(tuple(row for span in spans for row in layer[span]) for layer in self.asked)
+        return PrototypeTrace(self.layers, self.sequences[::step], asked)
+
     def only(self, keep: Sequence[bool]) -> PrototypeTrace:
         """The requests for prototypes with ``keep[number]``; the others are taken out of every row."""
         asked = tuple(
             tuple(tuple(n for n in row if keep[n]) for row in layer) for layer in self.asked
         )
         return PrototypeTrace(self.layers, self.sequences, asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a predictor said about some tokens of a trace, before the layer's router ran.
+
+    Attributes:
+        tokens: which tokens, ascending.
+        ranked: [position of the layer][i] -> the layer's prototypes for ``tokens[i]``, the likeliest first; empty
+            where nothing predicts a layer.
+    """
+
+    tokens: tuple[int, ...]
+    ranked: tuple[tuple[Row, ...], ...]
 
 
 def to_prototypes(trace: RoutingTrace, numbers: Mapping[int, Sequence[int]]) -> PrototypeTrace:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conmoe_edge.checkpoint.manifest import (
+    CacheSettings,
     ExpertId,
     Manifest,
     PrototypeEntry,
@@ -104,6 +105,19 @@ def test_a_plain_map_has_neither_scales_nor_constants() -> None:
     slots = {1: manifest().slots[1]}
     value = json.loads(to_json(manifest(slots=slots)))
     assert value["scales"] == {} and value["constants"] == {}
+
+
+def test_cache_settings_come_back_and_older_manifests_have_none(tmp_path: Path) -> None:
+    assert b'"cache"' not in to_json(manifest())
+    assert from_json(to_json(manifest())).cache == ()
+    chosen = CacheSettings(7, "layer-lru", 0.0, (4, 3), 0.5, {"lru": 0.25, "layer-lru": 0.5})
+    plain = CacheSettings(2, "lru")
+    layouts = len(manifest().layouts)
+    cache = (chosen, plain)[:layouts]
+    save_manifest(tmp_path, manifest(cache=cache))
+    assert load_manifest(tmp_path).cache == cache
+    with pytest.raises(PackageError, match="one a layout"):
+        save_manifest(tmp_path, manifest(cache=(plain,) * (layouts + 1)))
 
 
 def test_a_ratio_of_infinity_becomes_null() -> None:

@@ -199,6 +199,13 @@ def test_defaults_without_a_trace() -> None:
         default_settings(TWO_LAYERS, [4], "fifo")
 
 
+def test_part_of_a_trace_is_whole_sequences() -> None:
+    trace = PrototypeTrace((0,), (1, 2, 1), (((1,), (2, 4), (3,), (5,)),))
+    assert trace.requests == 5
+    assert trace.every(1) == trace
+    assert trace.every(2) == PrototypeTrace((0,), (1, 1), (((1,), (5,)),))
+
+
 def test_slots_that_meet_on_a_prototype_ask_once_and_skip_marks_for_nothing() -> None:
     trace = RoutingTrace((2, 4), (2,), (((0, 1), (3, 2)), ((1, 0), (0, 3))))
     asked = to_prototypes(trace, {2: [7, 7, 5], 4: [9, -1, 8]})

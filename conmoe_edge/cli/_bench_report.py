@@ -116,7 +116,11 @@ class Report:
         """Plain JSON: sizes in bytes, times in seconds, bandwidths in bytes a second."""
         facts, budget = self.facts, self.facts.budget
         return {
-            "package": dict(facts.package),
+            "package": {
+                **facts.package,
+                "layers": facts.layers,
+                "dense_read_bytes": facts.dense_bytes + facts.cache_bytes,
+            },
             "settings": dict(facts.settings),
             "runtime": dict(facts.runtime),
             "machine": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +13,10 @@ from conmoe_edge.cli._text import counted, path_text, percent, percent_whole
 from conmoe_edge.units import GIB, MIB, human_size
 
 _GB = 1e9
+_LEGEND = (
+    "Bytes and waiting are per token. Bound: bytes over the memory's bandwidth (of a prompt: "
+    "operations over GFLOP/s) plus what was missing over the disk's; overlapped: the longer of both."
+)
 
 
 def bench_view(report: Report) -> RenderableType:
@@ -23,7 +28,7 @@ def bench_view(report: Report) -> RenderableType:
         Text(),
         _figures(report),
         Text(),
-        *(Text(f"  {line}", style=style) for line, style in _notes(report)),
+        *(Padding(Text(line, style=style), (0, 0, 0, 2)) for line, style in _notes(report)),
     )
 
 
@@ -52,9 +57,13 @@ def machine_line(report: Report) -> str:
 
 
 def runtime_line(report: Report) -> str:
-    """Kernel, cache policy, way of reading, as far as they have names."""
-    named = [f"{what} {name}" for what, name in report.facts.runtime.items() if name]
-    return " · ".join(named) or "as transformers runs it"
+    """Kernel, cache policy and way of reading, as far as they matter and have names."""
+    package, runtime = report.facts.package, report.facts.runtime
+    if not package["prototypes"]:
+        return "experts as transformers runs them"
+    moving = package["resident"] < package["prototypes"]
+    shown = ("kernel", "policy", "reads") if moving else ("kernel",)
+    return " · ".join(f"{what} {runtime[what]}" for what in shown if runtime[what])
 
 
 def _head(label: str, value: str) -> Text:
@@ -107,10 +116,7 @@ def _notes(report: Report) -> list[tuple[str, str]]:
     used, limit = report.memory_used / unit, facts.budget.device_bytes / unit
     tier = tier_name(facts.budget)
     lines.append((f"{tier} {used:.{digits}f} of {limit:.{digits}f} {name} in use", ""))
-    lines += [
-        ("Bytes are per token. Bound: bytes over the bandwidths above (prefill: operations", "dim"),
-        ("over GFLOP/s), then missing records over the disk's; overlapped: the longer.", "dim"),
-    ]
+    lines.append((_LEGEND, "dim"))
     return lines
 
 

@@ -6,7 +6,7 @@ bounds are made of (``plan/speed.py``). Nothing is printed; ``on_round`` is call
 tokens are those that a chat gives: the same forward, the same cache, only the end mark is not
 obeyed, so that every round has the same length.
 
-Peak memory: what a chat takes; ``matrix_rate`` three matrices of 16 MiB beside it. Raises what
+Peak memory: what a chat takes; ``matrix_rate`` 24 MiB beside it. Raises what
 ``ChatSession.scores`` raises, ``ContextFull`` above all.
 """
 

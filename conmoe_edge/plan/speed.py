@@ -7,11 +7,12 @@ embedding table is looked up, not read, unless it is also the head), X its route
 of the requests that the slots serve and L the layers:
 
     bound     t = (D + X) / B_memory + (1 - h) * X / B_below
-    expected  t = D / (e_D * B_memory) + X / (e_X * B_memory) + (1 - h) * X / B_below + L * o
+    expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below + L * o
 
-``Reach`` has the shares e of a plain streaming read that the kernels get to, and the time o that a
-layer takes beside its bytes. They are constants of this program, not of a machine; they stand in
-one place (``REACH``), and ``benchmarks/speed_constants.py`` prints them.
+``Reach`` has the shares e of a streaming read that the kernels get to, by the form in which weights
+are stored, and the time o that a layer takes beside its bytes. They are constants of this program
+more than of a machine; they stand in one place (``REACH``), and ``benchmarks/speed_constants.py``
+prints them.
 
 Before calibration h is the resident share, which is what evenly spread routing gives, and router
 slots that meet on one prototype are counted twice: both are the careful side. Afterwards the
@@ -38,32 +39,25 @@ class Reach:
     """What the kernels of a device get out of it.
 
     Attributes:
-        dense: share of the streaming read bandwidth that dense matrices reach with one row.
-        experts: the same for prototypes, by kind of record.
+        kernels: share of the streaming read bandwidth that products with one row reach, by kind of
+            record; dense matrices count as ``source``.
         layer_seconds: of a decoder layer beside its bytes: Python, small kernels, the router.
-        token_seconds: of a token beside its layers: embedding, head, sampling.
     """
 
-    dense: float
-    experts: Mapping[str, float]
+    kernels: Mapping[str, float]
     layer_seconds: float
-    token_seconds: float
 
 
 REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
-            dense=0.75,
-            experts=MappingProxyType({"source": 0.80, "bf16": 0.80, "int8": 0.75, "int4": 0.60}),
-            layer_seconds=450e-6,
-            token_seconds=400e-6,
+            MappingProxyType({"source": 0.80, "bf16": 0.80, "int8": 0.75, "int4": 0.65}),
+            layer_seconds=500e-6,
         ),
         # Not measured: shares that such kernels usually reach, and the launches of a layer.
         "cuda": Reach(
-            dense=0.80,
-            experts=MappingProxyType({"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50}),
-            layer_seconds=300e-6,
-            token_seconds=300e-6,
+            MappingProxyType({"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50}),
+            layer_seconds=350e-6,
         ),
     }
 )
@@ -136,10 +130,11 @@ def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     if not budget.device_bandwidth or below is None:
         return None
     reach = REACH[budget.device]
-    moved = step.dense / reach.dense
-    moved += sum(nbytes / reach.experts[kind] for kind, nbytes in step.routed.items())
-    overhead = reach.token_seconds + step.layers * reach.layer_seconds
-    return moved / budget.device_bandwidth + below + overhead
+    plain = reach.kernels["source"]
+    # A kind that is not known comes from a manifest of another version.
+    moved = sum(nbytes / reach.kernels.get(kind, plain) for kind, nbytes in step.routed.items())
+    moved += step.dense / plain
+    return moved / budget.device_bandwidth + below + step.layers * reach.layer_seconds
 
 
 def tokens_per_second(

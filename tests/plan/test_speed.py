@@ -117,8 +117,8 @@ def test_the_expected_speed_stays_below_the_bound_and_is_made_of_its_parts(olmoe
     machine = budget("8GB", device, device_bandwidth=20e9, link_bandwidth=9e9, disk_bandwidth=1e9)
     reach = REACH[device]
     step = StepBytes(dense=1e9, routed={"int4": 4e8}, from_disk=1e8, from_host=0, layers=16)
-    expected = (1e9 / reach.dense + 4e8 / reach.experts["int4"]) / 20e9 + 0.1
-    expected += 16 * reach.layer_seconds + reach.token_seconds
+    expected = (1e9 / reach.kernels["source"] + 4e8 / reach.kernels["int4"]) / 20e9 + 0.1
+    expected += 16 * reach.layer_seconds
     seconds, bound = expected_seconds(step, machine), decode_bound(step, machine)
     assert seconds == pytest.approx(expected)
     assert seconds is not None and bound is not None and seconds > bound.serial
@@ -137,8 +137,8 @@ def test_every_kind_of_record_has_its_constants():
 
     kinds = {kind for one in PRECISIONS.values() for kind in one.kinds}
     for reach in REACH.values():
-        assert set(reach.experts) == kinds
-        assert all(0 < share <= 1 for share in (reach.dense, *reach.experts.values()))
+        assert set(reach.kernels) == kinds
+        assert all(0 < share <= 1 for share in reach.kernels.values())
 
 
 def test_distinct_prototypes_against_draws():

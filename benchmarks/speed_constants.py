@@ -1,0 +1,102 @@
+"""The constants of the speed model (``REACH`` in conmoe_edge/plan/speed.py), from packages that run.
+
+    python -m benchmarks.speed_constants --tiny DIR --bf16 DIR [--int8 DIR] [--int4 DIR] [--gpu SIZE]
+
+Each package goes through ``conmoe-edge bench`` in a process of its own, all prototypes resident.
+With t the seconds of a token, B the bandwidth that the same run measured, L the layers, D and X the
+dense and the routed bytes of a token:
+
+    --tiny   a model whose bytes hardly count (the demo):  o = (t - (D + X) / (e B)) / L
+    --bf16   a model whose bytes are all that counts:      e = (D + X) / (B (t - L o))
+    --int8, --int4: the same dense part, other records:    e' = X / (B (t - L o - D / (e B)))
+
+The first two need each other's result and are solved in turns. An idle machine and packages of the
+same model are the caller's business. Prints the constants and, with them, expected over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_TURNS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds and bytes of a token, as one bench gave them."""
+
+    seconds: float
+    dense: float
+    routed: float
+    layers: int
+    bandwidth: float
+
+    def without_dense(self, overhead: float, plain: float) -> float:
+        """Seconds that are left for the prototypes."""
+        return self.seconds - self.layers * overhead - self.dense / (plain * self.bandwidth)
+
+
+def main() -> None:
+    """Run, solve, print."""
+    parser = argparse.ArgumentParser(description="The constants of the speed model.")
+    for name, needed in (("tiny", True), ("bf16", True), ("int8", False), ("int4", False)):
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=needed)
+    parser.add_argument("--gpu", default="auto", help="budget that holds all prototypes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--repeats", default="5")
+    arguments = parser.parse_args()
+    runs = {
+        name: bench(folder, arguments)
+        for name in ("tiny", "bf16", "int8", "int4")
+        if (folder := getattr(arguments, name)) is not None
+    }
+    overhead, plain = solve(runs["tiny"], runs["bf16"])
+    kernels = {"bf16": plain}
+    for name in ("int8", "int4"):
+        if name in runs:
+            run = runs[name]
+            kernels[name] = run.routed / (run.bandwidth * run.without_dense(overhead, plain))
+    print(f"layer_seconds={overhead * 1e6:.0f}e-6")
+    print("kernels=" + ", ".join(f'"{name}": {share:.2f}' for name, share in kernels.items()))
+
+
+def solve(tiny: Run, large: Run) -> tuple[float, float]:
+    """Seconds of a layer beside its bytes, and the share of the bandwidth that bf16 reaches."""
+    overhead, share = 0.0, 1.0
+    for _ in range(_TURNS):
+        moved = (tiny.dense + tiny.routed) / (share * tiny.bandwidth)
+        overhead = max(0.0, (tiny.seconds - moved) / tiny.layers)
+        left = large.seconds - large.layers * overhead
+        share = (large.dense + large.routed) / (large.bandwidth * left)
+    return overhead, share
+
+
+def bench(folder: Path, arguments: argparse.Namespace) -> Run:
+    """One package, measured in a process of its own."""
+    options = ["--json", "--quiet", "--repeats", arguments.repeats]
+    options += ["--gpu", arguments.gpu, "--device", arguments.device]
+    command = [sys.executable, "-m", "conmoe_edge.cli.main", "bench", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    value = json.loads(done.stdout)
+    decode, moved = value["decode"], value["decode"]["bytes_per_token"]
+    if moved["disk"] or moved["host"]:
+        sys.exit(f"{folder}: not every prototype is resident; give more with --gpu")
+    seconds = 1.0 / decode["tokens_per_second"]["median"]
+    dense = value["package"]["dense_read_bytes"]
+    rate = value["machine"]["memory_bandwidth"]
+    print(
+        f"{folder}: {1 / seconds:.2f} tokens/s, expected {value['expected']['tokens_per_second']:.2f}, "
+        f"{decode['bound']['share_of_serial']:.0%} of the bound at {rate / 1e9:.1f} GB/s"
+    )
+    return Run(seconds, dense, moved["memory"] - dense, value["package"]["layers"], rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -149,7 +149,8 @@ def _int4_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Numbers uint8 [r, K] and (scale, zero) bf16 [r, G, 2] of a block of rows."""
     rows, columns = weight.shape
     grouped = weight.reshape(rows, columns // group, group)  # [r, G, g]
-    low, high = grouped.aminmax(dim=2, keepdim=True)  # [r, G, 1]
+    # Two passes: torch's aminmax over so short an axis takes five times as long as both together.
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)  # [r, G, 1]
     step = (high - low) * (_SHRINK / 15)
     number = _nearest(grouped, step, (low + high + step) / 2)
     # With the numbers given, weights lie about a straight line over them: least squares.

@@ -124,7 +124,7 @@ def gains(
         if not rows:
             found.append(0.0)
             continue
-        parts = {name: part.to(device) for name, part in weights.parts(prototype).items()}
+        parts = {name: part.to(device, dtype) for name, part in weights.parts(prototype).items()}
         sampled = torch.cat(rows).to(device)
         found.append(_gain(module, sampled, torch.cat(factors), parts, layouts, dtype))
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.dense import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
@@ -216,7 +217,7 @@ def fit(
     from conmoe_edge.compress.pipeline import Consolidation, Job, Progress
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
-    from conmoe_edge.offload.routing import planned_cache
+    from conmoe_edge.offload.planned import planned_caching
 
     if method not in METHODS:
         raise UsageError(
@@ -289,12 +290,19 @@ def fit(
                 "fingerprint": identity,
             },
             tool_version=__version__,
+            predict=chosen.slots < chosen.prototypes,
         )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.clock.part("cache"):
-            cache = planned_cache(staged.path, manifest, report.plan.left_for_prototypes)
-        manifest = replace(manifest, cache=cache)
+            manifest = planned_caching(
+                staged.path,
+                manifest,
+                run.predictions(),
+                stored(anatomy, report.plan.dense_precision),
+                report.plan.budget,
+                report.plan.left_for_prototypes,
+            )
         started = time.perf_counter()
         tell(Progress("verify", 0, 1, "package"))
         save_manifest(staged.path, manifest)

@@ -8,6 +8,7 @@ A package folder holds (docs/architecture.md, "The package"):
 - ``prototypes-*.safetensors``: one uint8 tensor per record (see ``records.py``)
 - ``constants.safetensors``: only where slots have constants: tensor ``constants.<layer>`` [n, hidden] in fp32
 - ``routing.safetensors``: the router's choices for some calibration sequences (see ``compress/trace.py``)
+- ``predictor.safetensors``: which prototypes the next layer will ask for (see ``compress/predictor.py``)
 - tokenizer, generation config, chat template, licence
 """
 
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 FORMAT_VERSION = 1
 MANIFEST_NAME = "conmoe.json"
 ROUTING_FILE = "routing.safetensors"
+PREDICTOR_FILE = "predictor.safetensors"
 UNCHANGED = "unchanged"
 """``Manifest.method`` of a model that fits as it is: its own files, linked, and no prototypes."""
 
@@ -97,6 +99,26 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchSettings:
+    """Whether prototypes are read ahead, and what was seen of it (``offload/prefetch_replay.py`` decides).
+
+    Attributes:
+        depth: most prototypes that are read ahead for a layer; 0 is off.
+        window: how many of the likeliest prototypes are looked at for missing ones.
+        resident_share: share of the prototypes that had a slot where this was decided.
+        gain: share of the time of a token that ``depth`` saves by the model of the replay; of the best depth there
+            is where it is off; ``None`` where no rates were known.
+        recall: decoder layer -> share of the prototypes that tokens asked for that were among as many likeliest.
+    """
+
+    depth: int
+    window: int
+    resident_share: float
+    gain: float | None
+    recall: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of ``conmoe.json``.
 
@@ -109,6 +131,7 @@ class Manifest:
         slots: decoder layer -> one ``SlotRecord`` per router slot.
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
+        prefetch: ``None`` where there is no predictor.
         plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/receipt.py``).
     """
 
@@ -124,6 +147,7 @@ class Manifest:
     plan: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
     cache: tuple[CacheSettings, ...] = ()
+    prefetch: PrefetchSettings | None = None
     dense_precision: str = "source"
     tool_version: str = ""
     format_version: int = FORMAT_VERSION

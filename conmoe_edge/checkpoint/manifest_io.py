@@ -23,9 +23,11 @@ from conmoe_edge.checkpoint.index import CONFIG_FILE, read_json_object
 from conmoe_edge.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    PREDICTOR_FILE,
     CacheSettings,
     ExpertId,
     Manifest,
+    PrefetchSettings,
     PrototypeEntry,
     RecordLayout,
     RecordPart,
@@ -145,6 +147,14 @@ def to_json(manifest: Manifest) -> bytes:
             }
             for one in manifest.cache
         ]
+    if manifest.prefetch is not None:
+        value["prefetch"] = {
+            "depth": manifest.prefetch.depth,
+            "gain": manifest.prefetch.gain,
+            "recall": {str(layer): one for layer, one in manifest.prefetch.recall.items()},
+            "resident_share": manifest.prefetch.resident_share,
+            "window": manifest.prefetch.window,
+        }
     try:
         return _text(value).encode()
     except (TypeError, ValueError) as error:
@@ -158,7 +168,7 @@ def from_json(data: bytes, name: str = MANIFEST_NAME) -> Manifest:
         parsed = ManifestJson.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(step) for step in first["loc"])
+        where = ".".join(str(step) for step in first["loc"]).encode("unicode_escape").decode()
         raise PackageError(
             f"{name} is damaged.", f"{where}: {first['msg']}"[:200], _AGAIN
         ) from None
@@ -265,6 +275,11 @@ def _build(parsed: ManifestJson) -> Manifest:
     _check_prototypes(prototypes, layouts, slots, files)
     if parsed.cache and len(parsed.cache) != len(layouts):
         raise _Wrong("the cache settings are not one a layout")
+    prefetch = None
+    if parsed.prefetch is not None:
+        if PREDICTOR_FILE not in parsed.files:
+            raise _Wrong(f"prototypes are read ahead, but there is no {PREDICTOR_FILE}")
+        prefetch = PrefetchSettings(**parsed.prefetch.model_dump())
     return Manifest(
         source=parsed.source,
         method=parsed.method,
@@ -289,6 +304,7 @@ def _build(parsed: ManifestJson) -> Manifest:
             )
             for one in parsed.cache
         ),
+        prefetch=prefetch,
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
     )

@@ -102,6 +102,16 @@ class CacheJson(_Strict):
     candidates: Annotated[dict[Name, Annotated[Finite, Field(ge=0, le=1)]], Field(max_length=64)]
 
 
+class PrefetchJson(_Strict):
+    """``PrefetchSettings``."""
+
+    depth: Layer
+    window: Layer
+    resident_share: Annotated[Finite, Field(ge=0, le=1)]
+    gain: Annotated[Finite, Field(le=1)] | None
+    recall: dict[Layer, Annotated[Finite, Field(ge=0, le=1)]]
+
+
 class FileJson(_Strict):
     """What is known of one file of the package."""
 
@@ -129,3 +139,4 @@ class ManifestJson(_Strict):
     plan: Json
     receipt: Json
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
+    prefetch: PrefetchJson | None = None

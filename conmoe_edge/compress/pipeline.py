@@ -47,6 +47,7 @@ from conmoe_edge.compress.importance import RowSample, gains, load_sample, save_
 from conmoe_edge.compress.journal import Journal
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.methods.interface import Decision, ScopeView
+from conmoe_edge.compress.predictor import PredictorFit
 from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.scope import pool_of
 from conmoe_edge.compress.statistics import LayerStatistics, StatisticsTracker
@@ -74,13 +75,15 @@ from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_parts, scopes, spread
+from conmoe_edge.plan.trace import Predictions
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is to be done; everything that decides the bytes of the package.
 
-    ``plan`` and ``source`` are plain JSON and go into the manifest as they are.
+    ``plan`` and ``source`` are plain JSON and go into the manifest as they are. ``predict``: fit a predictor of the
+    next layer's prototypes, for packages that will not be all resident.
     """
 
     index: CheckpointIndex
@@ -98,6 +101,7 @@ class Job:
     plan: Mapping[str, Any]
     source: Mapping[str, Any]
     tool_version: str
+    predict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,10 @@ class Consolidation:
             layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
         }
         self._routing = RoutingRecorder({"held_out": job.held_out, "train": job.train})
+        lengths = self._routing.lengths
+        self._predictor = (
+            PredictorFit(work, lengths, job.device) if job.predict and sum(lengths) >= 4 else None
+        )
         self._done_here = 0
         self._layers_began = 0.0
 
@@ -195,6 +203,8 @@ class Consolidation:
         routing = self._routing.write(self.work, self.package, layers)
         if routing is not None:
             self._note(routing)
+        if self._predictor is not None:
+            self._note(self._predictor.write(self.package, self._numbers()))
         self.journal.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
         self._done_here = 0
         self._save("receipt", 0)
@@ -207,6 +217,7 @@ class Consolidation:
             module = model.experts[index][1]
             tap = RoutedTap()
             tap.routing = self._routing
+            tap.keep_hidden = self._predictor is not None
             self._routing.start_layer()
             attach(module, tap)
         start = time.perf_counter()
@@ -226,6 +237,12 @@ class Consolidation:
         inside = 0.0 if tap is None else tap.seconds
         self.clock.add("experts", inside)
         self.clock.add("attention", time.perf_counter() - start - inside)
+        if tap is not None and self._predictor is not None:
+            with self.clock.part("predictor"):
+                before = [one.index for one in self.job.anatomy.moe_layers if one.index < index]
+                hidden, slots = self._routing.taken()
+                count = self._experts(index).count
+                self._predictor.layer(index, max(before, default=None), hidden, slots, count)
 
     def _decide(self, module: nn.Module, index: int) -> None:
         """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts."""
@@ -303,6 +320,8 @@ class Consolidation:
         every = scopes(self.job.anatomy, self.job.scope)
         counts = [kept(len(pool_of(self.job.anatomy, one)), self.job.rate) for one in every]
         count = spread(self.job.wide_prototypes, counts)[every.index(tuple(scope))]
+        if count in (0, len(decision.prototypes)):
+            return dict.fromkeys(decision.prototypes, wide if count else narrow)
         found = gains(
             module,
             decision.prototypes,
@@ -486,6 +505,23 @@ class Consolidation:
             SlotRecord(ExpertId(*prototype) if prototype else None, scale, constant)
             for prototype, scale, constant in self.journal.decisions[str(layer)]
         )
+
+    def _numbers(self) -> dict[int, list[int]]:
+        """MoE layer -> prototype number of every router slot, -1 where a slot has none."""
+        number = {
+            expert: n for n, expert in enumerate(sorted(map(_expert_of, self.journal.records)))
+        }
+        return {
+            layer.index: [
+                -1 if slot.prototype is None else number[slot.prototype]
+                for slot in self._slots(layer.index)
+            ]
+            for layer in self.job.anatomy.moe_layers
+        }
+
+    def predictions(self) -> Predictions | None:
+        """After ``run``: what the package's predictor says about tokens that it was not fitted on."""
+        return None if self._predictor is None else self._predictor.predictions(self._numbers())
 
     def _manifest(self) -> Manifest:
         layers = [layer.index for layer in self.job.anatomy.moe_layers]

@@ -51,6 +51,7 @@ class RoutedTap(Tap):
         super().__init__()
         self.tracker: StatisticsTracker | None = None
         self.routing: RoutingRecorder | None = None
+        self.keep_hidden = False  # for the trace's tokens, beside their routing
         self.sample: RowSample | None = None
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class RoutedTap(Tap):
         names = part_names(module)
         experts = getattr(module, names[0]).shape[0]
         if self.routing is not None:
-            self.routing.add(index, experts)
+            self.routing.add(index, experts, hidden if self.keep_hidden else None)
         out = torch.zeros_like(hidden)
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)

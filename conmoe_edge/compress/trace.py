@@ -8,7 +8,8 @@ run that was stopped goes on and ends with the same bytes.
 Held-out sequences come first: what is tried on them was not also decided by them. Sequences are taken evenly spread,
 so every domain has its part.
 
-Host memory: T * K bytes. Raises ``NoSpace``; ``CheckpointError`` where a file of an earlier run is damaged.
+Host memory: T * K bytes, and 2 * T * H of one layer where the hidden rows are wanted as well. Raises
+``NoSpace``; ``CheckpointError`` where a file of an earlier run is damaged.
 """
 
 from __future__ import annotations
@@ -53,17 +54,27 @@ class RoutingRecorder:
         self._set = ""
         self._seen = 0
         self._taken: dict[str, list[Tensor]] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every sequence of the trace, in its order."""
+        return tuple(self._lengths.tolist())
 
     def start_layer(self) -> None:
         """Forget the layer before."""
         self._taken = {name: [] for name in self._order}
+        self._rows = {name: [] for name in self._order}
 
     def start_set(self, name: str) -> None:
         """The batches of this token set follow, in order."""
         self._set, self._seen = name, 0
 
-    def add(self, index: Tensor, experts: int) -> None:
-        """One batch: [T, K] router slots of every token, padding included, of a layer with ``experts`` of them."""
+    def add(self, index: Tensor, experts: int, hidden: Tensor | None = None) -> None:
+        """One batch: [T, K] router slots of every token, padding included, of a layer with ``experts`` of them.
+
+        ``hidden`` [T, H], where it is given, is kept for the same tokens (``taken``).
+        """
         places = self._places[self._set]
         here = places[(places >= self._seen) & (places < self._seen + index.shape[0])] - self._seen
         self._seen += index.shape[0]
@@ -72,6 +83,15 @@ class RoutingRecorder:
             outside = (chosen < 0) | (chosen > experts)
             kind = _narrowest(experts)
             self._taken[self._set].append(chosen.masked_fill(outside, experts).to(kind))
+            if hidden is not None:
+                rows = hidden[here.to(hidden.device)].to(torch.bfloat16)
+                self._rows[self._set].append(rows.cpu())
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """Of the layer that ran: [T, H] bf16 hidden rows and [T, K] router slots of the trace's tokens."""
+        rows = [piece for name in self._order for piece in self._rows[name]]
+        slots = [piece for name in self._order for piece in self._taken[name]]
+        return torch.cat(rows), torch.cat(slots)
 
     def save_layer(self, work: Path, layer: int) -> None:
         """Make the layer's choices durable in the work folder."""

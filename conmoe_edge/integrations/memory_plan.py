@@ -11,6 +11,7 @@ a smaller chunk. Only where not even one slot a layer would be left does the chu
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
+from conmoe_edge.offload.prefetch import prefetch_bytes
 from conmoe_edge.offload.quota import slots_for
 from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
 from conmoe_edge.plan.plan import Plan
@@ -37,11 +39,14 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The budget that holds, the slots of every record layout, the prefill chunk."""
+    """The budget that holds, the slots of every record layout, the prefill chunk, and what the
+    key-value cache takes at so many tokens, where the slots were counted by it.
+    """
 
     budget: Budget
     slots: tuple[int, ...]
     prefill_chunk: int
+    cache_bytes: Callable[[int], int] | None = None
 
 
 def plan_memory(
@@ -72,6 +77,7 @@ def plan_memory(
     largest = max((nbytes for nbytes, _ in records), default=0)
     fixed = sum(term.nbytes for term in fixed_terms(anatomy, kind, context, largest))
     floor = min(sum(counts), len(anatomy.moe_layers)) * largest
+    fixed += prefetch_bytes(manifest)
     chunk = min(wished, context)
     while chunk > MIN_CHUNK:
         if fixed + workspace_bytes(anatomy, kind, context, chunk) + floor <= budget.device_bytes:
@@ -80,7 +86,7 @@ def plan_memory(
     fixed += workspace_bytes(anatomy, kind, context, chunk)
     if not records and fixed > budget.device_bytes:
         raise _too_small(fixed, budget)
-    return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk)
+    return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk, anatomy.kv_bytes)
 
 
 def _too_small(needed: int, budget: Budget) -> DoesNotFit:

@@ -123,6 +123,23 @@ class SlotCache:
                 self._policy.enter(load.item)
         return loads
 
+    def lend(self, slots: int) -> None:
+        """Before anything is filled: ``slots`` more places, above the others, that ``shrink`` takes
+        away again. They are the last to be filled, so no pin is among them.
+        """
+        assert not self._slot_of, "lending comes first"
+        self._free[:0] = range(self.slots + slots - 1, self.slots - 1, -1)
+        self.slots += slots
+
+    def shrink(self, slots: int) -> None:
+        """Between passes, with no read under way: forget all places from number ``slots`` on."""
+        assert self._running is None, "shrinking happens between passes"
+        for item in [item for item, slot in self._slot_of.items() if slot >= slots]:
+            assert item not in self.pinned, "pins were placed first"
+            self._drop(item)
+        self._free = [slot for slot in self._free if slot < slots]
+        self.slots = slots
+
     def begin(self, order: Sequence[int], *, scan: bool = False) -> Pass:
         """Open a pass over distinct items in the order of their computation."""
         assert self._running is None, "one pass at a time"
@@ -140,10 +157,13 @@ class SlotCache:
             self._asked(item)
         self.counts.hits += len(items)
 
-    def prefetch(self, items: Sequence[int]) -> list[Load]:
-        """Slots for items that may be asked for soon, in order, as far as some can be given up."""
+    def prefetch(self, items: Sequence[int], keep: Iterable[int] = ()) -> list[Load]:
+        """Slots for items that may be asked for soon, in order, as far as some can be given up.
+
+        ``keep`` is in use beside what a running pass needs.
+        """
         needed: Container[int] = self._running.needed if self._running is not None else ()
-        kept = {*items, *(item for item in self._slot_of if item in needed)}
+        kept = {*items, *keep, *(item for item in self._slot_of if item in needed)}
         loads = []
         for item in items:
             if item in self._slot_of:

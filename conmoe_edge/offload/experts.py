@@ -135,8 +135,11 @@ def _one_token(
     if not merged:
         return torch.zeros(hidden.shape, dtype=sum_dtype(hidden))
     numbers = list(merged)
+    ahead = () if runtime.prefetcher is None else runtime.prefetcher.next(handle.layer, hidden)
     experts = runtime.residency.resident(numbers)
     if experts is not None:
+        if ahead:
+            runtime.residency.prefetch(ahead, keep=numbers)
         out = runtime.arithmetic.one_token(module, experts, hidden)  # [n, H]
     else:
         found: list[Tensor] = [hidden] * len(numbers)
@@ -144,7 +147,7 @@ def _one_token(
         def compute(position: int, expert: StoredExpert) -> None:
             found[position] = runtime.arithmetic.one_token(module, [expert], hidden)
 
-        runtime.residency.visit(numbers, compute)
+        runtime.residency.visit(numbers, compute, ahead=ahead)
         out = torch.cat(found)
     alpha = torch.tensor(list(merged.values()), dtype=out.dtype).unsqueeze(1)
     return (out * alpha).sum(0, keepdim=True)
@@ -176,11 +179,14 @@ def _tokens(
         runtime.residency.visit(routes.prototypes, add, scan=True)
         return total
     found = [(routes.rows, hidden)] * len(routes.prototypes)
+    # After the router's choices were read back, so that this does not wait for anything but itself.
+    prefetcher = runtime.prefetcher if len(hidden) == 1 else None
+    ahead = () if prefetcher is None else prefetcher.next(handle.layer, hidden)
 
     def keep(position: int, expert: StoredExpert) -> None:
         found[position] = apply(position, expert)
 
-    runtime.residency.visit(routes.prototypes, keep)
+    runtime.residency.visit(routes.prototypes, keep, ahead=ahead)
     for rows, out in found:
         total.index_add_(0, rows, out)
     return total

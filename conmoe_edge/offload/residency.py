@@ -55,18 +55,22 @@ class Residency:
         self.bytes_read = 0
         self._demand: set[tuple[int, int]] = set()  # slots that a running visit waits for
         self._wanted: list[int] = []  # a prefetch that waits for the demand reads
+        self.most_ahead: int | None = None  # prototypes that a prefetch reads; no limit
         # Compute that has returned is over on a CPU only; elsewhere a slot may be given away while it is read.
         self._direct = all(pool.device.type == "cpu" for pool in self._pools)
         self._caches: list[SlotCache | None] = []
         self._warm: list[tuple[int, ...]] = []
         for pool, one, table in zip(self._pools, self.settings, tables(manifest), strict=True):
-            assert one.slots == pool.slots, "the settings are for these pools"
+            assert one.slots <= pool.slots, "the settings are for these pools"
             self._warm.append(warm_order(one, table))
             self._caches.append(
-                SlotCache(pool.slots, pins_of(one, table), make_policy(one, table))
+                SlotCache(one.slots, pins_of(one, table), make_policy(one, table))
                 if table.members
                 else None
             )
+            cache = self._caches[-1]
+            if cache is not None:
+                cache.lend(pool.slots - one.slots)
         self.all_resident = not self._pool_of  # once the records are there
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -112,8 +116,9 @@ class Residency:
     def resident(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
         """The prototypes of ``numbers`` where none of them has to be read; else ``None``, and ``visit`` is the way.
 
-        They are valid until the next call of any method. For decode: it counts as use. Without bookkeeping where
-        all of them stay for good; on a CPU also where they happen to be there.
+        They are valid until the next call of any method, but for a ``prefetch`` that keeps them. For decode: it
+        counts as use. Without bookkeeping where all of them stay for good; on a CPU also where they happen to be
+        there.
         """
         found = self._staying(numbers)
         if found is not None or not self._direct:
@@ -132,18 +137,27 @@ class Residency:
             found.append(self._pools[self._pool_of[number]].parts(slot))
         return found
 
-    def visit(self, numbers: Sequence[int], compute: Compute, *, scan: bool = False) -> None:
+    def visit(
+        self,
+        numbers: Sequence[int],
+        compute: Compute,
+        *,
+        scan: bool = False,
+        ahead: Sequence[int] = (),
+    ) -> None:
         """``compute(position, expert)`` for every prototype of ``numbers`` (distinct): a scan in that order, a
         decode first what is there.
 
-        ``expert`` is valid during the call only.
+        ``expert`` is valid during the call only. ``ahead`` is prefetched as soon as no read for ``numbers`` is pending.
         """
         staying = self._staying(numbers)
         if staying is not None:
+            if ahead:
+                self.prefetch(ahead)
             for position, expert in enumerate(staying):
                 compute(position, expert)
             return
-        self._wanted = []  # what it was for has come
+        self._wanted = list(ahead)  # what was wanted before was for this visit
         try:
             self._collect()
             self._visit_cached(numbers, compute, scan)
@@ -157,16 +171,17 @@ class Residency:
                     cache.lost(item)  # type: ignore[union-attr]
             raise
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
+    def prefetch(self, numbers: Sequence[int], keep: Sequence[int] = ()) -> None:
         """Read what will probably be asked for next, the likeliest first, as far as slots can be given up for it.
 
-        Starts when no demand read is pending, now or in the course of the running visit; a later call or the next
-        visit takes the place of what has not begun.
+        Reads at most ``most_ahead`` of those that are not there. Starts when no demand read is pending, now or in the
+        course of the running visit; a later call or the next visit takes the place of what has not begun. What
+        ``keep`` names is in use and stays.
         """
         self._wanted = list(numbers)
         if not self._demand:
             self._collect()
-            self._start_prefetch()
+            self._start_prefetch(keep)
 
     def _staying(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
         ready = self._ready
@@ -226,36 +241,53 @@ class Residency:
                 self._transfer.used(place)
                 passes[layout].finish(number)
 
-    def _start_prefetch(self) -> None:
+    def _start_prefetch(self, keep: Sequence[int] = ()) -> None:
         if self._demand:
             return
-        wanted, self._wanted = self._wanted, []
-        for layout, cache, mine in self._shares(wanted):
-            self._begin([(layout, load) for load in cache.prefetch(mine)])
+        wanted = [number for number in self._wanted if not self._has_slot(number)]
+        self._wanted = []
+        for layout, cache, mine in self._shares(wanted[: self.most_ahead]):
+            loads = [(layout, load) for load in cache.prefetch(mine, keep)]
+            self._begin(loads, ahead=True)
+
+    def _has_slot(self, number: int) -> bool:
+        cache = self._caches[self._pool_of[number]]
+        return cache is not None and cache.slot_of(number) is not None
 
     def _collect(self) -> None:
-        """Notice prefetches that are over. One that failed is forgotten: whoever asks for it will be told."""
+        """Notice prefetches that are over, and take back those that have not begun: a demand read is quicker.
+
+        One that failed is forgotten: whoever asks for it will be told.
+        """
         for layout, cache in enumerate(self._caches):
             for number in sorted(cache.arriving) if cache is not None else ():
                 assert cache is not None
                 slot = cache.slot_of(number)
                 assert slot is not None, "what is arriving has a slot"
-                if not self._transfer.ready((layout, slot)):
+                place = (layout, slot)
+                if not self._transfer.ready(place):
+                    if self._transfer.cancel(number, place, self._pools[layout].record(slot)):
+                        self.bytes_read -= self._record_bytes[number]
+                        cache.counts.prefetched -= 1
+                        cache.lost(number)
                     continue
                 try:
-                    self._transfer.wait((layout, slot))
+                    self._transfer.wait(place)
                 except ConmoeError:
                     cache.lost(number)
                 else:
                     cache.arrived(number)
 
-    def _begin(self, loads: Iterable[tuple[int, Load]], *, demand: bool = False) -> None:
+    def _begin(
+        self, loads: Iterable[tuple[int, Load]], *, demand: bool = False, ahead: bool = False
+    ) -> None:
         for layout, load in loads:
             self.bytes_read += self._record_bytes[load.item]
             place = (layout, load.slot)
             if demand:
                 self._demand.add(place)
-            self._transfer.load(load.item, place, self._pools[layout].record(load.slot))
+            target = self._pools[layout].record(load.slot)
+            self._transfer.load(load.item, place, target, ahead=ahead)
 
     @property
     def hits(self) -> int:
@@ -272,6 +304,17 @@ class Residency:
         """(prototypes read ahead, how many of them were asked for while they were there)."""
         counts = [cache.counts for cache in self._caches if cache]
         return sum(one.prefetched for one in counts), sum(one.useful for one in counts)
+
+    def shrink(self, slots: Sequence[int]) -> None:
+        """Between visits: give back every pool's slots from number ``slots[layout]`` on. Pins stay."""
+        self._transfer.drain()
+        self._wanted = []
+        for cache, pool, count in zip(self._caches, self._pools, slots, strict=True):
+            if cache is not None and count < pool.slots:
+                for item in sorted(cache.arriving):
+                    cache.lost(item)  # drained: whether its read went well is not known
+                cache.shrink(count)
+                pool.shrink(count)
 
     def reset_counts(self) -> None:
         """Hits, misses, prefetches and bytes read start at zero again."""

@@ -8,8 +8,10 @@ the device: the slot pools, one expert of scratch. Raises ``PackageError`` for d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 
 import psutil
@@ -22,11 +24,14 @@ from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.arithmetic import Arithmetic
 from conmoe_edge.offload.experts import LayerHandle
 from conmoe_edge.offload.host_tier import HostTier
+from conmoe_edge.offload.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.lending import Lending
+from conmoe_edge.offload.prefetch import open_prefetcher
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.residency import Residency
 from conmoe_edge.offload.routing import settings_for
-from conmoe_edge.offload.slots import SlotPool
+from conmoe_edge.offload.slots import SlotPool, can_shrink
 from conmoe_edge.offload.store import RecordStore
 from conmoe_edge.offload.transfer import DirectTransfer, StagedTransfer, Transfer
 
@@ -53,6 +58,8 @@ class RuntimeStats:
         read_mode: how the disk is read: ``buffered`` or ``direct``.
         policy: who stays in the slots, by name.
         kernel: what computes a few rows.
+        prefetched, prefetch_used: prototypes that were read ahead of the layer that might ask for
+            them, and those of them that were asked for while they were there.
     """
 
     hits: int
@@ -71,6 +78,8 @@ class RuntimeStats:
     read_mode: str = ""
     policy: str = ""
     kernel: str = ""
+    prefetched: int = 0
+    prefetch_used: int = 0
 
     @property
     def resident_share(self) -> float:
@@ -101,6 +110,7 @@ class Runtime:
         prefill_chunk: int,
         slots: Sequence[int],
         cache_policy: str | None = None,
+        cache_bytes: Callable[[int], int] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Allocate the slots and read what they hold.
@@ -115,6 +125,8 @@ class Runtime:
             prefill_chunk: most tokens of one forward.
             slots: cache slots of every record layout.
             cache_policy: instead of what the package's trace finds best.
+            cache_bytes: of the key-value cache at so many tokens, where the room that is kept for
+                it may serve as slots until it is needed.
             progress: called with (records read, records to read) at start.
         """
         self.folder = folder
@@ -128,9 +140,22 @@ class Runtime:
         self.arithmetic = Arithmetic(device)
         self._process = psutil.Process()
         self.closed = False
-        self._before = (0, 0, 0)  # hits, misses, bytes of residencies that were given up
+        self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)
         self._cache_policy = cache_policy
+        self._lending: Lending | None = None
+        if cache_bytes is not None and can_shrink(device):
+            counts = Counter(entry.layout for entry in manifest.prototypes)
+            self._lending = Lending(
+                cache_bytes,
+                context,
+                STEP_TOKENS,
+                [
+                    (layout.nbytes, max(0, counts[i] - self._slots[i]))
+                    for i, layout in enumerate(manifest.layouts)
+                ],
+            )
+            self._lending.allow(prefill_chunk)
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
@@ -155,12 +180,12 @@ class Runtime:
 
     def stats(self) -> RuntimeStats:
         """The counters and what is held now."""
-        hits, misses, read = self._before
+        hits, misses, read, prefetched, used = self._counts()
         moved = self._transfer.counts
         return RuntimeStats(
-            hits=hits + self.residency.hits,
-            misses=misses + self.residency.misses,
-            bytes_read=read + self.residency.bytes_read,
+            hits=hits,
+            misses=misses,
+            bytes_read=read,
             prototypes=len(self.manifest.prototypes),
             resident=self.residency.resident_count,
             slots=self.residency.slots,
@@ -174,13 +199,20 @@ class Runtime:
             read_mode=self._store.mode,
             policy=", ".join(sorted({one.policy for one in self.residency.settings})),
             kernel=self.arithmetic.name,
+            prefetched=prefetched,
+            prefetch_used=used,
         )
 
     def reset_stats(self) -> None:
         """Count from zero."""
-        self._before = (0, 0, 0)
+        self._before = (0,) * 5
         self.residency.reset_counts()
         self._transfer.counts.reset()
+
+    def make_room(self, tokens: int) -> None:
+        """Before the key-value cache grows to ``tokens`` tokens: give back the slots in its room."""
+        if self._lending is not None and self._lending.allow(tokens):
+            self.residency.shrink(self._all_slots())
 
     def retreat(self) -> bool:
         """After memory ran out: go on with half the slots. False where nothing can be given up.
@@ -190,10 +222,9 @@ class Runtime:
         fewer = halved(self._slots)
         if fewer is None:
             return False
-        hits, misses, read = self._before
-        old = self.residency
-        self._before = (hits + old.hits, misses + old.misses, read + old.bytes_read)
-        old.close()
+        self._lending = None
+        self._before = self._counts()
+        self.residency.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._slots = fewer
@@ -210,6 +241,16 @@ class Runtime:
         if self._host is not None:
             self._host.close()
         self._store.close()
+
+    def _counts(self) -> tuple[int, ...]:
+        """Hits, misses, bytes read, prefetched, prefetches that were used; since the last reset."""
+        now = self.residency
+        return tuple(
+            before + one
+            for before, one in zip(
+                self._before, (now.hits, now.misses, now.bytes_read, *now.prefetched), strict=True
+            )
+        )
 
     def _make_transfer(self) -> Transfer:
         if self.device.type == "cpu" or not self.manifest.prototypes:
@@ -229,18 +270,25 @@ class Runtime:
         while True:
             pools: list[SlotPool] = []
             try:
-                for layout, count in zip(self.manifest.layouts, self._slots, strict=True):
+                for layout, count in zip(self.manifest.layouts, self._all_slots(), strict=True):
                     pools.append(SlotPool(layout, count, self.device))
                 break
             except OutOfMemory:
                 for pool in pools:
                     pool.close()
+                if self._lending is not None:
+                    self._lending = None
+                    continue
                 fewer = halved(self._slots)
                 if fewer is None:
                     raise
                 self._slots = fewer
         settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
         residency = Residency(self.manifest, pools, self._transfer, settings)
+        share = sum(self._slots) / len(self.manifest.prototypes) if pools else 1.0
+        self.prefetcher = open_prefetcher(self.folder, self.manifest, share, self.device)
+        if self.manifest.prefetch is not None:
+            residency.most_ahead = self.manifest.prefetch.depth
         choose_read_mode(
             self._store,
             stays=residency.resident_count == len(self.manifest.prototypes),
@@ -248,6 +296,12 @@ class Runtime:
         )
         residency.preload(progress)
         return residency
+
+    def _all_slots(self) -> tuple[int, ...]:
+        """The planned slots of every layout, and those that are lent."""
+        if self._lending is None or self._lending.slots is None:
+            return self._slots
+        return tuple(map(add, self._slots, self._lending.slots))
 
     def _memory_used(self) -> int:
         if self.device.type == "cuda":

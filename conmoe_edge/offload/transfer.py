@@ -8,6 +8,9 @@ Two ways with one interface:
   a slot waits for *free*. Records that ``HostTier`` holds in registered host memory skip disk and
   ring.
 
+Reads ``ahead`` of any demand have a thread of their own and go one at a time, so that no more than the rest of one
+of them stands in the way of a demand read; those that have not begun can be taken back with ``cancel``.
+
 A caller says ``load`` when the policy gave a slot, ``wait`` before the compute that reads it,
 ``used`` after that compute was issued. ``counts`` says what was brought from which tier, and how
 long the caller stood in ``wait``. Memory: the ring, ``RING_RECORDS`` records of pinned host
@@ -68,8 +71,12 @@ class Transfer(Protocol):
         """What was brought, and the time spent in ``wait``."""
         ...
 
-    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
         """Begin to bring prototype ``number`` into ``target``, the bytes of ``slot``."""
+
+    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
+        """Take back a load that has not begun; False where it has."""
+        ...
 
     def ready(self, slot: Slot) -> bool:
         """Whether ``wait`` would return at once."""
@@ -95,11 +102,21 @@ class _Pending:
 
     def __init__(self, readers: int) -> None:
         self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
+        self._ahead: ThreadPoolExecutor | None = None  # made when it is first needed
         self._futures: dict[Slot, Future[None]] = {}
         self.counts = TransferCounts()
 
-    def start(self, slot: Slot, job: Callable[[], None]) -> None:
-        self._futures[slot] = self._threads.submit(job)
+    def start(self, slot: Slot, job: Callable[[], None], *, ahead: bool) -> None:
+        if ahead and self._ahead is None:
+            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
+        threads = self._ahead if ahead and self._ahead is not None else self._threads
+        self._futures[slot] = threads.submit(job)
+
+    def cancel(self, slot: Slot) -> bool:
+        if not self._futures[slot].cancel():
+            return False
+        del self._futures[slot]
+        return True
 
     def ready(self, slot: Slot) -> bool:
         future = self._futures.get(slot)
@@ -121,6 +138,8 @@ class _Pending:
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
 
 
 class DirectTransfer:
@@ -134,9 +153,15 @@ class DirectTransfer:
     def counts(self) -> TransferCounts:
         return self._pending.counts
 
-    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
         self.counts.disk_bytes += target.numel()
-        self._pending.start(slot, lambda: self._store.read_into(number, target))
+        self._pending.start(slot, lambda: self._store.read_into(number, target), ahead=ahead)
+
+    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
+        cancelled = self._pending.cancel(slot)
+        if cancelled:
+            self.counts.disk_bytes -= target.numel()
+        return cancelled
 
     def ready(self, slot: Slot) -> bool:
         return self._pending.ready(slot)
@@ -172,6 +197,8 @@ class StagedTransfer:
         self._stream = torch.cuda.Stream(device)
         self._loaded: dict[Slot, torch.cuda.Event] = {}
         self._free: dict[Slot, torch.cuda.Event] = {}
+        # Free events that loads ahead have taken: the next load waits for them if this one is taken back.
+        self._taken: dict[Slot, torch.cuda.Event] = {}
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(RING_RECORDS):
             self._ring.put((torch.empty(largest_record, dtype=torch.uint8, pin_memory=True), None))
@@ -180,16 +207,33 @@ class StagedTransfer:
     def counts(self) -> TransferCounts:
         return self._pending.counts
 
-    def load(self, number: int, slot: Slot, target: Tensor) -> None:
+    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
         held = None if self._host is None else self._host.record(number)
-        if held is None:
-            self.counts.disk_bytes += target.numel()
-        else:
-            self.counts.host_bytes += target.numel()
+        self._count(held, target.numel())
         # Taken here, on the caller's thread: the compute that still reads the slot was issued
         # before this load.
         free = self._free.pop(slot, None)
-        self._pending.start(slot, lambda: self._bring(number, slot, target, held, free))
+        if ahead and free is not None:
+            self._taken[slot] = free
+        self._pending.start(
+            slot, lambda: self._bring(number, slot, target, held, free), ahead=ahead
+        )
+
+    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
+        cancelled = self._pending.cancel(slot)
+        free = self._taken.pop(slot, None)
+        if cancelled:
+            if free is not None:
+                self._free[slot] = free
+            held = None if self._host is None else self._host.record(number)
+            self._count(held, -target.numel())
+        return cancelled
+
+    def _count(self, held: Tensor | None, nbytes: int) -> None:
+        if held is None:
+            self.counts.disk_bytes += nbytes
+        else:
+            self.counts.host_bytes += nbytes
 
     def ready(self, slot: Slot) -> bool:
         return self._pending.ready(slot)

@@ -275,7 +275,7 @@ def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
     residency = type(model.conmoe.residency)
     visit = residency.visit
 
-    def broken(self: Any, numbers: Any, compute: Any) -> None:
+    def broken(self: Any, numbers: Any, compute: Any, **how: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     residency.visit = broken

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.comparison.arms import System
 
 ROOT = Path(__file__).resolve().parents[2]
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 2048
 _SEQUENCE = 512
 
 

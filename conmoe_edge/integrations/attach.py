@@ -108,10 +108,11 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         prefill_chunk=memory.prefill_chunk,
         slots=memory.slots,
         cache_policy=options.cache_policy,
+        cache_bytes=memory.cache_bytes,
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]
-    guard_context(model, context)
+    guard_context(model, context, runtime.make_room)
     keep_cache_growing(model, context)
     suit_attention(model, runtime.arithmetic.machine)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -171,6 +172,22 @@ def outcome_of(done: Capped, notes: Mapping[str, Any]) -> str:
     return f"failed ({stage}): {last[0][:120]}"
 
 
+def make_files(shop: Workshop, group: str, systems: Sequence[str]) -> set[str]:
+    """Have everything that these systems need; those that it could not be made for are returned.
+
+    They are left out of this run and tried again by the next one.
+    """
+    lacking = set()
+    for name in systems:
+        print(f"{group}: files of {name}", file=sys.stderr, flush=True)
+        try:
+            shop.path_of(SYSTEMS[name])
+        except (subprocess.CalledProcessError, OSError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+            lacking.add(name)
+    return lacking
+
+
 def measure_rates(shop: Workshop) -> dict[str, float]:
     """Bandwidths of this machine now, bytes a second."""
     from conmoe_edge.memory.bandwidth import memory_bandwidth
@@ -319,11 +336,8 @@ def main() -> None:
             for cell, repeat in order(cells, args.repeats, args.other_repeats)
             if not ledger.has(cell, repeat)
         ]
-        for cell in sorted(
-            {cell.system: cell for cell, _ in jobs}.values(), key=lambda c: c.system
-        ):
-            print(f"{group}: files of {cell.system}", file=sys.stderr, flush=True)
-            shop.path_of(SYSTEMS[cell.system])
+        lacking = make_files(shop, group, sorted({cell.system for cell, _ in jobs}))
+        jobs = [(cell, repeat) for cell, repeat in jobs if cell.system not in lacking]
         if args.make_only:
             continue
         if jobs:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -308,6 +309,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Group by group: make, run, report."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends children too
     settings = Settings(
         prompt_tokens=args.prompt_tokens,
         steps=args.tokens,

@@ -7,8 +7,8 @@ For each MoE layer after the first, a linear map with intercept goes from what t
 
 over the tokens of the routing trace; Y is 1 where the router chose the slot. lambda is ``RIDGE`` times the mean of
 |x|^2, whatever the number of tokens: on the demo model that is within a point of the best recall with 16 tokens a
-dimension and with 1.5. The map is linear, so its columns may be added up by the reassignment map afterwards: the score of a
-prototype is the sum over its slots, the number of them that is expected to be chosen. Prediction from a state that
+dimension and with 1.5. The map is linear, so its columns may be added up by the reassignment map afterwards: the score
+of a prototype is the sum over its slots, the number of them that is expected to be chosen. Prediction from a state that
 is there one layer early is known to work with maps as small as this (arXiv 2511.10676 has trained ones); in prototype
 space it gets easier, since every slot that leads to the right prototype will do.
 

@@ -55,7 +55,7 @@ def finish_dense(
     """Give large bf16 weights on a CPU without bf16 instructions the products that suit it, and put the weights that
     every token reads into one place.
 
-    A model in fp32 is left alone: transformers' own products are right for it.
+    A model in fp32 keeps transformers' own products: they are right for it.
     """
     machine = products.machine
     if machine.device != "cpu":
@@ -67,7 +67,7 @@ def finish_dense(
                 continue
             if weight.numel() * weight.element_size() >= least_bytes:
                 model.set_submodule(path, EdgeLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
-    into_one_place(one for one in model.modules() if isinstance(one, EdgeLinear))
+    into_one_place(model.parameters())
 
 
 def products_for(device: torch.device) -> DenseProducts:

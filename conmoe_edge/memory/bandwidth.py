@@ -78,6 +78,7 @@ class Meter:
             found = None if self._fresh else _recall(name)
             if found is None:
                 found = measure()
+                found = None if found is None else float(round(found))  # as it will be recalled
                 _remember(name, found)
             self._known[name] = found
         return self._known[name]

@@ -150,18 +150,23 @@ class EdgeLinear(nn.Linear):
         return matrix
 
 
-def into_one_place(layers: Iterable[EdgeLinear]) -> int:
-    """Move the weights on the CPU into one mapping of huge pages, where they are read faster; the bytes it holds.
+def into_one_place(weights: Iterable[nn.Parameter]) -> int:
+    """Move weights on the CPU out of the files that they are mapped from, into one mapping of huge pages; the bytes
+    that it holds.
 
-    One weight at a time is there twice. Nothing happens where there is too little to move.
+    A mapped file is read when its pages are first touched, eight megabytes around each of them, and given up under
+    pressure: a row of the embedding would cost a token more than its experts. Where there is too little for huge pages
+    each weight gets memory of its own, and the result is 0. One weight at a time is there twice.
     """
-    weights = {id(layer.weight): layer.weight for layer in layers}.values()  # a shared one once
-    places: list[tuple[Tensor, int]] = []
+    found = {id(one): one for one in weights if one.device.type == "cpu"}.values()
+    places: list[tuple[nn.Parameter, int]] = []
     end = 0
-    for weight in weights:
+    for weight in found:  # a shared one once
         places.append((weight, end))
         end = round_up(end + weight.numel() * weight.element_size(), _ALIGNMENT)
     if end < ARENA_FROM_BYTES:
+        for weight in found:
+            weight.data = weight.detach().clone()
         return 0
     memory = host_buffer(end, touch=False)
     for weight, start in places:

@@ -40,12 +40,15 @@ def test_workspace_by_hand(olmoe):
     expected = 10 * tokens * hidden * 2
     expected += tokens * top_k * (3 * width + hidden) * 2
     expected += 3 * tokens * 64 * 4
-    expected += 2 * hidden * 2 * context  # one layer's cache, copied as it grows
+    kept = 2 * hidden * 2 * context
+    expected += kept  # one layer's cache, copied as it grows
     expected += 4 * tokens * context
     expected += 50304 * (4 + 2)
     expected += DENSE_BLOCK_BYTES
     assert workspace_bytes(olmoe, "cuda", context, tokens) == expected
-    assert workspace_bytes(olmoe, "cpu", context, tokens) == expected + 3 * hidden * width * 4
+    assert workspace_bytes(olmoe, "cpu", context, tokens) == (
+        expected + 3 * hidden * width * 4 + 2 * kept  # and in fp32
+    )
 
 
 def test_grouped_heads_count_repeated(olmoe):

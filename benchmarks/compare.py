@@ -111,7 +111,8 @@ def job_of(
         "path": str(shop.path_of(system)),
         "threads": settings.threads,
         "context": settings.context,
-        "prompt": list(prompt),
+        "prompt": list(prompt[: settings.prompt_tokens]),
+        "text": list(prompt[settings.prompt_tokens :]),
         "steps": settings.steps,
         "seconds": settings.seconds,
         "warm": cell.cap is None,
@@ -343,7 +344,7 @@ def main() -> None:
         if args.make_only:
             continue
         if jobs:
-            prompt = shop.prompt(settings.prompt_tokens)
+            prompt = shop.prompt(settings.prompt_tokens + settings.steps)
             ledger.add("rates", measure_rates(shop))
         for cell, repeat in jobs:
             entry = run_cell(cell, repeat, shop, settings, prompt)

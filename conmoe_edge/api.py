@@ -236,7 +236,9 @@ def fit(
         config, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
     )
     tokens = calibration_tokens or CALIBRATION_TOKENS
-    report = PlanReport(source.hub_id or source.name, anatomy, levers.plan(anatomy, Path(out), tokens))
+    report = PlanReport(
+        source.hub_id or source.name, anatomy, levers.plan(anatomy, Path(out), tokens)
+    )
     if on_plan is not None:
         on_plan(report)
     if report.plan.unchanged and rate == "auto":

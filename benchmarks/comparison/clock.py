@@ -80,8 +80,9 @@ def _difference(now: int | None, before: int | None) -> int | None:
 def run(arm: Arm, job: dict[str, Any], notes: Notes) -> None:
     """Load, prompt, steps.
 
-    ``job``: ``prompt`` (tokens), ``steps``, ``seconds`` (the steps end after that long, but not
-    before there are three), ``warm`` (compute the prompt a second time and count that one).
+    ``job``: ``prompt`` (tokens), ``text`` (the tokens that follow it), ``steps``, ``seconds`` (the
+    steps end after that long, but not before there are three), ``warm`` (compute the prompt a
+    second time and count that one).
     """
     start, before = time.perf_counter(), bytes_read()
     arm.load()
@@ -91,6 +92,7 @@ def run(arm: Arm, job: dict[str, Any], notes: Notes) -> None:
         load_bytes=_difference(bytes_read(), before),
     )
     prompt: list[int] = job["prompt"]
+    text: list[int] = job["text"]
     start, before = time.perf_counter(), bytes_read()
     token = arm.prompt(prompt)
     first = time.perf_counter() - start
@@ -108,8 +110,11 @@ def run(arm: Arm, job: dict[str, Any], notes: Notes) -> None:
     while len(seconds) < job["steps"]:
         if len(seconds) >= LEAST_STEPS and time.perf_counter() - begin > job["seconds"]:
             break
+        # The text's own tokens, not the arm's: random weights soon say the same word for ever, and ask for the same
+        # experts for ever.
+        fed = text[len(seconds) % len(text)]
         start = time.perf_counter()
-        token = arm.step(token)
+        token = arm.step(fed)
         seconds.append(time.perf_counter() - start)
         tokens.append(token)
         if sum(seconds) > 1.0 or len(seconds) == job["steps"]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from conmoe_edge.checkpoint.quantise import Matrix
 from conmoe_edge.checkpoint.records import SCALE, matrix_of
@@ -37,6 +38,7 @@ MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""
 
 _TILE = 64
+_UP, _DOWN = "gate_up_proj", "down_proj"
 
 # torch's elementwise operations take two vectors at a time and what is left one by one, with functions that differ in
 # the last bit, and share work among threads from a certain size on.
@@ -129,17 +131,20 @@ class Arithmetic:
         """
         if not all(one.suits_operator(module, hidden.dtype) for one in experts):
             return torch.cat([self.rows(module, one, hidden) for one in experts])
-        wide = hidden.float().unsqueeze(0)
-        groups: dict[object, list[int]] = {}
-        for position, one in enumerate(experts):
-            company = one.forms if _gates_together(module, one, len(experts)) else position
-            groups.setdefault(company, []).append(position)
+        usual = _usual_gate(module)
+        groups: dict[tuple[bool, object], list[int]] = {}
+        for position, one in enumerate(experts):  # by what each is, never by its company
+            gated = usual and _whole_expert(one)
+            together = gated or _gates_together(module, one, len(experts))
+            key = (gated, one.forms if together else position)
+            groups.setdefault(key, []).append(position)
         if len(groups) == 1:
-            return self._by_operator(module, experts, wide)[:, 0]
-        out = torch.empty(len(experts), hidden.shape[1])
-        for positions in groups.values():
-            alike = [experts[position] for position in positions]
-            out[positions] = self._by_operator(module, alike, wide)[:, 0]
+            ((gated, _),) = groups
+            return (self._gated if gated else self._ungated)(module, experts, hidden)
+        out = torch.empty(len(experts), hidden.shape[1], dtype=torch.float32)
+        for (gated, _), positions in groups.items():
+            compute = self._gated if gated else self._ungated
+            out[positions] = compute(module, [experts[at] for at in positions], hidden)
         return out
 
     def rows(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
@@ -148,6 +153,31 @@ class Arithmetic:
             return self._by_operator(module, [expert], hidden.float().unsqueeze(0))[0]
         compute = self._quantised if expert.quantised else self._plain
         return compute(module, expert, hidden).to(sum_dtype(hidden))
+
+    def combine(self, out: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """sum over i of weights[i] * out[i], in the order of i: [n, H] of ``one_token`` -> [1, H] in ``dtype``."""
+        engine, kept = self._operator, (torch.float32, torch.bfloat16)
+        if engine is not None and out.dtype == torch.float32 and dtype in kept:
+            return engine.combine(out, weights, dtype)
+        alpha = torch.tensor(weights, dtype=out.dtype, device=out.device).unsqueeze(1)
+        return (out * alpha).sum(0, keepdim=True).to(dtype)
+
+    def _gated(self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor) -> Tensor:
+        """[1, H] -> fp32 [n, H]: whole experts in one call."""
+        engine = self._operator
+        assert engine is not None, "stored experts suit the operator only where there is one"
+        x = hidden if hidden.dtype != torch.float16 else hidden.float()
+        return engine.gated_experts(
+            [one.prepared[_UP] for one in experts],
+            [one.prepared[_DOWN] for one in experts],
+            x.contiguous(),
+        )
+
+    def _ungated(
+        self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
+    ) -> Tensor:
+        """The same with the gate in torch."""
+        return self._by_operator(module, experts, hidden.float().unsqueeze(0))[:, 0]
 
     def _by_operator(
         self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
@@ -212,6 +242,21 @@ class Arithmetic:
             return y if bias is None else y + bias.to(y.dtype)
 
         return through_expert(module, hidden.bfloat16(), project)
+
+
+def _usual_gate(module: nn.Module) -> bool:
+    """silu(gate) * up, gate before up, and nothing around it: what the operator computes itself."""
+    function = getattr(type(module), "_apply_gate", None)
+    usual = getattr(function, "__name__", "") == "_default_apply_gate"
+    silu = isinstance(getattr(module, "act_fn", None), (nn.SiLU, SiLUActivation))
+    return usual and silu and bool(module.has_gate) and not module.has_post_expert_norm
+
+
+def _whole_expert(expert: StoredExpert) -> bool:
+    """Whether both matrices and nothing else make up the expert, in forms that one call takes."""
+    up = expert.prepared.get(_UP)
+    plain = f"{_UP}_bias" not in expert.parts and f"{_DOWN}_bias" not in expert.parts
+    return up is not None and _DOWN in expert.prepared and plain and up.gates_whole_tiles
 
 
 def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:

@@ -69,7 +69,8 @@ class DenseProducts:
         self, matrix: Matrix, prepared: Prepared | None, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         if prepared is not None and self.operator is not None:
-            y = self.operator.few_rows([prepared], x.float().contiguous().unsqueeze(0))[0]
+            wide = x.float() if x.dtype == torch.float16 else x
+            y = self.operator.few_rows([prepared], wide.contiguous().unsqueeze(0))[0]
         elif matrix.scales is not None:
             scales = matrix.scales.to(x.dtype)
             y = torch._weight_int8pack_mm(x.contiguous(), matrix.values, scales)  # pyright: ignore[reportPrivateImportUsage]

@@ -130,7 +130,7 @@ def _one_token(
     index: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """[1, H], [1, K], [1, K] -> [1, H] in the format of the sums."""
+    """[1, H], [1, K], [1, K] -> [1, H]."""
     merged = handle.merge_one(index[0].tolist(), weights[0].tolist())
     if not merged:
         return torch.zeros(hidden.shape, dtype=sum_dtype(hidden))
@@ -149,8 +149,9 @@ def _one_token(
 
         runtime.residency.visit(numbers, compute, ahead=ahead)
         out = torch.cat(found)
-    alpha = torch.tensor(list(merged.values()), dtype=out.dtype).unsqueeze(1)
-    return (out * alpha).sum(0, keepdim=True)
+    # With constants the sum goes on, and stays in its own format until it is whole.
+    dtype = hidden.dtype if handle.constants is None else sum_dtype(hidden)
+    return runtime.arithmetic.combine(out, list(merged.values()), dtype)
 
 
 def _tokens(

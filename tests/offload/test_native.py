@@ -132,3 +132,43 @@ def test_a_compiler_that_fails_leaves_nothing(
     with pytest.raises(build.Unavailable, match="failed"):
         build.library()
     assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_experts(operator: Operator, kind: str, dtype: torch.dtype) -> None:
+    """Whole experts against the plain formula, and each of them the same bits alone."""
+    ups = [matrix(kind, 256, 192, seed) for seed in range(3)]
+    downs = [matrix(kind, 192, 128, seed + 10) for seed in range(3)]
+    x = activations(1, 192).to(dtype)
+    first, second = [[operator.prepare(one) for one in side] for side in (ups, downs)]
+    together = operator.gated_experts(first, second, x)
+    for i in range(3):
+        gate, up = (x.float() @ ups[i].dequantise().T).chunk(2, -1)
+        expected = (torch.nn.functional.silu(gate) * up) @ downs[i].dequantise().T
+        assert torch.allclose(together[i : i + 1], expected, atol=1e-5, rtol=1e-4)
+        alone = operator.gated_experts(first[i : i + 1], second[i : i + 1], x)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combining(operator: Operator, dtype: torch.dtype) -> None:
+    y = activations(4, 100)
+    weights = [0.5, -0.25, 0.125, 1.0]
+    expected = (y * torch.tensor(weights).unsqueeze(1)).sum(0, keepdim=True)
+    got = operator.combine(y, weights, dtype)
+    assert got.dtype == dtype
+    assert torch.allclose(got.float(), expected, atol=1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_bf16_in_and_out_is_rounded_as_torch_does(operator: Operator) -> None:
+    one = operator.prepare(quantise(torch.eye(64), "plain"))
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), 3.0e38]).bfloat16()
+    x[0, 0, :2] = 0  # an identity adds 0 * inf
+    assert torch.equal(operator.few_rows([one], x), x)
+    wide = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(4))
+    thirds = operator.prepare(quantise(torch.eye(64) / 3, "plain"))
+    narrow = operator.few_rows([thirds], wide.bfloat16())
+    exact = operator.few_rows([thirds], wide.bfloat16().float())
+    assert torch.equal(narrow, exact.bfloat16())

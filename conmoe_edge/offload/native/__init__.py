@@ -25,6 +25,7 @@ from conmoe_edge.offload.native.build import Unavailable, library
 
 _PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
+_ACTIVATIONS = (torch.float32, torch.bfloat16)
 _TILE = 64
 
 
@@ -47,19 +48,32 @@ class Prepared:
     scales: int
     matrix: Matrix
 
+    @property
+    def gates_whole_tiles(self) -> bool:
+        """Whether gate and up rows of this fused matrix begin with a tile each, so that ``gated_experts`` takes it."""
+        return self.form.code != _CODES["int4"] or self.form.rows % (2 * _TILE) == 0
+
 
 class Operator:
     """The compiled operator of this machine."""
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._few_rows = handle.conmoe_few_rows
+        self._gated = handle.conmoe_gated_experts
+        self._combine = handle.conmoe_combine
         self._expand = handle.conmoe_expand
-        number, address = ctypes.c_int64, ctypes.c_void_p
+        integer, number, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         self._few_rows.argtypes = [
-            *(ctypes.c_int, number, address, address, address),
-            *(number, number, address, number, number, number),
+            *(integer, number, address, address, address, number, number, address),
+            *(number, number, number, integer),
         ]
-        self._expand.argtypes = [ctypes.c_int, *[address] * 3, *[number] * 3]
+        self._gated.argtypes = [
+            *(integer, integer, number, address, address, address, address, address, address),
+            *(number, number, number, number, integer),
+        ]
+        self._combine.argtypes = [number, address, address, address, number, integer]
+        self._combine.restype = None
+        self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
     def prepare(self, matrix: Matrix) -> Prepared | None:
@@ -81,14 +95,14 @@ class Operator:
 
         Args:
             matrices: n of one form.
-            x: fp32 [n, t, K], or [1, t, K] for all of them, contiguous.
+            x: fp32 or bf16 [n, t, K], or [1, t, K] for all of them, contiguous.
 
         Returns:
-            fp32 [n, t, R]; each token's result is the same bits whatever n and t are.
+            [n, t, R] in the format of ``x``, summed in fp32; each token's result is the same bits whatever n and t are.
         """
         form, count, tokens = matrices[0].form, len(matrices), x.shape[1]
-        assert x.dtype == torch.float32 and x.is_contiguous() and x.shape[2] == form.columns
-        y = torch.empty(count, tokens, form.rows, dtype=torch.float32)
+        assert x.dtype in _ACTIVATIONS and x.is_contiguous() and x.shape[2] == form.columns
+        y = torch.empty(count, tokens, form.rows, dtype=x.dtype)
         table = ctypes.c_void_p * count
         stride = tokens * form.columns if x.shape[0] > 1 else 0
         failed = self._few_rows(
@@ -103,9 +117,60 @@ class Operator:
             form.rows,
             form.columns,
             form.group,
+            x.dtype == torch.bfloat16,
         )
         assert not failed, "prepare lets only forms pass that the operator takes"
         return y
+
+    def gated_experts(
+        self, ups: Sequence[Prepared], downs: Sequence[Prepared], x: Tensor
+    ) -> Tensor:
+        """y[i] = D_i (silu(G_i x) * U_i x): whole experts with the usual gate, for one token.
+
+        Args:
+            ups: n of one form, [2 I, H]: the rows of the gate before those of up.
+            downs: n of one form, [H, I].
+            x: fp32 or bf16, H values, contiguous.
+
+        Returns:
+            fp32 [n, H]; each row is the same bits whatever n is.
+        """
+        up, down, count = ups[0].form, downs[0].form, len(ups)
+        assert x.dtype in _ACTIVATIONS and x.is_contiguous() and x.numel() == up.columns
+        y = torch.empty(count, down.rows, dtype=torch.float32)
+        table = ctypes.c_void_p * count
+        failed = self._gated(
+            up.code,
+            down.code,
+            count,
+            table(*[one.values for one in ups]),
+            table(*[one.scales for one in ups]),
+            table(*[one.values for one in downs]),
+            table(*[one.scales for one in downs]),
+            x.data_ptr(),
+            y.data_ptr(),
+            down.columns,
+            up.columns,
+            up.group,
+            down.group,
+            x.dtype == torch.bfloat16,
+        )
+        assert not failed, "``gates_whole_tiles`` lets only experts pass that the operator takes"
+        return y
+
+    def combine(self, y: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """sum over i of weights[i] * y[i], in the order of i: fp32 [n, H] -> [1, H] in fp32 or bf16."""
+        assert y.dtype == torch.float32 and y.is_contiguous() and dtype in _ACTIVATIONS
+        out = torch.empty(1, y.shape[1], dtype=dtype)
+        self._combine(
+            len(weights),
+            y.data_ptr(),
+            (ctypes.c_float * len(weights))(*weights),
+            out.data_ptr(),
+            y.shape[1],
+            dtype == torch.bfloat16,
+        )
+        return out
 
     def expand(self, matrix: Prepared, out: Tensor) -> Tensor:
         """The weights as fp32 into ``out`` [R, K], contiguous."""

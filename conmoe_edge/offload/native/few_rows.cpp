@@ -1,7 +1,8 @@
-// Weights times few rows of activations, and weights expanded to fp32.
+// Weights times few rows of activations, gated experts for one token, and weights expanded to fp32.
 //
 // One token makes every weight count once, so the only thing that matters is to read them at the speed of the memory.
 // Each function runs one parallel region over all the matrices it is given: the experts of a token together.
+// Activations come and go in bf16 or fp32 and are fp32 in between.
 //
 // Stored forms: see checkpoint/quantise.py. Products and sums are fp32. A sum runs over the columns in 16 lanes whose
 // order depends on nothing but the number of columns, so a token's result is the same bits whatever the number of
@@ -9,8 +10,10 @@
 //
 // Plain C interface, no library but OpenMP: it is compiled in a second and called through ctypes.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -44,6 +47,40 @@ inline float from_fp16(uint16_t bits) {
   const float value = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
   return sign ? -value : value;
 }
+
+inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torch does
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Where results go: fp32, or bf16.
+struct Target {
+  void* place;
+  bool narrow;
+  void put(int64_t index, float value) const {
+    if (narrow)
+      static_cast<uint16_t*>(place)[index] = to_bf16(value);
+    else
+      static_cast<float*>(place)[index] = value;
+  }
+};
+
+// Activations in fp32: as they are, or widened into a buffer that lives as long as this.
+struct Source {
+  std::vector<float> buffer;
+  const float* values;
+  Source(const void* x, bool narrow, int64_t count) {
+    if (!narrow) {
+      values = static_cast<const float*>(x);
+      return;
+    }
+    buffer.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) buffer[size_t(i)] = from_bf16(static_cast<const uint16_t*>(x)[i]);
+    values = buffer.data();
+  }
+};
 
 // ---- sixteen floats ------------------------------------------------------------------------------------------------
 
@@ -215,9 +252,23 @@ inline void dot(const typename Form::T* w, int64_t columns, const float* x, floa
   }
 }
 
+// Up to `ROWS` rows times one token, scaled.
+template <class Form>
+inline void some_rows(const typename Form::T* w, const uint16_t* scale, int64_t columns, const float* x, int64_t height,
+                      float* sums) {
+  if (height == ROWS)
+    dot<Form, ROWS>(w, columns, x, sums);
+  else
+    for (int64_t r = 0; r < height; ++r) dot<Form, 1>(w + r * columns, columns, x, sums + r);
+  if (scale)
+    for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
+}
+
+inline float silu(float value) { return value / (1.0f + std::exp(-value)); }
+
 template <class Form>
 void rows_kind(int64_t count, const void* const* values, const void* const* scales, const float* x, int64_t x_stride,
-               int64_t tokens, float* y, int64_t rows, int64_t columns) {
+               int64_t tokens, Target y, int64_t rows, int64_t columns) {
   const int64_t blocks = (rows + ROWS - 1) / ROWS, all_blocks = blocks * count;
   const int64_t at_once = CHUNK / int64_t(ROWS * columns * sizeof(typename Form::T)) + 1;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
@@ -227,22 +278,71 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
     const int64_t height = rows - row < ROWS ? rows - row : ROWS;
     for (int64_t token = 0; token < tokens; ++token) {
-      const float* in = x + which * x_stride + token * columns;
-      float* out = y + (which * tokens + token) * rows + row;
       float sums[ROWS];
-      if (height == ROWS)
-        dot<Form, ROWS>(w, columns, in, sums);
-      else
-        for (int64_t r = 0; r < height; ++r) dot<Form, 1>(w + r * columns, columns, in, sums + r);
-      for (int64_t r = 0; r < height; ++r) out[r] = scale ? sums[r] * from_bf16(scale[row + r]) : sums[r];
+      some_rows<Form>(w, scale ? scale + row : nullptr, columns, x + which * x_stride + token * columns, height, sums);
+      for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
+  }
+}
+
+// h[i, j] = silu(gate_j x) * up_j x for `count` experts whose gate rows lie before their up rows: [count, width].
+template <class Form>
+void gated_rows(int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
+                int64_t width, int64_t columns) {
+  const int64_t blocks = (width + ROWS - 1) / ROWS, all_blocks = blocks * count;
+  const int64_t at_once = CHUNK / int64_t(2 * ROWS * columns * sizeof(typename Form::T)) + 1;
+#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
+  for (int64_t block = 0; block < all_blocks; ++block) {
+    const int64_t which = block / blocks, row = block % blocks * ROWS;
+    const auto* w = static_cast<const typename Form::T*>(values[which]);
+    const auto* scale = static_cast<const uint16_t*>(scales[which]);
+    const int64_t height = width - row < ROWS ? width - row : ROWS;
+    float gate[ROWS], up[ROWS];
+    some_rows<Form>(w + row * columns, scale ? scale + row : nullptr, columns, x, height, gate);
+    some_rows<Form>(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x, height, up);
+    for (int64_t r = 0; r < height; ++r) h[which * width + row + r] = silu(gate[r]) * up[r];
   }
 }
 
 // ---- int4 in tiles of 64 rows --------------------------------------------------------------------------------------
 
+// The 64 rows of a tile times one token. `pairs` are the tile's (scale, zero) of the first group.
+inline void one_tile(const uint8_t* w, const uint16_t* pairs, int64_t rows, int64_t columns, int64_t group,
+                     const float* in, float* sums) {
+  Lanes total[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t start = 0; start < columns; start += group) {
+    // Two sums for even and odd columns each, so that no addition waits for the one before it.
+    Lanes part[8];
+    for (Lanes& one : part) one = zero();
+    float inputs = 0;
+    for (int64_t k = start; k < start + group; k += 2) {
+      const uint8_t* bytes = w + k * (TILE / 2);
+      __builtin_prefetch(bytes + 4096);
+      for (int64_t odd = 0; odd < 2; ++odd) {
+        const Lanes value = all(in[k + odd]);
+        inputs += in[k + odd];
+        for (int64_t half = 0; half < 2; ++half) {
+          Lanes low, high;
+          load_nibbles(bytes + odd * (TILE / 2) + half * LANES, low, high);
+          Lanes* some = part + odd * 4;
+          some[half] = fma(low, value, some[half]);
+          some[half + 2] = fma(high, value, some[half + 2]);
+        }
+      }
+    }
+    const uint16_t* here = pairs + start / group * rows * 2;
+    for (int64_t j = 0; j < 4; ++j) {
+      Lanes scale, shift;
+      load_pairs(here + j * LANES * 2, scale, shift);
+      total[j] = fma(add(part[j], part[j + 4]), scale, total[j]);
+      total[j] = fma(shift, all(inputs), total[j]);
+    }
+  }
+  for (int64_t j = 0; j < 4; ++j) store(sums + j * LANES, total[j]);
+}
+
 void tiles(int64_t count, const void* const* values, const void* const* scales, const float* x, int64_t x_stride,
-           int64_t tokens, float* y, int64_t rows, int64_t columns, int64_t group) {
+           int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = CHUNK / (TILE * columns / 2) + 1;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
@@ -251,39 +351,25 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
     const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns / 2;
     const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
     for (int64_t token = 0; token < tokens; ++token) {
-      const float* in = x + which * x_stride + token * columns;
-      float* out = y + (which * tokens + token) * rows + row;
-      Lanes total[4] = {zero(), zero(), zero(), zero()};
-      for (int64_t start = 0; start < columns; start += group) {
-        // Two sums for even and odd columns each, so that no addition waits for the one before it.
-        Lanes part[8];
-        for (Lanes& one : part) one = zero();
-        float inputs = 0;
-        for (int64_t k = start; k < start + group; k += 2) {
-          const uint8_t* bytes = w + k * (TILE / 2);
-          __builtin_prefetch(bytes + 4096);
-          for (int64_t odd = 0; odd < 2; ++odd) {
-            const Lanes value = all(in[k + odd]);
-            inputs += in[k + odd];
-            for (int64_t half = 0; half < 2; ++half) {
-              Lanes low, high;
-              load_nibbles(bytes + odd * (TILE / 2) + half * LANES, low, high);
-              Lanes* sums = part + odd * 4;
-              sums[half] = fma(low, value, sums[half]);
-              sums[half + 2] = fma(high, value, sums[half + 2]);
-            }
-          }
-        }
-        const uint16_t* here = pairs + start / group * rows * 2;
-        for (int64_t j = 0; j < 4; ++j) {
-          Lanes scale, shift;
-          load_pairs(here + j * LANES * 2, scale, shift);
-          total[j] = fma(add(part[j], part[j + 4]), scale, total[j]);
-          total[j] = fma(shift, all(inputs), total[j]);
-        }
-      }
-      for (int64_t j = 0; j < 4; ++j) store(out + j * LANES, total[j]);
+      float sums[TILE];
+      one_tile(w, pairs, rows, columns, group, x + which * x_stride + token * columns, sums);
+      for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
+  }
+}
+
+void gated_tiles(int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
+                 int64_t width, int64_t columns, int64_t group) {
+  const int64_t blocks = width / TILE, all_blocks = blocks * count;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t block = 0; block < all_blocks; ++block) {
+    const int64_t which = block / blocks, row = block % blocks * TILE, second = width + row;
+    const auto* w = static_cast<const uint8_t*>(values[which]);
+    const auto* pairs = static_cast<const uint16_t*>(scales[which]);
+    float gate[TILE], up[TILE];
+    one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, gate);
+    one_tile(w + second * columns / 2, pairs + second * 2, 2 * width, columns, group, x, up);
+    for (int64_t r = 0; r < TILE; ++r) h[which * width + row + r] = silu(gate[r]) * up[r];
   }
 }
 
@@ -326,14 +412,9 @@ void expand_rows(const typename Form::T* values, const uint16_t* scales, float* 
   }
 }
 
-}  // namespace
 
-extern "C" {
-
-// y[i, t] = W_i x[i, t] for i < count and t < tokens. x: [count, tokens, columns], or [tokens, columns] for all
-// matrices with x_stride 0; y: [count, tokens, rows]. Returns 0, or 1 where the form cannot be taken.
-int conmoe_few_rows(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
-                    int64_t x_stride, int64_t tokens, float* y, int64_t rows, int64_t columns, int64_t group) {
+int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
+             int64_t x_stride, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   switch (kind) {
     case BF16:
       rows_kind<Bf16>(count, values, scales, x, x_stride, tokens, y, rows, columns);
@@ -353,6 +434,69 @@ int conmoe_few_rows(int kind, int64_t count, const void* const* values, const vo
       return 0;
   }
   return 1;
+}
+
+int gated(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
+          int64_t width, int64_t columns, int64_t group) {
+  switch (kind) {
+    case BF16:
+      gated_rows<Bf16>(count, values, scales, x, h, width, columns);
+      return 0;
+    case FP16:
+      gated_rows<Fp16>(count, values, scales, x, h, width, columns);
+      return 0;
+    case FP32:
+      gated_rows<Fp32>(count, values, scales, x, h, width, columns);
+      return 0;
+    case INT8:
+      gated_rows<Int8>(count, values, scales, x, h, width, columns);
+      return 0;
+    case INT4:
+      if (width % TILE || group % 2 || columns % group) return 1;
+      gated_tiles(count, values, scales, x, h, width, columns, group);
+      return 0;
+  }
+  return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y[i, t] = W_i x[i, t] for i < count and t < tokens. x: [count, tokens, columns], or [tokens, columns] for all
+// matrices with x_stride 0; y: [count, tokens, rows]; both bf16 where `narrow`, else fp32. Returns 0, or 1 where the
+// form cannot be taken.
+int conmoe_few_rows(int kind, int64_t count, const void* const* values, const void* const* scales, const void* x,
+                    int64_t x_stride, int64_t tokens, void* y, int64_t rows, int64_t columns, int64_t group,
+                    int narrow) {
+  const Source source(x, narrow, (x_stride ? count : 1) * tokens * columns);
+  return products(kind, count, values, scales, source.values, x_stride, tokens, Target{y, narrow != 0}, rows, columns,
+                  group);
+}
+
+// y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
+// hold [G_i; U_i]: [2 * width, columns]; down_values D_i: [columns, width]. Returns as above.
+int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
+                         const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
+                         const void* x, float* y, int64_t width, int64_t columns, int64_t up_group, int64_t down_group,
+                         int narrow) {
+  const Source source(x, narrow, columns);
+  std::vector<float> inner(size_t(count * width));
+  const int failed =
+      gated(up_kind, count, up_values, up_scales, source.values, inner.data(), width, columns, up_group);
+  if (failed) return failed;
+  return products(down_kind, count, down_values, down_scales, inner.data(), width, 1, Target{y, false}, columns, width,
+                  down_group);
+}
+
+// out = sum over i of weights[i] * y[i], in the order of i; y: fp32 [count, columns], out bf16 where `narrow`.
+void conmoe_combine(int64_t count, const float* y, const float* weights, void* out, int64_t columns, int narrow) {
+  const Target target{out, narrow != 0};
+  for (int64_t k = 0; k < columns; ++k) {
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += weights[i] * y[i * columns + k];
+    target.put(k, total);
+  }
 }
 
 // The weights as fp32 [rows, columns]. Returns as above.

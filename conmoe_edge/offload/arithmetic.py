@@ -21,7 +21,7 @@ Memory: ``Scratch``, one weight matrix in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,10 @@ class Scratch:
         return self._memory[:nbytes].view(dtype).view(rows, columns)
 
 
+Way = Callable[[nn.Module, Sequence[StoredExpert], Tensor], Tensor]
+"""Some experts of a module on one token: [1, H] -> [n, H]."""
+
+
 class Arithmetic:
     """Experts applied to tokens on one device."""
 
@@ -129,22 +133,23 @@ class Arithmetic:
         Returns:
             [n, H] in fp32 (fp64 for activations in fp64); each row is the same bits in any company.
         """
-        if not all(one.suits_operator(module, hidden.dtype) for one in experts):
-            return torch.cat([self.rows(module, one, hidden) for one in experts])
         usual = _usual_gate(module)
-        groups: dict[tuple[bool, object], list[int]] = {}
+        groups: dict[tuple[Way, object], list[int]] = {}
         for position, one in enumerate(experts):  # by what each is, never by its company
-            gated = usual and _whole_expert(one)
-            together = gated or _gates_together(module, one, len(experts))
-            key = (gated, one.forms if together else position)
+            if not one.suits_operator(module, hidden.dtype):
+                key = (self._alone, position)
+            elif usual and _whole_expert(one):
+                key = (self._gated, one.forms)
+            else:
+                alike = _gates_together(module, one, len(experts))
+                key = (self._ungated, one.forms if alike else position)
             groups.setdefault(key, []).append(position)
         if len(groups) == 1:
-            ((gated, _),) = groups
-            return (self._gated if gated else self._ungated)(module, experts, hidden)
-        out = torch.empty(len(experts), hidden.shape[1], dtype=torch.float32)
-        for (gated, _), positions in groups.items():
-            compute = self._gated if gated else self._ungated
-            out[positions] = compute(module, [experts[at] for at in positions], hidden)
+            ((way, _),) = groups
+            return way(module, experts, hidden)
+        out = torch.empty(len(experts), hidden.shape[1], dtype=sum_dtype(hidden))
+        for (way, _), positions in groups.items():
+            out[positions] = way(module, [experts[at] for at in positions], hidden)
         return out
 
     def rows(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
@@ -161,6 +166,10 @@ class Arithmetic:
             return engine.combine(out, weights, dtype)
         alpha = torch.tensor(weights, dtype=out.dtype, device=out.device).unsqueeze(1)
         return (out * alpha).sum(0, keepdim=True).to(dtype)
+
+    def _alone(self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor) -> Tensor:
+        """One expert without the operator."""
+        return self.rows(module, experts[0], hidden)
 
     def _gated(self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor) -> Tensor:
         """[1, H] -> fp32 [n, H]: whole experts in one call."""

@@ -13,7 +13,6 @@ Workspace                 hidden states, attention projections   10·T·H·b
                           routed rows through the experts        T·k·(2I + I + H)·b
                           router probabilities                   3·T·E·4
                           growing one layer's cache copies it    its bytes at N
-                          attention in float32 (``cpu`` only)    one layer's cache at N, twice
                           grouped-query heads are repeated       4·N·H·b, if cached narrower
                           attention mask                         4·T·N
                           logits of the last position            V·(4 + b)
@@ -23,9 +22,8 @@ Transfer buffers          two records: one arrives while the other is used
 ========================  ========================================================================
 
 The float32 expert is there because CPUs without native bfloat16 arithmetic multiply a whole chunk
-several times faster after widening the weights, and so are the keys and values in float32. The
-repeated heads count where a layer caches less than 2·H·b a token; they bound ``heads * head_dim``
-by 2·H, as wide as known models have it.
+several times faster after widening the weights. The repeated heads count where a layer caches less
+than 2·H·b a token; they bound ``heads * head_dim`` by 2·H, as wide as known models have it.
 """
 
 from __future__ import annotations
@@ -110,7 +108,7 @@ def workspace_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, chu
     routed = max(one.top_k * (_inner_widths(one, hidden) + hidden) for one in experts)
     router = max(one.count for one in experts) * 3 * 4
     total = chunk * (10 * hidden * size + routed * size + router)
-    total += _attention_bytes(anatomy, device, context, size)
+    total += _attention_bytes(anatomy, context, size)
     total += 4 * chunk * context
     total += anatomy.vocab_size * (4 + size)
     if device == "cpu":
@@ -120,15 +118,13 @@ def workspace_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, chu
     return total
 
 
-def _attention_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, size: int) -> int:
-    """What the layer with the largest cache copies of its keys and values: while its cache grows, and in float32."""
+def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
+    """The largest copy that one layer makes of its keys and values."""
     most = 0
     for layer in anatomy.kv:
         if layer.per_token == 0:
             continue
         copied = layer.nbytes(context)
-        if device == "cpu" and size == 2:
-            copied += 2 * layer.nbytes(context)
         held = context if layer.window is None else min(context, layer.window)
         repeated = 4 * held * anatomy.hidden_size * size
         grouped = layer.per_token < 2 * anatomy.hidden_size * size

@@ -23,6 +23,7 @@ from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE, best_kind, quant
 from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
 from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, load_manifest
 from conmoe_edge.errors import PackageError
+from conmoe_edge.integrations.attention import suit_attention
 from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.options import current_options, device_of
@@ -113,6 +114,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
     keep_cache_growing(model, context)
+    suit_attention(model, runtime.arithmetic.machine)
 
 
 def attach_unchanged(

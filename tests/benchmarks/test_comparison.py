@@ -175,7 +175,7 @@ def test_an_arm_stops_by_time_but_not_before_three_tokens(tmp_path: Path) -> Non
     run(_Slow({}), {"prompt": [1, 2], "text": [3], "steps": 50, "seconds": 0.0}, notes)
     written = json.loads((tmp_path / "notes.json").read_text())
     assert written["stage"] == "done"
-    assert written["fed"] == [2, 3, 4]
+    assert written["fed"] == [3, 3, 3]  # the text's own, from its beginning again
     assert len(written["step_seconds"]) == 3
     run(_Slow({}), {"prompt": [1], "text": [2, 3], "steps": 5, "seconds": 60.0}, notes)
     assert len(json.loads((tmp_path / "notes.json").read_text())["step_seconds"]) == 5

@@ -61,6 +61,7 @@ class Operator:
         self._few_rows = handle.conmoe_few_rows
         self._gated = handle.conmoe_gated_experts
         self._combine = handle.conmoe_combine
+        self._weighted = handle.conmoe_weighted_rows
         self._expand = handle.conmoe_expand
         integer, number, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         self._few_rows.argtypes = [
@@ -73,6 +74,10 @@ class Operator:
         ]
         self._combine.argtypes = [number, address, address, address, number, integer]
         self._combine.restype = None
+        self._weighted.argtypes = [
+            *(integer, number, address, address, number, address),
+            *(number, number, integer),
+        ]
         self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -172,6 +177,39 @@ class Operator:
         )
         return out
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
+        """softmax(q K^T * scaling) V of one new token: two products with few rows, and torch's softmax between them.
+
+        Args:
+            query: bf16 [1, heads, 1, D].
+            key, value: bf16 [1, groups, T, D] and [1, groups, T, D']; ``groups`` divides ``heads``.
+            scaling: of the scores.
+
+        Returns:
+            bf16 [1, 1, heads, D'], summed in fp32; ``None`` for strides that this does not take.
+        """
+        _, groups, length, _ = key.shape
+        rows = [one.stride()[2:] == (one.shape[3], 1) for one in (key, value)]
+        if not all(rows) or query.shape[2] != 1 or len(query) != 1:
+            return None
+        each = query.shape[1] // groups
+        x = query.float().reshape(groups, each, query.shape[3])
+        scores = torch.empty(groups, each, length, dtype=torch.float32)
+        none = (ctypes.c_void_p * groups)()
+        code = _PLAIN[torch.bfloat16]
+        failed = self._few_rows(
+            *(code, groups, _heads(key), none, x.data_ptr(), each * x.shape[2], each),
+            *(scores.data_ptr(), length, x.shape[2], 0, False),
+        )
+        weights = torch.softmax(scores.mul_(scaling), -1)
+        out = torch.empty(1, 1, query.shape[1], value.shape[3], dtype=torch.bfloat16)
+        failed |= self._weighted(
+            *(code, groups, _heads(value), weights.data_ptr(), each, out.data_ptr()),
+            *(length, value.shape[3], True),
+        )
+        assert not failed, "bf16 is taken"
+        return out
+
     def expand(self, matrix: Prepared, out: Tensor) -> Tensor:
         """The weights as fp32 into ``out`` [R, K], contiguous."""
         form = matrix.form
@@ -188,6 +226,13 @@ class Operator:
         )
         assert not failed, "prepare lets only forms pass that the operator takes"
         return out
+
+
+def _heads(tensor: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of [T, D] of every head."""
+    first, step = tensor.data_ptr(), tensor.stride(1) * tensor.element_size()
+    count = tensor.shape[1]
+    return (ctypes.c_void_p * count)(*range(first, first + count * step, step))
 
 
 def operator() -> Operator | None:

@@ -304,6 +304,41 @@ void gated_rows(int64_t count, const void* const* values, const void* const* sca
   }
 }
 
+// y[i, t] = sum over r of p[i, t, r] * W_i[r]: the rows of a matrix added up, as attention does with its values.
+template <class Form>
+void weighted(int64_t count, const void* const* values, const float* p, int64_t tokens, Target y, int64_t rows,
+              int64_t columns) {
+  constexpr int64_t WIDE = 8;  // sums of 16 that run side by side
+#pragma omp parallel for schedule(static) if (count > 1)
+  for (int64_t which = 0; which < count; ++which) {
+    const auto* w = static_cast<const typename Form::T*>(values[which]);
+    for (int64_t token = 0; token < tokens; ++token) {
+      const float* weight = p + (which * tokens + token) * rows;
+      const int64_t out = (which * tokens + token) * columns;
+      int64_t k = 0;
+      for (; k + WIDE * LANES <= columns; k += WIDE * LANES) {
+        Lanes total[WIDE];
+        for (Lanes& one : total) one = zero();
+        for (int64_t r = 0; r < rows; ++r) {
+          const Lanes factor = all(weight[r]);
+          for (int64_t j = 0; j < WIDE; ++j)
+            total[j] = fma(Form::lanes(w + r * columns + k + j * LANES), factor, total[j]);
+        }
+        for (int64_t j = 0; j < WIDE; ++j) {
+          float sums[LANES];
+          store(sums, total[j]);
+          for (int64_t i = 0; i < LANES; ++i) y.put(out + k + j * LANES + i, sums[i]);
+        }
+      }
+      for (; k < columns; ++k) {
+        float total = 0;
+        for (int64_t r = 0; r < rows; ++r) total += Form::one(w[r * columns + k]) * weight[r];
+        y.put(out + k, total);
+      }
+    }
+  }
+}
+
 // ---- int4 in tiles of 64 rows --------------------------------------------------------------------------------------
 
 // The 64 rows of a tile times one token. `pairs` are the tile's (scale, zero) of the first group.
@@ -497,6 +532,20 @@ void conmoe_combine(int64_t count, const float* y, const float* weights, void* o
     for (int64_t i = 0; i < count; ++i) total += weights[i] * y[i * columns + k];
     target.put(k, total);
   }
+}
+
+// y[i, t] = sum over r of p[i, t, r] * W_i[r]; p fp32 [count, tokens, rows], y [count, tokens, columns], bf16 where
+// `narrow`. W_i are bf16 or fp32. Returns as above.
+int conmoe_weighted_rows(int kind, int64_t count, const void* const* values, const float* p, int64_t tokens, void* y,
+                         int64_t rows, int64_t columns, int narrow) {
+  const Target target{y, narrow != 0};
+  if (kind == BF16)
+    weighted<Bf16>(count, values, p, tokens, target, rows, columns);
+  else if (kind == FP32)
+    weighted<Fp32>(count, values, p, tokens, target, rows, columns);
+  else
+    return 1;
+  return 0;
 }
 
 // The weights as fp32 [rows, columns]. Returns as above.

@@ -69,7 +69,8 @@ class DenseProducts:
         self, matrix: Matrix, prepared: Prepared | None, x: Tensor, bias: Tensor | None
     ) -> Tensor:
         if prepared is not None and self.operator is not None:
-            wide = x.float() if x.dtype == torch.float16 else x
+            # With a bias the sum is rounded once, at its end.
+            wide = x if bias is None and x.dtype != torch.float16 else x.float()
             y = self.operator.few_rows([prepared], wide.contiguous().unsqueeze(0))[0]
         elif matrix.scales is not None:
             scales = matrix.scales.to(x.dtype)

@@ -6,8 +6,10 @@
 Shape, tensor names and sharding follow allenai/OLMoE-1B-7B on the hub: 16 layers, 64 experts,
 top-8, hidden 2048, expert width 1024, 13.8 GB in bf16, one tensor per expert and projection. Every
 tensor is drawn from N(0, 0.02) by a generator of its own, seeded by its name, so the files are
-the same on every run and for every number of layers. Norms are ones. Such a model says nothing
-sensible: it is there for bytes and seconds, never for quality.
+the same on every run and for every number of layers. Norms are ones. The embedding is drawn from
+N(0, 1): where it is as narrow as the rest, what attention gathers from a prompt drowns the token
+itself, every token asks for the same experts, and a mapped file looks as if it fitted any memory.
+Such a model says nothing sensible: it is there for bytes and seconds, never for quality.
 
 The tokenizer is that of the demo model, whose 4,096 ids are all below the vocabulary of 50,304,
 because OLMoE's own cannot be had offline. It changes which embedding rows are read and nothing that
@@ -40,6 +42,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 STD = 0.02
+EMBEDDING_STD = 1.0
 BLOCK = 1 << 23  # numbers drawn at a time; a multiple of 16, so that blocks do not change the draw
 BF16_BYTES = 2
 
@@ -126,8 +129,9 @@ def draw(name: str, count: int, seed: int) -> Iterator[bytes]:
         return
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    std = EMBEDDING_STD if name == "model.embed_tokens.weight" else STD
     for start in range(0, count, BLOCK):
-        block = torch.empty(min(BLOCK, count - start)).normal_(0.0, STD, generator=generator)
+        block = torch.empty(min(BLOCK, count - start)).normal_(0.0, std, generator=generator)
         yield block.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 

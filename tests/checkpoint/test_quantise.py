@@ -19,6 +19,7 @@ def weights(rows: int, columns: int) -> torch.Tensor:
 def test_int8_is_within_half_a_step(rows: int, columns: int) -> None:
     weight = weights(rows, columns)
     matrix = quantise(weight, "int8")
+    assert matrix.scales is not None
     step = matrix.scales.float().unsqueeze(1)
     assert matrix.values.dtype == torch.int8
     assert matrix.nbytes == rows * columns + 2 * rows
@@ -35,6 +36,7 @@ def test_int4_by_plain_arithmetic(rows: int, columns: int) -> None:
     assert matrix.nbytes == rows * columns // 2 + rows * columns // group * 4
     tile = next(size for size in (64, 32, 16) if rows % size == 0)
     data = matrix.values.flatten().tolist()
+    assert matrix.scales is not None
     scales = matrix.scales.float()
     wide = matrix.dequantise()
     generator = torch.Generator().manual_seed(1)
@@ -107,6 +109,8 @@ def test_torch_reads_the_tiles() -> None:
     weight = weights(128, 256)
     matrix = quantise(weight, "int4")
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
-    got = torch._weight_int4pack_mm_for_cpu(hidden, matrix.values, matrix.group, matrix.scales)
+    got = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        hidden, matrix.values, matrix.group, matrix.scales
+    )
     expected = hidden.float() @ matrix.dequantise().T
     assert torch.allclose(got.float(), expected, atol=0.01 * expected.abs().max().item())

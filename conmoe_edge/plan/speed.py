@@ -52,7 +52,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
             MappingProxyType({"source": 0.80, "bf16": 0.80, "int8": 0.75, "int4": 0.65}),
-            layer_seconds=500e-6,
+            layer_seconds=1500e-6,
         ),
         # Not measured: shares that such kernels usually reach, and the launches of a layer.
         "cuda": Reach(

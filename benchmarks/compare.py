@@ -242,7 +242,7 @@ def write_results(ledger: Ledger, shop: Workshop, settings: Settings, name: str)
         f"flags {' '.join(here['flags'])}",
         f"memory {memory / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s",
         f"random weights in the shape of OLMoE-1B-7B; prompt of {settings.prompt_tokens} tokens, "
-        f"{settings.steps} greedy tokens or {settings.seconds:.0f} s",
+        f"{settings.steps} steps or {settings.seconds:.0f} s",
         "",
         *table(rows),
         "",

@@ -102,6 +102,23 @@ class Tokens(click.ParamType):
         return int(digits) * factor
 
 
+package_budget_option = click.option(
+    "--gpu",
+    metavar="SIZE|PROFILE|auto",
+    help="Memory to stay within.  [default: what the package was planned for]",
+)
+"""``--gpu`` of the commands that run a package."""
+
+run_device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+"""``--device`` of the commands that run a package."""
+
+
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json --quiet --debug`` on a command, handed to it as one ``output``."""
 

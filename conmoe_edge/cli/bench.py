@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli._options import DEVICES, Tokens, common_options
+from conmoe_edge.cli._options import (
+    Tokens,
+    common_options,
+    package_budget_option,
+    run_device_option,
+)
 from conmoe_edge.errors import ConmoeError, UsageError
 
 if TYPE_CHECKING:
@@ -20,18 +25,8 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Measure how fast a package runs, and against which bound.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--gpu",
-    metavar="SIZE|PROFILE|auto",
-    help="Memory to stay within.  [default: what the package was planned for]",
-)
-@click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
+@package_budget_option
+@run_device_option
 @click.option(
     "--context",
     metavar="N",

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli._options import DEVICES, Tokens, common_options
+from conmoe_edge.cli._options import (
+    Tokens,
+    common_options,
+    package_budget_option,
+    run_device_option,
+)
 from conmoe_edge.errors import PackageError, UsageError
 
 if TYPE_CHECKING:
@@ -19,11 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Talk to a package that fit wrote, inside its budget.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--gpu",
-    metavar="SIZE|PROFILE|auto",
-    help="Memory to stay within.  [default: what the package was planned for]",
-)
+@package_budget_option
 @click.option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave.")
 @click.option(
     "--system", metavar="TEXT", default="", help="System text that stands before the conversation."
@@ -48,13 +49,7 @@ if TYPE_CHECKING:
     type=Tokens(),
     help="Tokens of conversation to keep room for, 4096 or 32k.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
+@run_device_option
 @click.option(
     "--cache-policy",
     type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),

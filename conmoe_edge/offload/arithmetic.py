@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from conmoe_edge.checkpoint.forms import TILES
 from conmoe_edge.checkpoint.quantise import Matrix
 from conmoe_edge.checkpoint.records import SCALE, matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
@@ -37,7 +38,6 @@ from conmoe_edge.offload.stored_expert import StoredExpert
 MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""
 
-_TILE = 64
 _UP, _DOWN = "gate_up_proj", "down_proj"
 
 # torch's elementwise operations take two vectors at a time and what is left one by one, with functions that differ in
@@ -270,7 +270,7 @@ def _whole_expert(expert: StoredExpert) -> bool:
 
 def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:
     """Whether the gates of several experts, computed in one call, are the same bits as one by one."""
-    width = expert.prepared["down_proj"].form.columns
+    width = expert.prepared[_DOWN].form.columns
     whole = width % _WHOLE_VECTORS == 0 and experts * width <= _ONE_THREAD
     return whole and not module.has_post_expert_norm
 
@@ -284,4 +284,4 @@ def _torch_takes(matrix: Matrix) -> bool:
     if matrix.kind == "int8":
         return True
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return matrix.kind == "int4" and wide and matrix.rows % _TILE == 0
+    return matrix.kind == "int4" and wide and matrix.rows % TILES[0] == 0

@@ -102,8 +102,7 @@ class DenseProducts:
         prepared = self.prepare(part) if dtype == torch.float32 else None
         if prepared is not None and self.operator is not None:
             return self.operator.expand(prepared, out)
-        out.copy_(part.values)
-        return out if scales is None else out.mul_(scales.unsqueeze(1))
+        return part.dequantise(out=out)
 
 
 class EdgeLinear(nn.Linear):

@@ -25,16 +25,14 @@ class StoredExpert:
         prepared: the weight matrices that the operator can take, by parameter name.
         quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
         forms: what two experts must have in common to be computed in one call; ``None`` without the operator.
-        nbytes: of the weights.
     """
 
-    __slots__ = ("forms", "nbytes", "parts", "prepared", "quantised")
+    __slots__ = ("forms", "parts", "prepared", "quantised")
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
         names = [name for name in parts if not name.endswith((SCALE, _BIAS))]
         self.quantised = any(name + SCALE in parts for name in names)
-        self.nbytes = sum(part.numel() * part.element_size() for part in parts.values())
         self.prepared: dict[str, Prepared] = {}
         engine = operator() if all(part.device.type == "cpu" for part in parts.values()) else None
         if engine is not None:

@@ -20,13 +20,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.forms import TILES
 from conmoe_edge.checkpoint.quantise import Kind, Matrix, quantise
 from conmoe_edge.offload.native.build import Unavailable, library
 
 _PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
-_TILE = 64
+_TILE = TILES[0]
 
 
 @dataclass(frozen=True, slots=True)

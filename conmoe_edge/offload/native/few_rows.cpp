@@ -448,50 +448,47 @@ void expand_rows(const typename Form::T* values, const uint16_t* scales, float* 
 }
 
 
-int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
-             int64_t x_stride, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
+// Runs `run` with the form of `kind` where its rows lie one after another; whether there is one.
+template <class Run>
+bool in_rows(int kind, Run run) {
   switch (kind) {
     case BF16:
-      rows_kind<Bf16>(count, values, scales, x, x_stride, tokens, y, rows, columns);
-      return 0;
+      run(Bf16{});
+      return true;
     case FP16:
-      rows_kind<Fp16>(count, values, scales, x, x_stride, tokens, y, rows, columns);
-      return 0;
+      run(Fp16{});
+      return true;
     case FP32:
-      rows_kind<Fp32>(count, values, scales, x, x_stride, tokens, y, rows, columns);
-      return 0;
+      run(Fp32{});
+      return true;
     case INT8:
-      rows_kind<Int8>(count, values, scales, x, x_stride, tokens, y, rows, columns);
-      return 0;
-    case INT4:
-      if (rows % TILE || group % 2 || columns % group) return 1;
-      tiles(count, values, scales, x, x_stride, tokens, y, rows, columns, group);
-      return 0;
+      run(Int8{});
+      return true;
   }
-  return 1;
+  return false;
+}
+
+int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
+             int64_t x_stride, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
+  if (kind == INT4) {
+    if (rows % TILE || group % 2 || columns % group) return 1;
+    tiles(count, values, scales, x, x_stride, tokens, y, rows, columns, group);
+    return 0;
+  }
+  return !in_rows(kind, [&](auto form) {
+    rows_kind<decltype(form)>(count, values, scales, x, x_stride, tokens, y, rows, columns);
+  });
 }
 
 int gated(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
           int64_t width, int64_t columns, int64_t group) {
-  switch (kind) {
-    case BF16:
-      gated_rows<Bf16>(count, values, scales, x, h, width, columns);
-      return 0;
-    case FP16:
-      gated_rows<Fp16>(count, values, scales, x, h, width, columns);
-      return 0;
-    case FP32:
-      gated_rows<Fp32>(count, values, scales, x, h, width, columns);
-      return 0;
-    case INT8:
-      gated_rows<Int8>(count, values, scales, x, h, width, columns);
-      return 0;
-    case INT4:
-      if (width % TILE || group % 2 || columns % group) return 1;
-      gated_tiles(count, values, scales, x, h, width, columns, group);
-      return 0;
+  if (kind == INT4) {
+    if (width % TILE || group % 2 || columns % group) return 1;
+    gated_tiles(count, values, scales, x, h, width, columns, group);
+    return 0;
   }
-  return 1;
+  return !in_rows(kind,
+                  [&](auto form) { gated_rows<decltype(form)>(count, values, scales, x, h, width, columns); });
 }
 
 }  // namespace
@@ -552,24 +549,14 @@ int conmoe_weighted_rows(int kind, int64_t count, const void* const* values, con
 int conmoe_expand(int kind, const void* values, const void* scales, float* out, int64_t rows, int64_t columns,
                   int64_t group) {
   const auto* steps = static_cast<const uint16_t*>(scales);
-  switch (kind) {
-    case BF16:
-      expand_rows<Bf16>(static_cast<const uint16_t*>(values), nullptr, out, rows, columns);
-      return 0;
-    case FP16:
-      expand_rows<Fp16>(static_cast<const uint16_t*>(values), nullptr, out, rows, columns);
-      return 0;
-    case FP32:
-      expand_rows<Fp32>(static_cast<const float*>(values), nullptr, out, rows, columns);
-      return 0;
-    case INT8:
-      expand_rows<Int8>(static_cast<const int8_t*>(values), steps, out, rows, columns);
-      return 0;
-    case INT4:
-      if (rows % TILE || group % LANES || columns % group) return 1;
-      expand_tiles(static_cast<const uint8_t*>(values), steps, out, rows, columns, group);
-      return 0;
+  if (kind == INT4) {
+    if (rows % TILE || group % LANES || columns % group) return 1;
+    expand_tiles(static_cast<const uint8_t*>(values), steps, out, rows, columns, group);
+    return 0;
   }
-  return 1;
+  return !in_rows(kind, [&](auto form) {
+    using Form = decltype(form);
+    expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, rows, columns);
+  });
 }
 }

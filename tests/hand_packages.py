@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from conmoe_edge.checkpoint.constants import CONSTANTS_FILE
 from conmoe_edge.checkpoint.dense import DENSE_SCALE
 from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, PrototypeEntry, SlotRecord
-from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, save_manifest
+from conmoe_edge.checkpoint.manifest_io import save_manifest
 from conmoe_edge.checkpoint.quantise import quantise
 from conmoe_edge.checkpoint.records import make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "conmoe.json"
+CONSTANTS_FILE = "constants.safetensors"
 ROUTING_FILE = "routing.safetensors"
 PREDICTOR_FILE = "predictor.safetensors"
 UNCHANGED = "unchanged"

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from conmoe_edge.checkpoint.files import WrittenFile, write_bytes
 from conmoe_edge.checkpoint.index import CONFIG_FILE, read_json_object
 from conmoe_edge.checkpoint.manifest import (
+    CONSTANTS_FILE,
     FORMAT_VERSION,
     MANIFEST_NAME,
     PREDICTOR_FILE,
@@ -36,7 +37,6 @@ from conmoe_edge.checkpoint.manifest import (
 from conmoe_edge.checkpoint.manifest_schema import ManifestJson
 from conmoe_edge.errors import CheckpointError, PackageError
 
-CONSTANTS_FILE = "constants.safetensors"
 _MOST_BYTES = 64 << 20
 _AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
 

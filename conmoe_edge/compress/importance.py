@@ -15,7 +15,7 @@ Peak memory: the sample (at most 64 rows a slot and 256 MiB a layer), one expert
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.records import decode, encode
 from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
-from conmoe_edge.compress.weights import ScopeWeights
 from conmoe_edge.model.experts import expert_forward
 
 ROWS = 64
@@ -87,7 +86,7 @@ def gains(
     slots: Sequence[SlotRecord],
     pool: Sequence[ExpertId],
     samples: Mapping[int, Mapping[str, Tensor]],
-    weights: ScopeWeights,
+    parts_of: Callable[[ExpertId], Mapping[str, Tensor]],
     layouts: tuple[RecordLayout, RecordLayout],
     dtype: torch.dtype,
     device: torch.device,
@@ -99,7 +98,7 @@ def gains(
         prototypes: in the order of the result.
         slots, pool: one slot record for every expert of the pool.
         samples: layer -> its sample.
-        weights: the scope's experts.
+        parts_of: a prototype's tensors.
         layouts: the wide records and the narrow ones.
         dtype, device: of the matrix products.
     """
@@ -124,7 +123,7 @@ def gains(
         if not rows:
             found.append(0.0)
             continue
-        parts = {name: part.to(device, dtype) for name, part in weights.parts(prototype).items()}
+        parts = {name: part.to(device, dtype) for name, part in parts_of(prototype).items()}
         sampled = torch.cat(rows).to(device)
         found.append(_gain(module, sampled, torch.cat(factors), parts, layouts, dtype))
     return found

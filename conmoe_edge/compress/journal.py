@@ -38,6 +38,8 @@ class Journal:
         files: file of the package -> size and checksum.
         records: record -> (file, offset, kind of layout).
         receipt: the quality receipt, once it is there.
+        rerouted: layer -> whether its gates keep the denominator of all slots.
+        notes: what the method had to say.
         seconds: time by part over all runs.
     """
 
@@ -49,6 +51,8 @@ class Journal:
     files: dict[str, Any] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
+    rerouted: dict[str, bool] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +80,8 @@ class Journal:
             "files",
             "records",
             "receipt",
+            "rerouted",
+            "notes",
             "seconds",
         )
         write_json(self.work / NAME, {name: getattr(self, name) for name in names})

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants, write_constants
 from conmoe_edge.checkpoint.disk import disk_errors
 from conmoe_edge.checkpoint.files import WrittenFile, write_json
 from conmoe_edge.checkpoint.index import CheckpointIndex, index_files, read_json_object
@@ -45,8 +46,9 @@ from conmoe_edge.compress.dense import Dequantised, dense_sources
 from conmoe_edge.compress.distance import distances
 from conmoe_edge.compress.importance import RowSample, gains, load_sample, save_sample, widest
 from conmoe_edge.compress.journal import Journal
+from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.methods import METHODS
-from conmoe_edge.compress.methods.interface import Decision, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.predictor import PredictorFit
 from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.scope import pool_of
@@ -136,6 +138,8 @@ class Consolidation:
         )
         self._progress = progress
         self._kinds = PRECISIONS[job.precision].kinds
+        self._method = METHODS[job.method]
+        self._tokens: LayerTokens | None = None  # of the layer that has just run
         self._layers = len(job.anatomy.layers)
         self._scope_of = {
             layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
@@ -205,6 +209,11 @@ class Consolidation:
             self._note(routing)
         if self._predictor is not None:
             self._note(self._predictor.write(self.package, self._numbers()))
+        constants = {
+            layer: found for layer in layers if (found := self._constants_of(layer)) is not None
+        }
+        if constants:
+            self._note(write_constants(self.package / CONSTANTS_FILE, constants))
         self.journal.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
         self._done_here = 0
         self._save("receipt", 0)
@@ -227,9 +236,13 @@ class Consolidation:
                 tap.tracker = StatisticsTracker(experts.count) if name == "train" else None
                 self._routing.start_set(name)
                 tap.sample = self._sample(experts) if name == "train" else None
+                wanted = name == "train" and self._method.needs.tokens
+                tap.tokens = TokenRecorder() if wanted else None
             run_layer(model, index, streams[name], tap)
             if tap is not None and tap.tracker is not None:
                 self.journal.statistics[str(index)] = tap.tracker.result().to_json()
+            if tap is not None and tap.tokens is not None:
+                self._tokens = tap.tokens.result()
             if tap is not None and tap.sample is not None:
                 save_sample(self._sample_file(index), tap.sample.tensors())
         if tap is not None:
@@ -260,50 +273,85 @@ class Consolidation:
                     ScopeWeights({index: here}, matrix_views(module)),
                     transposed=transposed,
                 )
+                if self._tokens is not None:
+                    self._tokens.save(self._tokens_file(index))
+                    self._tokens = None
             return
         layers: dict[int, LayerWeights] = {index: here}
         earlier = [ScratchLayer(self._scratch(layer), source) for layer in scope[:-1]]
         layers.update(zip(scope[:-1], earlier, strict=True))
         weights = ScopeWeights(layers, matrix_views(module))
-        decision = self._decision(pool, weights)
+        decision = self._decision(pool, scope, weights, module)
+        self._tokens = None
+        parts = weights.parts if decision.parts is None else decision.parts
         with self.clock.part("precision"):
-            kinds = self._kinds_of(module, scope, pool, decision, weights)
+            kinds = self._kinds_of(module, scope, pool, decision, parts)
         with self.clock.part("write"):
             path = self.package / f"prototypes-{scope[0]:05d}.safetensors"
             layouts = {kind: self._layout(index, kind) for kind in self._kinds}
             records = [(expert, layouts[kind]) for expert, kind in kinds.items()]
-            written = write_experts(path, records, weights, transposed=transposed)
+            written = write_experts(path, records, parts, transposed=transposed)
         self._note(written)
         for expert, kind in kinds.items():
             name = record_name(expert)
             self.journal.records[name] = [written.name, written.offsets[name], kind]
-        for expert, record in zip(pool, decision.slots, strict=True):
-            rows = self.journal.decisions.setdefault(str(expert.layer), [])
-            rows.append(
+        self._keep_decision(pool, decision)
+        for layer in earlier:
+            layer.close()
+
+    def _keep_decision(self, pool: Sequence[ExpertId], decision: Decision) -> None:
+        """Slots and notes into the journal, constants beside it."""
+        for layer, constants in sorted(decision.constants.items()):
+            file = self._constants_file(layer)
+            write_constants(file, {layer: constants})
+        for layer in sorted({expert.layer for expert in pool}):
+            self.journal.decisions[str(layer)] = [
                 [
                     list(record.prototype) if record.prototype else None,
                     record.scale,
                     record.constant,
                 ]
-            )
-        for layer in earlier:
-            layer.close()
+                for expert, record in zip(pool, decision.slots, strict=True)
+                if expert.layer == layer
+            ]
+        for layer in sorted(decision.rerouted):
+            self.journal.rerouted[str(layer)] = True
+        self.journal.notes += [note for note in decision.notes if note not in self.journal.notes]
 
-    def _decision(self, pool: Sequence[ExpertId], weights: ScopeWeights) -> Decision:
-        statistics = {
-            layer: self._statistics_of(layer) for layer in {expert.layer for expert in pool}
-        }
-        contribution = torch.cat([statistics[layer].contribution() for layer in sorted(statistics)])
-        gates = torch.cat(
-            [torch.tensor(statistics[layer].gates).double() for layer in sorted(statistics)]
-        )
-
+    def _decision(
+        self,
+        pool: Sequence[ExpertId],
+        layers: Sequence[int],
+        weights: ScopeWeights,
+        module: nn.Module,
+    ) -> Decision:
         def measure() -> torch.Tensor:
             with self.clock.part("distance"):
                 return distances(weights)
 
-        scope = ScopeView(tuple(pool), contribution, gates, measure)
-        return METHODS[self.job.method](scope, kept(len(pool), self.job.rate))
+        def view_of(layer: int) -> LayerView:
+            tokens = self._tokens
+            if layer != layers[-1] and self._method.needs.tokens:
+                tokens = LayerTokens.load(self._tokens_file(layer))
+            return LayerView(
+                layer,
+                self._experts(layer).count,
+                self._top_k(layer),
+                self._statistics_of(layer),
+                tokens,
+            )
+
+        scope = ScopeView(
+            tuple(pool),
+            tuple(view_of(layer) for layer in layers),
+            weights,
+            measure,
+            module,
+            compute_dtype(self.job.device, getattr(torch, self.job.anatomy.dtype)),
+            self.job.device,
+        )
+        with self.clock.part("method"):
+            return self._method.decide(scope, kept(len(pool), self.job.rate))
 
     def _kinds_of(
         self,
@@ -311,7 +359,7 @@ class Consolidation:
         scope: Sequence[int],
         pool: Sequence[ExpertId],
         decision: Decision,
-        weights: ScopeWeights,
+        parts: Callable[[ExpertId], Mapping[str, torch.Tensor]],
     ) -> dict[ExpertId, str]:
         """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
         if len(self._kinds) == 1:
@@ -328,7 +376,7 @@ class Consolidation:
             decision.slots,
             pool,
             {layer: load_sample(self._sample_file(layer)) for layer in scope},
-            weights,
+            parts,
             (self._layout(scope[0], wide), self._layout(scope[0], narrow)),
             compute_dtype(self.job.device, getattr(torch, self.job.anatomy.dtype)),
             self.job.device,
@@ -384,7 +432,7 @@ class Consolidation:
             parts[expert] = {
                 name: part.to(self.job.device) for name, part in view(layout, record).items()
             }
-        return MappedTap(slots, parts, None)
+        return MappedTap(slots, parts, self._constants_of(layer))
 
     def _compare(self, package: StreamedModel, after: Stream) -> dict[str, Any]:
         """The hidden states of both through norm and head: the original's, and the package's.
@@ -455,6 +503,7 @@ class Consolidation:
                 for layer in self._scope_of[index]:
                     self._scratch(layer).unlink(missing_ok=True)
                     self._sample_file(layer).unlink(missing_ok=True)
+                    self._tokens_file(layer).unlink(missing_ok=True)
         self._done_here += 1
 
     def _save(self, phase: str, done: int) -> None:
@@ -488,6 +537,19 @@ class Consolidation:
 
     def _sample_file(self, layer: int) -> Path:
         return self.work / f"sample-{layer:05d}.safetensors"
+
+    def _tokens_file(self, layer: int) -> Path:
+        return self.work / f"tokens-{layer:05d}.safetensors"
+
+    def _constants_file(self, layer: int) -> Path:
+        return self.work / f"constants-{layer:05d}.safetensors"
+
+    def _constants_of(self, layer: int) -> torch.Tensor | None:
+        path = self._constants_file(layer)
+        return read_constants(path)[layer] if path.is_file() else None
+
+    def _top_k(self, layer: int) -> int:
+        return self._experts(layer).top_k
 
     def _experts(self, layer: int) -> ExpertsAnatomy:
         experts = self.job.anatomy.layers[layer].experts

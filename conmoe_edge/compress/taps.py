@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.records import decode
 from conmoe_edge.compress.importance import RowSample
+from conmoe_edge.compress.layer_tokens import TokenRecorder
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.trace import RoutingRecorder
 from conmoe_edge.model.experts import (
@@ -53,6 +54,7 @@ class RoutedTap(Tap):
         self.routing: RoutingRecorder | None = None
         self.keep_hidden = False  # for the trace's tokens, beside their routing
         self.sample: RowSample | None = None
+        self.tokens: TokenRecorder | None = None
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Every expert on the tokens that the router sent to it."""
@@ -60,6 +62,8 @@ class RoutedTap(Tap):
         experts = getattr(module, names[0]).shape[0]
         if self.routing is not None:
             self.routing.add(index, experts, hidden if self.keep_hidden else None)
+        if self.tokens is not None:
+            self.tokens.add(hidden, index, weights, self.keep)
         out = torch.zeros_like(hidden)
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)

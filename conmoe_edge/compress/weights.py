@@ -7,7 +7,7 @@ experts back for the prototype file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -195,7 +195,7 @@ def record_name(expert: ExpertId) -> str:
 def write_experts(
     path: Path,
     records: Sequence[tuple[ExpertId, RecordLayout]],
-    weights: ScopeWeights,
+    parts_of: Callable[[ExpertId], Mapping[str, Tensor]],
     *,
     transposed: bool,
 ) -> WrittenFile:
@@ -205,7 +205,7 @@ def write_experts(
 
     def packed():
         for expert, layout in records:
-            tensors = encode(layout, weights.parts(expert), transposed)
+            tensors = encode(layout, parts_of(expert), transposed)
             yield record_name(expert), pack(layout, tensors, buffer[: layout.nbytes])
 
     return write_records(path, sizes, packed())

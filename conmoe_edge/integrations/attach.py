@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE, best_kind, quantised_parts
 from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
-from conmoe_edge.checkpoint.manifest_io import CONSTANTS_FILE, load_manifest
+from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.attention import suit_attention
 from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
@@ -162,18 +162,8 @@ def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:
     """Layer -> [C, H] fp32; empty where no slot has a constant."""
     if not any(slot.constant is not None for row in manifest.slots.values() for slot in row):
         return {}
-    found = {}
-    try:
-        with torch.device("cpu"), safe_open(folder / CONSTANTS_FILE, framework="pt") as file:
-            names = set(file.keys())
-            for layer in manifest.slots:
-                if f"constants.{layer}" in names:
-                    found[layer] = file.get_tensor(f"constants.{layer}").float()
-    except (SafetensorError, OSError) as error:
-        raise PackageError(
-            f"{folder / CONSTANTS_FILE} cannot be read.", str(error)[:200], _AGAIN
-        ) from error
-    return found
+    with torch.device("cpu"):
+        return read_constants(folder / CONSTANTS_FILE)
 
 
 def _check_shapes(

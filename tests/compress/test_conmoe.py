@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.compress import distance as distance_module
 from conmoe_edge.compress.distance import distances
-from conmoe_edge.compress.methods import METHODS, ScopeView
+from conmoe_edge.compress.methods import METHODS, LayerView, ScopeView
 from conmoe_edge.compress.reassign import nearest_prototype
 from conmoe_edge.compress.score import min_max, replaceability
 from conmoe_edge.compress.select import top_k
+from conmoe_edge.compress.statistics import LayerStatistics
 from conmoe_edge.compress.weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.plan.levers import kept
 
@@ -134,7 +135,7 @@ def test_decision_equals_the_paper(data: st.DataObject, count: int, seed: int) -
     pool = tuple(
         ExpertId(layer, expert) for layer, expert in ((n // 4, n % 4) for n in range(count))
     )
-    decision = METHODS["conmoe"](ScopeView(pool, contribution, contribution, lambda: d), keep)
+    decision = METHODS["conmoe"].decide(scope_of(pool, contribution, d), keep)
     if keep == count:
         assert [slot.prototype for slot in decision.slots] == list(pool)
         return
@@ -142,6 +143,18 @@ def test_decision_equals_the_paper(data: st.DataObject, count: int, seed: int) -
     assert decision.prototypes == tuple(pool[p] for p in prototypes)
     assert [slot.prototype for slot in decision.slots] == [pool[p] for p in mapping]
     assert all(slot.scale == 1.0 and slot.constant is None for slot in decision.slots)
+
+
+def scope_of(pool: tuple[ExpertId, ...], contribution: Tensor, d: Tensor) -> ScopeView:
+    """A scope of layers of four experts, each of which was asked for once."""
+    layers = []
+    for layer in sorted({expert.layer for expert in pool}):
+        own = [i for i, expert in enumerate(pool) if expert.layer == layer]
+        sums = tuple(contribution[own].tolist())
+        statistics = LayerStatistics(sums, sums, (1,) * len(own))
+        layers.append(LayerView(layer, len(own), 2, statistics))
+    nothing = ScopeWeights({}, {})
+    return ScopeView(pool, tuple(layers), nothing, lambda: d, nn.Module())
 
 
 def test_ties_go_to_the_lowest() -> None:

@@ -82,7 +82,7 @@ def test_gain_equals_plain_loops(family: str) -> None:
             slots,
             pool,
             samples,
-            weights,
+            weights.parts,
             (layouts[0], layouts[1]),
             torch.float32,
             torch.device("cpu"),

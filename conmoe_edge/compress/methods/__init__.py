@@ -1,18 +1,23 @@
 """Consolidation methods behind one interface: what a scope looked like in, who is kept and who stands for whom out.
 
-A method is a pure function ``decide(scope, keep) -> Decision``. Weights reach it only through ``ScopeView.distances``,
-which costs a pass over the scope's weights and is called when a method needs it.
+One file a method. ``METHODS`` is the table that ``fit --method`` chooses from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from conmoe_edge.compress.methods import conmoe
-from conmoe_edge.compress.methods.interface import Decision, ScopeView
+from conmoe_edge.compress.methods.conmoe import CONMOE
+from conmoe_edge.compress.methods.interface import (
+    Decision,
+    LayerView,
+    Method,
+    Needs,
+    ScopeView,
+)
 
-Method = Callable[[ScopeView, int], Decision]
+_ALL: tuple[Method, ...] = (CONMOE,)
 
-METHODS: Mapping[str, Method] = {"conmoe": conmoe.decide}
+METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Decision", "Method", "ScopeView"]
+__all__ = ["METHODS", "Decision", "LayerView", "Method", "Needs", "ScopeView"]

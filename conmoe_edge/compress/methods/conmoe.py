@@ -7,20 +7,25 @@ from the scores; a layer may keep few of its own experts.
 from __future__ import annotations
 
 from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.methods.interface import Decision, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, Method, ScopeView, identity
 from conmoe_edge.compress.reassign import nearest_prototype
 from conmoe_edge.compress.score import prototype_score
 from conmoe_edge.compress.select import top_k
+from conmoe_edge.compress.statistics import LayerStatistics
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
     """Prototypes and reassignment map of one scope; ``keep`` prototypes remain."""
     if keep >= len(scope.pool):
-        return Decision(scope.pool, tuple(SlotRecord(expert) for expert in scope.pool))
+        return identity(scope)
     distance = scope.distances()
-    kept = top_k(prototype_score(scope.contribution, distance), keep)
+    contribution = scope.over_pool(LayerStatistics.contribution)
+    kept = top_k(prototype_score(contribution, distance), keep)
     mapping = nearest_prototype(distance, kept)
     return Decision(
         tuple(scope.pool[index] for index in kept),
         tuple(SlotRecord(scope.pool[index]) for index in mapping),
     )
+
+
+CONMOE = Method("conmoe", "ConMoE", "arXiv 2605.29350", decide)

@@ -1,31 +1,133 @@
-"""What methods take and give: frozen dataclasses, no weights."""
+"""What methods take and give.
+
+A method says what it ``needs`` beyond the sums over routed tokens, and decides one scope at a time:
+``decide(scope, keep) -> Decision``. It sees the weights of one scope, which lie in memory or in the
+run's work folder, and may compute single experts; it never sees a file or a device's memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
+from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.statistics import LayerStatistics
+
+Parts = Mapping[str, Tensor]
+"""The tensors of one expert by parameter name, as its module keeps them."""
+
+
+class PoolWeights(Protocol):
+    """The pretrained weights of a scope's experts, one expert at a time."""
+
+    def parts(self, expert: ExpertId) -> Parts:
+        """One expert's tensors; views, not to be written to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What calibration has to keep for a method.
+
+    ``vectors``: sums of the outputs and of their squares per expert (2 * E * H fp32).
+    ``tokens``: the calibration tokens themselves, as they enter the experts (T * H).
+    ``logits``: the router's logits of these tokens (T * E), with ``tokens``.
+    """
+
+    vectors: bool = False
+    tokens: bool = False
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """What calibration saw of one layer of a scope. ``tokens`` only where the method needs them.
+
+    ``top_k``: router slots that a token chooses.
+    """
+
+    layer: int
+    experts: int
+    top_k: int
+    statistics: LayerStatistics
+    tokens: LayerTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ScopeView:
-    """A scope's pool in the order (layer, expert) and what calibration saw of it.
+    """One scope: its pool in the order (layer, expert), what calibration saw, and its weights.
 
-    ``contribution`` and ``gates`` are [P] float64: a_e and the sum of routing weights; ``distances`` gives [P, P].
+    Attributes:
+        pool: all routed experts of the scope.
+        layers: in ascending order.
+        weights: pretrained experts by id.
+        distances: gives [P, P] float64, the weight distance of ConMoE; costs a pass over the weights.
+        module: the experts module of the scope's last layer: activation, layout and shapes. Its
+            weights must not be used; ``weights`` has them.
+        dtype, device: in which and where experts are computed.
     """
 
     pool: tuple[ExpertId, ...]
-    contribution: Tensor
-    gates: Tensor
+    layers: tuple[LayerView, ...]
+    weights: PoolWeights
     distances: Callable[[], Tensor]
+    module: nn.Module
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
+        """[P] float64: a number of every expert, layer after layer in the order of the pool."""
+        return torch.cat([of(layer.statistics) for layer in self.layers])
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The prototypes of a scope, sorted, and one record for every router slot of the pool, in the pool's order."""
+    """The prototypes of a scope and what every router slot of it becomes.
+
+    Attributes:
+        prototypes: sorted.
+        slots: one record for every slot, in the order of the pool. ``SlotRecord.constant`` is a row
+            of ``constants`` of the slot's own layer.
+        constants: layer -> [n, H] fp32, for the layers that have any.
+        rerouted: layers whose router may not choose slots that have neither prototype nor constant.
+        parts: the weights of a prototype where they are not the pretrained expert's; called once
+            for every prototype, in their order. ``None``: all are pretrained, bit for bit.
+        notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
+    """
 
     prototypes: tuple[ExpertId, ...]
     slots: tuple[SlotRecord, ...]
+    constants: Mapping[int, Tensor] = field(default_factory=dict)
+    rerouted: frozenset[int] = frozenset()
+    parts: Callable[[ExpertId], Parts] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method by name.
+
+    Attributes:
+        title: for tables: the name as its authors write it.
+        source: where it was published.
+        decide: a pure function of the scope and of how many prototypes are kept.
+        needs: what calibration has to keep for it.
+        precision: the only precision that it can be stored in, where there is one.
+    """
+
+    name: str
+    title: str
+    source: str
+    decide: Callable[[ScopeView, int], Decision]
+    needs: Needs = field(default_factory=Needs)
+    precision: str | None = None
+
+
+def identity(scope: ScopeView) -> Decision:
+    """Every expert kept, every slot its own: what each method gives when nothing is removed."""
+    return Decision(scope.pool, tuple(SlotRecord(expert) for expert in scope.pool))

@@ -1,0 +1,120 @@
+"""The calibration tokens of one MoE layer as they enter its experts, for methods that compute with them.
+
+``TokenRecorder`` takes them batch by batch while the layer runs. A scope of several layers keeps
+those of its earlier layers in the run's work folder until it is decided.
+
+Host memory: T * H in the format of the stream, T * K slots and gates, T * E logits where wanted, of
+one layer. Raises ``NoSpace``; ``CheckpointError`` where a file of an earlier run is damaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
+from conmoe_edge.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTokens:
+    """Real tokens only, no padding, in the order of the calibration sequences.
+
+    Attributes:
+        hidden: [T, H], the input of the experts.
+        slots: [T, K] int64, the router's choice; values outside ``[0, E)`` are skip marks.
+        gates: [T, K] fp32.
+        logits: [T, E] fp32 of the router, or ``None``.
+    """
+
+    hidden: Tensor
+    slots: Tensor
+    gates: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def sample(self, count: int) -> LayerTokens:
+        """At most ``count`` tokens, evenly spread over all of them, so over all domains."""
+        if count >= len(self):
+            return self
+        return self.rows(torch.arange(count) * len(self) // count)
+
+    def rows(self, rows: Tensor) -> LayerTokens:
+        """Some of the tokens. ``rows`` [n] int64, ascending."""
+        return LayerTokens(
+            self.hidden[rows],
+            self.slots[rows],
+            self.gates[rows],
+            None if self.logits is None else self.logits[rows],
+        )
+
+    def routed(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Row numbers [n] and gates [n] of the tokens that chose a slot."""
+        rows, places = (self.slots == slot).nonzero(as_tuple=True)
+        return rows, self.gates[rows, places]
+
+    def save(self, path: Path) -> None:
+        """Keep them in the work folder."""
+        named = {"hidden": self.hidden, "slots": self.slots, "gates": self.gates}
+        if self.logits is not None:
+            named["logits"] = self.logits
+        write_tensors(
+            path,
+            [
+                TensorSource(
+                    name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t
+                )
+                for name, t in sorted(named.items())
+            ],
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> LayerTokens:
+        """What ``save`` kept; mapped, not read at once."""
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise CheckpointError(
+                f"{path.name} of the unfinished run is damaged.",
+                str(error)[:200],
+                "start over with --fresh",
+            ) from error
+
+
+class TokenRecorder:
+    """Takes what the experts function is called with, batch by batch."""
+
+    def __init__(self) -> None:
+        self._hidden: list[Tensor] = []
+        self._slots: list[Tensor] = []
+        self._gates: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, hidden: Tensor, slots: Tensor, gates: Tensor, keep: Tensor | None) -> None:
+        """hidden [T, H], slots [T, K], gates [T, K] of one batch; ``keep`` [T] marks real tokens."""
+        if keep is not None:
+            hidden, slots, gates = hidden[keep], slots[keep], gates[keep]
+        self._hidden.append(hidden.cpu().clone())
+        self._slots.append(slots.cpu().long())
+        self._gates.append(gates.float().cpu())
+
+    def add_logits(self, logits: Tensor, keep: Tensor | None) -> None:
+        """[T, E] of the same batch."""
+        kept = logits if keep is None else logits[keep]
+        self._logits.append(kept.float().cpu())
+
+    def result(self) -> LayerTokens:
+        """All batches; the recorder gives them up."""
+        logits = torch.cat(self._logits) if self._logits else None
+        found = LayerTokens(
+            torch.cat(self._hidden), torch.cat(self._slots), torch.cat(self._gates), logits
+        )
+        self.__init__()
+        return found

@@ -63,6 +63,7 @@ def _delta(weights: ExpertWeights, matrix: str) -> Tensor:
     gram = torch.zeros(weights.experts, weights.experts, dtype=torch.float64)
     for block in _blocks(weights, matrix):
         gram += (block @ block.T).cpu().double()
+    gram = gram.tril() + gram.tril(-1).T  # some BLAS sum the two halves in different orders
     squares = gram.diagonal()
     squared = (squares[:, None] + squares[None, :] - 2 * gram).clamp(min=0)
     scale = squares[:, None] + squares[None, :]

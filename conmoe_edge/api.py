@@ -97,7 +97,7 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True)
 class _Levers:
-    """What the caller asked of the plan."""
+    """What the caller asked of the plan; ``trims``: the method removes neurons as well."""
 
     budget: str
     device: Literal["auto", "cpu", "cuda"]
@@ -108,6 +108,7 @@ class _Levers:
     dense_precision: str
     prefer: Preference
     min_resident: float | None
+    trims: bool = False
 
     def plan(self, anatomy: ModelAnatomy, folder: Path, tokens: int = CALIBRATION_TOKENS) -> Plan:
         """Decide for a model whose package will lie in ``folder``, or on the same disk."""
@@ -122,6 +123,7 @@ class _Levers:
             prefer=self.prefer,
             min_resident=self.min_resident,
             calibration_tokens=tokens,
+            trims=self.trims,
         )
 
 
@@ -226,7 +228,16 @@ def fit(
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(
-        budget, device, context, rate, scope, precision, dense_precision, prefer, min_resident
+        budget,
+        device,
+        context,
+        rate,
+        scope,
+        precision,
+        dense_precision,
+        prefer,
+        min_resident,
+        METHODS[method].trims,
     )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)

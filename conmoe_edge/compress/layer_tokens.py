@@ -30,12 +30,14 @@ class LayerTokens:
         slots: [T, K] int64, the router's choice; values outside ``[0, E)`` are skip marks.
         gates: [T, K] fp32.
         logits: [T, E] fp32 of the router, or ``None``.
+        target: [T, H] fp32, what the routed experts should add up to, or ``None``.
     """
 
     hidden: Tensor
     slots: Tensor
     gates: Tensor
     logits: Tensor | None = None
+    target: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -53,6 +55,7 @@ class LayerTokens:
             self.slots[rows],
             self.gates[rows],
             None if self.logits is None else self.logits[rows],
+            None if self.target is None else self.target[rows],
         )
 
     def routed(self, slot: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,8 @@ class LayerTokens:
         named = {"hidden": self.hidden, "slots": self.slots, "gates": self.gates}
         if self.logits is not None:
             named["logits"] = self.logits
+        if self.target is not None:
+            named["target"] = self.target
         write_tensors(
             path,
             [

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,15 @@ from conmoe_edge.compress.stream import (
     run_layer,
     sequence_logits,
 )
-from conmoe_edge.compress.taps import IMPLEMENTATION, MappedTap, RoutedTap, attach, register
+from conmoe_edge.compress.taps import (
+    IMPLEMENTATION,
+    MappedTap,
+    RoutedTap,
+    SilentTap,
+    attach,
+    expert_sum,
+    register,
+)
 from conmoe_edge.compress.trace import RoutingRecorder
 from conmoe_edge.compress.weights import (
     LayerWeights,
@@ -76,8 +84,9 @@ from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
-from conmoe_edge.plan.levers import PRECISIONS, kept, record_parts, scopes, spread
+from conmoe_edge.plan.levers import PRECISIONS, record_parts, scopes, spread
 from conmoe_edge.plan.trace import Predictions
+from conmoe_edge.plan.trim import pool_kept, trimmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +149,8 @@ class Consolidation:
         self._kinds = PRECISIONS[job.precision].kinds
         self._method = METHODS[job.method]
         self._tokens: LayerTokens | None = None  # of the layer that has just run
+        self._followed: LayerTokens | None = None  # of the layer that was just decided
+        self._narrow = trimmed(job.anatomy, job.rate) if self._method.trims else job.anatomy
         self._layers = len(job.anatomy.layers)
         self._scope_of = {
             layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
@@ -193,15 +204,22 @@ class Consolidation:
     # -- 2. the original, layer by layer -------------------------------------------------------------------------
 
     def _calibrate(self, model: StreamedModel) -> None:
-        streams = self._open_streams(
-            model, {"train": self.job.train, "held_out": self.job.held_out}, "calibrate"
-        )
+        sets = {"train": self.job.train, "held_out": self.job.held_out}
+        follows = self._method.needs.target
+        if follows:
+            sets["package"] = self.job.train
+        streams = self._open_streams(model, sets, "calibrate")
         for index in range(self.journal.done, self._layers):
             self._announce("calibrate", index)
             with self._loaded(model, index, with_experts=True):
                 self._statistics(model, index, streams)
+                before = None
+                if follows and index in model.experts:
+                    before = self._aim(model, index, streams)
                 if index in model.experts:
                     self._decide(model.experts[index][1], index)
+                if follows:
+                    self._follow(model, index, streams["package"], before)
             self._layer_done("calibrate", index, streams)
         layers = tuple(layer.index for layer in self.job.anatomy.moe_layers)
         routing = self._routing.write(self.work, self.package, layers)
@@ -236,7 +254,8 @@ class Consolidation:
                 tap.tracker = StatisticsTracker(experts.count) if name == "train" else None
                 self._routing.start_set(name)
                 tap.sample = self._sample(experts) if name == "train" else None
-                wanted = name == "train" and self._method.needs.tokens
+                needs = self._method.needs
+                wanted = name == "train" and needs.tokens and not needs.target
                 tap.tokens = TokenRecorder() if wanted else None
             run_layer(model, index, streams[name], tap)
             if tap is not None and tap.tracker is not None:
@@ -257,10 +276,71 @@ class Consolidation:
                 count = self._experts(index).count
                 self._predictor.layer(index, max(before, default=None), hidden, slots, count)
 
+    def _aim(
+        self, model: StreamedModel, index: int, streams: Mapping[str, Stream]
+    ) -> torch.Tensor | None:
+        """The tokens of the package's stream at this layer, each with what its experts should give.
+
+        Where a layer adds its experts' output to what it gives without them, that is the way back to
+        the original's stream, and the stream without the experts is returned, for ``_follow``.
+        Elsewhere (a norm comes after the experts) it is what the original experts give here.
+        """
+        module = model.experts[index][1]
+        stream = streams["package"]
+        with self.clock.part("attention"):
+            entered = stream.hidden.clone()
+            own = RoutedTap()
+            attach(module, own)
+            one = stream.first_batch()
+            run_layer(model, index, one, own)  # the layer as it is, on a few tokens
+            silent = SilentTap()
+            attach(module, silent)
+            run_layer(model, index, stream, silent)
+            tokens = silent.tokens.result()
+            plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
+            adds = torch.allclose(
+                one.hidden,
+                stream.hidden[: len(one.hidden)] + one.padded(plain),
+                rtol=1e-3,
+                atol=1e-3 * float(one.hidden.abs().mean()),
+            )
+            if adds:
+                gap = streams["train"].hidden.float() - stream.hidden.float()
+                target = stream.real_rows(gap)
+                before = stream.hidden
+            else:
+                target = expert_sum(module, own, tokens, model.device)
+                before = None
+                stream.hidden = entered
+        self._tokens = replace(tokens, target=target)
+        return before
+
+    def _follow(
+        self, model: StreamedModel, index: int, stream: Stream, before: torch.Tensor | None
+    ) -> None:
+        """Take the package's stream through the layer as it was just written."""
+        start = time.perf_counter()
+        if index in model.experts:
+            file = f"prototypes-{index:05d}.safetensors"
+            with ShardReader(index_files(self.package, [file])) as reader:
+                tap = self._mapped(index, reader)
+                module = model.experts[index][1]
+                if before is not None:
+                    assert self._followed is not None
+                    stream.add_rows(expert_sum(module, tap, self._followed, model.device))
+                    self._followed = None
+                    self.clock.add("experts", time.perf_counter() - start)
+                    return
+                attach(module, tap)
+                run_layer(model, index, stream, tap)
+        else:
+            run_layer(model, index, stream, None)
+        self.clock.add("experts", time.perf_counter() - start)
+
     def _decide(self, module: nn.Module, index: int) -> None:
         """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts."""
         scope = self._scope_of[index]
-        source = self._layout(index, "source")
+        source = make_layout(record_parts(self._experts(index), "source"), "source")
         transposed = self._experts(index).transposed
         here = LoadedLayer(module)
         pool = pool_of(self.job.anatomy, scope)
@@ -282,7 +362,7 @@ class Consolidation:
         layers.update(zip(scope[:-1], earlier, strict=True))
         weights = ScopeWeights(layers, matrix_views(module))
         decision = self._decision(pool, scope, weights, module)
-        self._tokens = None
+        self._followed, self._tokens = self._tokens, None
         parts = weights.parts if decision.parts is None else decision.parts
         with self.clock.part("precision"):
             kinds = self._kinds_of(module, scope, pool, decision, parts)
@@ -347,11 +427,12 @@ class Consolidation:
             weights,
             measure,
             module,
+            self._narrowed(layers[-1]).width,
             compute_dtype(self.job.device, getattr(torch, self.job.anatomy.dtype)),
             self.job.device,
         )
         with self.clock.part("method"):
-            return self._method.decide(scope, kept(len(pool), self.job.rate))
+            return self._method.decide(scope, self._count(layers))
 
     def _kinds_of(
         self,
@@ -366,7 +447,7 @@ class Consolidation:
             return dict.fromkeys(decision.prototypes, self._kinds[0])
         wide, narrow = self._kinds
         every = scopes(self.job.anatomy, self.job.scope)
-        counts = [kept(len(pool_of(self.job.anatomy, one)), self.job.rate) for one in every]
+        counts = [self._count(one) for one in every]
         count = spread(self.job.wide_prototypes, counts)[every.index(tuple(scope))]
         if count in (0, len(decision.prototypes)):
             return dict.fromkeys(decision.prototypes, wide if count else narrow)
@@ -556,8 +637,18 @@ class Consolidation:
         assert experts is not None
         return experts
 
+    def _narrowed(self, layer: int) -> ExpertsAnatomy:
+        """A prototype of the package, which may have fewer neurons than an expert."""
+        experts = self._narrow.layers[layer].experts
+        assert experts is not None
+        return experts
+
+    def _count(self, layers: Sequence[int]) -> int:
+        """Prototypes of a scope."""
+        return pool_kept(self.job.anatomy, layers, self.job.rate, self._method.trims)
+
     def _layout(self, layer: int, kind: str) -> RecordLayout:
-        return make_layout(record_parts(self._experts(layer), kind), kind)
+        return make_layout(record_parts(self._narrowed(layer), kind), kind)
 
     def _statistics_of(self, layer: int) -> LayerStatistics:
         return LayerStatistics.from_json(self.journal.statistics[str(layer)])

@@ -46,6 +46,39 @@ class Stream:
     keep: list[Tensor | None]
     hidden: Tensor
 
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return int(self._real().sum())
+
+    def first_batch(self) -> Stream:
+        """The first batch by itself, with hidden states of its own."""
+        _, stop = self.spans()[0]
+        return Stream(self.batches[:1], self.keep[:1], self.hidden[:stop].clone())
+
+    def real_rows(self, values: Tensor) -> Tensor:
+        """[N, T, H] -> [real tokens, H], in the order in which the experts see them."""
+        return values.reshape(-1, values.shape[-1])[self._real()]
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """The way back: [real tokens, H] -> [N, T, H], zeros at padding."""
+        whole = torch.zeros(self.hidden.shape, dtype=rows.dtype)
+        whole.view(-1, rows.shape[-1])[self._real()] = rows
+        return whole
+
+    def add_rows(self, rows: Tensor) -> None:
+        """hidden += [real tokens, H]."""
+        self.hidden += self.padded(rows).to(self.hidden.dtype)
+
+    def _real(self) -> Tensor:
+        """[N * T] bool."""
+        length = self.hidden.shape[1]
+        marks = [
+            torch.ones((stop - start) * length, dtype=torch.bool) if keep is None else keep.cpu()
+            for keep, (start, stop) in zip(self.keep, self.spans(), strict=True)
+        ]
+        return torch.cat(marks)
+
     def spans(self) -> list[tuple[int, int]]:
         """Rows of ``hidden`` that each batch covers."""
         spans = []

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.records import decode
 from conmoe_edge.compress.importance import RowSample
-from conmoe_edge.compress.layer_tokens import TokenRecorder
+from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.trace import RoutingRecorder
 from conmoe_edge.model.experts import (
@@ -31,6 +31,8 @@ from conmoe_edge.model.experts import (
 )
 
 IMPLEMENTATION = "conmoe_fit"
+
+_BATCH = 1 << 13
 
 
 class Tap:
@@ -91,6 +93,19 @@ class RoutedTap(Tap):
         return out
 
 
+class SilentTap(Tap):
+    """No experts at all: takes the tokens as they come, and gives zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = TokenRecorder()
+
+    def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[T, H] of zeros."""
+        self.tokens.add(hidden, index, weights, self.keep)
+        return torch.zeros_like(hidden)
+
+
 class MappedTap(Tap):
     """Prototypes in place of experts, as the slot records of one layer say.
 
@@ -138,6 +153,17 @@ class MappedTap(Tap):
                 out, index, weights, self._constants.to(device), self._constant_of.to(device)
             )
         return out.to(hidden.dtype)
+
+
+def expert_sum(module: nn.Module, tap: Tap, tokens: LayerTokens, device: torch.device) -> Tensor:
+    """[T, H]: what a tap computes for tokens that were taken before, a batch at a time."""
+    out = []
+    for start in range(0, len(tokens), _BATCH):
+        rows = slice(start, start + _BATCH)
+        hidden = tokens.hidden[rows].to(device)
+        slots, gates = tokens.slots[rows].to(device), tokens.gates[rows].to(device)
+        out.append(tap.forward(module, hidden, slots, gates).cpu())
+    return torch.cat(out)
 
 
 def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from conmoe_edge.integrations.attention import suit_attention
 from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.options import current_options, device_of
+from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.offload.context import guard_context
 from conmoe_edge.offload.dense import DenseProducts
@@ -184,8 +185,12 @@ def _check_shapes(
     used = {slot.prototype for slot in slots if slot.prototype is not None}
     for layout in sorted({entry.layout for entry in manifest.prototypes if entry.id in used}):
         parts = {part.name: part for part in manifest.layouts[layout].parts}
+        transposed = bool(module.is_transposed)
+        width = wanted["down_proj"][1 if transposed else 2]
+        narrow = min(width, _width(parts, transposed) or width)  # neurons may have been removed
         for name in names:
-            if not _holds(parts, name, wanted[name][1:], bool(module.is_transposed)):
+            shape = narrowed_shape(name, wanted[name][1:], transposed, width, narrow)
+            if not _holds(parts, name, shape, transposed):
                 held = parts.get(name)
                 raise PackageError(
                     f"The package in {folder} does not match its config.json.",
@@ -193,6 +198,17 @@ def _check_shapes(
                     f"hold {f'{held.dtype} {list(held.shape)}' if held else 'none'}",
                     _AGAIN,
                 )
+
+
+def _width(parts: Mapping[str, RecordPart], transposed: bool) -> int:
+    """Neurons of the experts in a record: the inputs of its down projection; 0 where that is not told."""
+    part = parts.get("down_proj")
+    if part is None or len(part.shape) != 2:
+        return 0
+    kind = KIND_OF_VALUES.get(part.dtype)
+    if kind is None:
+        return part.shape[0 if transposed else 1]
+    return part.shape[1] * (2 if kind == "int4" else 1)
 
 
 def _holds(

@@ -6,7 +6,8 @@ All byte counts are in the checkpoint's own dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,21 @@ class ExpertsAnatomy:
         return sum(part.nbytes for part in self.parts)
 
     @property
+    def width(self) -> int:
+        """Neurons of one expert: the inputs of its down projection."""
+        shape = next(part.shape for part in self.parts if part.name == "down_proj")
+        return shape[0] if self.transposed else shape[1]
+
+    def narrowed(self, width: int) -> ExpertsAnatomy:
+        """The same experts with ``width`` neurons each."""
+        return replace(self, parts=tuple(self._narrowed(part, width) for part in self.parts))
+
+    def _narrowed(self, part: ExpertPart, width: int) -> ExpertPart:
+        shape = narrowed_shape(part.name, part.shape, self.transposed, self.width, width)
+        nbytes = part.nbytes // math.prod(part.shape) * math.prod(shape)
+        return replace(part, shape=shape, nbytes=nbytes)
+
+    @property
     def expert_numel(self) -> int:
         """Parameters of one expert."""
         total = 0
@@ -52,6 +68,21 @@ class ExpertsAnatomy:
                 numel *= size
             total += numel
         return total
+
+
+def narrowed_shape(
+    name: str, shape: tuple[int, ...], transposed: bool, width: int, narrow: int
+) -> tuple[int, ...]:
+    """The shape of a part of an expert of ``width`` neurons, once it has ``narrow`` of them."""
+    if name == "down_proj":
+        axis = 0 if transposed else 1
+    elif name == "down_proj_bias":
+        return shape
+    else:
+        axis = len(shape) - 1 if transposed else 0
+    sizes = list(shape)
+    sizes[axis] = sizes[axis] // width * narrow
+    return tuple(sizes)
 
 
 @dataclass(frozen=True, slots=True)

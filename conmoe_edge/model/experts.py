@@ -81,9 +81,7 @@ def through_expert(module: nn.Module, hidden: Tensor, project: Project) -> Tenso
     Returns:
         [..., H], without the routing weight.
     """
-    inner = project("gate_up_proj" if module.has_gate else "up_proj", hidden)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
-    out = project("down_proj", inner)
+    out = project("down_proj", _up_and_gate(module, hidden, project))
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)  # type: ignore[operator]
     return out
@@ -108,14 +106,34 @@ def expert_forward(
         [n, H] in ``compute_dtype``, without the routing weight.
     """
     dtype = compute_dtype or hidden.dtype
+    return through_expert(module, hidden.to(dtype), _plain_products(module, parts, dtype))
 
+
+def inner_activations(
+    module: nn.Module,
+    hidden: Tensor,
+    parts: Mapping[str, Tensor],
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What an expert's down projection gets: [n, H] -> [n, I]; arguments as of ``expert_forward``."""
+    dtype = compute_dtype or hidden.dtype
+    return _up_and_gate(module, hidden.to(dtype), _plain_products(module, parts, dtype))
+
+
+def _plain_products(module: nn.Module, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Project:
     def project(name: str, x: Tensor) -> Tensor:
         weight, bias = parts[name].to(dtype), parts.get(f"{name}_bias")
         # [n, in] @ [in, out], or the same with the weight stored as [out, in]
         y = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
         return y if bias is None else y + bias.to(dtype)
 
-    return through_expert(module, hidden.to(dtype), project)
+    return project
+
+
+def _up_and_gate(module: nn.Module, hidden: Tensor, project: Project) -> Tensor:
+    """[..., H] -> [..., I]."""
+    inner = project("gate_up_proj" if module.has_gate else "up_proj", hidden)
+    return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,24 @@ from dataclasses import dataclass
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes, scopes, spread
+from conmoe_edge.plan.levers import PRECISIONS, record_bytes, scopes, spread
 from conmoe_edge.plan.placement import Placement, place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.speed import tokens_per_second
+from conmoe_edge.plan.trim import pool_kept, trimmed
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What decides between combinations; ``rate`` and ``precision`` are ``None`` where the plan may
-    choose.
+    choose. ``trims``: the method removes neurons as well as experts (``plan/trim.py``).
     """
 
     rate: float | None
     precision: str | None
     min_resident: float
     speed_floor: float | None
+    trims: bool = False
 
     def fast_enough(self, speed: float | None) -> bool:
         """Whether an estimated speed reaches the floor; an unknown one is not held against it."""
@@ -58,11 +60,13 @@ def count_option(
     wishes: Wishes,
 ) -> Option:
     """Count one combination. ``verdict`` and ``reason`` stay empty."""
+    pools = scopes(anatomy, scope)
+    counts = [pool_kept(anatomy, layers, rate, wishes.trims) for layers in pools]
+    if wishes.trims:
+        anatomy = trimmed(anatomy, rate)
     experts = {
         layer.index: layer.experts for layer in anatomy.moe_layers if layer.experts is not None
     }
-    pools = scopes(anatomy, scope)
-    counts = [kept(sum(experts[index].count for index in layers), rate) for layers in pools]
     kinds = PRECISIONS[precision].kinds
     sizes = [
         [record_bytes(experts[layers[0]], kind) for layers in pools]

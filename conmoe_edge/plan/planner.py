@@ -16,6 +16,7 @@ Raises ``DoesNotFit`` with the least budget that works (and a shorter context th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from conmoe_edge.errors import UnsupportedModel, UsageError
@@ -53,9 +54,10 @@ def make_plan(
     min_resident: float | None = None,
     speed_floor: float | None = None,
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
+    trims: bool = False,
 ) -> Plan:
     """Decide. ``context`` is 4096 tokens, or the model's longest where that is shorter, when
-    ``None``.
+    ``None``. ``trims``: the method removes neurons as well as experts.
     """
     if not anatomy.moe_layers:
         raise UnsupportedModel(
@@ -66,6 +68,7 @@ def make_plan(
     anatomy = stored(anatomy, dense_precision)
     tokens = _checked_context(anatomy, context)
     wishes = _wishes(rate, precision, prefer, min_resident, speed_floor, budget)
+    wishes = replace(wishes, trims=trims)
     group = AUTO_SCOPE if scope == "auto" else check_scope(scope)
     combinations = _combinations(precisions(anatomy, precision), wishes.rate)
     options = [
@@ -89,7 +92,7 @@ def make_plan(
         candidates=explained,
         unchanged=is_unchanged(anatomy, candidate),
         disk_bytes=anatomy.dense_bytes + candidate.pool_bytes,
-        scratch_bytes=2 * calibration_tokens * anatomy.hidden_size * 4,
+        scratch_bytes=(4 if trims else 2) * calibration_tokens * anatomy.hidden_size * 4,
         prefer=prefer,
         dense_precision=dense_precision,
     )

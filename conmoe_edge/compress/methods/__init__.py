@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from conmoe_edge.compress.methods.auto import AUTO
 from conmoe_edge.compress.methods.conmoe import CONMOE
 from conmoe_edge.compress.methods.interface import (
     Decision,
@@ -16,7 +17,7 @@ from conmoe_edge.compress.methods.interface import (
     ScopeView,
 )
 
-_ALL: tuple[Method, ...] = (CONMOE,)
+_ALL: tuple[Method, ...] = (AUTO, CONMOE)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 

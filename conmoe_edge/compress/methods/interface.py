@@ -37,11 +37,15 @@ class Needs:
     ``vectors``: sums of the outputs and of their squares per expert (2 * E * H fp32).
     ``tokens``: the calibration tokens themselves, as they enter the experts (T * H).
     ``logits``: the router's logits of these tokens (T * E), with ``tokens``.
+    ``target``: the tokens are those of the model as it has become so far, each with what its routed
+    experts would have to give to be back on the original's residual stream (another T * H, and the
+    stream of the original beside that of the package); with ``tokens``, for scopes of one layer.
     """
 
     vectors: bool = False
     tokens: bool = False
     logits: bool = False
+    target: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class ScopeView:
         distances: gives [P, P] float64, the weight distance of ConMoE; costs a pass over the weights.
         module: the experts module of the scope's last layer: activation, layout and shapes. Its
             weights must not be used; ``weights`` has them.
+        width: neurons that a prototype may keep; all of them unless the method trims.
         dtype, device: in which and where experts are computed.
     """
 
@@ -77,6 +82,7 @@ class ScopeView:
     weights: PoolWeights
     distances: Callable[[], Tensor]
     module: nn.Module
+    width: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -118,6 +124,7 @@ class Method:
         decide: a pure function of the scope and of how many prototypes are kept.
         needs: what calibration has to keep for it.
         precision: the only precision that it can be stored in, where there is one.
+        trims: whether prototypes have fewer neurons than experts (``plan/trim.py`` says how many).
     """
 
     name: str
@@ -126,6 +133,7 @@ class Method:
     decide: Callable[[ScopeView, int], Decision]
     needs: Needs = field(default_factory=Needs)
     precision: str | None = None
+    trims: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

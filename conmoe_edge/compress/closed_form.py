@@ -1,0 +1,104 @@
+"""How well one expert stands in for another, measured on its outputs and solved in closed form.
+
+For a router slot e with the tokens D_e of a sample, gates g and experts f, and a prototype p, the
+slot's output is approximated by s f_p + b. The gate-weighted squared error
+
+    R(e, p) = sum over t in D_e of g^2 |f_e - s f_p - b|^2
+
+is least at  s = <f_e - mu_e, f_p - nu_p> / (|f_p - nu_p|^2 + lambda),  b = mu_e - s nu_p,  with the
+g^2-weighted means mu_e, nu_p over D_e and inner products summed over D_e with g^2. A constant alone
+leaves R(e) = sum of g^2 |f_e - mu_e|^2. Scales are kept in [0, 1.5], so that no output is turned
+round or blown up on tokens that were not in the sample.
+
+Peak memory: the outputs of one expert for the sample [m, H], those of the chosen experts
+[m, K, H], and a few [E, E] in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.compress.layer_tokens import LayerTokens
+
+_LARGEST_SCALE = 1.5
+_RIDGE = 0.02
+_FEWEST_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SlotErrors:
+    """What stands in for what, at which price.
+
+    Attributes:
+        scale: [E, E] fp64, the best s of slot e (rows) on prototype p (columns); 1 on the diagonal.
+        error: [E, E] fp64, R(e, p); 0 on the diagonal.
+        constant: [E] fp64, R(e) of a constant alone.
+    """
+
+    scale: Tensor
+    error: Tensor
+    constant: Tensor
+
+
+def slot_errors(
+    tokens: LayerTokens, experts: int, forward: Callable[[int, Tensor], Tensor]
+) -> SlotErrors:
+    """Run every expert on every token of a sample and solve for all pairs.
+
+    Args:
+        tokens: the sample.
+        experts: E.
+        forward: (expert, [n, H]) -> its outputs [n, H].
+    """
+    count, width = tokens.slots.shape
+    own: Tensor | None = None
+    for expert in range(experts):
+        rows, places = (tokens.slots == expert).nonzero(as_tuple=True)
+        if len(rows):
+            out = forward(expert, tokens.hidden[rows]).float().cpu()
+            if own is None:
+                own = torch.zeros(count, width, out.shape[1])
+            own[rows, places] = out
+    scale = torch.eye(experts, dtype=torch.float64)
+    error = torch.zeros(experts, experts, dtype=torch.float64)
+    if own is None:
+        return SlotErrors(scale, error, torch.zeros(experts, dtype=torch.float64))
+    valid = (tokens.slots >= 0) & (tokens.slots < experts)
+    slot = tokens.slots.clamp(0, experts - 1).reshape(-1)  # [m K]
+    weight = torch.where(valid, tokens.gates.square(), 0.0).double().reshape(-1)
+
+    def by_slot(values: Tensor) -> Tensor:
+        """[m K] -> [E], weighted with g^2."""
+        return torch.zeros(experts, dtype=torch.float64).index_add_(0, slot, values * weight)
+
+    def mean(rows: Tensor) -> Tensor:
+        """[m K, H] -> [E, H], the g^2-weighted mean over each slot's tokens."""
+        sums = torch.zeros(experts, rows.shape[1])
+        sums.index_add_(0, slot, rows * weight.float().unsqueeze(1))
+        return sums / total.clamp(min=1e-30).float().unsqueeze(1)
+
+    total = by_slot(torch.ones(len(slot), dtype=torch.float64))  # G_e
+    flat = own.reshape(count * width, -1)
+    mu = mean(flat)
+    square = by_slot(flat.square().sum(-1).double())
+    constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
+    for expert in range(experts):
+        other = forward(expert, tokens.hidden).float().cpu()  # [m, H]
+        inner = by_slot((own * other.unsqueeze(1)).sum(-1).reshape(-1).double())
+        norm = by_slot(other.square().sum(-1).double().repeat_interleave(width))
+        nu = mean(other.repeat_interleave(width, 0))
+        inner -= total * (mu * nu).sum(-1).double()
+        norm = (norm - total * nu.double().square().sum(-1)).clamp(min=0)
+        best = inner / (norm * (1 + _RIDGE)).clamp(min=1e-30)
+        best = best.clamp(0.0, _LARGEST_SCALE)
+        scale[:, expert] = best
+        error[:, expert] = (constant - 2 * best * inner + best.square() * norm).clamp(min=0)
+    seen = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
+    error[~seen] = constant[~seen].unsqueeze(1)  # nothing is known about a slot that nobody chose
+    scale.fill_diagonal_(1.0)
+    error.fill_diagonal_(0.0)
+    return SlotErrors(scale, error, constant)

@@ -1,0 +1,89 @@
+"""Down projections and constants of a layer, solved so that the layer's output is least changed.
+
+With the activations a_p(t) of the prototypes, their merged routing weights alpha_p(t), and the gates
+g_i(t) of the chosen slots, the routed output is linear in the down projections W_p and the slots'
+constants c_i:
+
+    y(t) = sum over p of W_p (alpha_p a_p)(t)  +  sum over i of g_i(t) c_i.
+
+Both are moved from where they are (the W that are given, c = 0) to the minimum of
+
+    sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
+
+block by block (a prototype, then all constants), each block exactly, in sweeps (Gauss-Seidel). The
+ridge lambda is a share of the mean of the features' squares; it holds a prototype that few tokens
+came to where it was.
+
+Peak memory: the activations of all routed tokens (sum of n_p * I in fp32), the target [T, H], and
+one [I, I] in fp64 a prototype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SWEEPS = 2
+_RIDGE = 0.01
+
+
+@dataclass(slots=True)
+class Features:
+    """One prototype's tokens: ``rows`` [n] of the layer's tokens, ``values`` fp32 [n, I], already times alpha."""
+
+    rows: Tensor
+    values: Tensor
+
+
+def refit(
+    features: Sequence[Features], down: Sequence[Tensor], gates: Tensor, residual: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Solve.
+
+    Args:
+        features: of every prototype.
+        down: [H, I] of every prototype.
+        gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
+        residual: fp32 [T, H]: the target less whatever is not refitted (biases); used up.
+
+    Returns:
+        fp32 [H, I] of every prototype; fp32 [E, H] constants.
+    """
+    weights = [one.T.float().contiguous() for one in down]  # [I, H]
+    for one, weight in zip(features, weights, strict=True):
+        residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
+    squares = sum(float(one.values.square().sum(dtype=torch.float64)) for one in features)
+    ridge = _RIDGE * squares / max(1, sum(weight.shape[0] for weight in weights))
+    factors = [_factor(one.values, ridge) for one in features]
+    gate_ridge = _RIDGE * float(gates.square().sum(dtype=torch.float64)) / gates.shape[1]
+    gate_factor = _factor(gates, gate_ridge)
+    moved = [torch.zeros_like(weight) for weight in weights]
+    constants = torch.zeros(gates.shape[1], residual.shape[1])
+    for _ in range(SWEEPS):
+        for one, factor, weight, path in zip(features, factors, weights, moved, strict=True):
+            if not len(one.rows):
+                continue
+            here = residual[one.rows]
+            step = _solve(factor, one.values.T @ here, path, ridge)
+            weight += step
+            path += step
+            residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
+        step = _solve(gate_factor, gates.T @ residual, constants, gate_ridge)
+        constants += step
+        residual.addmm_(gates, step, alpha=-1.0)
+    return [weight.T for weight in weights], constants
+
+
+def _factor(values: Tensor, ridge: float) -> Tensor:
+    gram = (values.T @ values).double()
+    gram.diagonal().add_(max(ridge, 1e-30))
+    return torch.linalg.cholesky(gram)
+
+
+def _solve(factor: Tensor, gradient: Tensor, path: Tensor, ridge: float) -> Tensor:
+    """The exact step of one block: (Z^T Z + ridge)^-1 (Z^T residual - ridge * path)."""
+    right = gradient.double() - ridge * path.double()
+    return torch.cholesky_solve(right, factor).float()

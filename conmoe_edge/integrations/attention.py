@@ -1,8 +1,8 @@
-"""Attention of one new token on a processor without bf16 instructions.
+"""Attention of one new token on a CPU.
 
-Attention is transformers' and torch's business, with one exception: torch's fused function multiplies bf16 at a
-fraction of the memory's speed on such processors, where for one new token over a few hundred cached ones it takes
-longer than the experts' own overhead and a good part of a token's time. Its two products are weights (the cached keys
+Attention is transformers' and torch's business, with one exception: for one new token torch's fused function reads
+bf16 at a fraction of the memory's speed, on processors with bf16 instructions too (1.3 ms a layer for 512 cached
+tokens of OLMoE, whose bytes take 0.15 ms): a good part of a token's time. Its two products are weights (the cached keys
 and values) times one row, which is what the operator is for (``offload/native``); masks other than none, prompts,
 batches, sinks and whatever else a model asks for stay with transformers.
 
@@ -29,7 +29,7 @@ _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 
 def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
     """Let ``model`` attend through ``one_token_attention``; whether it will."""
-    slow = machine.device == "cpu" and not machine.native_bf16 and model.dtype == torch.bfloat16
+    slow = machine.device == "cpu" and model.dtype == torch.bfloat16
     config = model.config.get_text_config()
     if not slow or operator() is None or config._attn_implementation != FUSED:
         return False

@@ -225,6 +225,12 @@ def fit(
         raise UsageError(
             f"{method!r} is not a method.", f"there are: {', '.join(METHODS)}", "--method conmoe"
         )
+    if METHODS[method].needs.target and scope not in (1, "auto"):
+        raise UsageError(
+            f"{method} shares prototypes within a layer only.",
+            f"you asked for scopes of {scope} layers",
+            "--scope 1, or --method conmoe",
+        )
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(

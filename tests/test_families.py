@@ -9,12 +9,14 @@ import torch
 from families import FAMILIES, materialise, save_tiny, save_tokenizer
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.index import CheckpointIndex
+from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
+from conmoe_edge.checkpoint.index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.checkpoint.records import view
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model import bridge
-from conmoe_edge.model.experts import find_experts
+from conmoe_edge.model.experts import expert_forward, find_experts
 from conmoe_edge.model.streaming import Batch, StreamedModel
 
 NAMES = [family.model_type for family in FAMILIES]
@@ -75,7 +77,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def fit(source: Path, out: Path, rate: float, scope: int = 1) -> None:
+def fit(source: Path, out: Path, rate: float, scope: int = 1, method: str = "conmoe") -> None:
     text = source.parent / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
     api.fit(
@@ -85,6 +87,7 @@ def fit(source: Path, out: Path, rate: float, scope: int = 1) -> None:
         device="cpu",
         rate=rate,
         scope=scope,
+        method=method,
         calibration=text,
         calibration_tokens=1024,
     )
@@ -119,6 +122,61 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
     assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"
     assert_same_with_one_slot(half)
+
+
+def test_auto_runs_as_its_records_say(source: Path, tmp_path: Path) -> None:
+    """Narrow prototypes, scales and constants: the runtime against a loop over tokens and slots."""
+    package = tmp_path / "auto"
+    fit(source, package, 0.5, method="auto")
+    manifest = load_manifest(package)
+    records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
+    assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"
+    assert 0 < manifest.receipt["kl"] < 5
+    reference = original(source)
+    constants = read_constants(package / CONSTANTS_FILE) if manifest_has_constants(manifest) else {}
+    files = sorted({entry.file for entry in manifest.prototypes})
+    with ShardReader(index_files(package, files)) as reader:
+        for layer, (_, module) in find_experts(reference).items():
+            parts = {
+                entry.id: view(
+                    manifest.layouts[entry.layout],
+                    reader[f"prototypes.{entry.id.layer}.{entry.id.expert}"][...],
+                )
+                for entry in manifest.prototypes
+                if entry.id.layer == layer
+            }
+            module.forward = by_the_records(
+                module, manifest.slots[layer], parts, constants.get(layer)
+            )
+    assert_same(api.load(package, device="cpu"), reference)
+    assert_same_with_one_slot(package)
+
+
+def manifest_has_constants(manifest) -> bool:
+    return any(slot.constant is not None for row in manifest.slots.values() for slot in row)
+
+
+def by_the_records(module, slots, parts, constants):
+    """sum over a token's slots of g (s prototype(x) + c), one token and one slot at a time."""
+
+    def forward(hidden, index, weights):
+        shape = hidden.shape
+        rows = hidden.reshape(-1, shape[-1])
+        index, weights = index.reshape(len(rows), -1), weights.reshape(len(rows), -1)
+        out = torch.zeros_like(rows)
+        for t in range(len(rows)):
+            for number, gate in zip(index[t].tolist(), weights[t].tolist(), strict=True):
+                if not 0 <= number < len(slots):
+                    continue
+                slot = slots[number]
+                if slot.prototype is not None:
+                    value = expert_forward(module, rows[t : t + 1], parts[slot.prototype])
+                    out[t] += gate * slot.scale * value[0]
+                if slot.constant is not None:
+                    out[t] += gate * constants[slot.constant]
+        return out.view(shape)
+
+    return forward
 
 
 def assert_same_with_one_slot(package: Path) -> None:

@@ -350,7 +350,7 @@ class Consolidation:
                 write_experts(
                     self._scratch(index),
                     [(expert, source) for expert in own],
-                    ScopeWeights({index: here}, matrix_views(module)),
+                    ScopeWeights({index: here}, matrix_views(module)).parts,
                     transposed=transposed,
                 )
                 if self._tokens is not None:

@@ -251,3 +251,16 @@ def test_mixed_precision_killed_inside_a_scope_gives_the_same_bytes(tmp_path: Pa
     assert not out.exists()
     assert finish(child(lambda: fit(source, out, **levers))) == 0
     assert digests(out) == golden
+
+
+@pytest.mark.timeout(900)
+def test_a_method_that_follows_the_package_resumes_too(source: Path, tmp_path: Path) -> None:
+    """``auto`` keeps a third stream between layers; killed at some durable steps it ends with the same bytes."""
+    settings: dict[str, Any] = {"method": "auto", "scope": 1}
+    whole = tmp_path / "whole" / "out"
+    assert finish(child(lambda: fit(source, whole, **settings))) == 0
+    for step in (14, 26, 40):
+        out = tmp_path / str(step) / "out"
+        assert finish(child(lambda out=out: fit(source, out, **settings), step)) == CRASH_STATUS
+        assert finish(child(lambda out=out: fit(source, out, **settings))) == 0
+        assert digests(out) == digests(whole), f"killed at step {step}"

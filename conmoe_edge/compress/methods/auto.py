@@ -41,7 +41,6 @@ from conmoe_edge.compress.methods.interface import (
 )
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.trim import surviving, take_neurons
-from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import expert_forward, inner_activations
 
 SAMPLE = 2048
@@ -50,12 +49,6 @@ SAMPLE = 2048
 
 def decide(scope: ScopeView, keep: int) -> Decision:
     """Prototypes, slots, constants and new weights of one layer; ``keep`` prototypes of ``scope.width`` neurons."""
-    if len(scope.layers) > 1:
-        raise UsageError(
-            "auto shares prototypes within a layer only.",
-            f"you asked for scopes of {len(scope.layers)} layers",
-            "--scope 1, or --method conmoe",
-        )
     (layer,) = scope.layers
     tokens = layer.tokens
     assert tokens is not None and tokens.target is not None, (

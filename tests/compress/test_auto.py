@@ -1,0 +1,288 @@
+"""``auto`` step by step against plain transcriptions, and what must hold of each step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save_tiny, save_tokenizer, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conmoe_edge import api
+from conmoe_edge.checkpoint.manifest import ExpertId
+from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.compress import refit as refit_module
+from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
+from conmoe_edge.compress.facility import assign, select, weights_of
+from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.refit import Features, refit
+from conmoe_edge.compress.trim import surviving, take_neurons
+from conmoe_edge.errors import UsageError
+from conmoe_edge.model.experts import expert_forward, find_experts, part_names
+from conmoe_edge.plan.levers import kept, record_bytes
+from conmoe_edge.plan.trim import narrow_width, pool_kept, trimmed
+
+T, H, E, K = 60, 6, 5, 2
+
+
+def tokens_of(seed: int = 0, unused: int | None = None) -> LayerTokens:
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.rand(T, E, generator=generator)
+    if unused is not None:
+        choice[:, unused] = -1.0
+    slots = choice.topk(K).indices
+    return LayerTokens(
+        torch.randn(T, H, generator=generator), slots, torch.rand(T, K, generator=generator) + 0.1
+    )
+
+
+def linear_experts(seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(H, H, generator=generator)
+    return [base + 0.5 * torch.randn(H, H, generator=generator) for _ in range(E)]
+
+
+def brute_pair(tokens: LayerTokens, own: Tensor, other: Tensor, slot: int) -> tuple[float, float]:
+    """Scale and error of one pair by sums over single tokens, as the docstring has it."""
+    rows, gates = tokens.routed(slot)
+    g2 = gates.double().square()
+    f, p = (tokens.hidden[rows].double() @ w.double() for w in (own, other))
+    mu, nu = (g2 @ f) / g2.sum(), (g2 @ p) / g2.sum()
+    inner = norm = plain = 0.0
+    for t in range(len(rows)):
+        inner += float(g2[t] * torch.dot(f[t] - mu, p[t] - nu))
+        norm += float(g2[t] * torch.dot(p[t] - nu, p[t] - nu))
+        plain += float(g2[t] * torch.dot(f[t] - mu, f[t] - mu))
+    scale = min(1.5, max(0.0, inner / (1.02 * norm)))
+    return scale, plain - 2 * scale * inner + scale * scale * norm
+
+
+def test_closed_form_equals_sums_over_tokens() -> None:
+    tokens, experts = tokens_of(), linear_experts()
+    found = slot_errors(tokens, E, lambda e, x: x @ experts[e])
+    for slot in range(E):
+        for other in range(E):
+            scale, error = brute_pair(tokens, experts[slot], experts[other], slot)
+            if slot == other:
+                scale, error = 1.0, 0.0
+            assert float(found.scale[slot, other]) == pytest.approx(scale, rel=1e-4, abs=1e-5)
+            assert float(found.error[slot, other]) == pytest.approx(error, rel=1e-3, abs=1e-3)
+    assert bool((found.error <= found.constant.unsqueeze(1) + 1e-9).all()), (
+        "never worse than a constant"
+    )
+
+
+def test_an_equal_expert_is_free_and_an_unused_slot_costs_nothing() -> None:
+    experts = linear_experts()
+    experts[3] = experts[1].clone()
+    found = slot_errors(tokens_of(unused=2), E, lambda e, x: x @ experts[e])
+    assert float(found.error[3, 1]) < 0.01 * float(found.constant[3])
+    assert float(found.scale[3, 1]) == pytest.approx(1.0, abs=0.03)
+    assert float(found.constant[2]) == 0.0 and bool((found.error[2] == 0).all())
+    assert bool(found.scale.isfinite().all())
+
+
+@given(st.integers(0, 1000), st.integers(1, E))
+@settings(max_examples=25, deadline=None)
+def test_selection_takes_the_greatest_gain_each_time(seed: int, keep: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    error = (torch.rand(E, E, generator=generator) * 4).round().double()
+    error.fill_diagonal_(0.0)
+    constant = (torch.rand(E, generator=generator) * 4).round().double()
+    errors = SlotErrors(torch.full((E, E), 0.5).double(), error, constant)
+    left, chosen = constant.tolist(), []
+    for _ in range(keep):
+        gains = {
+            p: sum(max(0.0, left[e] - float(error[e, p])) for e in range(E))
+            for p in range(E)
+            if p not in chosen
+        }
+        best = min(p for p in gains if gains[p] == max(gains.values()))
+        chosen.append(best)
+        left = [min(left[e], float(error[e, best])) for e in range(E)]
+    assert select(errors, keep) == tuple(sorted(chosen))
+    for slot, (prototype, scale) in enumerate(assign(errors, sorted(chosen))):
+        if slot in chosen:
+            assert (prototype, scale) == (slot, 1.0)
+        elif prototype is None:
+            assert all(float(error[slot, p]) >= float(constant[slot]) for p in chosen)
+        else:
+            assert float(error[slot, prototype]) == min(float(error[slot, p]) for p in chosen)
+
+
+def test_merged_weights_equal_a_loop() -> None:
+    tokens = tokens_of()
+    tokens.slots[0, 0] = E  # a skip mark
+    mapping = [(0, 1.0), (0, 0.5), (3, 2.0), (3, 1.0), (None, 1.0)]
+    alpha = weights_of(tokens.slots, tokens.gates, mapping, (0, 3))
+    for t in range(T):
+        wanted = [0.0, 0.0]
+        for slot, gate in zip(tokens.slots[t].tolist(), tokens.gates[t].tolist(), strict=True):
+            prototype, scale = mapping[slot] if slot < E else (None, 1.0)
+            if prototype is not None:
+                wanted[(0, 3).index(prototype)] += gate * scale
+        assert alpha[t].tolist() == pytest.approx(wanted)
+
+
+def test_a_neuron_that_another_repeats_goes_first_and_is_made_up_for() -> None:
+    generator = torch.Generator().manual_seed(3)
+    activations = torch.randn(400, 8, generator=generator)
+    activations[:, 5] = activations[:, 2]
+    down = torch.randn(H, 8, generator=generator)
+    alive, weight = surviving(activations.T @ activations, down, 7)
+    assert len(alive) == 7 and (2 not in alive or 5 not in alive)
+    off = activations[:, alive].double() @ weight.T - (activations @ down.T).double()
+    assert float(off.norm()) < 0.02 * float((activations @ down.T).norm())
+
+
+def test_the_cost_of_a_neuron_is_what_least_squares_says() -> None:
+    generator = torch.Generator().manual_seed(4)
+    mixed = torch.randn(8, 8, generator=generator) * 0.6 + torch.eye(8)
+    activations = torch.randn(500, 8, generator=generator) @ mixed
+    down = torch.randn(H, 8, generator=generator)
+    costs = []
+    for gone in range(8):
+        stay = [j for j in range(8) if j != gone]
+        solved = torch.linalg.lstsq(activations[:, stay], activations @ down.T).solution
+        costs.append(float((activations[:, stay] @ solved - activations @ down.T).square().sum()))
+    alive, _ = surviving(activations.T @ activations, down, 7)
+    assert sorted(set(range(8)) - set(alive.tolist())) == [costs.index(min(costs))]
+
+
+def test_nothing_is_cut_where_all_may_stay_and_nobody_came_is_no_error() -> None:
+    down = torch.randn(H, 8)
+    alive, weight = surviving(torch.eye(8), down, 8)
+    assert alive.tolist() == list(range(8)) and torch.equal(weight.float(), down)
+    alive, weight = surviving(torch.zeros(8, 8), down, 3)
+    assert len(alive) == 3 and torch.equal(weight.float(), down[:, alive])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_a_narrow_expert_is_the_whole_one_without_some_neurons(name: str) -> None:
+    model = tiny_model(name)
+    _, module = next(iter(find_experts(model).values()))
+    parts = {n: getattr(module, n)[1].detach().clone() for n in part_names(module)}
+    axis = 0 if module.is_transposed else 1
+    neurons = torch.tensor([0, 3, 4, 9])
+    hidden = torch.randn(7, model.config.hidden_size)
+    with torch.no_grad():
+        narrow = expert_forward(module, hidden, take_neurons(module, parts, neurons))
+        gone = torch.ones(parts["down_proj"].shape[axis], dtype=torch.bool)
+        gone[neurons] = False
+        if axis == 0:
+            parts["down_proj"][gone] = 0.0
+        else:
+            parts["down_proj"][:, gone] = 0.0
+        torch.testing.assert_close(narrow, expert_forward(module, hidden, parts))
+
+
+def test_refit_reaches_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    whole = torch.randn(T, 8, generator=generator)
+    rows = [torch.arange(0, 45), torch.arange(20, T)]
+    features = [Features(r, whole[r][:, i * 4 : i * 4 + 4]) for i, r in enumerate(rows)]
+    down = [torch.randn(H, 4, generator=generator) for _ in rows]
+    gates = torch.rand(T, E, generator=generator)
+    target = torch.randn(T, H, generator=generator)
+
+    joint = torch.zeros(T, 8 + E, dtype=torch.float64)
+    for i, one in enumerate(features):
+        joint[one.rows, i * 4 : i * 4 + 4] = one.values.double()
+    joint[:, 8:] = gates
+    start = torch.cat([torch.cat(down, 1).T, torch.zeros(E, H)]).double()
+    ridge = torch.zeros(8 + E, dtype=torch.float64)
+    ridge[:8] = 0.01 * joint[:, :8].square().sum() / 8
+    ridge[8:] = 0.01 * joint[:, 8:].square().sum() / E
+    normal = joint.T @ joint + torch.diag(ridge)
+    wanted = start + torch.linalg.solve(normal, joint.T @ (target.double() - joint @ start))
+
+    def objective(x: Tensor) -> float:
+        moved = (ridge.unsqueeze(1) * (x - start).square()).sum()
+        return float((target.double() - joint @ x).square().sum() + moved)
+
+    two, constants = refit(features, down, gates, target.clone())
+    after_two = torch.cat([torch.cat(two, 1).T, constants]).double()
+    assert objective(wanted) <= objective(after_two) < objective(start)
+    monkeypatch.setattr(refit_module, "SWEEPS", 3000)
+    many, constants = refit(features, down, gates, target.clone())
+    found = torch.cat([torch.cat(many, 1).T, constants]).double()
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+def test_refit_leaves_what_is_right_already() -> None:
+    generator = torch.Generator().manual_seed(6)
+    features = [Features(torch.arange(T), torch.randn(T, 4, generator=generator))]
+    down = [torch.randn(H, 4, generator=generator)]
+    target = features[0].values @ down[0].T
+    found, constants = refit(features, down, torch.rand(T, E, generator=generator), target)
+    torch.testing.assert_close(found[0], down[0], rtol=0, atol=1e-4)
+    assert float(constants.abs().max()) < 1e-4
+
+
+@given(st.sampled_from([16, 96, 512, 768, 1024, 1408, 2048]), st.integers(0, 19))
+@settings(max_examples=60, deadline=None)
+def test_trimming_keeps_no_more_bytes_than_removing_experts(width: int, twentieths: int) -> None:
+    rate = twentieths / 20
+    anatomy = ANATOMY
+    layer = anatomy.moe_layers[0]
+    assert layer.experts is not None
+    whole = layer.experts.narrowed(width)
+    narrow = narrow_width(width, rate)
+    assert 1 <= narrow <= width and (rate > 0 or narrow == width)
+    count = max(1, min(whole.count, kept(whole.count, rate) * width // narrow))
+    assert count * narrow <= max(kept(whole.count, rate) * width, narrow)
+    if width % 512 == 0:
+        assert narrow % 64 == 0, "whole tiles of int4"
+    parts = {part.name: part.shape for part in whole.narrowed(narrow).parts}
+    assert parts["gate_up_proj"][0] == 2 * narrow and parts["down_proj"][1] == narrow
+
+
+def _anatomy() -> Any:
+    from conmoe_edge.model.probe import probe
+
+    return probe(tiny_model("qwen3_moe").config)
+
+
+ANATOMY = _anatomy()
+
+
+def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    save_tokenizer(source)
+    (tmp_path / "text.txt").write_text(
+        "the quick brown fox jumps over the lazy dog 0123456789 " * 40
+    )
+    settings: dict[str, Any] = {
+        "budget": "4GB",
+        "device": "cpu",
+        "calibration": tmp_path / "text.txt",
+        "calibration_tokens": 1024,
+        "method": "auto",
+    }
+    api.fit(str(source), tmp_path / "half", rate=0.5, **settings)
+    manifest = load_manifest(tmp_path / "half")
+    records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
+    assert records == manifest.plan["chosen"]["pool_bytes"]
+    narrow = trimmed(ANATOMY, 0.5).moe_layers[0].experts
+    assert narrow is not None
+    assert len(manifest.prototypes) == 3 * pool_kept(
+        ANATOMY, [ANATOMY.moe_layers[0].index], 0.5, True
+    )
+    assert {one.nbytes for one in manifest.layouts} == {record_bytes(narrow, "source")}
+    assert manifest.receipt["kl"] > 0
+
+    api.fit(str(source), tmp_path / "whole", rate=0.0, **settings)
+    manifest = load_manifest(tmp_path / "whole")
+    assert all(
+        slot.prototype == ExpertId(layer, number) and slot.scale == 1.0 and slot.constant is None
+        for layer, row in manifest.slots.items()
+        for number, slot in enumerate(row)
+    )
+    assert manifest.receipt["kl"] == pytest.approx(0.0, abs=1e-9)
+
+    with pytest.raises(UsageError, match="within a layer"):
+        api.fit(str(source), tmp_path / "two", rate=0.5, scope=2, **settings)

@@ -10,8 +10,12 @@ g^2-weighted means mu_e, nu_p over D_e and inner products summed over D_e with g
 leaves R(e) = sum of g^2 |f_e - mu_e|^2. Scales are kept in [0, 1.5], so that no output is turned
 round or blown up on tokens that were not in the sample.
 
+Outputs that are wider than ``SKETCH`` are multiplied with a fixed random matrix [H, SKETCH] of
+variance 1 / SKETCH first, which keeps inner products in expectation (Johnson and Lindenstrauss); an
+error of some per cent does not change who stands in for whom.
+
 Peak memory: the outputs of one expert for the sample [m, H], those of the chosen experts
-[m, K, H], and a few [E, E] in fp64.
+[m, K, SKETCH], and a few [E, E] in fp64.
 """
 
 from __future__ import annotations
@@ -24,7 +28,11 @@ from torch import Tensor
 
 from conmoe_edge.compress.layer_tokens import LayerTokens
 
+SKETCH = 256
+"""Numbers of an output that errors are measured on."""
+
 _LARGEST_SCALE = 1.5
+_SEED = 20260529
 _RIDGE = 0.02
 _FEWEST_TOKENS = 4
 
@@ -56,10 +64,16 @@ def slot_errors(
     """
     count, width = tokens.slots.shape
     own: Tensor | None = None
+    matrix = _sketch(tokens.hidden.shape[1])
+
+    def output(expert: int, hidden: Tensor) -> Tensor:
+        out = forward(expert, hidden).float().cpu()
+        return out if matrix is None else out @ matrix
+
     for expert in range(experts):
         rows, places = (tokens.slots == expert).nonzero(as_tuple=True)
         if len(rows):
-            out = forward(expert, tokens.hidden[rows]).float().cpu()
+            out = output(expert, tokens.hidden[rows])
             if own is None:
                 own = torch.zeros(count, width, out.shape[1])
             own[rows, places] = out
@@ -87,8 +101,8 @@ def slot_errors(
     square = by_slot(flat.square().sum(-1).double())
     constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
     for expert in range(experts):
-        other = forward(expert, tokens.hidden).float().cpu()  # [m, H]
-        inner = by_slot((own * other.unsqueeze(1)).sum(-1).reshape(-1).double())
+        other = output(expert, tokens.hidden)  # [m, H]
+        inner = by_slot(torch.einsum("tkh,th->tk", own, other).reshape(-1).double())
         norm = by_slot(other.square().sum(-1).double().repeat_interleave(width))
         nu = mean(other.repeat_interleave(width, 0))
         inner -= total * (mu * nu).sum(-1).double()
@@ -102,3 +116,11 @@ def slot_errors(
     scale.fill_diagonal_(1.0)
     error.fill_diagonal_(0.0)
     return SlotErrors(scale, error, constant)
+
+
+def _sketch(width: int) -> Tensor | None:
+    """fp32 [H, SKETCH], the same on every machine; ``None`` where outputs are narrow enough."""
+    if width <= SKETCH:
+        return None
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(width, SKETCH, generator=generator) / SKETCH**0.5

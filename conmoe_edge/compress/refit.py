@@ -15,7 +15,7 @@ ridge lambda is a share of the mean of the features' squares; it holds a prototy
 came to where it was.
 
 Peak memory: the activations of all routed tokens (sum of n_p * I in fp32), the target [T, H], and
-one [I, I] in fp64 a prototype.
+one [I, I] in fp32 a prototype (and one in fp64 while it is factored).
 """
 
 from __future__ import annotations
@@ -80,10 +80,9 @@ def refit(
 def _factor(values: Tensor, ridge: float) -> Tensor:
     gram = (values.T @ values).double()
     gram.diagonal().add_(max(ridge, 1e-30))
-    return torch.linalg.cholesky(gram)
+    return torch.linalg.cholesky(gram).float()
 
 
 def _solve(factor: Tensor, gradient: Tensor, path: Tensor, ridge: float) -> Tensor:
     """The exact step of one block: (Z^T Z + ridge)^-1 (Z^T residual - ridge * path)."""
-    right = gradient.double() - ridge * path.double()
-    return torch.cholesky_solve(right, factor).float()
+    return torch.cholesky_solve(gradient - ridge * path, factor)

@@ -15,6 +15,7 @@ from torch import Tensor
 from conmoe_edge import api
 from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.compress import closed_form
 from conmoe_edge.compress import refit as refit_module
 from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
 from conmoe_edge.compress.facility import assign, select, weights_of
@@ -76,6 +77,20 @@ def test_closed_form_equals_sums_over_tokens() -> None:
     )
 
 
+def test_a_sketch_measures_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(8)
+    wide = [one @ torch.randn(H, 2000, generator=generator) for one in linear_experts()]
+    tokens = tokens_of()
+    tokens = LayerTokens(tokens.hidden, tokens.slots, tokens.gates)
+    right = slot_errors(tokens, E, lambda e, x: x @ wide[e])
+    matrix = torch.randn(2000, closed_form.SKETCH, generator=generator) / closed_form.SKETCH**0.5
+    monkeypatch.setattr(closed_form, "_sketch", lambda width: matrix)
+    near = slot_errors(tokens, E, lambda e, x: x @ wide[e])
+    torch.testing.assert_close(near.constant, right.constant, rtol=0.2, atol=0)
+    assert float((near.scale - right.scale).abs().max()) < 0.1
+    assert select(near, 3) == select(right, 3)
+
+
 def test_an_equal_expert_is_free_and_an_unused_slot_costs_nothing() -> None:
     experts = linear_experts()
     experts[3] = experts[1].clone()
@@ -135,7 +150,7 @@ def test_a_neuron_that_another_repeats_goes_first_and_is_made_up_for() -> None:
     down = torch.randn(H, 8, generator=generator)
     alive, weight = surviving(activations.T @ activations, down, 7)
     assert len(alive) == 7 and (2 not in alive or 5 not in alive)
-    off = activations[:, alive].double() @ weight.T - (activations @ down.T).double()
+    off = activations[:, alive] @ weight.T - activations @ down.T
     assert float(off.norm()) < 0.02 * float((activations @ down.T).norm())
 
 

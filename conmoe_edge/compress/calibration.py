@@ -48,6 +48,10 @@ class TokenSet:
         """Real tokens, padding not counted."""
         return int(self.mask.sum())
 
+    def first(self) -> TokenSet:
+        """The first sequence alone."""
+        return TokenSet(self.ids[:1], self.mask[:1], self.domains[:1])
+
     @property
     def padded(self) -> bool:
         """Whether any sequence has padding."""

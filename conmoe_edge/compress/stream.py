@@ -51,11 +51,6 @@ class Stream:
         """Real tokens."""
         return int(self._real().sum())
 
-    def first_batch(self) -> Stream:
-        """The first batch by itself, with hidden states of its own."""
-        _, stop = self.spans()[0]
-        return Stream(self.batches[:1], self.keep[:1], self.hidden[:stop].clone())
-
     def real_rows(self, values: Tensor) -> Tensor:
         """[N, T, H] -> [real tokens, H], in the order in which the experts see them."""
         return values.reshape(-1, values.shape[-1])[self._real()]

@@ -10,9 +10,9 @@ Both are moved from where they are (the W that are given, c = 0) to the minimum 
 
     sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
 
-block by block (a prototype, then all constants), each block exactly, in sweeps (Gauss-Seidel). The
-ridge lambda is a share of the mean of the features' squares; it holds a prototype that few tokens
-came to where it was.
+block by block (a prototype, then all constants), each block exactly (Gauss-Seidel). One sweep is what
+is done: on the demo model a second one brought nothing. The ridge lambda is a share of the mean of
+the features' squares; it holds a prototype that few tokens came to where it was.
 
 Peak memory: the activations of all routed tokens (sum of n_p * I in fp32), the target [T, H], and
 one [I, I] in fp32 a prototype (and one in fp64 while it is factored).
@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SWEEPS = 2
+SWEEPS = 1
+"""Times that every block is solved."""
 _RIDGE = 0.01
 
 

@@ -5,7 +5,7 @@ A rate is the share of the routed experts' bytes that goes. Removing experts alo
 
     width' / width  ~  count' / count  ~  sqrt(1 - rate),
 
-both alike, which on the demo model lost least of the divisions that were tried (docs/results.md),
+both alike, which on the demo model lost least of the divisions that were tried (docs/auto.md),
 and never more bytes than without trimming. Neurons come in steps that the kernels like, so that a
 narrow expert is still whole tiles of int4. As every prototype is narrower, a token also reads less.
 

@@ -15,7 +15,7 @@ Weights of prototypes change, other than with ConMoE. Parts of this are known: f
 replaceability from ConMoE (arXiv 2605.29350), constants from MoNE (2507.00390), least squares for the
 down projection from MergeMoE (2510.14436), working on the compressed stream from REAM (2604.04356),
 neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), the cost of a neuron from the optimal
-brain surgeon. What each of them brings is measured in docs/results.md.
+brain surgeon. docs/auto.md says what it is worth.
 
 Peak memory: that of ``refit`` beside the layer's tokens.
 """

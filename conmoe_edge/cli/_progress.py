@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 # What a user is told that a stage does; those that count layers.
 _LABELS = {
     "locate": "find the model",
+    "survey": "weigh layers",
     "calibrate": "calibrate",
     "write": "write",
     "receipt": "measure quality",
     "verify": "verify",
 }
-_BY_LAYER = ("calibrate", "receipt")
+_BY_LAYER = ("survey", "calibrate", "receipt")
 _WIDTH = max(map(len, _LABELS.values()))
 
 

@@ -48,9 +48,12 @@ class TokenSet:
         """Real tokens, padding not counted."""
         return int(self.mask.sum())
 
-    def first(self) -> TokenSet:
-        """The first sequence alone."""
-        return TokenSet(self.ids[:1], self.mask[:1], self.domains[:1])
+    def some(self, count: int) -> TokenSet:
+        """At most ``count`` sequences, evenly spread."""
+        total = len(self.domains)
+        rows = sorted({i * total // min(count, total) for i in range(min(count, total))})
+        domains = tuple(self.domains[row] for row in rows)
+        return TokenSet(self.ids[rows], self.mask[rows], domains)
 
     @property
     def padded(self) -> bool:

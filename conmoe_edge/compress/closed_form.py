@@ -28,6 +28,9 @@ from torch import Tensor
 
 from conmoe_edge.compress.layer_tokens import LayerTokens
 
+SAMPLE_TOKENS = 2048
+"""Tokens that all experts run on."""
+
 SKETCH = 256
 """Numbers of an output that errors are measured on."""
 

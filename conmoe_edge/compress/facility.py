@@ -18,8 +18,18 @@ from conmoe_edge.compress.closed_form import SlotErrors
 
 def select(errors: SlotErrors, keep: int) -> tuple[int, ...]:
     """``keep`` experts, ascending."""
+    return tuple(sorted(_greedy(errors, keep)[0]))
+
+
+def curve(errors: SlotErrors) -> list[float]:
+    """The error that is left with the best 0, 1, ... E experts; its steps never grow."""
+    return _greedy(errors, len(errors.constant))[1]
+
+
+def _greedy(errors: SlotErrors, keep: int) -> tuple[list[int], list[float]]:
     left = errors.constant.clone()
     chosen: list[int] = []
+    remaining = [float(left.sum())]
     free = torch.ones(len(left), dtype=torch.bool)
     for _ in range(keep):
         gain = (left.unsqueeze(1) - errors.error).clamp(min=0).sum(0)
@@ -28,7 +38,8 @@ def select(errors: SlotErrors, keep: int) -> tuple[int, ...]:
         chosen.append(best)
         free[best] = False
         left = torch.minimum(left, errors.error[:, best])
-    return tuple(sorted(chosen))
+        remaining.append(float(left.sum()))
+    return chosen, remaining
 
 
 def assign(errors: SlotErrors, prototypes: Sequence[int]) -> list[tuple[int | None, float]]:

@@ -40,6 +40,7 @@ class Journal:
         receipt: the quality receipt, once it is there.
         rerouted: layer -> whether its gates keep the denominator of all slots.
         notes: what the method had to say.
+        budgets: layer -> prototypes, where layers do not get the same number.
         seconds: time by part over all runs.
     """
 
@@ -53,6 +54,7 @@ class Journal:
     receipt: dict[str, Any] = field(default_factory=dict)
     rerouted: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    budgets: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +84,7 @@ class Journal:
             "receipt",
             "rerouted",
             "notes",
+            "budgets",
             "seconds",
         )
         write_json(self.work / NAME, {name: getattr(self, name) for name in names})

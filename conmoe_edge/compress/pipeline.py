@@ -40,10 +40,13 @@ from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.checkpoint.records import make_layout, view
 from conmoe_edge.checkpoint.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.writer import write_dense
+from conmoe_edge.compress.budgets import LayerWorth, share_out
 from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.clock import Clock
+from conmoe_edge.compress.closed_form import SAMPLE_TOKENS, slot_errors
 from conmoe_edge.compress.dense import Dequantised, dense_sources
 from conmoe_edge.compress.distance import distances
+from conmoe_edge.compress.facility import assign, curve, select
 from conmoe_edge.compress.importance import RowSample, gains, load_sample, save_sample, widest
 from conmoe_edge.compress.journal import Journal
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
@@ -82,6 +85,7 @@ from conmoe_edge.compress.weights import (
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.model.bridge import targets_of
+from conmoe_edge.model.experts import expert_forward
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import PRECISIONS, record_parts, scopes, spread
@@ -117,7 +121,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a fit is. ``stage`` is ``locate``, ``write``, ``calibrate``, ``receipt`` or ``verify``;
+    """Where a fit is. ``stage`` is ``locate``, ``write``, ``survey``, ``calibrate``, ``receipt`` or ``verify``;
     ``step`` of ``steps``
     are done in it; ``seconds_left`` is for the whole fit, once it can be told."""
 
@@ -130,6 +134,8 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+_SURVEY_SEQUENCES = 8
 
 _ADDS = 0.3
 """Most that a layer's output may differ from the sum of its parts, of what its experts bring."""
@@ -172,7 +178,10 @@ class Consolidation:
             if self.journal.phase == "prepare":
                 self._prepare(reader)
             if self.journal.phase == "calibrate":
-                self._calibrate(self._streamed(reader))
+                model = self._streamed(reader)
+                if self._shares_out() and not self.journal.budgets:
+                    self._survey(model)
+                self._calibrate(model)
             if self.journal.phase == "receipt":
                 self._receipt()
         return self._manifest()
@@ -206,12 +215,90 @@ class Consolidation:
 
     # -- 2. the original, layer by layer -------------------------------------------------------------------------
 
+    def _survey(self, model: StreamedModel) -> None:
+        """What each layer is worth: the original over a few sequences, and beside it, from every MoE
+        layer on, the stream in which only this layer was consolidated.
+        """
+        tokens = self.job.train.some(_SURVEY_SEQUENCES)
+        with self.clock.part("survey"):
+            model.load_outside()
+            stream = open_stream(model, tokens)
+            model.drop_outside()
+            changed: dict[int, torch.Tensor] = {}
+            curves: dict[int, list[float]] = {}
+            for index in range(self._layers):
+                self._announce("survey", index)
+                with self._loaded(model, index, with_experts=True):
+                    left = self._survey_layer(model, index, stream, changed)
+                    if left is not None:
+                        curves[index] = left
+            model.load_outside()
+            trackers = {layer: ReceiptTracker(tokens) for layer in curves}
+            for row in range(len(tokens.domains)):
+                wanted = sequence_logits(model, tokens, stream.hidden, row)
+                for layer, tracker in trackers.items():
+                    tracker.add(row, wanted, sequence_logits(model, tokens, changed[layer], row))
+            model.drop_outside()
+        worth = {
+            layer: LayerWorth(tuple(left), trackers[layer].result()["kl"])
+            for layer, left in curves.items()
+        }
+        for alike in scopes(
+            self.job.anatomy, self._layers
+        ):  # runs of layers whose records are alike
+            counts = share_out([worth[layer] for layer in alike], self._uniform(alike[:1]))
+            for layer, count in zip(alike, counts, strict=True):
+                self.journal.budgets[str(layer)] = count
+        self._save("calibrate", 0)
+
+    def _survey_layer(
+        self,
+        model: StreamedModel,
+        index: int,
+        stream: Stream,
+        changed: dict[int, torch.Tensor],
+    ) -> list[float] | None:
+        """Take all streams through a loaded layer; begin the one in which this layer is consolidated."""
+        entered = stream.hidden.clone()
+        tap = None
+        if index in model.experts:
+            module = model.experts[index][1]
+            tap = RoutedTap()
+            tap.tokens = TokenRecorder()
+            attach(module, tap)
+        run_layer(model, index, stream, tap)
+        if tap is not None and tap.tokens is not None:
+            taken, tap.tokens = tap.tokens.result(), None
+        for hidden in changed.values():
+            run_layer(model, index, Stream(stream.batches, stream.keep, hidden), tap)
+        if tap is None:
+            return None
+        weights = LoadedLayer(module)
+
+        def forward(expert: int, hidden: torch.Tensor) -> torch.Tensor:
+            moved = hidden.to(model.device, model.dtype)
+            return expert_forward(module, moved, weights.parts(expert), model.dtype)
+
+        count = self._experts(index).count
+        errors = slot_errors(taken.sample(SAMPLE_TOKENS), count, forward)
+        chosen = select(errors, self._uniform((index,)))
+        slots = [
+            SlotRecord(None if prototype is None else ExpertId(index, prototype), scale)
+            for prototype, scale in assign(errors, chosen)
+        ]
+        parts = {ExpertId(index, one): weights.parts(one) for one in chosen}
+        mapped = MappedTap(slots, parts, None)
+        attach(module, mapped)
+        changed[index] = entered
+        run_layer(model, index, Stream(stream.batches, stream.keep, entered), mapped)
+        return curve(errors)
+
     def _calibrate(self, model: StreamedModel) -> None:
         sets = {"train": self.job.train, "held_out": self.job.held_out}
         follows = self._method.needs.target
         if follows:
             sets["package"] = self.job.train
-            sets["probe"] = self.job.train.first()
+            sets["probe"] = self.job.train.some(1)
         streams = self._open_streams(model, sets, "calibrate")
         for index in range(self.journal.done, self._layers):
             self._announce("calibrate", index)
@@ -645,8 +732,17 @@ class Consolidation:
         assert experts is not None
         return experts
 
+    def _shares_out(self) -> bool:
+        """Whether layers get numbers of their own. In a mixed precision the plan has counted with equal ones."""
+        return self._method.budgets and self.job.rate > 0.0 and len(self._kinds) == 1
+
     def _count(self, layers: Sequence[int]) -> int:
         """Prototypes of a scope."""
+        given = self.journal.budgets.get(str(layers[0]))
+        return self._uniform(layers) if given is None else given
+
+    def _uniform(self, layers: Sequence[int]) -> int:
+        """Prototypes of a scope where all get the same number."""
         return pool_kept(self.job.anatomy, layers, self.job.rate, self._method.trims)
 
     def _layout(self, layer: int, kind: str) -> RecordLayout:

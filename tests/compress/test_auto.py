@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.compress import closed_form
 from conmoe_edge.compress import refit as refit_module
+from conmoe_edge.compress.budgets import LayerWorth, share_out
 from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
-from conmoe_edge.compress.facility import assign, select, weights_of
+from conmoe_edge.compress.facility import assign, curve, select, weights_of
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.trim import surviving, take_neurons
@@ -301,3 +303,51 @@ def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="within a layer"):
         api.fit(str(source), tmp_path / "two", rate=0.5, scope=2, **settings)
+
+
+@given(st.integers(0, 500), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_budgets_are_the_best_there_are(seed: int, uniform: int) -> None:
+    """Against trying everything: three layers of five experts, at least half of the uniform number each."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for _ in range(3):
+        steps = torch.rand(E, generator=generator).sort(descending=True).values.tolist()
+        curve = [sum(steps[k:]) for k in range(E + 1)]
+        layers.append(LayerWorth(tuple(curve), float(torch.rand(1, generator=generator))))
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return sum(
+            one.divergence * one.curve[count] / one.curve[uniform]
+            for one, count in zip(layers, counts, strict=True)
+        )
+
+    floor = max(1, uniform // 2)
+    possible = [
+        (a, b, c)
+        for a in range(floor, E + 1)
+        for b in range(floor, E + 1)
+        for c in range(floor, E + 1)
+        if a + b + c == 3 * uniform
+    ]
+    found = share_out(layers, uniform)
+    assert sum(found) == 3 * uniform and min(found) >= floor and max(found) <= E
+    assert cost(tuple(found)) == pytest.approx(min(map(cost, possible)))
+
+
+def test_layers_that_are_worth_nothing_or_lose_nothing_break_nothing() -> None:
+    flat = LayerWorth((0.0,) * (E + 1), 0.0)
+    assert sum(share_out([flat, flat], 3)) == 6
+    dear = LayerWorth(tuple(float(E - k) for k in range(E + 1)), 1.0)
+    assert share_out([flat, dear], 3) == [1, 5]
+
+
+def test_the_curve_is_what_selection_leaves() -> None:
+    found = slot_errors(tokens_of(), E, lambda e, x: x @ linear_experts()[e])
+    left = curve(found)
+    for keep in range(1, E + 1):
+        columns = list(select(found, keep))
+        wanted = torch.minimum(found.error[:, columns].min(1).values, found.constant).sum()
+        assert left[keep] == pytest.approx(float(wanted))
+    steps = [a - b for a, b in itertools.pairwise(left)]
+    assert all(a >= b - 1e-6 for a, b in itertools.pairwise(steps))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.closed_form import slot_errors
+from conmoe_edge.compress.closed_form import SAMPLE_TOKENS, slot_errors
 from conmoe_edge.compress.facility import assign, select, weights_of
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods.interface import (
@@ -42,9 +42,6 @@ from conmoe_edge.compress.methods.interface import (
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.trim import surviving, take_neurons
 from conmoe_edge.model.experts import expert_forward, inner_activations
-
-SAMPLE = 2048
-"""Tokens that all experts run on."""
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
@@ -63,7 +60,7 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         moved = hidden.to(scope.device, scope.dtype)
         return expert_forward(scope.module, moved, _moved(scope, expert), scope.dtype)
 
-    errors = slot_errors(tokens.sample(SAMPLE), experts, forward)
+    errors = slot_errors(tokens.sample(SAMPLE_TOKENS), experts, forward)
     prototypes = select(errors, keep)
     mapping = assign(errors, prototypes)
     alpha = weights_of(tokens.slots, tokens.gates, mapping, prototypes)
@@ -151,4 +148,5 @@ AUTO = Method(
     decide,
     Needs(tokens=True, target=True),
     trims=True,
+    budgets=True,
 )

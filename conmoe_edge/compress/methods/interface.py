@@ -124,6 +124,8 @@ class Method:
         decide: a pure function of the scope and of how many prototypes are kept.
         needs: what calibration has to keep for it.
         precision: the only precision that it can be stored in, where there is one.
+        budgets: whether layers get as many prototypes as they are worth (``budgets.py``), instead of
+            the same number.
         trims: whether prototypes have fewer neurons than experts (``plan/trim.py`` says how many).
     """
 
@@ -134,6 +136,7 @@ class Method:
     needs: Needs = field(default_factory=Needs)
     precision: str | None = None
     trims: bool = False
+    budgets: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

@@ -291,6 +291,7 @@ class Consolidation:
         attach(module, mapped)
         changed[index] = entered
         run_layer(model, index, Stream(stream.batches, stream.keep, entered), mapped)
+        attach(module, RoutedTap())  # the tap holds on to the layer's weights
         return curve(errors)
 
     def _calibrate(self, model: StreamedModel) -> None:
@@ -422,6 +423,7 @@ class Consolidation:
                     return
                 attach(module, tap)
                 run_layer(model, index, stream, tap)
+                attach(module, RoutedTap())  # the tap holds on to the prototypes
         else:
             run_layer(model, index, stream, None)
         self.clock.add("experts", time.perf_counter() - start)

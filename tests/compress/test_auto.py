@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
 from conmoe_edge.compress.facility import assign, curve, select, weights_of
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.refit import Features, refit
+from conmoe_edge.compress.taps import MappedTap
 from conmoe_edge.compress.trim import surviving, take_neurons
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
+from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import kept, record_bytes
 from conmoe_edge.plan.trim import narrow_width, pool_kept, trimmed
 
@@ -351,3 +355,25 @@ def test_the_curve_is_what_selection_leaves() -> None:
         assert left[keep] == pytest.approx(float(wanted))
     steps = [a - b for a, b in itertools.pairwise(left)]
     assert all(a >= b - 1e-6 for a, b in itertools.pairwise(steps))
+
+
+def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer has been left, in the survey or after it, no tap holds on to its experts."""
+    holding: list[bool] = []
+    leave = StreamedModel.layer
+
+    @contextmanager
+    def layer(self: StreamedModel, index: int, *, with_experts: bool = True) -> Iterator[Any]:
+        with leave(self, index, with_experts=with_experts) as module:
+            yield module
+        taps = [getattr(experts, "_conmoe_tap", None) for _, experts in self.experts.values()]
+        holding.append(any(isinstance(tap, MappedTap) for tap in taps))
+
+    monkeypatch.setattr(StreamedModel, "layer", layer)
+    source = save_tiny("afmoe", tmp_path / "source")  # a norm comes after its experts
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5, "method": "auto"}
+    api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
+    assert holding and not any(holding)

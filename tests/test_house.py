@@ -178,8 +178,9 @@ def test_the_rule_about_talking_finds(source: str) -> None:
 
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    texts = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    return [Requirement(text) for text in texts]
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    found = [Requirement(text) for text in (*project["dependencies"], *extras)]
+    return [one for one in found if one.name != project["name"]]
 
 
 def pins() -> dict[str, str]:

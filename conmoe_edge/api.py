@@ -34,7 +34,7 @@ from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from conmoe_edge.compress.pipeline import OnProgress
+    from conmoe_edge.compress.job import OnProgress
 
 SEQUENCE_LENGTH = 512
 CALIBRATION_TOKENS = 64 * SEQUENCE_LENGTH
@@ -233,8 +233,9 @@ def fit(
     import torch
 
     from conmoe_edge.compress.calibration import bundled_text, read_text, token_sets
+    from conmoe_edge.compress.job import Job, Progress
     from conmoe_edge.compress.methods.asked import asked_method
-    from conmoe_edge.compress.pipeline import Consolidation, Job, Progress
+    from conmoe_edge.compress.pipeline import Consolidation
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.offload.planned import planned_caching
@@ -322,7 +323,7 @@ def fit(
         )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
-        with run.clock.part("cache"):
+        with run.state.clock.part("cache"):
             manifest = planned_caching(
                 staged.path,
                 manifest,
@@ -336,10 +337,15 @@ def fit(
         save_manifest(staged.path, manifest)
         verify_package(staged.path)
         staged.commit()
-        run.clock.add("verify", time.perf_counter() - started)
+        run.state.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
         return FitReport(
-            staged.target, report, manifest.receipt, run.clock.seconds, run.resumed_from, written
+            staged.target,
+            report,
+            manifest.receipt,
+            run.state.clock.seconds,
+            run.state.resumed_from,
+            written,
         )
 
 

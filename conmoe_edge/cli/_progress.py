@@ -16,7 +16,7 @@ from conmoe_edge.cli._text import duration, percent_whole, printable
 from conmoe_edge.units import GIB
 
 if TYPE_CHECKING:
-    from conmoe_edge.compress.pipeline import Progress as Step
+    from conmoe_edge.compress.job import Progress as Step
 
 # What a user is told that a stage does; those that count layers.
 _LABELS = {

@@ -1,0 +1,94 @@
+"""The stream of the package as it has become so far, beside that of the original.
+
+Methods that work on it take each layer's tokens from it and aim at what the original's residual
+stream is behind the layer; once the layer is written, the stream goes through it.
+
+Peak memory: the hidden states of the calibration set twice more, and the layer's tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from conmoe_edge.checkpoint.index import index_files
+from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.run import Run
+from conmoe_edge.compress.stream import Stream, run_layer
+from conmoe_edge.compress.taps import RoutedTap, SilentTap, attach, expert_sum
+from conmoe_edge.model.streaming import StreamedModel
+
+_ADDS = 0.3
+"""Most that a layer's output may differ from the sum of its parts, of what its experts bring."""
+
+
+def aim(
+    run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream]
+) -> tuple[LayerTokens, torch.Tensor | None]:
+    """The tokens of the package's stream at this layer, each with what its experts should give.
+
+    Where a layer adds its experts' output to what it gives without them, that is the way back to
+    the original's stream, and the stream without the experts is returned, for ``_follow``.
+    Elsewhere (a norm comes after the experts) it is what the original experts give here.
+    """
+    module = model.experts[index][1]
+    stream = streams["package"]
+    with run.clock.part("attention"):
+        entered = stream.hidden.clone()
+        own = RoutedTap()
+        attach(module, own)
+        one = streams["probe"]  # the first sequence alone
+        one.hidden = entered[:1].clone()
+        run_layer(model, index, one, own)
+        silent = SilentTap()
+        attach(module, silent)
+        run_layer(model, index, stream, silent)
+        tokens = silent.tokens.result()
+        plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
+        given = (one.hidden.float() - stream.hidden[:1].float()).double()
+        off = given - one.padded(plain.float()).double()
+        # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
+        if float(off.norm()) <= _ADDS * float(given.norm()):
+            gap = streams["train"].hidden.float() - stream.hidden.float()
+            target = stream.real_rows(gap)
+            before = stream.hidden
+        else:
+            target = expert_sum(module, own, tokens, model.device)
+            before = None
+            stream.hidden = entered
+    return replace(tokens, target=target), before
+
+
+def follow(
+    run: Run,
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    tokens: LayerTokens | None,
+    before: torch.Tensor | None,
+) -> None:
+    """Take the package's stream through the layer as it was just written.
+
+    ``tokens`` and ``before`` are what ``aim`` gave for this layer, or ``None``.
+    """
+    start = time.perf_counter()
+    if index in model.experts:
+        file = f"prototypes-{index:05d}.safetensors"
+        with ShardReader(index_files(run.package, [file])) as reader:
+            tap = run.mapped(index, reader)
+            module = model.experts[index][1]
+            if before is not None:
+                assert tokens is not None
+                stream.hidden = before
+                stream.add_rows(expert_sum(module, tap, tokens, model.device))
+            else:
+                attach(module, tap)
+                run_layer(model, index, stream, tap)
+                attach(module, RoutedTap())  # the tap holds on to the prototypes
+    else:
+        run_layer(model, index, stream, None)
+    run.clock.add("experts", time.perf_counter() - start)

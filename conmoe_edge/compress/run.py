@@ -1,0 +1,262 @@
+"""What all phases of one consolidation share: the job, its folders, its journal, and what follows from them.
+
+Nothing is decided here. Peak memory: what a phase loads through it, see there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from conmoe_edge.checkpoint.constants import read_constants
+from conmoe_edge.checkpoint.files import WrittenFile
+from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout, SlotRecord
+from conmoe_edge.checkpoint.reader import ShardReader
+from conmoe_edge.checkpoint.records import make_layout, view
+from conmoe_edge.compress.calibration import TokenSet
+from conmoe_edge.compress.clock import Clock
+from conmoe_edge.compress.job import Job, OnProgress, Progress
+from conmoe_edge.compress.journal import Journal
+from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.statistics import LayerStatistics
+from conmoe_edge.compress.stream import Stream, compute_dtype, open_stream
+from conmoe_edge.compress.taps import IMPLEMENTATION, MappedTap
+from conmoe_edge.compress.weights import record_name
+from conmoe_edge.memory.heap import trim_heap
+from conmoe_edge.model.anatomy import ExpertsAnatomy
+from conmoe_edge.model.bridge import targets_of
+from conmoe_edge.model.linears import quantisable_weights
+from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.levers import PRECISIONS, record_parts, scopes
+from conmoe_edge.plan.trim import pool_kept, trimmed
+
+
+class Run:
+    """One consolidation (or the rest of one) in the folders of a ``StagedFolder``.
+
+    Attributes:
+        kinds: the kinds of record that the precision allows, the widest first.
+        layers: decoder layers.
+        scope_of: MoE layer -> the layers of its scope.
+        resumed_from: layers that an earlier run had done in the phase that goes on.
+    """
+
+    def __init__(self, job: Job, package: Path, work: Path, progress: OnProgress) -> None:
+        self.job = job
+        self.package = package
+        self.work = work
+        self.journal = Journal.open(work)
+        self.clock = Clock(self.journal.seconds)
+        self.resumed_from = (
+            self.journal.done if self.journal.phase in ("calibrate", "receipt") else 0
+        )
+        self.progress = progress
+        self.kinds = PRECISIONS[job.precision].kinds
+        self.method = METHODS[job.method]
+        self._narrow = trimmed(job.anatomy, job.rate) if self.method.trims else job.anatomy
+        self.layers = len(job.anatomy.layers)
+        self.scope_of = {
+            layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
+        }
+        self.done_here = 0
+        self._layers_began = 0.0
+
+    # -- models and streams --------------------------------------------------------------------------------------
+
+    def streamed(self, reader: Mapping[str, Any]) -> StreamedModel:
+        source = getattr(torch, self.job.anatomy.dtype)
+        experts = self.job.anatomy.moe_layers[0].experts
+        assert experts is not None
+        model = StreamedModel(
+            self.job.config,
+            list(reader),
+            lambda keys: {key: reader[key] for key in keys},
+            dtype=compute_dtype(self.job.device, source),
+            experts_dtype=getattr(torch, experts.parts[0].dtype),
+            device=self.job.device,
+            experts_implementation=IMPLEMENTATION,
+        )
+        return model
+
+    def open_streams(
+        self, model: StreamedModel, sets: Mapping[str, TokenSet], phase: str
+    ) -> dict[str, Stream]:
+        with self.clock.part("read"):
+            model.load_outside()
+        hidden = self.journal.load_hidden(phase, self.journal.done) if self.journal.done else {}
+        with self.clock.part("attention"):
+            streams = {
+                name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()
+            }
+        model.drop_outside()
+        return streams
+
+    def loaded(self, model: StreamedModel, index: int, *, with_experts: bool) -> _TimedLayer:
+        return _TimedLayer(model, index, with_experts, self.clock)
+
+    def layer_done(self, phase: str, index: int, streams: Mapping[str, Stream]) -> None:
+        with self.clock.part("journal"):
+            self.journal.save_hidden(
+                phase, index + 1, {name: stream.hidden for name, stream in streams.items()}
+            )
+            self.save(phase, index + 1)
+            self.journal.drop_hidden(phase, index)
+            if index in self.scope_of and index == self.scope_of[index][-1]:
+                for layer in self.scope_of[index]:
+                    self.scratch(layer).unlink(missing_ok=True)
+                    self.sample_file(layer).unlink(missing_ok=True)
+                    self.tokens_file(layer).unlink(missing_ok=True)
+        self.done_here += 1
+
+    def save(self, phase: str, done: int) -> None:
+        self.journal.phase, self.journal.done = phase, done
+        self.journal.seconds = dict(self.clock.seconds)
+        self.journal.save()
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    def announce(self, stage: str, layer: int) -> None:
+        left = None
+        if not self.done_here:
+            self._layers_began = time.perf_counter()
+        else:
+            per_layer = (time.perf_counter() - self._layers_began) / self.done_here
+            # A layer of the receipt runs the held-out tokens only.
+            share = self.job.held_out.ids.numel() / (
+                self.job.held_out.ids.numel() + self.job.train.ids.numel()
+            )
+            rest = self.layers - layer
+            left = per_layer * (rest + (share * self.layers if stage == "calibrate" else 0))
+        self.progress(
+            Progress(
+                stage, layer, self.layers, f"layer {layer + 1}", left, _in_use(self.job.device)
+            )
+        )
+
+    def note(self, written: WrittenFile) -> None:
+        self.journal.files[written.name] = written.entry()
+
+    # -- files of the work folder --------------------------------------------------------------------------------
+
+    def scratch(self, layer: int) -> Path:
+        return self.work / f"experts-{layer:05d}.safetensors"
+
+    def sample_file(self, layer: int) -> Path:
+        return self.work / f"sample-{layer:05d}.safetensors"
+
+    def tokens_file(self, layer: int) -> Path:
+        return self.work / f"tokens-{layer:05d}.safetensors"
+
+    def constants_file(self, layer: int) -> Path:
+        return self.work / f"constants-{layer:05d}.safetensors"
+
+    def constants_of(self, layer: int) -> torch.Tensor | None:
+        path = self.constants_file(layer)
+        return read_constants(path)[layer] if path.is_file() else None
+
+    # -- what the model and the plan say -------------------------------------------------------------------------
+
+    def top_k(self, layer: int) -> int:
+        return self.experts(layer).top_k
+
+    def experts(self, layer: int) -> ExpertsAnatomy:
+        experts = self.job.anatomy.layers[layer].experts
+        assert experts is not None
+        return experts
+
+    def narrowed(self, layer: int) -> ExpertsAnatomy:
+        """A prototype of the package, which may have fewer neurons than an expert."""
+        experts = self._narrow.layers[layer].experts
+        assert experts is not None
+        return experts
+
+    def shares_out(self) -> bool:
+        """Whether layers get numbers of their own. In a mixed precision the plan has counted with equal ones."""
+        return self.method.budgets and self.job.rate > 0.0 and len(self.kinds) == 1
+
+    def count(self, layers: Sequence[int]) -> int:
+        """Prototypes of a scope."""
+        given = self.journal.budgets.get(str(layers[0]))
+        return self.uniform(layers) if given is None else given
+
+    def uniform(self, layers: Sequence[int]) -> int:
+        """Prototypes of a scope where all get the same number."""
+        return pool_kept(self.job.anatomy, layers, self.job.rate, self.method.trims)
+
+    def layout(self, layer: int, kind: str) -> RecordLayout:
+        return make_layout(record_parts(self.narrowed(layer), kind), kind)
+
+    def statistics_of(self, layer: int) -> LayerStatistics:
+        return LayerStatistics.from_json(self.journal.statistics[str(layer)])
+
+    def slots(self, layer: int) -> tuple[SlotRecord, ...]:
+        return tuple(
+            SlotRecord(ExpertId(*prototype) if prototype else None, scale, constant)
+            for prototype, scale, constant in self.journal.decisions[str(layer)]
+        )
+
+    def numbers(self) -> dict[int, list[int]]:
+        """MoE layer -> prototype number of every router slot, -1 where a slot has none."""
+        number = {
+            expert: n for n, expert in enumerate(sorted(map(expert_of, self.journal.records)))
+        }
+        return {
+            layer.index: [
+                -1 if slot.prototype is None else number[slot.prototype]
+                for slot in self.slots(layer.index)
+            ]
+            for layer in self.job.anatomy.moe_layers
+        }
+
+    def mapped(self, layer: int, reader: ShardReader) -> MappedTap:
+        slots = self.slots(layer)
+        parts = {}
+        for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
+            record = reader[record_name(expert)][...]
+            layout = self.layout(layer, self.journal.records[record_name(expert)][2])
+            parts[expert] = {
+                name: part.to(self.job.device) for name, part in view(layout, record).items()
+            }
+        return MappedTap(slots, parts, self.constants_of(layer))
+
+    def in_int8(self, model: StreamedModel) -> frozenset[str]:
+        """The dense weights that the package stores in int8."""
+        if self.job.dense_precision == "source":
+            return frozenset()
+        targets = targets_of(model.model, self.job.index.tensors)
+        return frozenset(quantisable_weights(model.model, targets))
+
+
+class _TimedLayer:
+    """A loaded layer whose reading is timed."""
+
+    def __init__(self, model: StreamedModel, index: int, with_experts: bool, clock: Clock) -> None:
+        self._context = model.layer(index, with_experts=with_experts)
+        self._clock = clock
+
+    def __enter__(self) -> nn.Module:
+        trim_heap()  # what the activations of the layer before left in pieces
+        with self._clock.part("read"):
+            return self._context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._context.__exit__(*exc)
+        trim_heap()
+
+
+def expert_of(name: str) -> ExpertId:
+    """The expert whose record has this name."""
+    _, layer, expert = name.split(".")
+    return ExpertId(int(layer), int(expert))
+
+
+def _in_use(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return psutil.Process().memory_info().rss

@@ -98,8 +98,10 @@ def brute(scope: ScopeView, keep: int) -> tuple[list[int], list[int], dict[int, 
             counts[slot] += 1
     cores = sorted(sorted(range(E), key=lambda e: (-counts[e], e))[:keep])
 
+    logits = tokens.logits
+
     def similarity(i: int, j: int) -> float:
-        a, b = tokens.logits[:, i].tolist(), tokens.logits[:, j].tolist()
+        a, b = logits[:, i].tolist(), logits[:, j].tolist()
         inner = sum(x * y for x, y in zip(a, b, strict=True))
         return (1 + inner / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))) / 2
 

@@ -13,7 +13,7 @@ from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.records import view
+from conmoe_edge.checkpoint.records import decode, view
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import expert_forward, find_experts
@@ -124,10 +124,11 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     assert_same_with_one_slot(half)
 
 
-def test_auto_runs_as_its_records_say(source: Path, tmp_path: Path) -> None:
-    """Narrow prototypes, scales and constants: the runtime against a loop over tokens and slots."""
-    package = tmp_path / "auto"
-    fit(source, package, 0.5, method="auto")
+@pytest.mark.parametrize("method", ["auto", "m-smoe", "mc-smoe"])
+def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_path: Path) -> None:
+    """Narrow, merged and factored prototypes, scales, constants: the runtime against a loop over tokens and slots."""
+    package = tmp_path / method
+    fit(source, package, 0.5, method=method)
     manifest = load_manifest(package)
     records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
     assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"
@@ -138,9 +139,13 @@ def test_auto_runs_as_its_records_say(source: Path, tmp_path: Path) -> None:
     with ShardReader(index_files(package, files)) as reader:
         for layer, (_, module) in find_experts(reference).items():
             parts = {
-                entry.id: view(
-                    manifest.layouts[entry.layout],
-                    reader[f"prototypes.{entry.id.layer}.{entry.id.expert}"][...],
+                entry.id: decode(
+                    view(
+                        manifest.layouts[entry.layout],
+                        reader[f"prototypes.{entry.id.layer}.{entry.id.expert}"][...],
+                    ),
+                    torch.float32,
+                    bool(module.is_transposed),
                 )
                 for entry in manifest.prototypes
                 if entry.id.layer == layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, write_constants
 from conmoe_edge.compress.decide import decide, row_sample
@@ -20,6 +21,7 @@ from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.stream import Stream, run_layer
 from conmoe_edge.compress.taps import RoutedTap, attach
 from conmoe_edge.compress.trace import RoutingRecorder
+from conmoe_edge.model.router import logits_to
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.trace import Predictions
 
@@ -41,6 +43,8 @@ class Calibration:
     def through(self, model: StreamedModel) -> None:
         sets = {"train": self.run.job.train, "held_out": self.run.job.held_out}
         follows = self.run.method.needs.target
+        if self.run.method.needs.logits:
+            model.routers()  # looked for while nothing is loaded
         if follows:
             sets["package"] = self.run.job.train
             sets["probe"] = self.run.job.train.some(1)
@@ -82,6 +86,7 @@ class Calibration:
         Returns the layer's tokens, where the method needs those of the original.
         """
         tap = tokens = None
+        needs = self.run.method.needs
         if index in model.experts:
             module = model.experts[index][1]
             tap = RoutedTap()
@@ -96,10 +101,13 @@ class Calibration:
                 tap.tracker = StatisticsTracker(experts.count) if name == "train" else None
                 self._routing.start_set(name)
                 tap.sample = row_sample(self.run, experts) if name == "train" else None
-                needs = self.run.method.needs
                 wanted = name == "train" and needs.tokens and not needs.target
                 tap.tokens = TokenRecorder() if wanted else None
-            run_layer(model, index, streams[name], tap)
+            listening = nullcontext()
+            if tap is not None and tap.tokens is not None and needs.logits:
+                listening = logits_to(model.routers()[index], tap.take_logits)
+            with listening:
+                run_layer(model, index, streams[name], tap)
             if tap is not None and tap.tracker is not None:
                 self.run.journal.statistics[str(index)] = tap.tracker.result().to_json()
             if tap is not None and tap.tokens is not None:

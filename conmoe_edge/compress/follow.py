@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.stream import Stream, run_layer
 from conmoe_edge.compress.taps import RoutedTap, SilentTap, attach, expert_sum
+from conmoe_edge.model.router import logits_to
 from conmoe_edge.model.streaming import StreamedModel
 
 _ADDS = 0.3
@@ -46,7 +48,11 @@ def aim(
         run_layer(model, index, one, own)
         silent = SilentTap()
         attach(module, silent)
-        run_layer(model, index, stream, silent)
+        listening = nullcontext()
+        if run.method.needs.logits:
+            listening = logits_to(model.routers()[index], silent.take_logits)
+        with listening:
+            run_layer(model, index, stream, silent)
         tokens = silent.tokens.result()
         plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
         given = (one.hidden.float() - stream.hidden[:1].float()).double()

@@ -58,6 +58,11 @@ class RoutedTap(Tap):
         self.sample: RowSample | None = None
         self.tokens: TokenRecorder | None = None
 
+    def take_logits(self, logits: Tensor) -> None:
+        """[T, E] of the router, of the batch that comes next."""
+        if self.tokens is not None:
+            self.tokens.add_logits(logits, self.keep)
+
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Every expert on the tokens that the router sent to it."""
         names = part_names(module)
@@ -99,6 +104,10 @@ class SilentTap(Tap):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = TokenRecorder()
+
+    def take_logits(self, logits: Tensor) -> None:
+        """[T, E] of the router, of the batch that comes next."""
+        self.tokens.add_logits(logits, self.keep)
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[T, H] of zeros."""

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.router import Router, find_routers
 
 ReadTensors = Callable[[Sequence[str]], Mapping[str, Any]]
 
@@ -92,6 +93,7 @@ class StreamedModel:
                     nn.Parameter(torch.empty_like(old, dtype=experts_dtype), requires_grad=False),
                 )
         self.set_experts_implementation(experts_implementation)
+        self._routers: dict[int, Router] | None = None
         self._own_forwards = [layer.forward for layer in self.layers]
         self._keys_of: dict[int | None, list[str]] = {
             None: [],
@@ -123,6 +125,16 @@ class StreamedModel:
     def layer_keys(self, index: int) -> list[str]:
         """Checkpoint tensors of one decoder layer, sorted."""
         return self._keys_of[index]
+
+    def routers(self) -> dict[int, Router]:
+        """Decoder layer -> its router. The first call comes while nothing is loaded.
+
+        Raises:
+            UnsupportedModel: what chooses the slots of a layer cannot be found.
+        """
+        if self._routers is None:
+            self._routers = find_routers(self.model)
+        return self._routers
 
     @property
     def outside_keys(self) -> list[str]:

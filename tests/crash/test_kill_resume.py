@@ -253,6 +253,20 @@ def test_mixed_precision_killed_inside_a_scope_gives_the_same_bytes(tmp_path: Pa
     assert digests(out) == golden
 
 
+@pytest.mark.timeout(300)
+def test_a_method_with_a_precision_of_its_own_resumes_too(source: Path, tmp_path: Path) -> None:
+    """``mc-smoe`` keeps tokens and logits of a layer until it is decided; killed twice it ends with the same bytes."""
+    settings: dict[str, Any] = {"method": "mc-smoe", "scope": 1}
+    whole = tmp_path / "whole" / "out"
+    assert finish(child(lambda: fit(source, whole, **settings))) == 0
+    out = tmp_path / "killed" / "out"
+    for step in (20, 9):
+        assert finish(child(lambda: fit(source, out, **settings), step)) == CRASH_STATUS
+        assert not out.exists()
+    assert finish(child(lambda: fit(source, out, **settings))) == 0
+    assert digests(out) == digests(whole)
+
+
 @pytest.mark.timeout(900)
 def test_a_method_that_follows_the_package_resumes_too(source: Path, tmp_path: Path) -> None:
     """``auto`` keeps a third stream between layers; killed at some durable steps it ends with the same bytes."""

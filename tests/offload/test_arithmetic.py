@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.checkpoint.records import SCALE, decode, matrix_of
+from conmoe_edge.checkpoint.forms import SCALE, factored_sizes
+from conmoe_edge.checkpoint.records import decode, matrix_of
+from conmoe_edge.compress.low_rank import factor
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names, through_expert
 from conmoe_edge.offload import arithmetic
 from conmoe_edge.offload.arithmetic import MANY_ROWS, Arithmetic, Machine, Scratch, compute_dtype
@@ -19,6 +21,7 @@ from tests.families import tiny_model
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = Machine("cpu", native_bf16=False)
 CPU = torch.device("cpu")
+EXACT = ("source", "lowrank")  # computed by torch in the format of the weights
 MODELS = ("olmoe", "gpt_oss")  # plain; transposed, biased, with a gate of its own
 
 
@@ -78,6 +81,13 @@ def stored_experts(name: str, precision: str, dtype: torch.dtype) -> tuple[Any, 
                 held[n] = part.contiguous()
                 continue
             weight = part.T if module.is_transposed else part
+            if precision == "lowrank":
+                sizes = factored_sizes(*weight.shape)
+                for own, factor_ in (
+                    factor(weight, torch.eye(weight.shape[1]), *sizes).named(n).items()
+                ):
+                    held[own] = factor_.to(dtype) if factor_.is_floating_point() else factor_
+                continue
             kind = best_kind(*weight.shape, precision)
             matrix = quantise(weight, kind)
             held[n], held[n + SCALE] = matrix.values, matrix.scales
@@ -102,7 +112,7 @@ def reference(module: Any, expert: StoredExpert, hidden: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "lowrank"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("rows", [1, 3, MANY_ROWS + 2])
 def test_every_path_is_the_plain_product(
@@ -112,7 +122,7 @@ def test_every_path_is_the_plain_product(
     hidden = torch.randn(rows, module.config.hidden_size)
     hidden = hidden.to(dtype)
     compute = Arithmetic(CPU)
-    close = 2e-5 if dtype == FP32 and (precision == "source" or how == "operator") else 0.03
+    close = 2e-5 if dtype == FP32 and (precision in EXACT or how == "operator") else 0.03
     for expert in experts:
         rounded = expert.quantised and rows < MANY_ROWS and expert.suits_operator(module, dtype)
         expected = (by_the_operator if rounded else reference)(module, expert, hidden)
@@ -122,7 +132,7 @@ def test_every_path_is_the_plain_product(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "lowrank"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_experts_together_are_experts_alone(
     how: str, name: str, precision: str, dtype: torch.dtype

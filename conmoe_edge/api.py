@@ -21,7 +21,7 @@ from conmoe_edge.checkpoint.locate import Source, describe, locate
 from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.staged import StagedFolder
-from conmoe_edge.errors import CalibrationError, UsageError
+from conmoe_edge.errors import CalibrationError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
@@ -141,6 +141,7 @@ def plan(
     min_resident: float | None = None,
     revision: str | None = None,
     offline: bool = False,
+    method: str | None = None,
 ) -> PlanReport:
     """What ``fit`` would do. Reads ``config.json`` and the headers of the weights, for a hub model without a download.
 
@@ -156,6 +157,8 @@ def plan(
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
+        method: the method that ``fit`` is to use, where it is known: some have fewer neurons, or a precision of
+            their own.
 
     Raises:
         DoesNotFit: nothing meets the budget; says the smallest one that works.
@@ -163,8 +166,23 @@ def plan(
     """
     from conmoe_edge.model.bridge import read_config
 
+    trims = False
+    if method is not None:
+        from conmoe_edge.compress.methods.asked import asked_method
+
+        consolidation, precision = asked_method(method, scope, precision)
+        trims = consolidation.trims
     levers = _Levers(
-        budget, device, context, rate, scope, precision, dense_precision, prefer, min_resident
+        budget,
+        device,
+        context,
+        rate,
+        scope,
+        precision,
+        dense_precision,
+        prefer,
+        min_resident,
+        trims,
     )
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
@@ -216,22 +234,13 @@ def fit(
 
     from conmoe_edge.compress.calibration import bundled_text, read_text, token_sets
     from conmoe_edge.compress.job import Job, Progress
-    from conmoe_edge.compress.methods import METHODS
+    from conmoe_edge.compress.methods.asked import asked_method
     from conmoe_edge.compress.pipeline import Consolidation
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.offload.planned import planned_caching
 
-    if method not in METHODS:
-        raise UsageError(
-            f"{method!r} is not a method.", f"there are: {', '.join(METHODS)}", "--method conmoe"
-        )
-    if METHODS[method].needs.target and scope not in (1, "auto"):
-        raise UsageError(
-            f"{method} shares prototypes within a layer only.",
-            f"you asked for scopes of {scope} layers",
-            "--scope 1, or --method conmoe",
-        )
+    consolidation, precision = asked_method(method, scope, precision)
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(
@@ -244,7 +253,7 @@ def fit(
         dense_precision,
         prefer,
         min_resident,
-        METHODS[method].trims,
+        consolidation.trims,
     )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)

@@ -24,6 +24,14 @@ SCALE = ".scale"
 KIND_OF_VALUES: dict[str, Kind] = {"int8": "int8", "uint8": "int4"}
 """Number format of a quantised weight's values -> its form."""
 
+LEFT, RIGHT, KEPT, COLUMNS = ".left", ".right", ".kept", ".columns"
+"""What the names of a factored weight's parts have behind the name of the weight (``factored.py``)."""
+
+_RANK_SHARE = 24
+"""Of the shorter side of a matrix, the part that is its rank."""
+_KEPT_SHARE = 10
+"""Of the columns, the part that is kept beside it."""
+
 
 def first_divisor(sizes: tuple[int, ...], length: int) -> int:
     """The first of ``sizes`` that divides ``length``; 0 where none does."""
@@ -53,3 +61,22 @@ def quantised_parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Par
             (name + SCALE, (groups, rows, 2), "bfloat16"),
         )
     raise ValueError(f"{kind} is no quantised form")
+
+
+def factored_sizes(rows: int, columns: int) -> tuple[int, int]:
+    """Rank and kept columns of a factored matrix: a 24th of the shorter side and a tenth of the columns, rounded up.
+
+    That is rank 32 in the matrices of 768 x 3072 of MC-SMoE's paper.
+    """
+    return -(-min(rows, columns) // _RANK_SHARE), -(-columns // _KEPT_SHARE)
+
+
+def factored_parts(name: str, rows: int, columns: int, dtype: str) -> tuple[Part, ...]:
+    """The parts of the weight ``name`` [rows, columns] (rows are outputs) as low rank and kept columns."""
+    rank, kept = factored_sizes(rows, columns)
+    return (
+        (name + LEFT, (rows, rank), dtype),
+        (name + RIGHT, (rank, columns), dtype),
+        (name + KEPT, (rows, kept), dtype),
+        (name + COLUMNS, (kept,), "int32"),
+    )

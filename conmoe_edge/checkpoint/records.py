@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from conmoe_edge.checkpoint.dtypes import CODES, nbytes_of, torch_dtype
-from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE
+from conmoe_edge.checkpoint.factored import factors_of
+from conmoe_edge.checkpoint.forms import COLUMNS, KEPT, KIND_OF_VALUES, LEFT, RIGHT, SCALE
 from conmoe_edge.checkpoint.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.quantise import Matrix, quantise, stored
 from conmoe_edge.units import round_up
@@ -50,7 +51,8 @@ def encode(
 
     Args:
         layout: which weights are quantised (those with scales) and the number format of the others.
-        weights: the expert's tensors by parameter name, as its module keeps them.
+        weights: the expert's tensors by parameter name, as its module keeps them; of factored
+            weights their parts, since only a method can make those.
         transposed: whether that is [in, out]; a quantised weight is [out, in] always.
     """
     parts = {part.name: part for part in layout.parts}
@@ -69,14 +71,18 @@ def encode(
 def decode(
     parts: Mapping[str, torch.Tensor], dtype: torch.dtype, transposed: bool
 ) -> dict[str, torch.Tensor]:
-    """One expert's tensors by parameter name, as a module keeps them: quantised weights in ``dtype``,
-    everything else as it is.
+    """One expert's tensors by parameter name, as a module keeps them: quantised and factored weights
+    in ``dtype``, everything else as it is.
     """
     found = {}
     for name, tensor in parts.items():
-        if name.endswith(SCALE):
+        if name.endswith((SCALE, RIGHT, KEPT, COLUMNS)):
             continue
-        if name + SCALE in parts:
+        if name.endswith(LEFT):
+            weight = name.removesuffix(LEFT)
+            wide = factors_of(parts, weight).expand(dtype)
+            found[weight] = wide.T if transposed else wide
+        elif name + SCALE in parts:
             wide = matrix_of(parts, name).dequantise(dtype)
             found[name] = wide.T if transposed else wide
         else:

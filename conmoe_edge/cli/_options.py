@@ -170,7 +170,7 @@ _LEVERS = (
         default="auto",
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
-        "hurts most; auto takes fewer bits before it removes experts.",
+        "hurts most; auto takes fewer bits before it removes experts. lowrank is what --method mc-smoe writes.",
     ),
     click.option(
         "--dense-precision",

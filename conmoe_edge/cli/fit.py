@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     default="conmoe",
     show_default=True,
     help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long.",
+    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `m-smoe` "
+    "merges experts, `mc-smoe` stores the merged ones as low rank and a few columns.",
 )
 @click.option(
     "--calibration",
@@ -77,7 +78,8 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     if dry_run:
         from conmoe_edge.cli.plan import show_plan
 
-        show_plan(output, api.plan(model, **levers(parameters)), out)
+        report = api.plan(model, **levers(parameters), method=parameters["method"])
+        show_plan(output, report, out)
         output.note("Dry run: nothing was written.")
         return
     overwrite = _may_replace(out, output, overwrite=parameters["overwrite"], yes=yes)

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE, best_kind, quantised_parts
+from conmoe_edge.checkpoint.forms import (
+    KIND_OF_VALUES,
+    LEFT,
+    RIGHT,
+    SCALE,
+    best_kind,
+    factored_parts,
+    quantised_parts,
+)
 from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
@@ -202,6 +210,9 @@ def _check_shapes(
 
 def _width(parts: Mapping[str, RecordPart], transposed: bool) -> int:
     """Neurons of the experts in a record: the inputs of its down projection; 0 where that is not told."""
+    factor = parts.get("down_proj" + RIGHT)
+    if factor is not None and len(factor.shape) == 2:
+        return factor.shape[1]
     part = parts.get("down_proj")
     if part is None or len(part.shape) != 2:
         return 0
@@ -214,7 +225,13 @@ def _width(parts: Mapping[str, RecordPart], transposed: bool) -> int:
 def _holds(
     parts: Mapping[str, RecordPart], name: str, shape: tuple[int, ...], transposed: bool
 ) -> bool:
-    """Whether a record has the parameter ``name`` of this shape, plain or quantised."""
+    """Whether a record has the parameter ``name`` of this shape: plain, quantised or factored."""
+    left = parts.get(name + LEFT)
+    if left is not None and len(shape) == 2:
+        rows, columns = reversed(shape) if transposed else shape
+        wanted = factored_parts(name, rows, columns, left.dtype)
+        found = [parts[one] for one, _, _ in wanted if one in parts]
+        return name not in parts and [(p.name, p.shape, p.dtype) for p in found] == list(wanted)
     part = parts.get(name)
     if part is None:
         return False

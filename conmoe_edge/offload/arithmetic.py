@@ -10,6 +10,7 @@ few rows on a CPU                      the compiled operator (``native``): every
 the same without a compiler            torch's own kernels for 8 and 4 bits where they take the form, else as below
 many rows on a CPU without bf16        one weight matrix at a time widened to fp32 in a scratch, fp32 products
 instructions, quantised many rows
+low rank and a few columns             the factors one after the other, by the operator or by torch as above
 everything else                        torch's products in the format of the hidden states
 =====================================  ==============================================================================
 
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from conmoe_edge.checkpoint.forms import TILES
+from conmoe_edge.checkpoint.factored import factors_of
+from conmoe_edge.checkpoint.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, TILES
 from conmoe_edge.checkpoint.quantise import Matrix
-from conmoe_edge.checkpoint.records import SCALE, matrix_of
+from conmoe_edge.checkpoint.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
 from conmoe_edge.offload.native import operator
 from conmoe_edge.offload.stored_expert import StoredExpert
@@ -157,6 +159,8 @@ class Arithmetic:
         if len(hidden) < MANY_ROWS and expert.suits_operator(module, hidden.dtype):
             return self._by_operator(module, [expert], hidden.float().unsqueeze(0))[0]
         compute = self._quantised if expert.quantised else self._plain
+        if expert.factored:
+            compute = self._factored
         return compute(module, expert, hidden).to(sum_dtype(hidden))
 
     def combine(self, out: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -195,14 +199,33 @@ class Arithmetic:
         engine = self._operator
         assert engine is not None, "stored experts suit the operator only where there is one"
 
+        def times(name: str, x: Tensor) -> Tensor:
+            return engine.few_rows([one.prepared[name] for one in experts], x.contiguous())
+
         def project(name: str, x: Tensor) -> Tensor:
-            y = engine.few_rows([one.prepared[name] for one in experts], x.contiguous())
+            if experts[0].factored:
+                y = times(name + LEFT, times(name + RIGHT, x))
+                y += times(name + KEPT, _kept_inputs(experts, name, x))
+            else:
+                y = times(name, x)
             bias = f"{name}_bias"
             if bias in experts[0].parts:
                 y += torch.stack([one.parts[bias] for one in experts]).unsqueeze(1)
             return y
 
         return through_expert(module, hidden, project)
+
+    def _factored(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
+        """Low rank and a few columns, without expanding them; the factors are small enough to convert each time."""
+        weight = expert.parts[_DOWN + LEFT].dtype
+        dtype = compute_dtype(self.machine, hidden.dtype, weight, len(hidden))
+
+        def project(name: str, x: Tensor) -> Tensor:
+            y = factors_of(expert.parts, name).product(x)
+            bias = expert.parts.get(f"{name}_bias")
+            return y if bias is None else y + bias.to(dtype)
+
+        return through_expert(module, hidden.to(dtype), project)
 
     def _plain(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
         weight = next(iter(expert.parts.values())).dtype
@@ -270,9 +293,21 @@ def _whole_expert(expert: StoredExpert) -> bool:
 
 def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:
     """Whether the gates of several experts, computed in one call, are the same bits as one by one."""
-    width = expert.prepared[_DOWN].form.columns
+    down = expert.prepared[_DOWN + RIGHT if expert.factored else _DOWN]
+    width = down.form.columns
     whole = width % _WHOLE_VECTORS == 0 and experts * width <= _ONE_THREAD
     return whole and not module.has_post_expert_norm
+
+
+def _kept_inputs(experts: Sequence[StoredExpert], name: str, x: Tensor) -> Tensor:
+    """What the kept columns of each expert are multiplied with: [1 or n, t, C] -> [n, t, k]."""
+    every = x.expand(len(experts), *x.shape[1:])
+    return torch.stack(
+        [
+            one.index_select(-1, expert.parts[name + COLUMNS])
+            for one, expert in zip(every, experts, strict=True)
+        ]
+    )
 
 
 def _weights(expert: StoredExpert) -> list[str]:

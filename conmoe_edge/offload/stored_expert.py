@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.records import SCALE, matrix_of
+from conmoe_edge.checkpoint.forms import COLUMNS, LEFT, SCALE
+from conmoe_edge.checkpoint.records import matrix_of
 from conmoe_edge.offload.native import Form, Prepared, operator
 
 _BIAS = "_bias"
@@ -22,17 +23,19 @@ class StoredExpert:
 
     Attributes:
         parts: every tensor of the record.
-        prepared: the weight matrices that the operator can take, by parameter name.
+        prepared: the weight matrices that the operator can take, by the names of their parts.
         quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
+        factored: whether they are low rank and a few columns, [out, in] as well.
         forms: what two experts must have in common to be computed in one call; ``None`` without the operator.
     """
 
-    __slots__ = ("forms", "parts", "prepared", "quantised")
+    __slots__ = ("factored", "forms", "parts", "prepared", "quantised")
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
-        names = [name for name in parts if not name.endswith((SCALE, _BIAS))]
+        names = [name for name in parts if not name.endswith((SCALE, COLUMNS, _BIAS))]
         self.quantised = any(name + SCALE in parts for name in names)
+        self.factored = any(name.endswith(LEFT) for name in names)
         self.prepared: dict[str, Prepared] = {}
         engine = operator() if all(part.device.type == "cpu" for part in parts.values()) else None
         if engine is not None:
@@ -52,4 +55,5 @@ class StoredExpert:
         """
         if self.forms is None or hidden == torch.float64:
             return False
-        return self.quantised or (hidden != torch.float32 and not module.is_transposed)
+        own = self.quantised or self.factored
+        return own or (hidden != torch.float32 and not module.is_transposed)

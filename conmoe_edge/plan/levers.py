@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from conmoe_edge.checkpoint.forms import Part, best_kind, quantised_parts
+from conmoe_edge.checkpoint.forms import Part, best_kind, factored_parts, quantised_parts
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.units import round_up
@@ -37,9 +37,14 @@ BYTES = {
     "float16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "int32": 4,
     "int8": 1,
     "uint8": 1,
 }
+
+
+LOW_RANK = "lowrank"
+"""Matrices as low rank and a few columns, in the checkpoint's own numbers: what ``mc-smoe`` writes, and only that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Precision:
 
 PRECISIONS = {
     name: Precision(name, tuple(name.split("+")))
-    for name in ("source", "bf16", "bf16+int8", "int8", "int8+int4", "int4")
+    for name in ("source", "bf16", "bf16+int8", "int8", "int8+int4", "int4", LOW_RANK)
 }
 _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 """What is looked at beyond the checkpoint's own numbers when nothing was asked for."""
@@ -104,14 +109,18 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
     """The tensors of a record of one ``kind`` (a precision that is not mixed) in order: name, shape,
     number format.
 
-    A quantised projection is [out, in] also where the module keeps it transposed, and has its
-    scales behind it; a projection whose shape int4 cannot take is int8. Biases are small and stay
-    as they are.
+    A quantised or factored projection is [out, in] also where the module keeps it transposed, and
+    has its scales or other parts behind it; a projection whose shape int4 cannot take is int8.
+    Biases are small and stay as they are.
     """
     parts: list[Part] = []
     for part in experts.parts:
-        if kind in ("int8", "int4") and len(part.shape) == 2:
+        rows, columns = 0, 0
+        if len(part.shape) == 2:
             rows, columns = reversed(part.shape) if experts.transposed else part.shape
+        if kind == LOW_RANK and columns:
+            parts += factored_parts(part.name, rows, columns, part.dtype)
+        elif kind in ("int8", "int4") and columns:
             wished: Literal["int8", "int4"] = "int8" if kind == "int8" else "int4"
             parts += quantised_parts(part.name, rows, columns, best_kind(rows, columns, wished))
         else:

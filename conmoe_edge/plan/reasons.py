@@ -16,6 +16,7 @@ _KIND_WORDS = {
     "bf16": "in bf16",
     "int8": "at 8 bits",
     "int4": "at 4 bits",
+    "lowrank": "as low rank and a few columns",
 }
 
 

@@ -16,8 +16,10 @@ from conmoe_edge.compress.methods.interface import (
     Needs,
     ScopeView,
 )
+from conmoe_edge.compress.methods.m_smoe import M_SMOE
+from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
 
-_ALL: tuple[Method, ...] = (AUTO, CONMOE)
+_ALL: tuple[Method, ...] = (AUTO, CONMOE, M_SMOE, MC_SMOE)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 

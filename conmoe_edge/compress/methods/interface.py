@@ -19,7 +19,8 @@ from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.statistics import LayerStatistics
 
 Parts = Mapping[str, Tensor]
-"""The tensors of one expert by parameter name, as its module keeps them."""
+"""The tensors of one expert by parameter name, as its module keeps them; with a precision of the
+method's own, as the records of that precision have them."""
 
 
 class PoolWeights(Protocol):
@@ -127,6 +128,7 @@ class Method:
         budgets: whether layers get as many prototypes as they are worth (``budgets.py``), instead of
             the same number.
         trims: whether prototypes have fewer neurons than experts (``plan/trim.py`` says how many).
+        within_layers: whether it is for scopes of one layer only.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Method:
     precision: str | None = None
     trims: bool = False
     budgets: bool = False
+    within_layers: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

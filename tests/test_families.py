@@ -124,10 +124,11 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     assert_same_with_one_slot(half)
 
 
-def test_auto_runs_as_its_records_say(source: Path, tmp_path: Path) -> None:
-    """Narrow prototypes, scales and constants: the runtime against a loop over tokens and slots."""
-    package = tmp_path / "auto"
-    fit(source, package, 0.5, method="auto")
+@pytest.mark.parametrize("method", ["auto", "mergemoe"])
+def test_a_package_runs_as_its_records_say(method: str, source: Path, tmp_path: Path) -> None:
+    """Weights that are not the model's, scales and constants: the runtime against a loop over tokens and slots."""
+    package = tmp_path / method
+    fit(source, package, 0.5, method=method)
     manifest = load_manifest(package)
     records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
     assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"

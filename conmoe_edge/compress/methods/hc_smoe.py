@@ -37,6 +37,7 @@ from conmoe_edge.compress.methods.interface import (
     ScopeView,
     identity,
 )
+from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import expert_forward, inner_activations
 
 SAMPLE_TOKENS = 16384
@@ -45,9 +46,19 @@ _CHUNK = 4096
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
-    """``keep`` merged experts for one scope."""
+    """``keep`` merged experts for one scope.
+
+    Raises:
+        UsageError: several layers, and a norm behind each expert.
+    """
     if keep >= len(scope.pool):
         return identity(scope)
+    if scope.module.has_post_expert_norm and len(scope.layers) > 1:
+        raise UsageError(  # only the last layer's norm is at hand
+            "hc-smoe shares prototypes of this model within a layer only.",
+            "a norm that belongs to its layer follows the experts",
+            "--scope 1, or --method conmoe",
+        )
     usage = usage_of(scope)
     clusters = average_linkage(mean_outputs(scope), keep)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.grouping import Groups
 from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
@@ -50,6 +52,11 @@ def grouped(
         parts=parts,
         notes=said,
     )
+
+
+def forced_dtype(scope: ScopeView) -> torch.dtype:
+    """In what to compute experts on tokens that no router sends them: fp16 may overflow there."""
+    return torch.float32 if scope.dtype == torch.float16 else scope.dtype
 
 
 def layers_of(scope: ScopeView) -> str:

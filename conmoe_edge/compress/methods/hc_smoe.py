@@ -28,7 +28,7 @@ from torch import Tensor
 from conmoe_edge.compress.clustering import average_linkage
 from conmoe_edge.compress.grouping import Groups
 from conmoe_edge.compress.merge import weighted_mean
-from conmoe_edge.compress.methods.grouped import grouped, usage_of
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, usage_of
 from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
@@ -81,8 +81,7 @@ def _named(clusters: tuple[tuple[int, ...], ...], usage: tuple[int, ...]) -> Gro
 
 def mean_outputs(scope: ScopeView) -> Tensor:
     """fp64 [P, H] on the host: o_e of every expert of the pool."""
-    # Experts run on tokens that no router would send them: fp16 may overflow there.
-    dtype = torch.float32 if scope.dtype == torch.float16 else scope.dtype
+    dtype = forced_dtype(scope)
     found = []
     for layer in scope.layers:
         assert layer.tokens is not None, "HC-SMoE needs the tokens"

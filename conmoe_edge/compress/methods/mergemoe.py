@@ -20,8 +20,8 @@ the paper does not say which it takes. Where these are fewer than ``TOKENS_PER_N
 neurons, or a norm follows the down projection, W0 stays and a note says so. Only scopes of one layer:
 a member has no output for the tokens of another layer. docs/methods-merging.md says more.
 
-Peak memory: per cluster that is merged [I, I] and [H, I] in fp64, three of its experts in fp32, the
-activations of ``_CHUNK`` tokens; before that a block of rows of all experts (64 MiB).
+Peak memory: for the cluster that is merged [I, I] twice and [H, I] in fp64, two of its experts in fp64,
+and the activations of ``_CHUNK`` tokens; before that a block of rows of all experts (64 MiB).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from conmoe_edge.compress.grouping import Groups, around_dominant
 from conmoe_edge.compress.least_squares import LeastSquares
 from conmoe_edge.compress.merge import shares, weighted_mean
-from conmoe_edge.compress.methods.grouped import grouped, layers_of, usage_of
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
 from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
@@ -111,9 +111,9 @@ def fitted_down(
         hidden: [n, H], the cluster's tokens.
 
     Returns:
-        fp32 on the host, in the module's layout.
+        fp32, in the module's layout, where ``mean`` is.
     """
-    module, device, dtype = scope.module, scope.device, scope.dtype
+    module, device, dtype = scope.module, scope.device, forced_dtype(scope)
 
     def inner(chunk: Tensor, parts: Parts) -> Tensor:
         moved = {name: part.to(device) for name, part in parts.items()}
@@ -133,7 +133,8 @@ def fitted_down(
             if weight > 0.0:
                 left.addmm_(inner(chunk, parts), rows(parts), alpha=weight)
         system.add(features, left)
-    found = start.cpu() + system.solve(RIDGE).T.float()
+    found = start + system.solve(RIDGE).T.float().to(device)
+    found = found.to(mean["down_proj"].device)
     return found if module.is_transposed else found.T
 
 

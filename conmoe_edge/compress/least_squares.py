@@ -24,7 +24,7 @@ class LeastSquares:
         self.cross = torch.zeros(outputs, features, dtype=torch.float64)
 
     def add(self, features: Tensor, wanted: Tensor) -> None:
-        """Rows, fp32: [n, I] and [n, H]. Summed in fp32 within a call, in fp64 between calls."""
+        """Rows [n, I] and [n, H]. Summed in their own dtype within a call, in fp64 between calls."""
         self.gram += (features.T @ features).double().cpu()
         self.cross += (wanted.T @ features).double().cpu()
 

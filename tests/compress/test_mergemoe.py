@@ -146,17 +146,17 @@ def test_the_ridge_is_least_squares_with_a_row_for_each_feature(
     seed: int, rows: int, ridge: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(rows, 5, generator=generator)
-    wanted = torch.randn(rows, 3, generator=generator)
+    features = torch.randn(rows, 5, generator=generator).double()
+    wanted = torch.randn(rows, 3, generator=generator).double()
     system = LeastSquares(5, 3)
     cut = rows // 2
     for span in (slice(0, cut), slice(cut, rows)):
         system.add(features[span], wanted[span])
-    weight = ridge * float(features.double().square().sum() / 5)
-    more = torch.cat([features.double(), torch.eye(5).double() * weight**0.5])
-    target = torch.cat([wanted.double(), torch.zeros(5, 3).double()])
+    weight = ridge * float(features.square().sum() / 5)
+    more = torch.cat([features, torch.eye(5).double() * weight**0.5])
+    target = torch.cat([wanted, torch.zeros(5, 3).double()])
     found = torch.linalg.lstsq(more, target).solution.T
-    torch.testing.assert_close(system.solve(ridge), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(system.solve(ridge), found, rtol=1e-7, atol=1e-8)
 
 
 def test_features_that_were_never_on_give_zeros() -> None:

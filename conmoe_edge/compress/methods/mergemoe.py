@@ -3,7 +3,7 @@
 1. The M experts of a layer with the most tokens are the centres; each of the others joins the centre
    that is most like it in cosine of the concatenated [W_up; W_gate].
 2. What a cluster C should give is the mixture  y(t) = sum over j in C of b_j f_j(h_t)  with
-   b_j = f_j / sum of f over C, f_j the tokens that chose j (the paper's matrix B, Theorem 1).
+   b_j = n_j / sum of n over C, n_j the tokens that chose j (the paper's matrix B, Theorem 1).
 3. Gate and up of the merged expert are the averages of the members' rows with the same b_j (T2, T3),
    without aligning neurons.
 4. With these fixed, its activations p(t) are known, and its down projection is the least squares fit

@@ -124,7 +124,7 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     assert_same_with_one_slot(half)
 
 
-@pytest.mark.parametrize("method", ["auto", "m-smoe", "mc-smoe"])
+@pytest.mark.parametrize("method", ["auto", "m-smoe", "mc-smoe", "mergemoe"])
 def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_path: Path) -> None:
     """Narrow, merged and factored prototypes, scales, constants: the runtime against a loop over tokens and slots."""
     package = tmp_path / method

@@ -16,8 +16,10 @@ from conmoe_edge.compress.methods.interface import (
     Needs,
     ScopeView,
 )
+from conmoe_edge.compress.methods.mone import MONE
+from conmoe_edge.compress.methods.one_shot import ONE_SHOT
 
-_ALL: tuple[Method, ...] = (AUTO, CONMOE)
+_ALL: tuple[Method, ...] = (AUTO, CONMOE, *ONE_SHOT, MONE)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 

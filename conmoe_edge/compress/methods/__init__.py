@@ -20,8 +20,19 @@ from conmoe_edge.compress.methods.interface import (
 from conmoe_edge.compress.methods.m_smoe import M_SMOE
 from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
 from conmoe_edge.compress.methods.mergemoe import MERGEMOE
+from conmoe_edge.compress.methods.mone import MONE
+from conmoe_edge.compress.methods.one_shot import ONE_SHOT
 
-_ALL: tuple[Method, ...] = (AUTO, CONMOE, HC_SMOE, M_SMOE, MC_SMOE, MERGEMOE)
+_ALL: tuple[Method, ...] = (
+    AUTO,
+    CONMOE,
+    *ONE_SHOT,
+    MONE,
+    HC_SMOE,
+    M_SMOE,
+    MC_SMOE,
+    MERGEMOE,
+)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def run_tasks(
     require_harness()
     runtime: Any = model.conmoe
     with _calm():
-        import lm_eval
+        from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
@@ -96,7 +97,7 @@ def run_tasks(
             pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=runtime.context
         )
         try:
-            found: Any = lm_eval.simple_evaluate(
+            found: Any = simple_evaluate(
                 model=judged,
                 tasks=list(tasks),
                 num_fewshot=fewshot,
@@ -117,7 +118,7 @@ def run_tasks(
                 _first_line(error),
                 "check that the data of the task is on this machine or that there is a network",
             ) from error
-    return TaskReport(tuple(_scores(found)), lm_eval.__version__, limit)
+    return TaskReport(tuple(_scores(found)), version("lm_eval"), limit)
 
 
 def _check_names(manager: Any, tasks: Sequence[str]) -> None:

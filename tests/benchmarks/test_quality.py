@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_the_picture_has_every_method_and_names_that_do_not_cover_each_other() -
     found = [t for t in root.iter(f"{space}text") if "name" in (t.get("class") or "")]
     assert sorted(t.text or "" for t in found) == sorted(names)
     heights = sorted(float(t.get("y") or 0) for t in found)
-    assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 12
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 12
     assert heights[0] > 0 and heights[-1] < 560
 
 

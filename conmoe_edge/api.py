@@ -499,6 +499,7 @@ def evaluate_tasks(
     budget: str | Budget | None = None,
     device: str | None = None,
     context: int | None = None,
+    bars: bool = True,
 ) -> TaskReport:
     """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
 
@@ -508,6 +509,7 @@ def evaluate_tasks(
         tasks_path: a folder with task files of your own.
         limit: examples of each task at the most.
         fewshot: examples in front of each question; by default what the task says.
+        bars: whether lm-eval shows its progress on stderr.
         budget, device, context: as for ``load``. The scores of one sequence over the vocabulary, which lm-eval asks
             for, come on top of the budget.
 
@@ -526,6 +528,7 @@ def evaluate_tasks(
         tasks_path=None if tasks_path is None else Path(tasks_path),
         limit=limit,
         fewshot=fewshot,
+        bars=bars,
     )
 
 

@@ -57,7 +57,8 @@ def _named(label: str, one: Evaluated) -> Text:
         facts += [one.method, f"{percent(one.rate)} of the experts removed"]
         if one.scope is not None and one.scope > 1:
             facts.append(f"scope {one.scope}")
-        facts.append(f"prototypes in {precision_name(one.precision or '')}")
+        if one.precision not in (None, "source"):
+            facts.append(f"prototypes in {precision_name(one.precision)}")
         if one.dense_precision not in (None, "source"):
             facts.append(f"dense in {one.dense_precision}")
         facts.append(f"{human_size(one.experts_bytes)} of prototypes")

@@ -189,6 +189,7 @@ def _tasks(folder: str, tasks: str, given: dict[str, Any], output: Output) -> No
         budget=given["gpu"],
         device=None if given["device"] == "auto" else given["device"],
         context=given["context"],
+        bars=not output.quiet,
     )
     output.note()
     output.value(report.to_json())

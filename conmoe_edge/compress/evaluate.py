@@ -55,6 +55,10 @@ _HOLD_SHARE = 0.5
 """Of the free memory that a model may take to be held for its continuations."""
 
 
+_TOLD_EVERY = 16
+"""Steps of a continuation by a model in memory between two reports of progress."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to measure. ``continuations`` prompts of ``prompt_tokens`` are continued by ``steps`` tokens."""
@@ -215,6 +219,8 @@ def _continued(
     name: str,
 ) -> list[list[int]]:
     def tell(step: int) -> None:
+        if held and step % _TOLD_EVERY:
+            return
         progress(
             Progress("continue", step, settings.steps, f"{name}, token {step + 1}/{settings.steps}")
         )

@@ -11,10 +11,11 @@ Task files may name Python functions; lm-eval runs these. Nothing of a model fol
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -77,11 +78,12 @@ def run_tasks(
     tasks_path: Path | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
+    bars: bool = True,
 ) -> TaskReport:
     """Run ``tasks`` on a model that ``load`` gave; arguments as for ``conmoe_edge.evaluate_tasks``."""
     require_harness()
     runtime: Any = model.conmoe
-    with _calm():
+    with _calm(bars):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -90,7 +92,11 @@ def run_tasks(
             raise UsageError(
                 f"There is no folder {tasks_path}.", "", "--tasks-path DIR with task files"
             )
-        manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
+        manager: Any = None
+        if tasks_path is not None:  # reading lm-eval's own thousands of task files takes long
+            manager = TaskManager(include_path=str(tasks_path), include_defaults=False)
+        if manager is None or not set(tasks) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
         _check_names(manager, tasks)
         # A longer question is cut from the left by lm-eval; the runtime itself would refuse it.
         judged = HFLM(
@@ -156,14 +162,15 @@ def _scores(found: Any) -> Iterator[TaskScore]:
 
 
 @contextmanager
-def _calm() -> Iterator[None]:
-    """lm-eval logs its settings; a report says what matters."""
+def _calm(bars: bool) -> Iterator[None]:
+    """lm-eval logs its settings; a report says what matters. Its progress bars go where ``bars`` says."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with nullcontext() if bars else redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -82,16 +82,16 @@ def run_tasks(
 ) -> TaskReport:
     """Run ``tasks`` on a model that ``load`` gave; arguments as for ``conmoe_edge.evaluate_tasks``."""
     require_harness()
+    if tasks_path is not None and not tasks_path.is_dir():
+        raise UsageError(
+            f"There is no folder {tasks_path}.", "", "--tasks-path DIR with task files"
+        )
     runtime: Any = model.conmoe
     with _calm(bars):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        if tasks_path is not None and not tasks_path.is_dir():
-            raise UsageError(
-                f"There is no folder {tasks_path}.", "", "--tasks-path DIR with task files"
-            )
         manager: Any = None
         if tasks_path is not None:  # reading lm-eval's own thousands of task files takes long
             manager = TaskManager(include_path=str(tasks_path), include_defaults=False)

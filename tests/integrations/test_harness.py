@@ -98,9 +98,13 @@ def test_a_task_from_a_file_is_scored_as_by_hand(
     assert limited.scores[0].examples == 2
 
 
-def test_unknown_tasks_and_folders(package: Path, tasks: Path) -> None:
+@pytest.mark.slow  # lm-eval reads all of its own task files to say that there is none
+def test_unknown_tasks(package: Path, tasks: Path) -> None:
     with pytest.raises(UsageError, match="no task called 'no_such'"):
         conmoe_edge.evaluate_tasks(package, ["no_such"], tasks_path=tasks, device="cpu")
+
+
+def test_a_folder_of_tasks_that_is_not_there(package: Path, tasks: Path) -> None:
     with pytest.raises(UsageError, match="There is no folder"):
         conmoe_edge.evaluate_tasks(package, ["x"], tasks_path=tasks / "no", device="cpu")
 

@@ -2,7 +2,9 @@
 
 - ``plan(...)``: what would be done for a model and a budget;
 - ``fit(...)``: do it and write a package;
-- ``load(path, budget=None, device=None)``: a transformers model that runs inside the budget.
+- ``load(path, budget=None, device=None)``: a transformers model that runs inside the budget;
+- ``evaluate(...)``: how good a package is on text, beside the model that it was made from;
+- ``evaluate_tasks(...)``: the same by tasks of lm-eval.
 
 After ``import conmoe_edge`` a package also opens through transformers' own door,
 ``AutoModelForCausalLM.from_pretrained("./out")``. Importing this package imports neither torch nor
@@ -34,7 +36,7 @@ from conmoe_edge.errors import (
 from conmoe_edge.integrations.register import watch_transformers
 
 if TYPE_CHECKING:
-    from conmoe_edge.api import fit, load, plan
+    from conmoe_edge.api import evaluate, evaluate_tasks, fit, load, plan
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,8 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "__version__",
+    "evaluate",
+    "evaluate_tasks",
     "fit",
     "load",
     "plan",
@@ -85,8 +89,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
-    # PEP 562: these two pull in torch, so they are fetched when they are first asked for.
-    if name in ("fit", "load"):
+    # PEP 562: these pull in torch, so they are fetched when they are first asked for.
+    if name in ("evaluate", "evaluate_tasks", "fit", "load"):
         from conmoe_edge import api
 
         return getattr(api, name)

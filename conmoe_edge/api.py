@@ -1,4 +1,4 @@
-"""The three calls of the package: ``plan``, ``fit``, ``load``.
+"""The calls of the package: ``plan``, ``fit``, ``load``, ``evaluate``, ``evaluate_tasks``.
 
 They join the layers below: where a model is, what it looks like, what the machine gives, what will be done, doing it,
 running it. Nothing is printed here; ``on_plan`` and ``progress`` are called on the way.
@@ -7,7 +7,7 @@ running it. Nothing is printed here; ``on_plan`` and ``progress`` are called on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from conmoe_edge.checkpoint.locate import Source, describe, locate
 from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.staged import StagedFolder
-from conmoe_edge.errors import CalibrationError
+from conmoe_edge.errors import CalibrationError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
@@ -35,11 +35,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from conmoe_edge.compress.job import OnProgress
+    from conmoe_edge.compress.quality import Cost, EvaluationReport
+    from conmoe_edge.integrations.harness import TaskReport
 
 SEQUENCE_LENGTH = 512
 CALIBRATION_TOKENS = 64 * SEQUENCE_LENGTH
 HELD_OUT_SHARE = 4
 PLAN_FILE = "plan.json"
+CONTINUATIONS, PROMPT_TOKENS, CONTINUATION_TOKENS = 6, 64, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +224,8 @@ def fit(
         method: consolidation method.
         calibration: UTF-8 text to calibrate on; the text that comes with the package by default.
         calibration_tokens: how much of it.
-        seed: for methods that draw random numbers.
+        seed: which windows of the calibration text are used: 0 spreads them evenly over it, any other seed draws
+            them. What is held out is the same for every seed.
         fresh: throw away an unfinished run instead of going on with it.
         overwrite: replace an existing package.
         on_plan: called with the plan before anything is written; may raise to stop.
@@ -297,7 +301,12 @@ def fit(
     require_space(Path(out), report.plan.disk_bytes + report.plan.scratch_bytes)
     tokenizer = _tokenizer(source.path)
     train, held_out = token_sets(
-        text, tokenizer, length=length, tokens=tokens, held_out_tokens=tokens // HELD_OUT_SHARE
+        text,
+        tokenizer,
+        length=length,
+        tokens=tokens,
+        held_out_tokens=tokens // HELD_OUT_SHARE,
+        seed=seed,
     )
     with StagedFolder(Path(out), settings, overwrite=overwrite, fresh=fresh) as staged:
         report = _same_plan(staged.work / PLAN_FILE, report)
@@ -380,6 +389,195 @@ def load(
     return load_package(
         Path(path), budget=budget, device=device, context=context, cache_policy=cache_policy
     )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    text: str | Path | None = None,
+    tokens: int = CALIBRATION_TOKENS // HELD_OUT_SHARE,
+    sequence_length: int = SEQUENCE_LENGTH,
+    seed: int = 0,
+    continuations: int = CONTINUATIONS,
+    prompt_tokens: int = PROMPT_TOKENS,
+    continuation_tokens: int = CONTINUATION_TOKENS,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    revision: str | None = None,
+    offline: bool = False,
+    on_cost: Callable[[Cost], None] | None = None,
+    progress: OnProgress | None = None,
+) -> EvaluationReport:
+    """How good a package or a model is on text, beside the model that it was made from. Both are
+    streamed, so neither has to fit in memory.
+
+    Args:
+        model: a package, or a model by alias, hub id or folder.
+        against: what to compare with, a package or a model; ``"none"`` for nothing. By default the model that the
+            package was made from, where it is found on this machine.
+        text: UTF-8 text, which may name domains; by default the held-out text that comes with the package, of which
+            the receipt of ``fit`` has the first ``tokens`` as well.
+        tokens: of the text, at the most.
+        sequence_length: tokens of one sequence.
+        seed: which parts of the text: 0 spreads them evenly, others draw them.
+        continuations: prompts that are continued greedily; 0 for none.
+        prompt_tokens, continuation_tokens: of each.
+        device: where to compute.
+        revision: branch, tag or commit, where ``model`` is on the hub.
+        offline: open no socket.
+        on_cost: called before anything is computed.
+        progress: called on the way.
+
+    Raises:
+        CheckpointError: a model is damaged, or the package's source has changed.
+        CalibrationError: the text cannot be read or is too short.
+        UsageError: the two have different tokenizers.
+    """
+    import torch
+
+    from conmoe_edge.compress.calibration import bundled_text, read_text
+    from conmoe_edge.compress.evaluate import Folder, Settings, described, manifest_of
+    from conmoe_edge.compress.evaluate import evaluate as measured
+    from conmoe_edge.compress.job import Progress
+    from conmoe_edge.compress.quality import EvaluationReport
+    from conmoe_edge.memory.machine import measure_machine
+    from conmoe_edge.model.bridge import read_config
+
+    tell = progress or (lambda step: None)
+    words = read_text(Path(text), "--text", "text") if text is not None else bundled_text()
+    if min(tokens, sequence_length) < 2 or (
+        continuations and min(prompt_tokens, continuation_tokens) < 1
+    ):
+        raise UsageError(
+            "There is nothing to measure.", "tokens and their sequences need two at least"
+        )
+    tell(Progress("locate", 0, 1, str(model)))
+    ours = locate(str(model), revision=revision, offline=offline)
+    manifest = manifest_of(ours.path)
+    theirs, is_origin, alone = _reference(manifest, against, offline=offline)
+    one = Folder(ours.name, ours.path, _tokenizer(ours.path))
+    other = None
+    if theirs is not None:
+        other = Folder(theirs.name, theirs.path, _tokenizer(theirs.path))
+    where = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+    free = (
+        torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else measure_machine().ram_usable
+    )
+    longest = int(
+        getattr(read_config(str(ours.path)).get_text_config(), "max_position_embeddings", 0)
+        or 1 << 20
+    )
+    settings = Settings(
+        tokens=tokens,
+        sequence_length=min(sequence_length, longest),
+        seed=seed,
+        continuations=continuations,
+        prompt_tokens=max(1, min(prompt_tokens, longest - continuation_tokens)),
+        steps=min(continuation_tokens, longest - 1),
+        device=where,
+        free_memory=free,
+    )
+    total, domains, continued, cost, seconds = measured(
+        one, other, words, settings, on_cost=on_cost, progress=tell
+    )
+    sizes = [_experts_bytes(folder.path) for folder in (one, other) if folder is not None]
+    return EvaluationReport(
+        model=described(one, sizes[0]),
+        reference=None if other is None else described(other, sizes[1], is_origin),
+        quality=total,
+        per_domain=domains,
+        continuations=continued,
+        settings={
+            "text": "bundled" if text is None else str(text),
+            "text_sha256": words.sha256,
+            "tokens": tokens,
+            "sequence_length": settings.sequence_length,
+            "seed": seed,
+            "device": where.type,
+            "held": list(cost.held),
+        },
+        alone=alone,
+        seconds=seconds,
+    )
+
+
+def evaluate_tasks(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    tasks_path: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    budget: str | Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    bars: bool = True,
+) -> TaskReport:
+    """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
+
+    Args:
+        path: folder that ``fit`` wrote.
+        tasks: names as lm-eval has them.
+        tasks_path: a folder with task files of your own.
+        limit: examples of each task at the most.
+        fewshot: examples in front of each question; by default what the task says.
+        bars: whether lm-eval shows its progress on stderr.
+        budget, device, context: as for ``load``. The scores of one sequence over the vocabulary, which lm-eval asks
+            for, come on top of the budget.
+
+    Raises:
+        UsageError: lm-eval is not installed, or there is no such task.
+        ConmoeError: a task cannot be run, as without its data.
+    """
+    from conmoe_edge.integrations.harness import require_harness, run_tasks
+
+    require_harness()
+    model = load(path, budget=budget, device=device, context=context)
+    return run_tasks(
+        model,
+        _tokenizer(Path(path)),
+        tasks,
+        tasks_path=None if tasks_path is None else Path(tasks_path),
+        limit=limit,
+        fewshot=fewshot,
+        bars=bars,
+    )
+
+
+def _reference(
+    manifest: Manifest | None, against: str | Path | None, *, offline: bool
+) -> tuple[Source | None, bool | None, str]:
+    """What a model is compared with, whether a package was made from it, and if nothing, why."""
+    from conmoe_edge.checkpoint.origin import differs, find_origin, fingerprint_of
+    from conmoe_edge.compress.evaluate import manifest_of
+
+    if against is not None and str(against) != "none":
+        found = locate(str(against), offline=offline)
+        if manifest is None or manifest_of(found.path) is not None:
+            return found, None, ""
+        return found, not differs(manifest.source.get("fingerprint"), fingerprint_of(found)), ""
+    if against is not None:
+        return None, None, "as asked"
+    if manifest is None:
+        return None, None, "a model by itself; --against names one to compare it with"
+    found = find_origin(manifest)
+    if found is not None:
+        return found, True, ""
+    named = manifest.source.get("name") or "the model that it was made from"
+    return None, None, f"{named} is not on this machine; --against names one to compare with"
+
+
+def _experts_bytes(folder: Path) -> int:
+    """Bytes of the routed experts of a plain model in a folder."""
+    from conmoe_edge.compress.evaluate import manifest_of
+    from conmoe_edge.model.bridge import read_config
+
+    manifest = manifest_of(folder)
+    if manifest is not None and manifest.method != UNCHANGED:
+        return 0
+    index = CheckpointIndex.open(folder)
+    headers = {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    return _anatomy(read_config(str(folder)), headers).experts_bytes
 
 
 def _anatomy(config: PretrainedConfig, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:

@@ -26,8 +26,12 @@ _LABELS = {
     "write": "write",
     "receipt": "measure quality",
     "verify": "verify",
+    "model": "run the model",
+    "reference": "run reference",
+    "compare": "compare",
+    "continue": "continue",
 }
-_BY_LAYER = ("survey", "calibrate", "receipt")
+_BY_LAYER = ("survey", "calibrate", "receipt", "model", "reference")
 _WIDTH = max(map(len, _LABELS.values()))
 
 

@@ -52,7 +52,14 @@ if TYPE_CHECKING:
     type=Tokens(),
     help="How many tokens of it to use; more is slower and steadier.",
 )
-@click.option("--seed", metavar="N", type=int, default=0, hidden=True, help="Seed of the sampling.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Which parts of the calibration text are used: 0 spreads them evenly, others draw them.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on where a run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is there.")

@@ -23,6 +23,7 @@ _COMMANDS = {
     "chat": "conmoe_edge.cli.chat:chat",
     "plan": "conmoe_edge.cli.plan:plan",
     "bench": "conmoe_edge.cli.bench:bench",
+    "eval": "conmoe_edge.cli.evaluate:evaluate",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
 }

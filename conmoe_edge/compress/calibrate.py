@@ -52,7 +52,7 @@ class Calibration:
         streams = self.run.open_streams(model, sets, "calibrate")
         for index in range(self.run.journal.done, self.run.layers):
             self.run.announce("calibrate", index)
-            with self.run.loaded(model, index, with_experts=True):
+            with self.run.loaded(model, index):
                 tokens = self._statistics(model, index, streams)
                 before = None
                 if follows and index in model.experts:

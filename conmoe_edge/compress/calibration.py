@@ -2,7 +2,8 @@
 
 A text file is UTF-8. A line ``<|document domain=NAME|>`` begins a new document; a file without such lines is one
 document. Windows of equal length are taken from every domain in turn, evenly spread over the domain's text, so that a
-small number of tokens still sees all of it.
+small number of tokens still sees all of it. A seed other than 0 draws each domain's windows by chance
+instead; what is held out stays the same for every seed.
 
 Peak memory: the text and its tokens. Raises ``CalibrationError``.
 """
@@ -10,6 +11,7 @@ Peak memory: the text and its tokens. Raises ``CalibrationError``.
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from conmoe_edge.errors import CalibrationError
 _MARK = re.compile(r"^<\|document(?:\s+domain=([\w.-]+))?\|>[ \t]*$", re.MULTILINE)
 _HELD_OUT_EVERY = 5
 _MIN_TOKENS = 64
+_MIN_TEST_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +82,31 @@ def bundled_text() -> CalibrationText:
     return CalibrationText(_split(train.decode()), _split(held_out.decode()), digest)
 
 
-def read_text(path: Path) -> CalibrationText:
-    """A user's own text. Part of its windows is held out later (``token_sets``)."""
+def read_text(
+    path: Path, flag: str = "--calibration", kind: str = "calibration text"
+) -> CalibrationText:
+    """A user's own text. Part of its windows is held out later (``token_sets``).
+
+    ``flag`` and ``kind`` are what errors call it.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise CalibrationError(
-            f"The calibration text {path} cannot be read.",
+            f"The {kind} {path} cannot be read.",
             error.strerror or "",
-            "give another file with --calibration",
+            f"give another file with {flag}",
         ) from error
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"The calibration text {path} is not UTF-8 text.",
+            f"The {kind} {path} is not UTF-8 text.",
             f"byte {error.start} does not belong there",
-            "save it as UTF-8, or leave --calibration out to use the text that comes with the program",
+            f"save it as UTF-8, or leave {flag} out to use the text that comes with the program",
         ) from error
     if not text.strip():
-        raise CalibrationError(
-            f"The calibration text {path} is empty.", "", "give a file with text in it"
-        )
+        raise CalibrationError(f"The {kind} {path} is empty.", "", "give a file with text in it")
     return CalibrationText(_split(text), None, hashlib.sha256(raw).hexdigest())
 
 
@@ -119,7 +125,13 @@ def _split(text: str) -> tuple[Document, ...]:
 
 
 def token_sets(
-    text: CalibrationText, tokenizer: Any, *, length: int, tokens: int, held_out_tokens: int
+    text: CalibrationText,
+    tokenizer: Any,
+    *,
+    length: int,
+    tokens: int,
+    held_out_tokens: int,
+    seed: int = 0,
 ) -> tuple[TokenSet, TokenSet]:
     """Calibration and held-out sequences.
 
@@ -128,6 +140,8 @@ def token_sets(
         tokenizer: a transformers tokenizer.
         length: tokens of one sequence.
         tokens, held_out_tokens: how many to take at the most; less where the text is short.
+        seed: which windows are calibrated on. 0 spreads them evenly, any other seed draws them, as
+            many from each domain as 0 takes. A text that is used up has no other windows.
 
     Raises:
         CalibrationError: the text has too few tokens.
@@ -158,11 +172,38 @@ def token_sets(
             f"at least {_MIN_TOKENS} are needed, some ten thousand are sensible",
             "give a longer text with --calibration, or leave it out to use the one that comes with the program",
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = _pad_of(tokenizer)
     return (
-        _take(windows, length, max(1, tokens // length), pad),
+        _take(windows, length, max(1, tokens // length), pad, seed),
         _take(held, length, max(1, held_out_tokens // length), pad),
     )
+
+
+def evaluation_set(
+    text: CalibrationText, tokenizer: Any, *, length: int, tokens: int, seed: int = 0
+) -> TokenSet:
+    """Sequences to measure on: what the text holds out, or all of a text that holds nothing out.
+
+    Arguments as for ``token_sets``; with the bundled text and seed 0 these are the sequences of the
+    receipt.
+
+    Raises:
+        CalibrationError: the text has too few tokens.
+    """
+    documents = text.train if text.held_out is None else text.held_out
+    windows = _windows(documents, tokenizer, length)
+    total = sum(len(row) for rows in windows.values() for row in rows)
+    if total < _MIN_TEST_TOKENS:
+        raise CalibrationError(
+            f"The text has only {total} tokens.",
+            f"at least {_MIN_TEST_TOKENS} are needed, some thousand are sensible",
+            "give a longer text with --text, or leave it out to use the one that comes with the program",
+        )
+    return _take(windows, length, max(1, tokens // length), _pad_of(tokenizer), seed)
+
+
+def _pad_of(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def _windows(
@@ -185,8 +226,10 @@ def _windows(
     return result
 
 
-def _take(windows: dict[str, list[list[int]]], length: int, count: int, pad: int) -> TokenSet:
-    """Up to ``count`` windows, the domains in turn, evenly spread within each."""
+def _take(
+    windows: dict[str, list[list[int]]], length: int, count: int, pad: int, seed: int = 0
+) -> TokenSet:
+    """Up to ``count`` windows, the domains in turn; evenly spread within each, or drawn by a seed."""
     domains = [domain for domain, rows in sorted(windows.items()) if rows]
     share = dict.fromkeys(domains, 0)
     while sum(share.values()) < count:
@@ -199,8 +242,8 @@ def _take(windows: dict[str, list[list[int]]], length: int, count: int, pad: int
     names: list[str] = []
     for domain in domains:
         available = windows[domain]
-        for number in range(share[domain]):
-            rows.append(available[number * len(available) // share[domain]])
+        for number in _chosen(len(available), share[domain], domain, seed):
+            rows.append(available[number])
             names.append(domain)
     ids = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.bool)
@@ -208,3 +251,11 @@ def _take(windows: dict[str, list[list[int]]], length: int, count: int, pad: int
         ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[number, : len(row)] = True
     return TokenSet(ids, mask, tuple(names))
+
+
+def _chosen(available: int, count: int, domain: str, seed: int) -> list[int]:
+    """Which of a domain's windows, in ascending order."""
+    if seed == 0:
+        return [number * available // count for number in range(count)]
+    # The generator's seed is text, so that domains do not draw alike; sha512 of it is stable.
+    return sorted(random.Random(f"{seed} {domain}").sample(range(available), count))

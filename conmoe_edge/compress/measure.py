@@ -12,10 +12,9 @@ from typing import Any
 from conmoe_edge.checkpoint.index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.compress.dense import Dequantised
-from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.run import Run
-from conmoe_edge.compress.stream import Stream, run_layer, sequence_logits
-from conmoe_edge.compress.taps import RoutedTap, attach
+from conmoe_edge.compress.stream import Stream
+from conmoe_edge.compress.subject import Subject, compare_heads
 from conmoe_edge.model.streaming import StreamedModel
 
 
@@ -26,23 +25,23 @@ def measure(run: Run) -> None:
     records = index_files(run.package, files)
     with ShardReader(index) as dense, ShardReader(records) as prototypes:
         package = run.streamed(Dequantised(dense))
-        if any(run.journal.rerouted.values()):
-            package.routers()  # looked for while nothing is loaded
+        subject = Subject(
+            package,
+            lambda layer: run.mapped(layer, prototypes),
+            "the package",
+            closed={
+                layer: is_open
+                for layer in package.experts
+                if (is_open := run.open_slots(layer)) is not None
+            },
+        )
         streams = run.open_streams(package, {"held_out": run.job.held_out}, "receipt")
         for layer in range(run.journal.done, run.layers):
             run.announce("receipt", layer)
-            with run.loaded(package, layer, with_experts=False):
-                tap = None
-                if layer in package.experts:
-                    with run.clock.part("read"):
-                        tap = run.mapped(layer, prototypes)
-                    attach(package.experts[layer][1], tap)
+            with subject.layer(layer, run.clock):
                 start = time.perf_counter()
-                with run.rerouting(package, layer):
-                    run_layer(package, layer, streams["held_out"], tap, "the package")
+                subject.advance(layer, streams["held_out"])
                 run.clock.add("receipt", time.perf_counter() - start)
-                if tap is not None:
-                    attach(package.experts[layer][1], RoutedTap())
             run.layer_done("receipt", layer, streams)
         with run.clock.part("read"):
             package.load_outside()
@@ -58,14 +57,9 @@ def _compare(run: Run, package: StreamedModel, after: Stream) -> dict[str, Any]:
     Where nothing dense is quantised these are the same bytes, and are loaded once.
     """
     hidden = run.journal.load_hidden("original", 0)["held_out"]
-    tokens = run.job.held_out
-    tracker = ReceiptTracker(tokens)
     with ShardReader(run.job.index) as reader:
         original = package
         if run.job.dense_precision != "source":
             original = run.streamed(reader)
             original.load_outside()
-        for row in range(tokens.ids.shape[0]):
-            before = sequence_logits(original, tokens, hidden, row)
-            tracker.add(row, before, sequence_logits(package, tokens, after.hidden, row))
-    return tracker.result()
+        return compare_heads(original, hidden, package, after.hidden, run.job.held_out)

@@ -63,14 +63,11 @@ class ReceiptTracker:
 
     def add(self, row: int, original: Tensor, consolidated: Tensor) -> None:
         """Compare the logits [T, V] of one sequence."""
-        ids, mask = self._tokens.ids[row], self._tokens.mask[row]
-        valid = mask[1:] & mask[:-1]
         sums = self._sums.setdefault(self._tokens.domains[row], _Sums())
-        if bool(valid.any()):
-            targets, before, after = ids[1:][valid], original[:-1][valid], consolidated[:-1][valid]
-            for start in range(0, targets.numel(), _POSITIONS):
-                block = slice(start, start + _POSITIONS)
-                sums.add(_compare(targets[block], before[block], after[block]))
+        targets, (before, after) = _predicted(self._tokens, row, original, consolidated)
+        for start in range(0, targets.numel(), _POSITIONS):
+            block = slice(start, start + _POSITIONS)
+            sums.add(_compare(targets[block], before[block], after[block]))
 
     def result(self) -> dict[str, Any]:
         """The receipt."""
@@ -83,17 +80,56 @@ class ReceiptTracker:
         return {**total.result(), "per_domain": by_domain}
 
 
+class LossTracker:
+    """The loss of one model alone, sequence by sequence."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self._tokens = tokens
+        self._sums: dict[str, tuple[int, float]] = {}
+
+    def add(self, row: int, logits: Tensor) -> None:
+        """Add the logits [T, V] of one sequence."""
+        count, loss = self._sums.get(self._tokens.domains[row], (0, 0.0))
+        targets, (found,) = _predicted(self._tokens, row, logits)
+        for start in range(0, targets.numel(), _POSITIONS):
+            block = slice(start, start + _POSITIONS)
+            q = torch.log_softmax(found[block].float(), dim=-1)
+            loss -= _likelihood(q, targets[block])
+        self._sums[self._tokens.domains[row]] = (count + targets.numel(), loss)
+
+    def result(self) -> tuple[tuple[int, float], dict[str, tuple[int, float]]]:
+        """(tokens, mean loss) over all and by domain."""
+        by_domain = {
+            name: (count, loss / max(1, count))
+            for name, (count, loss) in sorted(self._sums.items())
+        }
+        count = sum(count for count, _ in self._sums.values())
+        loss = sum(loss for _, loss in self._sums.values())
+        return (count, loss / max(1, count)), by_domain
+
+
+def _predicted(tokens: TokenSet, row: int, *logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The tokens [n] of a sequence that count, and for each of the logits [T, V] those that say them."""
+    mask = tokens.mask[row]
+    valid = mask[1:] & mask[:-1]
+    return tokens.ids[row][1:][valid], tuple(one[:-1][valid.to(one.device)] for one in logits)
+
+
+def _likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    """Sum of the targets' log-probabilities; [n, V] and [n]."""
+    rows = torch.arange(targets.numel(), device=log_probabilities.device)
+    return float(log_probabilities[rows, targets.to(rows.device)].double().sum())
+
+
 def _compare(targets: Tensor, original: Tensor, consolidated: Tensor) -> _Sums:
     """targets [n], logits [n, V] each."""
     p = torch.log_softmax(original.float(), dim=-1)
     q = torch.log_softmax(consolidated.float(), dim=-1)
-    rows = torch.arange(targets.numel(), device=p.device)
-    targets = targets.to(p.device)
     weights = p.exp()
     return _Sums(
         positions=targets.numel(),
-        original=-float(p[rows, targets].double().sum()),
-        consolidated=-float(q[rows, targets].double().sum()),
+        original=-_likelihood(p, targets),
+        consolidated=-_likelihood(q, targets),
         kl=max(0.0, float((weights * (p - q)).sum(-1).double().sum())),
         agreed=int((p.argmax(-1) == q.argmax(-1)).sum()),
         overlap=float(torch.minimum(weights, q.exp()).sum(-1).double().sum()),

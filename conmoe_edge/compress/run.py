@@ -19,7 +19,7 @@ from conmoe_edge.checkpoint.constants import read_constants
 from conmoe_edge.checkpoint.files import WrittenFile
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.records import make_layout, view
+from conmoe_edge.checkpoint.records import make_layout
 from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.clock import Clock
 from conmoe_edge.compress.job import Job, OnProgress, Progress
@@ -27,9 +27,8 @@ from conmoe_edge.compress.journal import Journal
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.statistics import LayerStatistics
 from conmoe_edge.compress.stream import Stream, compute_dtype, open_stream
+from conmoe_edge.compress.subject import mapped_tap, timed_layer
 from conmoe_edge.compress.taps import IMPLEMENTATION, MappedTap
-from conmoe_edge.compress.weights import record_name
-from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ExpertsAnatomy
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights
@@ -99,8 +98,9 @@ class Run:
         model.drop_outside()
         return streams
 
-    def loaded(self, model: StreamedModel, index: int, *, with_experts: bool) -> _TimedLayer:
-        return _TimedLayer(model, index, with_experts, self.clock)
+    def loaded(self, model: StreamedModel, index: int) -> AbstractContextManager[nn.Module]:
+        """A layer of the original."""
+        return timed_layer(model, index, self.clock, with_experts=True)
 
     def layer_done(self, phase: str, index: int, streams: Mapping[str, Stream]) -> None:
         with self.clock.part("journal"):
@@ -213,10 +213,14 @@ class Run:
 
     def rerouting(self, model: StreamedModel, layer: int) -> AbstractContextManager[None]:
         """The layer's router as it is in the package."""
+        is_open = self.open_slots(layer)
+        return nullcontext() if is_open is None else rerouted(model.routers()[layer], is_open)
+
+    def open_slots(self, layer: int) -> list[bool] | None:
+        """Which slots the router of the package's layer may choose; ``None`` where it is as it was."""
         if not self.is_rerouted(layer):
-            return nullcontext()
-        is_open = [not slot.dropped for slot in self.slots(layer)]
-        return rerouted(model.routers()[layer], is_open)
+            return None
+        return [not slot.dropped for slot in self.slots(layer)]
 
     def numbers(self) -> dict[int, list[int]]:
         """MoE layer -> prototype number of every router slot, -1 where a slot has none."""
@@ -232,15 +236,17 @@ class Run:
         }
 
     def mapped(self, layer: int, reader: ShardReader) -> MappedTap:
-        slots = self.slots(layer)
-        parts = {}
-        for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
-            record = reader[record_name(expert)][...]
-            layout = self.layout(layer, self.journal.records[record_name(expert)][2])
-            parts[expert] = {
-                name: part.to(self.job.device) for name, part in view(layout, record).items()
-            }
-        return MappedTap(slots, parts, self.constants_of(layer), self.is_rerouted(layer))
+        def layout_of(name: str) -> RecordLayout:
+            return self.layout(layer, self.journal.records[name][2])
+
+        return mapped_tap(
+            self.slots(layer),
+            reader,
+            layout_of,
+            self.constants_of(layer),
+            self.job.device,
+            self.is_rerouted(layer),
+        )
 
     def in_int8(self, model: StreamedModel) -> frozenset[str]:
         """The dense weights that the package stores in int8."""
@@ -248,23 +254,6 @@ class Run:
             return frozenset()
         targets = targets_of(model.model, self.job.index.tensors)
         return frozenset(quantisable_weights(model.model, targets))
-
-
-class _TimedLayer:
-    """A loaded layer whose reading is timed."""
-
-    def __init__(self, model: StreamedModel, index: int, with_experts: bool, clock: Clock) -> None:
-        self._context = model.layer(index, with_experts=with_experts)
-        self._clock = clock
-
-    def __enter__(self) -> nn.Module:
-        trim_heap()  # what the activations of the layer before left in pieces
-        with self._clock.part("read"):
-            return self._context.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        self._context.__exit__(*exc)
-        trim_heap()
 
 
 def expert_of(name: str) -> ExpertId:

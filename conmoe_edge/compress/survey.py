@@ -38,7 +38,7 @@ def survey(run: Run, model: StreamedModel) -> None:
         curves: dict[int, list[float]] = {}
         for index in range(run.layers):
             run.announce("survey", index)
-            with run.loaded(model, index, with_experts=True):
+            with run.loaded(model, index):
                 left = _one_layer(run, model, index, stream, changed)
                 if left is not None:
                     curves[index] = left

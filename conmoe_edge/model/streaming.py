@@ -38,13 +38,18 @@ class _Captured(Exception):
 class Batch:
     """Sequences that run together and the arguments that each decoder layer gets for them.
 
-    ``input_ids`` [B, T]; ``attention_mask`` [B, T] with 0 at padding, or ``None``; ``calls[i]`` are the positional and
-    keyword arguments of decoder layer i without the hidden states.
+    ``input_ids`` [B, T]; ``attention_mask`` [B, T] with 0 at padding, or ``None``; ``calls[i]`` are
+    the positional and keyword arguments of decoder layer i without the hidden states. With
+    ``use_cache`` the model's own key-value cache is in these arguments and fills as the layers run;
+    it is ``cache`` then, and the batch that continues these sequences is given it. It stays ``None``
+    for a model that hands its layers none.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    use_cache: bool = False
+    cache: Any = None
 
 
 class StreamedModel:
@@ -207,7 +212,9 @@ class StreamedModel:
             return forward
 
         with suppress(_Captured):
-            self._run(batch, stub)
+            self._run(batch, stub, use_cache=batch.use_cache, cache=batch.cache)
+        if batch.use_cache:
+            batch.cache = batch.calls[0][1].get("past_key_values")
         return first[0]
 
     def epilogue(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -236,7 +243,14 @@ class StreamedModel:
             out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _run(self, batch: Batch, stub: Callable[[int], Callable[..., Tensor]]) -> Any:
+    def _run(
+        self,
+        batch: Batch,
+        stub: Callable[[int], Callable[..., Tensor]],
+        *,
+        use_cache: bool = False,
+        cache: Any = None,
+    ) -> Any:
         for index, layer in enumerate(self.layers):
             layer.forward = stub(index)  # type: ignore[method-assign]
         try:
@@ -246,7 +260,8 @@ class StreamedModel:
                     attention_mask=None
                     if batch.attention_mask is None
                     else batch.attention_mask.to(self.device),
-                    use_cache=False,
+                    past_key_values=cache,
+                    use_cache=use_cache,
                 )
         finally:
             for layer, forward in zip(self.layers, self._own_forwards, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from conmoe_edge.compress.calibration import (
     CalibrationText,
@@ -101,3 +102,50 @@ def test_missing_and_too_short(tmp_path: Path) -> None:
             tokens=64,
             held_out_tokens=16,
         )
+
+
+def _numbered(windows: int) -> CalibrationText:
+    """Every window of eight bytes says which one it is."""
+    made = {
+        name: "".join(f"{name}{number:06d}" for number in range(windows)) for name in ("aa", "bb")
+    }
+    documents = tuple(Document(name, body) for name, body in made.items())
+    return CalibrationText(documents, None, "x")
+
+
+def test_seeds_draw_other_windows_and_leave_the_held_out_text() -> None:
+    def sets(seed: int):
+        return token_sets(
+            _numbered(200), Letters(), length=8, tokens=160, held_out_tokens=80, seed=seed
+        )
+
+    evenly, held = sets(0)
+    drawn, same = sets(1)
+    assert not torch.equal(evenly.ids, drawn.ids)
+    assert evenly.domains == drawn.domains and evenly.ids.shape == drawn.ids.shape
+    assert torch.equal(held.ids, same.ids)
+    assert torch.equal(drawn.ids, sets(1)[0].ids)
+    assert not torch.equal(drawn.ids, sets(2)[0].ids)
+    rows = {tuple(row) for row in drawn.ids.tolist()}
+    assert len(rows) == 20  # drawn without putting back
+    assert not rows & {tuple(row) for row in held.ids.tolist()}
+
+
+def test_seed_zero_spreads_evenly() -> None:
+    train, _ = token_sets(_numbered(200), Letters(), length=8, tokens=32, held_out_tokens=8, seed=0)
+    # Of 160 windows that are not held out the first and the middle one of each domain.
+    assert [bytes(b - 2 for b in row).decode() for row in train.ids.tolist()] == [
+        "aa000000",
+        "aa000100",
+        "bb000000",
+        "bb000100",
+    ]
+
+
+def test_a_text_that_is_used_up_is_the_same_for_every_seed() -> None:
+    def ids(seed: int) -> torch.Tensor:
+        return token_sets(
+            _numbered(20), Letters(), length=8, tokens=10**6, held_out_tokens=8, seed=seed
+        )[0].ids
+
+    assert torch.equal(ids(0), ids(3))

@@ -236,6 +236,7 @@ def fit(
     from conmoe_edge.compress.job import Job, Progress
     from conmoe_edge.compress.methods.asked import asked_method
     from conmoe_edge.compress.pipeline import Consolidation
+    from conmoe_edge.compress.reach import check_reach
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.offload.planned import planned_caching
@@ -270,6 +271,8 @@ def fit(
         on_plan(report)
     if report.plan.unchanged and rate == "auto":
         return _fit_unchanged(source, index, Path(out), report, overwrite=overwrite, fresh=fresh)
+    planned = report.plan.chosen
+    check_reach(config, anatomy, METHODS[method], planned.rate, planned.scope)
     identity = fingerprint(index, (source.path / "config.json").read_bytes())
     target = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     length = min(SEQUENCE_LENGTH, anatomy.max_context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from conmoe_edge.checkpoint.records import decode, view
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import expert_forward, find_experts
+from conmoe_edge.model.rerouting import can_choose, reroute
+from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.streaming import Batch, StreamedModel
 
 NAMES = [family.model_type for family in FAMILIES]
@@ -124,7 +127,7 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
     assert_same_with_one_slot(half)
 
 
-@pytest.mark.parametrize("method", ["auto", "m-smoe", "mc-smoe"])
+@pytest.mark.parametrize("method", ["auto", "m-smoe", "mc-smoe", "mergemoe"])
 def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_path: Path) -> None:
     """Narrow, merged and factored prototypes, scales, constants: the runtime against a loop over tokens and slots."""
     package = tmp_path / method
@@ -153,6 +156,23 @@ def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_p
             module.forward = by_the_records(
                 module, manifest.slots[layer], parts, constants.get(layer)
             )
+    assert_same(api.load(package, device="cpu"), reference)
+    assert_same_with_one_slot(package)
+
+
+def test_reap_runs_as_its_router_is_kept_to_the_rest(source: Path, tmp_path: Path) -> None:
+    """Every fourth expert goes. The reference is the original, its router hidden from what is gone."""
+    package = tmp_path / "reap"
+    fit(source, package, 0.25, method="reap")
+    manifest = load_manifest(package)
+    assert manifest.rerouted == tuple(manifest.slots) and 0 < manifest.receipt["kl"] < 5
+    reference = original(source)
+    routers = find_routers(bridge.build_meta(bridge.read_config(str(source)), torch.float32))
+    for layer, router in routers.items():
+        is_open = manifest.open_slots(layer)
+        assert sum(is_open) == 6 and can_choose(router.selection, is_open)
+        module = reference.get_submodule(router.path)
+        reroute(replace(router, module=module), is_open)
     assert_same(api.load(package, device="cpu"), reference)
     assert_same_with_one_slot(package)
 

@@ -44,6 +44,11 @@ class SlotRecord:
     scale: float = 1.0
     constant: int | None = None
 
+    @property
+    def dropped(self) -> bool:
+        """Whether nothing is behind the slot."""
+        return self.prototype is None and self.constant is None
+
 
 @dataclass(frozen=True, slots=True)
 class RecordPart:
@@ -130,6 +135,8 @@ class Manifest:
         layouts: record layouts; ``PrototypeEntry.layout`` is an index into them.
         prototypes: sorted by ``id``; position = prototype number.
         slots: decoder layer -> one ``SlotRecord`` per router slot.
+        rerouted: decoder layers whose router may only choose slots that have a prototype or a constant; ascending.
+            Elsewhere a router chooses among all of its slots, and one with neither adds nothing.
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         prefetch: ``None`` where there is no predictor.
@@ -152,3 +159,9 @@ class Manifest:
     dense_precision: str = "source"
     tool_version: str = ""
     format_version: int = FORMAT_VERSION
+    rerouted: tuple[int, ...] = ()
+
+    def open_slots(self, layer: int) -> list[bool]:
+        """One flag a router slot of a layer: whether the router may choose it."""
+        closes = layer in self.rerouted
+        return [not closes or not slot.dropped for slot in self.slots[layer]]

@@ -147,6 +147,8 @@ def to_json(manifest: Manifest) -> bytes:
             }
             for one in manifest.cache
         ]
+    if manifest.rerouted:
+        value["rerouted"] = list(manifest.rerouted)
     if manifest.prefetch is not None:
         value["prefetch"] = {
             "depth": manifest.prefetch.depth,
@@ -271,6 +273,7 @@ def _build(parsed: ManifestJson) -> Manifest:
         )
         for layer in sorted(parsed.remap)
     }
+    _check_rerouted(parsed.rerouted, slots)
     files = {name: facts.model_dump() for name, facts in sorted(parsed.files.items())}
     _check_prototypes(prototypes, layouts, slots, files)
     if parsed.cache and len(parsed.cache) != len(layouts):
@@ -307,7 +310,19 @@ def _build(parsed: ManifestJson) -> Manifest:
         prefetch=prefetch,
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
+        rerouted=tuple(parsed.rerouted),
     )
+
+
+def _check_rerouted(layers: list[int], slots: dict[int, tuple[SlotRecord, ...]]) -> None:
+    """The layers are there, in order, and their routers have something to choose."""
+    if any(first >= second for first, second in pairwise(layers)):
+        raise _Wrong("the rerouted layers are not sorted, or one is there twice")
+    for layer in layers:
+        if layer not in slots:
+            raise _Wrong(f"layer {layer} is rerouted, but has no router slots")
+        if all(slot.dropped for slot in slots[layer]):
+            raise _Wrong(f"layer {layer} is rerouted, but none of its slots may be chosen")
 
 
 def _check_prototypes(

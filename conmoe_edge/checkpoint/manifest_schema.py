@@ -140,3 +140,4 @@ class ManifestJson(_Strict):
     receipt: Json
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
     prefetch: PrefetchJson | None = None
+    rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []

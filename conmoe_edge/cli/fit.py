@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     default="conmoe",
     show_default=True,
     help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `m-smoe` "
-    "merges experts, `mc-smoe` stores the merged ones as low rank and a few columns.",
+    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `m-smoe`, "
+    "`hc-smoe` and `mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank and a few columns.",
 )
 @click.option(
     "--calibration",

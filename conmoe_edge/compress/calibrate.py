@@ -15,6 +15,7 @@ from conmoe_edge.compress.decide import decide, row_sample
 from conmoe_edge.compress.follow import aim, follow
 from conmoe_edge.compress.importance import save_sample
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.output_vectors import VectorTracker
 from conmoe_edge.compress.predictor import PredictorFit
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.statistics import StatisticsTracker
@@ -43,7 +44,7 @@ class Calibration:
     def through(self, model: StreamedModel) -> None:
         sets = {"train": self.run.job.train, "held_out": self.run.job.held_out}
         follows = self.run.method.needs.target
-        if self.run.method.needs.logits:
+        if self.run.method.needs.logits or self.run.method.reroutes:
             model.routers()  # looked for while nothing is loaded
         if follows:
             sets["package"] = self.run.job.train
@@ -57,7 +58,7 @@ class Calibration:
                 if follows and index in model.experts:
                     tokens, before = aim(self.run, model, index, streams)
                 if index in model.experts:
-                    decide(self.run, model.experts[index][1], index, tokens)
+                    decide(self.run, model.experts[index][1], index, tokens, model.routers)
                 if follows:
                     follow(self.run, model, index, streams["package"], tokens, before)
             self.run.layer_done("calibrate", index, streams)
@@ -103,6 +104,9 @@ class Calibration:
                 tap.sample = row_sample(self.run, experts) if name == "train" else None
                 wanted = name == "train" and needs.tokens and not needs.target
                 tap.tokens = TokenRecorder() if wanted else None
+                hidden_size = self.run.job.anatomy.hidden_size
+                gathers = name == "train" and needs.vectors
+                tap.vectors = VectorTracker(experts.count, hidden_size) if gathers else None
             listening = nullcontext()
             if tap is not None and tap.tokens is not None and needs.logits:
                 listening = logits_to(model.routers()[index], tap.take_logits)
@@ -112,6 +116,8 @@ class Calibration:
                 self.run.journal.statistics[str(index)] = tap.tracker.result().to_json()
             if tap is not None and tap.tokens is not None:
                 tokens = tap.tokens.result()
+            if tap is not None and tap.vectors is not None:
+                tap.vectors.result().save(self.run.vectors_file(index))
             if tap is not None and tap.sample is not None:
                 save_sample(self.run.sample_file(index), tap.sample.tensors())
         if tap is not None:

@@ -19,6 +19,7 @@ from conmoe_edge.compress.distance import distances
 from conmoe_edge.compress.importance import RowSample, gains, load_sample, widest
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
+from conmoe_edge.compress.output_vectors import OutputVectors
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.scope import pool_of
 from conmoe_edge.compress.stream import compute_dtype
@@ -32,11 +33,21 @@ from conmoe_edge.compress.weights import (
     write_experts,
 )
 from conmoe_edge.model.anatomy import ExpertsAnatomy
+from conmoe_edge.model.router import Router, Selection
 from conmoe_edge.plan.levers import record_parts, scopes, spread
 
 
-def decide(run: Run, module: nn.Module, index: int, tokens: LayerTokens | None) -> None:
-    """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts."""
+def decide(
+    run: Run,
+    module: nn.Module,
+    index: int,
+    tokens: LayerTokens | None,
+    routers: Callable[[], Mapping[int, Router]],
+) -> None:
+    """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts.
+
+    ``routers`` is asked where the method changes what they may choose.
+    """
     scope = run.scope_of[index]
     source = make_layout(record_parts(run.experts(index), "source"), "source")
     transposed = run.experts(index).transposed
@@ -58,7 +69,10 @@ def decide(run: Run, module: nn.Module, index: int, tokens: LayerTokens | None) 
     earlier = [ScratchLayer(run.scratch(layer), source) for layer in scope[:-1]]
     layers.update(zip(scope[:-1], earlier, strict=True))
     weights = ScopeWeights(layers, matrix_views(module))
-    decision = _decision(run, pool, scope, weights, module, tokens)
+    selections = {}
+    if run.method.reroutes:
+        selections = {layer: router.selection for layer, router in routers().items()}
+    decision = _decision(run, pool, scope, weights, module, tokens, selections)
     parts = weights.parts if decision.parts is None else decision.parts
     with run.clock.part("precision"):
         kinds = _kinds_of(run, module, scope, pool, decision, parts)
@@ -103,6 +117,7 @@ def _decision(
     weights: ScopeWeights,
     module: nn.Module,
     tokens: LayerTokens | None,
+    selections: Mapping[int, Selection],
 ) -> Decision:
     def measure() -> torch.Tensor:
         with run.clock.part("distance"):
@@ -118,6 +133,8 @@ def _decision(
             run.top_k(layer),
             run.statistics_of(layer),
             seen,
+            OutputVectors.load(run.vectors_file(layer)) if run.method.needs.vectors else None,
+            selections.get(layer),
         )
 
     scope = ScopeView(

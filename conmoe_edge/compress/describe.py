@@ -40,4 +40,5 @@ def describe(run: Run) -> Manifest:
         plan=dict(run.job.plan),
         receipt=run.journal.receipt,
         tool_version=run.job.tool_version,
+        rerouted=tuple(layer for layer in layers if run.is_rerouted(layer)),
     )

@@ -93,7 +93,8 @@ def follow(
                 stream.add_rows(expert_sum(module, tap, tokens, model.device))
             else:
                 attach(module, tap)
-                run_layer(model, index, stream, tap)
+                with run.rerouting(model, index):
+                    run_layer(model, index, stream, tap)
                 attach(module, RoutedTap())  # the tap holds on to the prototypes
     else:
         run_layer(model, index, stream, None)

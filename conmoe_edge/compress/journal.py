@@ -38,7 +38,7 @@ class Journal:
         files: file of the package -> size and checksum.
         records: record -> (file, offset, kind of layout).
         receipt: the quality receipt, once it is there.
-        rerouted: layer -> whether its gates keep the denominator of all slots.
+        rerouted: layer -> whether its router may choose slots with something behind them only.
         notes: what the method had to say.
         budgets: layer -> prototypes, where layers do not get the same number.
         seconds: time by part over all runs.

@@ -26,6 +26,8 @@ def measure(run: Run) -> None:
     records = index_files(run.package, files)
     with ShardReader(index) as dense, ShardReader(records) as prototypes:
         package = run.streamed(Dequantised(dense))
+        if any(run.journal.rerouted.values()):
+            package.routers()  # looked for while nothing is loaded
         streams = run.open_streams(package, {"held_out": run.job.held_out}, "receipt")
         for layer in range(run.journal.done, run.layers):
             run.announce("receipt", layer)
@@ -36,7 +38,8 @@ def measure(run: Run) -> None:
                         tap = run.mapped(layer, prototypes)
                     attach(package.experts[layer][1], tap)
                 start = time.perf_counter()
-                run_layer(package, layer, streams["held_out"], tap, "the package")
+                with run.rerouting(package, layer):
+                    run_layer(package, layer, streams["held_out"], tap, "the package")
                 run.clock.add("receipt", time.perf_counter() - start)
                 if tap is not None:
                     attach(package.experts[layer][1], RoutedTap())

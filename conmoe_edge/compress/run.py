@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ExpertsAnatomy
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights
+from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import PRECISIONS, record_parts, scopes
 from conmoe_edge.plan.trim import pool_kept, trimmed
@@ -112,6 +114,7 @@ class Run:
                     self.scratch(layer).unlink(missing_ok=True)
                     self.sample_file(layer).unlink(missing_ok=True)
                     self.tokens_file(layer).unlink(missing_ok=True)
+                    self.vectors_file(layer).unlink(missing_ok=True)
         self.done_here += 1
 
     def save(self, phase: str, done: int) -> None:
@@ -152,6 +155,9 @@ class Run:
 
     def tokens_file(self, layer: int) -> Path:
         return self.work / f"tokens-{layer:05d}.safetensors"
+
+    def vectors_file(self, layer: int) -> Path:
+        return self.work / f"vectors-{layer:05d}.safetensors"
 
     def constants_file(self, layer: int) -> Path:
         return self.work / f"constants-{layer:05d}.safetensors"
@@ -201,6 +207,17 @@ class Run:
             for prototype, scale, constant in self.journal.decisions[str(layer)]
         )
 
+    def is_rerouted(self, layer: int) -> bool:
+        """Whether the router of the package's layer may choose slots with something behind them only."""
+        return self.journal.rerouted.get(str(layer), False)
+
+    def rerouting(self, model: StreamedModel, layer: int) -> AbstractContextManager[None]:
+        """The layer's router as it is in the package."""
+        if not self.is_rerouted(layer):
+            return nullcontext()
+        is_open = [not slot.dropped for slot in self.slots(layer)]
+        return rerouted(model.routers()[layer], is_open)
+
     def numbers(self) -> dict[int, list[int]]:
         """MoE layer -> prototype number of every router slot, -1 where a slot has none."""
         number = {
@@ -223,7 +240,7 @@ class Run:
             parts[expert] = {
                 name: part.to(self.job.device) for name, part in view(layout, record).items()
             }
-        return MappedTap(slots, parts, self.constants_of(layer))
+        return MappedTap(slots, parts, self.constants_of(layer), self.is_rerouted(layer))
 
     def in_int8(self, model: StreamedModel) -> frozenset[str]:
         """The dense weights that the package stores in int8."""

@@ -7,7 +7,9 @@ ConMoE, section 3.2, "contribution":
 with D_e the tokens whose router chose e, N_e their number, g_e(t) the coefficient with which the model multiplies the
 expert's output (after top-k, renormalisation, scaling), f_e(h_t) the output before it. Padding is not counted.
 
-Accumulators are float64 on the host: 3 numbers an expert.
+The other sums are for the one-shot pruning scores (``methods/one_shot.py``).
+
+Accumulators are float64 on the host: 6 numbers an expert.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ from torch import Tensor
 class LayerStatistics:
     """Sums over the calibration tokens of one MoE layer, one entry an expert.
 
-    ``weighted_norms`` = sum of g * ||f||, ``gates`` = sum of g, ``counts`` = N_e.
+    ``weighted_norms`` = sum of g * ||f||, ``gates`` = sum of g, ``counts`` = N_e, ``norms`` = sum of ||f||,
+    ``squared_norms`` = sum of ||f||^2, ``energies`` = sum of g^2 * ||f||^2.
     """
 
     weighted_norms: tuple[float, ...]
     gates: tuple[float, ...]
     counts: tuple[int, ...]
+    norms: tuple[float, ...] = ()
+    squared_norms: tuple[float, ...] = ()
+    energies: tuple[float, ...] = ()
 
     def contribution(self) -> Tensor:
         """[E] float64: a_e of every expert."""
@@ -42,12 +48,15 @@ class LayerStatistics:
             "weighted_norms": list(self.weighted_norms),
             "gates": list(self.gates),
             "counts": list(self.counts),
+            "norms": list(self.norms),
+            "squared_norms": list(self.squared_norms),
+            "energies": list(self.energies),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LayerStatistics:
         """The inverse of ``to_json``."""
-        return cls(tuple(value["weighted_norms"]), tuple(value["gates"]), tuple(value["counts"]))
+        return cls(**{name: tuple(sums) for name, sums in value.items()})
 
 
 class StatisticsTracker:
@@ -56,6 +65,9 @@ class StatisticsTracker:
     def __init__(self, experts: int) -> None:
         self._weighted = torch.zeros(experts, dtype=torch.float64)
         self._gates = torch.zeros(experts, dtype=torch.float64)
+        self._norms = torch.zeros(experts, dtype=torch.float64)
+        self._squared = torch.zeros(experts, dtype=torch.float64)
+        self._energies = torch.zeros(experts, dtype=torch.float64)
         self._counts = torch.zeros(experts, dtype=torch.int64)
 
     def add(self, expert: int, gates: Tensor, outputs: Tensor, keep: Tensor | None) -> None:
@@ -73,10 +85,13 @@ class StatisticsTracker:
         count = weights.numel()
         if keep is not None:
             products = products[keep]
-            weights = weights[keep]
+            weights, norms = weights[keep], norms[keep]
             count = int(keep.sum())
         self._weighted[expert] += products.double().sum().cpu()
         self._gates[expert] += weights.double().sum().cpu()
+        self._norms[expert] += norms.double().sum().cpu()
+        self._squared[expert] += norms.double().square().sum().cpu()
+        self._energies[expert] += products.double().square().sum().cpu()
         self._counts[expert] += count
 
     def result(self) -> LayerStatistics:
@@ -85,4 +100,7 @@ class StatisticsTracker:
             tuple(self._weighted.tolist()),
             tuple(self._gates.tolist()),
             tuple(self._counts.tolist()),
+            tuple(self._norms.tolist()),
+            tuple(self._squared.tolist()),
+            tuple(self._energies.tolist()),
         )

@@ -20,8 +20,10 @@ from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.records import decode
 from conmoe_edge.compress.importance import RowSample
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.output_vectors import VectorTracker
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.trace import RoutingRecorder
+from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model.experts import (
     add_constants,
     expert_forward,
@@ -56,6 +58,7 @@ class RoutedTap(Tap):
         self.routing: RoutingRecorder | None = None
         self.keep_hidden = False  # for the trace's tokens, beside their routing
         self.sample: RowSample | None = None
+        self.vectors: VectorTracker | None = None
         self.tokens: TokenRecorder | None = None
 
     def take_logits(self, logits: Tensor) -> None:
@@ -90,6 +93,8 @@ class RoutedTap(Tap):
                 self.tracker.add(
                     expert, gates, value, None if self.keep is None else self.keep[rows]
                 )
+            if self.vectors is not None:
+                self.vectors.add(expert, value, None if self.keep is None else self.keep[rows])
             if self.sample is not None:
                 self.sample.add(
                     expert, gates, hidden[rows], None if self.keep is None else self.keep[rows]
@@ -123,6 +128,7 @@ class MappedTap(Tap):
         prototypes: the parts of every prototype that the layer uses, as their records hold them; quantised ones are
             expanded one at a time.
         constants: [n, H] fp32, or ``None``.
+        rerouted: the router must not choose slots with nothing behind them.
     """
 
     def __init__(
@@ -130,8 +136,10 @@ class MappedTap(Tap):
         slots: Sequence[SlotRecord],
         prototypes: Mapping[ExpertId, Mapping[str, Tensor]],
         constants: Tensor | None,
+        rerouted: bool = False,
     ) -> None:
         super().__init__()
+        self._closed = torch.tensor([rerouted and slot.dropped for slot in slots])
         self._order = sorted(prototypes)
         number = {expert: position for position, expert in enumerate(self._order)}
         self._parts = prototypes
@@ -145,6 +153,7 @@ class MappedTap(Tap):
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """sum over p of alpha_p p(h), plus the gated constants."""
         device = hidden.device
+        self._check(index)
         routes = merge_routes(index, weights, self._map.to(device), self._scales.to(device))
         out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=device)
         for position, number in enumerate(routes.prototypes):
@@ -162,6 +171,18 @@ class MappedTap(Tap):
                 out, index, weights, self._constants.to(device), self._constant_of.to(device)
             )
         return out.to(hidden.dtype)
+
+    def _check(self, index: Tensor) -> None:
+        """Whatever a router does, a package whose receipt is taken is what its manifest says."""
+        if not bool(self._closed.any()):
+            return
+        inside = (index >= 0) & (index < len(self._closed))
+        if bool(self._closed.to(index.device)[index[inside]].any()):
+            raise UnsupportedModel(
+                "The router of this model cannot be kept from choosing an expert that was removed.",
+                "it does not choose by topk, max or argmax alone",
+                "choose a method that leaves the router alone, such as --method conmoe",
+            )
 
 
 def expert_sum(module: nn.Module, tap: Tap, tokens: LayerTokens, device: torch.device) -> Tensor:

@@ -37,6 +37,8 @@ from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.options import current_options, device_of
 from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.model.rerouting import can_choose, reroute
+from conmoe_edge.model.router import find_routers
 from conmoe_edge.offload.context import guard_context
 from conmoe_edge.offload.dense import DenseProducts
 from conmoe_edge.offload.experts import HANDLE, LayerHandle, conmoe_experts_forward
@@ -80,6 +82,7 @@ def begin_loading(
             f"the manifest in {sorted(manifest.slots)}",
             _AGAIN,
         )
+    _reroute(model, folder, manifest)
     constants = _read_constants(folder, manifest)
     handles = []
     for layer, (_, module) in experts.items():
@@ -99,6 +102,24 @@ def begin_loading(
     if manifest.dense_precision != "source":
         take_quantised(model, folder, products)
     return Loading(folder, manifest, device, tuple(handles), products)
+
+
+def _reroute(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
+    """Close the slots that the routers of the package may not choose."""
+    if not manifest.rerouted:
+        return
+    routers = find_routers(model)
+    for layer in manifest.rerouted:
+        router, is_open = routers[layer], manifest.open_slots(layer)
+        if router.slots != len(is_open) or not can_choose(router.selection, is_open):
+            raise PackageError(
+                f"The package in {folder} does not match its config.json.",
+                f"the router of layer {layer} takes {router.selection.chosen} of its {router.slots} slots, "
+                f"the manifest leaves it {sum(is_open)} of {len(is_open)}",
+                _AGAIN,
+            )
+        with torch.device("cpu"):
+            reroute(router, is_open)
 
 
 def finish_loading(model: PreTrainedModel, loading: Loading) -> None:

@@ -6,7 +6,8 @@ of another length gives every expert other numbers of tokens, and the sums may t
 any program.)
 
 =====================================  ==============================================================================
-few rows on a CPU                      the compiled operator (``native``): every stored form, read once, summed in fp32
+few rows on a CPU                      the compiled operator (``native``): every stored form, read once; beside weights
+                                       in 8 and 4 bits the activations are rounded to 8
 the same without a compiler            torch's own kernels for 8 and 4 bits where they take the form, else as below
 many rows on a CPU without bf16        one weight matrix at a time widened to fp32 in a scratch, fp32 products
 instructions, quantised many rows

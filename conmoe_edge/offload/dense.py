@@ -4,7 +4,7 @@
 form and the number of rows (tokens), never from memory or a stopwatch:
 
 ==============================  =====================================================================================
-fewer than 16 rows on a CPU     the native operator, which reads each weight once and sums in fp32; without it torch's
+fewer than 16 rows on a CPU     the native operator, which reads each weight once; without it torch's
                                 own kernels (``mv``, ``_weight_int8pack_mm``)
 int8, else                      a block of weight rows at a time is expanded and multiplied: in fp32 on processors
                                 without bf16 instructions, in the format of the activations elsewhere

@@ -120,6 +120,17 @@ def test_cache_settings_come_back_and_older_manifests_have_none(tmp_path: Path) 
         save_manifest(tmp_path, manifest(cache=(plain,) * (layouts + 1)))
 
 
+def test_rerouted_layers_come_back_and_older_manifests_have_none(tmp_path: Path) -> None:
+    assert b"rerouted" not in to_json(manifest())
+    one = manifest(rerouted=(10,))
+    save_manifest(tmp_path, one)
+    found = load_manifest(tmp_path)
+    assert found == one
+    assert found.open_slots(10) == [True, False, True], "a constant may be chosen"
+    assert found.open_slots(1) == [True, True, True]
+    assert manifest().open_slots(10) == [True, True, True], "dropped, but the router is as it was"
+
+
 def test_a_ratio_of_infinity_becomes_null() -> None:
     value = json.loads(
         to_json(manifest(receipt={"ratio": float("inf"), "kl": [float("nan"), 1.0]}))
@@ -194,6 +205,14 @@ WRONG: dict[str, Change] = {
     "record not a multiple": lambda v: v["layouts"][0].update(nbytes=4097),
     "record of nothing": lambda v: v["layouts"][0].update(nbytes=0),
     "layout without parts": lambda v: v["layouts"][0].update(parts=[]),
+    "rerouted layer that is not there": lambda v: v.update(rerouted=[3]),
+    "rerouted twice": lambda v: v.update(rerouted=[10, 10]),
+    "rerouted not sorted": lambda v: v.update(rerouted=[10, 1]),
+    "nothing to route to": lambda v: (
+        v.update(rerouted=[10]),
+        v["remap"].update({"10": [None] * 3}),
+        v["constants"].update({"10": [None] * 3}),
+    ),
     "no version": lambda v: v.pop("format_version"),
     "version of zero": lambda v: v.update(format_version=0),
     "version as text": lambda v: v.update(format_version="1"),

@@ -127,6 +127,20 @@ def test_killed_at_durable_steps(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", ["reap", "mone"])
+def test_pruning_goes_on_too(method: str, source: Path, tmp_path: Path) -> None:
+    """Closed slots and sums of outputs survive between the two layers of a scope, and after them."""
+    whole = tmp_path / "whole"
+    assert finish(child(lambda: fit(source, whole, method=method))) == 0
+    for step in (24, 34, 46, 60):  # in the first layer, after it, after the scope, in the receipt
+        out = tmp_path / str(step) / "out"
+        run = lambda out=out: fit(source, out, method=method)  # noqa: E731
+        assert finish(child(run, step)) == CRASH_STATUS
+        assert finish(child(run)) == 0
+        assert digests(out) == digests(whole), f"killed at step {step}"
+
+
+@pytest.mark.timeout(300)
 def test_killed_at_random_times_loses_at_most_a_layer_each_time(
     source: Path, golden: dict[str, str], tmp_path: Path
 ) -> None:

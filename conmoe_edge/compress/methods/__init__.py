@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from conmoe_edge.compress.methods.auto import AUTO
 from conmoe_edge.compress.methods.conmoe import CONMOE
+from conmoe_edge.compress.methods.hc_smoe import HC_SMOE
 from conmoe_edge.compress.methods.interface import (
     Decision,
     LayerView,
@@ -18,8 +19,20 @@ from conmoe_edge.compress.methods.interface import (
 )
 from conmoe_edge.compress.methods.m_smoe import M_SMOE
 from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
+from conmoe_edge.compress.methods.mergemoe import MERGEMOE
+from conmoe_edge.compress.methods.mone import MONE
+from conmoe_edge.compress.methods.one_shot import ONE_SHOT
 
-_ALL: tuple[Method, ...] = (AUTO, CONMOE, M_SMOE, MC_SMOE)
+_ALL: tuple[Method, ...] = (
+    AUTO,
+    CONMOE,
+    *ONE_SHOT,
+    MONE,
+    HC_SMOE,
+    M_SMOE,
+    MC_SMOE,
+    MERGEMOE,
+)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 

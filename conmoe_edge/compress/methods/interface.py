@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.output_vectors import OutputVectors
 from conmoe_edge.compress.statistics import LayerStatistics
+from conmoe_edge.model.router import Selection
 
 Parts = Mapping[str, Tensor]
 """The tensors of one expert by parameter name, as its module keeps them; with a precision of the
@@ -35,7 +37,7 @@ class PoolWeights(Protocol):
 class Needs:
     """What calibration has to keep for a method.
 
-    ``vectors``: sums of the outputs and of their squares per expert (2 * E * H fp32).
+    ``vectors``: sums of the outputs and of their squares per expert (2 * E * H float64).
     ``tokens``: the calibration tokens themselves, as they enter the experts (T * H).
     ``logits``: the router's logits of these tokens (T * E), with ``tokens``.
     ``target``: the tokens are those of the model as it has become so far, each with what its routed
@@ -51,9 +53,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """What calibration saw of one layer of a scope. ``tokens`` only where the method needs them.
+    """What calibration saw of one layer of a scope. ``tokens`` and ``vectors`` only where the method needs them.
 
-    ``top_k``: router slots that a token chooses.
+    ``top_k``: router slots that a token chooses. ``selection``: how its router chooses them, for
+    methods that reroute.
     """
 
     layer: int
@@ -61,6 +64,8 @@ class LayerView:
     top_k: int
     statistics: LayerStatistics
     tokens: LayerTokens | None = None
+    vectors: OutputVectors | None = None
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,7 @@ class Method:
             the same number.
         trims: whether prototypes have fewer neurons than experts (``plan/trim.py`` says how many).
         within_layers: whether it is for scopes of one layer only.
+        reroutes: whether routers may not choose the slots that it drops.
     """
 
     name: str
@@ -140,6 +146,7 @@ class Method:
     trims: bool = False
     budgets: bool = False
     within_layers: bool = False
+    reroutes: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

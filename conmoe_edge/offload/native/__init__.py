@@ -5,7 +5,9 @@ why); callers then use torch's own kernels. Which of the two it is depends on th
 results are the same bits from run to run.
 
 For one token every weight is used once: time is bytes over memory bandwidth, and a kernel is good where it reads as
-fast as the memory delivers. ``benchmarks/kernels.py`` prints what each kernel reaches.
+fast as the memory delivers. ``benchmarks/kernels.py`` prints what each kernel reaches. Weights in 8 and 4 bits meet
+activations in 8 bits (``reference.py``), so that a block is summed in whole numbers: widening weights to fp32 takes a
+processor longer than the memory takes to bring them.
 
 Memory: the activations in fp32. Raises nothing of its own.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.forms import TILES
 from conmoe_edge.checkpoint.quantise import Kind, Matrix, quantise
 from conmoe_edge.offload.native.build import Unavailable, library
+from conmoe_edge.offload.native.reference import product
 
 _PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
@@ -104,7 +107,8 @@ class Operator:
             x: fp32 or bf16 [n, t, K], or [1, t, K] for all of them, contiguous.
 
         Returns:
-            [n, t, R] in the format of ``x``, summed in fp32; each token's result is the same bits whatever n and t are.
+            [n, t, R] in the format of ``x``, as ``reference.product`` says; each token's result is the
+            same bits whatever n and t are.
         """
         form, count, tokens = matrices[0].form, len(matrices), x.shape[1]
         assert x.dtype in _ACTIVATIONS and x.is_contiguous() and x.shape[2] == form.columns
@@ -271,6 +275,8 @@ def _check(made: Operator) -> None:
         prepared = made.prepare(matrix)
         assert prepared is not None
         wide = matrix.dequantise()
-        right = torch.allclose(made.few_rows([prepared], x)[0], x[0] @ wide.T, atol=1e-4)
+        right = torch.allclose(
+            made.few_rows([prepared], x)[0].double(), product(matrix, x[0]), atol=1e-4
+        )
         if not right or not torch.allclose(made.expand(prepared, torch.empty_like(wide)), wide):
             raise Unavailable(f"the compiled operator computes {kind} weights wrongly")

@@ -4,16 +4,24 @@
 // Each function runs one parallel region over all the matrices it is given: the experts of a token together.
 // Activations come and go in bf16 or fp32 and are fp32 in between.
 //
-// Stored forms: see checkpoint/quantise.py. Products and sums are fp32. A sum runs over the columns in 16 lanes whose
-// order depends on nothing but the number of columns, so a token's result is the same bits whatever the number of
-// matrices, tokens or threads.
+// Stored forms: see checkpoint/quantise.py. With plain weights products and sums are fp32. With weights in 8 or 4 bits
+// the activations are rounded to 8 bits as well, in blocks of 32 columns (int4: of a group) with a scale each, and a
+// block is summed in whole numbers: turning weights into fp32 takes longer than the memory takes to bring them.
+// A sum runs over the columns in an order that depends on nothing but their number, so a token's result is the same
+// bits whatever the number of matrices, tokens or threads.
 //
 // Plain C interface, no library but OpenMP: it is compiled in a second and called through ctypes.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#define CONMOE_INTEGERS 1
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -28,6 +36,7 @@ namespace {
 constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
 constexpr int64_t TILE = 64;        // rows of a tile of int4
+constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
 enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
@@ -101,6 +110,7 @@ inline Lanes load(const uint16_t* from) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 inline Lanes load_half(const uint16_t* from) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from))}; }
+inline Lanes load(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
 inline Lanes load(const int8_t* from) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)))};
 }
@@ -142,6 +152,10 @@ inline Lanes load_half(const uint16_t* from) {
   float wide[LANES];
   for (int64_t i = 0; i < LANES; ++i) wide[i] = from_fp16(from[i]);
   return load(wide);
+}
+inline Lanes load(const int32_t* from) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)from)),
+          _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(from + 8)))};
 }
 inline __m256 signed_bytes(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
@@ -190,6 +204,7 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int64_t i) { retur
 inline void store(float* to, Lanes a) { std::memcpy(to, a.v, sizeof(a.v)); }
 inline Lanes load(const uint16_t* from) { return each([=](int64_t i) { return from_bf16(from[i]); }); }
 inline Lanes load_half(const uint16_t* from) { return each([=](int64_t i) { return from_fp16(from[i]); }); }
+inline Lanes load(const int32_t* from) { return each([=](int64_t i) { return float(from[i]); }); }
 inline Lanes load(const int8_t* from) { return each([=](int64_t i) { return float(from[i]); }); }
 inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
   low = each([=](int64_t i) { return float(int(from[i] & 15) - 8); });
@@ -209,22 +224,30 @@ inline float sum(Lanes a) {
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
+template <class Form>
+struct Plain;
+struct Whole;
+
 struct Bf16 {
+  using Way = Plain<Bf16>;
   using T = uint16_t;
   static Lanes lanes(const T* w) { return load(w); }
   static float one(T w) { return from_bf16(w); }
 };
 struct Fp16 {
+  using Way = Plain<Fp16>;
   using T = uint16_t;
   static Lanes lanes(const T* w) { return load_half(w); }
   static float one(T w) { return from_fp16(w); }
 };
 struct Fp32 {
+  using Way = Plain<Fp32>;
   using T = float;
   static Lanes lanes(const T* w) { return load(w); }
   static float one(T w) { return w; }
 };
 struct Int8 {
+  using Way = Whole;
   using T = int8_t;
   static Lanes lanes(const T* w) { return load(w); }
   static float one(T w) { return float(w); }
@@ -252,6 +275,144 @@ inline void dot(const typename Form::T* w, int64_t columns, const float* x, floa
   }
 }
 
+// Tokens in fp32, one after another.
+struct Floats {
+  const float* x;
+  int64_t columns;
+  Floats(const float* x, int64_t, int64_t columns, int64_t) : x(x), columns(columns) {}
+  const float* token(int64_t index) const { return x + index * columns; }
+};
+
+// ---- activations in 8 bits ------------------------------------------------------------------------------------------
+
+// One token: [columns] whole numbers of -127..127, and for every block of columns a scale, the sum of its numbers, and
+// the sum of the activations themselves.
+struct Token {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* whole;
+  const float* sum;
+};
+
+// `count` tokens of `columns` in blocks of `block`. A block that holds infinity or NaN has the scale NaN.
+struct Bytes {
+  std::vector<int8_t> q;
+  std::vector<float> scale, sum;
+  std::vector<int32_t> whole;
+  int64_t columns, blocks;
+
+  Bytes(const float* x, int64_t count, int64_t columns, int64_t block)
+      : q(size_t(count * columns)), columns(columns), blocks((columns + block - 1) / block) {
+    scale.resize(size_t(count * blocks));
+    sum.resize(scale.size());
+    whole.resize(scale.size());
+    for (int64_t token = 0; token < count; ++token)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = token * columns + b * block;
+        const int64_t width = columns - b * block < block ? columns - b * block : block;
+        one_block(x + first, q.data() + first, width, size_t(token * blocks + b));
+      }
+  }
+
+  void one_block(const float* x, int8_t* to, int64_t width, size_t place) {
+    uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
+    for (int64_t k = 0; k < width; ++k) {
+      uint32_t bits;
+      std::memcpy(&bits, x + k, sizeof(bits));
+      bits &= 0x7fffffffu;
+      largest = largest > bits ? largest : bits;
+    }
+    const float most = from_bits(largest);
+    const bool finite = largest < 0x7f800000u;
+    const float factor = finite && most > 1e-30f ? 127.0f / most : 0.0f;
+    float total = 0;
+    int32_t numbers = 0;
+    for (int64_t k = 0; k < width; ++k) {
+      const int32_t number = finite ? int32_t(std::nearbyint(x[k] * factor)) : 0;
+      to[k] = int8_t(number);
+      numbers += number;
+      total += x[k];
+    }
+    scale[place] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    whole[place] = numbers;
+    sum[place] = total;
+  }
+
+  Token token(int64_t index) const {
+    const size_t at = size_t(index * blocks);
+    return {q.data() + index * columns, scale.data() + at, whole.data() + at, sum.data() + at};
+  }
+};
+
+#if CONMOE_INTEGERS
+
+// 32 weights times 32 activations, in eight sums.
+inline __m256i products_of(__m256i w, __m256i x) {
+  const __m256i size = _mm256_abs_epi8(w), signs = _mm256_sign_epi8(x, w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), size, signs);
+#else
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(size, signs), _mm256_set1_epi16(1));
+#endif
+}
+
+inline float sum_of(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// `COUNT` rows of int8 times one token.
+template <int64_t COUNT>
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  __m256 total[COUNT];
+  for (int64_t r = 0; r < COUNT; ++r) total[r] = _mm256_setzero_ps();
+  const int64_t whole = columns - columns % BLOCK;
+  for (int64_t k = 0; k < whole; k += BLOCK) {
+    const __m256i value = _mm256_loadu_si256((const __m256i*)(x.q + k));
+    const __m256 scale = _mm256_set1_ps(x.scale[k / BLOCK]);
+    for (int64_t r = 0; r < COUNT; ++r) {
+      const int8_t* row = w + r * columns + k;
+      __builtin_prefetch(row + COUNT * columns);
+      const __m256i part = products_of(_mm256_loadu_si256((const __m256i*)row), value);
+      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), scale, total[r]);
+    }
+  }
+  for (int64_t r = 0; r < COUNT; ++r) {
+    int32_t rest = 0;
+    for (int64_t k = whole; k < columns; ++k) rest += int32_t(w[r * columns + k]) * x.q[k];
+    sums[r] = sum_of(total[r]) + (whole < columns ? float(rest) * x.scale[whole / BLOCK] : 0.0f);
+  }
+}
+
+#else
+
+template <int64_t COUNT>
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  for (int64_t r = 0; r < COUNT; ++r) {
+    float total = 0;
+    for (int64_t start = 0; start < columns; start += BLOCK) {
+      const int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
+      int32_t part = 0;
+      for (int64_t k = start; k < stop; ++k) part += int32_t(w[r * columns + k]) * x.q[k];
+      total += float(part) * x.scale[start / BLOCK];
+    }
+    sums[r] = total;
+  }
+}
+
+#endif
+
+inline void some_rows(const int8_t* w, const uint16_t* scale, int64_t columns, Token x, int64_t height, float* sums) {
+  if (height == ROWS)
+    dot_bytes<ROWS>(w, columns, x, sums);
+  else
+    for (int64_t r = 0; r < height; ++r) dot_bytes<1>(w + r * columns, columns, x, sums + r);
+  for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
 // Up to `ROWS` rows times one token, scaled.
 template <class Form>
 inline void some_rows(const typename Form::T* w, const uint16_t* scale, int64_t columns, const float* x, int64_t height,
@@ -266,40 +427,58 @@ inline void some_rows(const typename Form::T* w, const uint16_t* scale, int64_t 
 
 inline float silu(float value) { return value / (1.0f + std::exp(-value)); }
 
+// What the products of a form with fp32 activations, and of int8 with those in 8 bits, have different.
 template <class Form>
-void rows_kind(int64_t count, const void* const* values, const void* const* scales, const float* x, int64_t x_stride,
-               int64_t tokens, Target y, int64_t rows, int64_t columns) {
+struct Plain {
+  using T = typename Form::T;
+  using Input = Floats;
+  static void rows(const T* w, const uint16_t* scale, int64_t columns, const float* x, int64_t height, float* sums) {
+    some_rows<Form>(w, scale, columns, x, height, sums);
+  }
+};
+struct Whole {
+  using T = int8_t;
+  using Input = Bytes;
+  static void rows(const T* w, const uint16_t* scale, int64_t columns, Token x, int64_t height, float* sums) {
+    some_rows(w, scale, columns, x, height, sums);
+  }
+};
+
+template <class Way>
+void rows_kind(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
+               bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns) {
   const int64_t blocks = (rows + ROWS - 1) / ROWS, all_blocks = blocks * count;
-  const int64_t at_once = CHUNK / int64_t(ROWS * columns * sizeof(typename Form::T)) + 1;
+  const int64_t at_once = CHUNK / int64_t(ROWS * columns * sizeof(typename Way::T)) + 1;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * ROWS;
-    const auto* w = static_cast<const typename Form::T*>(values[which]) + row * columns;
+    const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns;
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
     const int64_t height = rows - row < ROWS ? rows - row : ROWS;
     for (int64_t token = 0; token < tokens; ++token) {
       float sums[ROWS];
-      some_rows<Form>(w, scale ? scale + row : nullptr, columns, x + which * x_stride + token * columns, height, sums);
+      const auto input = x.token((shared ? 0 : which * tokens) + token);
+      Way::rows(w, scale ? scale + row : nullptr, columns, input, height, sums);
       for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
   }
 }
 
 // h[i, j] = silu(gate_j x) * up_j x for `count` experts whose gate rows lie before their up rows: [count, width].
-template <class Form>
-void gated_rows(int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
-                int64_t width, int64_t columns) {
+template <class Way>
+void gated_rows(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
+                float* h, int64_t width, int64_t columns) {
   const int64_t blocks = (width + ROWS - 1) / ROWS, all_blocks = blocks * count;
-  const int64_t at_once = CHUNK / int64_t(2 * ROWS * columns * sizeof(typename Form::T)) + 1;
+  const int64_t at_once = CHUNK / int64_t(2 * ROWS * columns * sizeof(typename Way::T)) + 1;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * ROWS;
-    const auto* w = static_cast<const typename Form::T*>(values[which]);
+    const auto* w = static_cast<const typename Way::T*>(values[which]);
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
     const int64_t height = width - row < ROWS ? width - row : ROWS;
     float gate[ROWS], up[ROWS];
-    some_rows<Form>(w + row * columns, scale ? scale + row : nullptr, columns, x, height, gate);
-    some_rows<Form>(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x, height, up);
+    Way::rows(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, gate);
+    Way::rows(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height, up);
     for (int64_t r = 0; r < height; ++r) h[which * width + row + r] = silu(gate[r]) * up[r];
   }
 }
@@ -341,42 +520,81 @@ void weighted(int64_t count, const void* const* values, const float* p, int64_t 
 
 // ---- int4 in tiles of 64 rows --------------------------------------------------------------------------------------
 
-// The 64 rows of a tile times one token. `pairs` are the tile's (scale, zero) of the first group.
-inline void one_tile(const uint8_t* w, const uint16_t* pairs, int64_t rows, int64_t columns, int64_t group,
-                     const float* in, float* sums) {
-  Lanes total[4] = {zero(), zero(), zero(), zero()};
-  for (int64_t start = 0; start < columns; start += group) {
-    // Two sums for even and odd columns each, so that no addition waits for the one before it.
-    Lanes part[8];
-    for (Lanes& one : part) one = zero();
-    float inputs = 0;
-    for (int64_t k = start; k < start + group; k += 2) {
+// sums[r] = sum over k < count of (w[r, k] - 8) q[k], for the 64 rows of a tile; count is even.
+#if CONMOE_INTEGERS
+
+// Rows 0..7 and 16..23, or 8..15 and 24..31, of half a tile: added where they belong.
+inline void spread(__m256i part, __m256i* first, __m256i* second) {
+  *first = _mm256_add_epi32(*first, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(part)));
+  *second = _mm256_add_epi32(*second, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(part, 1)));
+}
+
+inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t eights, int32_t* sums) {
+  constexpr int64_t SAFE = 16;  // columns whose products fit into 16 bits: 8 pairs of at most 2 * 15 * 127
+  const __m256i mask = _mm256_set1_epi8(15);
+  __m256i total[8];
+  for (__m256i& one : total) one = _mm256_set1_epi32(-eights);
+  for (int64_t start = 0; start < count; start += SAFE) {
+    const int64_t stop = start + SAFE < count ? start + SAFE : count;
+    __m256i part[4];
+    for (__m256i& one : part) one = _mm256_setzero_si256();
+    for (int64_t k = start; k < stop; k += 2) {
       const uint8_t* bytes = w + k * (TILE / 2);
       __builtin_prefetch(bytes + 4096);
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        const Lanes value = all(in[k + odd]);
-        inputs += in[k + odd];
-        for (int64_t half = 0; half < 2; ++half) {
-          Lanes low, high;
-          load_nibbles(bytes + odd * (TILE / 2) + half * LANES, low, high);
-          Lanes* some = part + odd * 4;
-          some[half] = fma(low, value, some[half]);
-          some[half + 2] = fma(high, value, some[half + 2]);
-        }
-      }
+      int16_t two;
+      std::memcpy(&two, q + k, sizeof(two));
+      const __m256i x = _mm256_set1_epi16(two);
+      const __m256i a = _mm256_loadu_si256((const __m256i*)bytes);
+      const __m256i b = _mm256_loadu_si256((const __m256i*)(bytes + TILE / 2));
+      const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+      const auto times = [&](__m256i weights) { return _mm256_maddubs_epi16(_mm256_and_si256(weights, mask), x); };
+      part[0] = _mm256_add_epi16(part[0], times(low));
+      part[1] = _mm256_add_epi16(part[1], times(high));
+      part[2] = _mm256_add_epi16(part[2], times(_mm256_srli_epi16(low, 4)));
+      part[3] = _mm256_add_epi16(part[3], times(_mm256_srli_epi16(high, 4)));
     }
-    const uint16_t* here = pairs + start / group * rows * 2;
+    for (int64_t half = 0; half < 2; ++half) {
+      spread(part[2 * half], total + 4 * half, total + 4 * half + 2);
+      spread(part[2 * half + 1], total + 4 * half + 1, total + 4 * half + 3);
+    }
+  }
+  for (int64_t j = 0; j < 8; ++j) _mm256_storeu_si256((__m256i*)(sums + 8 * j), total[j]);
+}
+
+#else
+
+inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t eights, int32_t* sums) {
+  for (int64_t r = 0; r < TILE; ++r) sums[r] = -eights;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t r = 0; r < TILE / 2; ++r) {
+      sums[r] += int32_t(w[k * (TILE / 2) + r] & 15) * q[k];
+      sums[r + TILE / 2] += int32_t(w[k * (TILE / 2) + r] >> 4) * q[k];
+    }
+}
+
+#endif
+
+// The 64 rows of a tile times one token in blocks of a group. `pairs` are the tile's (scale, zero) of the first group.
+inline void one_tile(const uint8_t* w, const uint16_t* pairs, int64_t rows, int64_t columns, int64_t group, Token x,
+                     float* sums) {
+  Lanes total[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t start = 0; start < columns; start += group) {
+    const int64_t block = start / group;
+    int32_t whole[TILE];
+    tile_sums(w + start * (TILE / 2), x.q + start, group, 8 * x.whole[block], whole);
+    const Lanes factor = all(x.scale[block]), inputs = all(x.sum[block]);
+    const uint16_t* here = pairs + block * rows * 2;
     for (int64_t j = 0; j < 4; ++j) {
       Lanes scale, shift;
       load_pairs(here + j * LANES * 2, scale, shift);
-      total[j] = fma(add(part[j], part[j + 4]), scale, total[j]);
-      total[j] = fma(shift, all(inputs), total[j]);
+      total[j] = fma(fma(load(whole + j * LANES), factor, zero()), scale, total[j]);
+      total[j] = fma(shift, inputs, total[j]);
     }
   }
   for (int64_t j = 0; j < 4; ++j) store(sums + j * LANES, total[j]);
 }
 
-void tiles(int64_t count, const void* const* values, const void* const* scales, const float* x, int64_t x_stride,
+void tiles(int64_t count, const void* const* values, const void* const* scales, const Bytes& x, bool shared,
            int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = CHUNK / (TILE * columns / 2) + 1;
@@ -387,13 +605,13 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
     const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
     for (int64_t token = 0; token < tokens; ++token) {
       float sums[TILE];
-      one_tile(w, pairs, rows, columns, group, x + which * x_stride + token * columns, sums);
+      one_tile(w, pairs, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
       for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
   }
 }
 
-void gated_tiles(int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
+void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x, float* h,
                  int64_t width, int64_t columns, int64_t group) {
   const int64_t blocks = width / TILE, all_blocks = blocks * count;
 #pragma omp parallel for schedule(dynamic, 1)
@@ -469,14 +687,17 @@ bool in_rows(int kind, Run run) {
 }
 
 int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
-             int64_t x_stride, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
+             bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
+  const int64_t inputs = (shared ? 1 : count) * tokens;
   if (kind == INT4) {
     if (rows % TILE || group % 2 || columns % group) return 1;
-    tiles(count, values, scales, x, x_stride, tokens, y, rows, columns, group);
+    tiles(count, values, scales, Bytes(x, inputs, columns, group), shared, tokens, y, rows, columns, group);
     return 0;
   }
   return !in_rows(kind, [&](auto form) {
-    rows_kind<decltype(form)>(count, values, scales, x, x_stride, tokens, y, rows, columns);
+    using Way = typename decltype(form)::Way;
+    const typename Way::Input input(x, inputs, columns, BLOCK);
+    rows_kind<Way>(count, values, scales, input, shared, tokens, y, rows, columns);
   });
 }
 
@@ -484,11 +705,15 @@ int gated(int kind, int64_t count, const void* const* values, const void* const*
           int64_t width, int64_t columns, int64_t group) {
   if (kind == INT4) {
     if (width % TILE || group % 2 || columns % group) return 1;
-    gated_tiles(count, values, scales, x, h, width, columns, group);
+    const Bytes input(x, 1, columns, group);
+    gated_tiles(count, values, scales, input.token(0), h, width, columns, group);
     return 0;
   }
-  return !in_rows(kind,
-                  [&](auto form) { gated_rows<decltype(form)>(count, values, scales, x, h, width, columns); });
+  return !in_rows(kind, [&](auto form) {
+    using Way = typename decltype(form)::Way;
+    const typename Way::Input input(x, 1, columns, BLOCK);
+    gated_rows<Way>(count, values, scales, input, h, width, columns);
+  });
 }
 
 }  // namespace
@@ -502,8 +727,8 @@ int conmoe_few_rows(int kind, int64_t count, const void* const* values, const vo
                     int64_t x_stride, int64_t tokens, void* y, int64_t rows, int64_t columns, int64_t group,
                     int narrow) {
   const Source source(x, narrow, (x_stride ? count : 1) * tokens * columns);
-  return products(kind, count, values, scales, source.values, x_stride, tokens, Target{y, narrow != 0}, rows, columns,
-                  group);
+  return products(kind, count, values, scales, source.values, x_stride == 0, tokens, Target{y, narrow != 0}, rows,
+                  columns, group);
 }
 
 // y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
@@ -517,7 +742,7 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
   const int failed =
       gated(up_kind, count, up_values, up_scales, source.values, inner.data(), width, columns, up_group);
   if (failed) return failed;
-  return products(down_kind, count, down_values, down_scales, inner.data(), width, 1, Target{y, false}, columns, width,
+  return products(down_kind, count, down_values, down_scales, inner.data(), false, 1, Target{y, false}, columns, width,
                   down_group);
 }
 

@@ -1,0 +1,65 @@
+"""What the methods that merge experts have in common: groups of a pool to prototypes and slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
+from conmoe_edge.compress.grouping import Groups
+from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
+
+
+def usage_of(scope: ScopeView) -> tuple[int, ...]:
+    """Calibration tokens that chose each expert of the pool."""
+    return tuple(count for layer in scope.layers for count in layer.statistics.counts)
+
+
+def grouped(
+    scope: ScopeView,
+    groups: Groups,
+    usage: Sequence[int],
+    merge: Callable[[tuple[int, ...]], Parts],
+    notes: Sequence[str] = (),
+) -> Decision:
+    """Every slot of a group leads to one prototype, which has the name of the group's core.
+
+    Args:
+        scope: whose pool the numbers in ``groups`` and ``usage`` refer to.
+        groups: of experts by their place in the pool.
+        usage: tokens of every expert.
+        merge: the weights of a group of at least two; an expert alone stays as it was, bit for bit.
+        notes: for the decision, before what is said about groups that nobody used.
+    """
+    places = {scope.pool[core]: core for core in groups.cores}
+
+    def parts(prototype: ExpertId) -> Parts:
+        members = groups.members(places[prototype])
+        return scope.weights.parts(prototype) if len(members) == 1 else merge(members)
+
+    together = [members for core in groups.cores if len(members := groups.members(core)) > 1]
+    unused = sum(not any(usage[one] for one in members) for members in together)
+    said = tuple(notes)
+    if unused:
+        said += (
+            f"{layers_of(scope)}: no calibration token came to {unused} of {len(together)} merged "
+            "groups; their experts are averaged equally.",
+        )
+    return Decision(
+        tuple(scope.pool[core] for core in groups.cores),
+        tuple(SlotRecord(scope.pool[core]) for core in groups.core_of),
+        parts=parts,
+        notes=said,
+    )
+
+
+def forced_dtype(scope: ScopeView) -> torch.dtype:
+    """In what to compute experts on tokens that no router sends them: fp16 may overflow there."""
+    return torch.float32 if scope.dtype == torch.float16 else scope.dtype
+
+
+def layers_of(scope: ScopeView) -> str:
+    """``Layer 3`` or ``Layers 3 to 4``, for notes."""
+    first, last = scope.layers[0].layer, scope.layers[-1].layer
+    return f"Layer {first}" if first == last else f"Layers {first} to {last}"

@@ -272,7 +272,7 @@ def fit(
     if report.plan.unchanged and rate == "auto":
         return _fit_unchanged(source, index, Path(out), report, overwrite=overwrite, fresh=fresh)
     planned = report.plan.chosen
-    check_reach(config, anatomy, METHODS[method], planned.rate, planned.scope)
+    check_reach(config, anatomy, consolidation, planned.rate, planned.scope)
     identity = fingerprint(index, (source.path / "config.json").read_bytes())
     target = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     length = min(SEQUENCE_LENGTH, anatomy.max_context)

@@ -33,7 +33,7 @@ _LEVERS = st.fixed_dictionaries(
         "rate": st.one_of(st.just("auto"), st.sampled_from((0.0, 0.25, 0.3, 0.75, 0.99))),
         "scope": st.sampled_from(("auto", 1, 2, 4)),
         "precision": st.sampled_from(
-            ("auto", "source", "bf16", "bf16+int8", "int8", "int8+int4", "int4")
+            ("auto", "source", "bf16", "bf16+int8", "int8", "int8+int4", "int4", "lowrank")
         ),
         "prefer": st.sampled_from(("quality", "speed")),
     }

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     default="conmoe",
     show_default=True,
     help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long.",
+    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `reap`, `man`, "
+    "`msan`, `ean`, `seer`, `energy` and `frequency` remove experts and let the router choose among "
+    "the rest (`reap+drop` and so on: leave the router alone); `mone` puts constants in their place.",
 )
 @click.option(
     "--calibration",

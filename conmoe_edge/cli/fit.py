@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     default="conmoe",
     show_default=True,
     help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `m-smoe`, "
-    "`hc-smoe` and `mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank and a few columns.",
+    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `reap`, `man`, "
+    "`msan`, `ean`, `seer`, `energy` and `frequency` remove experts and let the router choose among "
+    "the rest (`reap+drop` and so on: leave the router alone); `mone` puts constants in their place; "
+    "`m-smoe`, `hc-smoe` and `mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank "
+    "and a few columns.",
 )
 @click.option(
     "--calibration",

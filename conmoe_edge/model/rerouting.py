@@ -14,6 +14,10 @@ A router that chooses by its logits, before any scoring, would count the closed 
 with them afterwards (PhiMoE: a softmax over all that come near the chosen one). There the logits
 themselves become minus infinity.
 
+Most routers call ``torch.topk`` in their own code. Those get a copy of their method that calls a
+masking one under this name, which costs one ``masked_fill`` a layer. The others (methods of tensors,
+helper functions) run under a torch function mode, which looks at each of their calls.
+
 Memory: a mask of E bools a layer, and one copy of the scores per choosing call.
 """
 
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from conmoe_edge.model.router import CHOOSING, Router, Selection, holds_all
+from conmoe_edge.model.router import CHOOSING, Router, Selection, holds_all, with_own_torch
 
 _CHOOSING = frozenset(CHOOSING)
 
@@ -63,13 +67,10 @@ def reroute(router: Router, is_open: Sequence[bool]) -> Callable[[], None]:
     if all(is_open):
         return lambda: None
     mode = _Masking(torch.tensor([not one for one in is_open]), router.selection.on_logits)
-    own = module.forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return own(*args, **kwargs)
-
+    direct = None
+    if router.selection.direct:
+        direct = with_own_torch(module, {name: mode.choosing(name) for name in CHOOSING})
+    forward = _within(mode, module.forward) if direct is None else direct
     before = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
     return functools.partial(_undo, module, before)
@@ -83,6 +84,15 @@ def rerouted(router: Router, is_open: Sequence[bool]) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+def _within(mode: TorchFunctionMode, own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return own(*args, **kwargs)
+
+    return forward
 
 
 def _undo(module: nn.Module, before: Any) -> None:
@@ -112,6 +122,16 @@ class _Masking(TorchFunctionMode):
         if getattr(func, "__name__", "") in _CHOOSING:
             args, kwargs = self._masked(func.__name__, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def choosing(self, name: str) -> Callable[..., Any]:
+        """``torch.NAME`` with closed slots hidden."""
+        function = getattr(torch, name)
+
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = self._masked(name, args, kwargs)
+            return function(*args, **kwargs)
+
+        return choose
 
     def _masked(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

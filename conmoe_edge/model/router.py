@@ -13,9 +13,10 @@ Nothing is allocated: meta tensors only. Raises ``UnsupportedModel`` where a lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Selection:
         per_group: best slots of a group whose scores it adds up to rank the groups.
         on_logits: whether it chooses by the logits themselves, before any softmax or sigmoid.
         calls: how many of its calls choose among all slots; none where it does so in an unknown way.
+        direct: whether it makes all of those as ``torch.NAME(...)`` in its own ``forward``.
     """
 
     chosen: int
@@ -55,6 +57,7 @@ class Selection:
     per_group: int = 1
     on_logits: bool = False
     calls: int = 0
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,20 @@ def _selection(call: _Call, slots: int) -> Selection:
     recorder = _Recorder(slots)
     with torch.no_grad(), recorder:
         output = call.module(*call.args, **call.kwargs)
+    direct: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        def choose(scores: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if holds_all(scores.shape, slots):
+                direct.append(name)
+            return getattr(torch, name)(scores, *args, **kwargs)
+
+        return choose
+
+    again = with_own_torch(call.module, {name: counting(name) for name in CHOOSING})
+    if again is not None:
+        with torch.no_grad():
+            again(*call.args, **call.kwargs)
     chosen = next(
         one.shape[-1] for one in output if isinstance(one, Tensor) and not one.is_floating_point()
     )
@@ -249,4 +266,34 @@ def _selection(call: _Call, slots: int) -> Selection:
         per_group,
         recorder.on_logits,
         len(recorder.whole),
+        len(direct) == len(recorder.whole) > 0 and recorder.grouped is None,
     )
+
+
+class _OwnTorch:
+    """``torch`` with some of its functions replaced."""
+
+    def __init__(self, replaced: Mapping[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def with_own_torch(
+    module: nn.Module, replaced: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any] | None:
+    """The module's ``forward``, but what its code calls ``torch`` has some functions replaced.
+
+    Nothing else sees them, and nothing but these calls costs anything. ``None`` where ``forward`` is
+    no plain method of the class.
+    """
+    own = getattr(module.forward, "__func__", None)
+    if not isinstance(own, FunctionType) or hasattr(own, "__wrapped__"):
+        return None
+    if own.__globals__.get("torch") is not torch:
+        return None
+    names = {**own.__globals__, "torch": _OwnTorch(replaced)}
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(copy, module)

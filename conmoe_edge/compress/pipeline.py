@@ -52,6 +52,7 @@ from conmoe_edge.compress.journal import Journal
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
+from conmoe_edge.compress.overview import overview_of, slot_distances
 from conmoe_edge.compress.predictor import PredictorFit
 from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.scope import pool_of
@@ -466,12 +467,16 @@ class Consolidation:
         for expert, kind in kinds.items():
             name = record_name(expert)
             self.journal.records[name] = [written.name, written.offsets[name], kind]
-        self._keep_decision(pool, decision)
+        self._keep_decision(pool, decision, weights)
         for layer in earlier:
             layer.close()
 
-    def _keep_decision(self, pool: Sequence[ExpertId], decision: Decision) -> None:
-        """Slots and notes into the journal, constants beside it."""
+    def _keep_decision(
+        self, pool: Sequence[ExpertId], decision: Decision, weights: ScopeWeights
+    ) -> None:
+        """Slots, their distances and notes into the journal, constants beside it."""
+        with self.clock.part("distance"):
+            self.journal.distances.update(slot_distances(pool, decision.slots, weights))
         for layer, constants in sorted(decision.constants.items()):
             file = self._constants_file(layer)
             write_constants(file, {layer: constants})
@@ -807,6 +812,9 @@ class Consolidation:
             files=dict(sorted(self.journal.files.items())),
             plan=dict(self.job.plan),
             receipt=self.journal.receipt,
+            overview=overview_of(
+                {layer: self._statistics_of(layer) for layer in layers}, self.journal.distances
+            ),
             tool_version=self.job.tool_version,
         )
 

@@ -23,6 +23,7 @@ _COMMANDS = {
     "chat": "conmoe_edge.cli.chat:chat",
     "plan": "conmoe_edge.cli.plan:plan",
     "bench": "conmoe_edge.cli.bench:bench",
+    "inspect": "conmoe_edge.cli.inspect:inspect",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
 }

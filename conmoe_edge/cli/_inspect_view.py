@@ -130,7 +130,9 @@ def _against_plan(facts: PackageFacts) -> RenderableType:
     if measured is not None:
         return table
     where = path_text(facts.folder)
-    hint = f"  {_NONE} not measured yet: conmoe-edge bench {where} --json > speed.json, then --bench"
+    hint = (
+        f"  {_NONE} not measured yet: conmoe-edge bench {where} --json > speed.json, then --bench"
+    )
     return Group(table, Text(hint, style="dim"))
 
 

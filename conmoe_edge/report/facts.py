@@ -190,7 +190,7 @@ def memory_terms(facts: PackageFacts) -> tuple[MemoryTerm, ...]:
     all_there = plan.chosen.slots >= len(facts.prototypes)
     share = f"{plan.chosen.slots:,} cache slots for {len(facts.prototypes):,} prototypes"
     found = sum(one.nbytes for one in facts.prototypes) if all_there else None
-    terms.append(MemoryTerm("Resident prototypes", used, found, "all" if all_there else share))
+    terms.append(MemoryTerm("Resident prototypes", used, found, "all of them" if all_there else share))
     return tuple(terms)
 
 
@@ -227,9 +227,7 @@ def to_json(facts: PackageFacts) -> dict[str, Any]:
             "budget_bytes": plan.budget.device_bytes,
             "device": plan.budget.device,
             "planned_bytes": plan.device_bytes_used,
-            "measured_bytes": None
-            if facts.measured is None
-            else facts.measured.memory.used_bytes,
+            "measured_bytes": None if facts.measured is None else facts.measured.memory.used_bytes,
             "terms": [asdict(term) for term in memory_terms(facts)],
         },
         "speed": {

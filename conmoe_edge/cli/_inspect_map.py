@@ -62,9 +62,11 @@ def _legend(facts: PackageFacts) -> Text:
     words = {"prototype": "its own expert", "constant": "a constant", "dropped": "nothing"}
     marks = [f"{_MARKS[kind]} {word}" for kind, word in words.items() if counts[kind]]
     if counts["alias"]:
-        marks.append("~ another's" if facts.usage is None else "no mark another's")
+        marks.append("~ another's" if facts.usage is None else "unmarked: another's")
     lines = [f"  Behind a slot: {', '.join(marks)}."]
     if facts.usage is not None:
         of = "routing weight" if facts.usage.source == "calibration" else "choices in the trace"
-        lines.append(f"  {of.capitalize()}: █ at least 2 equal shares, ▓ 1, ▒ ½, ░ ¼, blank less.")
+        lines.append(
+            f"  {of.capitalize()}: █ at least 2 equal shares, ▓ 1, ▒ 0.5, ░ 0.25, blank less."
+        )
     return Text("\n".join(lines), style="dim")

@@ -96,6 +96,9 @@ def slots_line(facts: PackageFacts) -> str:
         ("dropped", "were dropped"),
     )
     said = [f"{counts[kind]:,} {word}" for kind, word in words if counts[kind]]
+    added = sum(slot.constant and slot.prototype is not None for slot in facts.every_slot)
+    if added:
+        said.append(f"{added:,} add a constant")
     return f"Router slots: {', '.join(said)}"
 
 
@@ -129,10 +132,7 @@ def _against_plan(facts: PackageFacts) -> RenderableType:
     )
     if measured is not None:
         return table
-    where = path_text(facts.folder)
-    hint = (
-        f"  {_NONE} not measured yet: conmoe-edge bench {where} --json > speed.json, then --bench"
-    )
+    hint = f"  {_NONE} not measured; --bench FILE takes what `bench --json` printed"
     return Group(table, Text(hint, style="dim"))
 
 

@@ -1,7 +1,7 @@
 """Who stands in for whom: one arc for every alias, from its slot to its prototype, within each scope.
 
-A panel a scope, its router slots in a row. Prototypes have a tick; the stronger an arc, the farther apart the two experts
-were, in steps of the package's own distances.
+A panel a scope, its router slots in a row. Prototypes have a tick; the stronger an arc, the farther apart the two
+experts were, in steps of the package's own distances.
 """
 
 from __future__ import annotations

@@ -190,7 +190,9 @@ def memory_terms(facts: PackageFacts) -> tuple[MemoryTerm, ...]:
     all_there = plan.chosen.slots >= len(facts.prototypes)
     share = f"{plan.chosen.slots:,} cache slots for {len(facts.prototypes):,} prototypes"
     found = sum(one.nbytes for one in facts.prototypes) if all_there else None
-    terms.append(MemoryTerm("Resident prototypes", used, found, "all of them" if all_there else share))
+    terms.append(
+        MemoryTerm("Resident prototypes", used, found, "all of them" if all_there else share)
+    )
     return tuple(terms)
 
 

@@ -63,7 +63,7 @@ def stretched(*shapes: str, wide: float, high: float, label: str, class_: str = 
 
 def figure(title: str, *children: str, lead: str = "", tip: str = "", id_: str = "") -> Markup:
     """A section: heading, a sentence on how to read it, the picture, and a line for what is pointed at."""
-    parts = [tag("h2", title)]
+    parts: list[str] = [tag("h2", title)]
     if lead:
         parts.append(tag("p", lead, class_="lead"))
     parts += children

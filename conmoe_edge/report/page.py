@@ -86,7 +86,9 @@ def _header(facts: PackageFacts) -> Markup:
         parts.append("left as it is")
     else:
         parts += [f"method {manifest.method}", f"scope {manifest.scope}"]
-        forms = ["the model's own precision" if p == "source" else p for p in facts.layout_precisions]
+        forms = [
+            "the model's own precision" if p == "source" else p for p in facts.layout_precisions
+        ]
         parts.append(f"prototypes in {' and '.join(forms)}")
     if manifest.dense_precision != "source":
         parts.append(f"dense weights in {manifest.dense_precision}")

@@ -8,7 +8,7 @@ from typing import Any
 from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.markup import Markup, figure, stretched, table, tag, text
 
-_HEADERS = ("text", "tokens", "loss before", "after", "rise", "perplexity", "KL", "same top-1")
+_HEADERS = ("text", "tokens", "loss before", "after", "rise", "perplexity", "KL", "same top")
 _WIDE = frozenset({1, 2, 3})
 
 

@@ -91,7 +91,7 @@ th:first-child{text-align:left;padding-left:0}
 .pair thead th:first-child{color:var(--text);font-weight:600}
 .quality tbody tr:first-child{font-weight:600}
 .quality tbody tr:first-child th{font-weight:600}
-.quality th:first-child{white-space:normal;overflow-wrap:anywhere}
+.quality th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:4.4em}
 .barred{display:inline-block;width:100%;min-width:52px;max-width:150px}
 .under{height:4px;margin-top:1px}
 .loss{fill:var(--loss)}
@@ -103,7 +103,7 @@ color:var(--soft);line-height:1;margin:-6px 0}
 .plot .ticks{grid-column:2}
 .plot .ticks span:not(:first-child):not(.last){transform:translateX(-50%)}
 .grid{stroke:var(--rule);stroke-width:1px}
-.planned{stroke:var(--text);stroke-width:1px;stroke-dasharray:2 3;fill:none}
+.planned{stroke:var(--text);stroke-width:1px;fill:none}
 .best{stroke:var(--own);stroke-width:2.6px;fill:none}
 .dot{stroke:var(--own);stroke-width:8px;stroke-linecap:round}
 .chart g:hover .dot{stroke:var(--text)}
@@ -126,7 +126,10 @@ section{margin-top:40px}
 .bars{grid-template-columns:minmax(0,1fr) auto;gap:3px 12px}
 .bars .bar{grid-column:1/3;grid-row:2;height:14px}
 .bars .figures{grid-column:2}
-th,td{padding-left:9px}
+th,td{padding-left:8px}
+.quality table{font-size:13px}
+.quality thead th{font-size:12px}
+.arcs{height:84px}
 .chart{height:200px}
 }
 @media print{body{max-width:none}.tip{display:none}}

@@ -59,7 +59,7 @@ def _chart(curve: HitCurve) -> Markup:
     samples = [(_line_sample("best"), "the best of them")]
     samples += [(_line_sample(f"policy p{n}"), name) for n, name in enumerate(curve.rates)]
     if curve.planned is not None and curve.planned < curve.prototypes:
-        samples.append((_line_sample("planned"), f"planned: {curve.planned:,} slots"))
+        samples.append((_line_sample("planned", "M20 1V19"), f"planned: {curve.planned:,} slots"))
     headers = ("slots", *curve.rates)
     rows: list[tuple[str, ...]] = [
         (f"{slots:,}", *(f"{100 * rates[n]:.1f} %" for rates in curve.rates.values()))
@@ -82,10 +82,10 @@ def _chart(curve: HitCurve) -> Markup:
     )
 
 
-def _line_sample(class_: str) -> Markup:
+def _line_sample(class_: str, line: str = "M1 10H39") -> Markup:
     return tag(
         "svg",
-        tag("path", d="M1 10H39", class_=class_),
+        tag("path", d=line, class_=class_),
         class_="sample long",
         viewBox="0 0 40 20",
         aria_hidden="true",

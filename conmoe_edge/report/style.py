@@ -10,7 +10,7 @@ STYLE = """
 --t0:#8a94a0;--t1:#0b5cad;--t2:#4d95dc;--t3:#a9cbee;--t4:#6d4bb0;--t5:#c2570c}
 @media (prefers-color-scheme:dark){:root{--ground:#0f1317;--text:#e4e8ed;--soft:#98a2ae;--rule:#2a313a;
 --rail:#1c2229;--own:#62adf5;--alias:#f3994f;--const:#b69af0;--found:#8b96a3;--loss:#f0765c;
---t0:#77818d;--t1:#62adf5;--t2:#3a78b8;--t3:#294f76;--t4:#b69af0;--t5:#f3994f}}
+--t0:#77818d;--t1:#62adf5;--t2:#3f7fc0;--t3:#a9cbee;--t4:#b69af0;--t5:#f3994f}}
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
 body{margin:0 auto;padding:32px 20px 64px;max-width:920px;background:var(--ground);color:var(--text);
@@ -27,7 +27,7 @@ section{margin-top:48px}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:16px 20px;margin:24px 0 0;
 padding:18px 0;border:solid var(--rule);border-width:1px 0}
 .facts div{display:flex;flex-direction:column}
-.facts dt{order:2;color:var(--soft);font-size:13px;line-height:1.35}
+.facts dt{order:2;color:var(--soft);font-size:13px;line-height:1.35;text-wrap:balance}
 .facts dd{margin:0;font-size:21px;font-weight:600;line-height:1.3}
 .fill{display:block;width:100%}
 .hit{fill:transparent;stroke:none}
@@ -89,8 +89,7 @@ th,td{text-align:right;padding:5px 0 5px 12px;font-weight:400;white-space:nowrap
 thead th{color:var(--soft);font-size:13px;border:0;vertical-align:bottom}
 th:first-child{text-align:left;padding-left:0}
 .pair thead th:first-child{color:var(--text);font-weight:600}
-.quality tbody tr:first-child{font-weight:600}
-.quality tbody tr:first-child th{font-weight:600}
+.quality tbody tr:first-child>*{font-weight:600}
 .quality th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:4.4em}
 .barred{display:inline-block;width:100%;min-width:52px;max-width:150px}
 .under{height:4px;margin-top:1px}

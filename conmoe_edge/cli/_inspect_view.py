@@ -156,8 +156,8 @@ def _prototypes(facts: PackageFacts) -> list[RenderableType]:
             f"{distances[0]:.3f} least, {quantile(distances, 0.5):.3f} median, "
             f"{quantile(distances, 0.9):.3f} ninth decile, {distances[-1]:.3f} most"
         )
-        note = "  Between pretrained weights: 0 the same, 1.414 unrelated ones of one size."
-        parts += [Text(), Text(f"  Distance to the prototype: {figures}"), Text(note, style="dim")]
+        note = "  From a slot's pretrained expert to its prototype: 0 the same, 1.414 unrelated."
+        parts += [Text(), Text(f"  Distances: {figures}"), Text(note, style="dim")]
     return parts
 
 

@@ -81,7 +81,7 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
         "96 keep their expert, 96 share another's",
         "Busiest",
         "Loneliest",
-        "Distance to the prototype: 1.4",
+        "Distances: 1.4",
     ):
         assert words in result.stdout
     assert "--html report.html" in result.stderr

@@ -104,11 +104,10 @@ def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
-    except OSError as error:
+    except (OSError, ConmoeError) as error:
+        why = error.why if isinstance(error, ConmoeError) else error.strerror or str(error)
         raise ConmoeError(
-            f"{path} cannot be written.",
-            error.strerror or str(error),
-            "conmoe-edge completion show SHELL prints the script",
+            f"Cannot write {path}.", why, "conmoe-edge completion show SHELL prints the script"
         ) from error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conmoe_edge.checkpoint.files import write_bytes
-from conmoe_edge.errors import ConmoeError
+from conmoe_edge.errors import ConmoeError, NoSpace
 from conmoe_edge.report.arcs import arcs
 from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.heat_map import heat_map
@@ -28,14 +28,15 @@ def write_page(facts: PackageFacts, path: Path) -> None:
     """Put the page where ``path`` is.
 
     Raises:
-        ConmoeError: it cannot be written; what was there stays.
+        ConmoeError, NoSpace: it cannot be written; what was there stays.
     """
+    data = page(facts).encode()
     try:
-        write_bytes(path, page(facts).encode())
-    except OSError as error:
-        raise ConmoeError(
-            f"{path} cannot be written.", error.strerror or str(error), "--html FILE elsewhere"
-        ) from error
+        write_bytes(path, data)
+    except NoSpace:
+        raise
+    except ConmoeError as error:
+        raise ConmoeError(error.what, error.why, "--html FILE in another folder") from error
 
 
 def page(facts: PackageFacts) -> str:

@@ -152,7 +152,7 @@ def test_a_page_is_written(scoped: Path, tmp_path: Path) -> None:
     quiet = run(str(scoped), "--html", str(path), "--quiet")
     assert quiet.stderr == "" and quiet.exit_code == 0
     failed = run(str(scoped), "--html", str(tmp_path / "no" / "page.html"))
-    assert failed.exit_code == 1 and "cannot be written" in failed.stderr
+    assert failed.exit_code == 1 and "Cannot write" in failed.stderr
 
 
 def test_unchanged_and_measured(tmp_path: Path) -> None:

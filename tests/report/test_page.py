@@ -140,7 +140,18 @@ def test_shapes_stay_inside_their_pictures(facts: PackageFacts) -> None:
             assert x >= 0 and y >= -0.01 and w >= 0 and h >= 0
             assert x + w <= wide + 0.01 and y + h <= high + 0.01
         for path in svg.iter("path"):
-            assert "nan" not in path.attrib["d"] and "-" not in path.attrib["d"]
+            assert "nan" not in path.attrib["d"]
+
+
+@pytest.mark.parametrize("facts", ["scoped", "auto"], indirect=True)
+def test_arcs_stand_on_their_slots_and_stay_below_the_edge(facts: PackageFacts) -> None:
+    for arc in marks(tree(page(facts)), "path", "line"):
+        numbers = [float(one) for one in re.findall(r"-?[\d.]+", arc.attrib["d"])]
+        x0, y0, x1, top, x2, other, x3, y3 = numbers
+        assert (x0, x3) == (x1, x2) and x0 % 1 == x3 % 1 == 0.5 and x0 != x3
+        assert y0 == y3 == 92 and top == other
+        # The top of such a curve is three quarters of the way to its control points.
+        assert 0 <= y0 - 0.75 * (y0 - top) < y0
 
 
 def test_a_hostile_name_is_only_a_name(scoped: Path, tmp_path: Path) -> None:
@@ -192,7 +203,7 @@ def test_the_page_is_written_whole_or_not_at_all(
     write_page(facts, path)
     before = path.read_bytes()
     assert before.decode() == page(facts)
-    with pytest.raises(ConmoeError, match="cannot be written"):
+    with pytest.raises(ConmoeError, match="Cannot write"):
         write_page(facts, tmp_path / "no" / "such" / "report.html")
 
     def broken(facts: PackageFacts) -> str:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from conmoe_edge.cli._models_facts import ModelRow
     from conmoe_edge.cli._output import Output
 
-_HERE = {"folder": "yes", "cached": "in the cache", "partly": "partly", "absent": ""}
-
 
 @click.group(
     cls=SuggestingGroup,
@@ -124,12 +122,13 @@ def _view(rows: tuple[ModelRow, ...], *, planned: bool) -> RenderableType:
     from conmoe_edge.cli._render import table_view
     from conmoe_edge.units import human_size
 
-    headers = ("name", "size here", "on this disk", "model" if not planned else "how it would fit")
+    headers = ("name", "on this disk", "how it would fit" if planned else "model")
     table = []
     for row in rows:
         size = "" if row.nbytes is None else human_size(row.nbytes)
+        here = "partly" if row.here == "partly" else size
         last = _fits(row) if planned else _target(row)
-        table.append((row.name + (" (yours)" if row.own else ""), size, _HERE[row.here], last))
+        table.append((row.name + (" (yours)" if row.own else ""), here, last))
     return table_view(headers, table, numbers=frozenset({1}))
 
 

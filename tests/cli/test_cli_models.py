@@ -76,7 +76,7 @@ def test_every_alias_and_what_is_here_of_it(cache: Path) -> None:
         "org/unnamed",
     ]
     text = run().stdout
-    assert "comes along" in text and "in the cache" in text and "partly" in text
+    assert "comes along" in text and "23.2 MiB" in text and "partly" in text
     assert max(map(len, text.splitlines())) <= 80
 
 

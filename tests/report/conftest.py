@@ -37,9 +37,16 @@ def auto(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two kinds of records, not all of them resident."""
+    """Two kinds of records, all of them resident."""
     out = tmp_path_factory.mktemp("mixed") / "out"
     return fit_demo(out, budget="565MB", precision="int8+int4", rate=0.25)
+
+
+@pytest.fixture(scope="session")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fewer cache slots than prototypes."""
+    out = tmp_path_factory.mktemp("tight") / "out"
+    return fit_demo(out, budget="560MB", precision="int4", rate=0.25)
 
 
 @pytest.fixture(scope="session")

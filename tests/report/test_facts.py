@@ -18,7 +18,7 @@ from conmoe_edge.report.slots import quantile
 
 from .conftest import without_overview
 
-PACKAGES = ("scoped", "auto", "mixed")
+PACKAGES = ("scoped", "auto", "mixed", "tight")
 
 
 @pytest.fixture

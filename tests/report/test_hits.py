@@ -59,10 +59,10 @@ def test_more_slots_never_hurt_the_best_and_all_of_them_miss_nothing(scoped: Pat
         assert len(rates) == len(curve.slots)
 
 
-def test_planned_slots_are_on_the_grid(mixed: Path, scoped: Path, by_hand: Path) -> None:
-    manifest = load_manifest(mixed)
+def test_planned_slots_are_on_the_grid(tight: Path, scoped: Path, by_hand: Path) -> None:
+    manifest = load_manifest(tight)
     assert manifest.cache, "the budget is too small for all prototypes"
-    for curve, one in zip(curves(mixed), manifest.cache, strict=True):
+    for curve, one in zip(curves(tight), manifest.cache, strict=True):
         assert curve.planned == one.slots and one.slots in curve.slots
     assert planned_slots(load_manifest(scoped)) == [len(load_manifest(scoped).prototypes)]
     assert planned_slots(load_manifest(by_hand)) == [None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -76,7 +77,6 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
     for words in (
         "./out · demo (olmoe) · 6 MoE layers of 32 router slots · top-4",
         "conmoe · 50 % removed · scope 2",
-        "prototypes               96        96",
         "same top-1",
         "96 keep their expert, 96 share another's",
         "Busiest",
@@ -84,6 +84,7 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
         "Distances: 1.4",
     ):
         assert words in result.stdout
+    assert re.search(r"\n  prototypes +96 +96\n", result.stdout)
     assert "--html report.html" in result.stderr
 
 
@@ -118,7 +119,8 @@ def test_it_reads_in_ascii_as_well(scoped: Path, by_hand: Path) -> None:
 def test_wide_layers_are_folded_and_every_kind_has_its_mark(by_hand: Path) -> None:
     text = shown(by_hand)
     assert max(map(len, text.splitlines())) <= 80
-    assert "57 keep their expert, 57 share another's, 3 became constants, 3 were dropped" in text
+    said = "57 keep their expert, 57 share another's, 3 became constants, 3 were dropped"
+    assert said in " ".join(text.split())
     assert "- a constant, x nothing, ~ another's" in text
     lines = [line for line in text.splitlines() if line.startswith("  +32  ")]
     assert [line[7:] for line in lines] == [" ● ~ ● ~ ● ~ x -"] * 3

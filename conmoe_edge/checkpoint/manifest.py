@@ -125,6 +125,22 @@ class PrefetchSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerOverview:
+    """What calibration saw of a layer's router slots, one number a slot. For readers: the runtime needs none of it.
+
+    Attributes:
+        weights: share of the routing weight of all layers that went to the slot, before anything was changed.
+        tokens: calibration tokens that chose it.
+        distances: weight distance between the slot's pretrained expert and that of its prototype, 0 where they are
+            the same, at most 2 (``compress/distance.py``); ``None`` where it has no prototype.
+    """
+
+    weights: tuple[float, ...]
+    tokens: tuple[int, ...]
+    distances: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of ``conmoe.json``.
 
@@ -140,6 +156,7 @@ class Manifest:
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         prefetch: ``None`` where there is no predictor.
+        overview: decoder layer -> what calibration saw of its router slots; empty where nothing was kept of it.
         plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/receipt.py``).
     """
 
@@ -156,6 +173,7 @@ class Manifest:
     receipt: dict[str, Any] = field(default_factory=dict)
     cache: tuple[CacheSettings, ...] = ()
     prefetch: PrefetchSettings | None = None
+    overview: dict[int, LayerOverview] = field(default_factory=dict)
     dense_precision: str = "source"
     tool_version: str = ""
     format_version: int = FORMAT_VERSION

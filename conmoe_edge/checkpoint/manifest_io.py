@@ -27,6 +27,7 @@ from conmoe_edge.checkpoint.manifest import (
     PREDICTOR_FILE,
     CacheSettings,
     ExpertId,
+    LayerOverview,
     Manifest,
     PrefetchSettings,
     PrototypeEntry,
@@ -157,6 +158,15 @@ def to_json(manifest: Manifest) -> bytes:
             "resident_share": manifest.prefetch.resident_share,
             "window": manifest.prefetch.window,
         }
+    if manifest.overview:
+        value["overview"] = {
+            str(layer): {
+                "distances": list(one.distances),
+                "tokens": list(one.tokens),
+                "weights": list(one.weights),
+            }
+            for layer, one in sorted(manifest.overview.items())
+        }
     try:
         return _text(value).encode()
     except (TypeError, ValueError) as error:
@@ -283,6 +293,11 @@ def _build(parsed: ManifestJson) -> Manifest:
         if PREDICTOR_FILE not in parsed.files:
             raise _Wrong(f"prototypes are read ahead, but there is no {PREDICTOR_FILE}")
         prefetch = PrefetchSettings(**parsed.prefetch.model_dump())
+    overview = {
+        layer: LayerOverview(tuple(one.weights), tuple(one.tokens), tuple(one.distances))
+        for layer, one in sorted(parsed.overview.items())
+    }
+    _check_overview(overview, slots)
     return Manifest(
         source=parsed.source,
         method=parsed.method,
@@ -308,6 +323,7 @@ def _build(parsed: ManifestJson) -> Manifest:
             for one in parsed.cache
         ),
         prefetch=prefetch,
+        overview=overview,
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
         rerouted=tuple(parsed.rerouted),
@@ -361,6 +377,17 @@ def _check_prototypes(
         spans.sort()
         if any(second[0] < first[1] for first, second in pairwise(spans)):
             raise _Wrong(f"two prototypes overlap in {file}")
+
+
+def _check_overview(
+    overview: dict[int, LayerOverview], slots: dict[int, tuple[SlotRecord, ...]]
+) -> None:
+    """One number for every slot of every layer, or no overview at all."""
+    if overview and overview.keys() != slots.keys():
+        raise _Wrong("the overview has other layers than the map")
+    for layer, one in overview.items():
+        if {len(one.weights), len(one.tokens), len(one.distances)} != {len(slots[layer])}:
+            raise _Wrong(f"overview.{layer} and remap.{layer} have different lengths")
 
 
 def _finite(value: Any) -> Any:

@@ -112,6 +112,14 @@ class PrefetchJson(_Strict):
     recall: dict[Layer, Annotated[Finite, Field(ge=0, le=1)]]
 
 
+class OverviewJson(_Strict):
+    """``LayerOverview``."""
+
+    weights: list[Annotated[Finite, Field(ge=0)]]
+    tokens: list[Count]
+    distances: list[Annotated[Finite, Field(ge=0)] | None]
+
+
 class FileJson(_Strict):
     """What is known of one file of the package."""
 
@@ -141,3 +149,4 @@ class ManifestJson(_Strict):
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
+    overview: dict[Layer, OverviewJson] = {}

@@ -47,11 +47,18 @@ def config_folder() -> Path:
 
 def aliases() -> dict[str, str]:
     """All aliases, sorted by name; the user's own win over those that are shipped."""
-    merged = _read_aliases(_SHIPPED)
+    return dict(sorted((shipped_aliases() | own_aliases()).items()))
+
+
+def shipped_aliases() -> dict[str, str]:
+    """The aliases that come along, in their order."""
+    return _read_aliases(_SHIPPED)
+
+
+def own_aliases() -> dict[str, str]:
+    """The user's own aliases; empty where there is no such file."""
     own = config_folder() / "aliases.toml"
-    if own.is_file():
-        merged |= _read_aliases(own)
-    return dict(sorted(merged.items()))
+    return _read_aliases(own) if own.is_file() else {}
 
 
 def resolve(name: str, revision: str | None = None) -> Meaning:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from conmoe_edge.cli._complete import complete_budget
 from conmoe_edge.plan.dense import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 
@@ -105,6 +106,7 @@ class Tokens(click.ParamType):
 package_budget_option = click.option(
     "--gpu",
     metavar="SIZE|PROFILE|auto",
+    shell_complete=complete_budget,
     help="Memory to stay within.  [default: what the package was planned for]",
 )
 """``--gpu`` of the commands that run a package."""
@@ -143,6 +145,7 @@ _LEVERS = (
     click.option(
         "--gpu",
         metavar="SIZE|PROFILE|auto",
+        shell_complete=complete_budget,
         default="auto",
         show_default=True,
         help="Memory of the target: a size (24GB, 7.5GiB), a profile (rtx-4090, see `profiles "

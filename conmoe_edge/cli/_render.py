@@ -196,7 +196,7 @@ def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:
     domains = receipt.get("per_domain") or {}
     for name in sorted(domains):
         table.add_row(*_receipt_row(name, domains[name]))
-    note = "  On text that calibration did not see; loss in nats a token, KL against the original."
+    note = "  On text that calibration did not see. Loss: nats a token; KL: to the original."
     return Group(table, Text(note, style="dim"))
 
 

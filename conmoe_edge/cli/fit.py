@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.cli._complete import complete_method, complete_model
 from conmoe_edge.cli._errors import Interrupted
 from conmoe_edge.cli._options import Tokens, common_options, lever_options, levers
 from conmoe_edge.cli._text import path_text
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Fit a model into the memory you have, and write it.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @click.option(
     "--out",
     metavar="DIR",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--method",
     metavar="NAME",
+    shell_complete=complete_method,
     default="conmoe",
     show_default=True,
     help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "

@@ -24,8 +24,11 @@ _COMMANDS = {
     "plan": "conmoe_edge.cli.plan:plan",
     "bench": "conmoe_edge.cli.bench:bench",
     "eval": "conmoe_edge.cli.evaluate:evaluate",
+    "inspect": "conmoe_edge.cli.inspect:inspect",
+    "models": "conmoe_edge.cli.models:models",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
+    "completion": "conmoe_edge.cli.completion:completion",
 }
 
 
@@ -116,9 +119,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     Results go to stdout, everything else to stderr. Every command takes --json. Exit status: 0
     done, 1 failure, 2 usage, 3 does not fit, 130 interrupted.
 
-    \b
-    Completion for bash; zsh and fish alike:
-      eval "$(_CONMOE_EDGE_COMPLETE=bash_source conmoe-edge)"
+    Completion by the tab key: conmoe-edge completion install
     """
     ctx.obj = Settings(debug=debug_wanted(debug), quiet=quiet)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.cli._complete import complete_model
 from conmoe_edge.cli._options import common_options, lever_options, levers
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Show what fit would do, before any download.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_model)
 @lever_options
 @common_options
 def plan(model: str, output: Output, **parameters: Any) -> None:

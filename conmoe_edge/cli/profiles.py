@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.cli._complete import complete_profile
 from conmoe_edge.cli._lazy import SuggestingGroup
 from conmoe_edge.cli._options import common_options
 
@@ -52,7 +53,7 @@ def list_command(output: Output) -> None:
 
 
 @profiles.command(short_help="One profile with all its figures.")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_profile)
 @common_options
 def show(name: str, output: Output) -> None:
     """Show everything the profile NAME says.

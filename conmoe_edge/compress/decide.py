@@ -20,6 +20,7 @@ from conmoe_edge.compress.importance import RowSample, gains, load_sample, wides
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.output_vectors import OutputVectors
+from conmoe_edge.compress.overview import slot_distances
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.scope import pool_of
 from conmoe_edge.compress.stream import compute_dtype
@@ -85,13 +86,15 @@ def decide(
     for expert, kind in kinds.items():
         name = record_name(expert)
         run.journal.records[name] = [written.name, written.offsets[name], kind]
-    _keep(run, pool, decision)
+    _keep(run, pool, decision, weights)
     for layer in earlier:
         layer.close()
 
 
-def _keep(run: Run, pool: Sequence[ExpertId], decision: Decision) -> None:
-    """Slots and notes into the journal, constants beside it."""
+def _keep(run: Run, pool: Sequence[ExpertId], decision: Decision, weights: ScopeWeights) -> None:
+    """Slots, their distances and notes into the journal, constants beside it."""
+    with run.clock.part("distance"):
+        run.journal.distances.update(slot_distances(pool, decision.slots, weights))
     for layer, constants in sorted(decision.constants.items()):
         file = run.constants_file(layer)
         write_constants(file, {layer: constants})

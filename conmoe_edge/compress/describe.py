@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, PrototypeEntry, RecordLayout
+from conmoe_edge.compress.overview import overview_of
 from conmoe_edge.compress.run import Run, expert_of
 from conmoe_edge.compress.weights import record_name
 
@@ -39,6 +40,9 @@ def describe(run: Run) -> Manifest:
         files=dict(sorted(run.journal.files.items())),
         plan=dict(run.job.plan),
         receipt=run.journal.receipt,
+        overview=overview_of(
+            {layer: run.statistics_of(layer) for layer in layers}, run.journal.distances
+        ),
         tool_version=run.job.tool_version,
         rerouted=tuple(layer for layer in layers if run.is_rerouted(layer)),
     )

@@ -35,6 +35,7 @@ class Journal:
         done: layers finished in this phase.
         statistics: layer -> ``LayerStatistics`` as JSON.
         decisions: layer -> slot records as JSON.
+        distances: layer -> distance of every slot to its prototype (``overview.py``).
         files: file of the package -> size and checksum.
         records: record -> (file, offset, kind of layout).
         receipt: the quality receipt, once it is there.
@@ -49,6 +50,7 @@ class Journal:
     done: int = 0
     statistics: dict[str, Any] = field(default_factory=dict)
     decisions: dict[str, Any] = field(default_factory=dict)
+    distances: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Journal:
             "done",
             "statistics",
             "decisions",
+            "distances",
             "files",
             "records",
             "receipt",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from conmoe_edge.checkpoint.manifest import (
     CacheSettings,
     ExpertId,
+    LayerOverview,
     Manifest,
     PrototypeEntry,
     RecordLayout,
@@ -129,6 +130,39 @@ def test_rerouted_layers_come_back_and_older_manifests_have_none(tmp_path: Path)
     assert found.open_slots(10) == [True, False, True], "a constant may be chosen"
     assert found.open_slots(1) == [True, True, True]
     assert manifest().open_slots(10) == [True, True, True], "dropped, but the router is as it was"
+
+
+def overview(**changes: Any) -> LayerOverview:
+    values = {
+        "weights": (0.25, 0.0, 1e-9),
+        "tokens": (12, 0, 1),
+        "distances": (0.0, 1.25, None),
+    }
+    return LayerOverview(**(values | changes))
+
+
+def test_an_overview_comes_back_and_older_manifests_have_none(tmp_path: Path) -> None:
+    whole = manifest(overview={1: overview(), 10: overview(distances=(None, None, None))})
+    save_manifest(tmp_path, whole)
+    assert load_manifest(tmp_path) == whole
+    assert "overview" not in json.loads(to_json(manifest()))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {1: overview()},
+        {1: overview(), 10: overview(), 11: overview()},
+        {1: overview(), 10: overview(weights=(0.5, 0.5))},
+        {1: overview(), 10: overview(tokens=(1, 2, 3, 4))},
+        {1: overview(), 10: overview(distances=(0.0, 0.0, -1.0))},
+        {1: overview(), 10: overview(weights=(0.5, -0.5, 0.0))},
+        {1: overview(), 10: overview(tokens=(1, 2, -3))},
+    ],
+)
+def test_an_overview_of_other_slots_is_refused(found: dict[int, LayerOverview]) -> None:
+    with pytest.raises(PackageError, match="damaged"):
+        from_json(to_json(manifest(overview=found)))
 
 
 def test_a_ratio_of_infinity_becomes_null() -> None:

@@ -50,7 +50,10 @@ def start(*arguments: str) -> tuple[int, float, set[str], str]:
         ("fit", "--help"),
         ("chat", "-h"),
         ("plan", "--help"),
+        ("inspect", "--help"),
+        ("models", "--help"),
         ("profiles", "--help"),
+        ("completion", "--help"),
         ("doctor", "--help"),
     ],
 )

@@ -1,0 +1,160 @@
+"""The page about a package: one self-contained HTML file.
+
+Everything in it comes from ``PackageFacts`` and is escaped; there is no reference to anything outside. Written whole or
+not at all. Peak memory: the page, some 300 bytes a router slot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conmoe_edge.checkpoint.files import write_bytes
+from conmoe_edge.errors import ConmoeError, NoSpace
+from conmoe_edge.report.arcs import arcs
+from conmoe_edge.report.facts import PackageFacts
+from conmoe_edge.report.heat_map import heat_map
+from conmoe_edge.report.hit_chart import hit_charts
+from conmoe_edge.report.markup import Markup, join, table, tag
+from conmoe_edge.report.memory_bars import memory_bars
+from conmoe_edge.report.prototypes import prototypes
+from conmoe_edge.report.quality import quality
+from conmoe_edge.report.style import SCRIPT, STYLE
+from conmoe_edge.units import human_size
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def write_page(facts: PackageFacts, path: Path) -> None:
+    """Put the page where ``path`` is.
+
+    Raises:
+        ConmoeError, NoSpace: it cannot be written; what was there stays.
+    """
+    data = page(facts).encode()
+    try:
+        write_bytes(path, data)
+    except NoSpace:
+        raise
+    except ConmoeError as error:
+        raise ConmoeError(error.what, error.why, "--html FILE in another folder") from error
+
+
+def page(facts: PackageFacts) -> str:
+    """The whole file."""
+    sections = [memory_bars(facts)]
+    if facts.unchanged:
+        sections.append(
+            tag(
+                "section",
+                tag("h2", "The experts"),
+                tag("p", "The model fits as it is: every expert is what it was.", class_="lead"),
+            )
+        )
+    elif facts.slots:
+        sections += [
+            quality(facts),
+            heat_map(facts),
+            arcs(facts),
+            prototypes(facts),
+            hit_charts(facts),
+        ]
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("title", f"{facts.name}: what was done to the experts"),
+        tag("style", Markup(STYLE)),
+    )
+    body = tag(
+        "body",
+        _header(facts),
+        tag("main", *sections, _files(facts)),
+        _footer(facts),
+        tag("script", Markup(SCRIPT)),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _header(facts: PackageFacts) -> Markup:
+    manifest = facts.manifest
+    parts = [facts.model_type] if facts.model_type else []
+    if facts.slots:
+        parts.append(f"{len(facts.slots)} MoE layers")
+    if facts.top_k:
+        parts.append(f"top-{facts.top_k}")
+    if facts.unchanged:
+        parts.append("left as it is")
+    else:
+        parts += [f"method {manifest.method}", f"scope {manifest.scope}"]
+        forms = [
+            "the model's own precision" if p == "source" else p for p in facts.layout_precisions
+        ]
+        parts.append(f"prototypes in {' and '.join(forms)}")
+    if manifest.dense_precision != "source":
+        parts.append(f"dense weights in {manifest.dense_precision}")
+    tiles = [tag("div", tag("dt", word), tag("dd", figure)) for figure, word in _figures(facts)]
+    return tag(
+        "header",
+        tag("h1", facts.name),
+        tag("p", " · ".join(parts), class_="sub"),
+        tag("dl", *tiles, class_="facts"),
+    )
+
+
+def _figures(facts: PackageFacts) -> list[tuple[str, str]]:
+    """The few numbers that a reader wants first."""
+    manifest, sizes = facts.manifest, facts.sizes
+    total = human_size(sizes.dense + sizes.prototypes)
+    figures = []
+    if facts.prototypes:
+        figures.append(
+            (f"{len(facts.prototypes):,}", f"prototypes for {len(facts.every_slot):,} router slots")
+        )
+    planned = "" if facts.plan is None else f", {human_size(facts.plan.disk_bytes)} planned"
+    figures.append((total, f"of weights on disk{planned}"))
+    ratio, same = (manifest.receipt.get(key) for key in ("perplexity_ratio", "top1_agreement"))
+    if isinstance(ratio, int | float):
+        figures.append((f"×{ratio:.3f}", "perplexity on held-out text"))
+    if isinstance(same, int | float):
+        figures.append((f"{100 * same:.1f} %", "same most likely token"))
+    speed = None if facts.plan is None else facts.plan.chosen.tokens_per_second
+    if facts.measured is not None:
+        expected = "" if speed is None else f", {speed:.0f} expected"
+        reached = facts.measured.decode.tokens_per_second.median
+        figures.append((f"{reached:.1f} tok/s", f"measured{expected}"))
+    elif speed is not None:
+        figures.append((f"~{speed:.0f} tok/s", "expected by the plan"))
+    return figures
+
+
+def _files(facts: PackageFacts) -> Markup:
+    manifest = facts.manifest
+    rows: list[tuple[str, ...]] = [
+        (name, human_size(entry["size"]), tag("code", entry["sha256"][:16]))
+        for name, entry in sorted(manifest.files.items())
+    ]
+    checked = (
+        "Every file was hashed, and is what the manifest says."
+        if facts.verified
+        else ("Every file is there in full; conmoe-edge inspect --verify hashes them.")
+    )
+    revision = manifest.source.get("revision")
+    origin = [f"Made from {facts.name}"]
+    origin.append(f" at revision {revision}" if revision else "")
+    origin.append(f" by conmoe-edge {manifest.tool_version}." if manifest.tool_version else ".")
+    return tag(
+        "section",
+        tag("h2", "Files"),
+        tag("p", "".join(origin) + " " + checked, class_="lead"),
+        tag(
+            "details",
+            tag("summary", f"{len(rows)} files"),
+            tag("div", table(("file", "size", "SHA-256 begins"), rows), class_="scroll"),
+        ),
+        id="files",
+    )
+
+
+def _footer(facts: PackageFacts) -> Markup:
+    return tag("footer", join("Made by ", tag("code", "conmoe-edge inspect --html"), "."))

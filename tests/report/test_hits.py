@@ -1,0 +1,83 @@
+"""The hit curve against a direct replay of the trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conmoe_edge.checkpoint.manifest import CacheSettings
+from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.offload.replay import replay, tables
+from conmoe_edge.offload.routing import prototype_trace, read_trace
+from conmoe_edge.report import hits
+from conmoe_edge.report.hits import HitCurve, hit_curves, planned_slots, sampled
+
+SIMPLE = {"lru": ("lru", 0.0), "lfru": ("lfru", 0.0), "pins 25%": ("pins", 0.25)}
+
+
+def curves(package: Path) -> tuple[HitCurve, ...]:
+    manifest = load_manifest(package)
+    trace = read_trace(package, manifest)
+    assert trace is not None
+    told: list[tuple[int, int]] = []
+    found = hit_curves(trace, manifest, lambda done, of: told.append((done, of)))
+    assert told[-1][0] == told[-1][1] == len(told)
+    return found
+
+
+@pytest.mark.parametrize("name", ["scoped", "mixed"])
+def test_every_point_is_a_replay(name: str, request: pytest.FixtureRequest) -> None:
+    package = request.getfixturevalue(name)
+    manifest = load_manifest(package)
+    trace = read_trace(package, manifest)
+    assert trace is not None
+    asked = sampled(trace, manifest)
+    found = curves(package)
+    assert len(found) == len(manifest.layouts)
+    for layout, (curve, table) in enumerate(zip(found, tables(manifest), strict=True)):
+        assert curve.precision == manifest.layouts[layout].precision
+        assert curve.slots[-1] == curve.prototypes == len(table.members)
+        members = set(table.members)
+        mine = asked.only([n in members for n in range(len(manifest.prototypes))])
+        rows = [row for _, row in mine.decode()]
+        middle = sum(1 for _ in mine.decode(stop=mine.tokens // 2))
+        assert set(SIMPLE) | {"layer-lru", "pins 50%"} == set(curve.rates)
+        for column in (0, len(curve.slots) // 2, len(curve.slots) - 2):
+            for policy, (kind, pins) in SIMPLE.items():
+                settings = CacheSettings(curve.slots[column], kind, pins)
+                hits, requests = replay(rows, settings, table, middle)
+                assert curve.rates[policy][column] == pytest.approx(hits / requests)
+
+
+def test_more_slots_never_hurt_the_best_and_all_of_them_miss_nothing(scoped: Path) -> None:
+    (curve,) = curves(scoped)
+    assert list(curve.slots) == sorted(set(curve.slots))
+    assert curve.best[-1] == 1.0
+    assert all(one <= other + 0.01 for one, other in zip(curve.best, curve.best[1:], strict=False))
+    for rates in curve.rates.values():
+        assert len(rates) == len(curve.slots)
+
+
+def test_planned_slots_are_on_the_grid(tight: Path, scoped: Path, by_hand: Path) -> None:
+    manifest = load_manifest(tight)
+    assert manifest.cache, "the budget is too small for all prototypes"
+    for curve, one in zip(curves(tight), manifest.cache, strict=True):
+        assert curve.planned == one.slots and one.slots in curve.slots
+    assert planned_slots(load_manifest(scoped)) == [len(load_manifest(scoped).prototypes)]
+    assert planned_slots(load_manifest(by_hand)) == [None]
+
+
+def test_a_long_trace_is_sampled_by_whole_sequences(
+    scoped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(scoped)
+    trace = read_trace(scoped, manifest)
+    assert trace is not None
+    whole = prototype_trace(trace, manifest)
+    monkeypatch.setattr(hits, "_MOST_REQUESTS", whole.requests)
+    assert sampled(trace, manifest) == whole
+    monkeypatch.setattr(hits, "_MOST_REQUESTS", whole.requests - 1)
+    half = sampled(trace, manifest)
+    assert half.sequences == whole.sequences[::2]
+    assert half == whole.every(2) != whole

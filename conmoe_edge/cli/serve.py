@@ -120,7 +120,7 @@ def serve(
     settings.check()
     check_package(folder)
     _need_extra()
-    output.note("Loading the server ...")
+    output.note("Starting ...")
     from conmoe_edge.memory.resolve import resolve_budget
     from conmoe_edge.serve.server import Server, package_loader
 

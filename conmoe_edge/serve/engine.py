@@ -131,7 +131,8 @@ class Engine:
         self._metrics = metrics
         self._on_end = on_end
         self._wake = threading.Condition()
-        self._waiting: FairQueue[Job] = FairQueue(queue)
+        self._most = queue + parallel
+        self._waiting: FairQueue[Job] = FairQueue(self._most)
         self._running: deque[Job] = deque()
         self._kept: list[_Kept] = []  # the least recently used first
         self._state: State = "loading"
@@ -163,7 +164,7 @@ class Engine:
         with self._wake:
             if self._state != "ready":
                 raise Busy("loading" if self._state == "loading" else "stopping", 5)
-            if self._waiting.full:
+            if len(self._waiting) + len(self._running) + self._in_turn >= self._most:
                 raise Busy("full", self._wait_estimate())
             self._waiting.add(job.client, job)
             self._wake.notify()

@@ -228,7 +228,12 @@ def _plain_message(message: Any) -> Any:
 
 def _field_error(error: ValidationError) -> ApiError:
     """The first complaint, in words that name the field."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_input=False)
+    # Of a field that may be several things, the one that came furthest is what was meant.
+    stem = found[0]["loc"][:-1]
+    first = max(
+        (one for one in found if one["loc"][: len(stem)] == stem), key=lambda e: len(e["loc"])
+    )
     where = _place(first["loc"])
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{where} is not known here.", param=where, code="unknown_parameter")

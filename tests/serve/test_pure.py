@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_stops_cut_where_they_would_in_the_whole_text(
 ) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     filtered = StopFilter(stops)
-    out = "".join(filtered.add(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    out = "".join(filtered.add(text[a:b]) for a, b in itertools.pairwise(bounds))
     out += "" if filtered.hit else filtered.finish()
     # By hand: the first end of the text, letter by letter, at which some stop string is complete.
     ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]

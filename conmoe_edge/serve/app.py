@@ -170,37 +170,46 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
         except Busy as busy:
             raise as_api_error(busy) from None
         if asked.stream:
-            stream = _stream(engine, job, events, reply)
-            return StreamingResponse(stream, media_type="text/event-stream")
+            return AnswerStream(engine, job, _stream(events, reply))
         return await _whole(engine, job, events, reply, request)
 
     return app
 
 
-async def _stream(
-    engine: Engine, job: Job, events: asyncio.Queue[Event], reply: Reply
-) -> AsyncIterator[bytes]:
-    """Server-sent events until the answer is over or the client is gone."""
-    over = False
-    try:
-        yield reply.start()
-        while not over:
-            try:
-                one = await asyncio.wait_for(events.get(), SIGN_OF_LIFE_SECONDS)
-            except TimeoutError:
-                yield STILL_HERE
-                continue
-            if isinstance(one, Piece):
-                yield reply.piece(one.text)
-                continue
-            over = True
-            if isinstance(one, Done):
-                yield reply.end(one.finish, one.usage)
-            else:
-                yield event(as_api_error(one.error).body)
-    finally:
-        if not over:
-            engine.cancel(job)
+class AnswerStream(StreamingResponse):
+    """A stream whose end, whatever it is, is the end of its job: a client may be gone before the first
+    byte was wanted.
+    """
+
+    def __init__(self, engine: Engine, job: Job, content: AsyncIterator[bytes]) -> None:
+        super().__init__(content, media_type="text/event-stream")
+        self._cancel = lambda: engine.cancel(job)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()
+
+
+async def _stream(events: asyncio.Queue[Event], reply: Reply) -> AsyncIterator[bytes]:
+    """Server-sent events until the answer is over."""
+    yield reply.start()
+    while True:
+        try:
+            one = await asyncio.wait_for(events.get(), SIGN_OF_LIFE_SECONDS)
+        except TimeoutError:
+            yield STILL_HERE
+            continue
+        if isinstance(one, Piece):
+            yield reply.piece(one.text)
+        elif isinstance(one, Done):
+            yield reply.end(one.finish, one.usage)
+            return
+        else:
+            yield event(as_api_error(one.error).body)
+            return
 
 
 async def _whole(
@@ -215,8 +224,7 @@ async def _whole(
             return making.result()
         return Response(status_code=499)
     finally:
-        if not making.done():
-            engine.cancel(job)
+        engine.cancel(job)  # nothing happens where it is over
         making.cancel()
         leaving.cancel()
 

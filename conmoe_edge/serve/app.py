@@ -16,7 +16,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from conmoe_edge.offload.context import context_full, longest_context
 from conmoe_edge.offload.generate import LONGEST_ANSWER
@@ -48,11 +47,14 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
     async def _api_error(request: Request, error: ApiError) -> Response:
         return _response(error)
 
-    @app.exception_handler(HTTPException)
-    async def _no_route(request: Request, error: HTTPException) -> Response:
-        words = {404: "There is nothing at this address.", 405: "Not by this method."}
-        text = words.get(error.status_code, error.detail)
-        return _response(ApiError(error.status_code, text, headers=error.headers))
+    @app.exception_handler(404)
+    async def _no_route(request: Request, error: Exception) -> Response:
+        return _response(ApiError(404, "There is nothing at this address."))
+
+    @app.exception_handler(405)
+    async def _no_method(request: Request, error: Exception) -> Response:
+        allowed = getattr(error, "headers", None)  # what would do
+        return _response(ApiError(405, "Not by this method.", headers=allowed))
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> Response:

@@ -24,13 +24,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-slow quality style clean
+.PHONY: help demo test test-gpu test-slow test-browser quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-gpu   run the tests that need a CUDA device"
+	@echo "make test-browser  run the tests of the chat page; needs Chromium"
 	@echo "make quality    check lint, format, types and layers; changes nothing"
 	@echo "make style      apply lint fixes and the format"
 	@echo "make clean      remove .venv and everything the targets above made"
@@ -59,6 +60,11 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# Any Chromium will do; `$(BIN)/playwright install chromium` brings one where there is none.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from conmoe_edge.cli._options import Settings, debug_wanted
 _COMMANDS = {
     "fit": "conmoe_edge.cli.fit:fit",
     "chat": "conmoe_edge.cli.chat:chat",
+    "serve": "conmoe_edge.cli.serve:serve",
     "plan": "conmoe_edge.cli.plan:plan",
     "bench": "conmoe_edge.cli.bench:bench",
     "eval": "conmoe_edge.cli.evaluate:evaluate",

@@ -11,7 +11,6 @@ Memory: the cache, as planned for ``context`` tokens, and the activations of one
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from conmoe_edge.errors import OutOfMemory, UsageError
+from conmoe_edge.errors import UsageError
+from conmoe_edge.offload.cached_tokens import CachedTokens
 from conmoe_edge.offload.context import context_full, longest_context
+from conmoe_edge.offload.prompt import end_tokens, prompt_tokens
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.offload.sampling import Draw, Sampler
 from conmoe_edge.offload.text import TextStream
 
-SHORTEST_CHUNK = 16
 LONGEST_ANSWER = 1024
 """Tokens of an answer where neither the caller nor the model's generation config says."""
 
@@ -84,22 +84,16 @@ class ChatSession:
             )
         self.context = context or self.runtime.context
         self.last: TurnStats | None = None
-        self._cache: Any = None
-        self._held: list[int] = []  # the tokens that the cache stands for
-        self._chunk = max(1, min(self.runtime.prefill_chunk, self.context))
-        self._in_chunks = True
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
 
     @property
     def context_used(self) -> int:
         """Tokens that the cache holds."""
-        return len(self._held)
+        return len(self._cached.held)
 
     def forget(self) -> None:
         """Drop the cache; the next turn starts from its first token."""
-        self._cache = None
-        self._held = []
+        self._cached.forget()
 
     def reply(
         self,
@@ -127,16 +121,16 @@ class ChatSession:
             OutOfMemory: memory ran out and nothing was left to give up.
         """
         stop = stop_event or threading.Event()
-        tokens = self._tokens_of(messages)
+        tokens = prompt_tokens(self.tokenizer, messages)
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         own = self.model.generation_config
         limit = max_tokens or own.max_new_tokens or LONGEST_ANSWER
         sampler = Sampler(Draw.of(own, temperature, top_p, seed), self.model.device)
-        ends = self._end_tokens()
+        ends = end_tokens(self.model, self.tokenizer)
         text = TextStream(self.tokenizer)
         account = _Account(self.runtime)
-        account.prompt_tokens = len(tokens) - self._rewind(tokens)
+        account.prompt_tokens = len(tokens) - self._cached.rewind(tokens)
         finish: Finish = "length"
         try:
             for _ in range(limit):
@@ -177,113 +171,18 @@ class ChatSession:
         """
         if len(tokens) > self.context:
             raise context_full(len(tokens), self.context, longest_context(self.model))
-        self._rewind(tokens)
+        self._cached.rewind(tokens)
         logits = self._advance(tokens, threading.Event())
         assert logits is not None, "nobody asked to stop"
         return logits
 
-    def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt: the chat template's, or the last message alone for a model without one."""
-        if not messages:
-            raise UsageError("There is no message to answer.")
-        if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(messages[-1]["content"]).input_ids)
-        from jinja2 import TemplateError
-
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=True,
-            )
-        except TemplateError as error:
-            raise UsageError(
-                "The model's chat template refuses these messages.", str(error)[:200]
-            ) from error
-        return list(encoded["input_ids"])
-
-    def _end_tokens(self) -> frozenset[int]:
-        ends = self.model.generation_config.eos_token_id
-        found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-        found.add(self.tokenizer.eos_token_id)
-        return frozenset(token for token in found if token is not None)
-
-    def _rewind(self, tokens: Sequence[int]) -> int:
-        """Take the cache back to what it has in common with ``tokens``; how many tokens that
-        are.
-        """
-        common = 0
-        for ours, theirs in zip(
-            self._held, tokens[:-1], strict=False
-        ):  # one token at least has to be computed
-            if ours != theirs:
-                break
-            common += 1
-        surplus = len(self._held) - common
-        if surplus == 0:
-            return common
-        if common == 0 or not _is_plain(self._cache) or not self._cache.is_croppable:
-            self.forget()
-            return 0
-        try:
-            self._cache.crop(-surplus)
-        except (RuntimeError, ValueError):  # a window that has moved on cannot be moved back
-            self.forget()
-            return 0
-        del self._held[common:]
-        return common
-
     def _advance(self, tokens: Sequence[int], stop: threading.Event) -> Tensor | None:
-        """Scores [1, V] of what follows ``tokens``; ``None`` where the caller asked to stop.
-
-        Where memory runs out, everything is computed again with less: the cache may have grown in
-        some layers only.
-        """
-        while True:
-            try:
-                return self._feed(tokens, stop)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Out of the handler, so that the error's traceback does not keep the memory that is to
-            # be given up.
-            self.forget()
-            if self.runtime.retreat():
-                continue
-            if self._chunk <= SHORTEST_CHUNK or not self._in_chunks:
-                raise OutOfMemory(
-                    "Memory ran out while the model was computing.",
-                    f"one cache slot and {self._chunk} tokens at a time are the least there is",
-                    f"Close other programs, or load with less --context: {self.runtime.context}",
-                )
-            self._chunk = max(SHORTEST_CHUNK, self._chunk // 2)
-
-    @torch.no_grad()
-    def _feed(self, tokens: Sequence[int], stop: threading.Event) -> Tensor | None:
-        logits: Tensor | None = None
-        while len(self._held) < len(tokens):
-            if stop.is_set():
-                return None
-            start = len(self._held)
-            end = min(len(tokens), start + self._chunk) if self._in_chunks else len(tokens)
-            # Held by this frame alone while it grows: whatever ends the forward early leaves no
-            # half-grown cache behind.
-            cache, held = self._cache, self._held
-            self.forget()
-            out = self.model(
-                input_ids=torch.tensor([list(tokens[start:end])], device=self.model.device),
-                past_key_values=cache,
-                use_cache=True,
-                **self._last_only,
-            )
-            if self._in_chunks and end < len(tokens) and not _is_plain(out.past_key_values):
-                self._in_chunks = (
-                    False  # a model with a cache of its own wants the prompt in one piece
-                )
-                continue
-            self._cache, self._held = out.past_key_values, [*held, *tokens[start:end]]
-            logits = out.logits[:, -1]
-        return logits
+        """Scores [1, V] of what follows ``tokens``; ``None`` where the caller asked to stop."""
+        while not stop.is_set():
+            logits = self._cached.step(tokens)
+            if logits is not None:
+                return logits
+        return None
 
 
 class _Account:
@@ -320,22 +219,3 @@ class _Account:
             finish=finish,
             waited_seconds=now.waited_seconds - before.waited_seconds,
         )
-
-
-def _is_plain(cache: Any) -> bool:
-    """True for transformers' general cache. Models with a class of their own keep states beside the
-    layers' keys and values, which can neither be taken back nor, in general, be filled in pieces.
-    """
-    from transformers import DynamicCache
-
-    return type(cache) is DynamicCache
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for every way in which torch and Python say that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
-    )

@@ -140,6 +140,7 @@ class Runtime:
         self.arithmetic = Arithmetic(device)
         self._process = psutil.Process()
         self.closed = False
+        self.cache_bytes = cache_bytes
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)
         self._cache_policy = cache_policy

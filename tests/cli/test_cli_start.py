@@ -49,6 +49,7 @@ def start(*arguments: str) -> tuple[int, float, set[str], str]:
         ("--version",),
         ("fit", "--help"),
         ("chat", "-h"),
+        ("serve", "-h"),
         ("plan", "--help"),
         ("inspect", "--help"),
         ("models", "--help"),

@@ -70,7 +70,7 @@ def test_streamed_text_is_what_generate_says(model: Any, tokenizer: Any) -> None
 def test_chunks_of_the_prompt_do_not_change_the_answer(folder: Path, tokenizer: Any) -> None:
     whole = ChatSession(load_package(folder), tokenizer)
     pieces = ChatSession(load_package(folder, slots=(1,)), tokenizer)
-    pieces._chunk = 3
+    pieces._cached.chunk = 3
     assert _reply(whole, HELLO) == _reply(pieces, HELLO)
 
 

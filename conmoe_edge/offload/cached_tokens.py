@@ -1,0 +1,148 @@
+"""The tokens that one key-value cache stands for, and the forwards that add to it.
+
+One ``CachedTokens`` belongs to one conversation; several of them take turns on one model. ``step`` is
+the unit of those turns: one forward, of at most ``chunk`` tokens. Where memory runs out the runtime
+retreats (half the cache slots, then shorter chunks) and the conversation is computed again from its
+first token; ``OutOfMemory`` comes only when nothing is left to give up.
+
+Memory: the cache, and the activations of one chunk. Not for several threads at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.offload.runtime import Runtime
+
+SHORTEST_CHUNK = 16
+
+
+class CachedTokens:
+    """A key-value cache and the tokens in it."""
+
+    def __init__(self, model: Any, chunk: int, retreat: Callable[[], bool] | None = None) -> None:
+        """Nothing is held yet.
+
+        Args:
+            model: with its runtime as ``model.conmoe``.
+            chunk: most tokens of one forward.
+            retreat: gives memory up and says whether it could; the runtime's own by default.
+        """
+        self.held: list[int] = []
+        self.chunk = chunk
+        self.in_chunks = True  # until a cache turns up that wants the prompt in one piece
+        self._model = model
+        self._runtime: Runtime = model.conmoe
+        self._retreat = retreat or self._runtime.retreat
+        self._cache: Any = None
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def forget(self) -> None:
+        """Drop the cache; the next step starts from the first token."""
+        self._cache = None
+        self.held = []
+
+    def rewind(self, tokens: Sequence[int]) -> int:
+        """Take the cache back to what it has in common with ``tokens``, but for the last of them: one
+        token at least has to be computed. How many tokens that are.
+        """
+        self.keep(common_length(self.held, tokens[:-1]))
+        return len(self.held)
+
+    def keep(self, count: int) -> None:
+        """Take the cache back to its first ``count`` tokens; to none, where it cannot be taken back."""
+        surplus = len(self.held) - count
+        if surplus <= 0:
+            return
+        if count == 0 or not is_plain(self._cache) or not self._cache.is_croppable:
+            self.forget()
+            return
+        try:
+            self._cache.crop(-surplus)
+        except (RuntimeError, ValueError):  # a window that has moved on cannot be moved back
+            self.forget()
+            return
+        del self.held[count:]
+
+    def step(self, tokens: Sequence[int]) -> Tensor | None:
+        """One forward towards ``tokens``, which begin with what is held and go further.
+
+        Returns:
+            Scores [1, V] of what follows them once all are in; ``None`` before that.
+
+        Raises:
+            OutOfMemory: nothing is left to give up.
+        """
+        try:
+            return self._forward(tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out of the handler, so that the error's traceback does not keep the memory that is to be
+        # given up. The cache may have grown in some layers only.
+        self.forget()
+        if not self._retreat():
+            if self.chunk <= SHORTEST_CHUNK or not self.in_chunks:
+                raise OutOfMemory(
+                    "Memory ran out while the model was computing.",
+                    f"one cache slot and {self.chunk} tokens at a time are the least there is",
+                    f"Close other programs, or load with less --context: {self._runtime.context}",
+                )
+            self.chunk = max(SHORTEST_CHUNK, self.chunk // 2)
+        return None
+
+    @torch.no_grad()
+    def _forward(self, tokens: Sequence[int]) -> Tensor | None:
+        start = len(self.held)
+        end = min(len(tokens), start + self.chunk) if self.in_chunks else len(tokens)
+        # Held by this frame alone while it grows: whatever ends the forward early leaves no half-grown
+        # cache behind.
+        cache, held = self._cache, self.held
+        self.forget()
+        out = self._model(
+            input_ids=torch.tensor([list(tokens[start:end])], device=self._model.device),
+            past_key_values=cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        if self.in_chunks and end < len(tokens) and not is_plain(out.past_key_values):
+            self.in_chunks = False  # a model with a cache of its own wants the prompt in one piece
+            return None
+        self._cache, self.held = out.past_key_values, [*held, *tokens[start:end]]
+        return out.logits[:, -1] if end == len(tokens) else None
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    common = 0
+    for ours, theirs in zip(one, other, strict=False):
+        if ours != theirs:
+            break
+        common += 1
+    return common
+
+
+def is_plain(cache: Any) -> bool:
+    """True for transformers' general cache. Models with a class of their own keep states beside the
+    layers' keys and values, which can neither be taken back nor, in general, be filled in pieces.
+    """
+    from transformers import DynamicCache
+
+    return type(cache) is DynamicCache
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for every way in which torch and Python say that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )

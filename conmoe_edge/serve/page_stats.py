@@ -1,0 +1,50 @@
+"""``GET /stats``: what the page shows beside the conversation, as one JSON value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.settings import Settings
+
+SCHEMA_VERSION = 1
+
+
+def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str, Any]:
+    """Sizes in bytes. ``memory`` and ``cache`` are ``null`` before the model is there."""
+    now = engine.snapshot
+    value: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": settings.name,
+        "state": now.state,
+        "queued": now.queued,
+        "running": now.running,
+        "parallel": settings.limits.parallel,
+        "tokens_per_second": round(now.tokens_per_second, 2),
+        "totals": metrics.totals(),
+        "memory": None,
+        "cache": None,
+    }
+    if now.runtime is None or engine.loaded is None:
+        return value
+    stats = now.runtime
+    value["context"] = engine.context
+    value["memory"] = {
+        "device": stats.device,
+        "used": stats.memory_used,
+        "budget": stats.memory_budget,
+        "slots": stats.slot_bytes,
+        "conversations": now.cache_bytes,
+        "conversations_planned": now.cache_total_bytes,
+    }
+    value["cache"] = {
+        "prototypes": stats.prototypes,
+        "resident": stats.resident,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "disk_bytes": stats.disk_bytes,
+        "host_bytes": stats.host_bytes,
+        "policy": stats.policy,
+    }
+    return value

@@ -1,0 +1,261 @@
+"""What clients may ask, checked: JSON bytes to ``ChatRequest`` or ``CompletionRequest``.
+
+Every field that OpenAI's API has is one of three: *honoured*; *harmless* (it does not change the answer:
+``user``, ``metadata``, ...), accepted and left alone; or *refused*, unless it has the value that asks for
+nothing (``n=1``, ``tools=[]``, ``logprobs=false``). A name that is none of them is refused too, as OpenAI
+does: a misspelt ``temprature`` that is silently ignored costs an afternoon. Raises ``ApiError`` 400.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from conmoe_edge.serve.errors import ApiError
+
+MOST_STOPS = 4
+LONGEST_STOP = 256
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    # A field that is not supported, and the values with which it asks for nothing.
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0, 0.0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "n": (None, 1),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "presence_penalty": (None, 0, 0.0),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+
+_Strict = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(BaseModel):
+    """``include_obfuscation`` is accepted and left alone."""
+
+    model_config = _Strict
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class TextPart(BaseModel):
+    """The only kind of part there is."""
+
+    model_config = _Strict
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message; ``developer`` is what newer clients call ``system``."""
+
+    model_config = _Strict
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class _Request(BaseModel):
+    """What both endpoints share."""
+
+    model_config = _Strict
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, le=1 << 31)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        given = [value] if isinstance(value, str) else value or []
+        if len(given) > MOST_STOPS or any(not 0 < len(stop) <= LONGEST_STOP for stop in given):
+            raise ValueError(
+                f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters can stop an answer"
+            )
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer, under its newer or its older name."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(_Request):
+    """``POST /v1/completions``: one prompt, as text or as tokens."""
+
+    prompt: str | list[str] | list[int]
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, value: str | list[str] | list[int]) -> str | list[str] | list[int]:
+        if isinstance(value, list) and (
+            not value or (isinstance(value[0], str) and len(value) > 1)
+        ):
+            raise ValueError("one prompt a request, as a string or as a list of tokens")
+        return value
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer."""
+        return self.max_tokens
+
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+
+
+def read_request(body: bytes, kind: type[R], most_messages: int) -> R:
+    """The request in ``body``.
+
+    Raises:
+        ApiError: 400, with the field that is wrong as ``param``.
+    """
+    value = _json(body)
+    value = _without_nothings(value)
+    if "messages" in value and isinstance(value["messages"], list):
+        if len(value["messages"]) > most_messages:
+            raise ApiError(
+                400,
+                f"At most {most_messages} messages, not {len(value['messages'])}.",
+                param="messages",
+            )
+        value["messages"] = [_plain_message(one) for one in value["messages"]]
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _field_error(error) from None
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body, parse_constant=_no_constant)
+        # A lone half of a surrogate pair is valid JSON and no text.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The body has to be a JSON object.")
+    return value
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _without_nothings(value: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, one in value.items():
+        if name in _NOTHING:
+            if not _asks_for_nothing(name, one):
+                raise ApiError(
+                    400,
+                    f"{name} is not supported by this server.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        elif name == "user" or name not in _HARMLESS:
+            kept[name] = one
+    return kept
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return any(type(value) is type(one) and value == one for one in _NOTHING[name])
+
+
+def _plain_message(message: Any) -> Any:
+    """What clients send back of an answer they got: fields that are empty."""
+    if not isinstance(message, dict):
+        return message
+    empty = ("tool_calls", "function_call", "audio", "annotations", "refusal", "reasoning_content")
+    return {k: v for k, v in message.items() if k not in empty or v not in (None, [], "")}
+
+
+def _field_error(error: ValidationError) -> ApiError:
+    """The first complaint, in words that name the field."""
+    found = error.errors(include_url=False, include_input=False)
+    # Of a field that may be several things, the one that came furthest is what was meant.
+    stem = found[0]["loc"][:-1]
+    first = max(
+        (one for one in found if one["loc"][: len(stem)] == stem), key=lambda e: len(e["loc"])
+    )
+    where = _place(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{where} is not known here.", param=where, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{where} is missing.", param=where, code="missing_required_parameter")
+    part = first["loc"]
+    if "content" in part and part[-1] in ("type", "image_url", "input_audio", "file"):
+        return ApiError(
+            400, f"{where}: only text is supported.", param=where, code="unsupported_content"
+        )
+    text = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{where}: {text}.", param=where, code="invalid_value")
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    """``messages[0].content`` for pydantic's location; the names of union members are left out."""
+    text = ""
+    for part in parts:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif (
+            part and not part.startswith(("list[", "function-")) and part not in ("str", "TextPart")
+        ):
+            text += f".{part}" if text else part
+    return text or "body"

@@ -1,0 +1,65 @@
+"""How many conversations the planned key-value cache has room for. Arithmetic only, no torch.
+
+The plan keeps room for the cache of one conversation of ``context`` tokens. Here several share it:
+
+    sum over conversations of cache bytes at their reserved tokens <= cache bytes at the context
+
+Each reserves when it starts what it may come to, prompt and longest answer, in the steps in which the
+buffers grow; so nobody has to be stopped half-way for want of room. Bytes rather than tokens are
+added up: a sliding window or a recurrent state costs each conversation the same from its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conmoe_edge.units import round_up
+
+
+class Room:
+    """The ledger of one model's key-value cache."""
+
+    def __init__(
+        self, context: int, step: int, cache_bytes: Callable[[int], int] | None = None
+    ) -> None:
+        """``cache_bytes`` of a conversation at so many tokens; by default one for each token."""
+        self.context = context
+        self._step = step
+        self._cache_bytes = cache_bytes or int
+        self.total = self._cache_bytes(context)
+        self.used = 0
+
+    def tokens(self, wanted: int) -> int:
+        """What a conversation of ``wanted`` tokens reserves."""
+        return min(self.context, round_up(wanted, self._step))
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of a reservation of so many tokens."""
+        return self._cache_bytes(tokens)
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether so many bytes are free."""
+        return self.used + nbytes <= self.total
+
+    def take(self, nbytes: int) -> None:
+        """Reserve."""
+        assert self.fits(nbytes), "asked before it was taken"
+        self.used += nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """A conversation is over."""
+        self.used -= nbytes
+        assert self.used >= 0, "what was taken is given back once"
+
+    def worth(self) -> int:
+        """The length of the single conversation that takes what all of them have reserved: what the
+        runtime has to leave room for.
+        """
+        low, high = 0, self.context
+        while low < high:
+            middle = (low + high) // 2
+            if self._cache_bytes(middle) >= self.used:
+                high = middle
+            else:
+                low = middle + 1
+        return low

@@ -1,0 +1,200 @@
+"""A server's life: listen, load, answer, stop.
+
+``Server(settings, load, ...).run()`` returns when it was stopped (SIGINT, SIGTERM) and everything is given
+back. The socket listens before the model is there, so that ``/health`` can say so; nothing is printed.
+Stopping takes in nothing more, lets running answers finish for ``stop_seconds``, then ends them within a
+token; a second Ctrl-C does so at once. Raises what loading raised, and ``UsageError`` for an address that
+cannot be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.integrations.load import load_package
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.serve.app import make_app
+from conmoe_edge.serve.connection import timed
+from conmoe_edge.serve.engine import Engine, Loaded
+from conmoe_edge.serve.guard import Guard
+from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.settings import Settings
+
+_ROUTES = frozenset(
+    {"/", "/health", "/metrics", "/stats", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+)
+
+
+class Stopped(Exception):
+    """Loading was broken off because the server is stopping."""
+
+
+class Server:
+    """One package behind one socket."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[Callable[[int, int], None]], Loaded],
+        *,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        """``load`` gets a progress callback; ``on_ready`` is called on another thread.
+
+        Raises:
+            UsageError: the address cannot be had.
+        """
+        settings.check()
+        self.settings = settings
+        self.metrics = Metrics()
+        self._socket = _listen(settings.host, settings.port)
+        self._error: BaseException | None = None
+        self._stopping = False
+
+        def loaded() -> Loaded:
+            value = load(self._on_progress)
+            if on_ready is not None and not self._stopping:
+                on_ready()
+            return value
+
+        self.engine = Engine(
+            loaded,
+            parallel=settings.limits.parallel,
+            queue=settings.limits.queue,
+            metrics=self.metrics,
+            on_end=self._on_engine_end,
+        )
+        guarded = Guard(make_app(self.engine, self.metrics, settings), settings, self._count)
+        config = uvicorn.Config(
+            guarded,
+            http=timed(settings.limits.header_seconds),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=settings.limits.connections,
+            timeout_graceful_shutdown=settings.limits.stop_seconds,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=16 << 10,
+        )
+        self._web = _Web(config, self._on_stop)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until it is stopped.
+
+        Raises:
+            ConmoeError: the package cannot be loaded.
+        """
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        self.engine.start()
+        try:
+            self._web.run(sockets=[self._socket])
+        finally:
+            self._on_stop()
+            self.engine.join(timeout=30)
+            self._socket.close()
+        if self._error is not None and not isinstance(self._error, Stopped):
+            raise self._error
+
+    def _on_stop(self) -> None:
+        self._stopping = True
+        self.engine.stop()
+
+    def _on_progress(self, done: int, total: int) -> None:
+        if self._stopping:
+            raise Stopped
+
+    def _on_engine_end(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._error = error
+        self._web.should_exit = True
+
+    def _count(self, path: str, status: int) -> None:
+        """Other paths count together: a label for whatever anybody asks for would never end."""
+        known = path if path in _ROUTES else "other"
+        self.metrics.request(known, status)
+
+
+class _Web(uvicorn.Server):
+    """uvicorn, told when stopping begins; a signal is a wish to stop and not an error."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Nothing more is taken in; then as uvicorn does."""
+        self._on_stop()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        """As uvicorn's, without sending the signal once more at the end."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def package_loader(
+    folder: Path,
+    *,
+    budget: Budget | None,
+    device: str | None,
+    context: int | None,
+    cache_policy: str | None,
+) -> Callable[[Callable[[int, int], None]], Loaded]:
+    """What opens a package for a server: the model inside its budget, and its tokenizer."""
+
+    def load(progress: Callable[[int, int], None]) -> Loaded:
+        from transformers import AutoTokenizer
+
+        model: Any = load_package(
+            folder,
+            budget=budget,
+            device=device,
+            context=context,
+            cache_policy=cache_policy,
+            progress=progress,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        return Loaded(model, tokenizer)
+
+    return load
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=256)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"{host}:{port} cannot be listened on.",
+            (reason or str(error)).lower(),
+            f"--port {port + 1 if 0 < port < 65535 else 0}, or --host 127.0.0.1",
+        ) from error

@@ -1,0 +1,171 @@
+"""A package made from the demo model, once a session, and real server processes in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = "562MB"
+NAME = "demo-served"
+KEY = "correct-horse-battery"
+START_SECONDS = 120.0
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A server's environment: this source tree, one thread, no key of the user's own."""
+    own = {k: v for k, v in os.environ.items() if k != "CONMOE_API_KEY"}
+    return {**own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def command(*words: str) -> list[str]:
+    """The command line, run by this interpreter."""
+    return [sys.executable, "-m", "conmoe_edge.cli.main", *words]
+
+
+@dataclass
+class Running:
+    """A server process."""
+
+    process: subprocess.Popen[str]
+    url: str
+    key: str | None = None
+
+    def client(self, **settings: object) -> openai.OpenAI:
+        """The real client; it does not try again on its own."""
+        given = {"base_url": f"{self.url}/v1", "api_key": self.key or "none", "max_retries": 0}
+        return openai.OpenAI(**{**given, "timeout": 120, **settings})
+
+    def get(self, path: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.get(self.url + path, headers=headers, timeout=30)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name and labels."""
+        lines = self.get("/metrics").text.splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
+        return {name: float(value) for name, value in pairs}
+
+    def wait_until(self, wanted: dict[str, float], seconds: float = 20.0) -> None:
+        """Until the samples have these values."""
+        end = time.monotonic() + seconds
+        while True:
+            now = self.metrics()
+            seen = {name: now[name] for name in wanted}
+            if seen == wanted:
+                return
+            assert time.monotonic() < end, f"{seen} is not {wanted}"
+            time.sleep(0.05)
+
+    def idle(self) -> None:
+        """Until nothing runs or waits."""
+        self.wait_until({"conmoe_running": 0, "conmoe_queue_length": 0})
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
+    """A server that is ready. It is stopped as a user would, and has to leave with 0."""
+    process = subprocess.Popen(
+        command(
+            "serve", str(folder), "--port", "0", "--name", NAME, "--device", "cpu", "--json", *words
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**variables),
+    )
+    try:
+        yield Running(process, _ready(process))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors, errors
+
+
+def _ready(process: subprocess.Popen[str]) -> str:
+    """The URL in the JSON value that says that it is ready."""
+    found: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.rstrip() == "}":
+                break
+        found.put("".join(lines))
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        text = found.get(timeout=START_SECONDS)
+        return json.loads(text)["url"]
+    except (queue.Empty, json.JSONDecodeError):
+        process.kill()
+        _, errors = process.communicate()
+        raise AssertionError(f"the server did not start: {errors}") from None
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in 4 bits with a quarter of its experts gone, calibrated on little text."""
+    out = tmp_path_factory.mktemp("served") / "out"
+    calibration = tmp_path_factory.mktemp("text") / "text.txt"
+    words = (ROOT / "conmoe_edge" / "data" / "texts" / "calibration.txt").read_text(
+        encoding="utf-8"
+    )
+    calibration.write_text(words[:40_000], encoding="utf-8")
+    levers = ("--precision", "int4", "--rate", "25%", "--offline", "--quiet", "--yes")
+    text = ("--calibration", str(calibration), "--calibration-tokens", "2048")
+    subprocess.run(
+        command(
+            "fit", "demo", "--gpu", BUDGET, "--device", "cpu", "--out", str(out), *levers, *text
+        ),
+        check=True,
+        env=environment(),
+        capture_output=True,
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(package: Path) -> Iterator[Running]:
+    """Without a key, on this machine only; for everything that leaves it as it was."""
+    with serving(package) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def strict(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """With a key from a file, and room for one answer and one that waits."""
+    file = tmp_path_factory.mktemp("key") / "key"
+    file.write_text(KEY + "\n", encoding="utf-8")
+    with serving(
+        package, "--api-key-file", str(file), "--parallel", "1", "--queue", "1"
+    ) as running:
+        running.key = KEY
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Running) -> openai.OpenAI:
+    return server.client()

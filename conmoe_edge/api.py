@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,11 +21,13 @@ from conmoe_edge.checkpoint.locate import Source, describe, locate
 from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.staged import StagedFolder
-from conmoe_edge.errors import CalibrationError, UsageError
+from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.memory.outcomes import Outcome, recall, remember
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.dense import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.planner import make_plan
@@ -35,20 +37,38 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from conmoe_edge.compress.job import OnProgress
+    from conmoe_edge.compress.methods import Method
 
 SEQUENCE_LENGTH = 512
 CALIBRATION_TOKENS = 64 * SEQUENCE_LENGTH
 HELD_OUT_SHARE = 4
+DEFAULT_METHOD = "auto"
+"""What ``fit`` and ``plan`` take where no method is named and layers do not share prototypes."""
+_DEFAULT_WITH_SCOPE = "conmoe"
 PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan and what it is for."""
+    """A plan and what it is for.
+
+    Attributes:
+        method: the consolidation method that the plan counts with.
+        method_note: why it is that one, where the default gave way; else empty.
+        outcomes: what earlier fits of this model on this machine cost, oldest first.
+    """
 
     source_name: str
     anatomy: ModelAnatomy
     plan: Plan
+    method: str = DEFAULT_METHOD
+    method_note: str = ""
+    outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """What the outcomes say about the settings; empty where there are none."""
+        return advise(self.plan, self.outcomes, self.method)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; sizes in bytes."""
@@ -66,7 +86,11 @@ class PlanReport:
                 "dense_bytes": self.anatomy.dense_bytes,
                 "experts_bytes": self.anatomy.experts_bytes,
             },
+            "method": self.method,
+            "method_note": self.method_note,
             "plan": plan_to_json(self.plan),
+            "measured": [asdict(one) for one in self.outcomes],
+            "advise": self.advice,
         }
 
 
@@ -139,6 +163,7 @@ def plan(
     dense_precision: str = "source",
     prefer: Preference = "quality",
     min_resident: float | None = None,
+    method: str | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> PlanReport:
@@ -154,6 +179,7 @@ def plan(
             routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
 
@@ -163,13 +189,25 @@ def plan(
     """
     from conmoe_edge.model.bridge import read_config
 
+    taken, note = _method(method, scope)
     levers = _Levers(
-        budget, device, context, rate, scope, precision, dense_precision, prefer, min_resident
+        budget,
+        device,
+        context,
+        rate,
+        scope,
+        precision,
+        dense_precision,
+        prefer,
+        min_resident,
+        taken.trims,
     )
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
     anatomy = _anatomy(read_config(str(found.path)), headers)
-    return PlanReport(found.hub_id or found.name, anatomy, levers.plan(anatomy, Path()))
+    name = found.hub_id or found.name
+    decided = levers.plan(anatomy, Path())
+    return PlanReport(name, anatomy, decided, taken.name, note, _outcomes_of(found.path))
 
 
 def fit(
@@ -187,7 +225,7 @@ def fit(
     min_resident: float | None = None,
     revision: str | None = None,
     offline: bool = False,
-    method: str = "conmoe",
+    method: str | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -200,7 +238,7 @@ def fit(
 
     Args:
         out: the output folder; it is whole or absent at any moment.
-        method: consolidation method.
+        method: consolidation method, as of ``plan``.
         calibration: UTF-8 text to calibrate on; the text that comes with the package by default.
         calibration_tokens: how much of it.
         seed: for methods that draw random numbers.
@@ -216,22 +254,12 @@ def fit(
 
     from conmoe_edge.compress.calibration import bundled_text, read_text, token_sets
     from conmoe_edge.compress.job import Job, Progress
-    from conmoe_edge.compress.methods import METHODS
     from conmoe_edge.compress.pipeline import Consolidation
     from conmoe_edge.compress.stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.offload.planned import planned_caching
 
-    if method not in METHODS:
-        raise UsageError(
-            f"{method!r} is not a method.", f"there are: {', '.join(METHODS)}", "--method conmoe"
-        )
-    if METHODS[method].needs.target and scope not in (1, "auto"):
-        raise UsageError(
-            f"{method} shares prototypes within a layer only.",
-            f"you asked for scopes of {scope} layers",
-            "--scope 1, or --method conmoe",
-        )
+    taken, note = _method(method, scope)
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(
@@ -244,7 +272,7 @@ def fit(
         dense_precision,
         prefer,
         min_resident,
-        METHODS[method].trims,
+        taken.trims,
     )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)
@@ -255,7 +283,12 @@ def fit(
     )
     tokens = calibration_tokens or CALIBRATION_TOKENS
     report = PlanReport(
-        source.hub_id or source.name, anatomy, levers.plan(anatomy, Path(out), tokens)
+        source.hub_id or source.name,
+        anatomy,
+        levers.plan(anatomy, Path(out), tokens),
+        taken.name,
+        note,
+        _outcomes_of(source.path),
     )
     if on_plan is not None:
         on_plan(report)
@@ -275,7 +308,7 @@ def fit(
         "dense_precision": dense_precision,
         "prefer": prefer,
         "min_resident": min_resident,
-        "method": method,
+        "method": taken.name,
         "calibration": text.sha256,
         "calibration_tokens": tokens,
         "seed": seed,
@@ -294,7 +327,7 @@ def fit(
             index=index,
             config=config,
             anatomy=anatomy,
-            method=method,
+            method=taken.name,
             rate=chosen.rate,
             scope=chosen.scope,
             precision=chosen.precision,
@@ -330,6 +363,7 @@ def fit(
         staged.commit()
         run.state.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
+        _remember(identity["id"], report.plan, manifest, text.sha256)
         return FitReport(
             staged.target,
             report,
@@ -370,6 +404,72 @@ def load(
     )
 
 
+def _method(asked: str | None, scope: int | Literal["auto"]) -> tuple[Method, str]:
+    """The method that was asked for or is meant, and a sentence where the default gave way.
+
+    Raises:
+        UsageError: there is none of that name, or it cannot share prototypes between layers.
+    """
+    from conmoe_edge.compress.methods import METHODS
+
+    shared = scope not in (1, "auto")
+    if asked is None:
+        if not shared or not METHODS[DEFAULT_METHOD].needs.target:
+            return METHODS[DEFAULT_METHOD], ""
+        note = (
+            f"{DEFAULT_METHOD} shares prototypes within a layer only, so scopes of {scope} layers "
+            f"are consolidated with {_DEFAULT_WITH_SCOPE}"
+        )
+        return METHODS[_DEFAULT_WITH_SCOPE], note
+    if asked not in METHODS:
+        raise UsageError(
+            f"{asked!r} is not a method.",
+            f"there are: {', '.join(METHODS)}",
+            f"--method {DEFAULT_METHOD}",
+        )
+    if METHODS[asked].needs.target and shared:
+        raise UsageError(
+            f"{asked} shares prototypes within a layer only.",
+            f"you asked for scopes of {scope} layers",
+            "--scope 1, or --method conmoe",
+        )
+    return METHODS[asked], ""
+
+
+def _outcomes_of(folder: Path) -> tuple[Outcome, ...]:
+    """What earlier fits of the model in ``folder`` cost; nothing where its weights are not there."""
+    try:
+        index = CheckpointIndex.open(folder)
+        return recall(fingerprint(index, (folder / "config.json").read_bytes())["id"])
+    except (ConmoeError, OSError):
+        return ()
+
+
+def _remember(model: str, plan: Plan, manifest: Manifest, calibration: str) -> None:
+    """Keep what a fit cost for later plans of the same model."""
+    receipt = manifest.receipt
+    if not receipt:
+        return
+    chosen = plan.chosen
+    remember(
+        Outcome(
+            model=model,
+            method=manifest.method,
+            rate=chosen.rate,
+            scope=chosen.scope,
+            precision=chosen.precision,
+            dense_precision=plan.dense_precision,
+            wide_prototypes=chosen.wide_prototypes,
+            pool_bytes=chosen.pool_bytes,
+            loss_rise=receipt["loss_consolidated"] - receipt["loss_original"],
+            kl=receipt["kl"],
+            tokens=receipt["tokens"],
+            calibration=calibration,
+            version=__version__,
+        )
+    )
+
+
 def _anatomy(config: PretrainedConfig, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:
     from conmoe_edge.model.probe import TensorFacts, probe
 
@@ -398,9 +498,7 @@ def _same_plan(path: Path, report: PlanReport) -> PlanReport:
     from conmoe_edge.checkpoint.index import read_json_object
 
     if path.is_file():
-        return PlanReport(
-            report.source_name, report.anatomy, plan_from_json(read_json_object(path))
-        )
+        return replace(report, plan=plan_from_json(read_json_object(path)))
     write_json(path, plan_to_json(report.plan))
     return report
 

@@ -165,6 +165,12 @@ _LEVERS = (
         help="How many neighbouring MoE layers share their prototypes.",
     ),
     click.option(
+        "--method",
+        metavar="NAME",
+        help="How prototypes are chosen: `auto` loses least, trims and refits them, and takes two to three times as "
+        "long; `conmoe` is the paper's, with weights unchanged.  [default: auto; conmoe with --scope above 1]",
+    ),
+    click.option(
         "--precision",
         type=click.Choice(("auto", *PRECISIONS)),
         default="auto",
@@ -231,6 +237,7 @@ def levers(parameters: dict[str, Any]) -> dict[str, Any]:
         "dense_precision",
         "prefer",
         "min_resident",
+        "method",
         "revision",
         "offline",
     )

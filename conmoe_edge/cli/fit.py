@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 )
 @lever_options
 @click.option(
-    "--method",
-    metavar="NAME",
-    default="conmoe",
-    show_default=True,
-    help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long.",
-)
-@click.option(
     "--calibration",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -96,7 +88,6 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
                 model,
                 out,
                 **levers(parameters),
-                method=parameters["method"],
                 calibration=parameters["calibration"],
                 calibration_tokens=parameters["calibration_tokens"],
                 seed=parameters["seed"],

@@ -24,6 +24,12 @@ def select(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> tuple[i
     return tuple(sorted(_greedy(errors, keep, forced)[0]))
 
 
+def strongest(values: Tensor, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ``keep`` greatest of values [E], ascending, those of ``forced`` among them; ties to the lowest."""
+    order = values.argsort(descending=True, stable=True).tolist()
+    return tuple(sorted(list(dict.fromkeys([*forced, *order]))[:keep]))
+
+
 def must_stay(errors: SlotErrors, keep: int) -> tuple[int, ...]:
     """Experts that are kept whatever the sums say, at most half of ``keep``.
 

@@ -102,10 +102,11 @@ def _prototype(
     inner = inner_activations(scope.module, hidden, parts, scope.dtype)
     values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
     down = _as_rows(scope, parts["down_proj"]).float().cpu()
-    neurons, weight = surviving(values.T @ values, down, scope.width)
+    gram = values.T @ values
+    neurons, weight = surviving(gram, down, scope.width)
     kept = take_neurons(scope.module, {n: p.float().cpu() for n, p in parts.items()}, neurons)
     kept["down_proj"] = _as_rows(scope, weight.float())
-    return kept, Features(rows, values[:, neurons].contiguous())
+    return kept, Features(rows, values[:, neurons].contiguous(), gram[neurons][:, neurons])
 
 
 def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:

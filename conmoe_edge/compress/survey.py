@@ -22,14 +22,22 @@ from conmoe_edge.model.experts import expert_forward
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
 
-_SURVEY_SEQUENCES = 8
+_PASSES = 64
+_FEWEST_SEQUENCES, _MOST_SEQUENCES = 2, 8
+
+
+def sequences(layers: int) -> int:
+    """Calibration sequences of a survey. Every layer's own stream goes through all layers behind it, so
+    the cost grows with the square of the depth; with fewer sequences it stays a share of the whole.
+    """
+    return max(_FEWEST_SEQUENCES, min(_MOST_SEQUENCES, _PASSES // layers))
 
 
 def survey(run: Run, model: StreamedModel) -> None:
     """What each layer is worth: the original over a few sequences, and beside it, from every MoE
     layer on, the stream in which only this layer was consolidated.
     """
-    tokens = run.job.train.some(_SURVEY_SEQUENCES)
+    tokens = run.job.train.some(sequences(run.layers))
     with run.clock.part("survey"):
         model.load_outside()
         stream = open_stream(model, tokens)

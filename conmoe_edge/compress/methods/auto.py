@@ -11,8 +11,9 @@ the layers before it lost:
 2. Part of the reduction is neurons instead of experts (``plan/trim.py``): ``rebuild`` fills every
    prototype with the best neurons of all experts that it stands for, and solves the down
    projections of all prototypes and the constants of all slots together.
-3. Where there are several candidates, each is fitted on three quarters of the calibration sequences
-   and measured on the others; the one with the least error is fitted again on all.
+3. Which experts stay is decided by measurement: facility location, the energy of outputs and REAP's
+   criterion each say who; what they come to is fitted on some of the calibration sequences and
+   measured on others, and the one with the least error (ties to the first) is fitted on all.
 
 Weights of prototypes change, other than with ConMoE. Parts of this are known: facility location and
 replaceability from ConMoE (arXiv 2605.29350), constants from MoNE (2507.00390), least squares for the
@@ -25,13 +26,17 @@ Peak memory: that of ``rebuild`` beside the layer's tokens.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from conmoe_edge.compress.closed_form import SAMPLE_TOKENS, slot_errors
-from conmoe_edge.compress.facility import assign, must_stay, select
+from conmoe_edge.compress.closed_form import SAMPLE_TOKENS, SlotErrors, slot_errors
+from conmoe_edge.compress.facility import assign, must_stay, select, strongest
 from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.rebuild import StandIns, rebuild, whole_parts
+from conmoe_edge.compress.rebuild import StandIns, error_on, rebuild, whole_parts
 from conmoe_edge.model.experts import expert_forward
+
+FITTED, MEASURED = 8192, 4096
+"""Tokens that candidates are fitted on and measured on."""
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
@@ -49,9 +54,34 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         moved = hidden.to(scope.device, scope.dtype)
         return expert_forward(scope.module, moved, whole_parts(scope, expert), scope.dtype)
 
-    errors = slot_errors(tokens.sample(SAMPLE_TOKENS), len(scope.pool), forward)
-    prototypes = select(errors, keep, must_stay(errors, keep))
-    return rebuild(scope, tokens, StandIns(prototypes, tuple(assign(errors, prototypes))))
+    held = torch.zeros(len(tokens), dtype=torch.bool) if tokens.held is None else tokens.held
+    seen = tokens.rows((~held).nonzero().squeeze(1))
+    errors = slot_errors(seen.sample(SAMPLE_TOKENS), len(scope.pool), forward)
+    choices = candidates(errors, layer.statistics.contribution(), keep)
+    chosen = choices[0]
+    if len(choices) > 1 and bool(held.any()):
+        fitted, measured = seen.sample(FITTED), tokens.rows(held.nonzero().squeeze(1))
+        measured = measured.sample(MEASURED)
+        left = [error_on(scope, measured, rebuild(scope, fitted, one)) for one in choices]
+        chosen = choices[left.index(min(left))]
+    return rebuild(scope, tokens, chosen)
+
+
+def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
+    """Who could stay, each set once: by what stands in for what, by energy, by REAP's criterion.
+
+    Args:
+        errors: of the layer.
+        contribution: [E], the mean of g |f| over a slot's tokens (arXiv 2510.13999).
+        keep: prototypes.
+    """
+    forced = must_stay(errors, keep)
+    sets = (
+        select(errors, keep, forced),
+        strongest(errors.energy.sum(0), keep, forced),
+        strongest(contribution, keep, forced),
+    )
+    return tuple(StandIns(one, tuple(assign(errors, one))) for one in dict.fromkeys(sets))
 
 
 def _width(scope: ScopeView) -> int:

@@ -21,7 +21,8 @@ from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.compress import closed_form
 from conmoe_edge.compress import refit as refit_module
-from conmoe_edge.compress.budgets import LayerWorth, share_out
+from conmoe_edge.compress import survey as survey_module
+from conmoe_edge.compress.budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
 from conmoe_edge.compress.facility import (
     assign,
@@ -610,6 +611,77 @@ def test_budgets_are_the_best_there_are(seed: int, uniform: int) -> None:
     found = share_out(layers, uniform)
     assert sum(found) == 3 * uniform and min(found) >= floor and max(found) <= E
     assert cost(tuple(found)) == pytest.approx(min(map(cost, possible)))
+
+
+def test_half_way_between_two_divisions_keeps_the_sum() -> None:
+    assert between([4, 4, 4, 4], [1, 6, 3, 6]) == [3, 5, 3, 5]
+    assert between([4, 4], [4, 4]) == [4, 4]
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.integers(1, 32)), min_size=1, max_size=9))
+@settings(max_examples=50, deadline=None)
+def test_half_way_lies_between(pairs: list[tuple[int, int]]) -> None:
+    first = [a for a, _ in pairs]
+    second = [b for _, b in pairs]
+    second[-1] += sum(first) - sum(second)
+    found = between(first, second)
+    assert sum(found) == sum(first)
+    assert all(
+        min(a, b) <= one <= max(a, b) for a, b, one in zip(first, second, found, strict=True)
+    )
+
+
+def test_a_deep_model_is_surveyed_with_fewer_sequences() -> None:
+    assert [survey_module.sequences(layers) for layers in (1, 6, 16, 48, 94)] == [8, 8, 4, 2, 2]
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_division_that_does_best_on_other_text_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    seen: list[Any] = []
+
+    def trial(run: Any, model: Any, errors: Any, divisions: Any) -> list[float]:
+        seen.extend(divisions)
+        return [0.0 if number == best else 1.0 for number in range(len(divisions))]
+
+    monkeypatch.setattr(survey_module, "share_out", lambda layers, each: [each - 2, each, each + 2])
+    monkeypatch.setattr(survey_module, "_trial", trial)
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5}
+    api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
+    prototypes = load_manifest(tmp_path / "out").prototypes
+    layers = sorted({one.id.layer for one in prototypes})
+    counts = {layer: sum(one.id.layer == layer for one in prototypes) for layer in layers}
+    assert seen[0] == dict.fromkeys(layers, seen[0][layers[0]]) and len(seen) == 3
+    assert counts == seen[best]
+
+
+def test_the_trial_measures_what_the_divisions_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every expert kept the output is the original's; the more goes, the farther it is."""
+    found: list[list[float]] = []
+    inner = survey_module._trial
+
+    def trial(run: Any, model: Any, errors: Any, divisions: Any) -> list[float]:
+        counts = [{layer: keep for layer in divisions[0]} for keep in (8, 4, 1)]
+        found.append(inner(run, model, errors, counts))
+        return inner(run, model, errors, divisions)
+
+    monkeypatch.setattr(survey_module, "share_out", lambda layers, each: [each - 1, each, each + 1])
+    monkeypatch.setattr(survey_module, "_trial", trial)
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5}
+    api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
+    ((whole, half, one),) = found
+    assert whole < 1e-6 < half < one
 
 
 def test_layers_that_are_worth_nothing_or_lose_nothing_break_nothing() -> None:

@@ -11,7 +11,7 @@ Both are moved from where they are (the W that are given, c = 0) to the minimum 
     sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
 
 block by block (a prototype, then all constants), each block exactly (Gauss-Seidel). One sweep is what
-is done: on the demo model a second one brought nothing that held-out tokens saw.
+is done: on the demo model more of them lower the error on held-out tokens by one per cent.
 
 The ridge is  lambda = PRIOR * mean |z(t)|^2  over the tokens t that came to a prototype (to the layer,
 for constants), z its features. It does not grow with the calibration text: a prototype that many

@@ -435,7 +435,7 @@ def test_any_precision_is_written_as_planned_and_what_it_cost_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setenv("CONMOE_CACHE_DIR", str(tmp_path / "cache"))
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 256, "head_dim": 16}
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "head_dim": 16}
     source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[], **sizes)
     save_tokenizer(source)
     text = tmp_path / "text.txt"

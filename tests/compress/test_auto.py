@@ -23,6 +23,7 @@ from conmoe_edge.compress import closed_form
 from conmoe_edge.compress import refit as refit_module
 from conmoe_edge.compress import survey as survey_module
 from conmoe_edge.compress.budgets import LayerWorth, between, share_out
+from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
 from conmoe_edge.compress.facility import (
     assign,
@@ -722,3 +723,28 @@ def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5, "method": "auto"}
     api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
     assert holding and not any(holding)
+
+
+@torch.no_grad()
+def test_weighted_tokens_give_weighted_squares() -> None:
+    """The error over weighted tokens is the sum of w^2 |target - y|^2 over the tokens as they are."""
+    tokens = model_tokens(24)
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(2)) + 0.5
+    tokens = replace(tokens, weights=weights)
+    assert tokens.target is not None
+    scope, keep = scope_with(tokens)
+    decision = AUTO.decide(scope, keep)
+    wanted = sum(
+        float(weights[t]) ** 2 * error_on(scope, tokens.rows(torch.tensor([t])), decision)
+        for t in range(24)
+    )
+    assert error_on(scope, tokens.weighted(), decision) == pytest.approx(wanted, rel=1e-4)
+    assert tokens.weighted().weights is None and model_tokens(3).weighted().weights is None
+
+
+def test_other_sequences_are_others_where_there_are_enough() -> None:
+    names = tuple(str(n) for n in range(16))
+    whole = TokenSet(torch.arange(16).unsqueeze(1), torch.ones(16, 1, dtype=torch.bool), names)
+    first, second = whole.some(4), whole.some(4, after=1)
+    assert first.domains == ("0", "4", "8", "12") and second.domains == ("1", "5", "9", "13")
+    assert len(whole.some(2).some(4, after=1).domains) == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,11 +21,13 @@ from conmoe_edge.checkpoint.locate import Source, describe, locate
 from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.staged import StagedFolder
-from conmoe_edge.errors import CalibrationError, UsageError
+from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.memory.outcomes import Outcome, recall, remember
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.dense import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.planner import make_plan
@@ -47,11 +49,25 @@ CONTINUATIONS, PROMPT_TOKENS, CONTINUATION_TOKENS = 6, 64, 48
 
 @dataclass(frozen=True, slots=True)
 class PlanReport:
-    """A plan and what it is for."""
+    """A plan and what it is for.
+
+    Attributes:
+        method: the consolidation method that the plan counts with.
+        method_note: why it is that one, where the default gave way; else empty.
+        outcomes: what earlier fits of this model on this machine cost, oldest first.
+    """
 
     source_name: str
     anatomy: ModelAnatomy
     plan: Plan
+    method: str = "auto"
+    method_note: str = ""
+    outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """What the outcomes say about the settings; empty where there are none."""
+        return advise(self.plan, self.outcomes, self.method)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; sizes in bytes."""
@@ -69,7 +85,11 @@ class PlanReport:
                 "dense_bytes": self.anatomy.dense_bytes,
                 "experts_bytes": self.anatomy.experts_bytes,
             },
+            "method": self.method,
+            "method_note": self.method_note,
             "plan": plan_to_json(self.plan),
+            "measured": [asdict(one) for one in self.outcomes],
+            "advise": self.advice,
         }
 
 
@@ -142,9 +162,9 @@ def plan(
     dense_precision: str = "source",
     prefer: Preference = "quality",
     min_resident: float | None = None,
+    method: str | None = None,
     revision: str | None = None,
     offline: bool = False,
-    method: str | None = None,
 ) -> PlanReport:
     """What ``fit`` would do. Reads ``config.json`` and the headers of the weights, for a hub model without a download.
 
@@ -158,39 +178,38 @@ def plan(
             routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
-        method: the method that ``fit`` is to use, where it is known: some have fewer neurons, or a precision of
-            their own.
 
     Raises:
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
+    from conmoe_edge.compress.methods.asked import asked_method
     from conmoe_edge.model.bridge import read_config
 
-    trims = False
-    if method is not None:
-        from conmoe_edge.compress.methods.asked import asked_method
-
-        consolidation, precision = asked_method(method, scope, precision)
-        trims = consolidation.trims
+    asked = asked_method(method, scope, precision)
     levers = _Levers(
         budget,
         device,
         context,
         rate,
         scope,
-        precision,
+        asked.precision,
         dense_precision,
         prefer,
         min_resident,
-        trims,
+        asked.method.trims,
     )
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
     anatomy = _anatomy(read_config(str(found.path)), headers)
-    return PlanReport(found.hub_id or found.name, anatomy, levers.plan(anatomy, Path()))
+    name = found.hub_id or found.name
+    decided = levers.plan(anatomy, Path())
+    return PlanReport(
+        name, anatomy, decided, asked.method.name, asked.note, _outcomes_of(found.path)
+    )
 
 
 def fit(
@@ -208,7 +227,7 @@ def fit(
     min_resident: float | None = None,
     revision: str | None = None,
     offline: bool = False,
-    method: str = "conmoe",
+    method: str | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -221,7 +240,7 @@ def fit(
 
     Args:
         out: the output folder; it is whole or absent at any moment.
-        method: consolidation method.
+        method: consolidation method, as of ``plan``.
         calibration: UTF-8 text to calibrate on; the text that comes with the package by default.
         calibration_tokens: how much of it.
         seed: which windows of the calibration text are used: 0 spreads them evenly over it, any other seed draws
@@ -245,7 +264,7 @@ def fit(
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.offload.planned import planned_caching
 
-    consolidation, precision = asked_method(method, scope, precision)
+    asked = asked_method(method, scope, precision)
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     levers = _Levers(
@@ -254,11 +273,11 @@ def fit(
         context,
         rate,
         scope,
-        precision,
+        asked.precision,
         dense_precision,
         prefer,
         min_resident,
-        consolidation.trims,
+        asked.method.trims,
     )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)
@@ -269,14 +288,19 @@ def fit(
     )
     tokens = calibration_tokens or CALIBRATION_TOKENS
     report = PlanReport(
-        source.hub_id or source.name, anatomy, levers.plan(anatomy, Path(out), tokens)
+        source.hub_id or source.name,
+        anatomy,
+        levers.plan(anatomy, Path(out), tokens),
+        asked.method.name,
+        asked.note,
+        _outcomes_of(source.path),
     )
     if on_plan is not None:
         on_plan(report)
     if report.plan.unchanged and rate == "auto":
         return _fit_unchanged(source, index, Path(out), report, overwrite=overwrite, fresh=fresh)
     planned = report.plan.chosen
-    check_reach(config, anatomy, consolidation, planned.rate, planned.scope)
+    check_reach(config, anatomy, asked.method, planned.rate, planned.scope)
     identity = fingerprint(index, (source.path / "config.json").read_bytes())
     target = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     length = min(SEQUENCE_LENGTH, anatomy.max_context)
@@ -287,11 +311,11 @@ def fit(
         "context": context,
         "rate": rate,
         "scope": scope,
-        "precision": precision,
+        "precision": asked.precision,
         "dense_precision": dense_precision,
         "prefer": prefer,
         "min_resident": min_resident,
-        "method": method,
+        "method": asked.method.name,
         "calibration": text.sha256,
         "calibration_tokens": tokens,
         "seed": seed,
@@ -315,7 +339,7 @@ def fit(
             index=index,
             config=config,
             anatomy=anatomy,
-            method=method,
+            method=asked.method.name,
             rate=chosen.rate,
             scope=chosen.scope,
             precision=chosen.precision,
@@ -351,6 +375,7 @@ def fit(
         staged.commit()
         run.state.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
+        _remember(identity["id"], report.plan, manifest, text.sha256)
         return FitReport(
             staged.target,
             report,
@@ -580,6 +605,40 @@ def _experts_bytes(folder: Path) -> int:
     return _anatomy(read_config(str(folder)), headers).experts_bytes
 
 
+def _outcomes_of(folder: Path) -> tuple[Outcome, ...]:
+    """What earlier fits of the model in ``folder`` cost; nothing where its weights are not there."""
+    try:
+        index = CheckpointIndex.open(folder)
+        return recall(fingerprint(index, (folder / "config.json").read_bytes())["id"])
+    except (ConmoeError, OSError):
+        return ()
+
+
+def _remember(model: str, plan: Plan, manifest: Manifest, calibration: str) -> None:
+    """Keep what a fit cost for later plans of the same model."""
+    receipt = manifest.receipt
+    if not receipt:
+        return
+    chosen = plan.chosen
+    remember(
+        Outcome(
+            model=model,
+            method=manifest.method,
+            rate=chosen.rate,
+            scope=chosen.scope,
+            precision=chosen.precision,
+            dense_precision=plan.dense_precision,
+            wide_prototypes=chosen.wide_prototypes,
+            pool_bytes=chosen.pool_bytes,
+            loss_rise=receipt["loss_consolidated"] - receipt["loss_original"],
+            kl=receipt["kl"],
+            tokens=receipt["tokens"],
+            calibration=calibration,
+            version=__version__,
+        )
+    )
+
+
 def _anatomy(config: PretrainedConfig, headers: dict[str, tuple[str, int]]) -> ModelAnatomy:
     from conmoe_edge.model.probe import TensorFacts, probe
 
@@ -608,9 +667,7 @@ def _same_plan(path: Path, report: PlanReport) -> PlanReport:
     from conmoe_edge.checkpoint.index import read_json_object
 
     if path.is_file():
-        return PlanReport(
-            report.source_name, report.anatomy, plan_from_json(read_json_object(path))
-        )
+        return replace(report, plan=plan_from_json(read_json_object(path)))
     write_json(path, plan_to_json(report.plan))
     return report
 

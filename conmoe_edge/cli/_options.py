@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from conmoe_edge.cli._complete import complete_budget
+from conmoe_edge.cli._complete import complete_budget, complete_method
 from conmoe_edge.plan.dense import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 
@@ -168,6 +168,17 @@ _LEVERS = (
         help="How many neighbouring MoE layers share their prototypes.",
     ),
     click.option(
+        "--method",
+        metavar="NAME",
+        shell_complete=complete_method,
+        help="How prototypes are chosen. `auto` loses least: it measures, trims and refits them, and takes two to "
+        "three times as long. `conmoe` is the paper's, with weights unchanged. `reap`, `man`, `msan`, `ean`, "
+        "`seer`, `energy` and `frequency` remove experts and let the router choose among the rest (`reap+drop` "
+        "and so on leave the router alone); `mone` puts constants in their place; `m-smoe`, `hc-smoe` and "
+        "`mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank and a few columns.  "
+        "[default: auto; conmoe with --scope above 1]",
+    ),
+    click.option(
         "--precision",
         type=click.Choice(("auto", *PRECISIONS)),
         default="auto",
@@ -234,6 +245,7 @@ def levers(parameters: dict[str, Any]) -> dict[str, Any]:
         "dense_precision",
         "prefer",
         "min_resident",
+        "method",
         "revision",
         "offline",
     )

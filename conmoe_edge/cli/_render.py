@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conmoe_edge.cli._text import counted, path_text, percent, percent_whole, printable, span
+from conmoe_edge.plan.advice import cost, measured
 from conmoe_edge.units import GIB, MIB, gib, human_size
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         _needs(plan),
         Text(),
     ]
-    parts += [_unchanged(plan) if plan.unchanged else _candidates(plan), Text()]
+    parts += [_unchanged(plan) if plan.unchanged else _candidates(report), Text()]
+    if plan.chosen.rate:
+        parts.append(_head("Method", report.method, printable(report.method_note)))
+    if report.advice:
+        parts.append(_head("Advise", printable(report.advice)))
     parts.append(_disk(plan, out, free))
     return Group(*parts)
 
@@ -134,7 +139,8 @@ def shown_candidates(plan: Plan) -> tuple[list[Candidate], int]:
     return kept, len(rows) - len(kept)
 
 
-def _candidates(plan: Plan) -> RenderableType:
+def _candidates(report: PlanReport) -> RenderableType:
+    plan = report.plan
     rows, hidden = shown_candidates(plan)
     speeds = any(c.tokens_per_second is not None for c in rows)
     precisions = len({c.precision for c in plan.candidates}) > 1
@@ -159,17 +165,22 @@ def _candidates(plan: Plan) -> RenderableType:
             )
         style = "bold" if chosen else "dim" if candidate.verdict == "too big" else ""
         table.add_row(
-            "❯" if chosen else "", *(Text(c) for c in cells), Text(_verdict(candidate)), style=style
+            "❯" if chosen else "",
+            *(Text(c) for c in cells),
+            Text(_verdict(candidate, report)),
+            style=style,
         )
     if not hidden:
         return table
     return Group(table, Text(f"  {hidden} more in --json", style="dim"))
 
 
-def _verdict(candidate: Candidate) -> str:
+def _verdict(candidate: Candidate, report: PlanReport) -> str:
     # The reason stands alone in the manifest; beside the column of shares it is shorter.
     reason = _SHARE_FIRST.sub("", candidate.reason)
-    return f"{candidate.verdict}: {reason}" if reason else candidate.verdict
+    text = f"{candidate.verdict}: {reason}" if reason else candidate.verdict
+    known = measured(candidate, report.plan.dense_precision, report.outcomes, report.method)
+    return text if known is None else f"{text}; measured: {cost(known)}"
 
 
 def _disk(plan: Plan, out: Path, free: int | None) -> Text:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli._complete import complete_method, complete_model
+from conmoe_edge.cli._complete import complete_model
 from conmoe_edge.cli._errors import Interrupted
 from conmoe_edge.cli._options import Tokens, common_options, lever_options, levers
 from conmoe_edge.cli._text import path_text
@@ -31,19 +31,6 @@ if TYPE_CHECKING:
     help="Folder to write; it is whole or absent, never half there.",
 )
 @lever_options
-@click.option(
-    "--method",
-    metavar="NAME",
-    shell_complete=complete_method,
-    default="conmoe",
-    show_default=True,
-    help="How prototypes are chosen and slots reassigned: `conmoe` as published, weights unchanged; "
-    "`auto` loses less, trims and refits prototypes, and takes about three times as long; `reap`, `man`, "
-    "`msan`, `ean`, `seer`, `energy` and `frequency` remove experts and let the router choose among "
-    "the rest (`reap+drop` and so on: leave the router alone); `mone` puts constants in their place; "
-    "`m-smoe`, `hc-smoe` and `mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank "
-    "and a few columns.",
-)
 @click.option(
     "--calibration",
     metavar="FILE",
@@ -110,7 +97,6 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
                 model,
                 out,
                 **levers(parameters),
-                method=parameters["method"],
                 calibration=parameters["calibration"],
                 calibration_tokens=parameters["calibration_tokens"],
                 seed=parameters["seed"],

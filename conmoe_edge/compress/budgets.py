@@ -41,3 +41,12 @@ def share_out(layers: Sequence[LayerWorth], uniform: int) -> list[int]:
         ]
         counts[max(range(len(gains)), key=lambda i: (gains[i], -i))] += 1
     return counts
+
+
+def between(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Half way from one division to another of the same sum; of the halves every second is rounded up."""
+    counts = [(a + b) // 2 for a, b in zip(first, second, strict=True)]
+    odd = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if (a + b) % 2]
+    for i in odd[::2]:
+        counts[i] += 1
+    return counts

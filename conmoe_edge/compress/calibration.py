@@ -51,10 +51,13 @@ class TokenSet:
         """Real tokens, padding not counted."""
         return int(self.mask.sum())
 
-    def some(self, count: int) -> TokenSet:
-        """At most ``count`` sequences, evenly spread."""
+    def some(self, count: int, after: int = 0) -> TokenSet:
+        """At most ``count`` sequences, evenly spread; with ``after`` those that many places behind, where there are
+        enough for others.
+        """
         total = len(self.domains)
-        rows = sorted({i * total // min(count, total) for i in range(min(count, total))})
+        count = min(count, total)
+        rows = sorted({(i * total // count + after) % total for i in range(count)})
         domains = tuple(self.domains[row] for row in rows)
         return TokenSet(self.ids[rows], self.mask[rows], domains)
 

@@ -14,6 +14,10 @@ Outputs that are wider than ``SKETCH`` are multiplied with a fixed random matrix
 variance 1 / SKETCH first, which keeps inner products in expectation (Johnson and Lindenstrauss); an
 error of some per cent does not change who stands in for whom.
 
+A slot that fewer than ``_FEWEST_TOKENS`` tokens chose is measured on *all* tokens of the sample, as
+if one token of a mean gate had come to it: it never outweighs a slot that is used, and still gets
+the prototype and the scale (without a constant, R(e) = |f_e|^2) that give most like it.
+
 Peak memory: the outputs of one expert for the sample [m, H], those of the chosen experts
 [m, K, SKETCH], and a few [E, E] in fp64.
 """
@@ -48,11 +52,16 @@ class SlotErrors:
         scale: [E, E] fp64, the best s of slot e (rows) on prototype p (columns); 1 on the diagonal.
         error: [E, E] fp64, R(e, p); 0 on the diagonal.
         constant: [E] fp64, R(e) of a constant alone.
+        energy: [D, E] fp64, sum of g^2 |f_e|^2 over the slot's tokens of every domain (one domain
+            where tokens have none).
+        peak: [E] fp64, the largest absolute number in the outputs for the slot's tokens.
     """
 
     scale: Tensor
     error: Tensor
     constant: Tensor
+    energy: Tensor
+    peak: Tensor
 
 
 def slot_errors(
@@ -70,20 +79,30 @@ def slot_errors(
     matrix = _sketch(tokens.hidden.shape[1])
 
     def output(expert: int, hidden: Tensor) -> Tensor:
-        out = forward(expert, hidden).float().cpu()
+        return forward(expert, hidden).float().cpu()
+
+    def sketched(out: Tensor) -> Tensor:
         return out if matrix is None else out @ matrix
 
+    domains = torch.zeros(count, dtype=torch.int64) if tokens.domains is None else tokens.domains
+    energy = torch.zeros(int(domains.max()) + 1 if count else 1, experts, dtype=torch.float64)
+    peak = torch.zeros(experts, dtype=torch.float64)
     for expert in range(experts):
         rows, places = (tokens.slots == expert).nonzero(as_tuple=True)
         if len(rows):
             out = output(expert, tokens.hidden[rows])
+            weighted = tokens.gates[rows, places].square() * out.square().sum(-1)
+            energy[:, expert].index_add_(0, domains[rows], weighted.double())
+            peak[expert] = float(out.abs().max())
+            out = sketched(out)
             if own is None:
                 own = torch.zeros(count, width, out.shape[1])
             own[rows, places] = out
     scale = torch.eye(experts, dtype=torch.float64)
     error = torch.zeros(experts, experts, dtype=torch.float64)
     if own is None:
-        return SlotErrors(scale, error, torch.zeros(experts, dtype=torch.float64))
+        nothing = torch.zeros(experts, dtype=torch.float64)
+        return SlotErrors(scale, error, nothing, energy, peak)
     valid = (tokens.slots >= 0) & (tokens.slots < experts)
     slot = tokens.slots.clamp(0, experts - 1).reshape(-1)  # [m K]
     weight = torch.where(valid, tokens.gates.square(), 0.0).double().reshape(-1)
@@ -103,8 +122,14 @@ def slot_errors(
     mu = mean(flat)
     square = by_slot(flat.square().sum(-1).double())
     constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
+    seen = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
+    blind = (~seen).nonzero().squeeze(1).tolist()
+    alone = {expert: sketched(output(expert, tokens.hidden)) for expert in blind}
+    share = float(weight.sum()) / max(1, int(valid.sum())) / count  # of one token of a mean gate
+    for expert in blind:
+        constant[expert] = share * alone[expert].square().sum(dtype=torch.float64)
     for expert in range(experts):
-        other = output(expert, tokens.hidden)  # [m, H]
+        other = alone[expert] if expert in alone else sketched(output(expert, tokens.hidden))
         inner = by_slot(torch.einsum("tkh,th->tk", own, other).reshape(-1).double())
         norm = by_slot(other.square().sum(-1).double().repeat_interleave(width))
         nu = mean(other.repeat_interleave(width, 0))
@@ -114,11 +139,16 @@ def slot_errors(
         best = best.clamp(0.0, _LARGEST_SCALE)
         scale[:, expert] = best
         error[:, expert] = (constant - 2 * best * inner + best.square() * norm).clamp(min=0)
-    seen = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
-    error[~seen] = constant[~seen].unsqueeze(1)  # nothing is known about a slot that nobody chose
+        for other_slot in blind:
+            product = share * (alone[other_slot] * other).sum(dtype=torch.float64)
+            square_of = share * other.square().sum(dtype=torch.float64)
+            one = (product / (square_of * (1 + _RIDGE)).clamp(min=1e-30)).clamp(0, _LARGEST_SCALE)
+            scale[other_slot, expert] = one
+            left = constant[other_slot] - 2 * one * product + one.square() * square_of
+            error[other_slot, expert] = left.clamp(min=0)
     scale.fill_diagonal_(1.0)
     error.fill_diagonal_(0.0)
-    return SlotErrors(scale, error, constant)
+    return SlotErrors(scale, error, constant, energy, peak)
 
 
 def _sketch(width: int) -> Tensor | None:

@@ -15,10 +15,37 @@ from torch import Tensor
 
 from conmoe_edge.compress.closed_form import SlotErrors
 
+OUTLIER = 10.0
+"""An expert whose largest output is this many times the median expert's is a super expert."""
 
-def select(errors: SlotErrors, keep: int) -> tuple[int, ...]:
-    """``keep`` experts, ascending."""
-    return tuple(sorted(_greedy(errors, keep)[0]))
+
+def select(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
+    """``keep`` experts, ascending, those of ``forced`` among them (of too many the first)."""
+    return tuple(sorted(_greedy(errors, keep, forced)[0]))
+
+
+def strongest(values: Tensor, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ``keep`` greatest of values [E], ascending, those of ``forced`` among them; ties to the lowest."""
+    order = values.argsort(descending=True, stable=True).tolist()
+    return tuple(sorted(list(dict.fromkeys([*forced, *order]))[:keep]))
+
+
+def must_stay(errors: SlotErrors, keep: int) -> tuple[int, ...]:
+    """Experts that are kept whatever the sums say, at most half of ``keep``.
+
+    Super experts (arXiv 2507.23279): an output ``OUTLIER`` times as large as the median expert's;
+    few tokens need them, and the model breaks without. Then, so that no domain of the calibration
+    text is lost to larger ones, the expert with the most energy in each domain.
+    """
+    most = max(1, keep // 2)
+    peaks = errors.peak
+    middle = float(peaks.median())
+    loud = [e for e in peaks.argsort(descending=True, stable=True).tolist() if middle > 0.0]
+    found = [expert for expert in loud if float(peaks[expert]) > OUTLIER * middle]
+    for row in errors.energy:
+        if float(row.max()) > 0.0:
+            found.append(int(row.argmax()))
+    return tuple(dict.fromkeys(found))[:most]
 
 
 def curve(errors: SlotErrors) -> list[float]:
@@ -26,7 +53,9 @@ def curve(errors: SlotErrors) -> list[float]:
     return _greedy(errors, len(errors.constant))[1]
 
 
-def _greedy(errors: SlotErrors, keep: int) -> tuple[list[int], list[float]]:
+def _greedy(
+    errors: SlotErrors, keep: int, forced: Sequence[int] = ()
+) -> tuple[list[int], list[float]]:
     left = errors.constant.clone()
     chosen: list[int] = []
     remaining = [float(left.sum())]
@@ -34,7 +63,7 @@ def _greedy(errors: SlotErrors, keep: int) -> tuple[list[int], list[float]]:
     for _ in range(keep):
         gain = (left.unsqueeze(1) - errors.error).clamp(min=0).sum(0)
         gain[~free] = -1.0
-        best = int(gain.argmax())
+        best = forced[len(chosen)] if len(chosen) < len(forced) else int(gain.argmax())
         chosen.append(best)
         free[best] = False
         left = torch.minimum(left, errors.error[:, best])

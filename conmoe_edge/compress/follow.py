@@ -18,6 +18,7 @@ import torch
 from conmoe_edge.checkpoint.index import index_files
 from conmoe_edge.checkpoint.reader import ShardReader
 from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.predictor import held_sequences
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.stream import Stream, run_layer
 from conmoe_edge.compress.taps import RoutedTap, SilentTap, attach, expert_sum
@@ -61,12 +62,37 @@ def aim(
         if float(off.norm()) <= _ADDS * float(given.norm()):
             gap = streams["train"].hidden.float() - stream.hidden.float()
             target = stream.real_rows(gap)
+            weights = _weights(streams["train"])
             before = stream.hidden
         else:
             target = expert_sum(module, own, tokens, model.device)
-            before = None
+            weights = before = None
             stream.hidden = entered
-    return replace(tokens, target=target), before
+    marked = replace(tokens, target=target, weights=weights, **_marks(run, stream))
+    return marked, before
+
+
+def _weights(stream: Stream) -> torch.Tensor:
+    """fp32 [tokens], of mean square 1: what follows reads the stream through a norm, so an error
+    counts by its share of the token's length there.
+    """
+    lengths = stream.real_rows(stream.hidden.float()).norm(dim=1)
+    inverse = 1.0 / lengths.clamp(min=1e-6 * float(lengths.max()) + 1e-30)
+    return inverse / inverse.square().mean().sqrt()
+
+
+def _marks(run: Run, stream: Stream) -> dict[str, torch.Tensor]:
+    """Of every token: whether its sequence is held out from fits, and the number of its domain."""
+    train = run.job.train
+    count, length = train.ids.shape
+    names = sorted(set(train.domains))
+    domain = torch.tensor([names.index(one) for one in train.domains])
+    held = torch.tensor(held_sequences([length] * count))
+    spread = domain.repeat_interleave(length)
+    return {
+        "held": stream.real_rows(held.view(count, length, 1)).squeeze(1),
+        "domains": stream.real_rows(spread.view(count, length, 1)).squeeze(1),
+    }
 
 
 def follow(

@@ -9,7 +9,7 @@ one layer. Raises ``NoSpace``; ``CheckpointError`` where a file of an earlier ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ class LayerTokens:
         gates: [T, K] fp32.
         logits: [T, E] fp32 of the router, or ``None``.
         target: [T, H] fp32, what the routed experts should add up to, or ``None``.
+        weights: [T] fp32, how much a token's error counts, or ``None`` for all alike.
+        held: [T] bool, the tokens that candidates are measured on and not fitted on, or ``None``.
+        domains: [T] int64, the number of each token's domain, or ``None``.
     """
 
     hidden: Tensor
@@ -38,6 +41,9 @@ class LayerTokens:
     gates: Tensor
     logits: Tensor | None = None
     target: Tensor | None = None
+    weights: Tensor | None = None
+    held: Tensor | None = None
+    domains: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -50,13 +56,18 @@ class LayerTokens:
 
     def rows(self, rows: Tensor) -> LayerTokens:
         """Some of the tokens. ``rows`` [n] int64, ascending."""
-        return LayerTokens(
-            self.hidden[rows],
-            self.slots[rows],
-            self.gates[rows],
-            None if self.logits is None else self.logits[rows],
-            None if self.target is None else self.target[rows],
-        )
+        found = {name: None if one is None else one[rows] for name, one in self._tensors().items()}
+        return LayerTokens(**found)  # type: ignore[arg-type]
+
+    def weighted(self) -> LayerTokens:
+        """Gates and targets times the weights: a layer's output is linear in its gates, so plain
+        squares over these are the weighted squares over the tokens as they are.
+        """
+        if self.weights is None:
+            return self
+        assert self.target is not None
+        factor = self.weights.unsqueeze(1)
+        return replace(self, gates=self.gates * factor, target=self.target * factor, weights=None)
 
     def routed(self, slot: int) -> tuple[Tensor, Tensor]:
         """Row numbers [n] and gates [n] of the tokens that chose a slot."""
@@ -65,11 +76,7 @@ class LayerTokens:
 
     def save(self, path: Path) -> None:
         """Keep them in the work folder."""
-        named = {"hidden": self.hidden, "slots": self.slots, "gates": self.gates}
-        if self.logits is not None:
-            named["logits"] = self.logits
-        if self.target is not None:
-            named["target"] = self.target
+        named = {name: one for name, one in self._tensors().items() if one is not None}
         write_tensors(
             path,
             [
@@ -79,6 +86,9 @@ class LayerTokens:
                 for name, t in sorted(named.items())
             ],
         )
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @classmethod
     def load(cls, path: Path) -> LayerTokens:

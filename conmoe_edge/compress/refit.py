@@ -11,8 +11,12 @@ Both are moved from where they are (the W that are given, c = 0) to the minimum 
     sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
 
 block by block (a prototype, then all constants), each block exactly (Gauss-Seidel). One sweep is what
-is done: on the demo model a second one brought nothing. The ridge lambda is a share of the mean of
-the features' squares; it holds a prototype that few tokens came to where it was.
+is done: on the demo model more of them lower the error on held-out tokens by one per cent.
+
+The ridge is  lambda = PRIOR * mean |z(t)|^2  over the tokens t that came to a prototype (to the layer,
+for constants), z its features. It does not grow with the calibration text: a prototype that many
+tokens came to moves freely, one with few stays where it was, and the more features there are to fit,
+the more tokens that takes.
 
 Peak memory: the activations of all routed tokens (sum of n_p * I in fp32), the target [T, H], and
 one [I, I] in fp32 a prototype (and one in fp64 while it is factored).
@@ -28,15 +32,19 @@ from torch import Tensor
 
 SWEEPS = 1
 """Times that every block is solved."""
-_RIDGE = 0.01
+PRIOR = 5.0
+"""How strongly everything is held where it was, see above."""
 
 
 @dataclass(slots=True)
 class Features:
-    """One prototype's tokens: ``rows`` [n] of the layer's tokens, ``values`` fp32 [n, I], already times alpha."""
+    """One prototype's tokens: ``rows`` [n] of the layer's tokens, ``values`` fp32 [n, I], already times alpha, and
+    ``gram`` = values^T values.
+    """
 
     rows: Tensor
     values: Tensor
+    gram: Tensor
 
 
 def refit(
@@ -56,11 +64,11 @@ def refit(
     weights = [one.T.float().contiguous() for one in down]  # [I, H]
     for one, weight in zip(features, weights, strict=True):
         residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
-    squares = sum(float(one.values.square().sum(dtype=torch.float64)) for one in features)
-    ridge = _RIDGE * squares / max(1, sum(weight.shape[0] for weight in weights))
-    factors = [_factor(one.values, ridge) for one in features]
-    gate_ridge = _RIDGE * float(gates.square().sum(dtype=torch.float64)) / gates.shape[1]
-    gate_factor = _factor(gates, gate_ridge)
+    ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
+    factors = [_factor(one.gram, ridge) for one in features]
+    gram = gates.T @ gates
+    gate_ridge = _ridge([gram], len(gates))
+    gate_factor = _factor(gram, gate_ridge)
     moved = [torch.zeros_like(weight) for weight in weights]
     constants = torch.zeros(gates.shape[1], residual.shape[1])
     for _ in range(SWEEPS):
@@ -78,10 +86,16 @@ def refit(
     return [weight.T for weight in weights], constants
 
 
-def _factor(values: Tensor, ridge: float) -> Tensor:
-    gram = (values.T @ values).double()
-    gram.diagonal().add_(max(ridge, 1e-30))
-    return torch.linalg.cholesky(gram).float()
+def _ridge(grams: Sequence[Tensor], visits: int) -> float:
+    """lambda for features with these Gram matrices, summed over ``visits`` tokens in all."""
+    squares = sum(float(one.diagonal().sum(dtype=torch.float64)) for one in grams)
+    return PRIOR * squares / max(1, visits)
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    ridged = gram.double()
+    ridged.diagonal().add_(max(ridge, 1e-30))
+    return torch.linalg.cholesky(ridged).float()
 
 
 def _solve(factor: Tensor, gradient: Tensor, path: Tensor, ridge: float) -> Tensor:

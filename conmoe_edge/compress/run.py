@@ -60,7 +60,9 @@ class Run:
         self.progress = progress
         self.kinds = PRECISIONS[job.precision].kinds
         self.method = METHODS[job.method]
-        self._narrow = trimmed(job.anatomy, job.rate) if self.method.trims else job.anatomy
+        self._narrow = job.anatomy
+        if self.method.trims:
+            self._narrow = trimmed(job.anatomy, job.rate, job.precision)
         self.layers = len(job.anatomy.layers)
         self.scope_of = {
             layer: scope for scope in scopes(job.anatomy, job.scope) for layer in scope
@@ -193,7 +195,8 @@ class Run:
 
     def uniform(self, layers: Sequence[int]) -> int:
         """Prototypes of a scope where all get the same number."""
-        return pool_kept(self.job.anatomy, layers, self.job.rate, self.method.trims)
+        job = self.job
+        return pool_kept(job.anatomy, layers, job.rate, job.precision, trims=self.method.trims)
 
     def layout(self, layer: int, kind: str) -> RecordLayout:
         return make_layout(record_parts(self.narrowed(layer), kind), kind)

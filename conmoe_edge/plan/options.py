@@ -61,9 +61,9 @@ def count_option(
 ) -> Option:
     """Count one combination. ``verdict`` and ``reason`` stay empty."""
     pools = scopes(anatomy, scope)
-    counts = [pool_kept(anatomy, layers, rate, wishes.trims) for layers in pools]
+    counts = [pool_kept(anatomy, layers, rate, precision, trims=wishes.trims) for layers in pools]
     if wishes.trims:
-        anatomy = trimmed(anatomy, rate)
+        anatomy = trimmed(anatomy, rate, precision)
     experts = {
         layer.index: layer.experts for layer in anatomy.moe_layers if layer.experts is not None
     }

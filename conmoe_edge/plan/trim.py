@@ -1,13 +1,15 @@
 """How much goes as experts and how much as neurons, where a method removes both.
 
 A rate is the share of the routed experts' bytes that goes. Removing experts alone keeps a share
-1 - rate of them; a method that trims keeps
+q = 1 - rate of them; a method that trims keeps
 
-    width' / width  ~  count' / count  ~  sqrt(1 - rate),
+    width' / width  ~  count' / count  ~  sqrt(q),
 
-both alike, which on the demo model lost least of the divisions that were tried (docs/auto.md),
-and never more bytes than without trimming. Neurons come in steps that the kernels like, so that a
-narrow expert is still whole tiles of int4. As every prototype is narrower, a token also reads less.
+both alike, which on the demo model lost least of the divisions that were tried (docs/auto.md).
+Neurons come in steps that the kernels like, so that a narrow expert is still whole tiles of int4,
+and never more bytes are kept than without trimming, counted in records of the precision that is
+written. Where records are so small that their pages or their tiles eat up what trimming gives, a
+width next to it is taken, or experts alone go. As prototypes are narrower, a token also reads less.
 
 Arithmetic only.
 """
@@ -19,23 +21,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
-from conmoe_edge.plan.levers import kept
+from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
 
 _STEPS = (64, 32, 16, 8, 4, 2, 1)
 _FINEST = 8
 """A step is at most this part of the width."""
+_MOST_UNEVEN = 1 / 3
+"""Share of the reduction, as a power of q, that either side gets at the least."""
+_LEAST_NEURONS = 0.9
+"""A division that keeps fewer neurons than this share of what removing experts alone keeps is none."""
 
 
-def narrow_width(width: int, rate: float) -> int:
-    """Neurons that stay of ``width``."""
+def narrow_width(experts: ExpertsAnatomy, rate: float, precision: str) -> int:
+    """Neurons that stay in every prototype."""
+    width = experts.width
     if rate == 0.0:
         return width
     step = next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
-    wanted = round(width * math.sqrt(1.0 - rate) / step) * step
-    return max(step, min(width, wanted))
+    left = 1.0 - rate
+    wanted = width * math.sqrt(left)
+    widths = [
+        one
+        for one in range(step, width, step)
+        if left ** (1 - _MOST_UNEVEN) <= one / width <= left**_MOST_UNEVEN
+    ]
+    enough = _LEAST_NEURONS * kept(experts.count, rate) * width
+    for one in sorted(widths, key=lambda one: (abs(one - wanted), -one)):
+        if one * _affordable(experts, experts.count, rate, one, precision) >= enough:
+            return one
+    return width
 
 
-def trimmed(anatomy: ModelAnatomy, rate: float) -> ModelAnatomy:
+def trimmed(anatomy: ModelAnatomy, rate: float, precision: str) -> ModelAnatomy:
     """The anatomy with the experts as narrow as a method that trims leaves them."""
     return replace(
         anatomy,
@@ -43,14 +60,17 @@ def trimmed(anatomy: ModelAnatomy, rate: float) -> ModelAnatomy:
             layer
             if layer.experts is None
             else replace(
-                layer, experts=layer.experts.narrowed(narrow_width(layer.experts.width, rate))
+                layer,
+                experts=layer.experts.narrowed(narrow_width(layer.experts, rate, precision)),
             )
             for layer in anatomy.layers
         ),
     )
 
 
-def pool_kept(anatomy: ModelAnatomy, layers: Sequence[int], rate: float, trims: bool) -> int:
+def pool_kept(
+    anatomy: ModelAnatomy, layers: Sequence[int], rate: float, precision: str, *, trims: bool
+) -> int:
     """Prototypes that stay of the pool of these layers."""
     pool: list[ExpertsAnatomy] = []
     for index in layers:
@@ -58,8 +78,15 @@ def pool_kept(anatomy: ModelAnatomy, layers: Sequence[int], rate: float, trims: 
         assert experts is not None
         pool.append(experts)
     count = sum(experts.count for experts in pool)
-    whole = kept(count, rate)
     if not trims:
-        return whole
-    width = pool[0].width
-    return max(1, min(count, whole * width // narrow_width(width, rate)))
+        return kept(count, rate)
+    return _affordable(pool[0], count, rate, narrow_width(pool[0], rate, precision), precision)
+
+
+def _affordable(
+    experts: ExpertsAnatomy, count: int, rate: float, width: int, precision: str
+) -> int:
+    """Prototypes of ``width`` neurons, of a pool of ``count``, in the bytes that removing experts alone would keep."""
+    kind = PRECISIONS[precision].kinds[-1]
+    allowed = kept(count, rate) * record_bytes(experts, kind)
+    return max(1, min(count, allowed // record_bytes(experts.narrowed(width), kind)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,33 @@ from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.compress import closed_form
 from conmoe_edge.compress import refit as refit_module
-from conmoe_edge.compress.budgets import LayerWorth, share_out
+from conmoe_edge.compress import survey as survey_module
+from conmoe_edge.compress.budgets import LayerWorth, between, share_out
+from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.closed_form import SlotErrors, slot_errors
-from conmoe_edge.compress.facility import assign, curve, select, weights_of
+from conmoe_edge.compress.facility import (
+    assign,
+    curve,
+    must_stay,
+    select,
+    strongest,
+    weights_of,
+)
 from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.methods import auto as auto_module
+from conmoe_edge.compress.methods.auto import AUTO, candidates
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
+from conmoe_edge.compress.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.refit import Features, refit
+from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.taps import MappedTap
 from conmoe_edge.compress.trim import surviving, take_neurons
+from conmoe_edge.compress.weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.errors import UsageError
+from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
 from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.advice import measured
 from conmoe_edge.plan.levers import kept, record_bytes
 from conmoe_edge.plan.trim import narrow_width, pool_kept, trimmed
 
@@ -68,6 +86,11 @@ def brute_pair(tokens: LayerTokens, own: Tensor, other: Tensor, slot: int) -> tu
     return scale, plain - 2 * scale * inner + scale * scale * norm
 
 
+def table(error: Tensor, constant: Tensor, **more: Tensor) -> SlotErrors:
+    nothing = {"energy": torch.zeros(1, E).double(), "peak": torch.zeros(E).double()}
+    return SlotErrors(torch.full((E, E), 0.5).double(), error, constant, **{**nothing, **more})
+
+
 def test_closed_form_equals_sums_over_tokens() -> None:
     tokens, experts = tokens_of(), linear_experts()
     found = slot_errors(tokens, E, lambda e, x: x @ experts[e])
@@ -97,14 +120,61 @@ def test_a_sketch_measures_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert select(near, 3) == select(right, 3)
 
 
-def test_an_equal_expert_is_free_and_an_unused_slot_costs_nothing() -> None:
+def test_an_equal_expert_is_free() -> None:
     experts = linear_experts()
     experts[3] = experts[1].clone()
-    found = slot_errors(tokens_of(unused=2), E, lambda e, x: x @ experts[e])
+    found = slot_errors(tokens_of(), E, lambda e, x: x @ experts[e])
     assert float(found.error[3, 1]) < 0.01 * float(found.constant[3])
     assert float(found.scale[3, 1]) == pytest.approx(1.0, abs=0.03)
-    assert float(found.constant[2]) == 0.0 and bool((found.error[2] == 0).all())
-    assert bool(found.scale.isfinite().all())
+
+
+def test_a_slot_that_nobody_chose_gets_what_gives_most_like_it_and_outweighs_nothing() -> None:
+    tokens, experts = tokens_of(unused=2), linear_experts()
+    experts[2] = 0.5 * experts[4]
+    found = slot_errors(tokens, E, lambda e, x: x @ experts[e])
+    share = float(tokens.gates.square().mean()) / T
+    whole = share * float((tokens.hidden @ experts[2]).square().sum())
+    assert float(found.constant[2]) == pytest.approx(whole, rel=1e-4)
+    assert float(found.scale[2, 4]) == pytest.approx(0.5 / 1.02, rel=1e-4)
+    inner = share * float((tokens.hidden @ experts[2] * (tokens.hidden @ experts[0])).sum())
+    norm = share * float((tokens.hidden @ experts[0]).square().sum())
+    scale = min(1.5, max(0.0, inner / (1.02 * norm)))
+    assert float(found.error[2, 0]) == pytest.approx(
+        whole - 2 * scale * inner + scale**2 * norm, rel=1e-3
+    )
+    others = [e for e in range(E) if e != 2]
+    assert float(found.constant[2]) < 0.1 * float(found.constant[others].min())
+    assert 2 not in select(found, E - 1)
+    assert assign(found, (0, 4))[2] == (4, pytest.approx(0.5 / 1.02, rel=1e-4))
+
+
+def test_energy_by_domain_and_peaks_are_sums_and_maxima_over_tokens() -> None:
+    tokens, experts = tokens_of(), linear_experts()
+    tokens = replace(tokens, domains=torch.arange(T) % 3)
+    found = slot_errors(tokens, E, lambda e, x: x @ experts[e])
+    energy = torch.zeros(3, E).double()
+    peak = [0.0] * E
+    for t in range(T):
+        for slot, gate in zip(tokens.slots[t].tolist(), tokens.gates[t].tolist(), strict=True):
+            out = tokens.hidden[t] @ experts[slot]
+            energy[t % 3, slot] += gate**2 * float(out.square().sum())
+            peak[slot] = max(peak[slot], float(out.abs().max()))
+    torch.testing.assert_close(found.energy, energy, rtol=1e-4, atol=1e-6)
+    assert found.peak.tolist() == pytest.approx(peak, rel=1e-5)
+
+
+def test_super_experts_and_the_first_of_every_domain_stay() -> None:
+    error = torch.ones(E, E).double()
+    energy = torch.tensor([[5.0, 1, 1, 1, 1], [1, 1, 1, 1, 5], [5, 1, 1, 1, 4]]).double()
+    peak = torch.tensor([1.0, 1.0, 30.0, 1.0, 2.0]).double()
+    errors = table(error, torch.ones(E).double(), energy=energy, peak=peak)
+    assert must_stay(errors, 8) == (2, 0, 4)
+    assert must_stay(errors, 4) == (2, 0), "half of the places at the most, outliers first"
+    assert must_stay(errors, 1) == (2,)
+    free = table(error.fill_diagonal_(0.0), torch.ones(E).double())
+    assert must_stay(free, 4) == ()
+    assert select(free, 3, (3, 1)) == (0, 1, 3)
+    assert strongest(torch.tensor([1.0, 3, 2, 3, 0]), 3, (4,)) == (1, 3, 4)
 
 
 @given(st.integers(0, 1000), st.integers(1, E))
@@ -114,7 +184,7 @@ def test_selection_takes_the_greatest_gain_each_time(seed: int, keep: int) -> No
     error = (torch.rand(E, E, generator=generator) * 4).round().double()
     error.fill_diagonal_(0.0)
     constant = (torch.rand(E, generator=generator) * 4).round().double()
-    errors = SlotErrors(torch.full((E, E), 0.5).double(), error, constant)
+    errors = table(error, constant)
     left, chosen = constant.tolist(), []
     for _ in range(keep):
         gains = {
@@ -201,11 +271,15 @@ def test_a_narrow_expert_is_the_whole_one_without_some_neurons(name: str) -> Non
         torch.testing.assert_close(narrow, expert_forward(module, hidden, parts))
 
 
+def of_values(rows: Tensor, values: Tensor) -> Features:
+    return Features(rows, values, values.T @ values)
+
+
 def test_refit_reaches_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(5)
     whole = torch.randn(T, 8, generator=generator)
     rows = [torch.arange(0, 45), torch.arange(20, T)]
-    features = [Features(r, whole[r][:, i * 4 : i * 4 + 4]) for i, r in enumerate(rows)]
+    features = [of_values(r, whole[r][:, i * 4 : i * 4 + 4]) for i, r in enumerate(rows)]
     down = [torch.randn(H, 4, generator=generator) for _ in rows]
     gates = torch.rand(T, E, generator=generator)
     target = torch.randn(T, H, generator=generator)
@@ -216,8 +290,8 @@ def test_refit_reaches_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> No
     joint[:, 8:] = gates
     start = torch.cat([torch.cat(down, 1).T, torch.zeros(E, H)]).double()
     ridge = torch.zeros(8 + E, dtype=torch.float64)
-    ridge[:8] = 0.01 * joint[:, :8].square().sum() / 8
-    ridge[8:] = 0.01 * joint[:, 8:].square().sum() / E
+    ridge[:8] = refit_module.PRIOR * joint[:, :8].square().sum() / sum(map(len, rows))
+    ridge[8:] = refit_module.PRIOR * joint[:, 8:].square().sum() / T
     normal = joint.T @ joint + torch.diag(ridge)
     wanted = start + torch.linalg.solve(normal, joint.T @ (target.double() - joint @ start))
 
@@ -236,7 +310,7 @@ def test_refit_reaches_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_refit_leaves_what_is_right_already() -> None:
     generator = torch.Generator().manual_seed(6)
-    features = [Features(torch.arange(T), torch.randn(T, 4, generator=generator))]
+    features = [of_values(torch.arange(T), torch.randn(T, 4, generator=generator))]
     down = [torch.randn(H, 4, generator=generator)]
     target = features[0].values @ down[0].T
     found, constants = refit(features, down, torch.rand(T, E, generator=generator), target)
@@ -244,22 +318,53 @@ def test_refit_leaves_what_is_right_already() -> None:
     assert float(constants.abs().max()) < 1e-4
 
 
-@given(st.sampled_from([16, 96, 512, 768, 1024, 1408, 2048]), st.integers(0, 19))
-@settings(max_examples=60, deadline=None)
-def test_trimming_keeps_no_more_bytes_than_removing_experts(width: int, twentieths: int) -> None:
+def experts_of(width: int, hidden: int = 64, count: int = 16) -> ExpertsAnatomy:
+    parts = (
+        ExpertPart("gate_up_proj", (2 * width, hidden), "bfloat16", 4 * width * hidden),
+        ExpertPart("down_proj", (hidden, width), "bfloat16", 2 * width * hidden),
+    )
+    return replace(_experts(ANATOMY), parts=parts, count=count)
+
+
+def model_of(experts: ExpertsAnatomy) -> ModelAnatomy:
+    layers = [replace(one, experts=experts if one.experts else None) for one in ANATOMY.layers]
+    return replace(ANATOMY, layers=tuple(layers))
+
+
+@given(
+    st.sampled_from([16, 96, 512, 768, 1024, 1408, 2048]),
+    st.integers(0, 19),
+    st.sampled_from(["source", "int8", "int8+int4", "int4"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_trimming_keeps_no_more_bytes_than_removing_experts(
+    width: int, twentieths: int, precision: str
+) -> None:
     rate = twentieths / 20
-    anatomy = ANATOMY
-    layer = anatomy.moe_layers[0]
-    assert layer.experts is not None
-    whole = layer.experts.narrowed(width)
-    narrow = narrow_width(width, rate)
-    assert 1 <= narrow <= width and (rate > 0 or narrow == width)
-    count = max(1, min(whole.count, kept(whole.count, rate) * width // narrow))
-    assert count * narrow <= max(kept(whole.count, rate) * width, narrow)
+    whole = experts_of(width)
+    narrow = narrow_width(whole, rate, precision)
+    layer = ANATOMY.moe_layers[0].index
+    count = pool_kept(model_of(whole), [layer], rate, precision, trims=True)
+    alone = kept(whole.count, rate)
+    assert 1 <= narrow <= width and 1 <= count <= whole.count
+    if rate == 0.0:
+        assert (narrow, count) == (width, whole.count)
+    kind = precision.split("+")[-1]
+    assert count * record_bytes(whole.narrowed(narrow), kind) <= alone * record_bytes(whole, kind)
+    assert count >= alone, "narrower prototypes are never fewer"
+    assert count * narrow >= 0.9 * alone * width
     if width % 512 == 0:
         assert narrow % 64 == 0, "whole tiles of int4"
-    parts = {part.name: part.shape for part in whole.narrowed(narrow).parts}
-    assert parts["gate_up_proj"][0] == 2 * narrow and parts["down_proj"][1] == narrow
+    shapes = {part.name: part.shape for part in whole.narrowed(narrow).parts}
+    assert shapes["gate_up_proj"][0] == 2 * narrow and shapes["down_proj"][1] == narrow
+
+
+def test_the_division_is_even_where_records_allow_it() -> None:
+    found = [narrow_width(experts_of(1024, 2048, 64), rate, "int4") for rate in (0.25, 0.5, 0.75)]
+    assert found == [896, 704, 512]  # 1024 * sqrt(1 - rate) in steps of 64
+    small = experts_of(96, 192, 32)  # int4 has no half tiles, so nothing is gained by trimming
+    assert narrow_width(small, 0.25, "int4") == 96
+    assert narrow_width(small, 0.25, "source") == 80
 
 
 def _anatomy() -> Any:
@@ -269,6 +374,12 @@ def _anatomy() -> Any:
 
 
 ANATOMY = _anatomy()
+
+
+def _experts(anatomy: ModelAnatomy) -> ExpertsAnatomy:
+    experts = anatomy.moe_layers[0].experts
+    assert experts is not None
+    return experts
 
 
 def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
@@ -282,16 +393,15 @@ def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
         "device": "cpu",
         "calibration": tmp_path / "text.txt",
         "calibration_tokens": 1024,
-        "method": "auto",
     }
     api.fit(str(source), tmp_path / "half", rate=0.5, **settings)
     manifest = load_manifest(tmp_path / "half")
+    assert manifest.method == "auto", "the default"
     records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
     assert records == manifest.plan["chosen"]["pool_bytes"]
-    narrow = trimmed(ANATOMY, 0.5).moe_layers[0].experts
-    assert narrow is not None
+    narrow = _experts(trimmed(ANATOMY, 0.5, "source"))
     assert len(manifest.prototypes) == 3 * pool_kept(
-        ANATOMY, [ANATOMY.moe_layers[0].index], 0.5, True
+        ANATOMY, [ANATOMY.moe_layers[0].index], 0.5, "source", trims=True
     )
     assert {one.nbytes for one in manifest.layouts} == {record_bytes(narrow, "source")}
     assert manifest.receipt["kl"] > 0
@@ -306,7 +416,172 @@ def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
     assert manifest.receipt["kl"] == pytest.approx(0.0, abs=1e-9)
 
     with pytest.raises(UsageError, match="within a layer"):
-        api.fit(str(source), tmp_path / "two", rate=0.5, scope=2, **settings)
+        api.fit(str(source), tmp_path / "two", rate=0.5, scope=2, method="auto", **settings)
+    report = api.fit(str(source), tmp_path / "two", rate=0.5, scope=2, **settings)
+    assert load_manifest(tmp_path / "two").method == "conmoe"
+    assert report.plan.method == "conmoe" and "within a layer only" in report.plan.method_note
+    planned = api.plan(str(source), budget="4GB", device="cpu", rate=0.5, scope=2)
+    assert (planned.method, planned.method_note) == ("conmoe", report.plan.method_note)
+    both = [
+        api.plan(str(source), budget="4GB", device="cpu", rate=0.5, method=name).plan
+        for name in (None, "auto", "conmoe")
+    ]
+    assert both[0] == both[1] != both[2]
+    with pytest.raises(UsageError, match="not a method"):
+        api.plan(str(source), budget="4GB", device="cpu", method="best")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8+int4", "int4"])
+def test_any_precision_is_written_as_planned_and_what_it_cost_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("CONMOE_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "head_dim": 16}
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[], **sizes)
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5, "precision": precision}
+    report = api.fit(
+        str(source), tmp_path / "out", calibration=text, calibration_tokens=1024, **levers
+    )
+    manifest = load_manifest(tmp_path / "out")
+    records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
+    chosen = report.plan.plan.chosen
+    assert records == chosen.pool_bytes == manifest.plan["chosen"]["pool_bytes"]
+    whole = _experts(report.plan.anatomy)
+    assert narrow_width(whole, 0.5, precision) < whole.width
+    later = api.plan(str(source), **levers)
+    (known,) = later.outcomes
+    assert known.loss_rise == pytest.approx(
+        report.receipt["loss_consolidated"] - report.receipt["loss_original"]
+    )
+    assert measured(later.plan.chosen, "source", later.outcomes, "auto") == known
+    assert precision in later.advice and later.to_json()["advise"] == later.advice
+    assert later.to_json()["measured"][0]["pool_bytes"] == chosen.pool_bytes
+
+
+def scope_with(tokens: LayerTokens) -> tuple[ScopeView, int]:
+    """A layer of a tiny model with random tokens on it, and how many of its experts may stay."""
+    model = tiny_model("qwen3_moe")
+    layer, (_, module) = next(iter(find_experts(model).items()))
+    weights = LoadedLayer(module)
+    pool = tuple(ExpertId(layer, number) for number in range(weights.experts))
+    scope = ScopeWeights({layer: weights}, matrix_views(module))
+    statistics = StatisticsTracker(len(pool))
+    for expert in range(len(pool)):
+        rows, gates = tokens.routed(expert)
+        with torch.no_grad():
+            out = expert_forward(module, tokens.hidden[rows], weights.parts(expert))
+        statistics.add(expert, gates, out, None)
+    view = LayerView(layer, len(pool), K, statistics.result(), tokens)
+    return ScopeView(pool, (view,), scope, lambda: torch.zeros(0), module, 12), len(pool) // 2
+
+
+def model_tokens(count: int, seed: int = 0) -> LayerTokens:
+    """Random tokens for ``scope_with``; their target is what the experts give."""
+    model = tiny_model("qwen3_moe")
+    _, module = next(iter(find_experts(model).values()))
+    experts = module.down_proj.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, model.config.hidden_size, generator=generator)
+    slots = torch.rand(count, experts, generator=generator).topk(K).indices
+    gates = torch.rand(count, K, generator=generator) + 0.1
+    target = torch.zeros(count, hidden.shape[1])
+    with torch.no_grad():
+        for t in range(count):
+            for slot, gate in zip(slots[t].tolist(), gates[t], strict=True):
+                parts = {n: getattr(module, n)[slot] for n in part_names(module)}
+                target[t] += gate * expert_forward(module, hidden[t : t + 1], parts)[0]
+    return LayerTokens(
+        hidden, slots, gates, target=target, held=(torch.arange(count) // 8) % 4 == 3
+    )
+
+
+@torch.no_grad()
+def test_the_error_of_a_decision_is_a_sum_over_tokens_and_slots() -> None:
+    tokens = model_tokens(40)
+    scope, keep = scope_with(tokens)
+    decision = AUTO.decide(scope, keep)
+    found = error_on(scope, tokens, decision)
+    assert decision.parts is not None and tokens.target is not None
+    table = decision.constants[scope.layers[0].layer]
+    wanted = 0.0
+    for t in range(len(tokens)):
+        total = torch.zeros(tokens.hidden.shape[1])
+        for slot, gate in zip(tokens.slots[t].tolist(), tokens.gates[t], strict=True):
+            record = decision.slots[slot]
+            if record.prototype is not None:
+                parts = decision.parts(record.prototype)
+                out = expert_forward(scope.module, tokens.hidden[t : t + 1], parts)[0]
+                total += gate * record.scale * out
+            if record.constant is not None:
+                total += gate * table[record.constant]
+        wanted += float((total - tokens.target[t]).square().sum())
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert wanted < 0.9 * float(tokens.target.square().sum())
+
+
+@torch.no_grad()
+def test_the_choice_that_does_best_on_held_tokens_wins_and_is_fitted_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = model_tokens(200)
+    scope, keep = scope_with(tokens)
+    fits: list[tuple[int, tuple[int, ...]]] = []
+    errors: list[float] = []
+
+    def fit(scope: ScopeView, tokens: LayerTokens, chosen: StandIns) -> Any:
+        fits.append((len(tokens), chosen.prototypes))
+        return rebuild(scope, tokens, chosen)
+
+    def measure(scope: ScopeView, tokens: LayerTokens, decision: Any) -> float:
+        assert tokens.held is not None and bool(tokens.held.all())
+        errors.append(error_on(scope, tokens, decision))
+        return errors[-1]
+
+    def sets(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
+        chosen = [(0, 1), (2, 3), (0, 1)]
+        return tuple(StandIns(one, tuple(assign(errors, one))) for one in chosen)
+
+    monkeypatch.setattr(auto_module, "rebuild", fit)
+    monkeypatch.setattr(auto_module, "error_on", measure)
+    monkeypatch.setattr(auto_module, "candidates", sets)
+    decision = AUTO.decide(scope, keep)
+    assert tokens.held is not None
+    held = int(tokens.held.sum())
+    assert [count for count, _ in fits] == [200 - held] * 3 + [200]
+    assert errors[0] == errors[2] != errors[1]
+    best = errors.index(min(errors))
+    assert fits[-1][1] == fits[best][1]
+    assert tuple(one.expert for one in decision.prototypes) == fits[best][1]
+
+
+@torch.no_grad()
+def test_candidates_are_named_once() -> None:
+    found = slot_errors(tokens_of(), E, lambda e, x: x @ linear_experts()[e])
+    sets = [one.prototypes for one in candidates(found, torch.arange(E).double(), 3)]
+    assert len(set(sets)) == len(sets) <= 3
+    must = must_stay(found, 3)
+    assert sets[0] == select(found, 3, must)
+    assert strongest(torch.arange(E).double(), 3, must) in sets
+    assert all(set(must) <= set(one) for one in sets)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_a_handful_of_tokens_moves_little_and_breaks_nothing(count: int) -> None:
+    tokens = model_tokens(count)
+    scope, keep = scope_with(tokens)
+    decision = AUTO.decide(scope, keep)
+    assert decision.parts is not None
+    unseen = model_tokens(100, seed=1)
+    assert unseen.target is not None
+    for expert in decision.prototypes:
+        for part in decision.parts(expert).values():
+            assert bool(part.isfinite().all())
+    error = error_on(scope, unseen, decision)
+    assert error < 1.3 * float(unseen.target.square().sum())
 
 
 @given(st.integers(0, 500), st.integers(1, 4))
@@ -337,6 +612,77 @@ def test_budgets_are_the_best_there_are(seed: int, uniform: int) -> None:
     found = share_out(layers, uniform)
     assert sum(found) == 3 * uniform and min(found) >= floor and max(found) <= E
     assert cost(tuple(found)) == pytest.approx(min(map(cost, possible)))
+
+
+def test_half_way_between_two_divisions_keeps_the_sum() -> None:
+    assert between([4, 4, 4, 4], [1, 6, 3, 6]) == [3, 5, 3, 5]
+    assert between([4, 4], [4, 4]) == [4, 4]
+
+
+@given(st.lists(st.tuples(st.integers(1, 32), st.integers(1, 32)), min_size=1, max_size=9))
+@settings(max_examples=50, deadline=None)
+def test_half_way_lies_between(pairs: list[tuple[int, int]]) -> None:
+    first = [a for a, _ in pairs]
+    second = [b for _, b in pairs]
+    second[-1] += sum(first) - sum(second)
+    found = between(first, second)
+    assert sum(found) == sum(first)
+    assert all(
+        min(a, b) <= one <= max(a, b) for a, b, one in zip(first, second, found, strict=True)
+    )
+
+
+def test_a_deep_model_is_surveyed_with_fewer_sequences() -> None:
+    assert [survey_module.sequences(layers) for layers in (1, 6, 16, 48, 94)] == [8, 8, 4, 2, 2]
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_division_that_does_best_on_other_text_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    seen: list[Any] = []
+
+    def trial(run: Any, model: Any, errors: Any, divisions: Any) -> list[float]:
+        seen.extend(divisions)
+        return [0.0 if number == best else 1.0 for number in range(len(divisions))]
+
+    monkeypatch.setattr(survey_module, "share_out", lambda layers, each: [each - 2, each, each + 2])
+    monkeypatch.setattr(survey_module, "_trial", trial)
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5}
+    api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
+    prototypes = load_manifest(tmp_path / "out").prototypes
+    layers = sorted({one.id.layer for one in prototypes})
+    counts = {layer: sum(one.id.layer == layer for one in prototypes) for layer in layers}
+    assert seen[0] == dict.fromkeys(layers, seen[0][layers[0]]) and len(seen) == 3
+    assert counts == seen[best]
+
+
+def test_the_trial_measures_what_the_divisions_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every expert kept the output is the original's; the more goes, the farther it is."""
+    found: list[list[float]] = []
+    inner = survey_module._trial
+
+    def trial(run: Any, model: Any, errors: Any, divisions: Any) -> list[float]:
+        counts = [{layer: keep for layer in divisions[0]} for keep in (8, 4, 1)]
+        found.append(inner(run, model, errors, counts))
+        return inner(run, model, errors, divisions)
+
+    monkeypatch.setattr(survey_module, "share_out", lambda layers, each: [each - 1, each, each + 1])
+    monkeypatch.setattr(survey_module, "_trial", trial)
+    source = save_tiny("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    save_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5}
+    api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
+    ((whole, half, one),) = found
+    assert whole < 1e-6 < half < one
 
 
 def test_layers_that_are_worth_nothing_or_lose_nothing_break_nothing() -> None:
@@ -377,3 +723,28 @@ def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5, "method": "auto"}
     api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
     assert holding and not any(holding)
+
+
+@torch.no_grad()
+def test_weighted_tokens_give_weighted_squares() -> None:
+    """The error over weighted tokens is the sum of w^2 |target - y|^2 over the tokens as they are."""
+    tokens = model_tokens(24)
+    weights = torch.rand(24, generator=torch.Generator().manual_seed(2)) + 0.5
+    tokens = replace(tokens, weights=weights)
+    assert tokens.target is not None
+    scope, keep = scope_with(tokens)
+    decision = AUTO.decide(scope, keep)
+    wanted = sum(
+        float(weights[t]) ** 2 * error_on(scope, tokens.rows(torch.tensor([t])), decision)
+        for t in range(24)
+    )
+    assert error_on(scope, tokens.weighted(), decision) == pytest.approx(wanted, rel=1e-4)
+    assert tokens.weighted().weights is None and model_tokens(3).weighted().weights is None
+
+
+def test_other_sequences_are_others_where_there_are_enough() -> None:
+    names = tuple(str(n) for n in range(16))
+    whole = TokenSet(torch.arange(16).unsqueeze(1), torch.ones(16, 1, dtype=torch.bool), names)
+    first, second = whole.some(4), whole.some(4, after=1)
+    assert first.domains == ("0", "4", "8", "12") and second.domains == ("1", "5", "9", "13")
+    assert len(whole.some(2).some(4, after=1).domains) == 2

@@ -1,0 +1,104 @@
+"""What is known of a model's settings from earlier fits, beside the plan's candidates. Arithmetic only.
+
+The plan's order (fewer bits before fewer experts) is a rule, measured on one small model
+(docs/auto.md). Where fits of *this* model have left receipts, they say more: ``advise`` names the
+settings on the frontier, those that no other measured one beats in both bytes and loss. It proposes
+nothing that was not measured, and it changes no plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conmoe_edge.memory.outcomes import Outcome
+from conmoe_edge.plan.plan import Candidate, Plan
+from conmoe_edge.plan.reasons import percent
+from conmoe_edge.units import human_size
+
+
+def measured(
+    candidate: Candidate, dense_precision: str, outcomes: Sequence[Outcome], method: str
+) -> Outcome | None:
+    """The newest outcome of a candidate's setting; at rate 0 all methods are the same."""
+    for one in reversed(outcomes):
+        same = (one.precision, one.rate, one.scope if one.rate else candidate.scope)
+        wanted = (candidate.precision, candidate.rate, candidate.scope)
+        if (
+            same == wanted
+            and one.dense_precision == dense_precision
+            and one.wide_prototypes == candidate.wide_prototypes
+            and (one.method == method or one.rate == 0.0)
+        ):
+            return one
+    return None
+
+
+def frontier(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """The outcomes that no other beats in bytes and loss, the most bytes first; of equals the newest.
+
+    Only those measured on the same text as the newest one can be compared, and are.
+    """
+    if not outcomes:
+        return ()
+    alike = [
+        one
+        for one in outcomes
+        if (one.calibration, one.dense_precision)
+        == (outcomes[-1].calibration, outcomes[-1].dense_precision)
+    ]
+    found: list[Outcome] = []
+    for number, one in enumerate(alike):
+        beaten = any(
+            (other.pool_bytes, other.loss_rise) != (one.pool_bytes, one.loss_rise)
+            and other.pool_bytes <= one.pool_bytes
+            and other.loss_rise <= one.loss_rise
+            for other in alike
+        )
+        again = any(
+            (other.pool_bytes, other.loss_rise) == (one.pool_bytes, one.loss_rise)
+            for other in alike[number + 1 :]
+        )
+        if not beaten and not again:
+            found.append(one)
+    return tuple(sorted(found, key=lambda one: -one.pool_bytes))
+
+
+def advise(plan: Plan, outcomes: Sequence[Outcome], method: str) -> str:
+    """One or two sentences from what was measured; empty where nothing was."""
+    best = frontier(outcomes)
+    if not best:
+        return ""
+    named = ", ".join(f"{setting(one)} ({human_size(one.pool_bytes)}, {cost(one)})" for one in best)
+    text = f"Measured on this model so far, nothing does better for its bytes than: {named}."
+    chosen = measured(plan.chosen, plan.dense_precision, outcomes, method)
+    room = max(plan.left_for_prototypes, plan.chosen.resident_bytes)
+    inside = [one for one in best if one.pool_bytes <= room]
+    if chosen is None or not inside:
+        return text
+    least = min(inside, key=lambda one: one.loss_rise)
+    if least.loss_rise < chosen.loss_rise and least != chosen:
+        text += (
+            f" {setting(least)} also fits and cost less than this plan ({cost(chosen)}): "
+            f"{flags(least)}."
+        )
+    return text
+
+
+def setting(one: Outcome) -> str:
+    """``int4``, ``25 % auto int4``."""
+    return one.precision if one.rate == 0.0 else f"{percent(one.rate)} {one.method} {one.precision}"
+
+
+def cost(one: Outcome) -> str:
+    """``+0.140 nats``."""
+    return f"{one.loss_rise:+.4f} nats"
+
+
+def flags(one: Outcome) -> str:
+    """What to type for it."""
+    parts = [f"--precision {one.precision}", f"--rate {one.rate:g}"]
+    if one.rate:
+        parts.append(f"--method {one.method}")
+    if one.rate and one.scope > 1:
+        parts.append(f"--scope {one.scope}")
+    return " ".join(parts)

@@ -20,7 +20,7 @@ from conmoe_edge.errors import PackageError
 
 
 class PrototypeReader:
-    """Opens the prototype files of the package in ``folder``. Holds one descriptor a file; ``close`` gives them back."""
+    """Opens the prototype files of the package in ``folder``. One descriptor a file, until ``close``."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder

@@ -26,6 +26,7 @@ _LABELS = {
     "write": "write",
     "receipt": "measure quality",
     "verify": "verify",
+    "convert": "convert",
 }
 _BY_LAYER = ("survey", "calibrate", "receipt")
 _WIDTH = max(map(len, _LABELS.values()))

@@ -23,6 +23,7 @@ _COMMANDS = {
     "chat": "conmoe_edge.cli.chat:chat",
     "plan": "conmoe_edge.cli.plan:plan",
     "bench": "conmoe_edge.cli.bench:bench",
+    "export": "conmoe_edge.cli.export:export",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
 }

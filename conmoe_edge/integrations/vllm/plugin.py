@@ -149,9 +149,7 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
     ) -> tuple[int, int]:
         """Prototypes may have fewer neurons than the model's experts."""
         part = -(-self._table.width // self._parallel.tp_size)
-        return super().maybe_roundup_sizes(
-            hidden_size, min(intermediate_size_per_partition, part), *rest
-        )
+        return super().maybe_roundup_sizes(hidden_size, part, *rest)
 
     def create_weights(
         self,

@@ -158,7 +158,10 @@ def _fewer_experts(
             "",
             _RUN,
         )
-    groups = next((v for n in _GROUPS if isinstance(v := getattr(text, n, None), int) and v > 1), 1)
+    groups = max(
+        (int(v) for n in _GROUPS if isinstance(v := getattr(text, n, None), int)), default=1
+    )
+    groups = max(1, groups)
     for layer, places in kept.items():
         members = [
             sum(place * groups // slots == group for place in places) for group in range(groups)

@@ -25,7 +25,7 @@ _FREE: Mapping[str, tuple[Any, ...]] = {
 }
 _WHY = {
     "scope": "layers that share prototypes would have to share an engine's memory",
-    "precision": "vLLM expands them to the model's number format, so they would save no memory there",
+    "precision": "vLLM holds prototypes in the model's own number format, so fewer bits would save no memory there",
     "dense_precision": "vLLM reads dense weights as the model's own",
     "min_resident": "vLLM keeps every prototype on the device",
 }

@@ -30,9 +30,10 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def plain(folder: Path) -> Any:
     """As anybody would load it; nothing of the checkpoint may be missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
     )
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 

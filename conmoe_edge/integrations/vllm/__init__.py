@@ -18,8 +18,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Make vLLM know packages; calling it again does nothing."""
-    # Names DeepSeek V1 to transformers, whose config classes vLLM reads.
-    import conmoe_edge  # noqa: F401
+    # Importing this package has named DeepSeek V1 to transformers, whose config classes vLLM reads.
     from conmoe_edge.integrations.vllm.plugin import register_quantization
 
     register_quantization()

@@ -165,7 +165,7 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         """
         found = _holder_of(self._table)
         self._holder = found is None
-        self._shared = () if found is None else (found,)  # in a tuple: it is no submodule of this
+        self._shared = [found]  # in a list: it is no submodule of this
         held = len(self._held) if self._holder else 0
         wide = intermediate_size_per_partition
         for name, shape in (
@@ -204,7 +204,7 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Read the prototypes, and bring them into the kernel's form; or take both from the scope's first layer."""
         if not self._holder:
-            (first,) = self._shared
+            first = self._shared[0]
             layer.register_parameter("w13_weight", first.w13_weight)
             layer.register_parameter("w2_weight", first.w2_weight)
             self.moe_quant_config = first.quant_method.moe_quant_config

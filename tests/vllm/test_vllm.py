@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from hand_packages import thirds
 from transformers import AutoModelForCausalLM
+from vllm_cases import BY_NAME, CASES, OPTIONS, REMOVED, TOKENS, Case, everything, small, written
 
 import conmoe_edge
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.integrations.vllm.tables import layer_tables
-
-from cases import BY_NAME, CASES, OPTIONS, REMOVED, TOKENS, Case, everything, small, written  # isort: skip
-from hand_packages import thirds  # isort: skip
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 HERE = Path(__file__).resolve().parent
@@ -121,7 +120,9 @@ def test_greedy_tokens_are_those_of_this_runtime(case: Case, made: Callable[[str
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.export is None], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if case.export is None and "pp2" not in case.name],
+    ids=lambda case: case.name,
 )
 def test_memory_is_that_of_the_prototypes(case: Case, made: Callable[[str], Made]) -> None:
     package, result = made(case.name)

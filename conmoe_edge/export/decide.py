@@ -48,12 +48,9 @@ class Decided:
     notes: tuple[str, ...]
 
 
-def rerouted(manifest: Manifest) -> Mapping[int, bool]:
-    """Layers whose routers may not choose slots that have neither prototype nor constant, and whether the gates of
-    the others keep the denominator of all slots.
-    """
-    found: Any = getattr(manifest, "rerouted", {})
-    return dict(found) if isinstance(found, Mapping) else dict.fromkeys(found, False)
+def rerouted(manifest: Manifest) -> frozenset[int]:
+    """Layers whose routers may not choose slots that have neither prototype nor constant."""
+    return frozenset(getattr(manifest, "rerouted", ()))
 
 
 def kept_slots(manifest: Manifest) -> dict[int, tuple[int, ...]]:
@@ -99,10 +96,10 @@ def decide(
         notes.append(
             f"A plain smaller checkpoint: {count} of {slots} experts in every layer, router rows to match."
         )
-        if _gates_grow(manifest, config):
+        if _gates_grow(config, sliced):
             notes.append(
-                "This router does not renormalise: without the removed slots its gates are larger than in the "
-                "package, so the logits differ a little."
+                "This router does not renormalise: its softmax no longer counts the removed slots, so gates are "
+                "larger than in the package and the logits differ."
             )
     else:
         notes.append(
@@ -179,10 +176,13 @@ _TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_expe
 _GROUPS = ("n_group", "num_expert_group", "num_expert_groups")
 
 
-def _gates_grow(manifest: Manifest, config: PretrainedConfig) -> bool:
-    """Whether the package's gates keep the denominator of all slots, and the model has no renormalisation after."""
+def _gates_grow(config: PretrainedConfig, sliced: Mapping[str, int]) -> bool:
+    """Whether gates are shares of a softmax over all slots, with no renormalisation over the chosen ones after it."""
     text = config.get_text_config()
-    return any(rerouted(manifest).values()) and getattr(text, "norm_topk_prob", True) is False
+    sigmoid = getattr(text, "scoring_func", "softmax") != "softmax" or any(
+        "correction_bias" in name for name in sliced
+    )
+    return getattr(text, "norm_topk_prob", True) is False and not sigmoid
 
 
 def _width(module: nn.Module) -> int:

@@ -176,6 +176,8 @@ def test_pruned_is_a_smaller_checkpoint_with_sliced_routers(
     package = pruned_package(model, tmp_path / "package", removed)
     done = export_hf(package, tmp_path / "plain", kept=kept)
     assert (done.kind, done.experts) == ("pruned", 8 - len(removed))
+    shares_of_all = family in ("olmoe", "deepseek")  # a softmax, and nothing after it
+    assert any("does not renormalise" in note for note in done.notes) == shares_of_all
     small = plain(tmp_path / "plain")
     # By hand: the same slices of the model, parameter by parameter.
     before, after = model.state_dict(), small.state_dict()
@@ -376,13 +378,13 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
 
 
 def test_what_it_says_of_a_manifest_with_masked_layers() -> None:
-    """The field that pruning methods write: layer -> whether gates keep the denominator of all slots."""
+    """The field that pruning methods write: layers whose routers may only choose slots that give something."""
     from conmoe_edge.export.decide import kept_slots
 
     row = (SlotRecord(ExpertId(0, 0)), SlotRecord(None), SlotRecord(None, 1.0, 0))
 
     class Masked:
         slots = {0: row, 1: row}  # noqa: RUF012
-        rerouted = {0: True}  # noqa: RUF012
+        rerouted = (0,)
 
     assert kept_slots(Masked()) == {0: (0, 2), 1: (0, 1, 2)}

@@ -115,7 +115,7 @@ def test_what_an_engine_cannot_take_is_refused(manifest: Manifest, tmp_path: Pat
 
         dense_precision = "source"
         layouts = manifest.layouts
-        rerouted = {1: True}  # noqa: RUF012
+        rerouted = (1,)
 
     masked: Any = Masked()
     with pytest.raises(NotServable, match=r"conmoe-edge export .* --format hf DIR"):

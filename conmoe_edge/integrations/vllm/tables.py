@@ -8,7 +8,6 @@ so that they can also share the memory. Plain numbers only: no torch, no vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,8 +132,7 @@ def check_servable(folder: Path, manifest: Manifest) -> None:
 
 def rerouted(manifest: Manifest) -> frozenset[int]:
     """Layers whose router may not choose slots that have neither prototype nor constant."""
-    found: Iterable[int] | Mapping[int, bool] = getattr(manifest, "rerouted", ())
-    return frozenset(found)
+    return frozenset(getattr(manifest, "rerouted", ()))
 
 
 def width_of(layout: RecordLayout) -> int:

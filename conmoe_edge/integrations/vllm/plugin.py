@@ -134,6 +134,12 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         self._table = table
         self._parallel = moe.moe_parallel_config
         self._held = share_of(table.stack, self._parallel.ep_rank, self._parallel.ep_size)
+        if not self._held:
+            raise NotServable(
+                f"Layer {table.layer} has {len(table.stack)} prototypes for {self._parallel.ep_size} ranks.",
+                "vLLM's kernels want at least one expert on every rank",
+                "start vLLM without --enable-expert-parallel",
+            )
 
     def holds(self, table: LayerTable) -> bool:
         """Whether this layer has the weights for a table."""
@@ -210,15 +216,16 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
             self.moe_quant_config = first.quant_method.moe_quant_config
             self.moe_kernel = first.quant_method.moe_kernel
             return
-        fill(
-            self._package,
-            [self._table.stack[place] for place in self._held],
-            layer.w13_weight.data,
-            layer.w2_weight.data,
-            rank=self._parallel.tp_rank,
-            ranks=self._parallel.tp_size,
-            width=self._table.width,
-        )
+        with torch.device("cpu"):  # where records are read to, whatever the default is
+            fill(
+                self._package,
+                [self._table.stack[place] for place in self._held],
+                layer.w13_weight.data,
+                layer.w2_weight.data,
+                rank=self._parallel.tp_rank,
+                ranks=self._parallel.tp_size,
+                width=self._table.width,
+            )
         super().process_weights_after_loading(layer)
 
     def forward_native(

@@ -35,6 +35,7 @@ class Package:
         check_servable(folder, self.manifest)
         self.tables: dict[int, LayerTable] = layer_tables(self.manifest)
         self._prototypes = PrototypeReader(folder, self.manifest)
+        self._constants: dict[int, Tensor] | None = None
 
     def expert(self, prototype: ExpertId, dtype: torch.dtype) -> dict[str, Tensor]:
         """``gate_up_proj`` [2I, H] and ``down_proj`` [H, I] of a prototype, in ``dtype``."""
@@ -44,7 +45,9 @@ class Package:
         """[n, H] fp32, or ``None`` where no slot of the layer has one."""
         if not self.tables[layer].has_constants:
             return None
-        return read_constants(self.folder / CONSTANTS_FILE)[layer]
+        if self._constants is None:
+            self._constants = read_constants(self.folder / CONSTANTS_FILE)
+        return self._constants[layer]
 
 
 @lru_cache(maxsize=4)

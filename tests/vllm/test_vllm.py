@@ -92,13 +92,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
 def greedy(model: Any, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
     found = []
+    model.generation_config.eos_token_id = None  # as vLLM is told to ignore it
     for prompt in prompts:
         ids = torch.tensor([prompt])
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
             do_sample=False,
         )
         found.append(out[0, len(prompt) :].tolist())
@@ -176,10 +176,13 @@ def test_what_cannot_be_served_is_refused_with_the_command(tmp_path: Path) -> No
     plain = Case("", everything)
     adapters = Case("", everything, {"enable_lora": True})
     again = Case("", everything, {"quantization": "fp8"})
-    results = in_vllm([job(plain, dense), job(adapters, package), job(again, package)], tmp_path)
+    tied = written(small("olmoe", tie_word_embeddings=True), tmp_path / "tied", thirds(model))
+    jobs = [job(plain, dense), job(adapters, package), job(again, package), job(plain, tied)]
+    results = in_vllm(jobs, tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert all("error" in result for result in results), results
     assert "fit MODEL --for vllm" in results[0]["error"]
     assert "Adapters are not served on prototypes" in log
     assert "quantization" in results[2]["error"]
+    assert "vLLM found no weight for lm_head" in log and "--model-impl transformers" in log
     assert conmoe_edge.__version__

@@ -35,6 +35,10 @@ from vllm.model_executor.layers.quantization.base_config import (  # pyright: ig
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import (  # pyright: ignore[reportMissingImports]
     extract_layer_index,
 )
@@ -117,8 +121,60 @@ class PrototypesConfig(QuantizationConfig):
                 )
             return PrototypesMethod(layer.moe_config, layer, package, package.tables[index])
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return _LoadedLinear(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return _LoadedEmbedding(prefix)
         return None
+
+
+class _LoadedLinear(UnquantizedLinearMethod):
+    """vLLM's own, with a look at whether the weight came. vLLM looks itself, but not where a quantization is named."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As the base class, all NaN."""
+        super().create_weights(layer, *args, **kwargs)
+        _mark(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As the base class, once the weight is there."""
+        _check_came(layer, self._prefix)
+        super().process_weights_after_loading(layer)
+
+
+class _LoadedEmbedding(UnquantizedEmbeddingMethod):
+    """The same for embeddings and heads."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As the base class, all NaN."""
+        super().create_weights(layer, *args, **kwargs)
+        _mark(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As the base class, once the weight is there."""
+        _check_came(layer, self._prefix)
+        super().process_weights_after_loading(layer)
+
+
+def _mark(layer: Any) -> None:
+    layer.weight.data.fill_(torch.nan)
+
+
+def _check_came(layer: Any, prefix: str) -> None:
+    if bool(layer.weight[:, 0].isnan().any()):
+        raise NotServable(
+            f"vLLM found no weight for {prefix}.",
+            "its class for this model expects one that the checkpoint does not have, such as a head of its own "
+            "where the head is the embedding",
+            "vllm serve DIR --model-impl transformers",
+        )
 
 
 class PrototypesMethod(UnquantizedFusedMoEMethod):

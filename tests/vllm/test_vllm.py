@@ -21,6 +21,7 @@ from vllm_cases import BY_NAME, CASES, OPTIONS, REMOVED, TOKENS, Case, everythin
 
 import conmoe_edge
 from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.export.hf import export_hf
 from conmoe_edge.integrations.vllm.tables import layer_tables
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
@@ -71,6 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     wanted = os.environ.get("CONMOE_VLLM_CASES", "").split() or list(BY_NAME)
     packages: dict[str, Path] = {}
     jobs = []
+    beside = []
     for name in wanted:
         case = BY_NAME[name]
         packages[name] = case.make(work / name)
@@ -79,7 +81,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
             served = work / f"{name}-plain"
             case.export(packages[name], served)
         jobs.append(job(case, served))
-    results = dict(zip(wanted, in_vllm(jobs, work), strict=True))
+        if case.beside_plain:
+            export_hf(packages[name], work / f"{name}-plain")
+            beside.append((name, job(case, work / f"{name}-plain")))
+    found = in_vllm([*jobs, *(one for _, one in beside)], work)
+    results = dict(zip(wanted, found[: len(jobs)], strict=True))
+    for (name, _), result in zip(beside, found[len(jobs) :], strict=True):
+        results[name]["plain"] = result
 
     def one(name: str) -> Made:
         if name not in results:
@@ -116,6 +124,11 @@ def test_greedy_tokens_are_those_of_this_runtime(case: Case, made: Callable[[str
         from conmoe_edge.integrations.load import load_package
 
         wanted = greedy(load_package(package, device="cpu", **options), case.prompts)
+    if case.beside_plain:
+        # The plugin's part: what vLLM gives for the materialised checkpoint. The prompt's part: this runtime's.
+        assert result["tokens"] == result["plain"]["tokens"]
+        assert [one[0] for one in result["tokens"]] == [one[0] for one in wanted]
+        return
     assert result["tokens"] == wanted
 
 

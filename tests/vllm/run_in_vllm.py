@@ -9,6 +9,7 @@ result is ``{"tokens": [[...], ...], "architecture", "parameter_bytes", "expert_
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -34,18 +35,24 @@ def _stacked(name: str) -> bool:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
+    options = job["options"]
+    ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    if ranks > 1:  # a core for each; by itself vLLM wants a NUMA node for each
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+    else:
+        os.environ.pop("VLLM_CPU_OMP_THREADS_BIND", None)
     llm = LLM(job["folder"], **job["options"])
     try:
         sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        ranks = llm.apply_model(weights_of)
+        held = llm.apply_model(weights_of)
     finally:
         llm.llm_engine.engine_core.shutdown()
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        **ranks[0],
-        "rank_bytes": [rank["parameter_bytes"] for rank in ranks],
+        **held[0],
+        "rank_bytes": [rank["parameter_bytes"] for rank in held],
     }
 
 

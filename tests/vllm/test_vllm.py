@@ -39,7 +39,6 @@ def in_vllm(jobs: list[dict[str, Any]], work: Path) -> list[dict[str, Any]]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of this test's is sent to the workers
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # a core for each of two ranks
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }

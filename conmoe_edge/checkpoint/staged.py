@@ -48,6 +48,7 @@ class StagedFolder:
             same goes on here.
         overwrite: an existing target may be replaced, if it is a package (or empty).
         fresh: throw away what an earlier run left instead of going on with it.
+        marker: the file by which a folder is known as one that this may replace.
 
     Attributes:
         path: the folder in which the package is built.
@@ -62,6 +63,7 @@ class StagedFolder:
         *,
         overwrite: bool = False,
         fresh: bool = False,
+        marker: str = MANIFEST_NAME,
     ) -> None:
         try:
             self.target = target.expanduser().resolve()
@@ -74,6 +76,7 @@ class StagedFolder:
         self._settings = dict(settings)
         self._overwrite = overwrite
         self._fresh = fresh
+        self._marker = marker
         self._id = settings_fingerprint(self._settings)[:12]
         self._partial = self._sibling(f"partial-{self._id}")
         self._old = self._sibling(f"old-{self._id}")
@@ -120,7 +123,7 @@ class StagedFolder:
                 durable.replace(self.target, self._old)
             durable.replace(self.path, self.target)
             if replaced:
-                _remove(self._old, MANIFEST_NAME)
+                _remove(self._old, self._marker)
             _remove(self._partial, _SETTINGS)
 
     def discard(self) -> None:
@@ -164,8 +167,8 @@ class StagedFolder:
     def _recover(self) -> None:
         """Finish or undo what a commit that was cut short left behind."""
         for old in self._siblings("old"):
-            if self.target.exists() or not _replaceable(old):
-                _remove(old, MANIFEST_NAME)
+            if self.target.exists() or not _replaceable(old, self._marker):
+                _remove(old, self._marker)
             else:
                 durable.replace(old, self.target)
         for partial in self._siblings("partial"):
@@ -182,7 +185,7 @@ class StagedFolder:
                 "Add --overwrite to replace it, or choose another --out.",
             )
         # An --out that was mistyped must not cost somebody their documents.
-        if not _replaceable(self.target):
+        if not _replaceable(self.target, self._marker):
             raise OutputExists(
                 f"{self.target} exists and is no package of conmoe-edge.",
                 "Even with --overwrite only such a package, or an empty folder, is replaced.",
@@ -223,9 +226,9 @@ class StagedFolder:
         )
 
 
-def _replaceable(folder: Path) -> bool:
-    """Whether this is a package, or an empty folder."""
-    return folder.is_dir() and ((folder / MANIFEST_NAME).is_file() or not any(folder.iterdir()))
+def _replaceable(folder: Path, marker: str) -> bool:
+    """Whether this is a package (or what else has the marker), or an empty folder."""
+    return folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))
 
 
 def _remove(folder: Path, marker: str) -> None:

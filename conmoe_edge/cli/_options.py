@@ -15,6 +15,7 @@ import click
 from conmoe_edge.cli._complete import complete_budget, complete_method
 from conmoe_edge.plan.dense import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
+from conmoe_edge.plan.serving import ENGINES, levers_for
 
 DEVICES = ("auto", "cpu", "cuda")
 PREFERENCES = ("quality", "speed")
@@ -220,6 +221,13 @@ _LEVERS = (
         type=Share(),
         help="Least share of the prototypes that must be in device memory at once, 0.8 or 80%.",
     ),
+    click.option(
+        "--for",
+        "engine",
+        type=click.Choice(ENGINES),
+        help="Make a package for another engine: vllm keeps every prototype on the device in the "
+        "model's own number format, so only experts are removed (docs/cluster.md).",
+    ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
 )
@@ -249,4 +257,7 @@ def levers(parameters: dict[str, Any]) -> dict[str, Any]:
         "revision",
         "offline",
     )
-    return {"budget": parameters["gpu"], **{name: parameters[name] for name in names}}
+    found = {name: parameters[name] for name in names}
+    if parameters["engine"] is not None:
+        found = levers_for(parameters["engine"], found)
+    return {"budget": parameters["gpu"], **found}

@@ -30,6 +30,7 @@ _LABELS = {
     "reference": "run reference",
     "compare": "compare",
     "continue": "continue",
+    "convert": "convert",
 }
 _BY_LAYER = ("survey", "calibrate", "receipt", "model", "reference")
 _WIDTH = max(map(len, _LABELS.values()))

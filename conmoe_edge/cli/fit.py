@@ -70,6 +70,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
       conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
       conmoe-edge fit olmoe --gpu rtx-4060-laptop-8gb --rate 50% --scope 2 --calibration notes.txt
       conmoe-edge fit ./my-checkpoint --gpu 16GB --dry-run --json
+      conmoe-edge fit ./my-checkpoint --gpu 24GB --for vllm --out ./served
     """
     from conmoe_edge import api
     from conmoe_edge.cli._progress import ProgressView

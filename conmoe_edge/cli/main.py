@@ -27,6 +27,7 @@ _COMMANDS = {
     "eval": "conmoe_edge.cli.evaluate:evaluate",
     "inspect": "conmoe_edge.cli.inspect:inspect",
     "models": "conmoe_edge.cli.models:models",
+    "export": "conmoe_edge.cli.export:export",
     "profiles": "conmoe_edge.cli.profiles:profiles",
     "doctor": "conmoe_edge.cli.doctor:doctor",
     "completion": "conmoe_edge.cli.completion:completion",

@@ -17,8 +17,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import build_meta
 from conmoe_edge.model.rerouting import least_open
 from conmoe_edge.model.router import find_routers
-from conmoe_edge.plan.levers import scopes
-from conmoe_edge.plan.trim import pool_kept
+from conmoe_edge.plan.levers import kept, scopes
 
 
 def check_reach(
@@ -45,7 +44,7 @@ def check_reach(
     for layers in scopes(anatomy, scope):
         needed = sum(least_open(routers[layer].selection) for layer in layers)
         pool = sum(routers[layer].slots for layer in layers)
-        keep = pool_kept(anatomy, layers, rate, method.trims)
+        keep = kept(pool, rate)
         if keep >= needed:
             continue
         selection = routers[layers[0]].selection

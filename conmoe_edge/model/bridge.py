@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -181,6 +182,21 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         raise CheckpointError(
             f"{name} cannot be assembled from the checkpoint.", _one_line(Exception(reason))
         )
+
+
+def saved_names(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of some of a model's parameters under the names, and in the pieces, that ``save_pretrained`` writes.
+
+    Args:
+        model: of that architecture and those sizes; its own weights are not looked at.
+        tensors: parameter or buffer -> its value; a fused parameter with all that it is fused with.
+    """
+    return {
+        name: tensor.contiguous()
+        for name, tensor in revert_weight_conversion(model, dict(tensors)).items()
+    }
 
 
 def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:

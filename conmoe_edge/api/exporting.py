@@ -1,0 +1,57 @@
+"""``export``: a package as a plain checkpoint, or as GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conmoe_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from conmoe_edge.compress.job import OnProgress
+    from conmoe_edge.export.hf import Exported
+
+
+def export(
+    package: str | Path,
+    out: str | Path,
+    *,
+    form: str = "hf",
+    llama_cpp: str | Path | None = None,
+    converter_python: str | Path | None = None,
+    outtype: str = "auto",
+    overwrite: bool = False,
+    progress: OnProgress | None = None,
+) -> Exported:
+    """Write a package as a plain checkpoint, or as GGUF.
+
+    Args:
+        package: folder that ``fit`` wrote.
+        out: the folder (``hf``) or file (``gguf``) to write; whole or absent at any moment.
+        form: ``hf`` or ``gguf``.
+        llama_cpp, converter_python, outtype: for ``gguf``: a clone of llama.cpp, the Python that has its converter's
+            requirements, the number format of the file.
+        overwrite: replace what an earlier export wrote.
+        progress: called after every layer.
+
+    Raises:
+        UnsupportedModel: a plain checkpoint of this model cannot say what the package says.
+        PackageError, OutputExists, NoSpace, UsageError: as their names say.
+    """
+    if form == "hf":
+        from conmoe_edge.export.hf import export_hf
+
+        return export_hf(Path(package), Path(out), overwrite=overwrite, progress=progress)
+    if form != "gguf":
+        raise UsageError(f"{form!r} is no format.", "there are: hf, gguf", "--format hf")
+    from conmoe_edge.export.gguf import export_gguf
+
+    return export_gguf(
+        Path(package),
+        Path(out),
+        llama_cpp=None if llama_cpp is None else Path(llama_cpp),
+        python=None if converter_python is None else Path(converter_python),
+        outtype=outtype,
+        overwrite=overwrite,
+        progress=progress,
+    )

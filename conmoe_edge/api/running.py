@@ -1,0 +1,89 @@
+"""``load`` and ``evaluate_tasks``: a package inside its budget, and lm-eval's tasks on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conmoe_edge.api.shared import tokenizer_of
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.memory.resolve import resolve_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from conmoe_edge.integrations.harness import TaskReport
+
+
+def load(
+    path: str | Path,
+    budget: str | Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    cache_policy: str | None = None,
+) -> PreTrainedModel:
+    """Open a package: a transformers model whose ``generate`` works, inside the budget.
+
+    Args:
+        path: folder that ``fit`` wrote.
+        budget: as for ``plan``; by default what the package was planned for.
+        device: ``cpu`` or ``cuda``; by default what the budget says.
+        context: tokens that the key-value cache must hold; by default what was planned.
+        cache_policy: who goes when a cache slot is wanted: ``lru``, ``layer-lru``, ``lfru``, ``pins``; by default what
+            would have had the most hits on the calibration's routing. Changes speed only.
+
+    Raises:
+        PackageError: the folder is no package, or it is damaged.
+        DoesNotFit: the budget is too small even for one cache slot a layer.
+    """
+    from conmoe_edge.integrations.load import load_package
+
+    if isinstance(budget, str):
+        budget = resolve_budget(budget, device if device in ("cpu", "cuda") else "auto")  # type: ignore[arg-type]
+    return load_package(
+        Path(path), budget=budget, device=device, context=context, cache_policy=cache_policy
+    )
+
+
+def evaluate_tasks(
+    path: str | Path,
+    tasks: Sequence[str],
+    *,
+    tasks_path: str | Path | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    budget: str | Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    bars: bool = True,
+) -> TaskReport:
+    """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
+
+    Args:
+        path: folder that ``fit`` wrote.
+        tasks: names as lm-eval has them.
+        tasks_path: a folder with task files of your own.
+        limit: examples of each task at the most.
+        fewshot: examples in front of each question; by default what the task says.
+        bars: whether lm-eval shows its progress on stderr.
+        budget, device, context: as for ``load``. The scores of one sequence over the vocabulary, which lm-eval asks
+            for, come on top of the budget.
+
+    Raises:
+        UsageError: lm-eval is not installed, or there is no such task.
+        ConmoeError: a task cannot be run, as without its data.
+    """
+    from conmoe_edge.integrations.harness import require_harness, run_tasks
+
+    require_harness()
+    model = load(path, budget=budget, device=device, context=context)
+    return run_tasks(
+        model,
+        tokenizer_of(Path(path)),
+        tasks,
+        tasks_path=None if tasks_path is None else Path(tasks_path),
+        limit=limit,
+        fewshot=fewshot,
+        bars=bars,
+    )

@@ -1,0 +1,65 @@
+"""``conmoe-edge export``, and ``--for`` of plan and fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from families import tiny_model
+from hand_packages import thirds, write_package
+
+from conmoe_edge.cli.main import main
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("olmoe")
+    return write_package(model, tmp_path_factory.mktemp("package") / "out", thirds(model))
+
+
+def test_a_plain_checkpoint_and_what_is_said_of_it(package: Path, tmp_path: Path) -> None:
+    done = run("export", package, tmp_path / "plain", "--json")
+    assert done.exit_code == 0
+    value = json.loads(done.stdout)
+    assert (value["kind"], value["experts"], value["format"]) == ("materialised", 8, "hf")
+    assert value["notes"][0].startswith("Saves no memory: 9 prototypes are written as 24 experts")
+    files = list((tmp_path / "plain").iterdir())
+    assert value["bytes_written"] == sum(file.stat().st_size for file in files)
+    again = run("export", package, tmp_path / "plain")
+    assert again.exit_code == 1 and "--overwrite" in again.stderr
+    assert run("export", package, tmp_path / "plain", "--overwrite").exit_code == 0
+
+
+def test_gguf_without_llama_cpp_says_how_to_get_it(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = run("export", package, tmp_path / "o.gguf", "--format", "gguf")
+    assert done.exit_code == 2
+    assert "convert_hf_to_gguf.py was not found" in done.stderr and "git clone" in done.stderr
+
+
+def test_a_folder_that_is_no_package(tmp_path: Path) -> None:
+    done = run("export", tmp_path, tmp_path / "plain")
+    assert done.exit_code == 1 and "is no package" in done.stderr
+
+
+def test_for_vllm_forces_the_levers() -> None:
+    words = "plan demo --gpu 8GB --device cpu --for vllm --rate 25% --json"
+    done = run(*words.split())
+    assert done.exit_code == 0, done.stderr
+    chosen = json.loads(done.stdout)["plan"]["chosen"]
+    assert (chosen["precision"], chosen["scope"]) == ("source", 1)
+    assert chosen["slots"] == chosen["prototypes"]
+
+
+def test_for_vllm_refuses_what_it_cannot_have() -> None:
+    done = run("plan", "demo", "--for", "vllm", "--precision", "int4")
+    assert done.exit_code == 2
+    assert "--precision int4 does not go with --for vllm" in done.stderr

@@ -1,0 +1,140 @@
+"""What the plugin for vLLM works with, apart from vLLM: tables of slots, shares of ranks, weights from records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from hand_packages import identity, slots_of, thirds, write_package
+
+from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, SlotRecord
+from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.integrations.vllm.tables import (
+    NotServable,
+    check_servable,
+    layer_tables,
+    share_of,
+)
+from conmoe_edge.integrations.vllm.weights import Package, fill
+from conmoe_edge.model.experts import find_experts
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("olmoe")
+
+
+@pytest.fixture(scope="module")
+def manifest(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return load_manifest(write_package(model, tmp_path_factory.mktemp("p") / "p", thirds(model)))
+
+
+def with_slots(manifest: Manifest, rows: dict[int, list[SlotRecord]]) -> Manifest:
+    return replace(manifest, slots={layer: tuple(row) for layer, row in rows.items()})
+
+
+def test_slots_lead_to_their_prototype_in_the_stack(manifest: Manifest) -> None:
+    table = layer_tables(manifest)[1]
+    assert table.stack == (ExpertId(1, 0), ExpertId(1, 3), ExpertId(1, 6))
+    assert table.target == (0, 0, 0, 1, 1, 1, 2, 2)
+    assert (table.leader, table.width) == (1, 48)
+    assert not table.scaled and not table.has_constants
+
+
+def test_layers_that_share_prototypes_share_a_stack(manifest: Manifest) -> None:
+    a, b, c = ExpertId(0, 0), ExpertId(1, 3), ExpertId(2, 6)
+    tables = layer_tables(
+        with_slots(
+            manifest,
+            {
+                0: [SlotRecord(a), SlotRecord(None)],
+                1: [SlotRecord(b, 0.5), SlotRecord(None, 1.0, 0)],
+                2: [SlotRecord(c), SlotRecord(a)],
+            },
+        )
+    )
+    assert [tables[layer].leader for layer in range(3)] == [0, 1, 0]
+    assert tables[0].stack == tables[2].stack == (a, c)
+    assert (tables[0].target, tables[2].target) == ((0, -1), (1, 0))
+    assert tables[1].scales == (0.5, 1.0) and tables[1].constants == (-1, 0)
+
+
+def test_stacks_that_are_joined_by_a_third_layer_are_one(manifest: Manifest) -> None:
+    a, b = ExpertId(0, 0), ExpertId(1, 3)
+    tables = layer_tables(
+        with_slots(
+            manifest,
+            {0: [SlotRecord(a)], 1: [SlotRecord(b)], 2: [SlotRecord(b), SlotRecord(a)]},
+        )
+    )
+    assert {table.leader for table in tables.values()} == {0}
+    assert {table.stack for table in tables.values()} == {(a, b)}
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(6, 2), (7, 2), (2, 3), (0, 2)])
+def test_ranks_hold_everything_once(count: int, ranks: int) -> None:
+    stack = tuple(ExpertId(0, e) for e in range(count))
+    shares = [share_of(stack, rank, ranks) for rank in range(ranks)]
+    assert [place for share in shares for place in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_the_ranks_weights_are_those_of_the_experts(ranks: int, tmp_path: Path) -> None:
+    """Put together again they give the expert; what fills a rank up is zero."""
+    model = tiny_model("qwen3_moe")
+    package = Package(write_package(model, tmp_path / "p", identity(model)))
+    module: Any = find_experts(model)[0][1]
+    stack = package.tables[0].stack[2:4]
+    part = -(-16 // ranks)
+    gates, ups, downs = [], [], []
+    for rank in range(ranks):
+        w13 = torch.full((2, 2 * part, 32), torch.nan)
+        w2 = torch.full((2, 32, part), torch.nan)
+        fill(package, stack, w13, w2, rank=rank, ranks=ranks, width=16)
+        gates.append(w13[:, :part])
+        ups.append(w13[:, part:])
+        downs.append(w2)
+    gate, up, down = torch.cat(gates, 1), torch.cat(ups, 1), torch.cat(downs, 2)
+    assert torch.equal(torch.cat([gate[:, :16], up[:, :16]], 1), module.gate_up_proj[2:4])
+    assert torch.equal(down[..., :16], module.down_proj[2:4])
+    assert not any(bool(rest.any()) for rest in (gate[:, 16:], up[:, 16:], down[..., 16:]))
+
+
+def test_what_an_engine_cannot_take_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    check_servable(tmp_path, manifest)
+    with pytest.raises(NotServable, match="--for vllm"):
+        check_servable(tmp_path, replace(manifest, dense_precision="int8"))
+
+    class Masked:
+        """A manifest with the field that pruning methods write."""
+
+        dense_precision = "source"
+        layouts = manifest.layouts
+        rerouted = (1,)
+
+    masked: Any = Masked()
+    with pytest.raises(NotServable, match=r"conmoe-edge export .* --format hf DIR"):
+        check_servable(tmp_path, masked)
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss")
+    with pytest.raises(NotServable, match="down_proj_bias"):
+        Package(write_package(model, tmp_path / "p", identity(model)))
+
+
+def test_constants_come_from_the_package(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    constants = {layer: torch.randn(1, 32) for layer in find_experts(model)}
+    slots = slots_of(
+        model,
+        lambda layer, e: SlotRecord(None, 1.0, 0) if e == 3 else SlotRecord(ExpertId(layer, e)),
+    )
+    package = Package(write_package(model, tmp_path / "p", slots, constants))
+    found = package.constants(1)
+    assert found is not None and torch.equal(found, constants[1])

@@ -9,9 +9,25 @@ from click.shell_completion import CompletionItem
 
 from conmoe_edge.errors import ConmoeError
 
+_PRUNING = {
+    "frequency": "removes the least used experts",
+    "seer": "removes those with the least routing weight",
+    "ean": "removes those with the least output",
+    "reap": "removes those with the least mean contribution",
+    "man": "removes by mean output",
+    "msan": "removes by mean squared output",
+    "energy": "removes those with the least energy",
+}
 METHODS = {
+    "auto": "loses least: measured, trimmed, refitted",
     "conmoe": "as published, weights unchanged",
-    "auto": "loses less, trims and refits prototypes",
+    **_PRUNING,
+    **{f"{name}+drop": f"{what}, the router left alone" for name, what in _PRUNING.items()},
+    "mone": "constants in place of the removed",
+    "hc-smoe": "merges clusters of like outputs",
+    "m-smoe": "merges groups of like routing, neurons aligned",
+    "mc-smoe": "m-smoe, stored as low rank and a few columns",
+    "mergemoe": "merges groups, least squares for the rest",
 }
 """The methods of ``compress/methods``, which cannot be asked without torch; a test compares them."""
 _SIZES = ("6GB", "8GB", "12GB", "16GB", "24GB")

@@ -78,7 +78,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     if dry_run:
         from conmoe_edge.cli.plan import show_plan
 
-        report = api.plan(model, **levers(parameters), method=parameters["method"])
+        report = api.plan(model, **levers(parameters))
         show_plan(output, report, out)
         output.note("Dry run: nothing was written.")
         return

@@ -39,6 +39,10 @@ class Draw:
         )
 
 
+ONE_LEFT = 1e-6
+"""A ``top_p`` that leaves one token, whatever the chances are."""
+
+
 class Sampler:
     """Draws tokens for one answer; the same seed gives the same answer."""
 
@@ -52,7 +56,8 @@ class Sampler:
         )
 
         self._processors = LogitsProcessorList()
-        self._greedy = draw.temperature == 0
+        # Where one token may be drawn it is the first of the likeliest; the library's filters keep all equals.
+        self._greedy = draw.temperature == 0 or draw.top_k == 1 or draw.top_p <= ONE_LEFT
         if draw.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(draw.repetition_penalty))
         if not self._greedy:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
+from conmoe_edge.api import PlanReport
 from conmoe_edge.cli._checks import Check
 from conmoe_edge.cli._render import (
     budget_line,
@@ -65,7 +65,7 @@ def text(view: RenderableType) -> str:
 
 
 def shown(plan: Plan) -> str:
-    report: Any = SimpleNamespace(source_name="owner/[bold]model", anatomy=olmoe(), plan=plan)
+    report = PlanReport("owner/[bold]model", olmoe(), plan)
     return text(plan_view(report, Path("out"), 212 * GIB))
 
 

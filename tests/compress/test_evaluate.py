@@ -100,7 +100,7 @@ def test_figures_are_those_of_plain_transformers(model: Path, package: Path, tex
     assert sorted(report.per_domain) == ["code", "prose"]
     assert sum(q.tokens for q in report.per_domain.values()) == report.quality.tokens
     assert report.reference is not None and report.reference.origin is True
-    assert report.model.method == "conmoe" and report.model.rate == 0.5
+    assert report.model.method == "auto" and report.model.rate == 0.5
 
 
 def test_it_is_the_receipt_where_text_and_tokens_are_the_same(model: Path, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from conmoe_edge.model.experts import find_experts
 IDS = torch.tensor([[5, 9, 33, 12, 60, 61, 7, 8, 20]])
 
 
-def logits_of(model: Any) -> torch.Tensor:
+def logits_of(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS if ids is None else ids).logits
 
 
 def plain(folder: Path) -> Any:
@@ -301,9 +301,10 @@ def test_dense_int8_and_the_small_files(tmp_path: Path) -> None:
     assert any("int8" in note for note in done.notes)
     assert (tmp_path / "plain" / "tokenizer.json").is_file()
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    many = torch.arange(5, 25)[None]  # beside int8 the activations of fewer are rounded
     torch.testing.assert_close(
-        logits_of(plain(tmp_path / "plain")),
-        logits_of(conmoe_edge.load(package, device="cpu")),
+        logits_of(plain(tmp_path / "plain"), many),
+        logits_of(conmoe_edge.load(package, device="cpu"), many),
         atol=2e-5,
         rtol=1e-4,
     )

@@ -19,6 +19,7 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.dense import DenseProducts, EdgeLinear
+from conmoe_edge.offload.native.reference import rounded
 
 NAMES = [family.model_type for family in FAMILIES]
 PLENTY = (1000,)
@@ -44,6 +45,16 @@ def dequantised(model: Any, names: Any) -> Any:
     return model
 
 
+def round_inputs(model: Any, names: Any) -> None:
+    """Few tokens come to these layers as the operator takes them beside int8."""
+    for name in names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        matrix = quantise(layer.weight.detach(), "int8")
+        layer.register_forward_pre_hook(
+            lambda _, inputs, matrix=matrix: (rounded(inputs[0], matrix).to(inputs[0].dtype),)
+        )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_int8_runs_as_the_weights_that_it_stands_for(name: str, tmp_path: Path) -> None:
     plain = tiny_model(name)
@@ -56,8 +67,11 @@ def test_int8_runs_as_the_weights_that_it_stands_for(name: str, tmp_path: Path) 
         layer: Any = model.get_submodule(path)
         assert layer.weight.dtype == torch.int8 and layer.weight_scale.dtype == torch.bfloat16
     right = dequantised(plain, names)
-    for ids in (PROMPT, PROMPT[:, :3]):
-        torch.testing.assert_close(logits(model, ids), logits(right, ids), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(right), rtol=1e-3, atol=1e-4)
+    if DenseProducts(Machine.here(torch.device("cpu"))).operator is not None:
+        round_inputs(right, names)
+    few = PROMPT[:, :3]
+    torch.testing.assert_close(logits(model, few), logits(right, few), rtol=1e-3, atol=1e-4)
 
 
 def test_routers_embeddings_and_tied_heads_keep_their_numbers() -> None:

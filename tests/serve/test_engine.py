@@ -59,6 +59,9 @@ def alone(folder: Path, tokenizer: Any) -> dict[str, str]:
     return said
 
 
+CHUNK = 32
+
+
 class Driven:
     """An engine and what it told."""
 
@@ -67,13 +70,19 @@ class Driven:
         self.metrics = Metrics()
         self.ends: list[BaseException | None] = []
         self.engine = Engine(
-            lambda: Loaded(load_package(folder, slots=(3,), context=CONTEXT), tokenizer),
+            lambda: Loaded(self._loaded(folder), tokenizer),
             **{"parallel": 4, "queue": 8, **settings},
             metrics=self.metrics,
             on_end=self.ends.append,
         )
         self.engine.start()
         self.until(lambda: self.engine.snapshot.state == "ready")
+
+    @staticmethod
+    def _loaded(folder: Path) -> Any:
+        model: Any = load_package(folder, slots=(3,), context=CONTEXT)
+        model.conmoe.prefill_chunk = CHUNK  # a question is longer than one
+        return model
 
     def until(self, condition: Any, seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds

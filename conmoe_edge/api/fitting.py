@@ -39,7 +39,7 @@ PLAN_FILE = "plan.json"
 @dataclass(frozen=True, slots=True)
 class FitReport:
     """What a fit did. ``seconds`` by part, earlier runs of the same fit included; ``resumed_from``
-    layers were there.
+    layers were there; ``notes`` are the method's, such as a fallback that was taken.
     """
 
     out: Path
@@ -48,6 +48,7 @@ class FitReport:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_from: int = 0
     bytes_written: int = 0
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -58,6 +59,7 @@ class FitReport:
             "seconds": self.seconds,
             "resumed_from": self.resumed_from,
             "bytes_written": self.bytes_written,
+            "notes": list(self.notes),
         }
 
 
@@ -232,6 +234,7 @@ def fit(
             run.state.clock.seconds,
             run.state.resumed_from,
             written,
+            manifest.notes,
         )
 
 

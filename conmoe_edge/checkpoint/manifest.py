@@ -156,6 +156,7 @@ class Manifest:
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         prefetch: ``None`` where there is no predictor.
+        notes: sentences of the method for the reader, such as a fallback that was taken.
         overview: decoder layer -> what calibration saw of its router slots; empty where nothing was kept of it.
         plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/receipt.py``).
     """
@@ -173,6 +174,7 @@ class Manifest:
     receipt: dict[str, Any] = field(default_factory=dict)
     cache: tuple[CacheSettings, ...] = ()
     prefetch: PrefetchSettings | None = None
+    notes: tuple[str, ...] = ()
     overview: dict[int, LayerOverview] = field(default_factory=dict)
     dense_precision: str = "source"
     tool_version: str = ""

@@ -158,6 +158,8 @@ def to_json(manifest: Manifest) -> bytes:
             "resident_share": manifest.prefetch.resident_share,
             "window": manifest.prefetch.window,
         }
+    if manifest.notes:
+        value["notes"] = list(manifest.notes)
     if manifest.overview:
         value["overview"] = {
             str(layer): {
@@ -323,6 +325,7 @@ def _build(parsed: ManifestJson) -> Manifest:
             for one in parsed.cache
         ),
         prefetch=prefetch,
+        notes=tuple(parsed.notes),
         overview=overview,
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,

@@ -149,4 +149,5 @@ class ManifestJson(_Strict):
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
+    notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}

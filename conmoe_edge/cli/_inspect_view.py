@@ -26,6 +26,7 @@ def inspect_view(facts: PackageFacts, width: int) -> RenderableType:
     ]
     if facts.manifest.cache:
         parts.append(_head("Cache", cache_line(facts)))
+    parts += [_head("Note", printable(note)) for note in facts.manifest.notes]
     if facts.plan is not None:
         parts += [Text(), _against_plan(facts)]
     receipt = receipt_view(facts.manifest.receipt)

@@ -155,6 +155,8 @@ def _show(output: Output, report: FitReport) -> None:
     if receipt is not None:
         output.result(receipt)
         output.result("")
+    for note in report.notes:
+        output.result(f"Note: {note}")
     where = path_text(report.out)
     size = human_size(report.bytes_written)
     if report.plan.plan.unchanged and not report.receipt:

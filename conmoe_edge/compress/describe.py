@@ -40,6 +40,7 @@ def describe(run: Run) -> Manifest:
         files=dict(sorted(run.journal.files.items())),
         plan=dict(run.job.plan),
         receipt=run.journal.receipt,
+        notes=tuple(run.journal.notes),
         overview=overview_of(
             {layer: run.statistics_of(layer) for layer in layers}, run.journal.distances
         ),

@@ -208,6 +208,7 @@ def to_json(facts: PackageFacts) -> dict[str, Any]:
             "model_type": facts.model_type,
             "top_k": facts.top_k,
             "method": manifest.method,
+            "notes": list(manifest.notes),
             "rate": manifest.rate,
             "scope": manifest.scope,
             "precision": manifest.precision,

@@ -132,6 +132,13 @@ def test_rerouted_layers_come_back_and_older_manifests_have_none(tmp_path: Path)
     assert manifest().open_slots(10) == [True, True, True], "dropped, but the router is as it was"
 
 
+def test_notes_come_back_and_older_manifests_have_none(tmp_path: Path) -> None:
+    assert b"notes" not in to_json(manifest())
+    one = manifest(notes=("layer 3: too few tokens", "another"))
+    save_manifest(tmp_path, one)
+    assert load_manifest(tmp_path) == one
+
+
 def overview(**changes: Any) -> LayerOverview:
     values = {
         "weights": (0.25, 0.0, 1e-9),

@@ -96,7 +96,7 @@ def _trial(
     model.drop_outside()
     tried = [Stream(stream.batches, stream.keep, stream.hidden.clone()) for _ in divisions]
     for index in range(run.layers):
-        run.announce("survey", index)
+        run.announce("trial", index)
         with run.loaded(model, index):
             if index not in errors:
                 for one in (stream, *tried):

@@ -204,6 +204,5 @@ CASES = (
     Case("everything-tp2", everything, TP2),
     Case("everything-ep2", everything, {**TP2, "enable_expert_parallel": True}),
     Case("trimmed-tp2", trimmed, TP2),
-    Case("over-layers-pp2", over_layers, {"pipeline_parallel_size": 2}),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -134,7 +134,7 @@ def test_greedy_tokens_are_those_of_this_runtime(case: Case, made: Callable[[str
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.export is None and "pp2" not in case.name],
+    [case for case in CASES if case.export is None],
     ids=lambda case: case.name,
 )
 def test_memory_is_that_of_the_prototypes(case: Case, made: Callable[[str], Made]) -> None:

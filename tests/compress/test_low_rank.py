@@ -50,7 +50,8 @@ def test_factors_equal_the_whitened_svd(seed: int, shape: tuple[int, int], rank:
     kept = seed % (shape[1] + 1)
     found = factor(weight, inputs.double().T @ inputs.double(), rank, kept)
     wanted, columns = transcription(weight, inputs, rank, kept)
-    assert found.columns.tolist() == columns
+    if rank < min(shape):  # at full rank nothing is left but rounding, and any column is as good
+        assert found.columns.tolist() == columns
     torch.testing.assert_close(found.expand(), wanted.float(), rtol=1e-3, atol=1e-4)
 
 

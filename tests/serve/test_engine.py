@@ -59,7 +59,7 @@ def alone(folder: Path, tokenizer: Any) -> dict[str, str]:
     return said
 
 
-CHUNK = 32
+CHUNK = 64
 
 
 class Driven:

@@ -7,6 +7,7 @@ Needs playwright and a Chromium; run by ``make test-browser``. ``CONMOE_CHROMIUM
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,13 @@ def browser() -> Iterator[Any]:
         found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield found
         found.close()
+
+
+def settles(locator: Any, pattern: str) -> None:
+    """Wait until the text matches; without evaluating strings, which the page's own policy forbids."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    expected = re.compile(pattern, re.DOTALL)
+    sync_api.expect(locator).to_have_text(expected, timeout=30_000)
 
 
 class Opened:
@@ -128,9 +136,7 @@ def test_it_stops_and_starts_anew(opened: Opened, server: Running) -> None:
     opened.setting("temperature", "1")
     for stop in (lambda: opened.page.click("#stop"), lambda: opened.page.press("body", "Escape")):
         opened.ask(QUESTION)
-        opened.page.wait_for_function(
-            "[...document.querySelectorAll('li.answer .text')].at(-1)?.innerText.length > 5"
-        )
+        settles(opened.page.locator("li.answer .text").last, ".{6}")
         server.wait_until({"conmoe_running": 1})
         stop()
         opened.answered()
@@ -148,8 +154,8 @@ def test_it_stops_and_starts_anew(opened: Opened, server: Running) -> None:
 def test_it_shows_memory_and_the_cache_at_work(opened: Opened, server: Running) -> None:
     opened.setting("max-tokens", "60")
     opened.ask(QUESTION)
-    opened.page.wait_for_function("document.getElementById('hits').textContent.endsWith('%')")
-    opened.page.wait_for_function("parseFloat(document.getElementById('speed').textContent) > 0")
+    settles(opened.page.locator("#hits"), "%$")
+    settles(opened.page.locator("#speed"), "[1-9]")
     opened.answered()
     opened.page.wait_for_timeout(1500)
     memory = server.get("/stats").json()["memory"]

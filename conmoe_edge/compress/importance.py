@@ -19,12 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.manifest import ExpertId, RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.records import decode, encode
-from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
+from conmoe_edge.compress.work_file import load_tensors, save_tensors
 from conmoe_edge.model.experts import expert_forward
 
 ROWS = 64
@@ -68,16 +67,12 @@ class RowSample:
 
 def save_sample(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Keep the sample of a layer until its scope is decided."""
-    sources = [
-        TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t)
-        for name, t in sorted(tensors.items())
-    ]
-    write_tensors(path, sources)
+    save_tensors(path, tensors)
 
 
 def load_sample(path: Path) -> dict[str, Tensor]:
     """What ``save_sample`` kept."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    return {name: tensor.clone() for name, tensor in load_tensors(path).items()}
 
 
 def gains(

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.files import write_json
-from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
+from conmoe_edge.compress.work_file import load_tensors, save_tensors
 from conmoe_edge.errors import CheckpointError
 
 NAME = "journal.json"
@@ -94,24 +92,13 @@ class Journal:
 
     def save_hidden(self, phase: str, layer: int, hidden: Mapping[str, Tensor]) -> None:
         """Keep the hidden states that enter ``layer``."""
-        sources = [
-            TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t)
-            for name, t in sorted(hidden.items())
-        ]
-        write_tensors(self._hidden(phase, layer), sources)
+        save_tensors(self._hidden(phase, layer), hidden)
 
     def load_hidden(self, phase: str, layer: int) -> dict[str, Tensor]:
         """Bring them back, exactly as they were."""
-        path = self._hidden(phase, layer)
-        try:
-            # Cloned, so that no memory map of a file that will be deleted stays behind.
-            return {name: tensor.clone() for name, tensor in load_file(path).items()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path.name} of the unfinished run is damaged.",
-                str(error)[:200],
-                "start over with --fresh",
-            ) from error
+        # Cloned, so that no memory map of a file that will be deleted stays behind.
+        found = load_tensors(self._hidden(phase, layer))
+        return {name: tensor.clone() for name, tensor in found.items()}
 
     def drop_hidden(self, phase: str, layer: int) -> None:
         """Delete what is not needed any more."""

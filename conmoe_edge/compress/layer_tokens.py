@@ -13,12 +13,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.compress.work_file import damaged, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +74,7 @@ class LayerTokens:
     def save(self, path: Path) -> None:
         """Keep them in the work folder."""
         named = {name: one for name, one in self._tensors().items() if one is not None}
-        write_tensors(
-            path,
-            [
-                TensorSource(
-                    name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t
-                )
-                for name, t in sorted(named.items())
-            ],
-        )
+        save_tensors(path, named)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {one.name: getattr(self, one.name) for one in fields(self)}
@@ -94,13 +83,9 @@ class LayerTokens:
     def load(cls, path: Path) -> LayerTokens:
         """What ``save`` kept; mapped, not read at once."""
         try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise CheckpointError(
-                f"{path.name} of the unfinished run is damaged.",
-                str(error)[:200],
-                "start over with --fresh",
-            ) from error
+            return cls(**load_tensors(path))
+        except TypeError as error:
+            raise damaged(path, str(error)) from error
 
 
 class TokenRecorder:

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.compress.work_file import damaged, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +40,15 @@ class OutputVectors:
     def save(self, path: Path) -> None:
         """Keep them in the work folder."""
         named = {"counts": self.counts, "squares": self.squares, "sums": self.sums}
-        write_tensors(
-            path,
-            [
-                TensorSource(
-                    name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t
-                )
-                for name, t in named.items()
-            ],
-        )
+        save_tensors(path, named)
 
     @classmethod
     def load(cls, path: Path) -> OutputVectors:
         """What ``save`` kept."""
         try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise CheckpointError(
-                f"{path.name} of the unfinished run is damaged.",
-                str(error)[:200],
-                "start over with --fresh",
-            ) from error
+            return cls(**load_tensors(path))
+        except TypeError as error:
+            raise damaged(path, str(error)) from error
 
 
 class VectorTracker:

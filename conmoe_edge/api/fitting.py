@@ -29,6 +29,7 @@ from conmoe_edge.memory.outcomes import Outcome, remember
 from conmoe_edge.plan.dense import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
+from conmoe_edge.plan.trim import Widths, check_widths
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.job import OnProgress
@@ -79,6 +80,7 @@ def fit(
     revision: str | None = None,
     offline: bool = False,
     method: str | None = None,
+    widths: Widths = "free",
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     seed: int = 0,
@@ -91,7 +93,7 @@ def fit(
 
     Args:
         out: the output folder; it is whole or absent at any moment.
-        method: consolidation method, as of ``plan``.
+        method, widths: as of ``plan``.
         calibration: UTF-8 text to calibrate on; the text that comes with the package by default.
         calibration_tokens: how much of it.
         seed: which windows of the calibration text are used: 0 spreads them evenly over it, any other seed draws
@@ -129,6 +131,7 @@ def fit(
         prefer,
         min_resident,
         asked.method.trims,
+        check_widths(widths) == "equal",
     )
     tell(Progress("locate", 0, 1, model))
     source = locate(model, revision=revision, offline=offline)
@@ -167,6 +170,7 @@ def fit(
         "prefer": prefer,
         "min_resident": min_resident,
         "method": asked.method.name,
+        "widths": widths,
         "calibration": text.sha256,
         "calibration_tokens": tokens,
         "seed": seed,
@@ -207,6 +211,7 @@ def fit(
             },
             tool_version=__version__,
             predict=chosen.slots < chosen.prototypes,
+            equal=levers.equal,
         )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()

@@ -19,6 +19,7 @@ from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_to_json
+from conmoe_edge.plan.trim import Widths, check_widths
 
 if TYPE_CHECKING:
     pass
@@ -72,7 +73,9 @@ class PlanReport:
 
 @dataclass(frozen=True, slots=True)
 class Levers:
-    """What the caller asked of the plan; ``trims``: the method removes neurons as well."""
+    """What the caller asked of the plan; ``trims``: the method removes neurons as well, ``equal``: from all
+    prototypes alike.
+    """
 
     budget: str
     device: Literal["auto", "cpu", "cuda"]
@@ -84,6 +87,7 @@ class Levers:
     prefer: Preference
     min_resident: float | None
     trims: bool = False
+    equal: bool = False
 
     def plan(self, anatomy: ModelAnatomy, folder: Path, tokens: int = CALIBRATION_TOKENS) -> Plan:
         """Decide for a model whose package will lie in ``folder``, or on the same disk."""
@@ -99,6 +103,7 @@ class Levers:
             min_resident=self.min_resident,
             calibration_tokens=tokens,
             trims=self.trims,
+            equal=self.equal,
         )
 
 
@@ -115,6 +120,7 @@ def plan(
     prefer: Preference = "quality",
     min_resident: float | None = None,
     method: str | None = None,
+    widths: Widths = "free",
     revision: str | None = None,
     offline: bool = False,
 ) -> PlanReport:
@@ -130,6 +136,7 @@ def plan(
             routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
@@ -153,6 +160,7 @@ def plan(
         prefer,
         min_resident,
         asked.method.trims,
+        check_widths(widths) == "equal",
     )
     found = describe(model, revision=revision, offline=offline)
     headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}

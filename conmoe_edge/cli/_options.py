@@ -16,6 +16,7 @@ from conmoe_edge.cli._complete import complete_budget, complete_method
 from conmoe_edge.plan.dense import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.serving import ENGINES, levers_for
+from conmoe_edge.plan.trim import WIDTHS
 
 DEVICES = ("auto", "cpu", "cuda")
 PREFERENCES = ("quality", "speed")
@@ -180,6 +181,14 @@ _LEVERS = (
         "[default: auto; conmoe with --scope above 1]",
     ),
     click.option(
+        "--widths",
+        type=click.Choice(WIDTHS),
+        default="free",
+        show_default=True,
+        help="Neurons of the prototypes that `auto` keeps: free gives each as many as it is worth, equal all the "
+        "same, for engines that want one tensor.",
+    ),
+    click.option(
         "--precision",
         type=click.Choice(("auto", *PRECISIONS)),
         default="auto",
@@ -254,6 +263,7 @@ def levers(parameters: dict[str, Any]) -> dict[str, Any]:
         "prefer",
         "min_resident",
         "method",
+        "widths",
         "revision",
         "offline",
     )

@@ -24,7 +24,7 @@ Peak memory: the outputs of one expert for the sample [m, H], those of the chose
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,23 @@ _FEWEST_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedOutputs:
+    """What experts give for the tokens that chose them.
+
+    Attributes:
+        energy: [D, E] fp64, sum of g^2 |f_e|^2 over the slot's tokens of every domain (one domain
+            where tokens have none).
+        peak: [E] fp64, the largest absolute number in the outputs for the slot's tokens.
+        outputs: [m, K, SKETCH] fp32, the outputs of the chosen experts (narrow ones as they are);
+            ``None`` where nobody chose any.
+    """
+
+    energy: Tensor
+    peak: Tensor
+    outputs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class SlotErrors:
     """What stands in for what, at which price.
 
@@ -52,20 +69,20 @@ class SlotErrors:
         scale: [E, E] fp64, the best s of slot e (rows) on prototype p (columns); 1 on the diagonal.
         error: [E, E] fp64, R(e, p); 0 on the diagonal.
         constant: [E] fp64, R(e) of a constant alone.
-        energy: [D, E] fp64, sum of g^2 |f_e|^2 over the slot's tokens of every domain (one domain
-            where tokens have none).
-        peak: [E] fp64, the largest absolute number in the outputs for the slot's tokens.
+        seen: the outputs of the experts on the tokens of their own slots.
     """
 
     scale: Tensor
     error: Tensor
     constant: Tensor
-    energy: Tensor
-    peak: Tensor
+    seen: RoutedOutputs
 
 
 def slot_errors(
-    tokens: LayerTokens, experts: int, forward: Callable[[int, Tensor], Tensor]
+    tokens: LayerTokens,
+    experts: int,
+    forward: Callable[[int, Tensor], Tensor],
+    prototypes: Sequence[int] | None = None,
 ) -> SlotErrors:
     """Run every expert on every token of a sample and solve for all pairs.
 
@@ -73,36 +90,17 @@ def slot_errors(
         tokens: the sample.
         experts: E.
         forward: (expert, [n, H]) -> its outputs [n, H].
+        prototypes: the columns that are wanted, all by default; the others stay 0.
     """
     count, width = tokens.slots.shape
-    own: Tensor | None = None
-    matrix = _sketch(tokens.hidden.shape[1])
-
-    def output(expert: int, hidden: Tensor) -> Tensor:
-        return forward(expert, hidden).float().cpu()
-
-    def sketched(out: Tensor) -> Tensor:
-        return out if matrix is None else out @ matrix
-
-    domains = torch.zeros(count, dtype=torch.int64) if tokens.domains is None else tokens.domains
-    energy = torch.zeros(int(domains.max()) + 1 if count else 1, experts, dtype=torch.float64)
-    peak = torch.zeros(experts, dtype=torch.float64)
-    for expert in range(experts):
-        rows, places = (tokens.slots == expert).nonzero(as_tuple=True)
-        if len(rows):
-            out = output(expert, tokens.hidden[rows])
-            weighted = tokens.gates[rows, places].square() * out.square().sum(-1)
-            energy[:, expert].index_add_(0, domains[rows], weighted.double())
-            peak[expert] = float(out.abs().max())
-            out = sketched(out)
-            if own is None:
-                own = torch.zeros(count, width, out.shape[1])
-            own[rows, places] = out
+    seen = routed_outputs(tokens, experts, forward)
+    own = seen.outputs
+    sketched, output = _sketched(tokens.hidden.shape[1]), _on_host(forward)
     scale = torch.eye(experts, dtype=torch.float64)
     error = torch.zeros(experts, experts, dtype=torch.float64)
     if own is None:
         nothing = torch.zeros(experts, dtype=torch.float64)
-        return SlotErrors(scale, error, nothing, energy, peak)
+        return SlotErrors(scale, error, nothing, seen)
     valid = (tokens.slots >= 0) & (tokens.slots < experts)
     slot = tokens.slots.clamp(0, experts - 1).reshape(-1)  # [m K]
     weight = torch.where(valid, tokens.gates.square(), 0.0).double().reshape(-1)
@@ -122,13 +120,13 @@ def slot_errors(
     mu = mean(flat)
     square = by_slot(flat.square().sum(-1).double())
     constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
-    seen = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
-    blind = (~seen).nonzero().squeeze(1).tolist()
+    often = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
+    blind = (~often).nonzero().squeeze(1).tolist()
     alone = {expert: sketched(output(expert, tokens.hidden)) for expert in blind}
     share = float(weight.sum()) / max(1, int(valid.sum())) / count  # of one token of a mean gate
     for expert in blind:
         constant[expert] = share * alone[expert].square().sum(dtype=torch.float64)
-    for expert in range(experts):
+    for expert in range(experts) if prototypes is None else prototypes:
         other = alone[expert] if expert in alone else sketched(output(expert, tokens.hidden))
         inner = by_slot(torch.einsum("tkh,th->tk", own, other).reshape(-1).double())
         norm = by_slot(other.square().sum(-1).double().repeat_interleave(width))
@@ -148,7 +146,40 @@ def slot_errors(
             error[other_slot, expert] = left.clamp(min=0)
     scale.fill_diagonal_(1.0)
     error.fill_diagonal_(0.0)
-    return SlotErrors(scale, error, constant, energy, peak)
+    return SlotErrors(scale, error, constant, seen)
+
+
+def routed_outputs(
+    tokens: LayerTokens, experts: int, forward: Callable[[int, Tensor], Tensor]
+) -> RoutedOutputs:
+    """Run every expert on the tokens that chose it. The arguments are those of ``slot_errors``."""
+    count, width = tokens.slots.shape
+    sketched, output = _sketched(tokens.hidden.shape[1]), _on_host(forward)
+    own: Tensor | None = None
+    domains = torch.zeros(count, dtype=torch.int64) if tokens.domains is None else tokens.domains
+    energy = torch.zeros(int(domains.max()) + 1 if count else 1, experts, dtype=torch.float64)
+    peak = torch.zeros(experts, dtype=torch.float64)
+    for expert in range(experts):
+        rows, places = (tokens.slots == expert).nonzero(as_tuple=True)
+        if len(rows):
+            out = output(expert, tokens.hidden[rows])
+            weighted = tokens.gates[rows, places].square() * out.square().sum(-1)
+            energy[:, expert].index_add_(0, domains[rows], weighted.double())
+            peak[expert] = float(out.abs().max())
+            out = sketched(out)
+            if own is None:
+                own = torch.zeros(count, width, out.shape[1])
+            own[rows, places] = out
+    return RoutedOutputs(energy, peak, own)
+
+
+def _on_host(forward: Callable[[int, Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
+    return lambda expert, hidden: forward(expert, hidden).float().cpu()
+
+
+def _sketched(width: int) -> Callable[[Tensor], Tensor]:
+    matrix = _sketch(width)
+    return lambda out: out if matrix is None else out @ matrix
 
 
 def _sketch(width: int) -> Tensor | None:

@@ -77,15 +77,18 @@ def decide(
     parts = weights.parts if decision.parts is None else decision.parts
     with run.clock.part("precision"):
         kinds = _kinds_of(run, module, scope, pool, decision, parts)
+    widest = run.widths(index)[-1]
+    widths = {expert: decision.widths.get(expert, widest) for expert in kinds}
     with run.clock.part("write"):
         path = run.package / f"prototypes-{scope[0]:05d}.safetensors"
-        layouts = {kind: run.layout(index, kind) for kind in run.kinds}
-        records = [(expert, layouts[kind]) for expert, kind in kinds.items()]
+        records = [
+            (expert, run.layout(index, kind, widths[expert])) for expert, kind in kinds.items()
+        ]
         written = write_experts(path, records, parts, transposed=transposed)
     run.note(written)
     for expert, kind in kinds.items():
         name = record_name(expert)
-        run.journal.records[name] = [written.name, written.offsets[name], kind]
+        run.journal.records[name] = [written.name, written.offsets[name], kind, widths[expert]]
     _keep(run, pool, decision, weights)
     for layer in earlier:
         layer.close()
@@ -146,7 +149,9 @@ def _decision(
         weights,
         measure,
         module,
-        run.narrowed(layers[-1]).width,
+        run.widths(layers[-1]),
+        run.sizes(layers[-1]),
+        run.room(layers) if run.differs else 0,
         compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
         run.job.device,
     )
@@ -178,7 +183,7 @@ def _kinds_of(
         pool,
         {layer: load_sample(run.sample_file(layer)) for layer in scope},
         parts,
-        (run.layout(scope[0], wide), run.layout(scope[0], narrow)),
+        tuple(run.layout(scope[0], kind, run.widths(scope[0])[-1]) for kind in (wide, narrow)),
         compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
         run.job.device,
     )

@@ -21,8 +21,8 @@ def describe(run: Run) -> Manifest:
     layouts: list[RecordLayout] = []
     entries = []
     for expert in sorted(expert_of(name) for name in run.journal.records):
-        file, offset, kind = run.journal.records[record_name(expert)]
-        layout = run.layout(expert.layer, kind)
+        file, offset, kind, width = run.journal.records[record_name(expert)]
+        layout = run.layout(expert.layer, kind, width)
         if layout not in layouts:
             layouts.append(layout)
         weight = carried.get(expert, 0.0) / total

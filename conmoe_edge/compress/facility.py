@@ -21,7 +21,7 @@ OUTLIER = 10.0
 
 def select(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
     """``keep`` experts, ascending, those of ``forced`` among them (of too many the first)."""
-    return tuple(sorted(_greedy(errors, keep, forced)[0]))
+    return tuple(sorted(_greedy(errors, keep, forced)))
 
 
 def strongest(values: Tensor, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
@@ -30,35 +30,29 @@ def strongest(values: Tensor, keep: int, forced: Sequence[int] = ()) -> tuple[in
     return tuple(sorted(list(dict.fromkeys([*forced, *order]))[:keep]))
 
 
-def must_stay(errors: SlotErrors, keep: int) -> tuple[int, ...]:
-    """Experts that are kept whatever the sums say, at most half of ``keep``.
+def must_stay(energy: Tensor, peaks: Tensor, keep: int) -> tuple[int, ...]:
+    """Experts that are kept whatever the sums say, at most half of ``keep``, from the energy [D, E] and peak [E] of
+    their outputs (``RoutedOutputs``).
 
     Super experts (arXiv 2507.23279): an output ``OUTLIER`` times as large as the median expert's;
     few tokens need them, and the model breaks without. Then, so that no domain of the calibration
     text is lost to larger ones, the expert with the most energy in each domain.
     """
     most = max(1, keep // 2)
-    peaks = errors.peak
     middle = float(peaks.median())
     loud = [e for e in peaks.argsort(descending=True, stable=True).tolist() if middle > 0.0]
     found = [expert for expert in loud if float(peaks[expert]) > OUTLIER * middle]
-    for row in errors.energy:
+    for row in energy:
         if float(row.max()) > 0.0:
             found.append(int(row.argmax()))
     return tuple(dict.fromkeys(found))[:most]
 
 
-def curve(errors: SlotErrors) -> list[float]:
-    """The error that is left with the best 0, 1, ... E experts; its steps never grow."""
-    return _greedy(errors, len(errors.constant))[1]
-
-
 def _greedy(
     errors: SlotErrors, keep: int, forced: Sequence[int] = ()
-) -> tuple[list[int], list[float]]:
+) -> list[int]:
     left = errors.constant.clone()
     chosen: list[int] = []
-    remaining = [float(left.sum())]
     free = torch.ones(len(left), dtype=torch.bool)
     for _ in range(keep):
         gain = (left.unsqueeze(1) - errors.error).clamp(min=0).sum(0)
@@ -67,8 +61,7 @@ def _greedy(
         chosen.append(best)
         free[best] = False
         left = torch.minimum(left, errors.error[:, best])
-        remaining.append(float(left.sum()))
-    return chosen, remaining
+    return chosen
 
 
 def assign(errors: SlotErrors, prototypes: Sequence[int]) -> list[tuple[int | None, float]]:

@@ -19,7 +19,8 @@ class Job:
     """What is to be done; everything that decides the bytes of the package.
 
     ``plan`` and ``source`` are plain JSON and go into the manifest as they are. ``predict``: fit a predictor of the
-    next layer's prototypes, for packages that will not be all resident.
+    next layer's prototypes, for packages that will not be all resident. ``equal``: prototypes of a method that trims
+    all get the same number of neurons.
     """
 
     index: CheckpointIndex
@@ -38,6 +39,7 @@ class Job:
     source: Mapping[str, Any]
     tool_version: str
     predict: bool = False
+    equal: bool = False
 
 
 @dataclass(frozen=True, slots=True)

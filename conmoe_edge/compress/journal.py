@@ -35,11 +35,12 @@ class Journal:
         decisions: layer -> slot records as JSON.
         distances: layer -> distance of every slot to its prototype (``overview.py``).
         files: file of the package -> size and checksum.
-        records: record -> (file, offset, kind of layout).
+        records: record -> (file, offset, kind of layout, neurons).
         receipt: the quality receipt, once it is there.
         rerouted: layer -> whether its router may choose slots with something behind them only.
         notes: what the method had to say.
-        budgets: layer -> prototypes, where layers do not get the same number.
+        budgets: layer -> prototypes, or parts of them where their widths differ, where layers do not get
+            the same number.
         seconds: time by part over all runs.
     """
 

@@ -21,7 +21,7 @@ from conmoe_edge.model.streaming import StreamedModel
 def measure(run: Run) -> None:
     """Into the journal."""
     index = CheckpointIndex.open(run.package)
-    files = sorted({file for file, _, _ in run.journal.records.values()})
+    files = sorted({file for file, *_ in run.journal.records.values()})
     records = index_files(run.package, files)
     with ShardReader(index) as dense, ShardReader(records) as prototypes:
         package = run.streamed(Dequantised(dense))

@@ -11,7 +11,7 @@ before it is trimmed, and what ``refit`` takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,30 +22,48 @@ from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.taps import MappedTap, expert_sum
-from conmoe_edge.compress.trim import surviving, take_neurons
+from conmoe_edge.compress.trim import corrected, surviving, take_neurons
 from conmoe_edge.model.experts import inner_activations
 
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """Who stands for whom in one layer: ``prototypes`` ascending; for every slot its prototype and scale."""
+    """Who stands for whom in one layer: ``prototypes`` ascending; for every slot its prototype and scale.
+
+    ``neurons``: those that a prototype keeps, int64, ascending; where it is not named, they are
+    looked for among its own, as many as the scope allows.
+    """
 
     prototypes: tuple[int, ...]
     slots: tuple[tuple[int | None, float], ...]
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-def rebuild(scope: ScopeView, tokens: LayerTokens, chosen: StandIns) -> Decision:
-    """Prototypes of ``scope.width`` neurons with all that is solved for them, fitted on ``tokens``."""
+def rebuild(
+    scope: ScopeView,
+    tokens: LayerTokens,
+    chosen: StandIns,
+    own: Sequence[Features] | None = None,
+) -> Decision:
+    """Prototypes with all that is solved for them, fitted on ``tokens``.
+
+    ``own``: ``activations`` of every expert of the pool on the same tokens, each weighted with its own gates, where they
+    are there.
+    """
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))
     alpha = weights_of(tokens.slots, tokens.gates, chosen.slots, chosen.prototypes)
     found: dict[ExpertId, Parts] = {}
     features: list[Features] = []
-    for position, prototype in enumerate(chosen.prototypes):
-        parts, one = _prototype(scope, tokens, prototype, alpha[:, position])
-        found[scope.pool[prototype]] = parts
+    for position, expert in enumerate(chosen.prototypes):
+        alone = [slot for slot, (p, _) in enumerate(chosen.slots) if p == expert] == [expert]
+        whole = own[expert] if own is not None and alone else None
+        if whole is None:
+            whole = activations(scope, tokens, expert, alpha[:, position])
+        parts, one = prototype(scope, expert, whole, chosen.neurons.get(expert))
+        found[scope.pool[expert]] = parts
         features.append(one)
-    names = [scope.pool[prototype] for prototype in chosen.prototypes]
+    names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
     if not scope.module.has_post_expert_norm:
         residual = _target(tokens, alpha, [found[name] for name in names])
@@ -56,13 +74,14 @@ def rebuild(scope: ScopeView, tokens: LayerTokens, chosen: StandIns) -> Decision
         constants = {layer: table}
     slots = tuple(
         SlotRecord(
-            None if prototype is None else scope.pool[prototype],
+            None if expert is None else scope.pool[expert],
             scale,
             slot if constants else None,
         )
-        for slot, (prototype, scale) in enumerate(chosen.slots)
+        for slot, (expert, scale) in enumerate(chosen.slots)
     )
-    return Decision(tuple(names), slots, constants, parts=found.__getitem__)
+    widths = {name: one.values.shape[1] for name, one in zip(names, features, strict=True)}
+    return Decision(tuple(names), slots, constants, parts=found.__getitem__, widths=widths)
 
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:
@@ -92,21 +111,36 @@ def gates_of(tokens: LayerTokens, experts: int) -> Tensor:
     return gates[:, :experts].contiguous()
 
 
-def _prototype(
-    scope: ScopeView, tokens: LayerTokens, prototype: int, alpha: Tensor
+def activations(scope: ScopeView, tokens: LayerTokens, expert: int, alpha: Tensor) -> Features:
+    """All neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0."""
+    rows = alpha.nonzero().squeeze(1)
+    hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
+    inner = inner_activations(scope.module, hidden, whole_parts(scope, expert), scope.dtype)
+    values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
+    return Features(rows, values, values.T @ values)
+
+
+def down_rows(scope: ScopeView, expert: int) -> Tensor:
+    """fp32 [H, I] on the host: the down projection of a pretrained expert."""
+    return _as_rows(scope, whole_parts(scope, expert)["down_proj"]).float().cpu()
+
+
+def prototype(
+    scope: ScopeView, expert: int, whole: Features, neurons: Tensor | None
 ) -> tuple[dict[str, Tensor], Features]:
     """A prototype with the neurons that stay, in fp32 on the host, and its activations."""
-    rows = alpha.nonzero().squeeze(1)
-    parts = whole_parts(scope, prototype)
-    hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
-    inner = inner_activations(scope.module, hidden, parts, scope.dtype)
-    values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
-    down = _as_rows(scope, parts["down_proj"]).float().cpu()
-    gram = values.T @ values
-    neurons, weight = surviving(gram, down, scope.width)
-    kept = take_neurons(scope.module, {n: p.float().cpu() for n, p in parts.items()}, neurons)
-    kept["down_proj"] = _as_rows(scope, weight.float())
-    return kept, Features(rows, values[:, neurons].contiguous(), gram[neurons][:, neurons])
+    down = down_rows(scope, expert)
+    if neurons is None:
+        neurons, weight = surviving(whole.gram, down, scope.widths[-1])
+    else:
+        weight = corrected(whole.gram, down, neurons)
+    parts = {name: part.float().cpu() for name, part in whole_parts(scope, expert).items()}
+    kept = take_neurons(scope.module, parts, neurons)
+    kept["down_proj"] = _as_rows(scope, weight)
+    if len(neurons) == whole.values.shape[1]:
+        return kept, whole
+    values = whole.values[:, neurons].contiguous()
+    return kept, Features(whole.rows, values, whole.gram[neurons][:, neurons])
 
 
 def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:

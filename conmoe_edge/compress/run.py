@@ -34,14 +34,15 @@ from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.streaming import StreamedModel
-from conmoe_edge.plan.levers import PRECISIONS, record_parts, scopes
-from conmoe_edge.plan.trim import pool_kept, trimmed
+from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes
+from conmoe_edge.plan.trim import PARTS, alike, pool_kept, steps, trimmed
 
 
 class Run:
     """One consolidation (or the rest of one) in the folders of a ``StagedFolder``.
 
     Attributes:
+        differs: whether the prototypes of a layer have different numbers of neurons.
         kinds: the kinds of record that the precision allows, the widest first.
         layers: decoder layers.
         scope_of: MoE layer -> the layers of its scope.
@@ -61,7 +62,8 @@ class Run:
         self.kinds = PRECISIONS[job.precision].kinds
         self.method = METHODS[job.method]
         self._narrow = job.anatomy
-        if self.method.trims:
+        self.differs = self.method.trims and not alike(job.precision, equal=job.equal)
+        if self.method.trims and not self.differs:
             self._narrow = trimmed(job.anatomy, job.rate, job.precision)
         self.layers = len(job.anatomy.layers)
         self.scope_of = {
@@ -178,28 +180,54 @@ class Run:
         assert experts is not None
         return experts
 
-    def narrowed(self, layer: int) -> ExpertsAnatomy:
-        """A prototype of the package, which may have fewer neurons than an expert."""
+    def widths(self, layer: int) -> tuple[int, ...]:
+        """Numbers of neurons that a prototype of the package may have, ascending."""
+        if self.differs:
+            return steps(self.experts(layer), self.job.precision)
         experts = self._narrow.layers[layer].experts
         assert experts is not None
-        return experts
+        return (experts.width,)
+
+    def sizes(self, layer: int) -> tuple[int, ...]:
+        """Bytes of the smallest record of every width."""
+        experts = self.experts(layer)
+        return tuple(
+            record_bytes(experts.narrowed(width), self.kinds[-1]) for width in self.widths(layer)
+        )
+
+    def unit(self, layer: int) -> int:
+        """Bytes of what ``count`` counts: a prototype, or a part of one where widths differ."""
+        return self.sizes(layer)[-1] // (PARTS if self.differs else 1)
+
+    def room(self, layers: Sequence[int]) -> int:
+        """Bytes for the prototypes of a scope: its own, and what scopes before it have left."""
+        scopes_before = [one for one in dict.fromkeys(self.scope_of.values()) if one <= tuple(layers)]
+        given = sum(self.count(one) * self.unit(one[0]) for one in scopes_before)
+        taken = sum(
+            self.layout(expert_of(name).layer, kind, width).nbytes
+            for name, (_, _, kind, width) in self.journal.records.items()
+            if expert_of(name).layer < layers[0]
+        )
+        return given - taken
 
     def shares_out(self) -> bool:
         """Whether layers get numbers of their own. In a mixed precision the plan has counted with equal ones."""
         return self.method.budgets and self.job.rate > 0.0 and len(self.kinds) == 1
 
     def count(self, layers: Sequence[int]) -> int:
-        """Prototypes of a scope."""
+        """Prototypes of a scope, or parts of them where their widths differ (``unit``)."""
         given = self.journal.budgets.get(str(layers[0]))
         return self.uniform(layers) if given is None else given
 
     def uniform(self, layers: Sequence[int]) -> int:
-        """Prototypes of a scope where all get the same number."""
+        """The same where all scopes get the same."""
         job = self.job
-        return pool_kept(job.anatomy, layers, job.rate, job.precision, trims=self.method.trims)
+        trims = self.method.trims and not self.differs
+        count = pool_kept(job.anatomy, layers, job.rate, job.precision, trims=trims)
+        return count * PARTS if self.differs else count
 
-    def layout(self, layer: int, kind: str) -> RecordLayout:
-        return make_layout(record_parts(self.narrowed(layer), kind), kind)
+    def layout(self, layer: int, kind: str, width: int) -> RecordLayout:
+        return make_layout(record_parts(self.experts(layer).narrowed(width), kind), kind)
 
     def statistics_of(self, layer: int) -> LayerStatistics:
         return LayerStatistics.from_json(self.journal.statistics[str(layer)])
@@ -240,7 +268,8 @@ class Run:
 
     def mapped(self, layer: int, reader: ShardReader) -> MappedTap:
         def layout_of(name: str) -> RecordLayout:
-            return self.layout(layer, self.journal.records[name][2])
+            _, _, kind, width = self.journal.records[name]
+            return self.layout(layer, kind, width)
 
         return mapped_tap(
             self.slots(layer),

@@ -1,62 +1,109 @@
 """Which neurons of an expert stay, and the expert without the others.
 
-Removing neuron j of an expert whose activations a (already times their routing weight) have the
+Removing the neurons Q of an expert whose activations a (already times their routing weight) have the
 Gram matrix G = sum of a a^T, and letting the others make up for it, costs
 
-    |W[:, j]|^2 / [G^-1]_jj,
+    tr( W_Q ([G^-1]_QQ)^-1 W_Q^T ),        for one neuron  |W[:, j]|^2 / [G^-1]_jj,
 
-and the best correction of the others is  W - W[:, Q] ([G^-1]_QQ)^-1 [G^-1]_Q:  for a set Q (the
-optimal brain surgeon of Hassibi and Stork, 1993, for whole columns). Neurons go in rounds, the
-cheapest first, with W and G^-1 brought up to date after each round.
+and the best correction of the others is the least-squares one,  W' = W G[:, S] (G_SS)^-1  for the
+neurons S that stay (the optimal brain surgeon of Hassibi and Stork, 1993, for whole columns). Neurons
+go in rounds, the cheapest first, with W and G^-1 brought up to date after each round.
 
 Peak memory: three [I, I] in fp32, which the ridge makes enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 ROUNDS = 8
+"""In how many rounds neurons go, from all to none."""
 _RIDGE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """An expert with some of its neurons: their numbers, int64, ascending, and the squared error that is left."""
+
+    neurons: Tensor
+    error: float
+
+
+def cuts(gram: Tensor, down: Tensor, widths: Sequence[int], ridge: float = _RIDGE) -> list[Cut]:
+    """The expert in every one of ``widths``.
+
+    Args:
+        gram: [I, I], sum of a a^T over the expert's tokens.
+        down: [H, I].
+        widths: numbers of neurons, ascending.
+        ridge: added to the diagonal of ``gram``, as a share of its mean.
+
+    Returns:
+        A cut for every width, in their order. Narrower ones are part of wider ones, and their errors greater.
+    """
+    whole = down.shape[1]
+    weight, gram = down.float(), gram.float()
+    mean = gram.diagonal().mean()
+    if not float(mean) > 0.0:  # nobody came: the largest columns stay
+        order = weight.square().sum(0).argsort(descending=True, stable=True)
+        return [Cut(order[:width].sort().values, 0.0) for width in widths]
+    ridged = gram + torch.eye(whole) * (ridge * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
+    alive, error = torch.arange(whole), 0.0
+    found: list[Cut] = []
+    for width in sorted(widths, reverse=True):
+        rounds = -(-(len(alive) - width) * ROUNDS // whole)
+        for left in range(rounds - 1, -1, -1):
+            count = width + (len(alive) - width) * left // (left + 1)
+            cost = weight.square().sum(0) / inverse.diagonal()
+            order = cost.argsort(stable=True)
+            gone, stay = order[: len(alive) - count], order[len(alive) - count :].sort().values
+            factor = torch.linalg.cholesky(inverse[gone][:, gone])
+            solved = torch.cholesky_solve(
+                torch.cat([weight[:, gone].T, inverse[gone][:, stay]], 1), factor
+            )
+            own, rest = solved[:, : weight.shape[0]], solved[:, weight.shape[0] :]
+            error += float((weight[:, gone].T * own).sum(dtype=torch.float64))
+            weight = weight[:, stay] - weight[:, gone] @ rest
+            inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ rest
+            alive = alive[stay]
+        found.append(Cut(alive, error))
+    return found[::-1]
+
+
+def corrected(gram: Tensor, down: Tensor, neurons: Tensor) -> Tensor:
+    """fp32 [H, n]: the down projection of the ``neurons`` [n] that makes up for the others.
+
+    ``gram`` and ``down`` as of ``cuts``.
+    """
+    weight, gram = down.float(), gram.float()
+    mean = gram.diagonal().mean()
+    if len(neurons) == weight.shape[1] or not float(mean) > 0.0:
+        return weight[:, neurons]
+    ridged = gram[neurons][:, neurons] + torch.eye(len(neurons)) * (_RIDGE * mean)
+    product = weight @ gram[:, neurons]
+    product += weight[:, neurons] * (_RIDGE * mean)
+    return torch.cholesky_solve(product.T, torch.linalg.cholesky(ridged)).T
 
 
 def surviving(gram: Tensor, down: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The neurons that stay, and the down projection that makes up for the others.
 
     Args:
-        gram: [I, I], sum of a a^T over the expert's tokens.
-        down: [H, I].
+        gram, down: as of ``cuts``.
         keep: how many stay.
 
     Returns:
         Neuron numbers int64 [keep], ascending; fp32 [H, keep].
     """
-    width = down.shape[1]
-    weight = down.float()
-    alive = torch.arange(width)
-    if keep >= width:
-        return alive, weight
-    gram = gram.float()
-    mean = gram.diagonal().mean()
-    if not float(mean) > 0.0:  # nobody came: the largest columns stay
-        chosen = weight.square().sum(0).argsort(descending=True, stable=True)[:keep].sort().values
-        return chosen, weight[:, chosen]
-    ridged = gram + torch.eye(width) * (_RIDGE * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
-    rounds = min(ROUNDS, width - keep)
-    for number in range(rounds):
-        left = width - (width - keep) * (number + 1) // rounds
-        cost = weight.square().sum(0) / inverse.diagonal()
-        order = cost.argsort(stable=True)
-        gone, stay = order[: len(alive) - left], order[len(alive) - left :].sort().values
-        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
-        weight = weight[:, stay] - weight[:, gone] @ solved
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ solved
-        alive = alive[stay]
-    return alive, weight
+    if keep >= down.shape[1]:
+        return torch.arange(down.shape[1]), down.float()
+    (cut,) = cuts(gram, down, (keep,))
+    return cut.neurons, corrected(gram, down, cut.neurons)
 
 
 def take_neurons(

@@ -15,13 +15,14 @@ from conmoe_edge.plan.levers import PRECISIONS, record_bytes, scopes, spread
 from conmoe_edge.plan.placement import Placement, place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.speed import tokens_per_second
-from conmoe_edge.plan.trim import pool_kept, trimmed
+from conmoe_edge.plan.trim import alike, pool_kept, trimmed
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What decides between combinations; ``rate`` and ``precision`` are ``None`` where the plan may
-    choose. ``trims``: the method removes neurons as well as experts (``plan/trim.py``).
+    choose. ``trims``: the method removes neurons as well as experts (``plan/trim.py``); ``equal``:
+    from all prototypes alike.
     """
 
     rate: float | None
@@ -29,6 +30,7 @@ class Wishes:
     min_resident: float
     speed_floor: float | None
     trims: bool = False
+    equal: bool = False
 
     def fast_enough(self, speed: float | None) -> bool:
         """Whether an estimated speed reaches the floor; an unknown one is not held against it."""
@@ -61,8 +63,10 @@ def count_option(
 ) -> Option:
     """Count one combination. ``verdict`` and ``reason`` stay empty."""
     pools = scopes(anatomy, scope)
-    counts = [pool_kept(anatomy, layers, rate, precision, trims=wishes.trims) for layers in pools]
-    if wishes.trims:
+    # Where widths differ, what they come to is not known yet: counted are the bytes of whole experts.
+    trims = wishes.trims and alike(precision, equal=wishes.equal)
+    counts = [pool_kept(anatomy, layers, rate, precision, trims=trims) for layers in pools]
+    if trims:
         anatomy = trimmed(anatomy, rate, precision)
     experts = {
         layer.index: layer.experts for layer in anatomy.moe_layers if layer.experts is not None

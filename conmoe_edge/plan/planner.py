@@ -55,9 +55,10 @@ def make_plan(
     speed_floor: float | None = None,
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
     trims: bool = False,
+    equal: bool = False,
 ) -> Plan:
     """Decide. ``context`` is 4096 tokens, or the model's longest where that is shorter, when
-    ``None``. ``trims``: the method removes neurons as well as experts.
+    ``None``. ``trims``: the method removes neurons as well as experts; ``equal``: from all alike.
     """
     if not anatomy.moe_layers:
         raise UnsupportedModel(
@@ -68,7 +69,7 @@ def make_plan(
     anatomy = stored(anatomy, dense_precision)
     tokens = _checked_context(anatomy, context)
     wishes = _wishes(rate, precision, prefer, min_resident, speed_floor, budget)
-    wishes = replace(wishes, trims=trims)
+    wishes = replace(wishes, trims=trims, equal=equal)
     group = AUTO_SCOPE if scope == "auto" else check_scope(scope)
     combinations = _combinations(precisions(anatomy, precision), wishes.rate)
     options = [

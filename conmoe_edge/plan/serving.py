@@ -1,8 +1,8 @@
 """The levers of a package that another engine runs: what it needs is forced, and what was asked otherwise refused.
 
 vLLM (``integrations/vllm``) holds every prototype of a layer in the model's own number format, on the device, all the
-time. So precision is the source's, every prototype counts as resident, dense weights stay as they are, and scopes are
-single layers. Fewer experts are then the only lever. Arithmetic only.
+time, as one tensor. So precision is the source's, every prototype counts as resident and has as many neurons as the
+others, dense weights stay as they are, and scopes are single layers. Fewer experts are then the only lever. Arithmetic only.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from conmoe_edge.errors import UsageError
 ENGINES = ("vllm",)
 
 _FORCED: Mapping[str, Mapping[str, Any]] = {
-    "vllm": {"scope": 1, "precision": "source", "dense_precision": "source", "min_resident": 1.0}
+    "vllm": {
+        "scope": 1,
+        "precision": "source",
+        "dense_precision": "source",
+        "min_resident": 1.0,
+        "widths": "equal",
+    }
 }
 _FREE: Mapping[str, tuple[Any, ...]] = {
     "scope": ("auto",),
     "precision": ("auto", "bf16"),
     "dense_precision": (),
     "min_resident": (None,),
+    "widths": ("free",),
 }
 _WHY = {
     "scope": "layers that share prototypes would have to share an engine's memory",
     "precision": "vLLM holds prototypes in the model's own number format, so fewer bits would save no memory there",
     "dense_precision": "vLLM reads dense weights as the model's own",
+    "widths": "vLLM holds the prototypes of a layer as one tensor",
     "min_resident": "vLLM keeps every prototype on the device",
 }
 

@@ -1,7 +1,11 @@
 """How much goes as experts and how much as neurons, where a method removes both.
 
-A rate is the share of the routed experts' bytes that goes. Removing experts alone keeps a share
-q = 1 - rate of them; a method that trims keeps
+A rate is the share of the routed experts' bytes that goes. A method that trims gives every prototype
+as many neurons as they are worth, in steps of about a quarter of an expert's (``steps``), in the
+bytes that removing experts alone would keep.
+
+Where all prototypes must be alike (``alike``: another engine wants it, or the precision is mixed),
+removing experts alone keeps a share q = 1 - rate of them, and a method that trims keeps
 
     width' / width  ~  count' / count  ~  sqrt(q),
 
@@ -11,7 +15,7 @@ and never more bytes are kept than without trimming, counted in records of the p
 written. Where records are so small that their pages or their tiles eat up what trimming gives, a
 width next to it is taken, or experts alone go. As prototypes are narrower, a token also reads less.
 
-Arithmetic only.
+Arithmetic only. Raises ``UsageError`` for a lever set to nonsense.
 """
 
 from __future__ import annotations
@@ -19,17 +23,64 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
+from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
+
+PARTS = 4
+"""Widths that a prototype may have, where they differ."""
 
 _STEPS = (64, 32, 16, 8, 4, 2, 1)
 _FINEST = 8
 """A step is at most this part of the width."""
+_DEAREST = 1.1
+"""Bytes a neuron of a narrow record, of those of the whole one, at the most."""
 _MOST_UNEVEN = 1 / 3
 """Share of the reduction, as a power of q, that either side gets at the least."""
 _LEAST_NEURONS = 0.9
 """A division that keeps fewer neurons than this share of what removing experts alone keeps is none."""
+
+
+Widths = Literal["free", "equal"]
+WIDTHS: tuple[Widths, ...] = get_args(Widths)
+
+
+def check_widths(widths: str) -> str:
+    """The lever itself, if it is one."""
+    if widths not in WIDTHS:
+        raise UsageError(
+            f"--widths {widths} is not known.", "prototypes have free or equal widths", "--widths free"
+        )
+    return widths
+
+
+def alike(precision: str, *, equal: bool) -> bool:
+    """Whether all prototypes of a method that trims get the same number of neurons."""
+    return equal or PRECISIONS[precision].mixed
+
+
+def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
+    """The widths that prototypes may have, ascending, all neurons the last: about even parts of it.
+
+    Only widths whose records are hardly dearer a neuron than whole ones: pages and tiles of int4 can
+    make a narrow record as large as the whole.
+    """
+    width, kind = experts.width, PRECISIONS[precision].kinds[-1]
+    step = next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
+    dear = record_bytes(experts, kind) / width * _DEAREST
+    fitting = [
+        one
+        for one in range(step, width, step)
+        if record_bytes(experts.narrowed(one), kind) <= dear * one
+    ]
+    found = {
+        min(fitting, key=lambda one: (abs(one - width * part / PARTS), one))
+        for part in range(1, PARTS)
+        if fitting
+    }
+    return (*sorted(found), width)
 
 
 def narrow_width(experts: ExpertsAnatomy, rate: float, precision: str) -> int:

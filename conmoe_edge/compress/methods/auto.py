@@ -1,38 +1,50 @@
-"""``auto``: prototypes that stand in for others by measured error, rebuilt and refitted layer after layer.
+"""``auto``: neurons and experts kept where they are worth most, refitted layer after layer.
 
 The layers are taken one after another on the stream of the model as it has become so far, and every
 layer aims at what the *original* residual stream was behind it, so that it also makes up for what
 the layers before it lost:
 
-1. Every expert runs on a sample of tokens; ``closed_form`` says at which error each could stand in for
-   each slot. ``facility`` keeps those with which the sum of errors is least, super experts and the
-   first of every domain among them; every other slot becomes prototype x scale + constant, or a
-   constant alone. The router stays.
-2. Part of the reduction is neurons instead of experts (``plan/trim.py``): ``rebuild`` fills every
-   prototype with the best neurons of all experts that it stands for, and solves the down
-   projections of all prototypes and the constants of all slots together.
-3. Which experts stay is decided by measurement: facility location, the energy of outputs and REAP's
-   criterion each say who; what they come to is fitted on some of the calibration sequences and
-   measured on others, and the one with the least error (ties to the first) is fitted on all.
+1. Part of the reduction is neurons instead of experts. For every expert it is measured what removing
+   neurons costs when the others make up for it (``neurons.py``), and the bytes of the layer go to
+   those experts where they save most (``widths.py``): prototypes have different widths, and an expert
+   that is hardly worth a neuron goes. Super experts and the first of every domain keep at least half.
+2. A slot whose expert has gone becomes prototype x scale + constant, or a constant alone, by the error
+   that is measured in closed form (``closed_form.py``). The router stays.
+3. ``rebuild`` solves the down projections of all prototypes and the constants of all slots together.
+
+Where all prototypes must have the same number of neurons, who stays is decided between candidates:
+facility location on the measured errors, the energy of outputs and REAP's criterion each say who; what
+they come to is fitted on some of the calibration sequences and measured on others, and the one with
+the least error (ties to the first) is fitted on all.
 
 Weights of prototypes change, other than with ConMoE. Parts of this are known: facility location and
 replaceability from ConMoE (arXiv 2605.29350), constants from MoNE (2507.00390), least squares for the
 down projection from MergeMoE (2510.14436), working on the compressed stream from REAM (2604.04356),
-neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), neurons that move to another expert
-from DERN, the cost of a neuron from the optimal brain surgeon. docs/auto.md says what it is worth.
+neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), the cost of a neuron from the optimal
+brain surgeon. docs/auto.md says what it is worth.
 
-Peak memory: that of ``rebuild`` beside the layer's tokens.
+Peak memory: that of ``rebuild`` beside the layer's tokens, and the activations of all experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.closed_form import SAMPLE_TOKENS, SlotErrors, slot_errors
+from conmoe_edge.compress.closed_form import (
+    SAMPLE_TOKENS,
+    SlotErrors,
+    routed_outputs,
+    slot_errors,
+)
 from conmoe_edge.compress.facility import assign, must_stay, select, strongest
+from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.rebuild import StandIns, error_on, rebuild, whole_parts
+from conmoe_edge.compress.neurons import narrowings
+from conmoe_edge.compress.rebuild import StandIns, error_on, gates_of, rebuild, whole_parts
+from conmoe_edge.compress.widths import choose
 from conmoe_edge.model.experts import expert_forward
 
 FITTED, MEASURED = 8192, 4096
@@ -40,20 +52,60 @@ FITTED, MEASURED = 8192, 4096
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
-    """Prototypes, slots, constants and new weights of one layer; ``keep`` prototypes of ``scope.width`` neurons."""
+    """Prototypes, slots, constants and new weights of one layer: in ``scope.room`` bytes where widths differ, else
+    ``keep`` prototypes of the same width.
+    """
     (layer,) = scope.layers
     tokens = layer.tokens
     assert tokens is not None and tokens.target is not None, (
         "auto needs the tokens and their target"
     )
-    if keep >= len(scope.pool) and scope.width >= _width(scope):
+    count, whole = len(scope.pool), scope.widths[-1] >= _width(scope)
+    differ = len(scope.widths) > 1
+    if whole and (scope.room >= count * scope.sizes[-1] if differ else keep >= count):
         return identity(scope)
     tokens = tokens.weighted()
+    if differ:
+        return _by_worth(scope, tokens)
+    return _alike(scope, tokens, keep)
 
-    def forward(expert: int, hidden: Tensor) -> Tensor:
-        moved = hidden.to(scope.device, scope.dtype)
-        return expert_forward(scope.module, moved, whole_parts(scope, expert), scope.dtype)
 
+def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
+    """Prototypes of the widths that they are worth."""
+    count = len(scope.pool)
+    forward = _forward(scope)
+    sample = tokens.sample(SAMPLE_TOKENS)
+    seen = routed_outputs(sample, count, forward)
+    place = -(-len(scope.widths) // 2)
+    forced = must_stay(seen.energy, seen.peak, scope.room // scope.sizes[-1])
+    least = [place if expert in forced else 0 for expert in range(count)]
+    gates = gates_of(tokens, count)
+    own, narrowed = narrowings(scope, tokens, gates)
+    chosen = choose([one.errors for one in narrowed], (0, *scope.sizes), scope.room, least)
+    kept = [expert for expert in range(count) if chosen[expert]]
+    slots: list[tuple[int | None, float]] = [(expert, 1.0) for expert in range(count)]
+    if len(kept) < count:
+        gone = torch.tensor([expert for expert in range(count) if not chosen[expert]])
+        errors = slot_errors(_about(tokens, gone), count, forward, kept)
+        slots = assign(errors, kept)
+    neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
+    return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), own)
+
+
+def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:
+    """A sample of tokens: most of them chose one of ``slots``, the others anything."""
+    chosen = torch.isin(tokens.slots, slots).any(1)
+    about = chosen.nonzero().squeeze(1)
+    wanted = min(len(about), SAMPLE_TOKENS * 3 // 4)
+    picked = about[torch.arange(wanted) * len(about) // max(1, wanted)]
+    others = torch.arange(min(len(tokens), SAMPLE_TOKENS // 4))
+    others = others * len(tokens) // max(1, len(others))
+    return tokens.rows(torch.cat([picked, others]).unique())
+
+
+def _alike(scope: ScopeView, tokens: LayerTokens, keep: int) -> Decision:
+    """``keep`` prototypes of the same number of neurons."""
+    layer, forward = scope.layers[0], _forward(scope)
     held = torch.zeros(len(tokens), dtype=torch.bool) if tokens.held is None else tokens.held
     seen = tokens.rows((~held).nonzero().squeeze(1))
     errors = slot_errors(seen.sample(SAMPLE_TOKENS), len(scope.pool), forward)
@@ -67,6 +119,14 @@ def decide(scope: ScopeView, keep: int) -> Decision:
     return rebuild(scope, tokens, chosen)
 
 
+def _forward(scope: ScopeView) -> Callable[[int, Tensor], Tensor]:
+    def forward(expert: int, hidden: Tensor) -> Tensor:
+        moved = hidden.to(scope.device, scope.dtype)
+        return expert_forward(scope.module, moved, whole_parts(scope, expert), scope.dtype)
+
+    return forward
+
+
 def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
     """Who could stay, each set once: by what stands in for what, by energy, by REAP's criterion.
 
@@ -75,10 +135,10 @@ def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[Sta
         contribution: [E], the mean of g |f| over a slot's tokens (arXiv 2510.13999).
         keep: prototypes.
     """
-    forced = must_stay(errors, keep)
+    forced = must_stay(errors.seen.energy, errors.seen.peak, keep)
     sets = (
         select(errors, keep, forced),
-        strongest(errors.energy.sum(0), keep, forced),
+        strongest(errors.seen.energy.sum(0), keep, forced),
         strongest(contribution, keep, forced),
     )
     return tuple(StandIns(one, tuple(assign(errors, one))) for one in dict.fromkeys(sets))

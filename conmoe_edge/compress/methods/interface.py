@@ -79,7 +79,11 @@ class ScopeView:
         distances: gives [P, P] float64, the weight distance of ConMoE; costs a pass over the weights.
         module: the experts module of the scope's last layer: activation, layout and shapes. Its
             weights must not be used; ``weights`` has them.
-        width: neurons that a prototype may keep; all of them unless the method trims.
+        widths: numbers of neurons that a prototype may have, ascending; all of an expert's alone
+            unless the method trims.
+        sizes: bytes of a record of each of them.
+        room: bytes that the prototypes may take; what is left below it goes to later scopes. 0 where
+            the number of prototypes says it all.
         dtype, device: in which and where experts are computed.
     """
 
@@ -88,7 +92,9 @@ class ScopeView:
     weights: PoolWeights
     distances: Callable[[], Tensor]
     module: nn.Module
-    width: int = 0
+    widths: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    room: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -109,6 +115,7 @@ class Decision:
         rerouted: layers whose router may not choose slots that have neither prototype nor constant.
         parts: the weights of a prototype where they are not the pretrained expert's; called once
             for every prototype, in their order. ``None``: all are pretrained, bit for bit.
+        widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
         notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
     """
 
@@ -117,6 +124,7 @@ class Decision:
     constants: Mapping[int, Tensor] = field(default_factory=dict)
     rerouted: frozenset[int] = frozenset()
     parts: Callable[[ExpertId], Parts] | None = None
+    widths: Mapping[ExpertId, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -132,7 +140,7 @@ class Method:
         precision: the only precision that it can be stored in, where there is one.
         budgets: whether layers get as many prototypes as they are worth (``budgets.py``), instead of
             the same number.
-        trims: whether prototypes have fewer neurons than experts (``plan/trim.py`` says how many).
+        trims: whether prototypes have fewer neurons than experts (``plan/trim.py``).
         within_layers: whether it is for scopes of one layer only.
         reroutes: whether routers may not choose the slots that it drops.
     """

@@ -1,0 +1,63 @@
+"""What every expert of a layer loses with fewer neurons, the rest making up for it and a constant in the slot's place.
+
+For an expert e with activations v(t) = g(t) a(t) on its tokens, a constant c that its slot gives as
+g(t) c takes one direction out of them: with m = sum of g v / sqrt(sum of g^2), errors are measured
+on the Gram matrix  G = sum of v v^T - m m^T.  With no neuron left the error is tr(W G W^T), that of
+the best constant. The ridge beside G is worth ``PRIOR`` tokens' activations, as that of ``refit``:
+an expert with few tokens is not thought to need few neurons.
+
+Peak memory: the activations of all routed tokens (sum of n_e * I in fp32) and one [I, I] an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.compress.methods.interface import ScopeView
+from conmoe_edge.compress.rebuild import activations, down_rows
+from conmoe_edge.compress.refit import PRIOR, Features
+from conmoe_edge.compress.trim import cuts
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """One expert: ``errors`` with no neuron and in every width of the scope; ``neurons`` of every width."""
+
+    errors: tuple[float, ...]
+    neurons: tuple[Tensor, ...]
+
+
+def narrowings(
+    scope: ScopeView, tokens: LayerTokens, gates: Tensor
+) -> tuple[list[Features], list[Narrowing]]:
+    """Activations of all experts of a layer, and what they lose in every width.
+
+    Args:
+        scope: of one layer.
+        tokens: of the layer.
+        gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
+    """
+    features, found = [], []
+    for expert in range(len(scope.pool)):
+        gate = gates[:, expert]
+        one = activations(scope, tokens, expert, gate)
+        features.append(one)
+        found.append(_narrowing(scope, expert, one, gate[one.rows]))
+    return features, found
+
+
+def _narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Narrowing:
+    down = down_rows(scope, expert)
+    count, width = own.values.shape
+    middle = (gates @ own.values) / gates.square().sum().clamp(min=1e-30).sqrt()
+    gram = own.gram - torch.outer(middle, middle)
+    found = cuts(gram, down, scope.widths, PRIOR * width / max(1, count))
+    nothing = float(((down @ gram) * down).sum(dtype=torch.float64))
+    return Narrowing(
+        (max(nothing, found[0].error), *(one.error for one in found)),
+        tuple(one.neurons for one in found),
+    )

@@ -17,8 +17,8 @@ from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.checkpoint.records import make_layout
 from conmoe_edge.compress.distance import distances
 from conmoe_edge.compress.importance import RowSample, gains, load_sample, widest
+from conmoe_edge.compress.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens
-from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.output_vectors import OutputVectors
 from conmoe_edge.compress.overview import slot_distances
 from conmoe_edge.compress.run import Run

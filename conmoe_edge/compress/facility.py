@@ -48,9 +48,7 @@ def must_stay(energy: Tensor, peaks: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))[:most]
 
 
-def _greedy(
-    errors: SlotErrors, keep: int, forced: Sequence[int] = ()
-) -> list[int]:
+def _greedy(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> list[int]:
     left = errors.constant.clone()
     chosen: list[int] = []
     free = torch.ones(len(left), dtype=torch.bool)

@@ -3,8 +3,9 @@
 For an expert e with activations v(t) = g(t) a(t) on its tokens, a constant c that its slot gives as
 g(t) c takes one direction out of them: with m = sum of g v / sqrt(sum of g^2), errors are measured
 on the Gram matrix  G = sum of v v^T - m m^T.  With no neuron left the error is tr(W G W^T), that of
-the best constant. The ridge beside G is worth ``PRIOR`` tokens' activations, as that of ``refit``:
-an expert with few tokens is not thought to need few neurons.
+the best constant. The ridge beside G is worth the activations of ``PRIOR`` tokens: an expert with few
+tokens is not thought to need few neurons. More than one makes every neuron look dear, and whole
+experts go instead.
 
 Peak memory: the activations of all routed tokens (sum of n_e * I in fp32) and one [I, I] an expert.
 """
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.interface import ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens
-from conmoe_edge.compress.methods.interface import ScopeView
 from conmoe_edge.compress.rebuild import activations, down_rows
-from conmoe_edge.compress.refit import PRIOR, Features
+from conmoe_edge.compress.refit import Features
 from conmoe_edge.compress.trim import cuts
+
+PRIOR = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,12 @@ def narrowings(
         gate = gates[:, expert]
         one = activations(scope, tokens, expert, gate)
         features.append(one)
-        found.append(_narrowing(scope, expert, one, gate[one.rows]))
+        found.append(narrowing(scope, expert, one, gate[one.rows]))
     return features, found
 
 
-def _narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Narrowing:
+def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Narrowing:
+    """What one expert loses in every width of the scope, by its activations on its tokens and their gates [n]."""
     down = down_rows(scope, expert)
     count, width = own.values.shape
     middle = (gates @ own.values) / gates.square().sum().clamp(min=1e-30).sqrt()

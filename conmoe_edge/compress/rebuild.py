@@ -18,8 +18,8 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.facility import weights_of
+from conmoe_edge.compress.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens
-from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.taps import MappedTap, expert_sum
 from conmoe_edge.compress.trim import corrected, surviving, take_neurons

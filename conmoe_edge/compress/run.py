@@ -201,7 +201,9 @@ class Run:
 
     def room(self, layers: Sequence[int]) -> int:
         """Bytes for the prototypes of a scope: its own, and what scopes before it have left."""
-        scopes_before = [one for one in dict.fromkeys(self.scope_of.values()) if one <= tuple(layers)]
+        scopes_before = [
+            one for one in dict.fromkeys(self.scope_of.values()) if one <= tuple(layers)
+        ]
         given = sum(self.count(one) * self.unit(one[0]) for one in scopes_before)
         taken = sum(
             self.layout(expert_of(name).layer, kind, width).nbytes

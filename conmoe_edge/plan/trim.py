@@ -51,7 +51,9 @@ def check_widths(widths: str) -> str:
     """The lever itself, if it is one."""
     if widths not in WIDTHS:
         raise UsageError(
-            f"--widths {widths} is not known.", "prototypes have free or equal widths", "--widths free"
+            f"--widths {widths} is not known.",
+            "prototypes have free or equal widths",
+            "--widths free",
         )
     return widths
 

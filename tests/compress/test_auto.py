@@ -33,10 +33,10 @@ from conmoe_edge.compress.facility import (
     strongest,
     weights_of,
 )
+from conmoe_edge.compress.interface import LayerView, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO, candidates
-from conmoe_edge.compress.methods.interface import LayerView, ScopeView
 from conmoe_edge.compress.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.refit import Features, refit
 from conmoe_edge.compress.statistics import StatisticsTracker

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from conmoe_edge.compress.methods.auto import AUTO
-from conmoe_edge.compress.methods.conmoe import CONMOE
-from conmoe_edge.compress.methods.hc_smoe import HC_SMOE
-from conmoe_edge.compress.methods.interface import (
+from conmoe_edge.compress.interface import (
     Decision,
     LayerView,
     Method,
     Needs,
     ScopeView,
 )
+from conmoe_edge.compress.methods.auto import AUTO
+from conmoe_edge.compress.methods.conmoe import CONMOE
+from conmoe_edge.compress.methods.hc_smoe import HC_SMOE
 from conmoe_edge.compress.methods.m_smoe import M_SMOE
 from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
 from conmoe_edge.compress.methods.mergemoe import MERGEMOE

@@ -40,8 +40,8 @@ from conmoe_edge.compress.closed_form import (
     slot_errors,
 )
 from conmoe_edge.compress.facility import assign, must_stay, select, strongest
+from conmoe_edge.compress.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.layer_tokens import LayerTokens
-from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.neurons import narrowings
 from conmoe_edge.compress.rebuild import StandIns, error_on, gates_of, rebuild, whole_parts
 from conmoe_edge.compress.widths import choose

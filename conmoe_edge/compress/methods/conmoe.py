@@ -7,7 +7,7 @@ from the scores; a layer may keep few of its own experts.
 from __future__ import annotations
 
 from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.methods.interface import Decision, Method, ScopeView, identity
+from conmoe_edge.compress.interface import Decision, Method, ScopeView, identity
 from conmoe_edge.compress.reassign import nearest_prototype
 from conmoe_edge.compress.score import prototype_score
 from conmoe_edge.compress.select import top_k

@@ -8,7 +8,7 @@ import torch
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.grouping import Groups
-from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
+from conmoe_edge.compress.interface import Decision, Parts, ScopeView
 
 
 def usage_of(scope: ScopeView) -> tuple[int, ...]:

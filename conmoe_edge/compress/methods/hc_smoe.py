@@ -27,9 +27,7 @@ from torch import Tensor
 
 from conmoe_edge.compress.clustering import average_linkage
 from conmoe_edge.compress.grouping import Groups
-from conmoe_edge.compress.merge import weighted_mean
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, usage_of
-from conmoe_edge.compress.methods.interface import (
+from conmoe_edge.compress.interface import (
     Decision,
     Method,
     Needs,
@@ -37,6 +35,8 @@ from conmoe_edge.compress.methods.interface import (
     ScopeView,
     identity,
 )
+from conmoe_edge.compress.merge import weighted_mean
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, usage_of
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import expert_forward, inner_activations
 

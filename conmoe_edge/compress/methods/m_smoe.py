@@ -21,8 +21,7 @@ from collections.abc import Callable
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.align import aligned
 from conmoe_edge.compress.grouping import Groups, around_dominant, router_likeness
-from conmoe_edge.compress.merge import weighted_mean
-from conmoe_edge.compress.methods.interface import (
+from conmoe_edge.compress.interface import (
     Decision,
     Method,
     Needs,
@@ -30,6 +29,7 @@ from conmoe_edge.compress.methods.interface import (
     ScopeView,
     identity,
 )
+from conmoe_edge.compress.merge import weighted_mean
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:

@@ -25,8 +25,8 @@ from torch import Tensor
 from conmoe_edge.checkpoint.forms import factored_sizes
 from conmoe_edge.checkpoint.manifest import ExpertId
 from conmoe_edge.compress.facility import weights_of
+from conmoe_edge.compress.interface import Decision, Method, Needs, Parts, ScopeView
 from conmoe_edge.compress.low_rank import factor
-from conmoe_edge.compress.methods.interface import Decision, Method, Needs, Parts, ScopeView
 from conmoe_edge.compress.methods.m_smoe import described, groups_of, merged
 from conmoe_edge.model.experts import inner_activations
 from conmoe_edge.plan.levers import LOW_RANK

@@ -32,10 +32,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.compress.grouping import Groups, around_dominant
-from conmoe_edge.compress.least_squares import LeastSquares
-from conmoe_edge.compress.merge import shares, weighted_mean
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
-from conmoe_edge.compress.methods.interface import (
+from conmoe_edge.compress.interface import (
     Decision,
     Method,
     Needs,
@@ -43,6 +40,9 @@ from conmoe_edge.compress.methods.interface import (
     ScopeView,
     identity,
 )
+from conmoe_edge.compress.least_squares import LeastSquares
+from conmoe_edge.compress.merge import shares, weighted_mean
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
 from conmoe_edge.model.experts import inner_activations
 
 TOKENS_PER_NEURON = 4

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.methods.interface import Decision, LayerView, Method, Needs, ScopeView
-from conmoe_edge.compress.methods.interface import identity as whole
+from conmoe_edge.compress.interface import Decision, LayerView, Method, Needs, ScopeView
+from conmoe_edge.compress.interface import identity as whole
 from conmoe_edge.compress.output_vectors import OutputVectors
 from conmoe_edge.compress.survivors import survivors
 

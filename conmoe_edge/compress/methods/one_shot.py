@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.methods.interface import (
+from conmoe_edge.compress.interface import (
     Decision,
     LayerView,
     Method,

@@ -176,6 +176,7 @@ def _kinds_of(
     count = spread(run.job.wide_prototypes, counts)[every.index(tuple(scope))]
     if count in (0, len(decision.prototypes)):
         return dict.fromkeys(decision.prototypes, wide if count else narrow)
+    width = run.widths(scope[0])[-1]
     found = gains(
         module,
         decision.prototypes,
@@ -183,7 +184,7 @@ def _kinds_of(
         pool,
         {layer: load_sample(run.sample_file(layer)) for layer in scope},
         parts,
-        tuple(run.layout(scope[0], kind, run.widths(scope[0])[-1]) for kind in (wide, narrow)),
+        (run.layout(scope[0], wide, width), run.layout(scope[0], narrow, width)),
         compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
         run.job.device,
     )

@@ -47,8 +47,8 @@ def rebuild(
 ) -> Decision:
     """Prototypes with all that is solved for them, fitted on ``tokens``.
 
-    ``own``: ``activations`` of every expert of the pool on the same tokens, each weighted with its own gates, where they
-    are there.
+    ``own``: ``activations`` of every expert of the pool on the same tokens, each weighted with its own gates,
+    where they are there.
     """
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))

@@ -23,7 +23,6 @@ from torch import nn
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.budgets import LayerWorth, between, share_out
-from conmoe_edge.compress.calibration import TokenSet
 from conmoe_edge.compress.interface import LayerView, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.neurons import Narrowing, narrowing

@@ -2,7 +2,8 @@
 
 vLLM (``integrations/vllm``) holds every prototype of a layer in the model's own number format, on the device, all the
 time, as one tensor. So precision is the source's, every prototype counts as resident and has as many neurons as the
-others, dense weights stay as they are, and scopes are single layers. Fewer experts are then the only lever. Arithmetic only.
+others, dense weights stay as they are, and scopes are single layers. Fewer experts are then the only lever.
+Arithmetic only.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Arithmetic:
             if not one.suits_operator(module, hidden.dtype):
                 key = (self._alone, position)
             elif usual and _whole_expert(one):
-                key = (self._gated, one.forms)
+                key = (self._gated, one.kin)
             else:
                 alike = _gates_together(module, one, len(experts))
                 key = (self._ungated, one.forms if alike else position)

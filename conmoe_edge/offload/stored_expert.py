@@ -26,10 +26,11 @@ class StoredExpert:
         prepared: the weight matrices that the operator can take, by the names of their parts.
         quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
         factored: whether they are low rank and a few columns, [out, in] as well.
-        forms: what two experts must have in common to be computed in one call; ``None`` without the operator.
+        forms: what two experts must have in common for a product in one call; ``None`` without the operator.
+        kin: the same for ``gated_experts``, where they may have different numbers of neurons.
     """
 
-    __slots__ = ("factored", "forms", "parts", "prepared", "quantised")
+    __slots__ = ("factored", "forms", "kin", "parts", "prepared", "quantised")
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
@@ -47,6 +48,7 @@ class StoredExpert:
         self.forms: tuple[Form, ...] | None = (
             tuple(one.form for one in self.prepared.values()) if whole else None
         )
+        self.kin = tuple((form.code, form.group) for form in self.forms or ())
 
     def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:
         """Whether the operator computes this expert of ``module`` for activations in ``hidden``.

@@ -152,9 +152,10 @@ def test_a_compiler_that_fails_leaves_nothing(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_experts(operator: Operator, kind: str, dtype: torch.dtype) -> None:
-    """Whole experts against the plain formula, and each of them the same bits alone."""
-    ups = [matrix(kind, 256, 192, seed) for seed in range(3)]
-    downs = [matrix(kind, 192, 128, seed + 10) for seed in range(3)]
+    """Whole experts of different widths against the plain formula, and each of them the same bits alone."""
+    widths = (128, 64, 192)
+    ups = [matrix(kind, 2 * width, 192, seed) for seed, width in enumerate(widths)]
+    downs = [matrix(kind, 192, width, seed + 10) for seed, width in enumerate(widths)]
     x = activations(1, 192).to(dtype)
     first, second = [[operator.prepare(one) for one in side] for side in (ups, downs)]
     together = operator.gated_experts(first, second, x)

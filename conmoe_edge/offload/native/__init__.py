@@ -74,7 +74,7 @@ class Operator:
         ]
         self._gated.argtypes = [
             *(integer, integer, number, address, address, address, address, address, address),
-            *(number, number, number, number, integer),
+            *(address, number, number, number, integer),
         ]
         self._combine.argtypes = [number, address, address, address, number, integer]
         self._combine.restype = None
@@ -138,8 +138,8 @@ class Operator:
         """y[i] = D_i (silu(G_i x) * U_i x): whole experts with the usual gate, for one token.
 
         Args:
-            ups: n of one form, [2 I, H]: the rows of the gate before those of up.
-            downs: n of one form, [H, I].
+            ups: n of one kind, [2 I, H]: the rows of the gate before those of up; I may differ.
+            downs: n of one kind, [H, I].
             x: fp32 or bf16, H values, contiguous.
 
         Returns:
@@ -159,7 +159,7 @@ class Operator:
             table(*[one.scales for one in downs]),
             x.data_ptr(),
             y.data_ptr(),
-            down.columns,
+            (ctypes.c_int64 * count)(*[one.form.columns for one in downs]),
             up.columns,
             up.group,
             down.group,

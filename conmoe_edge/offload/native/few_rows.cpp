@@ -12,6 +12,7 @@
 //
 // Plain C interface, no library but OpenMP: it is compiled in a second and called through ctypes.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -464,22 +465,60 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
   }
 }
 
-// h[i, j] = silu(gate_j x) * up_j x for `count` experts whose gate rows lie before their up rows: [count, width].
+// Blocks of rows of several matrices of different heights, one after another.
+struct Blocks {
+  std::vector<int64_t> before;  // blocks of the matrices before each, and of all
+
+  Blocks(int64_t count, const int64_t* heights, int64_t size) : before(size_t(count) + 1, 0) {
+    for (int64_t i = 0; i < count; ++i) before[size_t(i + 1)] = before[size_t(i)] + (heights[i] + size - 1) / size;
+  }
+  int64_t all() const { return before.back(); }
+  // The matrix of a block; `block` becomes its number there.
+  int64_t find(int64_t* block) const {
+    int64_t which = 0;
+    while (before[size_t(which + 1)] <= *block) ++which;
+    *block -= before[size_t(which)];
+    return which;
+  }
+};
+
+// h_i[j] = silu(gate_j x) * up_j x for `count` experts whose gate rows lie before their up rows: widths[i] numbers, the
+// experts one after another.
 template <class Way>
 void gated_rows(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
-                float* h, int64_t width, int64_t columns) {
-  const int64_t blocks = (width + ROWS - 1) / ROWS, all_blocks = blocks * count;
+                const int64_t* widths, float* const* h, int64_t columns) {
+  const Blocks blocks(count, widths, ROWS);
   const int64_t at_once = CHUNK / int64_t(2 * ROWS * columns * sizeof(typename Way::T)) + 1;
-#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
-  for (int64_t block = 0; block < all_blocks; ++block) {
-    const int64_t which = block / blocks, row = block % blocks * ROWS;
+#pragma omp parallel for schedule(dynamic, at_once) if (blocks.all() > at_once)
+  for (int64_t number = 0; number < blocks.all(); ++number) {
+    int64_t block = number;
+    const int64_t which = blocks.find(&block), row = block * ROWS, width = widths[which];
     const auto* w = static_cast<const typename Way::T*>(values[which]);
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
     const int64_t height = width - row < ROWS ? width - row : ROWS;
     float gate[ROWS], up[ROWS];
     Way::rows(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, gate);
     Way::rows(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height, up);
-    for (int64_t r = 0; r < height; ++r) h[which * width + row + r] = silu(gate[r]) * up[r];
+    for (int64_t r = 0; r < height; ++r) h[which][row + r] = silu(gate[r]) * up[r];
+  }
+}
+
+// y[i] = W_i x_i for one token of every matrix, [count, rows]; columns[i] numbers each.
+template <class Way>
+void down_rows(int64_t count, const void* const* values, const void* const* scales,
+               const std::vector<typename Way::Input>& x, const int64_t* columns, float* y, int64_t rows) {
+  const int64_t blocks = (rows + ROWS - 1) / ROWS, all_blocks = blocks * count;
+  const int64_t widest = *std::max_element(columns, columns + count);
+  const int64_t at_once = CHUNK / int64_t(ROWS * widest * sizeof(typename Way::T)) + 1;
+#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
+  for (int64_t block = 0; block < all_blocks; ++block) {
+    const int64_t which = block / blocks, row = block % blocks * ROWS;
+    const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns[which];
+    const auto* scale = static_cast<const uint16_t*>(scales[which]);
+    const int64_t height = rows - row < ROWS ? rows - row : ROWS;
+    float sums[ROWS];
+    Way::rows(w, scale ? scale + row : nullptr, columns[which], x[size_t(which)].token(0), height, sums);
+    for (int64_t r = 0; r < height; ++r) y[which * rows + row + r] = sums[r];
   }
 }
 
@@ -611,18 +650,32 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
   }
 }
 
-void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x, float* h,
-                 int64_t width, int64_t columns, int64_t group) {
-  const int64_t blocks = width / TILE, all_blocks = blocks * count;
+void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x,
+                 const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
+  const Blocks blocks(count, widths, TILE);
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t block = 0; block < all_blocks; ++block) {
-    const int64_t which = block / blocks, row = block % blocks * TILE, second = width + row;
+  for (int64_t number = 0; number < blocks.all(); ++number) {
+    int64_t block = number;
+    const int64_t which = blocks.find(&block), row = block * TILE, width = widths[which], second = width + row;
     const auto* w = static_cast<const uint8_t*>(values[which]);
     const auto* pairs = static_cast<const uint16_t*>(scales[which]);
     float gate[TILE], up[TILE];
     one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, gate);
     one_tile(w + second * columns / 2, pairs + second * 2, 2 * width, columns, group, x, up);
-    for (int64_t r = 0; r < TILE; ++r) h[which * width + row + r] = silu(gate[r]) * up[r];
+    for (int64_t r = 0; r < TILE; ++r) h[which][row + r] = silu(gate[r]) * up[r];
+  }
+}
+
+void down_tiles(int64_t count, const void* const* values, const void* const* scales, const std::vector<Bytes>& x,
+                const int64_t* columns, float* y, int64_t rows, int64_t group) {
+  const int64_t blocks = rows / TILE, all_blocks = blocks * count;
+  const int64_t at_once = CHUNK / (TILE * *std::max_element(columns, columns + count) / 2) + 1;
+#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
+  for (int64_t block = 0; block < all_blocks; ++block) {
+    const int64_t which = block / blocks, row = block % blocks * TILE;
+    const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns[which] / 2;
+    const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
+    one_tile(w, pairs, rows, columns[which], group, x[size_t(which)].token(0), y + which * rows + row);
   }
 }
 
@@ -701,18 +754,41 @@ int products(int kind, int64_t count, const void* const* values, const void* con
   });
 }
 
-int gated(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x, float* h,
-          int64_t width, int64_t columns, int64_t group) {
+int gated(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
+          const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
   if (kind == INT4) {
-    if (width % TILE || group % 2 || columns % group) return 1;
+    for (int64_t i = 0; i < count; ++i)
+      if (widths[i] % TILE) return 1;
+    if (group % 2 || columns % group) return 1;
     const Bytes input(x, 1, columns, group);
-    gated_tiles(count, values, scales, input.token(0), h, width, columns, group);
+    gated_tiles(count, values, scales, input.token(0), widths, h, columns, group);
     return 0;
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
     const typename Way::Input input(x, 1, columns, BLOCK);
-    gated_rows<Way>(count, values, scales, input, h, width, columns);
+    gated_rows<Way>(count, values, scales, input, widths, h, columns);
+  });
+}
+
+// y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns.
+int downward(int kind, int64_t count, const void* const* values, const void* const* scales, float* const* h,
+             const int64_t* columns, float* y, int64_t rows, int64_t group) {
+  if (kind == INT4) {
+    if (rows % TILE || group % 2) return 1;
+    std::vector<Bytes> inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      if (columns[i] % group) return 1;
+      inputs.emplace_back(h[i], 1, columns[i], group);
+    }
+    down_tiles(count, values, scales, inputs, columns, y, rows, group);
+    return 0;
+  }
+  return !in_rows(kind, [&](auto form) {
+    using Way = typename decltype(form)::Way;
+    std::vector<typename Way::Input> inputs;
+    for (int64_t i = 0; i < count; ++i) inputs.emplace_back(h[i], 1, columns[i], BLOCK);
+    down_rows<Way>(count, values, scales, inputs, columns, y, rows);
   });
 }
 
@@ -732,18 +808,21 @@ int conmoe_few_rows(int kind, int64_t count, const void* const* values, const vo
 }
 
 // y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
-// hold [G_i; U_i]: [2 * width, columns]; down_values D_i: [columns, width]. Returns as above.
+// hold [G_i; U_i]: [2 * widths[i], columns]; down_values D_i: [columns, widths[i]]. Returns as above.
 int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
                          const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
-                         const void* x, float* y, int64_t width, int64_t columns, int64_t up_group, int64_t down_group,
-                         int narrow) {
+                         const void* x, float* y, const int64_t* widths, int64_t columns, int64_t up_group,
+                         int64_t down_group, int narrow) {
   const Source source(x, narrow, columns);
-  std::vector<float> inner(size_t(count * width));
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += widths[i];
+  std::vector<float> inner(size_t(total) + 1);
+  std::vector<float*> h;
+  for (int64_t i = 0, start = 0; i < count; start += widths[i++]) h.push_back(inner.data() + start);
   const int failed =
-      gated(up_kind, count, up_values, up_scales, source.values, inner.data(), width, columns, up_group);
+      gated(up_kind, count, up_values, up_scales, source.values, widths, h.data(), columns, up_group);
   if (failed) return failed;
-  return products(down_kind, count, down_values, down_scales, inner.data(), false, 1, Target{y, false}, columns, width,
-                  down_group);
+  return downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_group);
 }
 
 // out = sum over i of weights[i] * y[i], in the order of i; y: fp32 [count, columns], out bf16 where `narrow`.

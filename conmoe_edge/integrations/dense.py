@@ -19,6 +19,7 @@ from conmoe_edge.checkpoint.index import CheckpointIndex
 from conmoe_edge.errors import CheckpointError, PackageError
 from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.dense import DenseProducts, EdgeLinear, into_one_place
+from conmoe_edge.offload.norms import fast_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,8 @@ def finish_dense(
     matrix reads at less than half of the memory's rate, also on processors with bf16 instructions), and fp32 ones for
     many rows where the processor has no bf16 instructions.
 
-    A model in fp32 keeps transformers' own products: they are right for it.
+    Root-mean-square norms become the operator's too, for few rows. A model in fp32 keeps transformers' own
+    products and norms: they are right for it.
     """
     machine = products.machine
     if machine.device != "cpu":
@@ -72,6 +74,14 @@ def finish_dense(
             if weight.numel() * weight.element_size() >= least_bytes:
                 model.set_submodule(path, EdgeLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
     into_one_place(model.parameters())
+    if products.operator is not None:
+        for path, module in list(model.named_modules()):
+            weight = getattr(module, "weight", None)
+            norm = None
+            if isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16:
+                norm = fast_norm(module, products.operator)
+            if norm is not None:
+                model.set_submodule(path, norm, strict=True)
 
 
 def products_for(device: torch.device) -> DenseProducts:

@@ -164,13 +164,24 @@ class Arithmetic:
             compute = self._factored
         return compute(module, expert, hidden).to(sum_dtype(hidden))
 
-    def combine(self, out: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """sum over i of weights[i] * out[i], in the order of i: [n, H] of ``one_token`` -> [1, H] in ``dtype``."""
+    def combine(
+        self,
+        out: Tensor,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        constants: Sequence[tuple[Tensor, float]] = (),
+    ) -> Tensor:
+        """sum over i of weights[i] * out[i], then of the constants' weights times them: [n, H] of ``one_token``,
+        constants [H] -> [1, H] in ``dtype``.
+        """
         engine, kept = self._operator, (torch.float32, torch.bfloat16)
         if engine is not None and out.dtype == torch.float32 and dtype in kept:
-            return engine.combine(out, weights, dtype)
+            return engine.combine(out, weights, dtype, constants)
         alpha = torch.tensor(weights, dtype=out.dtype, device=out.device).unsqueeze(1)
-        return (out * alpha).sum(0, keepdim=True).to(dtype)
+        total = (out * alpha).sum(0, keepdim=True)
+        for row, weight in constants:
+            total += row * weight
+        return total.to(dtype)
 
     def _alone(self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor) -> Tensor:
         """One expert without the operator."""
@@ -275,6 +286,15 @@ class Arithmetic:
             return y if bias is None else y + bias.to(y.dtype)
 
         return through_expert(module, hidden.bfloat16(), project)
+
+
+def gates_in_one_call(
+    module: nn.Module, experts: Sequence[StoredExpert], hidden: torch.dtype
+) -> bool:
+    """Whether the operator computes all these experts of ``module`` together, for activations in ``hidden``."""
+    alike = len({one.kin for one in experts}) == 1
+    suited = all(one.suits_operator(module, hidden) and _whole_expert(one) for one in experts)
+    return alike and suited and _usual_gate(module)
 
 
 def _usual_gate(module: nn.Module) -> bool:

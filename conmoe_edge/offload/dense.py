@@ -19,6 +19,7 @@ Memory beside the weights: one block (``DENSE_BLOCK_BYTES``) for the whole model
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,13 @@ class DenseProducts:
         return part.dequantise(out=out)
 
 
+def call_at_once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``nn.Module.__call__`` of a module that nobody has hooked, without looking for hooks that are not there."""
+    if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
+        return nn.Module.__call__(self, *args, **kwargs)
+    return self.forward(*args, **kwargs)
+
+
 class EdgeLinear(nn.Linear):
     """A linear layer of a loaded package: y = x W^T + b, for inference only.
 
@@ -112,6 +120,7 @@ class EdgeLinear(nn.Linear):
     """
 
     weight_scale: nn.Parameter | None
+    __call__ = call_at_once
 
     def __init__(self, like: nn.Linear, products: DenseProducts, *, int8: bool) -> None:
         """Take the place of ``like``: with its weight, or on the meta device with room for int8."""
@@ -120,6 +129,7 @@ class EdgeLinear(nn.Linear):
         self.bias = like.bias
         self.products = products
         self._matrix: Matrix | None = None
+        self._place = 0
         self._prepared: Prepared | None = None
         if int8:
             values = torch.empty(like.weight.shape, dtype=torch.int8, device="meta")
@@ -130,9 +140,26 @@ class EdgeLinear(nn.Linear):
             self.weight = like.weight
             self.register_parameter("weight_scale", None)
 
-    @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the format of ``input``."""
+        engine = self.products.operator
+        if engine is not None and input.numel() == self.in_features and self.bias is None:
+            # The usual step of a decode, by itself: every line here is cold between two weights.
+            self._current()
+            one = input.dtype == torch.bfloat16 or input.dtype == torch.float32
+            if one and self._takes_one_row(input):
+                y = engine.one_row(self._prepared, input.contiguous())  # pyright: ignore[reportArgumentType]
+                return y.view(*input.shape[:-1], self.out_features)
+        with torch.no_grad():
+            return self._any_rows(input)
+
+    def _takes_one_row(self, input: Tensor) -> bool:
+        """Whether ``DenseProducts.apply`` would give this row to the operator as it is."""
+        if self._prepared is None or input.device.type != "cpu":
+            return False
+        return self.weight_scale is not None or input.dtype == self._prepared.matrix.values.dtype
+
+    def _any_rows(self, input: Tensor) -> Tensor:
         flat = input.reshape(-1, self.in_features)
         matrix = self._current()
         out = self.products.apply(matrix, self._prepared, flat, self.bias)
@@ -141,7 +168,9 @@ class EdgeLinear(nn.Linear):
     def _current(self) -> Matrix:
         """The weights as they lie now; they may have been moved since the last call."""
         matrix = self._matrix
-        if matrix is None or matrix.values.data_ptr() != self.weight.data_ptr():
+        # Not by name: attributes of a module that are parameters are slow to look up.
+        if matrix is None or self._place != self._parameters["weight"].data_ptr():  # pyright: ignore[reportOptionalMemberAccess]
+            self._place = self.weight.data_ptr()
             if self.weight_scale is None:
                 matrix = stored("plain", self.weight.detach(), None)
             else:

@@ -14,8 +14,10 @@ on all its tokens; contributions are added in fp32 in the order of the prototype
 and the rule for the arithmetic do not depend on how many prototypes are resident, so neither does
 the result.
 
-One token on a CPU takes a way of its own: a handful of numbers is quicker to merge in Python than
-by tensor operations, and all its prototypes that are there compute in one call.
+One token on a CPU takes a way of its own: where all prototypes of a layer stay resident, one call of
+the operator does everything (``LayerHandle.whole``); elsewhere a handful of numbers is quicker to
+merge in Python than by tensor operations, and all prototypes that are there compute in one call. The
+bits are the same.
 
 Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T,
 H]; below ``MANY_ROWS`` tokens the outputs of all their prototypes.
@@ -33,6 +35,7 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import add_constants, merge_routes, sum_dtype
 from conmoe_edge.offload.arithmetic import MANY_ROWS
 from conmoe_edge.offload.stored_expert import StoredExpert
+from conmoe_edge.offload.whole_layer import WholeLayer
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.runtime import Runtime
@@ -62,10 +65,33 @@ class LayerHandle:
     runtime: Runtime | None = None
     _targets: list[int] = field(default_factory=list)
     _factors: list[float] = field(default_factory=list)
+    _constants: list[Tensor | None] = field(default_factory=list)
+    _whole: WholeLayer | None = None
 
     def __post_init__(self) -> None:
         self._targets = self.slot_map.tolist()
         self._factors = [] if self.scales is None else self.scales.tolist()
+        if self.constants is not None and self.constant_of is not None:
+            rows = self.constant_of.tolist()
+            self._constants = [self.constants[row] if row >= 0 else None for row in rows]
+
+    def whole(self, module: nn.Module, runtime: Runtime) -> WholeLayer:
+        """The layer for one call, as far as it can be had with what is resident now."""
+        if self._whole is None or self._whole.residency is not runtime.residency:
+            self._whole = WholeLayer.of(
+                module, runtime, self._targets, self._factors, self._constants
+            )
+        return self._whole
+
+    def constants_of(self, slots: list[int], gates: list[float]) -> list[tuple[Tensor, float]]:
+        """Constants and gates for the slots of one token, those that have one, in the order of the slots."""
+        if not self._constants:
+            return []
+        inside = [(slot, gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]
+        found = [
+            (self._constants[slot], gate) for slot, gate in inside if slot < len(self._constants)
+        ]
+        return [(row, gate) for row, gate in found if row is not None]
 
     def merge_one(self, slots: list[int], gates: list[float]) -> dict[int, float]:
         """Prototype number -> weight for the slots of one token, in the order of the numbers: ``merge_routes`` for
@@ -114,9 +140,8 @@ def conmoe_experts_forward(
     index = top_k_index.reshape(-1, top_k_index.shape[-1])  # [T, K]
     weights = top_k_weights.reshape(index.shape)  # [T, K]
     if len(hidden) == 1 and hidden.device.type == "cpu":
-        total = _one_token(self, handle, runtime, hidden, index, weights)
-    else:
-        total = _tokens(self, handle, runtime, hidden, index, weights)
+        return _one_token(self, handle, runtime, hidden, index, weights).view(hidden_states.shape)
+    total = _tokens(self, handle, runtime, hidden, index, weights)
     if handle.constants is not None and handle.constant_of is not None:
         add_constants(total, index, weights, handle.constants, handle.constant_of)
     return total.to(hidden_states.dtype).view(hidden_states.shape)
@@ -130,28 +155,31 @@ def _one_token(
     index: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """[1, H], [1, K], [1, K] -> [1, H]."""
-    merged = handle.merge_one(index[0].tolist(), weights[0].tolist())
-    if not merged:
-        return torch.zeros(hidden.shape, dtype=sum_dtype(hidden))
+    """[1, H], [1, K], [1, K] -> [1, H], in the format of ``hidden``."""
+    found = handle.whole(module, runtime).output(hidden, index, weights)
+    if found is not None:
+        return found
+    slots, gates = index[0].tolist(), weights[0].tolist()
+    merged = handle.merge_one(slots, gates)
     numbers = list(merged)
     ahead = () if runtime.prefetcher is None else runtime.prefetcher.next(handle.layer, hidden)
     experts = runtime.residency.resident(numbers)
-    if experts is not None:
+    if not numbers:
+        out = torch.empty(0, hidden.shape[1], dtype=sum_dtype(hidden))
+    elif experts is not None:
         if ahead:
             runtime.residency.prefetch(ahead, keep=numbers)
         out = runtime.arithmetic.one_token(module, experts, hidden)  # [n, H]
     else:
-        found: list[Tensor] = [hidden] * len(numbers)
+        parts: list[Tensor] = [hidden] * len(numbers)
 
         def compute(position: int, expert: StoredExpert) -> None:
-            found[position] = runtime.arithmetic.one_token(module, [expert], hidden)
+            parts[position] = runtime.arithmetic.one_token(module, [expert], hidden)
 
         runtime.residency.visit(numbers, compute, ahead=ahead)
-        out = torch.cat(found)
-    # With constants the sum goes on, and stays in its own format until it is whole.
-    dtype = hidden.dtype if handle.constants is None else sum_dtype(hidden)
-    return runtime.arithmetic.combine(out, list(merged.values()), dtype)
+        out = torch.cat(parts)
+    constants = handle.constants_of(slots, gates)
+    return runtime.arithmetic.combine(out, list(merged.values()), hidden.dtype, constants)
 
 
 def _tokens(

@@ -98,6 +98,15 @@ class Residency:
                 self._ready[number] = self._pools[layout].parts(slot)
         self.all_resident = all(expert is not None for expert in self._ready)
 
+    def pinned(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
+        """These prototypes, where all of them stay for as long as this object is in use."""
+        found = [self._ready[number] for number in numbers]
+        return None if any(one is None for one in found) else [one for one in found if one]
+
+    def used(self, count: int) -> None:
+        """So many pinned prototypes were asked for."""
+        self._resident_hits += count
+
     @property
     def resident_count(self) -> int:
         """How many prototypes the slots hold at once, at most."""

@@ -18,6 +18,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,11 +52,83 @@ class Prepared:
     values: int
     scales: int
     matrix: Matrix
+    tables: tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]
 
     @property
     def gates_whole_tiles(self) -> bool:
         """Whether gate and up rows of this fused matrix begin with a tile each, so that ``gated_experts`` takes it."""
         return self.form.code != _CODES["int4"] or self.form.rows % (2 * _TILE) == 0
+
+
+class _Layer(ctypes.Structure):
+    _fields_: ClassVar = [
+        *[(name, ctypes.c_int64) for name in ("up_kind", "down_kind", "slots", "columns")],
+        *[(name, ctypes.c_int64) for name in ("up_group", "down_group")],
+        *[(name, ctypes.c_void_p) for name in ("target", "factor", "up_values", "up_scales")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("down_values", "down_scales", "widths", "constants")
+        ],
+    ]
+
+
+class LayerTable:
+    """A layer whose prototypes all lie in memory and stay there, for ``Operator.layer``."""
+
+    def __init__(
+        self,
+        ups: Sequence[Prepared],
+        downs: Sequence[Prepared],
+        targets: Sequence[int],
+        factors: Sequence[float] | None,
+        constants: Sequence[Tensor | None] | None,
+    ) -> None:
+        """Every argument is kept alive.
+
+        Args:
+            ups, downs: of every prototype, as ``gated_experts`` takes them together.
+            targets: which prototype stands behind each slot, -1 for none.
+            factors: of every slot; ``None`` for all one.
+            constants: fp32 [H] of every slot that has one; ``None`` where no slot has.
+        """
+        slots, many = len(targets), len(ups)
+        pointers = ctypes.c_void_p * many
+        up, down = ups[0].form, downs[0].form
+        rows = None
+        if constants is not None:
+            rows = (ctypes.c_void_p * slots)(
+                *[None if row is None else row.data_ptr() for row in constants]
+            )
+        arrays = (
+            (ctypes.c_int64 * slots)(*targets),
+            None if factors is None else (ctypes.c_float * slots)(*factors),
+            pointers(*[one.values for one in ups]),
+            pointers(*[one.scales for one in ups]),
+            pointers(*[one.values for one in downs]),
+            pointers(*[one.scales for one in downs]),
+            (ctypes.c_int64 * many)(*[one.form.columns for one in downs]),
+            rows,
+        )
+        self._kept = (ups, downs, constants, arrays)
+        self._struct = _Layer(
+            *(up.code, down.code, slots, up.columns, up.group, down.group),
+            *[None if array is None else ctypes.addressof(array) for array in arrays],
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis.
+
+    ``plus_one``: the weight is one less than what is multiplied with; ``early``: what is multiplied
+    with it is rounded to the format of x first.
+    """
+
+    weight: Tensor
+    epsilon: float
+    plus_one: bool
+    early: bool
 
 
 class Operator:
@@ -65,7 +138,7 @@ class Operator:
         self._few_rows = handle.conmoe_few_rows
         self._gated = handle.conmoe_gated_experts
         self._combine = handle.conmoe_combine
-        self._weighted = handle.conmoe_weighted_rows
+        self._attend = handle.conmoe_attend
         self._expand = handle.conmoe_expand
         integer, number, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         self._few_rows.argtypes = [
@@ -76,12 +149,28 @@ class Operator:
             *(integer, integer, number, address, address, address, address, address, address),
             *(address, number, number, number, integer),
         ]
-        self._combine.argtypes = [number, address, address, address, number, integer]
-        self._combine.restype = None
-        self._weighted.argtypes = [
-            *(integer, number, address, address, number, address),
-            *(number, number, integer),
+        self._combine.argtypes = [
+            *(number, address, address, number, address, address),
+            *(address, number, integer),
         ]
+        self._combine.restype = None
+        self._layer = handle.conmoe_layer
+        self._layer.argtypes = [
+            *(address, address, address, integer, number),
+            *(address, address, integer),
+        ]
+        self._layer.restype = number
+        self._norm = handle.conmoe_rms_norm
+        self._norm.argtypes = [
+            *(address, address, address, number, number, ctypes.c_float),
+            *(integer, integer, integer, integer),
+        ]
+        self._norm.restype = None
+        self._attend.argtypes = [
+            *(number, address, address, address, number, address),
+            *(number, number, number, ctypes.c_float),
+        ]
+        self._attend.restype = None
         self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -97,7 +186,8 @@ class Operator:
             return None
         scales = 0 if matrix.scales is None else matrix.scales.data_ptr()
         form = Form(code, matrix.rows, matrix.columns, matrix.group)
-        return Prepared(form, matrix.values.data_ptr(), scales, matrix)
+        values, one = matrix.values.data_ptr(), ctypes.c_void_p * 1
+        return Prepared(form, values, scales, matrix, (one(values), one(scales)))
 
     def few_rows(self, matrices: Sequence[Prepared], x: Tensor) -> Tensor:
         """y[i, t] = W_i x[i, t], in one pass over the weights.
@@ -168,22 +258,81 @@ class Operator:
         assert not failed, "``gates_whole_tiles`` lets only experts pass that the operator takes"
         return y
 
-    def combine(self, y: Tensor, weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """sum over i of weights[i] * y[i], in the order of i: fp32 [n, H] -> [1, H] in fp32 or bf16."""
+    def one_row(self, matrix: Prepared, x: Tensor) -> Tensor:
+        """W x as of ``few_rows``, for one matrix and one row [1, K]: [1, R]."""
+        form, narrow = matrix.form, x.dtype == torch.bfloat16
+        y = torch.empty(1, form.rows, dtype=x.dtype)
+        failed = self._few_rows(
+            *(form.code, 1, *matrix.tables, x.data_ptr(), 0, 1, y.data_ptr()),
+            *(form.rows, form.columns, form.group, narrow),
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return y
+
+    def combine(
+        self,
+        y: Tensor,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        constants: Sequence[tuple[Tensor, float]] = (),
+    ) -> Tensor:
+        """sum over i of weights[i] * y[i], then of the constants' weights times them, in their orders.
+
+        Args:
+            y: fp32 [n, H], contiguous.
+            weights: n of them.
+            dtype: fp32 or bf16, of the result [1, H].
+            constants: (fp32 [H], weight) each.
+        """
         assert y.dtype == torch.float32 and y.is_contiguous() and dtype in _ACTIVATIONS
-        out = torch.empty(1, y.shape[1], dtype=dtype)
+        out, extra = torch.empty(1, y.shape[1], dtype=dtype), len(constants)
         self._combine(
             len(weights),
             y.data_ptr(),
             (ctypes.c_float * len(weights))(*weights),
+            extra,
+            (ctypes.c_void_p * extra)(*[row.data_ptr() for row, _ in constants]),
+            (ctypes.c_float * extra)(*[weight for _, weight in constants]),
             out.data_ptr(),
             y.shape[1],
             dtype == torch.bfloat16,
         )
         return out
 
+    def layer(
+        self, layer: LayerTable, slots: Tensor, gates: Tensor, x: Tensor
+    ) -> tuple[Tensor, int]:
+        """The routed experts' output of one token, and how many prototypes gave it.
+
+        Args:
+            layer: its prototypes.
+            slots: int64, the K slots that the router chose, contiguous.
+            gates: fp32 or bf16, theirs, contiguous.
+            x: fp32 or bf16, H values, contiguous.
+
+        Returns:
+            Like ``x``: the same bits as ``gated_experts`` and ``combine``.
+        """
+        out = torch.empty_like(x)
+        count = self._layer(
+            *(layer.address, slots.data_ptr(), gates.data_ptr(), gates.dtype == torch.bfloat16),
+            *(slots.numel(), x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16),
+        )
+        assert count >= 0, "only experts that ``gated_experts`` takes are in a table"
+        return out, count
+
+    def rms_norm(self, norm: RmsNorm, x: Tensor) -> Tensor:
+        """The norm of the last axis of ``x``, fp32 or bf16 and contiguous."""
+        out, columns = torch.empty_like(x), x.shape[-1]
+        self._norm(
+            *(x.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns),
+            *(norm.epsilon, x.dtype == torch.bfloat16, norm.weight.dtype == torch.bfloat16),
+            *(norm.plus_one, norm.early),
+        )
+        return out
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
-        """softmax(q K^T * scaling) V of one new token: two products with few rows, and torch's softmax between them.
+        """softmax(q K^T * scaling) V of one new token: two products with few rows.
 
         Args:
             query: bf16 [1, heads, 1, D].
@@ -197,22 +346,13 @@ class Operator:
         rows = [one.stride()[2:] == (one.shape[3], 1) for one in (key, value)]
         if not all(rows) or query.shape[2] != 1 or len(query) != 1:
             return None
-        each = query.shape[1] // groups
-        x = query.float().reshape(groups, each, query.shape[3])
-        scores = torch.empty(groups, each, length, dtype=torch.float32)
-        none = (ctypes.c_void_p * groups)()
-        code = _PLAIN[torch.bfloat16]
-        failed = self._few_rows(
-            *(code, groups, _heads(key), none, x.data_ptr(), each * x.shape[2], each),
-            *(scores.data_ptr(), length, x.shape[2], 0, False),
+        each, width = query.shape[1] // groups, value.shape[3]
+        q = query.reshape(groups, each, query.shape[3]).contiguous()
+        out = torch.empty(1, 1, query.shape[1], width, dtype=torch.bfloat16)
+        self._attend(
+            *(groups, _heads(key), _heads(value), q.data_ptr(), each, out.data_ptr()),
+            *(length, q.shape[2], width, scaling),
         )
-        weights = torch.softmax(scores.mul_(scaling), -1)
-        out = torch.empty(1, 1, query.shape[1], value.shape[3], dtype=torch.bfloat16)
-        failed |= self._weighted(
-            *(code, groups, _heads(value), weights.data_ptr(), each, out.data_ptr()),
-            *(length, value.shape[3], True),
-        )
-        assert not failed, "bf16 is taken"
         return out
 
     def expand(self, matrix: Prepared, out: Tensor) -> Tensor:

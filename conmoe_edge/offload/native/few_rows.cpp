@@ -38,6 +38,7 @@ constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
 constexpr int64_t TILE = 64;        // rows of a tile of int4
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
+constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
 enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
@@ -222,6 +223,39 @@ inline float sum(Lanes a) {
 }
 
 #endif
+
+// exp of a number that is not above 0, to a few units in the last place; below 2^-126 it is that.
+inline float exp_below(float x) {
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+  const float t = std::max(x * 1.44269504f, -126.0f), whole = (t + ROUND) - ROUND, f = t - whole;
+  float p = 1.5403530e-4f;  // 2^f for |f| <= 1/2, its Taylor series
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  return p * from_bits(uint32_t(int32_t(whole) + 127) << 23);
+}
+
+// The softmax of `scaling` times `count` numbers, in their place. Sums run in lanes, so the order is always the same.
+inline void softmax(float* x, int64_t count, float scaling) {
+  float most[LANES], sums[LANES] = {0};
+  for (float& one : most) one = -std::numeric_limits<float>::infinity();
+  const int64_t whole = count - count % LANES;
+  for (int64_t k = 0; k < count; ++k) x[k] *= scaling;
+  for (int64_t k = 0; k < whole; k += LANES)
+    for (int64_t i = 0; i < LANES; ++i) most[i] = most[i] > x[k + i] ? most[i] : x[k + i];
+  float top = most[0];
+  for (const float one : most) top = std::max(top, one);
+  for (int64_t k = whole; k < count; ++k) top = std::max(top, x[k]);
+  for (int64_t k = 0; k < whole; k += LANES)
+    for (int64_t i = 0; i < LANES; ++i) sums[i] += x[k + i] = exp_below(x[k + i] - top);
+  float total = 0;
+  for (int64_t k = whole; k < count; ++k) total += x[k] = exp_below(x[k] - top);
+  for (const float one : sums) total += one;
+  for (int64_t k = 0; k < count; ++k) x[k] /= total;
+}
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -825,28 +859,121 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
   return downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_group);
 }
 
-// out = sum over i of weights[i] * y[i], in the order of i; y: fp32 [count, columns], out bf16 where `narrow`.
-void conmoe_combine(int64_t count, const float* y, const float* weights, void* out, int64_t columns, int narrow) {
+// out = sum over i of weights[i] * y[i] + sum over j of gates[j] * constants[j], in this order; y: fp32 [count, columns],
+// constants: addresses of fp32 [columns] each; out bf16 where `narrow`.
+void conmoe_combine(int64_t count, const float* y, const float* weights, int64_t extra, const float* const* constants,
+                    const float* gates, void* out, int64_t columns, int narrow) {
   const Target target{out, narrow != 0};
-  for (int64_t k = 0; k < columns; ++k) {
+  std::vector<float> total(size_t(columns), 0.0f);
+  const auto add = [&](const float* row, float weight) {
+    for (int64_t k = 0; k < columns; ++k) total[size_t(k)] += weight * row[k];
+  };
+  for (int64_t i = 0; i < count; ++i) add(y + i * columns, weights[i]);
+  for (int64_t j = 0; j < extra; ++j) add(constants[j], gates[j]);
+  for (int64_t k = 0; k < columns; ++k) target.put(k, total[size_t(k)]);
+}
+
+// A layer whose prototypes all lie in memory. Tables are by the order of the prototypes; `target` says which of them
+// stands behind each of the router's slots, -1 for none.
+struct Layer {
+  int64_t up_kind, down_kind, slots, columns, up_group, down_group;
+  const int64_t* target;
+  const float* factor;  // of each slot, or null
+  const void* const* up_values;
+  const void* const* up_scales;
+  const void* const* down_values;
+  const void* const* down_scales;
+  const int64_t* widths;
+  const float* const* constants;  // of each slot, null where it has none; or null
+};
+
+// The routed experts' output of one token, `slots` and `gates` [k] as its router gave them (gates bf16 where
+// `narrow_gates`, else fp32), x and out [columns] (bf16 where `narrow`). What meets on a prototype is added first, in
+// fp64 and in the order of the slots. Returns how many prototypes there were, or -1 where a form cannot be taken.
+int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
+                     const void* x, void* out, int narrow) {
+  std::vector<int64_t> chosen;
+  std::vector<double> sums;
+  std::vector<const float*> constants;
+  std::vector<float> shares;
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t slot = slots[i];
+    if (slot < 0 || slot >= layer->slots) continue;
+    const float gate =
+        narrow_gates ? from_bf16(static_cast<const uint16_t*>(gates)[i]) : static_cast<const float*>(gates)[i];
+    if (layer->constants && layer->constants[slot]) {
+      constants.push_back(layer->constants[slot]);
+      shares.push_back(gate);
+    }
+    const int64_t target = layer->target[slot];
+    if (target < 0) continue;
+    const double weight = double(gate) * (layer->factor ? double(layer->factor[slot]) : 1.0);
+    const auto place = std::lower_bound(chosen.begin(), chosen.end(), target);
+    const auto at = place - chosen.begin();
+    if (place != chosen.end() && *place == target) {
+      sums[size_t(at)] += weight;
+    } else {
+      chosen.insert(place, target);
+      sums.insert(sums.begin() + at, weight);
+    }
+  }
+  const auto count = int64_t(chosen.size());
+  std::vector<const void*> tables[4];
+  std::vector<int64_t> widths;
+  std::vector<float> weights;
+  const void* const* const sources[4] = {layer->up_values, layer->up_scales, layer->down_values, layer->down_scales};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][chosen[size_t(i)]]);
+    widths.push_back(layer->widths[chosen[size_t(i)]]);
+    weights.push_back(float(sums[size_t(i)]));
+  }
+  std::vector<float> y(size_t(count * layer->columns) + 1);
+  if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
+                                    tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
+                                    layer->columns, layer->up_group, layer->down_group, narrow))
+    return -1;
+  conmoe_combine(count, y.data(), weights.data(), int64_t(constants.size()), constants.data(), shares.data(), out,
+                 layer->columns, narrow);
+  return count;
+}
+
+// Rows of x over the root of their mean square, times a weight: [rows, columns], bf16 where `narrow`, else fp32; weight
+// bf16 where `narrow_weight`. `plus_one` adds 1 to the weight; `early` rounds the rows to the format of x before the
+// weight is applied.
+void conmoe_rms_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t columns, float epsilon,
+                     int narrow, int narrow_weight, int plus_one, int early) {
+  const Source source(x, narrow, rows * columns), factors(weight, narrow_weight, columns);
+  const Target target{out, narrow != 0};
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = source.values + row * columns;
+    float sums[LANES] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= columns; k += LANES)
+      for (int64_t i = 0; i < LANES; ++i) sums[i] += from[k + i] * from[k + i];
     float total = 0;
-    for (int64_t i = 0; i < count; ++i) total += weights[i] * y[i * columns + k];
-    target.put(k, total);
+    for (; k < columns; ++k) total += from[k] * from[k];
+    for (const float one : sums) total += one;
+    const float scale = 1.0f / std::sqrt(total / float(columns) + epsilon);
+    for (k = 0; k < columns; ++k) {
+      float value = from[k] * scale;
+      if (early && narrow) value = from_bf16(to_bf16(value));
+      target.put(row * columns + k, value * (factors.values[k] + (plus_one ? 1.0f : 0.0f)));
+    }
   }
 }
 
-// y[i, t] = sum over r of p[i, t, r] * W_i[r]; p fp32 [count, tokens, rows], y [count, tokens, columns], bf16 where
-// `narrow`. W_i are bf16 or fp32. Returns as above.
-int conmoe_weighted_rows(int kind, int64_t count, const void* const* values, const float* p, int64_t tokens, void* y,
-                         int64_t rows, int64_t columns, int narrow) {
-  const Target target{y, narrow != 0};
-  if (kind == BF16)
-    weighted<Bf16>(count, values, p, tokens, target, rows, columns);
-  else if (kind == FP32)
-    weighted<Fp32>(count, values, p, tokens, target, rows, columns);
-  else
-    return 1;
-  return 0;
+// out = softmax(q K^T * scaling) V of one new token: q [groups, each, columns] and out [groups, each, width] in bf16, K_i
+// [length, columns] and V_i [length, width] of every group in bf16; scores and sums are fp32.
+void conmoe_attend(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each,
+                   void* out, int64_t length, int64_t columns, int64_t width, float scaling) {
+  const Source query(q, true, groups * each * columns);
+  std::vector<float> scores(size_t(groups * each * length));
+  const std::vector<const void*> none(size_t(groups), nullptr);
+  products(BF16, groups, keys, none.data(), query.values, false, each, Target{scores.data(), false}, length, columns, 0);
+  const int64_t rows = groups * each;
+#pragma omp parallel for schedule(static) if (rows * length > MANY)
+  for (int64_t row = 0; row < rows; ++row) softmax(scores.data() + row * length, length, scaling);
+  weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
 }
 
 // The weights as fp32 [rows, columns]. Returns as above.

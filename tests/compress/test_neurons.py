@@ -205,9 +205,7 @@ def test_what_goes_beside_a_constant_is_measured_without_it() -> None:
     for error, kept in zip(errors[1:-1], neurons, strict=False):
         columns = torch.cat([own.values[:, kept], gates[own.rows].unsqueeze(1)], 1).double()
         solved = torch.linalg.lstsq(columns, target).solution
-        assert error == pytest.approx(
-            float((target - columns @ solved).square().sum()), rel=0.1
-        )
+        assert error == pytest.approx(float((target - columns @ solved).square().sum()), rel=0.1)
 
 
 @torch.no_grad()

@@ -55,15 +55,15 @@ def least_error(curves: Curves, sizes: Sequence[int], room: int, floors: Sequenc
     """Of all assignments."""
     ranges = [range(floor, len(sizes)) for floor in floors]
     return min(
-        error_of(curves, one)
-        for one in itertools.product(*ranges)
-        if bytes_of(sizes, one) <= room
+        error_of(curves, one) for one in itertools.product(*ranges) if bytes_of(sizes, one) <= room
     )
 
 
 @given(falling(), st.integers(2, 28))
 @settings(max_examples=200, deadline=None)
-def test_a_choice_is_within_the_room_and_within_a_step_of_the_best(curves: Curves, room: int) -> None:
+def test_a_choice_is_within_the_room_and_within_a_step_of_the_best(
+    curves: Curves, room: int
+) -> None:
     chosen = choose(curves, SIZES, room)
     assert any(chosen) and bytes_of(SIZES, chosen) <= room
     best = least_error(curves, SIZES, room, [0] * len(curves))

@@ -131,7 +131,8 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
 def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_path: Path) -> None:
     """Narrow, merged and factored prototypes, scales, constants: the runtime against a loop over tokens and slots."""
     package = tmp_path / method
-    fit(source, package, 0.5, method=method)
+    # Records of these experts have a page or two: at 50 % all of them could be narrow.
+    fit(source, package, 0.3 if method == "auto" else 0.5, method=method)
     manifest = load_manifest(package)
     sizes = [layout.nbytes for layout in manifest.layouts]
     left = manifest.plan["chosen"]["pool_bytes"] - sum(

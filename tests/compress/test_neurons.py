@@ -1,4 +1,4 @@
-"""What neurons cost and who keeps how many, by ``auto`` with free widths: against least squares and sums over tokens."""
+"""What neurons cost and who keeps how many (``auto`` with free widths): against least squares and sums over tokens."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from conmoe_edge.checkpoint.manifest_io import save_manifest
 from conmoe_edge.checkpoint.quantise import quantise
 from conmoe_edge.checkpoint.records import make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
+from conmoe_edge.compress.trim import take_neurons
 from conmoe_edge.model.bridge import saved_names
 from conmoe_edge.model.experts import find_experts, part_names
 
@@ -54,9 +55,11 @@ def write_package(
     plan: dict[str, Any] | None = None,
     in_int8: Collection[str] = (),
     hub_names: bool = False,
+    widths: Mapping[ExpertId, int] | None = None,
 ) -> Path:
     """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits; with
-    ``hub_names`` under the names that its checkpoints have, which other engines read.
+    ``hub_names`` under the names that its checkpoints have, which other engines read. A prototype named in ``widths``
+    keeps so many neurons, the first ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     experts = find_experts(model)
@@ -71,6 +74,8 @@ def write_package(
         tensors[one] = {
             name: getattr(module, name)[one.expert].detach() for name in part_names(module)
         }
+        if widths and one in widths:
+            tensors[one] = take_neurons(module, tensors[one], torch.arange(widths[one]))
         layout = make_layout(
             [
                 (n, tuple(t.shape), str(t.dtype).removeprefix("torch."))

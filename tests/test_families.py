@@ -131,10 +131,18 @@ def test_runtime_equals_transformers(source: Path, tmp_path: Path) -> None:
 def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_path: Path) -> None:
     """Narrow, merged and factored prototypes, scales, constants: the runtime against a loop over tokens and slots."""
     package = tmp_path / method
-    fit(source, package, 0.5, method=method)
+    # Records of these experts have a page or two: at 50 % all of them could be narrow.
+    fit(source, package, 0.3 if method == "auto" else 0.5, method=method)
     manifest = load_manifest(package)
-    records = sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
-    assert records == manifest.plan["chosen"]["pool_bytes"], "bytes planned are bytes written"
+    sizes = [layout.nbytes for layout in manifest.layouts]
+    left = manifest.plan["chosen"]["pool_bytes"] - sum(
+        sizes[entry.layout] for entry in manifest.prototypes
+    )
+    if method == "auto":
+        assert len(manifest.layouts) > 1, "prototypes of different widths"
+        assert 0 <= left < max(sizes)
+    else:
+        assert left == 0, "bytes planned are bytes written"
     assert 0 < manifest.receipt["kl"] < 5
     reference = original(source)
     constants = read_constants(package / CONSTANTS_FILE) if manifest_has_constants(manifest) else {}

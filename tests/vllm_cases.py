@@ -163,6 +163,7 @@ def demo(precision: str) -> Callable[[Path], Path]:
             "precision": "auto",
             "dense_precision": "source",
             "min_resident": None,
+            "widths": "free",
         }
         levers = {**levers_for("vllm", levers), "precision": precision}
         api.fit(

@@ -24,6 +24,8 @@ from conmoe_edge.compress.refit import Features
 from conmoe_edge.compress.trim import cuts
 
 PRIOR = 1.0
+_NEARLY_CONSTANT = 0.01
+"""Where the difference is this share of the Gram matrix, its rounding shows: it is summed over tokens again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,12 @@ def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Na
     """What one expert loses in every width of the scope, by its activations on its tokens and their gates [n]."""
     down = down_rows(scope, expert)
     count, width = own.values.shape
-    middle = (gates @ own.values) / gates.square().sum().clamp(min=1e-30).sqrt()
+    square = gates.square().sum().clamp(min=1e-30)
+    middle = (gates @ own.values) / square.sqrt()
     gram = own.gram - torch.outer(middle, middle)
+    if gram.diagonal().sum() < _NEARLY_CONSTANT * own.gram.diagonal().sum():
+        rest = own.values - torch.outer(gates / square.sqrt(), middle)
+        gram = rest.T @ rest
     found = cuts(gram, down, scope.widths, PRIOR * width / max(1, count))
     nothing = float(((down @ gram) * down).sum(dtype=torch.float64))
     return Narrowing(

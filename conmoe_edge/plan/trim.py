@@ -72,11 +72,11 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
     width, kind = experts.width, PRECISIONS[precision].kinds[-1]
     step = next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
     dear = record_bytes(experts, kind) / width * _DEAREST
-    fitting = [
-        one
-        for one in range(step, width, step)
-        if record_bytes(experts.narrowed(one), kind) <= dear * one
-    ]
+    # Of widths whose records take the same pages, the widest.
+    widest = {
+        record_bytes(experts.narrowed(one), kind): one for one in range(step, width + 1, step)
+    }
+    fitting = [one for nbytes, one in widest.items() if nbytes <= dear * one and one < width]
     found = {
         min(fitting, key=lambda one: (abs(one - width * part / PARTS), one))
         for part in range(1, PARTS)

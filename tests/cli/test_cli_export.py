@@ -57,6 +57,16 @@ def test_for_vllm_forces_the_levers() -> None:
     chosen = json.loads(done.stdout)["plan"]["chosen"]
     assert (chosen["precision"], chosen["scope"]) == ("source", 1)
     assert chosen["slots"] == chosen["prototypes"]
+    words = "plan demo --gpu 8GB --device cpu --rate 25% --json"
+    equal = run(*words.split(), "--precision", "source", "--widths", "equal")
+    assert json.loads(equal.stdout)["plan"]["chosen"]["pool_bytes"] == chosen["pool_bytes"]
+    free = run(*words.split(), "--precision", "source")
+    assert json.loads(free.stdout)["plan"]["chosen"]["prototypes"] != chosen["prototypes"]
+
+
+def test_widths_are_free_or_equal() -> None:
+    done = run("plan", "demo", "--gpu", "8GB", "--widths", "some")
+    assert done.exit_code == 2 and "free" in done.stderr and "equal" in done.stderr
 
 
 def test_for_vllm_refuses_what_it_cannot_have() -> None:

@@ -282,11 +282,17 @@ def test_a_method_with_a_precision_of_its_own_resumes_too(source: Path, tmp_path
 
 
 @pytest.mark.timeout(900)
-def test_a_method_that_follows_the_package_resumes_too(source: Path, tmp_path: Path) -> None:
-    """``auto`` keeps a third stream between layers; killed at some durable steps it ends with the same bytes."""
-    settings: dict[str, Any] = {"method": "auto", "scope": 1}
+@pytest.mark.parametrize("widths", ["free", "equal"])
+def test_a_method_that_follows_the_package_resumes_too(
+    widths: str, source: Path, tmp_path: Path
+) -> None:
+    """``auto`` keeps a third stream between layers, and bytes that a layer has left go to the next; killed at some
+    durable steps it ends with the same bytes.
+    """
+    settings: dict[str, Any] = {"method": "auto", "scope": 1, "widths": widths}
     whole = tmp_path / "whole" / "out"
     assert finish(child(lambda: fit(source, whole, **settings))) == 0
+    assert len(load_manifest(whole).layouts) == (2 if widths == "free" else 1)
     for step in (14, 26, 40):
         out = tmp_path / str(step) / "out"
         assert finish(child(lambda out=out: fit(source, out, **settings), step)) == CRASH_STATUS

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save_tokenizer, tiny_model
+from families import FAMILIES, save_tiny, save_tokenizer, tiny_model
 from hand_packages import identity, materialise, slots_of, thirds, write_package
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -269,6 +269,62 @@ def test_trimmed_experts_change_the_field_of_their_width(
     torch.testing.assert_close(
         logits_of(plain(tmp_path / "plain")),
         logits_of(conmoe_edge.load(package, device="cpu")),
+        atol=2e-5,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("widest", [12, 16])
+def test_prototypes_of_different_widths_are_filled_up_to_the_widest(
+    family: str, widest: int, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    slots = thirds(model)
+    prototypes = sorted({slot.prototype for row in slots.values() for slot in row})
+    widths = {one: (4, widest, 7)[number % 3] for number, one in enumerate(prototypes)}
+    package = write_package(model, tmp_path / "package", slots, widths=widths)
+    assert len(load_manifest(package).layouts) == 3
+    done = export_hf(package, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    if family == "deepseek_v3":  # its shared experts are as wide as its routed ones
+        assert done.width == config["moe_intermediate_size"] == 16
+    else:
+        assert done.width == widest
+    exported = plain(tmp_path / "plain")
+    for layer, (_, module) in find_experts(exported).items():
+        down = module.down_proj if module.is_transposed else module.down_proj.transpose(1, 2)
+        for slot, record in enumerate(slots[layer]):
+            assert not bool(down[slot, widths[record.prototype] :].any())
+    torch.testing.assert_close(
+        logits_of(exported),
+        logits_of(conmoe_edge.load(package, device="cpu")),
+        atol=2e-5,
+        rtol=1e-4,
+    )
+
+
+def test_a_fit_with_free_widths_and_constants_where_experts_have_a_bias(tmp_path: Path) -> None:
+    """Nothing by hand: what ``auto`` writes of a model whose experts can hold constants."""
+    source = save_tiny("gpt_oss", tmp_path / "source")
+    save_tokenizer(source)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    conmoe_edge.fit(
+        str(source),
+        tmp_path / "package",
+        budget="4GB",
+        device="cpu",
+        rate=0.5,
+        calibration=tmp_path / "text.txt",
+        calibration_tokens=512,
+    )
+    manifest = load_manifest(tmp_path / "package")
+    assert len(manifest.layouts) > 1
+    assert any(slot.constant is not None for row in manifest.slots.values() for slot in row)
+    export_hf(tmp_path / "package", tmp_path / "plain")
+    torch.testing.assert_close(
+        logits_of(plain(tmp_path / "plain")),
+        logits_of(conmoe_edge.load(tmp_path / "package", device="cpu")),
         atol=2e-5,
         rtol=1e-4,
     )

@@ -11,6 +11,7 @@ import torch
 from families import tiny_model
 from hand_packages import identity, slots_of, thirds, write_package
 
+import conmoe_edge
 from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, SlotRecord
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.integrations.vllm.tables import (
@@ -103,6 +104,41 @@ def test_the_ranks_weights_are_those_of_the_experts(ranks: int, tmp_path: Path) 
     assert torch.equal(torch.cat([gate[:, :16], up[:, :16]], 1), module.gate_up_proj[2:4])
     assert torch.equal(down[..., :16], module.down_proj[2:4])
     assert not any(bool(rest.any()) for rest in (gate[:, 16:], up[:, 16:], down[..., 16:]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_prototypes_of_different_widths_are_filled_up_with_zeros(
+    ranks: int, tmp_path: Path
+) -> None:
+    """All ranks together, computed as an engine does, give what the package's own runtime gives."""
+    model = tiny_model("qwen3_moe")
+    slots = thirds(model)
+    prototypes = sorted({slot.prototype for row in slots.values() for slot in row})
+    widths = {one: (12, 5, 9)[number % 3] for number, one in enumerate(prototypes)}
+    folder = write_package(model, tmp_path / "p", slots, widths=widths)
+    package = Package(folder)
+    assert len(package.manifest.layouts) == 3
+    runtime = find_experts(conmoe_edge.load(folder, device="cpu"))
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    index = torch.rand(20, 8, generator=torch.Generator().manual_seed(2)).topk(3).indices
+    gates = torch.rand(20, 3, generator=torch.Generator().manual_seed(3))
+    for layer, table in package.tables.items():
+        stack, width = table.stack, table.width
+        assert width == 12 and len(stack) == 3
+        part = -(-width // ranks)
+        out = torch.zeros(20, 32)
+        for rank in range(ranks):
+            w13 = torch.full((3, 2 * part, 32), torch.nan)
+            w2 = torch.full((3, 32, part), torch.nan)
+            fill(package, stack, w13, w2, rank=rank, ranks=ranks, width=width)
+            for t in range(20):
+                for slot, gate in zip(index[t].tolist(), gates[t], strict=True):
+                    place = table.target[slot]
+                    one, up = (w13[place] @ hidden[t]).chunk(2)
+                    out[t] += gate * (w2[place] @ (torch.nn.functional.silu(one) * up))
+        with torch.no_grad():
+            wanted = runtime[layer][1](hidden, index, gates)
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_what_an_engine_cannot_take_is_refused(manifest: Manifest, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ ASKED: dict[str, Any] = {
     "precision": "auto",
     "dense_precision": "source",
     "min_resident": None,
+    "widths": "free",
     "prefer": "quality",
 }
 
@@ -25,7 +26,12 @@ def test_what_is_left_open_is_forced_and_all_else_is_as_it_was() -> None:
         "scope": 1,
         "precision": "source",
         "min_resident": 1.0,
+        "widths": "equal",
     }
+
+
+def test_equal_widths_may_be_asked_for() -> None:
+    assert levers_for("vllm", {**ASKED, "widths": "equal"})["widths"] == "equal"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "source"])

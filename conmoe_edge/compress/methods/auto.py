@@ -52,8 +52,8 @@ FITTED, MEASURED = 8192, 4096
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
-    """Prototypes, slots, constants and new weights of one layer: in ``scope.room`` bytes where widths differ, else
-    ``keep`` prototypes of the same width.
+    """Prototypes, slots, constants and new weights of one layer: in ``scope.room`` bytes where that is given, else
+    ``keep`` prototypes. Where there is one width only, all have it.
     """
     (layer,) = scope.layers
     tokens = layer.tokens
@@ -61,11 +61,12 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         "auto needs the tokens and their target"
     )
     count, whole = len(scope.pool), scope.widths[-1] >= _width(scope)
-    differ = len(scope.widths) > 1
-    if whole and (scope.room >= count * scope.sizes[-1] if differ else keep >= count):
+    if scope.room:
+        keep = max(1, scope.room // scope.sizes[-1])
+    if whole and keep >= count:
         return identity(scope)
     tokens = tokens.weighted()
-    if differ:
+    if len(scope.widths) > 1:
         return _by_worth(scope, tokens)
     return _alike(scope, tokens, keep)
 
@@ -76,7 +77,7 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     forward = _forward(scope)
     sample = tokens.sample(SAMPLE_TOKENS)
     seen = routed_outputs(sample, count, forward)
-    place = -(-len(scope.widths) // 2)
+    place = next(n for n, one in enumerate(scope.widths, 1) if 2 * one >= scope.widths[-1])
     forced = must_stay(seen.energy, seen.peak, scope.room // scope.sizes[-1])
     least = [place if expert in forced else 0 for expert in range(count)]
     gates = gates_of(tokens, count)

@@ -119,7 +119,10 @@ def _against_plan(facts: PackageFacts) -> RenderableType:
     rows = []
     if facts.prototypes:
         made = len(facts.prototypes)
-        rows.append(("prototypes", f"{plan.chosen.prototypes:,}", f"{made:,}", ""))
+        sizes_of = {one.nbytes for one in facts.prototypes}
+        more = made > plan.chosen.prototypes and len(sizes_of) > 1
+        note = f"of {len(sizes_of)} sizes, in the bytes of those planned" if more else ""
+        rows.append(("prototypes", f"{plan.chosen.prototypes:,}", f"{made:,}", note))
     rows += [
         ("weights on disk", human_size(plan.disk_bytes), human_size(weights), ""),
         ("memory", human_size(plan.device_bytes_used), used, f"of {budget} {tier}"),

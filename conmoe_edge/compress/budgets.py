@@ -1,12 +1,13 @@
-"""How many prototypes each layer gets, from what a layer is worth to the model's output. Pure.
+"""How much each layer gets, from what a layer is worth to the model's output. Pure.
 
-The error e_l(K) that is left with K prototypes is known for every K (``facility.curve``), but not what
+What is given is counted in units: prototypes, or parts of one where their widths differ. The error
+e_l(K) that is left with K units is known for every K (``widths.layer_curve``), but not what
 it does to the output. That is measured once, with the uniform number K_u in layer l alone: a
 divergence d_l of the final distributions. Small disturbances add up about as their squares do, so
 
     d_l(K)  ~  d_l * e_l(K) / e_l(K_u),
 
-and the sum of these over the layers is made least, one prototype after another going to where it
+and the sum of these over the layers is made least, one part after another going to where it
 lowers the sum most. The steps of e_l never grow, so this is the optimum. No layer gets less than half
 of the uniform number.
 """
@@ -19,14 +20,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LayerWorth:
-    """``curve`` [E + 1]: the error left with 0..E prototypes; ``divergence``: measured at the uniform number."""
+    """``curve``: the error left with 0, 1, ... units; ``divergence``: measured at the uniform number."""
 
     curve: tuple[float, ...]
     divergence: float
 
 
 def share_out(layers: Sequence[LayerWorth], uniform: int) -> list[int]:
-    """Prototypes of every layer, ``uniform`` times as many as there are layers in all; ties to the first layer."""
+    """Units of every layer, ``uniform`` times as many as there are layers in all; ties to the first layer."""
     factors = [
         max(0.0, one.divergence) / one.curve[uniform] if one.curve[uniform] > 0.0 else 0.0
         for one in layers

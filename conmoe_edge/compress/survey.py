@@ -44,10 +44,10 @@ from conmoe_edge.compress.widths import choose, layer_curve
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
 
-_FITTED_SEQUENCES = 8
+_FITTED_SEQUENCES = 6
 """What stand-ins are made from; this goes through every layer twice."""
-_PASSES = 24
-_FEWEST_SEQUENCES, _MOST_SEQUENCES = 2, 4
+_PASSES = 18
+_FEWEST_SEQUENCES, _MOST_SEQUENCES = 2, 3
 
 
 def sequences(layers: int) -> int:

@@ -178,11 +178,11 @@ def _on_host(forward: Callable[[int, Tensor], Tensor]) -> Callable[[int, Tensor]
 
 
 def _sketched(width: int) -> Callable[[Tensor], Tensor]:
-    matrix = _sketch(width)
+    matrix = sketch(width)
     return lambda out: out if matrix is None else out @ matrix
 
 
-def _sketch(width: int) -> Tensor | None:
+def sketch(width: int) -> Tensor | None:
     """fp32 [H, SKETCH], the same on every machine; ``None`` where outputs are narrow enough."""
     if width <= SKETCH:
         return None

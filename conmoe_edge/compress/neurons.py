@@ -7,6 +7,8 @@ the best constant. The ridge beside G is worth the activations of ``PRIOR`` toke
 tokens is not thought to need few neurons. More than one makes every neuron look dear, and whole
 experts go instead.
 
+A down projection with more than ``closed_form.SKETCH`` rows is sketched as outputs are there.
+
 Peak memory: the activations of all routed tokens (sum of n_e * I in fp32) and one [I, I] an expert.
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.closed_form import sketch
 from conmoe_edge.compress.interface import ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.rebuild import activations, down_rows
@@ -65,6 +68,9 @@ def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Na
     if gram.diagonal().sum() < _NEARLY_CONSTANT * own.gram.diagonal().sum():
         rest = own.values - torch.outer(gates / square.sqrt(), middle)
         gram = rest.T @ rest
+    matrix = sketch(len(down))
+    if matrix is not None:  # columns keep their lengths, near enough
+        down = matrix.T @ down
     found = cuts(gram, down, scope.widths, PRIOR * width / max(1, count))
     nothing = float(((down @ gram) * down).sum(dtype=torch.float64))
     return Narrowing(

@@ -122,7 +122,7 @@ def activations(scope: ScopeView, tokens: LayerTokens, expert: int, alpha: Tenso
 
 def down_rows(scope: ScopeView, expert: int) -> Tensor:
     """fp32 [H, I] on the host: the down projection of a pretrained expert."""
-    return _as_rows(scope, whole_parts(scope, expert)["down_proj"]).float().cpu()
+    return _as_rows(scope, scope.weights.parts(scope.pool[expert])["down_proj"]).float().cpu()
 
 
 def prototype(

@@ -17,18 +17,18 @@ activations of as many tokens in one layer, the logits of one sequence twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.budgets import LayerWorth, between, share_out
-from conmoe_edge.compress.interface import LayerView, ScopeView
+from conmoe_edge.compress.interface import LayerView, Parts, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.neurons import Narrowing, narrowing
 from conmoe_edge.compress.rebuild import activations, gates_of, prototype
 from conmoe_edge.compress.receipt import ReceiptTracker
-from conmoe_edge.compress.refit import Features
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.stream import (
@@ -91,9 +91,9 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
                 run_layer(model, index, measured.beside(hidden), tap)
             if recorded is not None:
                 module = model.experts[index][1]
-                found[index] = _Narrowed(run, index)
-                found[index].measure(module, recorded)
-                mapped = found[index].stand_ins(module, recorded, run.uniform((index,)))
+                layer = _LoadedLayer(run, module, index, recorded)
+                found[index] = layer.narrowed()
+                mapped = layer.stand_ins(found[index], run.uniform((index,)))
                 attach(module, mapped)
                 changed[index] = entered
                 run_layer(model, index, measured.beside(entered), mapped)
@@ -120,15 +120,17 @@ def _trial(
         with run.loaded(model, index):
             recorded = fitted.through(index)
             measured.through(index)
+            if recorded is None:
+                for one in tried:
+                    run_layer(model, index, one, None)
+                continue
+            module = model.experts[index][1]
+            layer = _LoadedLayer(run, module, index, recorded)
             for one, division in zip(tried, divisions, strict=True):
-                mapped = None
-                if recorded is not None:
-                    module = model.experts[index][1]
-                    mapped = found[index].stand_ins(module, recorded, division[index])
-                    attach(module, mapped)
+                mapped = layer.stand_ins(found[index], division[index])
+                attach(module, mapped)
                 run_layer(model, index, one, mapped)
-            if recorded is not None:
-                attach(module, RoutedTap())  # the tap holds on to the layer's weights
+            attach(module, RoutedTap())  # the tap holds on to the layer's weights
     return measured.divergences([one.hidden for one in tried])
 
 
@@ -170,49 +172,35 @@ class _Originals:
         return [tracker.result()["kl"] for tracker in trackers]
 
 
+@dataclass(frozen=True, slots=True)
 class _Narrowed:
-    """What the experts of one layer lose in the widths that they may have."""
+    """What the experts of one layer lose with no neuron and in the widths that they may have.
 
-    def __init__(self, run: Run, index: int) -> None:
-        self._run, self._index = run, index
-        self._sizes = (0, *run.sizes(index))
-        self._found: list[Narrowing] = []
+    ``sizes``: bytes of the records; ``unit``: bytes that are given at once; ``units``: of all experts.
+    """
 
-    def measure(self, module: nn.Module, tokens: LayerTokens) -> None:
-        """On the tokens of the loaded layer."""
-        scope, own = self._scope(module, tokens)
-        gates = gates_of(tokens, len(scope.pool))
-        self._found = [
-            narrowing(scope, expert, one, gates[one.rows, expert]) for expert, one in enumerate(own)
-        ]
+    experts: tuple[Narrowing, ...]
+    sizes: tuple[int, ...]
+    unit: int
+    units: int
 
     def curve(self) -> tuple[float, ...]:
         """The error that is left in 0, 1, ... units."""
-        unit = self._run.unit(self._index)
-        units = self._run.experts(self._index).count * self._sizes[-1] // unit
-        return layer_curve([one.errors for one in self._found], self._sizes, unit, units)
+        return layer_curve([one.errors for one in self.experts], self.sizes, self.unit, self.units)
 
-    def stand_ins(self, module: nn.Module, tokens: LayerTokens, units: int) -> MappedTap:
-        """The loaded layer in so many units, its down projections corrected on ``tokens``."""
-        scope, own = self._scope(module, tokens)
-        curves = [one.errors for one in self._found]
-        chosen = choose(curves, self._sizes, units * self._run.unit(self._index))
-        parts, slots = {}, []
-        for expert, place in enumerate(chosen):
-            slots.append(SlotRecord(scope.pool[expert] if place else None))
-            if place:
-                neurons = self._found[expert].neurons[place - 1]
-                whole, _ = prototype(scope, expert, own[expert], neurons)
-                parts[scope.pool[expert]] = {
-                    name: part.to(scope.device, scope.dtype) for name, part in whole.items()
-                }
-        return MappedTap(slots, parts, None)
+    def chosen(self, units: int) -> list[int]:
+        """The place of every expert's width in so many units."""
+        return choose([one.errors for one in self.experts], self.sizes, units * self.unit)
 
-    def _scope(self, module: nn.Module, tokens: LayerTokens) -> tuple[ScopeView, list[Features]]:
-        run, index = self._run, self._index
+
+class _LoadedLayer:
+    """A loaded layer and its tokens, from which narrow experts are made."""
+
+    def __init__(self, run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> None:
+        self._run, self._index = run, index
         count = run.experts(index).count
         seen = StatisticsTracker(count).result()
-        scope = ScopeView(
+        self._scope = ScopeView(
             tuple(ExpertId(index, expert) for expert in range(count)),
             (LayerView(index, count, run.top_k(index), seen, tokens),),
             ScopeWeights({index: LoadedLayer(module)}, matrix_views(module)),
@@ -223,5 +211,38 @@ class _Narrowed:
             dtype=compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
             device=run.job.device,
         )
-        gates = gates_of(tokens, count)
-        return scope, [activations(scope, tokens, one, gates[:, one]) for one in range(count)]
+        self._gates = gates_of(tokens, count)
+        self._own = [
+            activations(self._scope, tokens, one, self._gates[:, one]) for one in range(count)
+        ]
+        self._made: dict[tuple[int, int], Parts] = {}  # divisions have much in common
+
+    def narrowed(self) -> _Narrowed:
+        """What its experts lose, by its tokens."""
+        scope, run, index = self._scope, self._run, self._index
+        found = tuple(
+            narrowing(scope, expert, one, self._gates[one.rows, expert])
+            for expert, one in enumerate(self._own)
+        )
+        unit = run.unit(index)
+        return _Narrowed(found, (0, *scope.sizes), unit, len(found) * scope.sizes[-1] // unit)
+
+    def stand_ins(self, narrowed: _Narrowed, units: int) -> MappedTap:
+        """The layer in so many units, its down projections corrected on its tokens."""
+        pool, slots, parts = self._scope.pool, [], {}
+        for expert, place in enumerate(narrowed.chosen(units)):
+            slots.append(SlotRecord(pool[expert] if place else None))
+            if place:
+                if (expert, place) not in self._made:
+                    neurons = narrowed.experts[expert].neurons[place - 1]
+                    self._made[expert, place] = self._parts(expert, neurons)
+                parts[pool[expert]] = self._made[expert, place]
+        return MappedTap(slots, parts, None)
+
+    def _parts(self, expert: int, neurons: torch.Tensor) -> Parts:
+        """In the model's own numbers, so that a whole expert is no copy."""
+        own = self._scope.weights.parts(self._scope.pool[expert])
+        if len(neurons) == self._own[expert].values.shape[1]:
+            return own
+        found, _ = prototype(self._scope, expert, self._own[expert], neurons)
+        return {name: part.to(own[name].device, own[name].dtype) for name, part in found.items()}

@@ -111,7 +111,7 @@ def test_a_sketch_measures_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = LayerTokens(tokens.hidden, tokens.slots, tokens.gates)
     right = slot_errors(tokens, E, lambda e, x: x @ wide[e])
     matrix = torch.randn(2000, closed_form.SKETCH, generator=generator) / closed_form.SKETCH**0.5
-    monkeypatch.setattr(closed_form, "_sketch", lambda width: matrix)
+    monkeypatch.setattr(closed_form, "sketch", lambda width: matrix)
     near = slot_errors(tokens, E, lambda e, x: x @ wide[e])
     torch.testing.assert_close(near.constant, right.constant, rtol=0.2, atol=0)
     assert float((near.scale - right.scale).abs().max()) < 0.1

@@ -12,7 +12,7 @@ anything computes and run on while the present prototype computes.
   decode uses where it is.
 
 ``resident`` is the short way where nothing has to move; ``prefetch`` reads ahead while no demand
-read is pending. Each record layout has a pool and a policy of its own (one in almost every model).
+read is pending. Each record layout has a pool and a policy of its own: one where all prototypes are alike.
 Device memory: the pools, which the caller allocated. Raises ``PackageError`` from reads.
 """
 

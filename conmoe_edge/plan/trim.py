@@ -35,7 +35,7 @@ PARTS = 4
 _STEPS = (64, 32, 16, 8, 4, 2, 1)
 _FINEST = 8
 """A step is at most this part of the width."""
-_DEAREST = 1.1
+_DEAREST = 1.125
 """Bytes a neuron of a narrow record, of those of the whole one, at the most."""
 _MOST_UNEVEN = 1 / 3
 """Share of the reduction, as a power of q, that either side gets at the least."""

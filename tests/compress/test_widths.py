@@ -185,7 +185,7 @@ def test_no_width_is_dear_or_there_twice(
     sizes = [record_bytes(experts.narrowed(one), kind) for one in found]
     for values in (found, sizes):
         assert all(a < b for a, b in itertools.pairwise(values))
-    assert all(n <= 1.1 * one * sizes[-1] / width for one, n in zip(found, sizes, strict=True))
+    assert all(n <= 1.125 * one * sizes[-1] / width for one, n in zip(found, sizes, strict=True))
 
 
 def test_records_of_a_page_have_one_width() -> None:

@@ -23,7 +23,6 @@ from conmoe_edge.compress.output_vectors import OutputVectors
 from conmoe_edge.compress.overview import slot_distances
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.scope import pool_of
-from conmoe_edge.compress.stream import compute_dtype
 from conmoe_edge.compress.weights import (
     LayerWeights,
     LoadedLayer,
@@ -77,8 +76,8 @@ def decide(
     parts = weights.parts if decision.parts is None else decision.parts
     with run.clock.part("precision"):
         kinds = _kinds_of(run, module, scope, pool, decision, parts)
-    widest = run.widths(index)[-1]
-    widths = {expert: decision.widths.get(expert, widest) for expert in kinds}
+    most = run.widths(index)[-1]
+    widths = {expert: decision.widths.get(expert, most) for expert in kinds}
     with run.clock.part("write"):
         path = run.package / f"prototypes-{scope[0]:05d}.safetensors"
         records = [
@@ -152,7 +151,7 @@ def _decision(
         run.widths(layers[-1]),
         run.sizes(layers[-1]),
         run.room(layers) if run.differs else 0,
-        compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
+        run.dtype,
         run.job.device,
     )
     with run.clock.part("method"):
@@ -185,7 +184,7 @@ def _kinds_of(
         {layer: load_sample(run.sample_file(layer)) for layer in scope},
         parts,
         (run.layout(scope[0], wide, width), run.layout(scope[0], narrow, width)),
-        compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
+        run.dtype,
         run.job.device,
     )
     chosen = widest(found, count)

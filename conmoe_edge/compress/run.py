@@ -75,14 +75,13 @@ class Run:
     # -- models and streams --------------------------------------------------------------------------------------
 
     def streamed(self, reader: Mapping[str, Any]) -> StreamedModel:
-        source = getattr(torch, self.job.anatomy.dtype)
         experts = self.job.anatomy.moe_layers[0].experts
         assert experts is not None
         model = StreamedModel(
             self.job.config,
             list(reader),
             lambda keys: {key: reader[key] for key in keys},
-            dtype=compute_dtype(self.job.device, source),
+            dtype=self.dtype,
             experts_dtype=getattr(torch, experts.parts[0].dtype),
             device=self.job.device,
             experts_implementation=IMPLEMENTATION,
@@ -171,6 +170,11 @@ class Run:
         return read_constants(path)[layer] if path.is_file() else None
 
     # -- what the model and the plan say -------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which experts are computed, and the streams."""
+        return compute_dtype(self.job.device, getattr(torch, self.job.anatomy.dtype))
 
     def top_k(self, layer: int) -> int:
         return self.experts(layer).top_k

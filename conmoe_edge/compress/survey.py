@@ -33,7 +33,6 @@ from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.stream import (
     Stream,
-    compute_dtype,
     open_stream,
     run_layer,
     sequence_logits,
@@ -85,8 +84,8 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
         run.announce("survey", index)
         with run.loaded(model, index):
             entered = measured.stream.hidden.clone()
-            recorded, tap = fitted.through(index), RoutedTap()
-            measured.through(index)
+            recorded = fitted.recorded(index)
+            tap = measured.through(index)
             for hidden in changed.values():
                 run_layer(model, index, measured.beside(hidden), tap)
             if recorded is not None:
@@ -118,7 +117,7 @@ def _trial(
     for index in range(run.layers):
         run.announce("trial", index)
         with run.loaded(model, index):
-            recorded = fitted.through(index)
+            recorded = fitted.recorded(index)
             measured.through(index)
             if recorded is None:
                 for one in tried:
@@ -144,16 +143,20 @@ class _Originals:
         self.stream = open_stream(model, self._tokens)
         model.drop_outside()
 
-    def through(self, index: int) -> LayerTokens | None:
-        """Through a loaded layer; the tokens that entered its experts, ``None`` where it has none."""
-        if index not in self._model.experts:
-            run_layer(self._model, index, self.stream, None)
-            return None
-        tap = RoutedTap()
-        tap.tokens = TokenRecorder()
-        attach(self._model.experts[index][1], tap)
+    def through(self, index: int, tokens: TokenRecorder | None = None) -> RoutedTap | None:
+        """Through a loaded layer; the tap that stays on its experts, ``None`` where it has none."""
+        tap = None
+        if index in self._model.experts:
+            tap = RoutedTap()
+            tap.tokens = tokens
+            attach(self._model.experts[index][1], tap)
         run_layer(self._model, index, self.stream, tap)
-        return tap.tokens.result()
+        return tap
+
+    def recorded(self, index: int) -> LayerTokens | None:
+        """The same; the tokens that entered its experts."""
+        recorder = TokenRecorder()
+        return None if self.through(index, recorder) is None else recorder.result()
 
     def beside(self, hidden: torch.Tensor) -> Stream:
         """The stream of the same sequences in another model."""
@@ -208,7 +211,7 @@ class _LoadedLayer:
             module,
             run.widths(index),
             run.sizes(index),
-            dtype=compute_dtype(run.job.device, getattr(torch, run.job.anatomy.dtype)),
+            dtype=run.dtype,
             device=run.job.device,
         )
         self._gates = gates_of(tokens, count)

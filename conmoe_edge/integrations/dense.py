@@ -76,10 +76,7 @@ def finish_dense(
     into_one_place(model.parameters())
     if products.operator is not None:
         for path, module in list(model.named_modules()):
-            weight = getattr(module, "weight", None)
-            norm = None
-            if isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16:
-                norm = fast_norm(module, products.operator)
+            norm = fast_norm(module, products.operator)
             if norm is not None:
                 model.set_submodule(path, norm, strict=True)
 

@@ -53,8 +53,8 @@ def fast_norm(module: nn.Module, engine: Operator) -> EdgeNorm | None:
     own = dict(module.named_parameters())
     if list(own) != ["weight"] or weight.ndim != 1 or list(module.children()):
         return None
-    if weight.dtype not in _FORMATS or weight.device.type != "cpu":
-        return None
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return None  # a norm in fp32 gives transformers' own numbers
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, weight.numel(), generator=generator, device="cpu")
     x = (x * torch.logspace(-2, 2, _ROWS, device="cpu").unsqueeze(1)).to(weight.dtype)
@@ -79,9 +79,6 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
-    """Equal but for a few roundings that fell to the other side."""
-    step = 2.0**-7 if wanted.dtype == torch.bfloat16 else 2.0**-20
-    close = torch.allclose(found.double(), wanted.double(), rtol=step, atol=0.0)
-    return close and float((found != wanted).float().mean()) < (
-        0.01 if wanted.dtype == torch.bfloat16 else 1.0
-    )
+    """Equal in bf16 but for a few roundings that fell to the other side."""
+    close = torch.allclose(found.double(), wanted.double(), rtol=2.0**-7, atol=0.0)
+    return close and float((found != wanted).float().mean()) < 0.01

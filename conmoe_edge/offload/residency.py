@@ -100,8 +100,14 @@ class Residency:
 
     def pinned(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
         """These prototypes, where all of them stay for as long as this object is in use."""
-        found = [self._ready[number] for number in numbers]
-        return None if any(one is None for one in found) else [one for one in found if one]
+        ready = self._ready
+        found = []
+        for number in numbers:
+            expert = ready[number]
+            if expert is None:
+                return None
+            found.append(expert)
+        return found
 
     def used(self, count: int) -> None:
         """So many pinned prototypes were asked for."""
@@ -193,14 +199,9 @@ class Residency:
             self._start_prefetch(keep)
 
     def _staying(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
-        ready = self._ready
-        found = []
-        for number in numbers:
-            expert = ready[number]
-            if expert is None:
-                return None
-            found.append(expert)
-        self._resident_hits += len(found)
+        found = self.pinned(numbers)
+        if found is not None:
+            self.used(len(found))
         return found
 
     def _shares(self, numbers: Sequence[int]) -> list[tuple[int, SlotCache, list[int]]]:

@@ -36,16 +36,8 @@ def package_of(tmp_path: Path, *, name: str = "olmoe") -> Path:
 
 
 def layer_of(model: Any) -> tuple[Any, LayerHandle]:
-    _, module = next(iter(find_experts_of(model).values()))
+    _, module = next(iter(find_experts(model).values()))
     return module, getattr(module, HANDLE)
-
-
-def find_experts_of(model: Any) -> dict[int, tuple[str, Any]]:
-    found = {}
-    for path, module in model.named_modules():
-        if hasattr(module, HANDLE):
-            found[getattr(module, HANDLE).layer] = (path, module)
-    return dict(sorted(found.items()))
 
 
 def by_hand(

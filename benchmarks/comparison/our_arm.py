@@ -8,20 +8,19 @@ stream and the counters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import nn
 
 import conmoe_edge
 from benchmarks.comparison.clock import Arm, main
-from benchmarks.comparison.traces import Replay
-from conmoe_edge.integrations import attach
-from conmoe_edge.offload.experts import HANDLE, conmoe_experts_forward
+from benchmarks.comparison.traces import Routes
+from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.generate import ChatSession
 from conmoe_edge.offload.measure import dense_read_bytes
 
@@ -46,21 +45,29 @@ class OurArm(Arm):
 
     def load(self) -> None:
         torch.set_num_threads(self.job["threads"])
-        routes = torch.load(self.job["trace"], weights_only=True)["routes"]
-        self.replay = Replay(
-            conmoe_experts_forward, routes, lambda module: getattr(module, HANDLE).layer
-        )
-        ALL_EXPERTS_FUNCTIONS.register(attach.EXPERTS_FUNCTION, self.replay)
+        self.replay = Routes(torch.load(self.job["trace"], weights_only=True)["routes"])
         self.model: Any = conmoe_edge.load(
             self.job["path"],
             budget=self.job["budget"],
             device=self.job.get("device", "cpu"),
             context=self.job["context"],
         )
+        for layer, (path, _) in find_experts(self.model).items():
+            router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
+            router.register_forward_hook(self.routed(layer))
         self.model.generation_config.eos_token_id = None
         self.session = ChatSession(self.model, Numbers())
         self.answer: Iterator[str] = iter(())
         self.before, self.steps = self.model.conmoe.stats(), 0
+
+    def routed(self, layer: int) -> Callable[..., Any]:
+        """Puts the trace's slots into what a router gives."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            logits, gates, slots = output
+            return logits, gates, self.replay.next(layer, slots)
+
+        return hook
 
     def prompt(self, tokens: Sequence[int]) -> int:
         self.replay.rewind()
@@ -83,7 +90,7 @@ class OurArm(Arm):
         """The counters of the steps, and what the package is."""
         now, before = self.model.conmoe.stats(), self.before
         if not self.replay.calls:
-            raise RuntimeError("the routes were not replayed: another experts function ran")
+            raise RuntimeError("the routes were not replayed: no router was asked")
         hits, misses = now.hits - before.hits, now.misses - before.misses
         manifest = self.model.conmoe.manifest
         sizes = [manifest.layouts[one.layout].nbytes for one in manifest.prototypes]

@@ -95,21 +95,13 @@ def make(path: Path, tokens: Tensor, *, layers: int, experts: int, top_k: int) -
     torch.save({"tokens": tokens, "routes": routes.to(torch.uint8)}, path)
 
 
-class Replay:
-    """An experts function that takes its routes from a trace, layer by layer, position by position.
+class Routes:
+    """A trace's routes [layers, T, k], layer by layer, position by position; after the last it begins again."""
 
-    Args:
-        function: what computes: ``(module, hidden, index, weights) -> output``.
-        routes: [layers, T, k]. After the last position it begins again.
-        layer_of: the trace's layer of an experts module.
-    """
-
-    def __init__(
-        self, function: Callable[..., Tensor], routes: Tensor, layer_of: Callable[[nn.Module], int]
-    ) -> None:
-        self._function = function
+    def __init__(self, routes: Tensor) -> None:
         self._routes = routes.long()
-        self._layer_of = layer_of
+        # A single token's are ready: between two layers' weights every operation costs.
+        self._single = [list(layer.split(1)) for layer in self._routes]
         self._position = [0] * len(routes)
         self.calls = 0
 
@@ -117,22 +109,44 @@ class Replay:
         """From the first position again."""
         self._position = [0] * len(self._routes)
 
-    def __call__(
-        self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def next(self, layer: int, index: Tensor) -> Tensor:
+        """The next routes of a layer, in place of ``index`` [..., k]."""
         self.calls += 1
-        layer = self._layer_of(module)
-        flat = top_k_index.reshape(-1, top_k_index.shape[-1])
         start, length = self._position[layer], self._routes.shape[1]
+        if index.shape[0] == 1 and index.dim() == 2 and index.dtype == torch.int64:
+            self._position[layer] = start + 1
+            return self._single[layer][start % length]
+        flat = index.reshape(-1, index.shape[-1])
         self._position[layer] = start + len(flat)
         if start + len(flat) <= length:
             taken = self._routes[layer, start : start + len(flat)]
         else:
             rows = torch.arange(start, start + len(flat)) % length
             taken = self._routes[layer, rows]
-        return self._function(
-            module, hidden_states, taken.view(top_k_index.shape).to(top_k_index), top_k_weights
-        )
+        return taken.view(index.shape).to(index)
+
+
+class Replay(Routes):
+    """An experts function that takes its routes from a trace.
+
+    Args:
+        function: what computes: ``(module, hidden, index, weights) -> output``.
+        routes: as of ``Routes``.
+        layer_of: the trace's layer of an experts module.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], routes: Tensor, layer_of: Callable[[nn.Module], int]
+    ) -> None:
+        super().__init__(routes)
+        self._function = function
+        self._layer_of = layer_of
+
+    def __call__(
+        self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        index = self.next(self._layer_of(module), top_k_index)
+        return self._function(module, hidden_states, index, top_k_weights)
 
 
 def text_tokens(which: str, count: int, length: int) -> Tensor:

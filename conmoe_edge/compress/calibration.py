@@ -61,6 +61,10 @@ class TokenSet:
         domains = tuple(self.domains[row] for row in rows)
         return TokenSet(self.ids[rows], self.mask[rows], domains)
 
+    def repeated(self, times: int) -> TokenSet:
+        """The set so many times, one after another."""
+        return TokenSet(self.ids.repeat(times, 1), self.mask.repeat(times, 1), self.domains * times)
+
     @property
     def padded(self) -> bool:
         """Whether any sequence has padding."""

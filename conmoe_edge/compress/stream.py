@@ -6,6 +6,7 @@ batch follows from the model alone, not from the memory there is, so that result
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +85,16 @@ class Stream:
         return spans
 
 
+def _rows(model: StreamedModel, length: int) -> int:
+    """Sequences of a batch."""
+    size = model.model.config.get_text_config().hidden_size
+    return max(1, min(_MOST_TOKENS, _BATCH_VALUES // size) // length)
+
+
 def open_stream(model: StreamedModel, tokens: TokenSet, hidden: Tensor | None = None) -> Stream:
     """Embed a token set (or take the ``hidden`` states of an earlier run) and prepare every layer's arguments."""
     count, length = tokens.ids.shape
-    size = model.model.config.get_text_config().hidden_size
-    rows = max(1, min(_MOST_TOKENS, _BATCH_VALUES // size) // length)
+    size, rows = model.model.config.get_text_config().hidden_size, _rows(model, length)
     store = torch.empty(count, length, size, dtype=model.dtype) if hidden is None else hidden
     batches: list[Batch] = []
     keep: list[Tensor | None] = []
@@ -124,6 +130,33 @@ def run_layer(
             "a weight of the model is broken, or its numbers leave the range of their type",
             "download the model again; if it is the same afterwards, the model itself is broken",
         )
+
+
+class Beside:
+    """Streams of one token set in models that differ, through layers that they have in common: as many of them at once
+    as a batch takes, because an expert is converted and read once for all tokens of a batch.
+    """
+
+    def __init__(self, model: StreamedModel, tokens: TokenSet, most: int) -> None:
+        """For up to ``most`` streams at a time; what is outside the decoder layers must be loaded."""
+        self._model, self._count = model, len(tokens.ids)
+        together = max(1, min(most, _rows(model, tokens.ids.shape[1]) // self._count))
+        nothing = torch.empty(0)
+        self._streams = [
+            open_stream(model, tokens.repeated(times), nothing) for times in range(1, together + 1)
+        ]
+
+    def run_layer(self, index: int, hidden: Sequence[Tensor], tap: Tap | None) -> None:
+        """Every one of ``hidden`` [N, T, H] through a loaded layer, in place; raises as ``run_layer``."""
+        together = len(self._streams)
+        for start in range(0, len(hidden), together):
+            some = hidden[start : start + together]
+            stream = self._streams[len(some) - 1]
+            stream.hidden = torch.cat(list(some))
+            run_layer(self._model, index, stream, tap)
+            for one, out in zip(some, stream.hidden.split(self._count), strict=True):
+                one.copy_(out)
+            stream.hidden = torch.empty(0)
 
 
 def sequence_logits(model: StreamedModel, tokens: TokenSet, hidden: Tensor, row: int) -> Tensor:

@@ -32,7 +32,7 @@ from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.statistics import StatisticsTracker
 from conmoe_edge.compress.stream import (
-    Stream,
+    Beside,
     open_stream,
     run_layer,
     sequence_logits,
@@ -85,9 +85,7 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
         with run.loaded(model, index):
             entered = measured.stream.hidden.clone()
             recorded = fitted.recorded(index)
-            tap = measured.through(index)
-            for hidden in changed.values():
-                run_layer(model, index, measured.beside(hidden), tap)
+            measured.all_through(index, [*changed.values()])
             if recorded is not None:
                 module = model.experts[index][1]
                 layer = _LoadedLayer(run, module, index, recorded)
@@ -95,7 +93,7 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
                 mapped = layer.stand_ins(found[index], run.uniform((index,)))
                 attach(module, mapped)
                 changed[index] = entered
-                run_layer(model, index, measured.beside(entered), mapped)
+                measured.beside.run_layer(index, [entered], mapped)
                 attach(module, RoutedTap())  # the tap holds on to the layer's weights
     left = measured.divergences([changed[layer] for layer in found])
     return {
@@ -113,54 +111,55 @@ def _trial(
     """The divergence of the whole model's output with every division."""
     fitted = _Originals(run, model, _FITTED_SEQUENCES, 0)
     measured = _Originals(run, model, sequences(run.layers), 2)
-    tried = [measured.beside(measured.stream.hidden.clone()) for _ in divisions]
+    tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):
         run.announce("trial", index)
         with run.loaded(model, index):
             recorded = fitted.recorded(index)
-            measured.through(index)
             if recorded is None:
-                for one in tried:
-                    run_layer(model, index, one, None)
+                measured.all_through(index, tried)
                 continue
+            measured.all_through(index, [])
             module = model.experts[index][1]
             layer = _LoadedLayer(run, module, index, recorded)
             for one, division in zip(tried, divisions, strict=True):
                 mapped = layer.stand_ins(found[index], division[index])
                 attach(module, mapped)
-                run_layer(model, index, one, mapped)
+                measured.beside.run_layer(index, [one], mapped)
             attach(module, RoutedTap())  # the tap holds on to the layer's weights
-    return measured.divergences([one.hidden for one in tried])
+    return measured.divergences(tried)
 
 
 class _Originals:
-    """The original over a few sequences, layer by layer."""
+    """The original over a few sequences, layer by layer; ``beside``: the same sequences in other models."""
 
     def __init__(self, run: Run, model: StreamedModel, count: int, after: int) -> None:
         self._model = model
         self._tokens = run.job.train.some(count, after=after)
         model.load_outside()
         self.stream = open_stream(model, self._tokens)
+        self.beside = Beside(model, self._tokens, run.layers)
         model.drop_outside()
 
-    def through(self, index: int, tokens: TokenRecorder | None = None) -> RoutedTap | None:
-        """Through a loaded layer; the tap that stays on its experts, ``None`` where it has none."""
-        tap = None
-        if index in self._model.experts:
-            tap = RoutedTap()
-            tap.tokens = tokens
-            attach(self._model.experts[index][1], tap)
-        run_layer(self._model, index, self.stream, tap)
-        return tap
+    def all_through(self, index: int, others: Sequence[torch.Tensor]) -> None:
+        """Through a loaded layer, and the hidden states ``others`` of other models too."""
+        self.beside.run_layer(index, [self.stream.hidden, *others], self._tap(index))
 
     def recorded(self, index: int) -> LayerTokens | None:
-        """The same; the tokens that entered its experts."""
-        recorder = TokenRecorder()
-        return None if self.through(index, recorder) is None else recorder.result()
+        """Through a loaded layer; the tokens that entered its experts, ``None`` where it has none."""
+        tap = self._tap(index)
+        if tap is not None:
+            tap.tokens = TokenRecorder()
+        run_layer(self._model, index, self.stream, tap)
+        return None if tap is None or tap.tokens is None else tap.tokens.result()
 
-    def beside(self, hidden: torch.Tensor) -> Stream:
-        """The stream of the same sequences in another model."""
-        return Stream(self.stream.batches, self.stream.keep, hidden)
+    def _tap(self, index: int) -> RoutedTap | None:
+        """A new one on the layer's experts."""
+        if index not in self._model.experts:
+            return None
+        tap = RoutedTap()
+        attach(self._model.experts[index][1], tap)
+        return tap
 
     def divergences(self, changed: Sequence[torch.Tensor]) -> list[float]:
         """Of the final distribution with every changed stream from the original's: the mean KL, nats."""

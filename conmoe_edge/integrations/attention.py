@@ -3,7 +3,8 @@
 Attention is transformers' and torch's business, with one exception: for one new token torch's fused function reads
 bf16 at a fraction of the memory's speed, on processors with bf16 instructions too (1.3 ms a layer for 512 cached
 tokens of OLMoE, whose bytes take 0.15 ms): a good part of a token's time. Its two products are weights (the cached keys
-and values) times one row, which is what the operator is for (``offload/native``); masks other than none, prompts,
+and values) times one row, which is what the operator is for (``offload/native``); the usual layer's attention is
+one call of it (``offload/attention.py``, ``offload/decoder_layer.py``). Masks other than none, prompts,
 batches, sinks and whatever else a model asks for stay with transformers.
 
 ``suit_attention`` looks at the processor and the model's format, never at a stopwatch. Memory: the scores of one
@@ -21,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from conmoe_edge.offload.arithmetic import Machine
+from conmoe_edge.offload.attention import attend_in_one_call
+from conmoe_edge.offload.decoder_layer import layers_in_two_calls
 from conmoe_edge.offload.native import operator
 
 FUSED, SUITED = "sdpa", "conmoe_sdpa"
@@ -30,13 +33,17 @@ _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
     """Let ``model`` attend through ``one_token_attention``; whether it will."""
     slow = machine.device == "cpu" and model.dtype == torch.bfloat16
-    config = model.config.get_text_config()
-    if not slow or operator() is None or config._attn_implementation != FUSED:
+    config, engine = model.config.get_text_config(), operator()
+    if not slow or engine is None or config._attn_implementation != FUSED:
         return False
     AttentionInterface.register(SUITED, one_token_attention)
     AttentionMaskInterface.register(SUITED, sdpa_mask)
     model.set_attn_implementation(SUITED)
-    return config._attn_implementation == SUITED
+    if config._attn_implementation != SUITED:
+        return False
+    attend_in_one_call(model, engine)
+    layers_in_two_calls(model, engine)
+    return True
 
 
 def one_token_attention(

@@ -153,6 +153,12 @@ class EdgeLinear(nn.Linear):
         with torch.no_grad():
             return self._any_rows(input)
 
+    def prepared(self) -> Prepared | None:
+        """The weights for the operator as they lie now, for activations in bf16; ``None`` where they are not for it."""
+        self._current()
+        plain = self.weight_scale is None and self.weight.dtype != torch.bfloat16
+        return None if plain else self._prepared
+
     def _takes_one_row(self, input: Tensor) -> bool:
         """Whether ``DenseProducts.apply`` would give this row to the operator as it is."""
         if self._prepared is None or input.device.type != "cpu":

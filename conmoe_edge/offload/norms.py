@@ -39,10 +39,14 @@ class EdgeNorm(nn.Module):
         """[..., width] -> the same, in its format."""
         x, norm = hidden_states, self._norm
         few = x.numel() <= _MOST_NUMBERS and x.device.type == "cpu" and x.is_contiguous()
-        here = self._parameters["weight"].data_ptr() == norm.weight.data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
-        if few and here and x.dtype in _FORMATS:
+        if few and x.dtype in _FORMATS and self.current() is not None:
             return self._engine.rms_norm(norm, x)
         return self._like[0](x)
+
+    def current(self) -> RmsNorm | None:
+        """The norm, as long as its weight lies where it lay."""
+        place = self._parameters["weight"].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+        return self._norm if place == self._norm.place else None
 
 
 def fast_norm(module: nn.Module, engine: Operator) -> EdgeNorm | None:

@@ -67,14 +67,18 @@ class WholeLayer:
         )
         return cls(residency, table, engine, formats)
 
-    def output(self, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor | None:
-        """[1, H], [1, K], [1, K] -> [1, H]; ``None`` where this is not the way."""
+    def output(
+        self, hidden: Tensor, slots: Tensor, gates: Tensor, residual: Tensor | None = None
+    ) -> Tensor | None:
+        """[1, H], [1, K], [1, K] -> [1, H], added to ``residual`` (H values) where there is one; ``None`` where this is
+        not the way.
+        """
         if self.table is None or self.engine is None or hidden.dtype not in self.formats:
             return None
         if slots.dtype != torch.int64 or gates.dtype not in _FORMATS:
             return None
         out, count = self.engine.layer(
-            self.table, slots.contiguous(), gates.contiguous(), hidden.contiguous()
+            self.table, slots.contiguous(), gates.contiguous(), hidden.contiguous(), residual
         )
         self.residency.used(count)
         return out

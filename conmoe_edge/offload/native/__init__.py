@@ -117,18 +117,128 @@ class LayerTable:
         self.address = ctypes.addressof(self._struct)
 
 
-@dataclass(frozen=True, slots=True)
-class RmsNorm:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis.
+class _Norm(ctypes.Structure):
+    _fields_: ClassVar = [
+        *[("weight", ctypes.c_void_p), ("columns", ctypes.c_int64), ("epsilon", ctypes.c_float)],
+        *[(name, ctypes.c_int32) for name in ("narrow", "plus_one", "early")],
+    ]
 
-    ``plus_one``: the weight is one less than what is multiplied with; ``early``: what is multiplied
-    with it is rounded to the format of x first.
+
+class RmsNorm:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis, for ``Operator.rms_norm``."""
+
+    def __init__(self, weight: Tensor, epsilon: float, plus_one: bool, early: bool) -> None:
+        """``weight`` is kept alive.
+
+        Args:
+            weight: fp32 or bf16 [width], contiguous.
+            epsilon: as above.
+            plus_one: the weight is one less than what is multiplied with.
+            early: what is multiplied with it is rounded to the format of x first.
+        """
+        self.weight, self.columns = weight, weight.numel()
+        self.place = weight.data_ptr()
+        narrow = weight.dtype == torch.bfloat16
+        self.struct = _Norm(self.place, self.columns, epsilon, narrow, plus_one, early)
+        self.address = ctypes.addressof(self.struct)
+
+
+class _Linear(ctypes.Structure):
+    _fields_: ClassVar = [
+        *[(name, ctypes.c_int64) for name in ("kind", "rows", "columns", "group")],
+        *[(name, ctypes.c_void_p) for name in ("values", "scales", "bias")],
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_: ClassVar = [
+        *[("inputs", _Linear * 3), ("output", _Linear), ("norms", _Norm * 2)],
+        *[(name, ctypes.c_int64) for name in ("heads", "groups", "width")],
+        ("scaling", ctypes.c_float),
+    ]
+
+
+class AttentionTable:
+    """A layer's attention for ``Operator.attention``."""
+
+    def __init__(
+        self,
+        linears: Sequence[tuple[Prepared, Tensor | None]],
+        norms: Sequence[RmsNorm | None],
+        width: int,
+        scaling: float,
+    ) -> None:
+        """Every argument is kept alive.
+
+        Args:
+            linears: matrix and bias (bf16 [R]) of queries, keys, values and the output.
+            norms: of queries and of keys, over all heads or over each, as their columns say.
+            width: of a head, in queries, keys and values.
+            scaling: of the scores.
+
+        Raises:
+            ValueError: sizes that do not go together.
+        """
+        query, key, value, output = [one.form for one, _ in linears]
+        heads, groups = query.rows // width, key.rows // width
+        hidden = query.columns
+        fits = query.rows == heads * width == output.columns and key == value
+        fits = fits and key.rows == groups * width and heads % max(1, groups) == 0
+        if not fits or {key.columns, output.rows} != {hidden}:
+            raise ValueError("queries, keys, values and output do not go together")
+        for norm, rows in zip(norms, (query.rows, key.rows), strict=True):
+            if norm is not None and norm.columns not in (rows, width):
+                raise ValueError("a norm is neither over all heads nor over each")
+        self.hidden, self.groups, self.width = hidden, groups, width
+        self._kept = (linears, norms)
+        layers = [
+            _Linear(
+                *(one.form.code, one.form.rows, one.form.columns, one.form.group),
+                *(one.values, one.scales, None if bias is None else bias.data_ptr()),
+            )
+            for one, bias in linears
+        ]
+        self.struct = _Attention(
+            (_Linear * 3)(*layers[:3]),
+            layers[3],
+            (_Norm * 2)(*[_Norm() if norm is None else norm.struct for norm in norms]),
+            *(heads, groups, width, scaling),
+        )
+        self.address = ctypes.addressof(self.struct)
+
+
+class _Block(ctypes.Structure):
+    _fields_: ClassVar = [("attention", _Attention), ("before", _Norm), ("after", _Norm)]
+
+
+class BlockTable:
+    """A layer's attention and the norms before it and behind it, for ``Operator.block``."""
+
+    def __init__(self, attention: AttentionTable, before: RmsNorm, after: RmsNorm) -> None:
+        """Every argument is kept alive.
+
+        Raises:
+            ValueError: a norm of another width.
+        """
+        if {before.columns, after.columns} != {attention.hidden}:
+            raise ValueError("a norm has another width than the layer")
+        self._kept = (attention, before, after)
+        self._struct = _Block(attention.struct, before.struct, after.struct)
+        self.address = ctypes.addressof(self._struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Keys and values of ``held`` tokens in memory that has room for one more: bf16 [heads, room, width].
+
+    Addresses of the first head's, and how many numbers lie between two heads.
     """
 
-    weight: Tensor
-    epsilon: float
-    plus_one: bool
-    early: bool
+    keys: int
+    values: int
+    key_step: int
+    value_step: int
+    held: int
 
 
 class Operator:
@@ -157,20 +267,24 @@ class Operator:
         self._layer = handle.conmoe_layer
         self._layer.argtypes = [
             *(address, address, address, integer, number),
-            *(address, address, integer),
+            *(address, address, address, integer),
         ]
         self._layer.restype = number
         self._norm = handle.conmoe_rms_norm
-        self._norm.argtypes = [
-            *(address, address, address, number, number, ctypes.c_float),
-            *(integer, integer, integer, integer),
-        ]
+        self._norm.argtypes = [address, address, address, number, integer]
         self._norm.restype = None
         self._attend.argtypes = [
             *(number, address, address, address, number, address),
             *(number, number, number, ctypes.c_float),
         ]
         self._attend.restype = None
+        self._attention = handle.conmoe_attention
+        self._attention.argtypes = [
+            *(address, address, address, address, number),
+            *(address, address, number, number, number, address),
+        ]
+        self._block = handle.conmoe_block
+        self._block.argtypes = [*self._attention.argtypes, address]
         self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -300,7 +414,12 @@ class Operator:
         return out
 
     def layer(
-        self, layer: LayerTable, slots: Tensor, gates: Tensor, x: Tensor
+        self,
+        layer: LayerTable,
+        slots: Tensor,
+        gates: Tensor,
+        x: Tensor,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """The routed experts' output of one token, and how many prototypes gave it.
 
@@ -309,27 +428,66 @@ class Operator:
             slots: int64, the K slots that the router chose, contiguous.
             gates: fp32 or bf16, theirs, contiguous.
             x: fp32 or bf16, H values, contiguous.
+            residual: like ``x``; what the output is added to.
 
         Returns:
-            Like ``x``: the same bits as ``gated_experts`` and ``combine``.
+            Like ``x``: the same bits as ``gated_experts``, ``combine`` and a sum.
         """
         out = torch.empty_like(x)
         count = self._layer(
             *(layer.address, slots.data_ptr(), gates.data_ptr(), gates.dtype == torch.bfloat16),
-            *(slots.numel(), x.data_ptr(), out.data_ptr(), x.dtype == torch.bfloat16),
+            *(slots.numel(), x.data_ptr(), None if residual is None else residual.data_ptr()),
+            *(out.data_ptr(), x.dtype == torch.bfloat16),
         )
         assert count >= 0, "only experts that ``gated_experts`` takes are in a table"
         return out, count
 
     def rms_norm(self, norm: RmsNorm, x: Tensor) -> Tensor:
         """The norm of the last axis of ``x``, fp32 or bf16 and contiguous."""
-        out, columns = torch.empty_like(x), x.shape[-1]
+        out = torch.empty_like(x)
         self._norm(
-            *(x.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), x.numel() // columns, columns),
-            *(norm.epsilon, x.dtype == torch.bfloat16, norm.weight.dtype == torch.bfloat16),
-            *(norm.plus_one, norm.early),
+            *(norm.address, x.data_ptr(), out.data_ptr(), x.numel() // norm.columns),
+            x.dtype == torch.bfloat16,
         )
         return out
+
+    def attention(
+        self, table: AttentionTable, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached
+    ) -> Tensor:
+        """A layer's attention for one new token, whose keys and values are written into the cache.
+
+        Args:
+            table: the layer.
+            x: bf16, ``hidden`` values, contiguous.
+            cos, sin: bf16, of the token's position, contiguous, for the first numbers of a head; the
+                first half of those turns with the second.
+            cached: where keys and values lie.
+
+        Returns:
+            Like ``x``: the same bits as ``one_row``, ``rms_norm``, rotary positions with every step
+            rounded, and ``attend``.
+        """
+        out = torch.empty_like(x)
+        failed = self._attention(
+            *(table.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel()),
+            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            out.data_ptr(),
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return out
+
+    def block(
+        self, table: BlockTable, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached
+    ) -> tuple[Tensor, Tensor]:
+        """x + attention(before(x)), and that through the norm behind; arguments as of ``attention``."""
+        out, normed = torch.empty_like(x), torch.empty_like(x)
+        failed = self._block(
+            *(table.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel()),
+            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *(out.data_ptr(), normed.data_ptr()),
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return out, normed
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
         """softmax(q K^T * scaling) V of one new token: two products with few rows.

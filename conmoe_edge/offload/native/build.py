@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-SOURCE = Path(__file__).with_name("few_rows.cpp")
+SOURCE = Path(__file__).with_name("operator.cpp")
 SWITCH = "CONMOE_OPERATOR"
 """Environment variable; ``off`` keeps to torch's own kernels."""
 
@@ -73,8 +73,9 @@ def _compiler() -> str:
 def _digest(compiler: str, openmp: Path) -> str:
     version = _run([compiler, "--version"]).splitlines()[:1]
     parts = [*_FLAGS, compiler, *version, _processor(), str(openmp), torch.__version__]
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update("\0".join(parts).encode())
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
+        digest.update(one.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -92,7 +93,7 @@ def _compile(compiler: str, openmp: Path, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            code, built = Path(folder) / "few_rows.o", Path(folder) / "few_rows.so"
+            code, built = Path(folder) / "operator.o", Path(folder) / "operator.so"
             _run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(code)])
             # Without -fopenmp here: that would link the system's runtime beside torch's.
             _run([compiler, "-shared", str(code), str(openmp), "-o", str(built)])

@@ -1,0 +1,209 @@
+// Sixteen floats at a time, on whatever vectors the processor has, and numbers in 16 bits.
+//
+// Each of the three kinds of `Lanes` below adds up in its own order, always the same one.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#define CONMOE_INTEGERS 1
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define CONMOE_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define CONMOE_AVX2 1
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float from_bf16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
+
+inline float from_fp16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  if (exponent == 31) return from_bits(sign | 0x7f800000u | (fraction << 13));
+  if (exponent) return from_bits(sign | ((exponent + 112) << 23) | (fraction << 13));
+  const float value = float(fraction) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -value : value;
+}
+
+inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torch does
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Where results go: fp32, or bf16.
+struct Target {
+  void* place;
+  bool narrow;
+  void put(int64_t index, float value) const {
+    if (narrow)
+      static_cast<uint16_t*>(place)[index] = to_bf16(value);
+    else
+      static_cast<float*>(place)[index] = value;
+  }
+};
+
+// Activations in fp32: as they are, or widened into a buffer that lives as long as this.
+struct Source {
+  std::vector<float> buffer;
+  const float* values;
+  Source(const void* x, bool narrow, int64_t count) {
+    if (!narrow) {
+      values = static_cast<const float*>(x);
+      return;
+    }
+    buffer.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) buffer[size_t(i)] = from_bf16(static_cast<const uint16_t*>(x)[i]);
+    values = buffer.data();
+  }
+};
+
+// ---- sixteen floats ------------------------------------------------------------------------------------------------
+
+#if CONMOE_AVX512
+
+struct Lanes {
+  __m512 v;
+};
+inline Lanes zero() { return {_mm512_setzero_ps()}; }
+inline Lanes all(float value) { return {_mm512_set1_ps(value)}; }
+inline Lanes load(const float* from) { return {_mm512_loadu_ps(from)}; }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline void store(float* to, Lanes a) { _mm512_storeu_ps(to, a.v); }
+inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+inline Lanes load(const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Lanes load_half(const uint16_t* from) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from))}; }
+inline Lanes load(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
+inline Lanes load(const int8_t* from) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)))};
+}
+// The two half-bytes of 16 bytes as numbers -8..7, by a table: the permutation looks at four bits only.
+inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
+  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  low.v = _mm512_permutexvar_ps(wide, table);
+  high.v = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+}
+// 16 pairs of bf16: the first of each, the second of each.
+inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  first.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+#elif CONMOE_AVX2
+
+struct Lanes {
+  __m256 a, b;
+};
+inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Lanes all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline Lanes load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Lanes fma(Lanes x, Lanes y, Lanes z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline void store(float* to, Lanes x) {
+  _mm256_storeu_ps(to, x.a);
+  _mm256_storeu_ps(to + 8, x.b);
+}
+inline __m256 up(__m128i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16)); }
+inline Lanes load(const uint16_t* from) {
+  return {up(_mm_loadu_si128((const __m128i*)from)), up(_mm_loadu_si128((const __m128i*)(from + 8)))};
+}
+inline Lanes load_half(const uint16_t* from) {
+  float wide[LANES];
+  for (int64_t i = 0; i < LANES; ++i) wide[i] = from_fp16(from[i]);
+  return load(wide);
+}
+inline Lanes load(const int32_t* from) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)from)),
+          _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)(from + 8)))};
+}
+inline __m256 signed_bytes(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+inline Lanes load(const int8_t* from) { return {signed_bytes(from), signed_bytes(from + 8)}; }
+inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
+  const __m256i mask = _mm256_set1_epi32(15), eight = _mm256_set1_epi32(8);
+  const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8)));
+  low = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(a, mask), eight)),
+         _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(b, mask), eight))};
+  high = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(a, 4), eight)),
+          _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(b, 4), eight))};
+}
+inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  const __m256i a = _mm256_loadu_si256((const __m256i*)from), b = _mm256_loadu_si256((const __m256i*)(from + 16));
+  const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+  first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+  second = {_mm256_castsi256_ps(_mm256_and_si256(a, upper)), _mm256_castsi256_ps(_mm256_and_si256(b, upper))};
+}
+inline float sum(Lanes x) {
+  float wide[LANES], total = 0;
+  store(wide, x);
+  for (int64_t i = 0; i < 8; ++i) wide[i] += wide[i + 8];
+  for (int64_t i = 0; i < 4; ++i) wide[i] += wide[i + 4];
+  for (int64_t i = 0; i < 4; ++i) total += wide[i];
+  return total;
+}
+
+#else
+
+struct Lanes {
+  float v[LANES];
+};
+template <class Make>
+inline Lanes each(Make make) {
+  Lanes x;
+  for (int64_t i = 0; i < LANES; ++i) x.v[i] = make(i);
+  return x;
+}
+inline Lanes zero() { return each([](int64_t) { return 0.0f; }); }
+inline Lanes all(float value) { return each([=](int64_t) { return value; }); }
+inline Lanes load(const float* from) { return each([=](int64_t i) { return from[i]; }); }
+inline Lanes add(Lanes a, Lanes b) { return each([&](int64_t i) { return a.v[i] + b.v[i]; }); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int64_t i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline void store(float* to, Lanes a) { std::memcpy(to, a.v, sizeof(a.v)); }
+inline Lanes load(const uint16_t* from) { return each([=](int64_t i) { return from_bf16(from[i]); }); }
+inline Lanes load_half(const uint16_t* from) { return each([=](int64_t i) { return from_fp16(from[i]); }); }
+inline Lanes load(const int32_t* from) { return each([=](int64_t i) { return float(from[i]); }); }
+inline Lanes load(const int8_t* from) { return each([=](int64_t i) { return float(from[i]); }); }
+inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
+  low = each([=](int64_t i) { return float(int(from[i] & 15) - 8); });
+  high = each([=](int64_t i) { return float(int(from[i] >> 4) - 8); });
+}
+inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  first = each([=](int64_t i) { return from_bf16(from[2 * i]); });
+  second = each([=](int64_t i) { return from_bf16(from[2 * i + 1]); });
+}
+inline float sum(Lanes a) {
+  for (int64_t half = LANES / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+
+#endif
+
+}  // namespace

@@ -1,0 +1,168 @@
+// The functions that Python calls: weights times few rows of activations, gated experts and whole layers for one token.
+//
+// One token makes every weight count once, so the only thing that matters is to read them at the speed of the memory.
+// Each function runs one parallel region over all the matrices it is given: the experts of a token together.
+// Activations come and go in bf16 or fp32 and are fp32 in between.
+//
+// Plain C interface, no library but OpenMP: it is compiled in a second and called through ctypes.
+
+#include "attention.h"
+
+extern "C" {
+
+// y[i, t] = W_i x[i, t] for i < count and t < tokens. x: [count, tokens, columns], or [tokens, columns] for all
+// matrices with x_stride 0; y: [count, tokens, rows]; both bf16 where `narrow`, else fp32. Returns 0, or 1 where the
+// form cannot be taken.
+int conmoe_few_rows(int kind, int64_t count, const void* const* values, const void* const* scales, const void* x,
+                    int64_t x_stride, int64_t tokens, void* y, int64_t rows, int64_t columns, int64_t group,
+                    int narrow) {
+  const Source source(x, narrow, (x_stride ? count : 1) * tokens * columns);
+  return products(kind, count, values, scales, source.values, x_stride == 0, tokens, Target{y, narrow != 0}, rows,
+                  columns, group);
+}
+
+// y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
+// hold [G_i; U_i]: [2 * widths[i], columns]; down_values D_i: [columns, widths[i]]. Returns as above.
+int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
+                         const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
+                         const void* x, float* y, const int64_t* widths, int64_t columns, int64_t up_group,
+                         int64_t down_group, int narrow) {
+  const Source source(x, narrow, columns);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += widths[i];
+  std::vector<float> inner(size_t(total) + 1);
+  std::vector<float*> h;
+  for (int64_t i = 0, start = 0; i < count; start += widths[i++]) h.push_back(inner.data() + start);
+  const int failed =
+      gated(up_kind, count, up_values, up_scales, source.values, widths, h.data(), columns, up_group);
+  if (failed) return failed;
+  return downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_group);
+}
+
+// out = sum over i of weights[i] * y[i] + sum over j of gates[j] * constants[j], in this order; y: fp32 [count, columns],
+// constants: addresses of fp32 [columns] each; out bf16 where `narrow`.
+void conmoe_combine(int64_t count, const float* y, const float* weights, int64_t extra, const float* const* constants,
+                    const float* gates, void* out, int64_t columns, int narrow) {
+  const Target target{out, narrow != 0};
+  std::vector<float> total(size_t(columns), 0.0f);
+  const auto add = [&](const float* row, float weight) {
+    for (int64_t k = 0; k < columns; ++k) total[size_t(k)] += weight * row[k];
+  };
+  for (int64_t i = 0; i < count; ++i) add(y + i * columns, weights[i]);
+  for (int64_t j = 0; j < extra; ++j) add(constants[j], gates[j]);
+  for (int64_t k = 0; k < columns; ++k) target.put(k, total[size_t(k)]);
+}
+
+// A layer whose prototypes all lie in memory. Tables are by the order of the prototypes; `target` says which of them
+// stands behind each of the router's slots, -1 for none.
+struct Layer {
+  int64_t up_kind, down_kind, slots, columns, up_group, down_group;
+  const int64_t* target;
+  const float* factor;  // of each slot, or null
+  const void* const* up_values;
+  const void* const* up_scales;
+  const void* const* down_values;
+  const void* const* down_scales;
+  const int64_t* widths;
+  const float* const* constants;  // of each slot, null where it has none; or null
+};
+
+// The routed experts' output of one token, `slots` and `gates` [k] as its router gave them (gates bf16 where
+// `narrow_gates`, else fp32), x and out [columns] (bf16 where `narrow`). What meets on a prototype is added first, in
+// fp64 and in the order of the slots. Where `residual` is not null, the rounded output is added to it. Returns how many
+// prototypes there were, or -1 where a form cannot be taken.
+int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
+                     const void* x, const void* residual, void* out, int narrow) {
+  std::vector<int64_t> chosen;
+  std::vector<double> sums;
+  std::vector<const float*> constants;
+  std::vector<float> shares;
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t slot = slots[i];
+    if (slot < 0 || slot >= layer->slots) continue;
+    const float gate =
+        narrow_gates ? from_bf16(static_cast<const uint16_t*>(gates)[i]) : static_cast<const float*>(gates)[i];
+    if (layer->constants && layer->constants[slot]) {
+      constants.push_back(layer->constants[slot]);
+      shares.push_back(gate);
+    }
+    const int64_t target = layer->target[slot];
+    if (target < 0) continue;
+    const double weight = double(gate) * (layer->factor ? double(layer->factor[slot]) : 1.0);
+    const auto place = std::lower_bound(chosen.begin(), chosen.end(), target);
+    const auto at = place - chosen.begin();
+    if (place != chosen.end() && *place == target) {
+      sums[size_t(at)] += weight;
+    } else {
+      chosen.insert(place, target);
+      sums.insert(sums.begin() + at, weight);
+    }
+  }
+  const auto count = int64_t(chosen.size());
+  std::vector<const void*> tables[4];
+  std::vector<int64_t> widths;
+  std::vector<float> weights;
+  const void* const* const sources[4] = {layer->up_values, layer->up_scales, layer->down_values, layer->down_scales};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][chosen[size_t(i)]]);
+    widths.push_back(layer->widths[chosen[size_t(i)]]);
+    weights.push_back(float(sums[size_t(i)]));
+  }
+  std::vector<float> y(size_t(count * layer->columns) + 1);
+  if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
+                                    tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
+                                    layer->columns, layer->up_group, layer->down_group, narrow))
+    return -1;
+  conmoe_combine(count, y.data(), weights.data(), int64_t(constants.size()), constants.data(), shares.data(), out,
+                 layer->columns, narrow);
+  if (residual) {
+    const Source first(residual, narrow, layer->columns), second(out, narrow, layer->columns);
+    const Target target{out, narrow != 0};
+    for (int64_t i = 0; i < layer->columns; ++i) target.put(i, first.values[i] + second.values[i]);
+  }
+  return count;
+}
+
+// Rows of x through `norm`: [rows, norm.columns], bf16 where `narrow`, else fp32.
+void conmoe_rms_norm(const Norm* norm, const void* x, void* out, int64_t rows, int narrow) {
+  rms_norm(*norm, x, out, rows, narrow != 0);
+}
+
+// out = softmax(q K^T * scaling) V of one new token: q [groups, each, columns] and out [groups, each, width] in bf16, K_i
+// [length, columns] and V_i [length, width] of every group in bf16; scores and sums are fp32.
+void conmoe_attend(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each,
+                   void* out, int64_t length, int64_t columns, int64_t width, float scaling) {
+  attend(groups, keys, values, q, each, out, length, columns, width, scaling);
+}
+
+// A layer's attention for one new token: x [columns of q] to out [rows of o], both bf16. cos and sin: bf16 [rotary] of its
+// position. keys and values: the first head's rows of a cache that holds `held` tokens and has room for another, bf16,
+// heads `key_step` and `value_step` numbers apart; the new token's are written there. Returns 0, or 1 where a form cannot
+// be taken.
+int conmoe_attention(const Attention* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t rotary,
+                     uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
+  return attention(*layer, x, Rotary{cos, sin, rotary}, Cached{keys, values, key_step, value_step, held}, out);
+}
+
+// The same with the norms around it: x to sum = x + attention and normed = its norm, all bf16.
+int conmoe_block(const Block* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t rotary,
+                 uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* sum,
+                 uint16_t* normed) {
+  return block(*layer, x, Rotary{cos, sin, rotary}, Cached{keys, values, key_step, value_step, held}, sum, normed);
+}
+
+// The weights as fp32 [rows, columns]. Returns as above.
+int conmoe_expand(int kind, const void* values, const void* scales, float* out, int64_t rows, int64_t columns,
+                  int64_t group) {
+  const auto* steps = static_cast<const uint16_t*>(scales);
+  if (kind == INT4) {
+    if (rows % TILE || group % LANES || columns % group) return 1;
+    expand_tiles(static_cast<const uint8_t*>(values), steps, out, rows, columns, group);
+    return 0;
+  }
+  return !in_rows(kind, [&](auto form) {
+    using Form = decltype(form);
+    expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, rows, columns);
+  });
+}
+}

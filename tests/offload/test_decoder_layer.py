@@ -1,0 +1,201 @@
+"""A decoder layer in two calls: the same bits as transformers' steps, and only where it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conmoe_edge.integrations.attention import suit_attention
+from conmoe_edge.integrations.dense import finish_dense, products_for
+from conmoe_edge.integrations.load import load_package
+from conmoe_edge.model.experts import find_experts
+from conmoe_edge.offload import whole_layer
+from conmoe_edge.offload.arithmetic import Machine
+from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_two_calls
+from conmoe_edge.offload.kv_cache import keep_cache_growing
+from conmoe_edge.offload.native import operator
+from tests.families import tiny_model
+from tests.hand_packages import identity, write_package
+
+IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
+USUAL = (
+    *("deepseek", "dots1", "glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+    "solar_open",
+)
+OTHERS = ("flex_olmo", "granitemoe", "phimoe", "deepseek_v3", "qwen3_next")
+
+pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
+
+
+def of_family(name: str) -> Any:
+    """A tiny model in bf16 with its own experts and everything else that loading puts into one."""
+    torch.manual_seed(0)
+    model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
+    finish_dense(model, products_for(torch.device("cpu")), least_bytes=0)
+    keep_cache_growing(model, 64)
+    assert suit_attention(model, Machine("cpu", native_bf16=False))
+    return model
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A loaded package with nothing removed, every projection the operator's."""
+    monkeypatch.setattr(finish_dense, "__kwdefaults__", {"least_bytes": 0})
+    model = tiny_model("olmoe", dtype=torch.bfloat16)
+    yield load_package(write_package(model, tmp_path / "package", identity(model)))
+
+
+def layers_of(model: Any) -> list[EdgeLayer]:
+    found = [vars(module).get("forward") for module in model.modules()]
+    return [one for one in found if isinstance(one, EdgeLayer)]
+
+
+def modules_of(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), EdgeLayer)]
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Layers as transformers has them; their attention is one call all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EdgeLayer, "prepare", lambda *_: None)
+        yield
+
+
+def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Logits of a prompt (where there is no cache yet) and of single tokens after it, and the cache."""
+    rows = []
+    with torch.inference_mode():
+        if cache is None:
+            out = model(IDS, use_cache=True)
+            cache = out.past_key_values
+            rows.append(out.logits[0, -1])
+        for token in tokens:
+            out = model(torch.tensor([[token]]), past_key_values=cache)
+            rows.append(out.logits[0, -1])
+    return torch.stack(rows), cache
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_the_same_bits_as_transformers(name: str) -> None:
+    model = of_family(name)
+    with without():
+        wanted, _ = steps(model, [3, 1, 4, 1, 5])
+    found, _ = steps(model, [3, 1, 4, 1, 5])
+    assert [one.agrees for one in layers_of(model)] == [True] * model.config.num_hidden_layers
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_layer_is_left_alone(name: str) -> None:
+    assert not layers_of(of_family(name))
+
+
+def test_resident_experts_are_the_second_call(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with without():
+        wanted, _ = steps(package, [3, 1, 4, 1, 5])
+    found, cache = steps(package, [3, 1, 4, 1, 5])
+    assert [one.agrees for one in layers_of(package)] == [True] * 3
+    assert torch.equal(found, wanted)
+    before = package.conmoe.stats().hits
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model's own block was called")
+
+    for layer in modules_of(package):
+        monkeypatch.setattr(layer.mlp, "forward", never)
+        monkeypatch.setattr(layer.mlp.experts, "forward", never)
+    steps(package, [2], cache)
+    assert package.conmoe.stats().hits - before == 3 * package.config.num_experts_per_tok
+
+
+def test_experts_that_are_not_all_there_go_the_model_s_way(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with without():
+        wanted, _ = steps(package, [3, 1, 4, 1, 5])
+    monkeypatch.setattr(whole_layer.WholeLayer, "output", lambda *_, **__: None)
+    found, _ = steps(package, [3, 1, 4, 1, 5])
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.gate", "mlp.experts", "self_attn", "input_layernorm"])
+def test_a_part_that_is_watched_is_called(package: Any, part: str) -> None:
+    wanted, _ = steps(package, [3, 1, 4, 1, 5])
+    seen = []
+    module = modules_of(package)[1].get_submodule(part)
+    hook = module.register_forward_hook(lambda *call: seen.append(call))
+    found, _ = steps(package, [3, 1, 4, 1, 5])
+    assert len(seen) == 6 and torch.equal(found, wanted)
+    hook.remove()
+    again, _ = steps(package, [3, 1, 4, 1, 5])
+    assert len(seen) == 6 and torch.equal(again, wanted)
+
+
+def test_a_layer_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of_family("olmoe")
+    layer = modules_of(model)[0]
+    del layer.forward
+
+    def forward(  # type: ignore[no-untyped-def]
+        self, hidden_states, position_embeddings=None, past_key_values=None, **kwargs
+    ):
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=None,
+            past_key_values=past_key_values,
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(attended))
+
+    monkeypatch.setattr(type(layer), "forward", forward)
+    assert is_usual_layer(layer)  # the names are the usual ones
+    layers_in_two_calls(model, operator())  # type: ignore[arg-type]
+    with without():
+        wanted, _ = steps(model, [3, 1, 4, 1, 5])
+    found, _ = steps(model, [3, 1, 4, 1, 5])
+    assert layer.forward.agrees is False
+    assert torch.equal(found, wanted)
+
+
+def test_closed_is_closed(package: Any) -> None:
+    _, cache = steps(package, [3, 1, 4, 1, 5])
+    package.conmoe.close()
+    with pytest.raises(Exception, match="not loaded"):
+        steps(package, [2], cache)
+
+
+def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
+    _, cache = steps(package, [3, 1, 4, 1, 5])
+    with torch.inference_mode():
+        out = package(
+            torch.tensor([[2]]),
+            past_key_values=cache,
+            output_router_logits=True,
+            output_hidden_states=True,
+        )
+    assert len(out.router_logits) == 3 and len(out.hidden_states) == 4
+    cache.crop(-1)
+    with without(), torch.inference_mode():
+        wanted = package(
+            torch.tensor([[2]]),
+            past_key_values=cache,
+            output_router_logits=True,
+            output_hidden_states=True,
+        )
+    assert torch.equal(out.logits, wanted.logits)
+    for ours, theirs in zip(out.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(out.router_logits, wanted.router_logits, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_layer_has_experts_in_the_package(package: Any) -> None:
+    assert len(find_experts(package)) == len(layers_of(package)) == 3

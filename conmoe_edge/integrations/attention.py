@@ -23,8 +23,9 @@ from transformers.masking_utils import sdpa_mask
 
 from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.attention import attend_in_one_call
-from conmoe_edge.offload.decoder_layer import layers_in_two_calls
+from conmoe_edge.offload.decoder_layer import layers_in_one_call
 from conmoe_edge.offload.native import operator
+from conmoe_edge.offload.routers import route_in_one_call
 
 FUSED, SUITED = "sdpa", "conmoe_sdpa"
 _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
@@ -42,7 +43,8 @@ def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
     if config._attn_implementation != SUITED:
         return False
     attend_in_one_call(model, engine)
-    layers_in_two_calls(model, engine)
+    route_in_one_call(model, engine)
+    layers_in_one_call(model, engine)
     return True
 
 

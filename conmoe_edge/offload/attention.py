@@ -26,7 +26,14 @@ from transformers.cache_utils import DynamicCache
 
 from conmoe_edge.offload.dense import EdgeLinear
 from conmoe_edge.offload.kv_cache import GrowingLayer
-from conmoe_edge.offload.native import AttentionTable, Cached, Operator, Prepared, RmsNorm
+from conmoe_edge.offload.native import (
+    AttentionTable,
+    Cached,
+    Operator,
+    Positions,
+    Prepared,
+    RmsNorm,
+)
 from conmoe_edge.offload.norms import EdgeNorm
 from conmoe_edge.offload.usual import as_they_were, speaks_only_of
 
@@ -90,14 +97,14 @@ class EdgeAttention:
         place = self.place(kwargs["past_key_values"])
         if place is None:
             return own(**kwargs)
-        cos, sin = kwargs["position_embeddings"]
+        positions = Positions(*kwargs["position_embeddings"])
         if self.agrees is None:
             found = own(**kwargs)
             self.agrees = found[1] is None and agree(
-                place, lambda cached: self._gives(found[0], place, x, cos, sin, cached)
+                place, lambda cached: self._gives(found[0], place, x, positions, cached)
             )
             return found
-        out = self._engine.attention(place.table, x, cos, sin, place.cached)
+        out = self._engine.attention(place.table, x, positions, place.cached)
         place.layer.has_one_more()
         return out, None
 

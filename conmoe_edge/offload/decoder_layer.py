@@ -1,9 +1,9 @@
-"""A decoder layer for one new token, in two calls of the operator with the router between them.
+"""A decoder layer for one new token, in one call of the operator where it is the usual one and all its prototypes stay.
 
-The first is everything up to the router: norm, attention, sum, norm. The second is everything behind it, where all
-prototypes of the layer stay resident (``whole_layer.py``): the experts and their sum with what went past them. What
-else stands behind the second norm (a dense layer, shared experts, prototypes that are not all there) is called as the
-model has it. Every step in Python and every small tensor operation that is saved is a cold one (``attention.py``).
+That is norm, attention, sum, norm, router (``routers.py``), experts (``whole_layer.py``), sum. Where the router is
+another one, or somebody watches it, it is called as the model has it, between two calls of the operator; and so is what
+else may stand behind the second norm: a dense layer, shared experts, prototypes that are not all there. Every step in
+Python and every small tensor operation that is saved is a cold one (``attention.py``).
 
 As there, a model's class is not known: the layer's code uses no name but those of its parts, and a token has been
 computed both ways, to the same bits, before the operator answers.
@@ -24,8 +24,16 @@ from transformers import PreTrainedModel
 
 from conmoe_edge.offload.attention import EdgeAttention, Place, agree
 from conmoe_edge.offload.experts import HANDLE, LayerHandle
-from conmoe_edge.offload.native import AttentionTable, BlockTable, Cached, Operator
+from conmoe_edge.offload.native import (
+    AttentionTable,
+    BlockTable,
+    Cached,
+    Operator,
+    Positions,
+    RouterTable,
+)
 from conmoe_edge.offload.norms import EdgeNorm
+from conmoe_edge.offload.routers import EdgeRouter
 from conmoe_edge.offload.usual import as_they_were, speaks_only_of
 from conmoe_edge.offload.whole_layer import WholeLayer
 
@@ -52,6 +60,14 @@ class _Experts:
             return None
         return cls(block, parts)
 
+    def router(self) -> RouterTable | None:
+        """The usual router, which nobody watches; a forward of the model may begin with letting somebody."""
+        gate = self.parts["gate"]
+        edge = gate.__dict__.get("forward")
+        if type(edge) is not EdgeRouter or gate._forward_hooks or gate._forward_pre_hooks:
+            return None
+        return edge.current()
+
     def whole(self) -> WholeLayer | None:
         """All its prototypes, where they stay resident."""
         experts = self.parts["experts"]
@@ -62,7 +78,7 @@ class _Experts:
         if not as_they_were(self.block, self.parts, called=("gate",)):
             return None
         found = handle.whole(experts, runtime)
-        return None if found.table is None else found
+        return found if found.table is not None and torch.bfloat16 in found.formats else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +95,22 @@ class _Taken:
     """Arguments of a layer that were looked at, and taken: a model gives all its layers the same."""
 
     def __init__(self) -> None:
-        self.positions: Any = None
-        self.count = 0
+        self._embeddings: Any = None
+        self._count = 0
+        self.positions: Positions | None = None
 
     def same(self, arguments: Mapping[str, Any]) -> bool:
-        positions = arguments.get("position_embeddings")
+        embeddings = arguments.get("position_embeddings")
         return (
-            positions is not None
-            and positions is self.positions
-            and len(arguments) == self.count
+            embeddings is not None
+            and embeddings is self._embeddings
+            and len(arguments) == self._count
             and arguments.get("attention_mask") is None
         )
 
     def keep(self, arguments: Mapping[str, Any]) -> None:
-        self.positions, self.count = arguments["position_embeddings"], len(arguments)
+        self._embeddings, self._count = arguments["position_embeddings"], len(arguments)
+        self.positions = Positions(*self._embeddings)
 
 
 class EdgeLayer:
@@ -157,16 +175,17 @@ class EdgeLayer:
             self._taken.keep(kwargs)
         if x.dtype != torch.bfloat16 or x.numel() != ready.place.table.hidden:
             return own(*args, **kwargs)
+        if self._parts["self_attn"].__dict__.get("forward") is not self._attention:
+            return own(*args, **kwargs)  # somebody has begun to watch it
+        positions = self._taken.positions
+        assert positions is not None
         if self.agrees is None:
-            return self._try(lambda: own(*args, **kwargs), x, kwargs, ready)
-        cos, sin = kwargs["position_embeddings"]
-        out = self._compute(x.contiguous(), cos, sin, ready, ready.place.cached)
+            return self._try(lambda: own(*args, **kwargs), x, positions, ready)
+        out = self._compute(x.contiguous(), positions, ready, ready.place.cached)
         self._written = ready
         return out
 
-    def _try(
-        self, own: Callable[[], Any], x: Tensor, arguments: Mapping[str, Any], ready: _Ready
-    ) -> Any:
+    def _try(self, own: Callable[[], Any], x: Tensor, positions: Positions, ready: _Ready) -> Any:
         """The token by transformers, and beside it by the operator with what the router said, to see whether they are
         the same.
         """
@@ -177,10 +196,9 @@ class EdgeLayer:
             wanted = own()
         finally:
             hook.remove()
-        cos, sin = arguments["position_embeddings"]
 
         def compute(cached: Cached) -> bool:
-            found = self._compute(x.contiguous(), cos, sin, ready, cached, routed[0])
+            found = self._compute(x.contiguous(), positions, ready, cached, routed[0])
             return torch.equal(found, wanted)
 
         usual = isinstance(wanted, Tensor) and len(routed) == 1
@@ -190,14 +208,17 @@ class EdgeLayer:
     def _compute(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        positions: Positions,
         ready: _Ready,
         cached: Cached,
         known: Any = None,
     ) -> Tensor:
-        """``known``: what the router of the experts, or what stands in their place, has given already."""
-        summed, normed = self._engine.block(ready.table, x, cos, sin, cached)
+        """``known``: what another router, or what stands in the experts' place, has given already."""
+        if self._experts is not None and ready.whole is not None:
+            router = self._experts.router()
+            if router is not None:
+                return ready.whole.decoder(ready.table, router, x, positions, cached)
+        summed, normed = self._engine.block(ready.table, x, positions, cached)
         if self._experts is None:
             return summed + (self._mlp(normed) if known is None else known)
         if ready.whole is None:
@@ -232,10 +253,10 @@ class Layers:
             layer.finish()
 
 
-def layers_in_two_calls(model: PreTrainedModel, engine: Operator) -> int:
+def layers_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
     """Let the usual decoder layers of ``model`` take single tokens through the operator; how many there are.
 
-    After ``attend_in_one_call`` and ``keep_cache_growing``.
+    After ``attend_in_one_call``, ``route_in_one_call`` and ``keep_cache_growing``.
     """
     found = [module for module in model.modules() if is_usual_layer(module)]
     taken = _Taken()

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.offload.arithmetic import gates_in_one_call
-from conmoe_edge.offload.native import LayerTable, Operator, operator
+from conmoe_edge.offload.native import (
+    BlockTable,
+    Cached,
+    LayerTable,
+    Operator,
+    Positions,
+    RouterTable,
+    operator,
+)
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.residency import Residency
@@ -80,5 +88,19 @@ class WholeLayer:
         out, count = self.engine.layer(
             self.table, slots.contiguous(), gates.contiguous(), hidden.contiguous(), residual
         )
+        self.residency.used(count)
+        return out
+
+    def decoder(
+        self,
+        block: BlockTable,
+        router: RouterTable,
+        x: Tensor,
+        positions: Positions,
+        cached: Cached,
+    ) -> Tensor:
+        """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``."""
+        assert self.table is not None and self.engine is not None
+        out, count = self.engine.decoder(block, router, self.table, x, positions, cached)
         self.residency.used(count)
         return out

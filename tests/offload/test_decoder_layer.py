@@ -16,7 +16,7 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload import whole_layer
 from conmoe_edge.offload.arithmetic import Machine
-from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_two_calls
+from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
 from conmoe_edge.offload.kv_cache import keep_cache_growing
 from conmoe_edge.offload.native import operator
 from tests.families import tiny_model
@@ -157,7 +157,7 @@ def test_a_layer_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(layer), "forward", forward)
     assert is_usual_layer(layer)  # the names are the usual ones
-    layers_in_two_calls(model, operator())  # type: ignore[arg-type]
+    layers_in_one_call(model, operator())  # type: ignore[arg-type]
     with without():
         wanted, _ = steps(model, [3, 1, 4, 1, 5])
     found, _ = steps(model, [3, 1, 4, 1, 5])

@@ -227,6 +227,35 @@ class BlockTable:
         self.address = ctypes.addressof(self._struct)
 
 
+class _Router(ctypes.Structure):
+    _fields_: ClassVar = [
+        *[("linear", _Linear), ("chosen", ctypes.c_int64)],
+        *[(name, ctypes.c_int32) for name in ("normed", "narrow")],
+    ]
+
+
+class RouterTable:
+    """A router for ``Operator.route``: softmax over all slots, the greatest of which are chosen."""
+
+    def __init__(self, matrix: Prepared, chosen: int, normed: bool, narrow: bool) -> None:
+        """``matrix`` is kept alive.
+
+        Args:
+            matrix: [E, H].
+            chosen: slots of a token, at most E.
+            normed: whether gates are divided by their sum.
+            narrow: whether they are bf16, else fp32.
+        """
+        form = matrix.form
+        self.slots, self.chosen, self.hidden = form.rows, chosen, form.columns
+        self.gates = torch.bfloat16 if narrow else torch.float32
+        self._kept = matrix
+        shape = (form.code, form.rows, form.columns, form.group)
+        linear = _Linear(*shape, matrix.values, matrix.scales, None)
+        self._struct = _Router(linear, chosen, normed, narrow)
+        self.address = ctypes.addressof(self._struct)
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """Keys and values of ``held`` tokens in memory that has room for one more: bf16 [heads, room, width].
@@ -239,6 +268,17 @@ class Cached:
     key_step: int
     value_step: int
     held: int
+
+
+class Positions:
+    """Where a token stands, as its layers are told: cosines and sines for the first numbers of a head, whose first half
+    turns with the second.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        """Both bf16, contiguous, of one token; they are kept alive."""
+        self._kept = (cos, sin)
+        self.cos, self.sin, self.count = cos.data_ptr(), sin.data_ptr(), cos.numel()
 
 
 class Operator:
@@ -285,6 +325,11 @@ class Operator:
         ]
         self._block = handle.conmoe_block
         self._block.argtypes = [*self._attention.argtypes, address]
+        self._route = handle.conmoe_route
+        self._route.argtypes = [address] * 5
+        self._decoder = handle.conmoe_decoder
+        self._decoder.argtypes = [address, address, *self._attention.argtypes]
+        self._decoder.restype = number
         self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -452,15 +497,14 @@ class Operator:
         return out
 
     def attention(
-        self, table: AttentionTable, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached
+        self, table: AttentionTable, x: Tensor, positions: Positions, cached: Cached
     ) -> Tensor:
         """A layer's attention for one new token, whose keys and values are written into the cache.
 
         Args:
             table: the layer.
             x: bf16, ``hidden`` values, contiguous.
-            cos, sin: bf16, of the token's position, contiguous, for the first numbers of a head; the
-                first half of those turns with the second.
+            positions: where the token stands.
             cached: where keys and values lie.
 
         Returns:
@@ -469,7 +513,7 @@ class Operator:
         """
         out = torch.empty_like(x)
         failed = self._attention(
-            *(table.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel()),
+            *(table.address, x.data_ptr(), positions.cos, positions.sin, positions.count),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
             out.data_ptr(),
         )
@@ -477,17 +521,53 @@ class Operator:
         return out
 
     def block(
-        self, table: BlockTable, x: Tensor, cos: Tensor, sin: Tensor, cached: Cached
+        self, table: BlockTable, x: Tensor, positions: Positions, cached: Cached
     ) -> tuple[Tensor, Tensor]:
         """x + attention(before(x)), and that through the norm behind; arguments as of ``attention``."""
         out, normed = torch.empty_like(x), torch.empty_like(x)
         failed = self._block(
-            *(table.address, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.numel()),
+            *(table.address, x.data_ptr(), positions.cos, positions.sin, positions.count),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
             *(out.data_ptr(), normed.data_ptr()),
         )
         assert not failed, "prepare lets only forms pass that the operator takes"
         return out, normed
+
+    def route(self, table: RouterTable, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits bf16 [1, E], gates and slots (int64) [1, K] of one token: the greatest first, of equal ones the first.
+
+        Args:
+            table: the router.
+            x: bf16, H values, contiguous.
+        """
+        logits = torch.empty(1, table.slots, dtype=torch.bfloat16)
+        gates = torch.empty(1, table.chosen, dtype=table.gates)
+        slots = torch.empty(1, table.chosen, dtype=torch.int64)
+        failed = self._route(
+            *(table.address, x.data_ptr(), logits.data_ptr(), gates.data_ptr(), slots.data_ptr())
+        )
+        assert not failed, "prepare lets only forms pass that the operator takes"
+        return logits, gates, slots
+
+    def decoder(
+        self,
+        block: BlockTable,
+        router: RouterTable,
+        experts: LayerTable,
+        x: Tensor,
+        positions: Positions,
+        cached: Cached,
+    ) -> tuple[Tensor, int]:
+        """``block``, ``route`` and ``layer`` in one call: the same bits, and how many prototypes there were."""
+        out = torch.empty_like(x)
+        count = self._decoder(
+            *(block.address, router.address, experts.address, x.data_ptr()),
+            *(positions.cos, positions.sin, positions.count),
+            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            out.data_ptr(),
+        )
+        assert count >= 0, "only forms that the operator takes are in tables"
+        return out, count
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
         """softmax(q K^T * scaling) V of one new token: two products with few rows.

@@ -6,7 +6,7 @@
 //
 // Plain C interface, no library but OpenMP: it is compiled in a second and called through ctypes.
 
-#include "attention.h"
+#include "router.h"
 
 extern "C" {
 
@@ -149,6 +149,27 @@ int conmoe_block(const Block* layer, const uint16_t* x, const uint16_t* cos, con
                  uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* sum,
                  uint16_t* normed) {
   return block(*layer, x, Rotary{cos, sin, rotary}, Cached{keys, values, key_step, value_step, held}, sum, normed);
+}
+
+// A router for one token: x and logits bf16, gates bf16 where it is `narrow`, else fp32. Returns as above.
+int conmoe_route(const Router* router, const uint16_t* x, uint16_t* logits, void* gates, int64_t* slots) {
+  return route(*router, x, logits, gates, slots);
+}
+
+// A whole decoder layer for one token, x to out, both bf16: `conmoe_block`, `conmoe_route`, `conmoe_layer`. Returns as the
+// last of them.
+int64_t conmoe_decoder(const Block* before, const Router* router, const Layer* experts, const uint16_t* x,
+                       const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* keys, uint16_t* values,
+                       int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
+  const size_t columns = size_t(before->before.columns), count = size_t(router->linear.rows);
+  std::vector<uint16_t> sum(columns, 0), normed(columns, 0), logits(count, 0);
+  std::vector<float> gates(count, 0.0f);
+  std::vector<int64_t> slots(count, 0);
+  const Cached cached{keys, values, key_step, value_step, held};
+  if (block(*before, x, Rotary{cos, sin, rotary}, cached, sum.data(), normed.data())) return -1;
+  if (route(*router, normed.data(), logits.data(), gates.data(), slots.data())) return -1;
+  return conmoe_layer(experts, slots.data(), gates.data(), router->narrow, router->chosen, normed.data(), sum.data(),
+                      out, 1);
 }
 
 // The weights as fp32 [rows, columns]. Returns as above.

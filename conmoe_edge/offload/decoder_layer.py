@@ -122,6 +122,7 @@ class EdgeLayer:
     def __init__(self, module: nn.Module, engine: Operator, taken: _Taken) -> None:
         """For a module that ``is_usual_layer``."""
         self.agrees: bool | None = None
+        self._tried_whole = False
         self._own = weakref.WeakMethod(module.forward)
         self._engine, self._taken = engine, taken
         self._parts = dict(module.named_children())
@@ -135,10 +136,10 @@ class EdgeLayer:
         self._written: _Ready | None = None
 
     def prepare(self, cache: Any) -> None:
-        """For a token that comes next, behind those in ``cache``."""
+        """For a token that comes next, behind those in ``cache``; with ``None`` for anything else."""
         self._ready = self._written = None
         own = self._own()
-        if own is None or self.agrees is False or not self._attention.agrees:
+        if cache is None or own is None or self.agrees is False or not self._attention.agrees:
             return
         before, after = self._before.current(), self._after.current()
         place = self._attention.place(cache)
@@ -153,13 +154,15 @@ class EdgeLayer:
                 self.agrees = False
                 return
         whole = None if self._experts is None else self._experts.whole()
+        if self._tried_whole != (whole is not None):
+            self._tried_whole, self.agrees = whole is not None, None
         self._ready = _Ready(cache, place, self._table[1], whole)
 
-    def finish(self) -> None:
-        """The token has gone through the whole model: it is in the cache."""
-        if self._written is not None:
+    def finish(self, through: bool) -> None:
+        """The forward has ended. Where the token went ``through`` the whole model, it is in the cache."""
+        if through and self._written is not None:
             self._written.place.layer.has_one_more()
-            self._written = None
+        self._ready = self._written = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' interface: [B, T, H] ... -> [B, T, H]."""
@@ -186,12 +189,16 @@ class EdgeLayer:
         return out
 
     def _try(self, own: Callable[[], Any], x: Tensor, positions: Positions, ready: _Ready) -> Any:
-        """The token by transformers, and beside it by the operator with what the router said, to see whether they are
-        the same.
+        """The token by transformers, and beside it by the operator with what the router said (or with what stands in
+        the experts' place gave), to see whether they are the same.
         """
         routed: list[Any] = []
-        gate = self._mlp if self._experts is None else self._experts.parts["gate"]
-        hook = gate.register_forward_hook(lambda *call: routed.append(call[2]))
+        known = (
+            self._mlp
+            if self._experts is None or ready.whole is None
+            else self._experts.parts["gate"]
+        )
+        hook = known.register_forward_hook(lambda *call: routed.append(call[2]))
         try:
             wanted = own()
         finally:
@@ -219,10 +226,8 @@ class EdgeLayer:
             if router is not None:
                 return ready.whole.decoder(ready.table, router, x, positions, cached)
         summed, normed = self._engine.block(ready.table, x, positions, cached)
-        if self._experts is None:
+        if self._experts is None or ready.whole is None:
             return summed + (self._mlp(normed) if known is None else known)
-        if ready.whole is None:
-            return summed + self._mlp(normed)
         flat = normed.view(1, -1)
         routed = self._experts.parts["gate"](flat) if known is None else known
         out = ready.whole.output(flat, routed[2], routed[1], summed)
@@ -243,14 +248,14 @@ class Layers:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None:
             ids = next(iter(args), None)
-        if isinstance(ids, Tensor) and ids.shape == (1, 1) and cache is not None:
-            for layer in self._layers:
-                layer.prepare(cache)
+        single = isinstance(ids, Tensor) and ids.shape == (1, 1)
+        for layer in self._layers:
+            layer.prepare(cache if single else None)
 
     def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A hook behind it. Where it was not reached, the token is in no layer's cache."""
+        """A hook behind it, called with nothing where it failed: then the token is in no layer's cache."""
         for layer in self._layers:
-            layer.finish()
+            layer.finish(output is not None)
 
 
 def layers_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
@@ -265,7 +270,7 @@ def layers_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
     if found:
         layers = Layers([vars(module)["forward"] for module in found])
         model.register_forward_pre_hook(layers.before, with_kwargs=True)
-        model.register_forward_hook(layers.behind)
+        model.register_forward_hook(layers.behind, always_call=True)
     return len(found)
 
 

@@ -126,6 +126,33 @@ def test_experts_that_are_not_all_there_go_the_model_s_way(
     assert torch.equal(found, wanted)
 
 
+def test_prototypes_that_are_not_all_resident(tmp_path: Path, package: Any) -> None:
+    wanted, _ = steps(package, [3, 1, 4, 1, 5, 9])
+    model = load_package(tmp_path / "package", slots=(5,))
+    found, _ = steps(model, [3, 1, 4, 1, 5, 9])
+    assert [one.agrees for one in layers_of(model)] == [True] * 3
+    assert torch.equal(found, wanted)
+    assert model.conmoe.stats().misses > 0  # type: ignore[operator]
+
+
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, _ = steps(package, [3, 1, 4, 1, 5])
+    _, cache = steps(package, [3, 1, 4, 1])
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no memory")
+
+        patch.setattr(modules_of(package)[2].forward, "_compute", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            steps(package, [5], cache)
+    assert {layer.get_seq_length() for layer in cache.layers} == {IDS.shape[1] + 4}
+    found, _ = steps(package, [5], cache)
+    assert torch.equal(found[0], wanted[-1])
+
+
 @pytest.mark.parametrize("part", ["mlp", "mlp.gate", "mlp.experts", "self_attn", "input_layernorm"])
 def test_a_part_that_is_watched_is_called(package: Any, part: str) -> None:
     wanted, _ = steps(package, [3, 1, 4, 1, 5])

@@ -43,8 +43,8 @@ from conmoe_edge.compress.widths import choose, layer_curve
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
 
-_FITTED_SEQUENCES = 6
-"""What stand-ins are made from; this goes through every layer twice."""
+_MOST_FITTED, _FEWEST_FITTED, _FITTED_SHARE = 6, 2, 4
+"""Sequences that stand-ins are made from, at most this part of all; they go through every layer twice."""
 _PASSES = 18
 _FEWEST_SEQUENCES, _MOST_SEQUENCES = 2, 3
 
@@ -54,6 +54,11 @@ def sequences(layers: int) -> int:
     the cost grows with the square of the depth; with fewer sequences it stays a share of the whole.
     """
     return max(_FEWEST_SEQUENCES, min(_MOST_SEQUENCES, _PASSES // layers))
+
+
+def _fitted(run: Run) -> int:
+    wanted = len(run.job.train.domains) // _FITTED_SHARE
+    return max(_FEWEST_FITTED, min(_MOST_FITTED, wanted))
 
 
 def survey(run: Run, model: StreamedModel) -> None:
@@ -77,7 +82,7 @@ def survey(run: Run, model: StreamedModel) -> None:
 
 def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[int, LayerWorth]:
     """What each layer is worth; ``found`` is filled."""
-    fitted = _Originals(run, model, _FITTED_SEQUENCES, 0)
+    fitted = _Originals(run, model, _fitted(run), 0)
     measured = _Originals(run, model, sequences(run.layers), 1)
     changed: dict[int, torch.Tensor] = {}
     for index in range(run.layers):
@@ -109,7 +114,7 @@ def _trial(
     divisions: Sequence[Mapping[int, int]],
 ) -> list[float]:
     """The divergence of the whole model's output with every division."""
-    fitted = _Originals(run, model, _FITTED_SEQUENCES, 0)
+    fitted = _Originals(run, model, _fitted(run), 0)
     measured = _Originals(run, model, sequences(run.layers), 2)
     tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):

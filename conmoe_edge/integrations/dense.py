@@ -24,9 +24,6 @@ from conmoe_edge.offload.norms import fast_norm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAST_FROM_BYTES = 1 << 20
-"""Below this a product is over before the way of computing it matters."""
-
 
 def take_quantised(
     model: PreTrainedModel, folder: Path, products: DenseProducts
@@ -50,11 +47,8 @@ def take_quantised(
     return names
 
 
-def finish_dense(
-    model: PreTrainedModel, products: DenseProducts, *, least_bytes: int = FAST_FROM_BYTES
-) -> None:
-    """Give large bf16 weights on a CPU the products that suit it, and put the weights that every token reads into
-    one place.
+def finish_dense(model: PreTrainedModel, products: DenseProducts) -> None:
+    """Give bf16 weights on a CPU the products that suit it, and put the weights that every token reads into one place.
 
     Those are the operator's for few rows, on every CPU that it was compiled on (torch's product of one row with a bf16
     matrix reads at less than half of the memory's rate, also on processors with bf16 instructions), and fp32 ones for
@@ -69,9 +63,7 @@ def finish_dense(
     if products.operator is not None or not machine.native_bf16:
         for path, module in list(model.named_modules()):
             weight = module.weight if type(module) is nn.Linear else None
-            if weight is None or weight.dtype != torch.bfloat16:
-                continue
-            if weight.numel() * weight.element_size() >= least_bytes:
+            if weight is not None and weight.dtype == torch.bfloat16:
                 model.set_submodule(path, EdgeLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
     into_one_place(model.parameters())
     if products.operator is not None:

@@ -31,10 +31,10 @@ pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 
 def loaded(name: str) -> Any:
-    """A tiny model in bf16 with everything that loading puts into one, the projections though they are small."""
+    """A tiny model in bf16 with everything that loading puts into one."""
     torch.manual_seed(0)
     model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
-    finish_dense(model, products_for(torch.device("cpu")), least_bytes=0)
+    finish_dense(model, products_for(torch.device("cpu")))
     keep_cache_growing(model, 2 * STEP_TOKENS)
     assert suit_attention(model, Machine("cpu", native_bf16=False))
     return model

@@ -36,18 +36,17 @@ def of_family(name: str) -> Any:
     """A tiny model in bf16 with its own experts and everything else that loading puts into one."""
     torch.manual_seed(0)
     model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
-    finish_dense(model, products_for(torch.device("cpu")), least_bytes=0)
+    finish_dense(model, products_for(torch.device("cpu")))
     keep_cache_growing(model, 64)
     assert suit_attention(model, Machine("cpu", native_bf16=False))
     return model
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A loaded package with nothing removed, every projection the operator's."""
-    monkeypatch.setattr(finish_dense, "__kwdefaults__", {"least_bytes": 0})
+def package(tmp_path: Path) -> Any:
+    """A loaded package with nothing removed."""
     model = tiny_model("olmoe", dtype=torch.bfloat16)
-    yield load_package(write_package(model, tmp_path / "package", identity(model)))
+    return load_package(write_package(model, tmp_path / "package", identity(model)))
 
 
 def layers_of(model: Any) -> list[EdgeLayer]:

@@ -42,10 +42,14 @@ def require_space(path: Path, nbytes: int) -> None:
         )
 
 
+ELSEWHERE = "Choose a folder that you may write to with --out."
+"""What helps where the output of most commands cannot be written."""
+
+
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, fix: str = ELSEWHERE) -> Iterator[None]:
     """Turn an ``OSError`` inside the block, which writes below ``path``, into ``NoSpace`` or
-    ``ConmoeError``.
+    ``ConmoeError``; the latter says ``fix``.
     """
     try:
         yield
@@ -59,5 +63,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ConmoeError(
             f"Cannot write {path}.",
             error.strerror or type(error).__name__,
-            "Choose a folder that you may write to with --out.",
+            fix,
         ) from error

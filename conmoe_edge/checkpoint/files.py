@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint import durable
-from conmoe_edge.checkpoint.disk import disk_errors
+from conmoe_edge.checkpoint.disk import ELSEWHERE, disk_errors
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -38,9 +38,9 @@ class WrittenFile:
         return {"size": self.size, "sha256": self.sha256}
 
 
-def write_bytes(path: Path, data: bytes) -> WrittenFile:
-    """Put ``data`` where ``path`` is, or leave what was there: never half of it."""
-    with disk_errors(path), temporary_name(path) as temporary:
+def write_bytes(path: Path, data: bytes, fix: str = ELSEWHERE) -> WrittenFile:
+    """Put ``data`` where ``path`` is, or leave what was there: never half of it. ``fix`` as of ``disk_errors``."""
+    with disk_errors(path, fix), temporary_name(path) as temporary:
         temporary.write_bytes(data)
         finish(temporary, path)
     return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest(), {})

@@ -109,7 +109,7 @@ def _write(name: str, value: str | None) -> None:
             f"Change it by hand: {name} = {json.dumps(value or '', ensure_ascii=False)}",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, changed.encode())
+    write_bytes(path, changed.encode(), f"Make {path} writable, or name the model by its folder.")
 
 
 def _edited(text: str, name: str, value: str | None) -> str:

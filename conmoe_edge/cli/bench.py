@@ -16,7 +16,7 @@ from conmoe_edge.cli._options import (
     package_budget_option,
     run_device_option,
 )
-from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from conmoe_edge.cli._output import Output
@@ -123,7 +123,10 @@ def bench(
     output.value(report.to_json())
     output.result(bench_view(report))
     if svg is not None:
-        _draw(report, svg)
+        from conmoe_edge.checkpoint.files import write_bytes
+        from conmoe_edge.cli._bench_svg import bench_svg
+
+        write_bytes(svg, bench_svg(report).encode(), "--svg FILE in another folder")
         output.note(f"\nDrawn in {svg}.")
 
 
@@ -175,14 +178,3 @@ def _prompts(tokenizer: Any, text: str, run: dict[str, Any], context: int) -> li
     drawn = random.Random(run["seed"]).sample(range(windows), min(run["repeats"], windows))
     chosen = [drawn[number % len(drawn)] for number in range(run["repeats"])]
     return [ids[one * length : (one + 1) * length] for one in chosen]
-
-
-def _draw(report: Any, path: Path) -> None:
-    from conmoe_edge.cli._bench_svg import bench_svg
-
-    try:
-        path.write_text(bench_svg(report), encoding="utf-8")
-    except OSError as error:
-        raise ConmoeError(
-            f"{path} cannot be written.", error.strerror or str(error), "--svg FILE elsewhere"
-        ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from conmoe_edge.checkpoint.files import write_bytes
-from conmoe_edge.errors import ConmoeError, NoSpace
 from conmoe_edge.report.arcs import arcs
 from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.heat_map import heat_map
@@ -30,13 +29,7 @@ def write_page(facts: PackageFacts, path: Path) -> None:
     Raises:
         ConmoeError, NoSpace: it cannot be written; what was there stays.
     """
-    data = page(facts).encode()
-    try:
-        write_bytes(path, data)
-    except NoSpace:
-        raise
-    except ConmoeError as error:
-        raise ConmoeError(error.what, error.why, "--html FILE in another folder") from error
+    write_bytes(path, page(facts).encode(), "--html FILE in another folder")
 
 
 def page(facts: PackageFacts) -> str:

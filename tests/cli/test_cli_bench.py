@@ -123,7 +123,7 @@ def test_the_same_seed_takes_the_same_prompts(package: Path) -> None:
         (
             (*_RUN, "--repeats", "1", "--svg", "{folder}/no/such.svg"),
             1,
-            "cannot be written",
+            "Cannot write",
             "--svg",
         ),
     ],

@@ -40,6 +40,8 @@ from conmoe_edge.offload.whole_layer import WholeLayer
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _BLOCK = ("gate", "experts")
 _BLOCK_NAMES = (*_BLOCK, "shape", "view", "reshape")
+_JITTER = ("jitter_noise", "training", "torch", "empty_like", "uniform_")
+"""Names of noise on a router's input, as good as not there where it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class _Experts:
             getattr(parts["experts"], HANDLE, None), LayerHandle
         ):
             return None
-        if list(block.parameters(recurse=False)) or not speaks_only_of(block, _BLOCK_NAMES):
+        names = {*_BLOCK_NAMES, *(_JITTER if getattr(block, "jitter_noise", None) == 0 else ())}
+        if list(block.parameters(recurse=False)) or not speaks_only_of(block, names):
             return None
         return cls(block, parts)
 

@@ -115,6 +115,30 @@ def test_resident_experts_are_the_second_call(
     assert package.conmoe.stats().hits - before == 3 * package.config.num_experts_per_tok
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mixtral", {}), ("olmoe", {}), ("qwen3_moe", {"mlp_only_layers": []})],
+)
+def test_the_whole_layer_is_one_call(
+    name: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = tiny_model(name, dtype=torch.bfloat16, **changes)
+    model: Any = load_package(write_package(plain, tmp_path / "package", identity(plain)))
+    with without():
+        wanted, _ = steps(model, [3, 1, 4, 1, 5, 9])
+    found, cache = steps(model, [3, 1, 4, 1, 5])
+    assert [one.agrees for one in layers_of(model)] == [True] * len(layers_of(model)) != []
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("another call than the one")
+
+    for call in ("block", "attention", "route", "layer", "few_rows"):
+        monkeypatch.setattr(type(operator()), call, never)
+    last, _ = steps(model, [9], cache)
+    assert torch.equal(torch.cat([found, last]), wanted)
+
+
 def test_experts_that_are_not_all_there_go_the_model_s_way(
     package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

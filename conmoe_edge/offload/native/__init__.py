@@ -16,269 +16,45 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.forms import TILES
-from conmoe_edge.checkpoint.quantise import Kind, Matrix, quantise
+from conmoe_edge.checkpoint.quantise import Matrix, quantise
 from conmoe_edge.offload.native.build import Unavailable, library
 from conmoe_edge.offload.native.reference import product
+from conmoe_edge.offload.native.tables import (
+    CODES,
+    PLAIN,
+    TILE,
+    AttentionTable,
+    BlockTable,
+    Cached,
+    Form,
+    LayerTable,
+    Positions,
+    Prepared,
+    RmsNorm,
+    RouterTable,
+)
 
-_PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
+__all__ = [
+    "AttentionTable",
+    "BlockTable",
+    "Cached",
+    "Form",
+    "LayerTable",
+    "Operator",
+    "Positions",
+    "Prepared",
+    "RmsNorm",
+    "RouterTable",
+    "operator",
+    "why_not",
+]
+
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
-_TILE = TILES[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What matrices must have in common to be multiplied in one call."""
-
-    code: int
-    rows: int
-    columns: int
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A matrix with the addresses of its numbers; it keeps them alive."""
-
-    form: Form
-    values: int
-    scales: int
-    matrix: Matrix
-    tables: tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]
-
-    @property
-    def gates_whole_tiles(self) -> bool:
-        """Whether gate and up rows of this fused matrix begin with a tile each, so that ``gated_experts`` takes it."""
-        return self.form.code != _CODES["int4"] or self.form.rows % (2 * _TILE) == 0
-
-
-class _Layer(ctypes.Structure):
-    _fields_: ClassVar = [
-        *[(name, ctypes.c_int64) for name in ("up_kind", "down_kind", "slots", "columns")],
-        *[(name, ctypes.c_int64) for name in ("up_group", "down_group")],
-        *[(name, ctypes.c_void_p) for name in ("target", "factor", "up_values", "up_scales")],
-        *[
-            (name, ctypes.c_void_p)
-            for name in ("down_values", "down_scales", "widths", "constants")
-        ],
-    ]
-
-
-class LayerTable:
-    """A layer whose prototypes all lie in memory and stay there, for ``Operator.layer``."""
-
-    def __init__(
-        self,
-        ups: Sequence[Prepared],
-        downs: Sequence[Prepared],
-        targets: Sequence[int],
-        factors: Sequence[float] | None,
-        constants: Sequence[Tensor | None] | None,
-    ) -> None:
-        """Every argument is kept alive.
-
-        Args:
-            ups, downs: of every prototype, as ``gated_experts`` takes them together.
-            targets: which prototype stands behind each slot, -1 for none.
-            factors: of every slot; ``None`` for all one.
-            constants: fp32 [H] of every slot that has one; ``None`` where no slot has.
-        """
-        slots, many = len(targets), len(ups)
-        pointers = ctypes.c_void_p * many
-        up, down = ups[0].form, downs[0].form
-        rows = None
-        if constants is not None:
-            rows = (ctypes.c_void_p * slots)(
-                *[None if row is None else row.data_ptr() for row in constants]
-            )
-        arrays = (
-            (ctypes.c_int64 * slots)(*targets),
-            None if factors is None else (ctypes.c_float * slots)(*factors),
-            pointers(*[one.values for one in ups]),
-            pointers(*[one.scales for one in ups]),
-            pointers(*[one.values for one in downs]),
-            pointers(*[one.scales for one in downs]),
-            (ctypes.c_int64 * many)(*[one.form.columns for one in downs]),
-            rows,
-        )
-        self._kept = (ups, downs, constants, arrays)
-        self._struct = _Layer(
-            *(up.code, down.code, slots, up.columns, up.group, down.group),
-            *[None if array is None else ctypes.addressof(array) for array in arrays],
-        )
-        self.address = ctypes.addressof(self._struct)
-
-
-class _Norm(ctypes.Structure):
-    _fields_: ClassVar = [
-        *[("weight", ctypes.c_void_p), ("columns", ctypes.c_int64), ("epsilon", ctypes.c_float)],
-        *[(name, ctypes.c_int32) for name in ("narrow", "plus_one", "early")],
-    ]
-
-
-class RmsNorm:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis, for ``Operator.rms_norm``."""
-
-    def __init__(self, weight: Tensor, epsilon: float, plus_one: bool, early: bool) -> None:
-        """``weight`` is kept alive.
-
-        Args:
-            weight: fp32 or bf16 [width], contiguous.
-            epsilon: as above.
-            plus_one: the weight is one less than what is multiplied with.
-            early: what is multiplied with it is rounded to the format of x first.
-        """
-        self.weight, self.columns = weight, weight.numel()
-        self.place = weight.data_ptr()
-        narrow = weight.dtype == torch.bfloat16
-        self.struct = _Norm(self.place, self.columns, epsilon, narrow, plus_one, early)
-        self.address = ctypes.addressof(self.struct)
-
-
-class _Linear(ctypes.Structure):
-    _fields_: ClassVar = [
-        *[(name, ctypes.c_int64) for name in ("kind", "rows", "columns", "group")],
-        *[(name, ctypes.c_void_p) for name in ("values", "scales", "bias")],
-    ]
-
-
-class _Attention(ctypes.Structure):
-    _fields_: ClassVar = [
-        *[("inputs", _Linear * 3), ("output", _Linear), ("norms", _Norm * 2)],
-        *[(name, ctypes.c_int64) for name in ("heads", "groups", "width")],
-        ("scaling", ctypes.c_float),
-    ]
-
-
-class AttentionTable:
-    """A layer's attention for ``Operator.attention``."""
-
-    def __init__(
-        self,
-        linears: Sequence[tuple[Prepared, Tensor | None]],
-        norms: Sequence[RmsNorm | None],
-        width: int,
-        scaling: float,
-    ) -> None:
-        """Every argument is kept alive.
-
-        Args:
-            linears: matrix and bias (bf16 [R]) of queries, keys, values and the output.
-            norms: of queries and of keys, over all heads or over each, as their columns say.
-            width: of a head, in queries, keys and values.
-            scaling: of the scores.
-
-        Raises:
-            ValueError: sizes that do not go together.
-        """
-        query, key, value, output = [one.form for one, _ in linears]
-        heads, groups = query.rows // width, key.rows // width
-        hidden = query.columns
-        fits = query.rows == heads * width == output.columns and key == value
-        fits = fits and key.rows == groups * width and heads % max(1, groups) == 0
-        if not fits or {key.columns, output.rows} != {hidden}:
-            raise ValueError("queries, keys, values and output do not go together")
-        for norm, rows in zip(norms, (query.rows, key.rows), strict=True):
-            if norm is not None and norm.columns not in (rows, width):
-                raise ValueError("a norm is neither over all heads nor over each")
-        self.hidden, self.groups, self.width = hidden, groups, width
-        self._kept = (linears, norms)
-        layers = [
-            _Linear(
-                *(one.form.code, one.form.rows, one.form.columns, one.form.group),
-                *(one.values, one.scales, None if bias is None else bias.data_ptr()),
-            )
-            for one, bias in linears
-        ]
-        self.struct = _Attention(
-            (_Linear * 3)(*layers[:3]),
-            layers[3],
-            (_Norm * 2)(*[_Norm() if norm is None else norm.struct for norm in norms]),
-            *(heads, groups, width, scaling),
-        )
-        self.address = ctypes.addressof(self.struct)
-
-
-class _Block(ctypes.Structure):
-    _fields_: ClassVar = [("attention", _Attention), ("before", _Norm), ("after", _Norm)]
-
-
-class BlockTable:
-    """A layer's attention and the norms before it and behind it, for ``Operator.block``."""
-
-    def __init__(self, attention: AttentionTable, before: RmsNorm, after: RmsNorm) -> None:
-        """Every argument is kept alive.
-
-        Raises:
-            ValueError: a norm of another width.
-        """
-        if {before.columns, after.columns} != {attention.hidden}:
-            raise ValueError("a norm has another width than the layer")
-        self._kept = (attention, before, after)
-        self._struct = _Block(attention.struct, before.struct, after.struct)
-        self.address = ctypes.addressof(self._struct)
-
-
-class _Router(ctypes.Structure):
-    _fields_: ClassVar = [
-        *[("linear", _Linear), ("chosen", ctypes.c_int64)],
-        *[(name, ctypes.c_int32) for name in ("normed", "narrow")],
-    ]
-
-
-class RouterTable:
-    """A router for ``Operator.route``: softmax over all slots, the greatest of which are chosen."""
-
-    def __init__(self, matrix: Prepared, chosen: int, normed: bool, narrow: bool) -> None:
-        """``matrix`` is kept alive.
-
-        Args:
-            matrix: [E, H].
-            chosen: slots of a token, at most E.
-            normed: whether gates are divided by their sum.
-            narrow: whether they are bf16, else fp32.
-        """
-        form = matrix.form
-        self.slots, self.chosen, self.hidden = form.rows, chosen, form.columns
-        self.gates = torch.bfloat16 if narrow else torch.float32
-        self._kept = matrix
-        shape = (form.code, form.rows, form.columns, form.group)
-        linear = _Linear(*shape, matrix.values, matrix.scales, None)
-        self._struct = _Router(linear, chosen, normed, narrow)
-        self.address = ctypes.addressof(self._struct)
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """Keys and values of ``held`` tokens in memory that has room for one more: bf16 [heads, room, width].
-
-    Addresses of the first head's, and how many numbers lie between two heads.
-    """
-
-    keys: int
-    values: int
-    key_step: int
-    value_step: int
-    held: int
-
-
-class Positions:
-    """Where a token stands, as its layers are told: cosines and sines for the first numbers of a head, whose first half
-    turns with the second.
-    """
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """Both bf16, contiguous, of one token; they are kept alive."""
-        self._kept = (cos, sin)
-        self.cos, self.sin, self.count = cos.data_ptr(), sin.data_ptr(), cos.numel()
 
 
 class Operator:
@@ -335,13 +111,13 @@ class Operator:
 
     def prepare(self, matrix: Matrix) -> Prepared | None:
         """``matrix`` for use here; ``None`` where its form, device or strides are not for this operator."""
-        code = _PLAIN.get(matrix.values.dtype) if matrix.kind == "plain" else _CODES[matrix.kind]
+        code = PLAIN.get(matrix.values.dtype) if matrix.kind == "plain" else CODES[matrix.kind]
         tensors = [one for one in (matrix.values, matrix.scales) if one is not None]
         if code is None or any(
             not one.is_contiguous() or one.device.type != "cpu" for one in tensors
         ):
             return None
-        if matrix.kind == "int4" and matrix.rows % _TILE:
+        if matrix.kind == "int4" and matrix.rows % TILE:
             return None
         scales = 0 if matrix.scales is None else matrix.scales.data_ptr()
         form = Form(code, matrix.rows, matrix.columns, matrix.group)
@@ -646,7 +422,7 @@ def _check(made: Operator) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     # The first call may come while transformers has set a default device and format of its own.
-    weight = torch.randn(_TILE, 96, generator=generator, dtype=torch.float32, device="cpu")
+    weight = torch.randn(TILE, 96, generator=generator, dtype=torch.float32, device="cpu")
     x = torch.randn(1, 2, 96, generator=generator, dtype=torch.float32, device="cpu")
     for kind in ("plain", "int8", "int4"):
         matrix = quantise(weight, kind)

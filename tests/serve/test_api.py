@@ -300,7 +300,7 @@ def test_who_leaves_frees_the_place(server: Running, alone: dict[str, str], stag
 
 def _impatient(server: Running, context: int) -> None:
     with pytest.raises(openai.APITimeoutError):
-        ask(server.client(timeout=0.8), max_tokens=context, temperature=1.0, seed=5, stop=None)
+        ask(server.client(timeout=0.2), max_tokens=context, temperature=1.0, seed=5, stop=None)
 
 
 def test_who_leaves_touches_nobody_else(server: Running, alone: dict[str, str]) -> None:

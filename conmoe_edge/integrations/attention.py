@@ -32,7 +32,9 @@ _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
-    """Let ``model`` attend through ``one_token_attention``; whether it will."""
+    """Let ``model`` attend through ``one_token_attention``, and its usual layers take single tokens through the
+    operator; whether it will.
+    """
     slow = machine.device == "cpu" and model.dtype == torch.bfloat16
     config, engine = model.config.get_text_config(), operator()
     if not slow or engine is None or config._attn_implementation != FUSED:

@@ -151,7 +151,7 @@ class EdgeAttention:
         for norm, one in zip(norms, self._norms, strict=True):
             if norm is None and one is not None:
                 return None
-        prepared = [one.prepared() for one in self._linears]
+        prepared = [one.prepared_for(torch.bfloat16) for one in self._linears]
         if self._table is None or any(
             one is not other for one, other in zip(prepared, self._prepared, strict=True)
         ):
@@ -182,11 +182,8 @@ def agree(place: Place, compute: Callable[[Cached], bool]) -> bool:
     for one in own:
         one[:, :, -1] = 0
     first, second = own
-    cached = Cached(
-        *(first.data_ptr(), second.data_ptr(), first.stride(1), second.stride(1)),
-        held=keys.shape[2] - 1,
-    )
-    return compute(cached) and torch.equal(first, keys) and torch.equal(second, values)
+    same = compute(Cached.of(first, second, keys.shape[2] - 1))
+    return same and torch.equal(first, keys) and torch.equal(second, values)
 
 
 def attend_in_one_call(model: PreTrainedModel, engine: Operator) -> int:

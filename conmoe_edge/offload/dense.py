@@ -145,25 +145,18 @@ class EdgeLinear(nn.Linear):
         engine = self.products.operator
         if engine is not None and input.numel() == self.in_features and self.bias is None:
             # The usual step of a decode, by itself: every line here is cold between two weights.
-            self._current()
-            one = input.dtype == torch.bfloat16 or input.dtype == torch.float32
-            if one and self._takes_one_row(input):
-                y = engine.one_row(self._prepared, input.contiguous())  # pyright: ignore[reportArgumentType]
+            known = input.dtype == torch.bfloat16 or input.dtype == torch.float32
+            prepared = self.prepared_for(input.dtype)
+            if known and prepared is not None and input.device.type == "cpu":
+                y = engine.one_row(prepared, input.contiguous())
                 return y.view(*input.shape[:-1], self.out_features)
         with torch.no_grad():
             return self._any_rows(input)
 
-    def prepared(self) -> Prepared | None:
-        """The weights for the operator as they lie now, for activations in bf16; ``None`` where they are not for it."""
-        self._current()
-        plain = self.weight_scale is None and self.weight.dtype != torch.bfloat16
-        return None if plain else self._prepared
-
-    def _takes_one_row(self, input: Tensor) -> bool:
-        """Whether ``DenseProducts.apply`` would give this row to the operator as it is."""
-        if self._prepared is None or input.device.type != "cpu":
-            return False
-        return self.weight_scale is not None or input.dtype == self._prepared.matrix.values.dtype
+    def prepared_for(self, dtype: torch.dtype) -> Prepared | None:
+        """The weights as they lie now, where ``DenseProducts.apply`` would give a row of ``dtype`` to the operator."""
+        matrix = self._current()
+        return self._prepared if matrix.kind != "plain" or matrix.values.dtype == dtype else None
 
     def _any_rows(self, input: Tensor) -> Tensor:
         flat = input.reshape(-1, self.in_features)

@@ -44,8 +44,6 @@ class GrowingLayer(DynamicLayer):
         self.limit = limit
         self._key_buffer: Tensor | None = None
         self._value_buffer: Tensor | None = None
-        self._seen: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._place: Cached | None = None
 
     @classmethod
     def taking_over(cls, layer: DynamicLayer, limit: int) -> GrowingLayer:
@@ -81,35 +79,21 @@ class GrowingLayer(DynamicLayer):
         values: Any = self.values
         if not self.is_initialized or self._key_buffer is None or self._value_buffer is None:
             return None
-        held = keys.shape[-2]
-        if held >= self._key_buffer.shape[-2]:
-            return None
-        if self._seen[0] is not keys or self._seen[1] is not values:
-            self._place = None
-            self._seen = (keys, values)
-            for buffer, view in ((self._key_buffer, keys), (self._value_buffer, values)):
-                rows = buffer.shape[:2] == (1, groups) and buffer.shape[3] == width
-                if not rows or buffer.dtype != torch.bfloat16 or buffer.device.type != "cpu":
-                    return None
-                if not _serves(buffer, view, held, held + 1):
-                    return None
-            self._place = self._at(held)
-        return self._place
+        buffers, held = (self._key_buffer, self._value_buffer), keys.shape[-2]
+        for buffer, view in zip(buffers, (keys, values), strict=True):
+            rows = buffer.shape[:2] == (1, groups) and buffer.shape[3] == width
+            if not rows or buffer.dtype != torch.bfloat16 or buffer.device.type != "cpu":
+                return None
+            if not _serves(buffer, view, held, held + 1):
+                return None
+        return Cached.of(*buffers, held)
 
     def has_one_more(self) -> None:
         """What ``room_for_one`` gave has been written to."""
         assert self._key_buffer is not None and self._value_buffer is not None
-        assert self._place is not None
-        held = self._place.held + 1
+        held = self.get_seq_length() + 1
         self.keys = self._key_buffer.narrow(-2, 0, held)
         self.values = self._value_buffer.narrow(-2, 0, held)
-        self._seen = (self.keys, self.values)
-        self._place = self._at(held)
-
-    def _at(self, held: int) -> Cached:
-        keys, values = self._key_buffer, self._value_buffer
-        assert keys is not None and values is not None
-        return Cached(*(keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1), held))
 
     def reset(self) -> None:
         """Drop everything, the buffers too."""

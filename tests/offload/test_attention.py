@@ -11,16 +11,12 @@ import pytest
 import torch
 from transformers.models.olmoe import modeling_olmoe
 
-from conmoe_edge.integrations.attention import suit_attention
-from conmoe_edge.integrations.dense import finish_dense, products_for
 from conmoe_edge.offload import attention
-from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.attention import EdgeAttention, is_usual_attention
-from conmoe_edge.offload.kv_cache import STEP_TOKENS, keep_cache_growing
+from conmoe_edge.offload.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.native import operator
-from tests.families import tiny_model
+from tests.offload.single_tokens import IDS, modules_behind, of_family, steps
 
-IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
 USUAL = (
     *("deepseek", "dots1", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2", "mixtral"),
     *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
@@ -30,24 +26,12 @@ OTHERS = ("afmoe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hunyuan_v1_moe",
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 
-def loaded(name: str) -> Any:
-    """A tiny model in bf16 with everything that loading puts into one."""
-    torch.manual_seed(0)
-    model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
-    finish_dense(model, products_for(torch.device("cpu")))
-    keep_cache_growing(model, 2 * STEP_TOKENS)
-    assert suit_attention(model, Machine("cpu", native_bf16=False))
-    return model
+def attending(model: Any) -> list[Any]:
+    return modules_behind(model, EdgeAttention)
 
 
 def attentions(model: Any) -> list[EdgeAttention]:
-    found = [vars(module).get("forward") for module in model.modules()]
-    return [one for one in found if isinstance(one, EdgeAttention)]
-
-
-def attending(model: Any) -> list[Any]:
-    """The modules behind ``attentions``."""
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), EdgeAttention)]
+    return [module.forward for module in attending(model)]
 
 
 @contextmanager
@@ -58,23 +42,9 @@ def transformers_only() -> Iterator[None]:
         yield
 
 
-def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
-    """Logits of a prompt (where there is no cache yet) and of single tokens after it, and the cache."""
-    rows = []
-    with torch.inference_mode():
-        if cache is None:
-            out = model(IDS, use_cache=True)
-            cache = out.past_key_values
-            rows.append(out.logits[0, -1])
-        for token in tokens:
-            out = model(torch.tensor([[token]]), past_key_values=cache)
-            rows.append(out.logits[0, -1])
-    return torch.stack(rows), cache
-
-
 @pytest.mark.parametrize("name", USUAL)
 def test_the_same_bits_as_transformers(name: str) -> None:
-    model = loaded(name)
+    model = of_family(name)
     with transformers_only():
         wanted, held = steps(model, [3, 1, 4, 1, 5])
     found, cache = steps(model, [3, 1, 4, 1, 5])
@@ -86,11 +56,11 @@ def test_the_same_bits_as_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_attention_is_left_alone(name: str) -> None:
-    assert not attentions(loaded(name))
+    assert not attentions(of_family(name))
 
 
 def test_it_is_the_operator_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     _, cache = steps(model, [3, 1])
 
     def never(*_: Any, **__: Any) -> None:
@@ -107,7 +77,7 @@ def test_rotary_positions_of_another_kind_are_noticed(monkeypatch: pytest.Monkey
         return q * cos.unsqueeze(1) + q.roll(1, -1) * sin.unsqueeze(1), k * cos.unsqueeze(1)
 
     monkeypatch.setattr(modeling_olmoe, "apply_rotary_pos_emb", turned)
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     with transformers_only():
         wanted, _ = steps(model, [3, 1, 4])
     found, _ = steps(model, [3, 1, 4])
@@ -116,7 +86,7 @@ def test_rotary_positions_of_another_kind_are_noticed(monkeypatch: pytest.Monkey
 
 
 def test_what_a_configuration_switches_on_is_not_the_usual_attention() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     modules = attending(model)
     for module in modules:
         del module.forward  # as it was before
@@ -126,7 +96,7 @@ def test_what_a_configuration_switches_on_is_not_the_usual_attention() -> None:
 
 
 def test_code_that_speaks_of_more_is_not_the_usual_attention() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     module = attending(model)[0]
     del module.forward
 
@@ -141,7 +111,7 @@ def test_code_that_speaks_of_more_is_not_the_usual_attention() -> None:
 
 
 def test_a_part_that_is_watched_is_called() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     _, cache = steps(model, [3, 1])
     seen: list[torch.Size] = []
     hook = attending(model)[1].k_proj.register_forward_hook(
@@ -155,7 +125,7 @@ def test_a_part_that_is_watched_is_called() -> None:
 
 
 def test_a_part_that_was_exchanged_is_called() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     steps(model, [3, 1])
     module = attending(model)[0]
     other = torch.nn.Linear(module.v_proj.in_features, module.v_proj.out_features, bias=False)
@@ -168,7 +138,7 @@ def test_a_part_that_was_exchanged_is_called() -> None:
 
 @pytest.mark.parametrize("part", ["q_proj", "q_norm"])
 def test_weights_that_have_moved(part: str) -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     steps(model, [3, 1])
     weight = getattr(attending(model)[0], part).weight
     weight.data = weight.detach() * 2
@@ -179,7 +149,7 @@ def test_weights_that_have_moved(part: str) -> None:
 
 
 def test_a_conversation_longer_than_a_step_of_the_cache_and_one_that_was_cropped() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     many = [i % 90 for i in range(STEP_TOKENS + 5)]
     with transformers_only():
         wanted, _ = steps(model, many)
@@ -195,7 +165,7 @@ def test_a_conversation_longer_than_a_step_of_the_cache_and_one_that_was_cropped
 
 
 def test_batches_and_masks_go_to_transformers() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     steps(model, [3, 1])  # agreed
     two = torch.cat([IDS, IDS.flip(1)])
     results = []
@@ -212,7 +182,7 @@ def test_batches_and_masks_go_to_transformers() -> None:
 
 
 def test_generate_gives_the_same_tokens() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     asked = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     with transformers_only():
         wanted = model.generate(IDS, **asked)
@@ -224,7 +194,7 @@ def test_generate_gives_the_same_tokens() -> None:
 
 
 def test_another_implementation_asked_for_later_is_used() -> None:
-    model = loaded("olmoe")
+    model = of_family("olmoe")
     steps(model, [3, 1])
     model.set_attn_implementation("eager")
     with transformers_only():
@@ -237,7 +207,7 @@ def test_names_are_those_of_parts_that_the_operator_knows() -> None:
     """Every name that is let pass is one that some usual attention uses."""
     used: set[str] = set()
     for name in USUAL:
-        for module in attending(loaded(name)):
+        for module in attending(of_family(name)):
             code: Any = inspect.unwrap(type(module).forward).__code__
             used |= set(code.co_names) | {one for one in code.co_consts if isinstance(one, str)}
     assert used >= attention._NAMES

@@ -1,4 +1,4 @@
-"""A decoder layer in two calls: the same bits as transformers' steps, and only where it may be."""
+"""A decoder layer in one call or two: the same bits as transformers' steps, and only where it may be."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.integrations.attention import suit_attention
-from conmoe_edge.integrations.dense import finish_dense, products_for
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload import whole_layer
-from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
-from conmoe_edge.offload.kv_cache import keep_cache_growing
 from conmoe_edge.offload.native import operator
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
+from tests.offload.single_tokens import IDS, modules_behind, of_family, steps
 
-IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
 USUAL = (
     *("deepseek", "dots1", "glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     "solar_open",
@@ -32,16 +28,6 @@ OTHERS = ("flex_olmo", "granitemoe", "phimoe", "deepseek_v3", "qwen3_next")
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 
-def of_family(name: str) -> Any:
-    """A tiny model in bf16 with its own experts and everything else that loading puts into one."""
-    torch.manual_seed(0)
-    model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
-    finish_dense(model, products_for(torch.device("cpu")))
-    keep_cache_growing(model, 64)
-    assert suit_attention(model, Machine("cpu", native_bf16=False))
-    return model
-
-
 @pytest.fixture
 def package(tmp_path: Path) -> Any:
     """A loaded package with nothing removed."""
@@ -49,13 +35,12 @@ def package(tmp_path: Path) -> Any:
     return load_package(write_package(model, tmp_path / "package", identity(model)))
 
 
-def layers_of(model: Any) -> list[EdgeLayer]:
-    found = [vars(module).get("forward") for module in model.modules()]
-    return [one for one in found if isinstance(one, EdgeLayer)]
-
-
 def modules_of(model: Any) -> list[Any]:
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), EdgeLayer)]
+    return modules_behind(model, EdgeLayer)
+
+
+def layers_of(model: Any) -> list[EdgeLayer]:
+    return [module.forward for module in modules_of(model)]
 
 
 @contextmanager
@@ -64,20 +49,6 @@ def without() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EdgeLayer, "prepare", lambda *_: None)
         yield
-
-
-def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
-    """Logits of a prompt (where there is no cache yet) and of single tokens after it, and the cache."""
-    rows = []
-    with torch.inference_mode():
-        if cache is None:
-            out = model(IDS, use_cache=True)
-            cache = out.past_key_values
-            rows.append(out.logits[0, -1])
-        for token in tokens:
-            out = model(torch.tensor([[token]]), past_key_values=cache)
-            rows.append(out.logits[0, -1])
-    return torch.stack(rows), cache
 
 
 @pytest.mark.parametrize("name", USUAL)

@@ -140,6 +140,14 @@ class _Linear(ctypes.Structure):
     ]
 
 
+def _linear(matrix: Prepared, bias: Tensor | None = None) -> _Linear:
+    form = matrix.form
+    return _Linear(
+        *(form.code, form.rows, form.columns, form.group),
+        *(matrix.values, matrix.scales, None if bias is None else bias.data_ptr()),
+    )
+
+
 class _Attention(ctypes.Structure):
     _fields_: ClassVar = [
         *[("inputs", _Linear * 3), ("output", _Linear), ("norms", _Norm * 2)],
@@ -181,13 +189,7 @@ class AttentionTable:
                 raise ValueError("a norm is neither over all heads nor over each")
         self.hidden, self.groups, self.width = hidden, groups, width
         self._kept = (linears, norms)
-        layers = [
-            _Linear(
-                *(one.form.code, one.form.rows, one.form.columns, one.form.group),
-                *(one.values, one.scales, None if bias is None else bias.data_ptr()),
-            )
-            for one, bias in linears
-        ]
+        layers = [_linear(one, bias) for one, bias in linears]
         self.struct = _Attention(
             (_Linear * 3)(*layers[:3]),
             layers[3],
@@ -240,9 +242,7 @@ class RouterTable:
         self.slots, self.chosen, self.hidden = form.rows, chosen, form.columns
         self.gates = torch.bfloat16 if narrow else torch.float32
         self._kept = matrix
-        shape = (form.code, form.rows, form.columns, form.group)
-        linear = _Linear(*shape, matrix.values, matrix.scales, None)
-        self._struct = _Router(linear, chosen, normed, narrow)
+        self._struct = _Router(_linear(matrix), chosen, normed, narrow)
         self.address = ctypes.addressof(self._struct)
 
 
@@ -258,6 +258,11 @@ class Cached:
     key_step: int
     value_step: int
     held: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, held: int) -> Cached:
+        """In ``keys`` and ``values`` [1, heads, room, width], whose rows are contiguous; they are not kept alive."""
+        return cls(keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1), held)
 
 
 class Positions:

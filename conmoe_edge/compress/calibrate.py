@@ -54,13 +54,13 @@ class Calibration:
             self.run.announce("calibrate", index)
             with self.run.loaded(model, index):
                 tokens = self._statistics(model, index, streams)
-                before = None
+                before = left = None
                 if follows and index in model.experts:
                     tokens, before = aim(self.run, model, index, streams)
                 if index in model.experts:
-                    decide(self.run, model.experts[index][1], index, tokens, model.routers)
+                    left = decide(self.run, model.experts[index][1], index, tokens, model.routers)
                 if follows:
-                    follow(self.run, model, index, streams["package"], tokens, before)
+                    follow(self.run, model, index, streams["package"], tokens, before, left)
             self.run.layer_done("calibrate", index, streams)
         layers = tuple(layer.index for layer in self.run.job.anatomy.moe_layers)
         routing = self._routing.write(self.run.work, self.run.package, layers)

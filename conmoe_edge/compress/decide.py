@@ -43,10 +43,11 @@ def decide(
     index: int,
     tokens: LayerTokens | None,
     routers: Callable[[], Mapping[int, Router]],
-) -> None:
+) -> torch.Tensor | None:
     """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts.
 
-    ``routers`` is asked where the method changes what they may choose.
+    ``routers`` is asked where the method changes what they may choose. Returns ``Decision.left`` where it
+    holds for what was written, too: records in the checkpoint's own numbers round so little.
     """
     scope = run.scope_of[index]
     source = make_layout(record_parts(run.experts(index), "source"), "source")
@@ -64,7 +65,7 @@ def decide(
             )
             if tokens is not None:
                 tokens.save(run.tokens_file(index))
-        return
+        return None
     layers: dict[int, LayerWeights] = {index: here}
     earlier = [ScratchLayer(run.scratch(layer), source) for layer in scope[:-1]]
     layers.update(zip(scope[:-1], earlier, strict=True))
@@ -91,6 +92,7 @@ def decide(
     _keep(run, pool, decision, weights)
     for layer in earlier:
         layer.close()
+    return decision.left if set(kinds.values()) == {"source"} else None
 
 
 def _keep(run: Run, pool: Sequence[ExpertId], decision: Decision, weights: ScopeWeights) -> None:

@@ -3,7 +3,7 @@
 Methods that work on it take each layer's tokens from it and aim at what the original's residual
 stream is behind the layer; once the layer is written, the stream goes through it.
 
-Peak memory: the hidden states of the calibration set twice more, and the layer's tokens.
+Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def aim(
     """The tokens of the package's stream at this layer, each with what its experts should give.
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to
-    the original's stream, and the stream without the experts is returned, for ``_follow``.
+    the original's stream, and the stream without the experts is returned, for ``follow``.
     Elsewhere (a norm comes after the experts) it is what the original experts give here.
     """
     module = model.experts[index][1]
@@ -102,13 +102,18 @@ def follow(
     stream: Stream,
     tokens: LayerTokens | None,
     before: torch.Tensor | None,
+    left: torch.Tensor | None,
 ) -> None:
     """Take the package's stream through the layer as it was just written.
 
-    ``tokens`` and ``before`` are what ``aim`` gave for this layer, or ``None``.
+    ``tokens`` and ``before`` are what ``aim`` gave for this layer, or ``None``; ``left`` what ``decide`` gave.
     """
     start = time.perf_counter()
-    if index in model.experts:
+    if before is not None and left is not None:
+        assert tokens is not None and tokens.target is not None and tokens.weights is not None
+        stream.hidden = before
+        stream.add_rows(tokens.target - left / tokens.weights.unsqueeze(1))
+    elif index in model.experts:
         file = f"prototypes-{index:05d}.safetensors"
         with ShardReader(index_files(run.package, [file])) as reader:
             tap = run.mapped(index, reader)

@@ -116,6 +116,8 @@ class Decision:
         parts: the weights of a prototype where they are not the pretrained expert's; called once
             for every prototype, in their order. ``None``: all are pretrained, bit for bit.
         widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
+        left: [T, H] fp32 where the method has it: what is left of the target of its layer's tokens as
+            ``LayerTokens.weighted`` gives it, with weights that are not rounded to a record's numbers yet.
         notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
     """
 
@@ -125,6 +127,7 @@ class Decision:
     rerouted: frozenset[int] = frozenset()
     parts: Callable[[ExpertId], Parts] | None = None
     widths: Mapping[ExpertId, int] = field(default_factory=dict)
+    left: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 

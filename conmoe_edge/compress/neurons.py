@@ -9,7 +9,7 @@ experts go instead.
 
 A down projection with more than ``closed_form.SKETCH`` rows is sketched as outputs are there.
 
-Peak memory: the activations of all routed tokens (sum of n_e * I in fp32) and one [I, I] an expert.
+Peak memory: one [I, I] in fp32 an expert, and the activations of one expert on its tokens.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Narrowing:
 
 def narrowings(
     scope: ScopeView, tokens: LayerTokens, gates: Tensor
-) -> tuple[list[Features], list[Narrowing]]:
-    """Activations of all experts of a layer, and what they lose in every width.
+) -> tuple[list[Tensor], list[Narrowing]]:
+    """The Gram matrices [I, I] of all experts' activations, and what each expert loses in every width.
 
     Args:
         scope: of one layer.
         tokens: of the layer.
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
     """
-    features, found = [], []
+    grams, found = [], []
     for expert in range(len(scope.pool)):
         gate = gates[:, expert]
         one = activations(scope, tokens, expert, gate)
-        features.append(one)
+        grams.append(one.gram)
         found.append(narrowing(scope, expert, one, gate[one.rows]))
-    return features, found
+    return grams, found
 
 
 def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Narrowing:

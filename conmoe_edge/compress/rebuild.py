@@ -4,8 +4,9 @@
 down projections and the constants of the layer together against its target. ``error_on`` measures a
 decision on tokens, which need not be those that it was fitted on.
 
-Peak memory: the activations of all routed tokens (sum of n_p * I' in fp32), those of one prototype
-before it is trimmed, and what ``refit`` takes.
+Peak memory: the activations of all routed tokens at the widths that stay (sum of n_p * I' in fp32),
+those of one prototype before it is trimmed, and what ``refit`` takes. Of a prototype nothing is held but
+its new down projection; its other weights are taken from the pretrained ones whenever they are asked for.
 """
 
 from __future__ import annotations
@@ -43,34 +44,37 @@ def rebuild(
     scope: ScopeView,
     tokens: LayerTokens,
     chosen: StandIns,
-    own: Sequence[Features] | None = None,
+    grams: list[Tensor] | None = None,
 ) -> Decision:
     """Prototypes with all that is solved for them, fitted on ``tokens``.
 
-    ``own``: ``activations`` of every expert of the pool on the same tokens, each weighted with its own gates,
-    where they are there.
+    ``grams``: the Gram matrix of ``activations`` of every expert of the pool, weighted with its own gates, on some
+    tokens, where neurons are chosen: down projections start from what makes up for the others there. Used up.
     """
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))
     alpha = weights_of(tokens.slots, tokens.gates, chosen.slots, chosen.prototypes)
-    found: dict[ExpertId, Parts] = {}
     features: list[Features] = []
+    down: list[Tensor] = []
+    kept: list[Tensor] = []
     for position, expert in enumerate(chosen.prototypes):
-        alone = [slot for slot, (p, _) in enumerate(chosen.slots) if p == expert] == [expert]
-        whole = own[expert] if own is not None and alone else None
-        if whole is None:
-            whole = activations(scope, tokens, expert, alpha[:, position])
-        parts, one = prototype(scope, expert, whole, chosen.neurons.get(expert))
-        found[scope.pool[expert]] = parts
-        features.append(one)
+        neurons, weights = chosen.neurons.get(expert), alpha[:, position]
+        if grams is None or neurons is None:
+            whole = activations(scope, tokens, expert, weights)
+            neurons, weight = solved(scope, expert, whole.gram, neurons)
+            features.append(whole.of(neurons))
+        else:
+            neurons, weight = solved(scope, expert, grams[expert], neurons)
+            grams[expert] = torch.empty(0)
+            features.append(activations(scope, tokens, expert, weights, neurons))
+        down.append(weight)
+        kept.append(neurons)
     names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
+    left = None
     if not scope.module.has_post_expert_norm:
-        residual = _target(tokens, alpha, [found[name] for name in names])
-        down = [_as_rows(scope, found[name]["down_proj"]) for name in names]
-        down, table = refit(features, down, gates, residual)
-        for name, weight in zip(names, down, strict=True):
-            found[name] = {**found[name], "down_proj": _as_rows(scope, weight)}
+        left = _target(scope, tokens, alpha, chosen.prototypes)
+        down, table = refit(features, down, gates, left)
         constants = {layer: table}
     slots = tuple(
         SlotRecord(
@@ -80,8 +84,13 @@ def rebuild(
         )
         for slot, (expert, scale) in enumerate(chosen.slots)
     )
-    widths = {name: one.values.shape[1] for name, one in zip(names, features, strict=True)}
-    return Decision(tuple(names), slots, constants, parts=found.__getitem__, widths=widths)
+    solution = dict(zip(names, zip(chosen.prototypes, kept, down, strict=True), strict=True))
+
+    def parts(name: ExpertId) -> Parts:
+        return with_down(scope, *solution[name])
+
+    widths = {name: len(neurons) for name, neurons in zip(names, kept, strict=True)}
+    return Decision(tuple(names), slots, constants, parts=parts, widths=widths, left=left)
 
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:
@@ -99,8 +108,17 @@ def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float
 
 def whole_parts(scope: ScopeView, expert: int) -> dict[str, Tensor]:
     """One pretrained expert in the dtype and on the device of the computation."""
-    parts = scope.weights.parts(scope.pool[expert])
+    return _moved(scope, scope.weights.parts(scope.pool[expert]))
+
+
+def _moved(scope: ScopeView, parts: Parts) -> dict[str, Tensor]:
     return {name: part.to(scope.device, scope.dtype) for name, part in parts.items()}
+
+
+def whole_width(scope: ScopeView) -> int:
+    """Neurons of a pretrained expert."""
+    down = scope.weights.parts(scope.pool[0])["down_proj"]
+    return down.shape[0 if scope.module.is_transposed else 1]
 
 
 def gates_of(tokens: LayerTokens, experts: int) -> Tensor:
@@ -111,11 +129,20 @@ def gates_of(tokens: LayerTokens, experts: int) -> Tensor:
     return gates[:, :experts].contiguous()
 
 
-def activations(scope: ScopeView, tokens: LayerTokens, expert: int, alpha: Tensor) -> Features:
-    """All neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0."""
+def activations(
+    scope: ScopeView,
+    tokens: LayerTokens,
+    expert: int,
+    alpha: Tensor,
+    neurons: Tensor | None = None,
+) -> Features:
+    """Neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0; all by default."""
     rows = alpha.nonzero().squeeze(1)
     hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
-    inner = inner_activations(scope.module, hidden, whole_parts(scope, expert), scope.dtype)
+    parts = scope.weights.parts(scope.pool[expert])
+    if neurons is not None:
+        parts = take_neurons(scope.module, parts, neurons)
+    inner = inner_activations(scope.module, hidden, _moved(scope, parts), scope.dtype)
     values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
     return Features(rows, values, values.T @ values)
 
@@ -125,22 +152,25 @@ def down_rows(scope: ScopeView, expert: int) -> Tensor:
     return _as_rows(scope, scope.weights.parts(scope.pool[expert])["down_proj"]).float().cpu()
 
 
-def prototype(
-    scope: ScopeView, expert: int, whole: Features, neurons: Tensor | None
-) -> tuple[dict[str, Tensor], Features]:
-    """A prototype with the neurons that stay, in fp32 on the host, and its activations."""
+def solved(
+    scope: ScopeView, expert: int, gram: Tensor, neurons: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The neurons that stay and the down projection fp32 [H, n] that makes up for the others.
+
+    ``gram`` [I, I]: of all its activations. ``neurons``: where it is known which stay.
+    """
     down = down_rows(scope, expert)
     if neurons is None:
-        neurons, weight = surviving(whole.gram, down, scope.widths[-1])
-    else:
-        weight = corrected(whole.gram, down, neurons)
-    parts = {name: part.float().cpu() for name, part in whole_parts(scope, expert).items()}
-    kept = take_neurons(scope.module, parts, neurons)
-    kept["down_proj"] = _as_rows(scope, weight)
-    if len(neurons) == whole.values.shape[1]:
-        return kept, whole
-    values = whole.values[:, neurons].contiguous()
-    return kept, Features(whole.rows, values, whole.gram[neurons][:, neurons])
+        return surviving(gram, down, scope.widths[-1])
+    return neurons, corrected(gram, down, neurons)
+
+
+def with_down(scope: ScopeView, expert: int, neurons: Tensor, down: Tensor) -> Parts:
+    """An expert with these neurons only, and with another down projection [H, n]."""
+    parts = scope.weights.parts(scope.pool[expert])
+    if len(neurons) < whole_width(scope):
+        parts = take_neurons(scope.module, parts, neurons)
+    return {**parts, "down_proj": _as_rows(scope, down)}
 
 
 def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:
@@ -148,11 +178,12 @@ def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:
     return down.T if scope.module.is_transposed else down
 
 
-def _target(tokens: LayerTokens, alpha: Tensor, parts: Sequence[Parts]) -> Tensor:
+def _target(scope: ScopeView, tokens: LayerTokens, alpha: Tensor, experts: Sequence[int]) -> Tensor:
     """fp32 [T, H], a copy: what the down projections have to give, biases taken off."""
     assert tokens.target is not None
     target = tokens.target.float().clone()
-    if "down_proj_bias" in parts[0]:
-        biases = torch.stack([one["down_proj_bias"].float() for one in parts])  # [P, H]
-        target.addmm_(alpha, biases, alpha=-1.0)
+    biases = [scope.weights.parts(scope.pool[one]).get("down_proj_bias") for one in experts]
+    there = [one.float().cpu() for one in biases if one is not None]
+    if there:
+        target.addmm_(alpha, torch.stack(there), alpha=-1.0)
     return target

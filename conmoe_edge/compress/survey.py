@@ -26,8 +26,8 @@ from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.interface import LayerView, Parts, ScopeView
 from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
-from conmoe_edge.compress.neurons import Narrowing, narrowing
-from conmoe_edge.compress.rebuild import activations, gates_of, prototype
+from conmoe_edge.compress.neurons import Narrowing, narrowings
+from conmoe_edge.compress.rebuild import activations, gates_of, solved, whole_width, with_down
 from conmoe_edge.compress.receipt import ReceiptTracker
 from conmoe_edge.compress.run import Run
 from conmoe_edge.compress.statistics import StatisticsTracker
@@ -46,7 +46,7 @@ from conmoe_edge.plan.levers import scopes
 _MOST_FITTED, _FEWEST_FITTED, _FITTED_SHARE = 6, 2, 4
 """Sequences that stand-ins are made from, at most this part of all; they go through every layer twice."""
 _PASSES = 18
-_FEWEST_SEQUENCES, _MOST_SEQUENCES = 2, 3
+_FEWEST_SEQUENCES, _MOST_SEQUENCES = 1, 3
 
 
 def sequences(layers: int) -> int:
@@ -204,7 +204,7 @@ class _LoadedLayer:
     """A loaded layer and its tokens, from which narrow experts are made."""
 
     def __init__(self, run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> None:
-        self._run, self._index = run, index
+        self._run, self._index, self._tokens = run, index, tokens
         count = run.experts(index).count
         seen = StatisticsTracker(count).result()
         self._scope = ScopeView(
@@ -219,20 +219,15 @@ class _LoadedLayer:
             device=run.job.device,
         )
         self._gates = gates_of(tokens, count)
-        self._own = [
-            activations(self._scope, tokens, one, self._gates[:, one]) for one in range(count)
-        ]
+        self._grams: dict[int, torch.Tensor] = {}
         self._made: dict[tuple[int, int], Parts] = {}  # divisions have much in common
 
     def narrowed(self) -> _Narrowed:
         """What its experts lose, by its tokens."""
-        scope, run, index = self._scope, self._run, self._index
-        found = tuple(
-            narrowing(scope, expert, one, self._gates[one.rows, expert])
-            for expert, one in enumerate(self._own)
-        )
-        unit = run.unit(index)
-        return _Narrowed(found, (0, *scope.sizes), unit, len(found) * scope.sizes[-1] // unit)
+        sizes, unit = self._scope.sizes, self._run.unit(self._index)
+        grams, found = narrowings(self._scope, self._tokens, self._gates)
+        self._grams.update(enumerate(grams))
+        return _Narrowed(tuple(found), (0, *sizes), unit, len(found) * sizes[-1] // unit)
 
     def stand_ins(self, narrowed: _Narrowed, units: int) -> MappedTap:
         """The layer in so many units, its down projections corrected on its tokens."""
@@ -248,8 +243,13 @@ class _LoadedLayer:
 
     def _parts(self, expert: int, neurons: torch.Tensor) -> Parts:
         """In the model's own numbers, so that a whole expert is no copy."""
-        own = self._scope.weights.parts(self._scope.pool[expert])
-        if len(neurons) == self._own[expert].values.shape[1]:
+        scope = self._scope
+        own = scope.weights.parts(scope.pool[expert])
+        if len(neurons) == whole_width(scope):
             return own
-        found, _ = prototype(self._scope, expert, self._own[expert], neurons)
+        if expert not in self._grams:
+            alpha = self._gates[:, expert]
+            self._grams[expert] = activations(scope, self._tokens, expert, alpha).gram
+        _, down = solved(scope, expert, self._grams[expert], neurons)
+        found = with_down(scope, expert, neurons, down)
         return {name: part.to(own[name].device, own[name].dtype) for name, part in found.items()}

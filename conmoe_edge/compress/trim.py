@@ -59,19 +59,21 @@ def cuts(gram: Tensor, down: Tensor, widths: Sequence[int], ridge: float = _RIDG
     found: list[Cut] = []
     for width in sorted(widths, reverse=True):
         rounds = -(-(len(alive) - width) * ROUNDS // whole)
-        for left in range(rounds - 1, -1, -1):
-            count = width + (len(alive) - width) * left // (left + 1)
+        for after in range(rounds - 1, -1, -1):
+            count = width + (len(alive) - width) * after // (after + 1)
             cost = weight.square().sum(0) / inverse.diagonal()
-            order = cost.argsort(stable=True)
-            gone, stay = order[: len(alive) - count], order[len(alive) - count :].sort().values
-            factor = torch.linalg.cholesky(inverse[gone][:, gone])
-            solved = torch.cholesky_solve(
-                torch.cat([weight[:, gone].T, inverse[gone][:, stay]], 1), factor
-            )
-            own, rest = solved[:, : weight.shape[0]], solved[:, weight.shape[0] :]
-            error += float((weight[:, gone].T * own).sum(dtype=torch.float64))
-            weight = weight[:, stay] - weight[:, gone] @ rest
-            inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ rest
+            order, gone = cost.argsort(stable=True), len(alive) - count
+            stay = order[gone:].sort().values
+            order = torch.cat([order[:gone], stay])
+            weight = weight.index_select(1, order)  # many times faster than indexing with both
+            inverse = inverse.index_select(0, order).gather(1, order.expand(len(order), -1))
+            out, left = weight[:, :gone], weight[:, gone:]
+            factor = torch.linalg.cholesky(inverse[:gone, :gone])
+            solved = torch.cholesky_solve(torch.cat([out.T, inverse[:gone, gone:]], 1), factor)
+            own, rest = solved[:, : len(weight)], solved[:, len(weight) :]
+            error += float((out.T * own).sum(dtype=torch.float64))
+            weight = left - out @ rest
+            inverse = inverse[gone:, gone:] - inverse[gone:, :gone] @ rest
             alive = alive[stay]
         found.append(Cut(alive, error))
     return found[::-1]

@@ -20,8 +20,9 @@ from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO
 from conmoe_edge.compress.neurons import narrowing, narrowings
-from conmoe_edge.compress.rebuild import activations, error_on, gates_of, rebuild
+from conmoe_edge.compress.rebuild import StandIns, activations, error_on, gates_of, rebuild
 from conmoe_edge.compress.statistics import StatisticsTracker
+from conmoe_edge.compress.taps import MappedTap, expert_sum
 from conmoe_edge.compress.trim import corrected, cuts
 from conmoe_edge.compress.weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
@@ -174,7 +175,7 @@ def test_without_a_neuron_the_error_is_that_of_the_best_constant() -> None:
     module = experts_module()
     tokens = tokens_for(module, 60)
     scope = scope_with(module, tokens)
-    features, found = narrowings(scope, tokens, gates_of(tokens, 8))
+    grams, found = narrowings(scope, tokens, gates_of(tokens, 8))
     for expert in range(8):
         rows, gates = tokens.routed(expert)
         out = expert_forward(module, tokens.hidden[rows], parts_of(module, expert)).double()
@@ -189,7 +190,8 @@ def test_without_a_neuron_the_error_is_that_of_the_best_constant() -> None:
         assert errors[-1] == 0.0
         assert all(a >= b for a, b in itertools.pairwise(errors))
         assert [len(one) for one in found[expert].neurons] == list(WIDTHS)
-        assert len(features[expert].rows) == len(rows)
+        own = activations(scope, tokens, expert, gates_of(tokens, 8)[:, expert])
+        torch.testing.assert_close(grams[expert], own.values.T @ own.values)
 
 
 @torch.no_grad()
@@ -419,19 +421,38 @@ def test_a_super_expert_keeps_half_of_its_neurons() -> None:
 
 
 @torch.no_grad()
-def test_activations_that_are_there_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``own`` of a rebuild is a shortcut only: without it the same comes out."""
+def test_gram_matrices_that_are_there_are_not_summed_again() -> None:
+    """``grams`` of a rebuild is a shortcut only: with those of the same tokens the same comes out without it."""
     module = experts_module()
     tokens = tokens_for(module)
     scope = scope_with(module, tokens, 0.4)
-    first = AUTO.decide(scope, 0)
-    monkeypatch.setattr(auto_module, "rebuild", lambda a, b, c, own: rebuild(a, b, c))
-    second = AUTO.decide(scope, 0)
-    assert first.slots == second.slots and first.widths == second.widths
+    grams, found = narrowings(scope, tokens, gates_of(tokens, 8))
+    own = tuple((expert, 1.0) for expert in range(8))
+    chosen = StandIns(tuple(range(8)), own, {e: found[e].neurons[e % 2] for e in range(8)})
+    first, second = rebuild(scope, tokens, chosen, grams), rebuild(scope, tokens, chosen)
     assert first.parts is not None and second.parts is not None
     for one in first.prototypes:
         for name, part in first.parts(one).items():
-            torch.testing.assert_close(part, second.parts(one)[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(part, second.parts(one)[name], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_left_is_what_the_decision_leaves() -> None:
+    """``Decision.left`` against the layer computed with the decision's own weights, constants and slots."""
+    module = experts_module()
+    tokens = tokens_for(module)
+    weights = torch.rand(len(tokens), generator=torch.Generator().manual_seed(2)) + 0.5
+    tokens = replace(tokens, weights=weights)
+    decision = AUTO.decide(scope := scope_with(module, tokens, 0.4), 0)
+    assert decision.left is not None and decision.parts is not None
+    assert len(decision.prototypes) < 8 or set(decision.widths.values()) != {WIDTHS[-1]}
+    parts = {one: decision.parts(one) for one in decision.prototypes}
+    tap = MappedTap(decision.slots, parts, decision.constants[scope.layers[0].layer])
+    given = expert_sum(module, tap, tokens, torch.device("cpu"))
+    assert tokens.target is not None
+    left = (tokens.target - given) * weights.unsqueeze(1)
+    torch.testing.assert_close(decision.left, left, rtol=1e-3, atol=1e-5)
+    assert float(left.norm()) > 0.01 * float(tokens.target.norm())
 
 
 def test_a_sample_about_slots_has_their_tokens() -> None:
@@ -439,7 +460,10 @@ def test_a_sample_about_slots_has_their_tokens() -> None:
     tokens = tokens_for(module, 9000)
     gone = torch.tensor([1, 4])
     sample = auto_module._about(tokens, gone)
-    assert len(sample) <= 2048
+    visits = int(torch.isin(sample.slots, gone).sum())
+    assert 2 * 128 <= visits < 2 * 200 and len(sample) < 512
+    every = auto_module._about(tokens, torch.arange(8))
+    assert len(every) <= 2048
     chose = torch.isin(sample.slots, gone).any(1)
     everywhere = float(torch.isin(tokens.slots, gone).any(1).float().mean())
     assert float(chose.float().mean()) > 0.7 > everywhere

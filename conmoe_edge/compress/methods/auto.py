@@ -23,7 +23,7 @@ down projection from MergeMoE (2510.14436), working on the compressed stream fro
 neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), the cost of a neuron from the optimal
 brain surgeon. docs/auto.md says what it is worth.
 
-Peak memory: that of ``rebuild`` beside the layer's tokens, and the activations of all experts.
+Peak memory: that of ``rebuild`` beside the layer's tokens, and one [I, I] in fp32 an expert.
 """
 
 from __future__ import annotations
@@ -43,12 +43,21 @@ from conmoe_edge.compress.facility import assign, must_stay, select, strongest
 from conmoe_edge.compress.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.layer_tokens import LayerTokens
 from conmoe_edge.compress.neurons import narrowings
-from conmoe_edge.compress.rebuild import StandIns, error_on, gates_of, rebuild, whole_parts
+from conmoe_edge.compress.rebuild import (
+    StandIns,
+    error_on,
+    gates_of,
+    rebuild,
+    whole_parts,
+    whole_width,
+)
 from conmoe_edge.compress.widths import choose
 from conmoe_edge.model.experts import expert_forward
 
 FITTED, MEASURED = 8192, 4096
 """Tokens that candidates are fitted on and measured on."""
+_VISITS = 128
+"""Tokens that a slot without its expert is measured on, as a mean over them."""
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
@@ -60,7 +69,7 @@ def decide(scope: ScopeView, keep: int) -> Decision:
     assert tokens is not None and tokens.target is not None, (
         "auto needs the tokens and their target"
     )
-    count, whole = len(scope.pool), scope.widths[-1] >= _width(scope)
+    count, whole = len(scope.pool), scope.widths[-1] >= whole_width(scope)
     if scope.room:
         keep = max(1, scope.room // scope.sizes[-1])
     if whole and keep >= count:
@@ -80,8 +89,7 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     place = next(n for n, one in enumerate(scope.widths, 1) if 2 * one >= scope.widths[-1])
     forced = must_stay(seen.energy, seen.peak, scope.room // scope.sizes[-1])
     least = [place if expert in forced else 0 for expert in range(count)]
-    gates = gates_of(tokens, count)
-    own, narrowed = narrowings(scope, tokens, gates)
+    grams, narrowed = narrowings(scope, tokens, gates_of(tokens, count))
     chosen = choose([one.errors for one in narrowed], (0, *scope.sizes), scope.room, least)
     kept = [expert for expert in range(count) if chosen[expert]]
     slots: list[tuple[int | None, float]] = [(expert, 1.0) for expert in range(count)]
@@ -90,16 +98,17 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
         errors = slot_errors(_about(tokens, gone), count, forward, kept)
         slots = assign(errors, kept)
     neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
-    return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), own)
+    return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), grams)
 
 
 def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:
-    """A sample of tokens: most of them chose one of ``slots``, the others anything."""
-    chosen = torch.isin(tokens.slots, slots).any(1)
-    about = chosen.nonzero().squeeze(1)
-    wanted = min(len(about), SAMPLE_TOKENS * 3 // 4)
+    """A sample of tokens: three in four chose one of ``slots``, about ``_VISITS`` a slot; the others anything."""
+    visits = torch.isin(tokens.slots, slots).sum(1)
+    about = visits.nonzero().squeeze(1)
+    enough = _VISITS * len(slots) * len(about) // max(1, int(visits.sum()))
+    wanted = min(len(about), enough, SAMPLE_TOKENS * 3 // 4)
     picked = about[torch.arange(wanted) * len(about) // max(1, wanted)]
-    others = torch.arange(min(len(tokens), SAMPLE_TOKENS // 4))
+    others = torch.arange(min(len(tokens), max(wanted, SAMPLE_TOKENS // 8) // 3))
     others = others * len(tokens) // max(1, len(others))
     return tokens.rows(torch.cat([picked, others]).unique())
 
@@ -143,12 +152,6 @@ def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[Sta
         strongest(contribution, keep, forced),
     )
     return tuple(StandIns(one, tuple(assign(errors, one))) for one in dict.fromkeys(sets))
-
-
-def _width(scope: ScopeView) -> int:
-    return scope.weights.parts(scope.pool[0])["down_proj"].shape[
-        0 if scope.module.is_transposed else 1
-    ]
 
 
 AUTO = Method(

@@ -10,6 +10,8 @@ making up for the others; nothing is refitted, and what has gone gives nothing.
 What is measured is measured on other sequences than the stand-ins are made from, and the trial on
 others again.
 
+On disk between the two: the tokens that stand-ins are made from, once a layer.
+
 Peak memory: one decoder layer, the hidden states of a few sequences once for every MoE layer, the
 activations of as many tokens in one layer, the logits of one sequence twice.
 """
@@ -44,7 +46,7 @@ from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
 
 _MOST_FITTED, _FEWEST_FITTED, _FITTED_SHARE = 6, 2, 4
-"""Sequences that stand-ins are made from, at most this part of all; they go through every layer twice."""
+"""Sequences that stand-ins are made from, at most this part of all."""
 _PASSES = 18
 _FEWEST_SEQUENCES, _MOST_SEQUENCES = 1, 3
 
@@ -83,7 +85,7 @@ def survey(run: Run, model: StreamedModel) -> None:
 def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[int, LayerWorth]:
     """What each layer is worth; ``found`` is filled."""
     fitted = _Originals(run, model, _fitted(run), 0)
-    measured = _Originals(run, model, sequences(run.layers), 1)
+    measured = _Originals(run, model, sequences(run.layers), 1, run.layers)
     changed: dict[int, torch.Tensor] = {}
     for index in range(run.layers):
         run.announce("survey", index)
@@ -92,6 +94,7 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
             recorded = fitted.recorded(index)
             measured.all_through(index, [*changed.values()])
             if recorded is not None:
+                recorded.save(run.tokens_file(index))  # for the trial
                 module = model.experts[index][1]
                 layer = _LoadedLayer(run, module, index, recorded)
                 found[index] = layer.narrowed()
@@ -114,18 +117,17 @@ def _trial(
     divisions: Sequence[Mapping[int, int]],
 ) -> list[float]:
     """The divergence of the whole model's output with every division."""
-    fitted = _Originals(run, model, _fitted(run), 0)
-    measured = _Originals(run, model, sequences(run.layers), 2)
+    measured = _Originals(run, model, sequences(run.layers), 2, len(divisions))
     tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):
         run.announce("trial", index)
         with run.loaded(model, index):
-            recorded = fitted.recorded(index)
-            if recorded is None:
+            if index not in found:
                 measured.all_through(index, tried)
                 continue
             measured.all_through(index, [])
             module = model.experts[index][1]
+            recorded = LayerTokens.load(run.tokens_file(index))
             layer = _LoadedLayer(run, module, index, recorded)
             for one, division in zip(tried, divisions, strict=True):
                 mapped = layer.stand_ins(found[index], division[index])
@@ -136,14 +138,16 @@ def _trial(
 
 
 class _Originals:
-    """The original over a few sequences, layer by layer; ``beside``: the same sequences in other models."""
+    """The original over a few sequences, layer by layer; ``beside``: up to ``others`` other models over them."""
 
-    def __init__(self, run: Run, model: StreamedModel, count: int, after: int) -> None:
+    def __init__(
+        self, run: Run, model: StreamedModel, count: int, after: int, others: int = 0
+    ) -> None:
         self._model = model
         self._tokens = run.job.train.some(count, after=after)
         model.load_outside()
         self.stream = open_stream(model, self._tokens)
-        self.beside = Beside(model, self._tokens, run.layers)
+        self.beside = Beside(model, self._tokens, 1 + others)
         model.drop_outside()
 
     def all_through(self, index: int, others: Sequence[torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ Peak memory: the outputs of one expert for the sample [m, H], those of the chose
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,25 +83,36 @@ def slot_errors(
     experts: int,
     forward: Callable[[int, Tensor], Tensor],
     prototypes: Sequence[int] | None = None,
+    slots: Sequence[int] | None = None,
 ) -> SlotErrors:
-    """Run every expert on every token of a sample and solve for all pairs.
+    """Run every prototype on every token of a sample, every slot's expert on its own, and solve for all pairs.
 
     Args:
         tokens: the sample.
         experts: E.
         forward: (expert, [n, H]) -> its outputs [n, H].
         prototypes: the columns that are wanted, all by default; the others stay 0.
+        slots: the rows that are wanted, all by default; the others mean nothing, and nor does what is
+            ``seen`` of them.
     """
     count, width = tokens.slots.shape
+    valid = (tokens.slots >= 0) & (tokens.slots < experts)
+    visits = int(valid.sum())
+    # of one token of a mean gate
+    share = float(tokens.gates[valid].square().sum(dtype=torch.float64)) / max(1, visits * count)
+    if slots is not None:
+        valid &= torch.isin(tokens.slots, torch.tensor(list(slots)))
+        tokens = replace(tokens, slots=torch.where(valid, tokens.slots, -1))
     seen = routed_outputs(tokens, experts, forward)
-    own = seen.outputs
     sketched, output = _sketched(tokens.hidden.shape[1]), _on_host(forward)
     scale = torch.eye(experts, dtype=torch.float64)
     error = torch.zeros(experts, experts, dtype=torch.float64)
-    if own is None:
+    if not visits:
         nothing = torch.zeros(experts, dtype=torch.float64)
         return SlotErrors(scale, error, nothing, seen)
-    valid = (tokens.slots >= 0) & (tokens.slots < experts)
+    own = seen.outputs
+    if own is None:  # nobody chose a slot that is wanted
+        own = torch.zeros(count, width, min(SKETCH, tokens.hidden.shape[1]))
     slot = tokens.slots.clamp(0, experts - 1).reshape(-1)  # [m K]
     weight = torch.where(valid, tokens.gates.square(), 0.0).double().reshape(-1)
 
@@ -121,9 +132,8 @@ def slot_errors(
     square = by_slot(flat.square().sum(-1).double())
     constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
     often = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
-    blind = (~often).nonzero().squeeze(1).tolist()
+    blind = [slot for slot in (range(experts) if slots is None else slots) if not often[slot]]
     alone = {expert: sketched(output(expert, tokens.hidden)) for expert in blind}
-    share = float(weight.sum()) / max(1, int(valid.sum())) / count  # of one token of a mean gate
     for expert in blind:
         constant[expert] = share * alone[expert].square().sum(dtype=torch.float64)
     for expert in range(experts) if prototypes is None else prototypes:

@@ -31,10 +31,10 @@ from conmoe_edge.checkpoint.forms import (
 from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
-from conmoe_edge.integrations.attention import suit_attention
 from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.options import current_options, device_of
+from conmoe_edge.integrations.single_tokens import suit_single_tokens
 from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.rerouting import can_choose, reroute
@@ -144,7 +144,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
     keep_cache_growing(model, context)
-    suit_attention(model, runtime.arithmetic.machine)
+    suit_single_tokens(model, runtime.arithmetic.machine)
 
 
 def attach_unchanged(

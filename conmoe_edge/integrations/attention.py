@@ -3,8 +3,7 @@
 Attention is transformers' and torch's business, with one exception: for one new token torch's fused function reads
 bf16 at a fraction of the memory's speed, on processors with bf16 instructions too (1.3 ms a layer for 512 cached
 tokens of OLMoE, whose bytes take 0.15 ms): a good part of a token's time. Its two products are weights (the cached keys
-and values) times one row, which is what the operator is for (``offload/native``); the usual layer's attention is
-one call of it (``offload/attention.py``, ``offload/decoder_layer.py``). Masks other than none, prompts,
+and values) times one row, which is what the operator is for (``offload/native``). Masks other than none, prompts,
 batches, sinks and whatever else a model asks for stay with transformers.
 
 ``suit_attention`` looks at the processor and the model's format, never at a stopwatch. Memory: the scores of one
@@ -22,32 +21,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from conmoe_edge.offload.arithmetic import Machine
-from conmoe_edge.offload.attention import attend_in_one_call
-from conmoe_edge.offload.decoder_layer import layers_in_one_call
 from conmoe_edge.offload.native import operator
-from conmoe_edge.offload.routers import route_in_one_call
 
 FUSED, SUITED = "sdpa", "conmoe_sdpa"
 _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
-    """Let ``model`` attend through ``one_token_attention``, and its usual layers take single tokens through the
-    operator; whether it will.
-    """
+    """Let ``model`` attend through ``one_token_attention``; whether it will."""
     slow = machine.device == "cpu" and model.dtype == torch.bfloat16
-    config, engine = model.config.get_text_config(), operator()
-    if not slow or engine is None or config._attn_implementation != FUSED:
+    config = model.config.get_text_config()
+    if not slow or operator() is None or config._attn_implementation != FUSED:
         return False
     AttentionInterface.register(SUITED, one_token_attention)
     AttentionMaskInterface.register(SUITED, sdpa_mask)
     model.set_attn_implementation(SUITED)
-    if config._attn_implementation != SUITED:
-        return False
-    attend_in_one_call(model, engine)
-    route_in_one_call(model, engine)
-    layers_in_one_call(model, engine)
-    return True
+    return config._attn_implementation == SUITED
 
 
 def one_token_attention(

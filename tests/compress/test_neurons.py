@@ -288,6 +288,27 @@ def test_some_columns_of_the_errors_are_those_of_all() -> None:
     assert torch.equal(some.constant, every.constant)
 
 
+def test_errors_to_some_slots_are_those_rows_of_all() -> None:
+    module = experts_module()
+    tokens = tokens_for(module, 60, unused=(2,))
+    ran: list[int] = []
+
+    @torch.no_grad()
+    def forward(expert: int, hidden: Tensor) -> Tensor:
+        ran.append(expert)
+        return expert_forward(module, hidden, parts_of(module, expert))
+
+    every = slot_errors(tokens, 8, forward)
+    for slots in ([2, 5], [2], [0]):
+        ran.clear()
+        some = slot_errors(tokens, 8, forward, (1, 4), slots)
+        assert set(ran) == {1, 4, *slots}
+        for name in ("scale", "error"):
+            rows, wanted = getattr(some, name)[slots], getattr(every, name)[slots]
+            torch.testing.assert_close(rows[:, [1, 4]], wanted[:, [1, 4]])
+        torch.testing.assert_close(some.constant[slots], every.constant[slots])
+
+
 # -- the whole decision ------------------------------------------------------------------------------------------
 
 

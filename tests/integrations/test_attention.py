@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.integrations.attention import SUITED, one_token_attention, suit_attention
+from conmoe_edge.integrations.attention import SUITED, one_token_attention
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.integrations.single_tokens import suit_single_tokens
 from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.native import operator
 from tests.families import BY_NAME, tiny_model
@@ -45,7 +46,7 @@ def test_every_family_says_the_same(name: str) -> None:
     results = []
     with torch.no_grad():
         for suited in (False, True):
-            if suited and not suit_attention(model, SLOW):
+            if suited and not suit_single_tokens(model, SLOW):
                 pytest.skip("this family brings an attention of its own")
             first = model(IDS, use_cache=True)
             later = model(torch.tensor([[3]]), past_key_values=first.past_key_values)
@@ -61,7 +62,7 @@ def test_every_family_says_the_same(name: str) -> None:
 )
 def test_elsewhere_it_is_left_alone(machine: Machine, dtype: torch.dtype) -> None:
     model: Any = tiny_model("olmoe", dtype=dtype)
-    assert not suit_attention(model, machine)
+    assert not suit_single_tokens(model, machine)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from conmoe_edge.integrations.attention import suit_attention
 from conmoe_edge.integrations.dense import finish_dense, products_for
+from conmoe_edge.integrations.single_tokens import suit_single_tokens
 from conmoe_edge.offload.arithmetic import Machine
 from conmoe_edge.offload.kv_cache import STEP_TOKENS, keep_cache_growing
 from tests.families import tiny_model
@@ -21,7 +21,7 @@ def of_family(name: str) -> Any:
     model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
     finish_dense(model, products_for(torch.device("cpu")))
     keep_cache_growing(model, 2 * STEP_TOKENS)
-    assert suit_attention(model, Machine("cpu", native_bf16=False))
+    assert suit_single_tokens(model, Machine("cpu", native_bf16=False))
     return model
 
 

@@ -94,8 +94,9 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     kept = [expert for expert in range(count) if chosen[expert]]
     slots: list[tuple[int | None, float]] = [(expert, 1.0) for expert in range(count)]
     if len(kept) < count:
-        gone = torch.tensor([expert for expert in range(count) if not chosen[expert]])
-        errors = slot_errors(_about(tokens, gone), count, forward, kept)
+        gone = [expert for expert in range(count) if not chosen[expert]]
+        sample = _about(tokens, torch.tensor(gone))
+        errors = slot_errors(sample, count, forward, kept, gone)
         slots = assign(errors, kept)
     neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
     return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), grams)

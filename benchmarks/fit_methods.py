@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -79,16 +80,22 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
         "peak_anonymous": child.peak_anonymous,
         "cgroup_peak": child.cgroup_peak,
         "limit": child.limit,
+        "threads": threads(),
         "bytes_written": made.get("bytes_written"),
         "parts": made.get("seconds", {}),
         "notes": made.get("notes", []),
     }
 
 
+def threads() -> int:
+    """What a fit computes with: a run that is told or pinned to one is not to be compared with others."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
 def report(found: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        f"{'method':10} {'rate':>5} {'tokens':>7} {'seconds':>8} {'cpu s':>8} "
+        f"{'method':10} {'rate':>5} {'tokens':>7} {'threads':>7} {'seconds':>8} {'cpu s':>8} "
         f"{'peak resident':>13} {'not of files':>12} {'written':>10}  slowest parts"
     ]
     for cell in found["cells"].values():
@@ -97,6 +104,7 @@ def report(found: dict[str, Any]) -> str:
         written = cell["bytes_written"]
         lines.append(
             f"{cell['method']:10} {cell['rate']:>5} {cell['calibration_tokens']:>7,} "
+            f"{cell['threads']:7d} "
             f"{cell['seconds']:8.0f} {cell['cpu_seconds']:8.0f} "
             f"{human_size(cell['peak_rss']):>13} {human_size(cell['peak_anonymous']):>12} "
             f"{'failed' if written is None else human_size(written):>10}  {parts}"

@@ -89,9 +89,13 @@ def lines(cells: Sequence[Cell], data: Mapping[str, Any]) -> Iterator[str]:
             f"{mean(c.package_bytes for c in rows) / 1e6:8.2f} "
             f"{mean(c.seconds for c in rows):5.0f} {len(rows):>5}"
         )
+    refused = {}
     for key, why in sorted(data["cells"].items()):
         if "refused" in why:
-            yield f"{key.replace('|', ' ')}: {why['refused']}"
+            method, _, scope, _ = key.split("|")
+            refused[method, scope] = why["refused"]
+    for (method, scope), why in refused.items():
+        yield f"{method}, scope {scope}: {why}"
     verdict = list(claim_lines(cells))
     if verdict:
         yield ""
@@ -99,14 +103,14 @@ def lines(cells: Sequence[Cell], data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def claim_lines(cells: Sequence[Cell]) -> Iterator[str]:
-    """For every rate and seed: the best published method, and what ``auto`` has of its rise."""
+    """For every rate and seed: the best published method of any scope, and what ``auto`` has of its rise."""
     rates = sorted({cell.rate for cell in cells if cell.method == OWN})
     for rate in rates:
         ratios = []
         for seed in sorted(
             {cell.seed for cell in cells if cell.method == OWN and cell.rate == rate}
         ):
-            here = [c for c in cells if c.rate == rate and c.seed == seed and c.scope == 1]
+            here = [c for c in cells if c.rate == rate and c.seed == seed]
             own = [c for c in here if c.method == OWN]
             others = sorted(
                 (c for c in here if c.published and c.method != OWN),
@@ -119,7 +123,7 @@ def claim_lines(cells: Sequence[Cell]) -> Iterator[str]:
             ratio = own[0].rise / best.rise if best.rise > 0 else float(own[0].rise > best.rise) + 1
             ratios.append(ratio)
             yield (
-                f"{100 * rate:.0f} %, seed {seed}: best published {best.method} {best.rise:+.4f}; "
+                f"{100 * rate:.0f} %, seed {seed}: best published {best.method}{_shared(best.scope)} {best.rise:+.4f}; "
                 f"{OWN} {own[0].rise:+.4f}, ratio {ratio:.2f}"
             )
         if not ratios:
@@ -129,6 +133,10 @@ def claim_lines(cells: Sequence[Cell]) -> Iterator[str]:
         if rate in WANTED:
             most = WANTED[rate]
             yield f"{100 * rate:.0f} %: at most {most:g} x its rise: {_word(worst <= most)} ({worst:.2f} at worst)"
+
+
+def _shared(scope: int) -> str:
+    return "" if scope == 1 else f" over {scope} layers"
 
 
 def _word(true: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,18 +37,26 @@ def test_claims_are_held_against_the_best_published_method_of_each_seed() -> Non
     assert said[1] == "50 %, seed 1: best published conmoe +0.1000; auto +0.0800, ratio 0.80"
     assert said[2].endswith("at or below the best single method: HOLDS")
     assert said[3] == "50 %: at most 0.7 x its rise: MISSED (0.80 at worst)"
+    shared = replace(cell("reap", 0.5, 1, 0.04), scope=2)
+    said = list(claim_lines([*cells, shared]))
+    assert said[1] == (
+        "50 %, seed 1: best published reap over 2 layers +0.0400; auto +0.0800, ratio 2.00"
+    )
 
 
 def test_the_table_has_mean_and_spread() -> None:
     text = "\n".join(
         lines(
             [cell("conmoe", 0.25, 0, 0.10), cell("conmoe", 0.25, 1, 0.20)],
-            {"model": "demo", "cells": {"x|0.25|2|0": {"refused": "no scope of two."}}},
+            {
+                "model": "demo",
+                "cells": {f"x|0.25|2|{seed}": {"refused": "no scope of two."} for seed in (0, 1)},
+            },
         )
     )
     row = next(line for line in text.splitlines() if line.startswith(" 25%"))
     assert row.split()[2:6] == ["conmoe", "+0.1500", "+0.1000", "+0.2000"]
-    assert "x 0.25 2 0: no scope of two." in text
+    assert text.count("x, scope 2: no scope of two.") == 1
 
 
 def test_the_picture_has_every_method_and_names_that_do_not_cover_each_other() -> None:

@@ -76,6 +76,15 @@ def test_the_picture_has_every_method_and_names_that_do_not_cover_each_other() -
     assert heights[0] > 0 and heights[-1] < 560
 
 
+def test_a_method_is_drawn_once_in_its_best_scope() -> None:
+    cells = [cell(name, 0.5, 0, 0.3) for name in ("reap", "reap+drop", "conmoe", "auto")]
+    cells += [replace(cell("reap", 0.5, 0, 0.2), scope=2), replace(cells[2], scope=2)]
+    root = ET.fromstring(plot(cells, "title"))
+    space = "{http://www.w3.org/2000/svg}"
+    found = {t.text for t in root.iter(f"{space}text") if "name" in (t.get("class") or "")}
+    assert found == {"reap, scope 2", "conmoe", "auto"}
+
+
 def test_cells_are_run_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import forget, machine, run_child
+from benchmarks.measure import cores, forget, machine, run_child
 from conmoe_edge.checkpoint.files import write_json
 from conmoe_edge.units import human_size, parse_size
 
@@ -89,7 +89,7 @@ def run(method: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def threads() -> int:
     """What a fit computes with: a run that is told or pinned to one is not to be compared with others."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
 def report(found: dict[str, Any]) -> str:

@@ -243,6 +243,13 @@ def gemm_rates(
     ]
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     model = platform.processor() or platform.machine()
@@ -256,9 +263,7 @@ def machine() -> dict[str, object]:
         memory = int(first.split()[1]) * 1024
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": memory,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

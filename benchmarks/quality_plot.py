@@ -79,9 +79,11 @@ def _lines(cells: Sequence[Cell]) -> dict[str, list[tuple[float, float, float, f
 
     Every method in the scope in which it loses least; what differs in re-routing alone is drawn once, re-routed.
     """
+    drawn = {cell.method for cell in cells if not cell.method.endswith(_DROPPED)}
+    best = {method: _best_scope(cells, method) for method in drawn}
     grouped: dict[str, dict[float, list[Cell]]] = {}
     for cell in sorted(cells, key=lambda c: (c.method, c.rate, c.seed)):
-        if cell.scope == _best_scope(cells, cell.method) and not cell.method.endswith(_DROPPED):
+        if best.get(cell.method) == cell.scope:
             name = cell.method if cell.scope == 1 else f"{cell.method}, scope {cell.scope}"
             grouped.setdefault(name, {}).setdefault(cell.rate, []).append(cell)
     return {

@@ -98,8 +98,8 @@ def slot_errors(
     count, width = tokens.slots.shape
     valid = (tokens.slots >= 0) & (tokens.slots < experts)
     visits = int(valid.sum())
-    # of one token of a mean gate
-    share = float(tokens.gates[valid].square().sum(dtype=torch.float64)) / max(1, visits * count)
+    squares = float(tokens.gates[valid].square().sum(dtype=torch.float64))
+    share = squares / max(1, visits * count)  # of one token of a mean gate
     if slots is not None:
         valid &= torch.isin(tokens.slots, torch.tensor(list(slots)))
         tokens = replace(tokens, slots=torch.where(valid, tokens.slots, -1))
@@ -132,7 +132,7 @@ def slot_errors(
     square = by_slot(flat.square().sum(-1).double())
     constant = (square - total * mu.double().square().sum(-1)).clamp(min=0)
     often = torch.bincount(slot[valid.reshape(-1)], minlength=experts) >= _FEWEST_TOKENS
-    blind = [slot for slot in (range(experts) if slots is None else slots) if not often[slot]]
+    blind = [one for one in (range(experts) if slots is None else slots) if not often[one]]
     alone = {expert: sketched(output(expert, tokens.hidden)) for expert in blind}
     for expert in blind:
         constant[expert] = share * alone[expert].square().sum(dtype=torch.float64)

@@ -58,13 +58,13 @@ def rebuild(
     down: list[Tensor] = []
     kept: list[Tensor] = []
     for position, expert in enumerate(chosen.prototypes):
-        neurons, weights = chosen.neurons.get(expert), alpha[:, position]
-        if grams is None or neurons is None:
+        known, weights = chosen.neurons.get(expert), alpha[:, position]
+        if grams is None:
             whole = activations(scope, tokens, expert, weights)
-            neurons, weight = solved(scope, expert, whole.gram, neurons)
+            neurons, weight = solved(scope, expert, whole.gram, known)
             features.append(whole.of(neurons))
         else:
-            neurons, weight = solved(scope, expert, grams[expert], neurons)
+            neurons, weight = solved(scope, expert, grams[expert], known)
             grams[expert] = torch.empty(0)
             features.append(activations(scope, tokens, expert, weights, neurons))
         down.append(weight)
@@ -139,10 +139,8 @@ def activations(
     """Neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0; all by default."""
     rows = alpha.nonzero().squeeze(1)
     hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
-    parts = scope.weights.parts(scope.pool[expert])
-    if neurons is not None:
-        parts = take_neurons(scope.module, parts, neurons)
-    inner = inner_activations(scope.module, hidden, _moved(scope, parts), scope.dtype)
+    parts = _moved(scope, _with_neurons(scope, expert, neurons))
+    inner = inner_activations(scope.module, hidden, parts, scope.dtype)
     values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
     return Features(rows, values, values.T @ values)
 
@@ -167,10 +165,15 @@ def solved(
 
 def with_down(scope: ScopeView, expert: int, neurons: Tensor, down: Tensor) -> Parts:
     """An expert with these neurons only, and with another down projection [H, n]."""
+    return {**_with_neurons(scope, expert, neurons), "down_proj": _as_rows(scope, down)}
+
+
+def _with_neurons(scope: ScopeView, expert: int, neurons: Tensor | None) -> Parts:
+    """A pretrained expert with some of its neurons; its own weights, not a copy, where that is all of them."""
     parts = scope.weights.parts(scope.pool[expert])
-    if len(neurons) < whole_width(scope):
-        parts = take_neurons(scope.module, parts, neurons)
-    return {**parts, "down_proj": _as_rows(scope, down)}
+    if neurons is None or len(neurons) == whole_width(scope):
+        return parts
+    return take_neurons(scope.module, parts, neurons)
 
 
 def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:

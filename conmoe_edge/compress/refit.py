@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.trim import among
+
 PRIOR = 5.0
 """How strongly everything is held where it was, see above."""
 
@@ -48,8 +50,8 @@ class Features:
         """Some of the neurons, [n] ascending."""
         if len(neurons) == self.values.shape[1]:
             return self
-        gram = self.gram[neurons][:, neurons]
-        return Features(self.rows, self.values[:, neurons].contiguous(), gram)
+        values = self.values[:, neurons].contiguous()
+        return Features(self.rows, values, among(self.gram, neurons))
 
 
 def refit(

@@ -65,8 +65,7 @@ def cuts(gram: Tensor, down: Tensor, widths: Sequence[int], ridge: float = _RIDG
             order, gone = cost.argsort(stable=True), len(alive) - count
             stay = order[gone:].sort().values
             order = torch.cat([order[:gone], stay])
-            weight = weight.index_select(1, order)  # many times faster than indexing with both
-            inverse = inverse.index_select(0, order).gather(1, order.expand(len(order), -1))
+            weight, inverse = weight.index_select(1, order), among(inverse, order)
             out, left = weight[:, :gone], weight[:, gone:]
             factor = torch.linalg.cholesky(inverse[:gone, :gone])
             solved = torch.cholesky_solve(torch.cat([out.T, inverse[:gone, gone:]], 1), factor)
@@ -79,6 +78,11 @@ def cuts(gram: Tensor, down: Tensor, widths: Sequence[int], ridge: float = _RIDG
     return found[::-1]
 
 
+def among(square: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns ``order`` [n] of a matrix, in that order; several times faster than indexing with it twice."""
+    return square.index_select(0, order).gather(1, order.expand(len(order), -1))
+
+
 def corrected(gram: Tensor, down: Tensor, neurons: Tensor) -> Tensor:
     """fp32 [H, n]: the down projection of the ``neurons`` [n] that makes up for the others.
 
@@ -88,7 +92,7 @@ def corrected(gram: Tensor, down: Tensor, neurons: Tensor) -> Tensor:
     mean = gram.diagonal().mean()
     if len(neurons) == weight.shape[1] or not float(mean) > _NOTHING:
         return weight[:, neurons]
-    ridged = gram[neurons][:, neurons] + torch.eye(len(neurons)) * (_RIDGE * mean)
+    ridged = among(gram, neurons) + torch.eye(len(neurons)) * (_RIDGE * mean)
     product = weight @ gram[:, neurons]
     product += weight[:, neurons] * (_RIDGE * mean)
     return torch.cholesky_solve(product.T, torch.linalg.cholesky(ridged)).T

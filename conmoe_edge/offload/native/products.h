@@ -453,17 +453,24 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
 
 void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x,
                  const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
-  const Blocks blocks(count, widths, TILE);
+  // Gate rows and up rows are two places in memory. A thread stays in each for some tiles: where it begins, nothing was
+  // read ahead.
+  const int64_t tile = TILE * columns / 2, strip = TILE * (CHUNK / (2 * tile) + 1);
+  const Blocks strips(count, widths, strip);
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t number = 0; number < blocks.all(); ++number) {
-    int64_t block = number;
-    const int64_t which = blocks.find(&block), row = block * TILE, width = widths[which], second = width + row;
+  for (int64_t number = 0; number < strips.all(); ++number) {
+    int64_t place = number;
+    const int64_t which = strips.find(&place), width = widths[which], start = place * strip;
+    const int64_t stop = width - start < strip ? width : start + strip;
     const auto* w = static_cast<const uint8_t*>(values[which]);
     const auto* pairs = static_cast<const uint16_t*>(scales[which]);
-    float gate[TILE], up[TILE];
-    one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, gate);
-    one_tile(w + second * columns / 2, pairs + second * 2, 2 * width, columns, group, x, up);
-    for (int64_t r = 0; r < TILE; ++r) h[which][row + r] = silu(gate[r]) * up[r];
+    std::vector<float> up(size_t(strip), 0.0f);
+    float* const gate = h[which];
+    for (int64_t row = start; row < stop; row += TILE)
+      one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, gate + row);
+    for (int64_t row = width + start; row < width + stop; row += TILE)
+      one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, up.data() + row - width - start);
+    for (int64_t row = start; row < stop; ++row) gate[row] = silu(gate[row]) * up[size_t(row - start)];
   }
 }
 

@@ -3,7 +3,7 @@
     python -m benchmarks.speed_constants --tiny DIR --bf16 DIR [--int8 DIR] [--int4 DIR] [--gpu SIZE]
 
 Each package goes through ``conmoe-edge bench`` in a process of its own, all prototypes resident.
-With t the seconds of a token, B the bandwidth that the same run measured, L the layers, D and X the
+With t the seconds of a token, B the highest bandwidth that a run measured, L the layers, D and X the
 dense and the routed bytes of a token:
 
     --tiny   a model whose bytes hardly count (the demo):  o = (t - (D + X) / (e B)) / L
@@ -20,7 +20,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _TURNS = 20
@@ -55,6 +55,8 @@ def main() -> None:
         for name in ("tiny", "bf16", "int8", "int4")
         if (folder := getattr(arguments, name)) is not None
     }
+    best = max(run.bandwidth for run in runs.values())  # company can only make it less
+    runs = {name: replace(run, bandwidth=best) for name, run in runs.items()}
     overhead, plain = solve(runs["tiny"], runs["bf16"])
     kernels = {"bf16": plain}
     for name in ("int8", "int4"):

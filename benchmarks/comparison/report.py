@@ -24,6 +24,8 @@ class Row:
     Attributes:
         speed: tokens per second, the median of the repeats (each is its median step).
         lowest, highest: of the repeats.
+        mean: steps over their seconds, the median of the repeats: what somebody who waits for the whole answer gets. It is
+            below ``speed`` where some steps wait for the disk.
         steps: fewest measured steps of a repeat.
         first: seconds to the first token of a prompt of ``prompt`` tokens.
         load: seconds until the prompt could begin.
@@ -42,6 +44,7 @@ class Row:
     speed: float | None = None
     lowest: float | None = None
     highest: float | None = None
+    mean: float | None = None
     steps: int | None = None
     prompt: int | None = None
     first: float | None = None
@@ -85,6 +88,7 @@ def make_row(
         speed=speed,
         lowest=min(speeds),
         highest=max(speeds),
+        mean=statistics.median(len(one) / sum(one) for one in (n["step_seconds"] for n in notes)),
         steps=min(len(note["step_seconds"]) for note in notes),
         prompt=notes[0].get("prompt_tokens"),
         first=_median(notes, "first_token_seconds"),
@@ -163,7 +167,7 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 _HEAD = (
-    f"{'cap':<6}{'system':<46}{'tokens/s':>9}{'spread':>14}{'steps':>6}{'prompt':>7}{'first s':>9}"
+    f"{'cap':<6}{'system':<46}{'tokens/s':>9}{'spread':>14}{'mean':>7}{'steps':>6}{'prompt':>7}{'first s':>9}"
     f"{'load s':>8}{'peak GiB':>9}{'read MB/tok':>12}{'hit':>6}{'bound':>7}"
 )
 
@@ -187,7 +191,7 @@ def _line(row: Row) -> str:
     peak = None if row.peak is None else row.peak / 2**30
     read = None if row.read is None else row.read / 1e6
     cells = (
-        f"{_number(row.speed, 9, 2)}{spread:>14}{row.steps:>6}{row.prompt or 0:>7}"
+        f"{_number(row.speed, 9, 2)}{spread:>14}{_number(row.mean, 7, 2)}{row.steps:>6}{row.prompt or 0:>7}"
         f"{_number(row.first, 9, 2)}{_number(row.load, 8, 1)}{_number(peak, 9, 2)}"
         f"{_number(read, 12, 1)}{_share(row.hit, 6)}{_share(row.bound, 7)}"
     )

@@ -24,8 +24,8 @@ class Row:
     Attributes:
         speed: tokens per second, the median of the repeats (each is its median step).
         lowest, highest: of the repeats.
-        mean: steps over their seconds, the median of the repeats: what somebody who waits for the whole answer gets. It is
-            below ``speed`` where some steps wait for the disk.
+        mean: steps over their seconds, the median of the repeats: what somebody who waits for the
+            whole answer gets. It is below ``speed`` where some steps wait for the disk.
         steps: fewest measured steps of a repeat.
         first: seconds to the first token of a prompt of ``prompt`` tokens.
         load: seconds until the prompt could begin.

@@ -63,7 +63,7 @@ def pace(
     waiting = outside / dense_rate
     before = []
     for layer in anatomy.layers:
-        waiting += reach.layer_seconds + layer.dense_bytes / dense_rate
+        waiting += reach.cached_layer_seconds + layer.dense_bytes / dense_rate
         if layer.experts is not None:
             before.append(waiting)
             waiting = 0.0

@@ -10,9 +10,9 @@ of the requests that the slots serve and L the layers:
     expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below + L * o
 
 ``Reach`` has the shares e of a streaming read that the kernels get to, by the form in which weights
-are stored, and the time o that a layer takes beside its bytes. They are constants of this program
-more than of a machine; they stand in one place (``REACH``), and ``benchmarks/speed_constants.py``
-prints them.
+are stored, and the time o that a layer takes beside its bytes, which is longer where the cache is
+asked. They are constants of this program more than of a machine; they stand in one place
+(``REACH``), and ``benchmarks/speed_constants.py`` prints them.
 
 Before calibration h is the resident share, which is what evenly spread routing gives, and router
 slots that meet on one prototype are counted twice: both are the careful side. Afterwards the
@@ -42,10 +42,12 @@ class Reach:
         kernels: share of the streaming read bandwidth that products with one row reach, by kind of
             record; dense matrices count as ``source``.
         layer_seconds: of a decoder layer beside its bytes: Python, small kernels, the router.
+        cached_layer_seconds: the same where prototypes come and go, so that the cache is asked.
     """
 
     kernels: Mapping[str, float]
     layer_seconds: float
+    cached_layer_seconds: float
 
 
 REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
@@ -56,6 +58,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                 {"source": 0.80, "bf16": 0.80, "int8": 0.65, "int4": 0.55, "lowrank": 0.40}
             ),
             layer_seconds=600e-6,
+            cached_layer_seconds=1500e-6,
         ),
         # Not measured: shares that such kernels usually reach, and the launches of a layer.
         "cuda": Reach(
@@ -63,6 +66,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                 {"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50, "lowrank": 0.35}
             ),
             layer_seconds=350e-6,
+            cached_layer_seconds=350e-6,
         ),
     }
 )
@@ -77,6 +81,7 @@ class StepBytes:
         routed: records of distinct prototypes that are computed with, by their kind.
         from_disk, from_host: of those, what had to be brought to the device first.
         layers: decoder layers.
+        cached: whether there are prototypes without a slot that is theirs for good.
     """
 
     dense: float
@@ -84,6 +89,7 @@ class StepBytes:
     from_disk: float
     from_host: float
     layers: int
+    cached: bool = False
 
     @property
     def read(self) -> float:
@@ -139,7 +145,8 @@ def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     # A kind that is not known comes from a manifest of another version.
     moved = sum(nbytes / reach.kernels.get(kind, plain) for kind, nbytes in step.routed.items())
     moved += step.dense / plain
-    return moved / budget.device_bandwidth + below + step.layers * reach.layer_seconds
+    beside = reach.cached_layer_seconds if step.cached else reach.layer_seconds
+    return moved / budget.device_bandwidth + below + step.layers * beside
 
 
 def tokens_per_second(
@@ -191,6 +198,7 @@ def planned_step(
         from_disk=missed * on_disk,
         from_host=missed * (1.0 - on_disk),
         layers=len(anatomy.layers),
+        cached=offloaded_bytes > 0 or hit_rate < 1.0,
     )
 
 

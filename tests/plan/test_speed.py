@@ -119,6 +119,9 @@ def test_the_expected_speed_stays_below_the_bound_and_is_made_of_its_parts(olmoe
     step = StepBytes(dense=1e9, routed={"int4": 4e8}, from_disk=1e8, from_host=0, layers=16)
     expected = (1e9 / reach.kernels["source"] + 4e8 / reach.kernels["int4"]) / 20e9 + 0.1
     expected += 16 * reach.layer_seconds
+    cached = expected_seconds(replace(step, cached=True), machine)
+    more = 16 * (reach.cached_layer_seconds - reach.layer_seconds)
+    assert cached == pytest.approx(expected + more)
     seconds, bound = expected_seconds(step, machine), decode_bound(step, machine)
     assert seconds == pytest.approx(expected)
     assert seconds is not None and bound is not None and seconds > bound.serial

@@ -71,8 +71,9 @@ def make_row(
         return Row(
             cell.system, cell.cap, cell.group, outcome, len(runs), peak=_median(runs, "peak")
         )
-    speeds = [1 / statistics.median(run["notes"]["step_seconds"]) for run in good]
     notes = [run["notes"] for run in good]
+    steps = [note["step_seconds"] for note in notes]
+    speeds = [1 / statistics.median(seconds) for seconds in steps]
     read = _mean([_per_step(note, "steps_bytes") for note in notes])
     through = _mean([_token_bytes(note) for note in notes])
     speed = statistics.median(speeds)
@@ -88,8 +89,8 @@ def make_row(
         speed=speed,
         lowest=min(speeds),
         highest=max(speeds),
-        mean=statistics.median(len(one) / sum(one) for one in (n["step_seconds"] for n in notes)),
-        steps=min(len(note["step_seconds"]) for note in notes),
+        mean=statistics.median(len(seconds) / sum(seconds) for seconds in steps),
+        steps=min(len(seconds) for seconds in steps),
         prompt=notes[0].get("prompt_tokens"),
         first=_median(notes, "first_token_seconds"),
         load=_median(notes, "load_seconds"),

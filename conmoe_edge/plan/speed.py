@@ -12,7 +12,7 @@ of the requests that the slots serve and L the layers:
 ``Reach`` has the shares e of a streaming read that the kernels get to, by the form in which weights
 are stored, and the time o that a layer takes beside its bytes, which is longer where the cache is
 asked. They are constants of this program more than of a machine; they stand in one place
-(``REACH``), and ``benchmarks/speed_constants.py`` prints them.
+(``REACH``), and ``benchmarks/speed_constants.py`` says where they come from.
 
 Before calibration h is the resident share, which is what evenly spread routing gives, and router
 slots that meet on one prototype are counted twice: both are the careful side. Afterwards the

@@ -107,6 +107,7 @@ def test_rows_take_medians_and_the_longer_bound() -> None:
     row = make_row(cell, runs, memory=1000.0, disk=100.0, cache_bytes=10.0)
     assert (row.speed, row.lowest, row.highest) == (2.0, 1.0, 4.0)
     assert (row.steps, row.read, row.hit) == (3, 10.0, 0.5)
+    assert row.mean == 1.0  # of 0.3, 4 and 1: a long step counts
     assert row.bound == pytest.approx(2.0 * 0.1)  # 100 bytes of memory and 10 of disk: 0.1 s both
     slower = make_row(cell, runs, memory=1000.0, disk=50.0, cache_bytes=10.0)
     assert slower.bound == pytest.approx(2.0 * 0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ import torch
 
 from conmoe_edge.checkpoint.constants import CONSTANTS_FILE
 from conmoe_edge.checkpoint.dense import DENSE_SCALE
-from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, PrototypeEntry, SlotRecord
-from conmoe_edge.checkpoint.manifest_io import save_manifest
+from conmoe_edge.checkpoint.manifest import (
+    PREDICTOR_FILE,
+    ExpertId,
+    Manifest,
+    PrefetchSettings,
+    PrototypeEntry,
+    SlotRecord,
+)
+from conmoe_edge.checkpoint.manifest_io import load_manifest, save_manifest
 from conmoe_edge.checkpoint.quantise import quantise
 from conmoe_edge.checkpoint.records import make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
 from conmoe_edge.compress.trim import take_neurons
 from conmoe_edge.model.bridge import saved_names
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.prefetch import layer_numbers
 
 Slots = dict[int, tuple[SlotRecord, ...]]
 Choose = Callable[[int, int], SlotRecord]
@@ -182,3 +191,23 @@ def materialise(model: Any, slots: Slots) -> Any:
                         slot.prototype.expert
                     ]
     return model
+
+
+def predict(folder: Path, depth: int, share: float, hidden: int = 32) -> Manifest:
+    """Give a package a predictor with random maps."""
+    manifest = load_manifest(folder)
+    generator = torch.Generator().manual_seed(0)
+    maps = {
+        f"predictor.{layer}": torch.randn(hidden + 1, len(known), generator=generator).bfloat16()
+        for layer, known in list(layer_numbers(manifest).items())[1:]
+    }
+    sources = [
+        TensorSource(name, "bfloat16", tuple(t.shape), lambda t=t: t) for name, t in maps.items()
+    ]
+    written = write_tensors(folder / PREDICTOR_FILE, sources)
+    settings = PrefetchSettings(depth, 3, share, 0.1, {})
+    manifest = replace(
+        manifest, prefetch=settings, files={**manifest.files, written.name: written.entry()}
+    )
+    save_manifest(folder, manifest)
+    return manifest

@@ -36,12 +36,10 @@ from conmoe_edge.checkpoint.quantise import Matrix
 from conmoe_edge.checkpoint.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
 from conmoe_edge.offload.native import operator
-from conmoe_edge.offload.stored_expert import StoredExpert
+from conmoe_edge.offload.stored_expert import DOWN, StoredExpert
 
 MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""
-
-_UP, _DOWN = "gate_up_proj", "down_proj"
 
 # torch's elementwise operations take two vectors at a time and what is left one by one, with functions that differ in
 # the last bit, and share work among threads from a certain size on.
@@ -141,7 +139,7 @@ class Arithmetic:
         for position, one in enumerate(experts):  # by what each is, never by its company
             if not one.suits_operator(module, hidden.dtype):
                 key = (self._alone, position)
-            elif usual and _whole_expert(one):
+            elif usual and one.matrices is not None:
                 key = (self._gated, one.kin)
             else:
                 alike = _gates_together(module, one, len(experts))
@@ -192,11 +190,9 @@ class Arithmetic:
         engine = self._operator
         assert engine is not None, "stored experts suit the operator only where there is one"
         x = hidden if hidden.dtype != torch.float16 else hidden.float()
-        return engine.gated_experts(
-            [one.prepared[_UP] for one in experts],
-            [one.prepared[_DOWN] for one in experts],
-            x.contiguous(),
-        )
+        matrices = [one.matrices for one in experts if one.matrices is not None]
+        ups, downs = zip(*matrices, strict=True)
+        return engine.gated_experts(ups, downs, x.contiguous())
 
     def _ungated(
         self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
@@ -229,7 +225,7 @@ class Arithmetic:
 
     def _factored(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
         """Low rank and a few columns, without expanding them; the factors are small enough to convert each time."""
-        weight = expert.parts[_DOWN + LEFT].dtype
+        weight = expert.parts[DOWN + LEFT].dtype
         dtype = compute_dtype(self.machine, hidden.dtype, weight, len(hidden))
 
         def project(name: str, x: Tensor) -> Tensor:
@@ -293,7 +289,7 @@ def gates_in_one_call(
 ) -> bool:
     """Whether the operator computes all these experts of ``module`` together, for activations in ``hidden``."""
     alike = len({one.kin for one in experts}) == 1
-    suited = all(one.suits_operator(module, hidden) and _whole_expert(one) for one in experts)
+    suited = all(one.suits_operator(module, hidden) and one.matrices is not None for one in experts)
     return alike and suited and _usual_gate(module)
 
 
@@ -305,16 +301,9 @@ def _usual_gate(module: nn.Module) -> bool:
     return usual and silu and bool(module.has_gate) and not module.has_post_expert_norm
 
 
-def _whole_expert(expert: StoredExpert) -> bool:
-    """Whether both matrices and nothing else make up the expert, in forms that one call takes."""
-    up = expert.prepared.get(_UP)
-    plain = f"{_UP}_bias" not in expert.parts and f"{_DOWN}_bias" not in expert.parts
-    return up is not None and _DOWN in expert.prepared and plain and up.gates_whole_tiles
-
-
 def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:
     """Whether the gates of several experts, computed in one call, are the same bits as one by one."""
-    down = expert.prepared[_DOWN + RIGHT if expert.factored else _DOWN]
+    down = expert.prepared[DOWN + RIGHT if expert.factored else DOWN]
     width = down.form.columns
     whole = width % _WHOLE_VECTORS == 0 and experts * width <= _ONE_THREAD
     return whole and not module.has_post_expert_norm

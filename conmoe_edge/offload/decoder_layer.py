@@ -1,9 +1,10 @@
-"""A decoder layer for one new token, in one call of the operator where it is the usual one and all its prototypes stay.
+"""A usual decoder layer for one new token, in one call of the operator wherever all its prototypes are there.
 
-That is norm, attention, sum, norm, router (``routers.py``), experts (``whole_layer.py``), sum. Where the router is
-another one, or somebody watches it, it is called as the model has it, between two calls of the operator; and so is what
-else may stand behind the second norm: a dense layer, shared experts, prototypes that are not all there. Every step in
-Python and every small tensor operation that is saved is a cold one (``attention.py``).
+That is norm, attention, sum, norm, router (``routers.py``), experts (``whole_layer.py``), sum. Where the router has
+chosen a prototype that is not there, the call ends before the experts, and they go through the cache. Where the router
+is another one, or somebody watches it, it is called as the model has it, between two calls of the operator; and so is
+what else may stand behind the second norm: a dense layer, shared experts, experts that the operator does not take.
+Every step in Python and every small tensor operation that is saved is a cold one (``attention.py``).
 
 As there, a model's class is not known: the layer's code uses no name but those of its parts, and a token has been
 computed both ways, to the same bits, before the operator answers.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conmoe_edge.offload.attention import EdgeAttention, Place, agree
-from conmoe_edge.offload.experts import HANDLE, LayerHandle
+from conmoe_edge.offload.experts import HANDLE, LayerHandle, through_cache
 from conmoe_edge.offload.native import (
     AttentionTable,
     BlockTable,
@@ -72,7 +73,7 @@ class _Experts:
         return edge.current()
 
     def whole(self) -> WholeLayer | None:
-        """All its prototypes, where they stay resident."""
+        """Its experts, where the operator takes them."""
         experts = self.parts["experts"]
         handle: LayerHandle = getattr(experts, HANDLE)
         runtime = handle.runtime
@@ -82,6 +83,10 @@ class _Experts:
             return None
         found = handle.whole(experts, runtime)
         return found if found.table is not None and torch.bfloat16 in found.formats else None
+
+    def through_cache(self, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
+        """[1, H], [1, K], [1, K] -> [1, H]."""
+        return through_cache(self.parts["experts"], hidden, slots, gates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,17 +229,25 @@ class EdgeLayer:
         known: Any = None,
     ) -> Tensor:
         """``known``: what another router, or what stands in the experts' place, has given already."""
-        if self._experts is not None and ready.whole is not None:
-            router = self._experts.router()
-            if router is not None:
-                return ready.whole.decoder(ready.table, router, x, positions, cached)
-        summed, normed = self._engine.block(ready.table, x, positions, cached)
-        if self._experts is None or ready.whole is None:
+        experts, whole = self._experts, ready.whole
+        if experts is None or whole is None:
+            summed, normed = self._engine.block(ready.table, x, positions, cached)
             return summed + (self._mlp(normed) if known is None else known)
+        router = experts.router()
+        if router is not None:
+            out = whole.decoder(ready.table, router, x, positions, cached)
+            if out is not None:
+                return out
+            found = router.between
+            given = experts.through_cache(found.normed, found.slots, found.gates)
+            return (found.summed + given).view(x.shape)
+        summed, normed = self._engine.block(ready.table, x, positions, cached)
         flat = normed.view(1, -1)
-        routed = self._experts.parts["gate"](flat) if known is None else known
-        out = ready.whole.output(flat, routed[2], routed[1], summed)
-        return summed + self._mlp(normed) if out is None else out.view(x.shape)
+        routed = experts.parts["gate"](flat) if known is None else known
+        out = whole.output(flat, routed[2], routed[1], summed)
+        if out is None:
+            out = summed + experts.through_cache(flat, routed[2], routed[1])
+        return out.view(x.shape)
 
 
 class Layers:

@@ -14,10 +14,10 @@ on all its tokens; contributions are added in fp32 in the order of the prototype
 and the rule for the arithmetic do not depend on how many prototypes are resident, so neither does
 the result.
 
-One token on a CPU takes a way of its own: where all prototypes of a layer stay resident, one call of
-the operator does everything (``LayerHandle.whole``); elsewhere a handful of numbers is quicker to
-merge in Python than by tensor operations, and all prototypes that are there compute in one call. The
-bits are the same.
+One token on a CPU takes a way of its own: where all prototypes that it asks for are there, one call
+of the operator does everything (``LayerHandle.whole``); elsewhere a handful of numbers is quicker to
+merge in Python than by tensor operations, and all prototypes that are there compute in one call
+while the others are being read. The bits are the same.
 
 Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T,
 H]; below ``MANY_ROWS`` tokens the outputs of all their prototypes.
@@ -25,6 +25,7 @@ H]; below ``MANY_ROWS`` tokens the outputs of all their prototypes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class LayerHandle:
         """The layer for one call, as far as it can be had with what is resident now."""
         if self._whole is None or self._whole.residency is not runtime.residency:
             self._whole = WholeLayer.of(
-                module, runtime, self._targets, self._factors, self._constants
+                self.layer, module, runtime, self._targets, self._factors, self._constants
             )
         return self._whole
 
@@ -157,8 +158,18 @@ def _one_token(
 ) -> Tensor:
     """[1, H], [1, K], [1, K] -> [1, H], in the format of ``hidden``."""
     found = handle.whole(module, runtime).output(hidden, index, weights)
-    if found is not None:
-        return found
+    return through_cache(module, hidden, index, weights) if found is None else found
+
+
+def through_cache(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The routed experts' output for one token on a CPU, prototypes being read where they are not there.
+
+    [1, H], [1, K], [1, K] -> [1, H], in the format of ``hidden``: the same bits as of ``LayerHandle.whole``. The
+    runtime of ``module`` is there.
+    """
+    handle: LayerHandle = getattr(module, HANDLE)
+    runtime = handle.runtime
+    assert runtime is not None, "the caller has looked"
     slots, gates = index[0].tolist(), weights[0].tolist()
     merged = handle.merge_one(slots, gates)
     numbers = list(merged)
@@ -171,13 +182,12 @@ def _one_token(
             runtime.residency.prefetch(ahead, keep=numbers)
         out = runtime.arithmetic.one_token(module, experts, hidden)  # [n, H]
     else:
-        parts: list[Tensor] = [hidden] * len(numbers)
+        out = torch.empty(len(numbers), hidden.shape[1], dtype=sum_dtype(hidden))
 
-        def compute(position: int, expert: StoredExpert) -> None:
-            parts[position] = runtime.arithmetic.one_token(module, [expert], hidden)
+        def compute(positions: Sequence[int], some: Sequence[StoredExpert]) -> None:
+            out[list(positions)] = runtime.arithmetic.one_token(module, some, hidden)
 
         runtime.residency.visit(numbers, compute, ahead=ahead)
-        out = torch.cat(parts)
     constants = handle.constants_of(slots, gates)
     return runtime.arithmetic.combine(out, list(merged.values()), hidden.dtype, constants)
 
@@ -202,8 +212,9 @@ def _tokens(
 
     if len(hidden) >= MANY_ROWS:  # in the order of the numbers, each added as it comes
 
-        def add(position: int, expert: StoredExpert) -> None:
-            total.index_add_(0, *apply(position, expert))  # a prototype sees a token once
+        def add(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
+            for position, expert in zip(positions, experts, strict=True):
+                total.index_add_(0, *apply(position, expert))  # a prototype sees a token once
 
         runtime.residency.visit(routes.prototypes, add, scan=True)
         return total
@@ -212,8 +223,9 @@ def _tokens(
     prefetcher = runtime.prefetcher if len(hidden) == 1 else None
     ahead = () if prefetcher is None else prefetcher.next(handle.layer, hidden)
 
-    def keep(position: int, expert: StoredExpert) -> None:
-        found[position] = apply(position, expert)
+    def keep(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
+        for position, expert in zip(positions, experts, strict=True):
+            found[position] = apply(position, expert)
 
     runtime.residency.visit(routes.prototypes, keep, ahead=ahead)
     for rows, out in found:

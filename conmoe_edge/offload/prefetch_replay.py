@@ -103,10 +103,18 @@ def token_seconds(
             if depth and position < last:
                 ahead = predictions.ranked[position + 1][row][:window]
 
-            def compute(at: int, expert: object, numbers: Sequence[int] = numbers) -> None:
-                transfer.now += compute_seconds[numbers[at]]
+            def compute(
+                turn: Sequence[int], experts: object = None, numbers: Sequence[int] = numbers
+            ) -> None:
+                transfer.now += sum(compute_seconds[numbers[at]] for at in turn)
 
-            residency.visit(numbers, compute, ahead=ahead)
+            residency.collect()
+            if residency.has(numbers):  # one call, whereafter there is time for the next layer
+                compute(range(len(numbers)))
+                residency.asked(numbers)
+                residency.prefetch(ahead)
+            else:
+                residency.visit(numbers, compute, ahead=ahead)
     return transfer.now / len(tokens)
 
 

@@ -1,18 +1,22 @@
 """Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put
 together.
 
-``Residency.visit(numbers, compute)`` calls ``compute(position, expert)`` once for each prototype,
-whether all of them are resident or only one slot exists. Reads of what is missing start before
-anything computes and run on while the present prototype computes.
+``Residency.visit(numbers, compute)`` calls ``compute(positions, experts)`` until it has given each
+prototype once, whether all of them are resident or only one slot exists. Reads of what is missing
+start before anything computes and run on while what is there computes.
 
-- A decode (``scan=False``) computes what is there first, then what was missing in the order of its
-  reads. So the order depends on what is resident: the caller keeps the outputs by position and adds
-  them in a fixed order.
-- A scan (a chunk of a prompt) computes in the order of ``numbers`` at any budget, and leaves what
-  decode uses where it is.
+- A decode (``scan=False``) computes what is there first, all together, then what was missing in the
+  order of its reads, each together with those behind it that have come by then. So the order and the
+  company depend on what is resident: the caller keeps the outputs by position and adds them in a
+  fixed order.
+- A scan (a chunk of a prompt) computes one by one in the order of ``numbers`` at any budget, and
+  leaves what decode uses where it is.
 
-``resident`` is the short way where nothing has to move; ``prefetch`` reads ahead while no demand
-read is pending. Each record layout has a pool and a policy of its own: one where all prototypes are alike.
+``resident`` is the short way where nothing has to move. Shorter is ``addresses``, on a CPU: there the
+operator sees by itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads
+ahead while no demand read is pending. Each record layout has a pool and a policy of its own: one
+where all prototypes are alike.
+
 Device memory: the pools, which the caller allocated. Raises ``PackageError`` from reads.
 """
 
@@ -24,12 +28,14 @@ from contextlib import ExitStack
 from conmoe_edge.checkpoint.manifest import CacheSettings, Manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.offload.cache_policy import CacheCounts, Load, Pass, SlotCache
+from conmoe_edge.offload.native import PrototypeTable
+from conmoe_edge.offload.presence import Presence
 from conmoe_edge.offload.replay import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.slots import SlotPool
 from conmoe_edge.offload.stored_expert import StoredExpert
-from conmoe_edge.offload.transfer import Transfer
+from conmoe_edge.offload.transfer import Slot, Transfer
 
-Compute = Callable[[int, StoredExpert], None]
+Compute = Callable[[Sequence[int], Sequence[StoredExpert]], None]
 
 
 class Residency:
@@ -71,6 +77,7 @@ class Residency:
             cache = self._caches[-1]
             if cache is not None:
                 cache.lend(pool.slots - one.slots)
+        self._presence = Presence(self._pools, len(self._pool_of)) if self._direct else None
         self.all_resident = not self._pool_of  # once the records are there
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -89,29 +96,40 @@ class Residency:
             if progress is not None:
                 progress(done, len(loads))
         self._transfer.drain()  # whatever stream computes later: the pins are there
-        for layout, cache in enumerate(self._caches):
-            if cache is None:
-                continue
+        for cache in filter(None, self._caches):
+            for number in sorted(cache.resident):
+                self._arrived(number)
             for number in sorted(cache.pinned):
-                slot = cache.slot_of(number)
-                assert slot is not None, "a pin has a slot"
-                self._ready[number] = self._pools[layout].parts(slot)
+                self._ready[number] = self._stored(number)
         self.all_resident = all(expert is not None for expert in self._ready)
 
-    def pinned(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
-        """These prototypes, where all of them stay for as long as this object is in use."""
-        ready = self._ready
-        found = []
-        for number in numbers:
-            expert = ready[number]
-            if expert is None:
-                return None
-            found.append(expert)
-        return found
+    @property
+    def addresses(self) -> PrototypeTable | None:
+        """Where the prototypes lie that are there, kept up to date; ``None`` elsewhere than on a CPU."""
+        return None if self._presence is None else self._presence.addresses
+
+    def kinds(self, numbers: Iterable[int]) -> list[StoredExpert]:
+        """One stored expert of each layout that ``numbers`` have, whatever it holds now: for its forms."""
+        return [
+            self._pools[layout].parts(0) for layout in sorted({self._pool_of[n] for n in numbers})
+        ]
+
+    def stay(self, numbers: Iterable[int]) -> bool:
+        """Whether all of these prototypes are there for as long as this object is in use."""
+        return all(self._ready[number] is not None for number in numbers)
 
     def used(self, count: int) -> None:
-        """So many pinned prototypes were asked for."""
+        """So many prototypes that ``stay`` were computed with."""
         self._resident_hits += count
+
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether these prototypes are there."""
+        return all(cache.has(mine) for _, cache, mine in self._shares(numbers))
+
+    def asked(self, numbers: Sequence[int]) -> None:
+        """These prototypes, which are there, were computed with for one token."""
+        for _, cache, mine in self._shares(numbers):
+            cache.ask(mine)
 
     @property
     def resident_count(self) -> int:
@@ -138,19 +156,11 @@ class Residency:
         found = self._staying(numbers)
         if found is not None or not self._direct:
             return found
-        self._collect()
-        shares = self._shares(numbers)
-        if any(not cache.has(mine) for _, cache, mine in shares):
+        self.collect()
+        if not self.has(numbers):
             return None
-        for _, cache, mine in shares:
-            cache.ask(mine)
-        found = []
-        for number in numbers:
-            cache = self._caches[self._pool_of[number]]
-            slot = None if cache is None else cache.slot_of(number)
-            assert slot is not None, "it has a slot, or ``has`` is wrong"
-            found.append(self._pools[self._pool_of[number]].parts(slot))
-        return found
+        self.asked(numbers)
+        return [self._stored(number) for number in numbers]
 
     def visit(
         self,
@@ -160,21 +170,21 @@ class Residency:
         scan: bool = False,
         ahead: Sequence[int] = (),
     ) -> None:
-        """``compute(position, expert)`` for every prototype of ``numbers`` (distinct): a scan in that order, a
-        decode first what is there.
+        """``compute(positions, experts)`` until every prototype of ``numbers`` (distinct) has had its turn: a scan one
+        by one in that order, a decode first what is there, then the others as they come.
 
-        ``expert`` is valid during the call only. ``ahead`` is prefetched as soon as no read for ``numbers`` is pending.
+        ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending.
         """
         staying = self._staying(numbers)
         if staying is not None:
             if ahead:
                 self.prefetch(ahead)
-            for position, expert in enumerate(staying):
-                compute(position, expert)
+            for turn in [[n] for n in range(len(staying))] if scan else [list(range(len(staying)))]:
+                compute(turn, [staying[position] for position in turn])
             return
         self._wanted = list(ahead)  # what was wanted before was for this visit
         try:
-            self._collect()
+            self.collect()
             self._visit_cached(numbers, compute, scan)
         except BaseException:
             # No read may still be writing into a slot that the policy gives away.
@@ -184,6 +194,8 @@ class Residency:
             for cache in self._caches:
                 for item in sorted(cache.arriving) if cache is not None else ():
                     cache.lost(item)  # type: ignore[union-attr]
+            if self._presence is not None:
+                self._presence.keep(self._slot_of)
             raise
 
     def prefetch(self, numbers: Sequence[int], keep: Sequence[int] = ()) -> None:
@@ -195,14 +207,50 @@ class Residency:
         """
         self._wanted = list(numbers)
         if not self._demand:
-            self._collect()
+            self.collect()
             self._start_prefetch(keep)
 
+    def collect(self) -> None:
+        """Notice prefetches that are over, and take back those that have not begun: a demand read is quicker.
+
+        One that failed is forgotten: whoever asks for it will be told.
+        """
+        for layout, cache in enumerate(self._caches):
+            for number in sorted(cache.arriving) if cache is not None else ():
+                assert cache is not None
+                place = self._place(number)
+                if not self._transfer.ready(place):
+                    if self._transfer.cancel(number, place, self._pools[layout].record(place[1])):
+                        self.bytes_read -= self._record_bytes[number]
+                        cache.counts.prefetched -= 1
+                        cache.lost(number)
+                    continue
+                try:
+                    self._transfer.wait(place)
+                except ConmoeError:
+                    cache.lost(number)
+                else:
+                    self._arrived(number)
+
     def _staying(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
-        found = self.pinned(numbers)
-        if found is not None:
-            self.used(len(found))
+        """These prototypes, where all of them stay; it counts as use."""
+        found = []
+        for number in numbers:
+            expert = self._ready[number]
+            if expert is None:
+                return None
+            found.append(expert)
+        self.used(len(found))
         return found
+
+    def _arrived(self, number: int) -> None:
+        """The prototype's slot has its record: compute may read it from now on."""
+        layout, slot = self._place(number)
+        cache = self._caches[layout]
+        assert cache is not None, "it has a slot"
+        cache.arrived(number)
+        if self._presence is not None:
+            self._presence.arrived(number, layout, slot)
 
     def _shares(self, numbers: Sequence[int]) -> list[tuple[int, SlotCache, list[int]]]:
         """(layout, its cache, what it has to give of ``numbers``), for the caches that have a share."""
@@ -229,64 +277,62 @@ class Residency:
         return sorted(range(len(numbers)), key=rank)
 
     def _visit_cached(self, numbers: Sequence[int], compute: Compute, scan: bool) -> None:
-        turns = list(range(len(numbers))) if scan else self._turns(numbers)
+        left = list(range(len(numbers))) if scan else self._turns(numbers)
         with ExitStack() as stack:
             passes: dict[int, Pass] = {}
-            for layout, cache, mine in self._shares([numbers[position] for position in turns]):
+            for layout, cache, mine in self._shares([numbers[position] for position in left]):
                 passes[layout] = stack.enter_context(cache.begin(mine, scan=scan))
-            for position in turns:
+            while left:
                 for layout, one in passes.items():
                     self._begin([(layout, load) for load in one.loads()], demand=True)
-                number = numbers[position]
-                layout = self._pool_of[number]
-                place = (layout, passes[layout].slot(number))
-                self._transfer.wait(place)
-                self._demand.discard(place)
-                cache = self._caches[layout]
-                assert cache is not None, "a pass has a cache"
-                cache.arrived(number)
+                places = [self._place(numbers[left[0]])]
+                if not scan:
+                    places += self._ready_after(numbers, left)
+                turn, left = left[: len(places)], left[len(places) :]
+                for position, place in zip(turn, places, strict=True):
+                    self._transfer.wait(place)
+                    self._demand.discard(place)
+                    self._arrived(numbers[position])
                 if self._wanted and all(one.complete for one in passes.values()):
                     self._start_prefetch()
-                compute(position, self._pools[layout].parts(place[1]))
-                self._transfer.used(place)
-                passes[layout].finish(number)
+                compute(turn, [self._pools[layout].parts(slot) for layout, slot in places])
+                for position, place in zip(turn, places, strict=True):
+                    self._transfer.used(place)
+                    passes[place[0]].finish(numbers[position])
+
+    def _place(self, number: int) -> Slot:
+        """The slot of a prototype that has one, whatever is in it."""
+        slot = self._slot_of(number)
+        assert slot is not None, "a pass gives the next one a slot"
+        return self._pool_of[number], slot
+
+    def _stored(self, number: int) -> StoredExpert:
+        layout, slot = self._place(number)
+        return self._pools[layout].parts(slot)
+
+    def _ready_after(self, numbers: Sequence[int], left: Sequence[int]) -> list[Slot]:
+        """The slots of those behind the first of ``left`` that need not be waited for, as far as they follow it."""
+        places = []
+        for position in left[1:]:
+            slot = self._slot_of(numbers[position])
+            place = (self._pool_of[numbers[position]], slot or 0)
+            if slot is None or not self._transfer.ready(place):
+                break
+            places.append(place)
+        return places
 
     def _start_prefetch(self, keep: Sequence[int] = ()) -> None:
         if self._demand:
             return
-        wanted = [number for number in self._wanted if not self._has_slot(number)]
+        wanted = [number for number in self._wanted if self._slot_of(number) is None]
         self._wanted = []
         for layout, cache, mine in self._shares(wanted[: self.most_ahead]):
             loads = [(layout, load) for load in cache.prefetch(mine, keep)]
             self._begin(loads, ahead=True)
 
-    def _has_slot(self, number: int) -> bool:
+    def _slot_of(self, number: int) -> int | None:
         cache = self._caches[self._pool_of[number]]
-        return cache is not None and cache.slot_of(number) is not None
-
-    def _collect(self) -> None:
-        """Notice prefetches that are over, and take back those that have not begun: a demand read is quicker.
-
-        One that failed is forgotten: whoever asks for it will be told.
-        """
-        for layout, cache in enumerate(self._caches):
-            for number in sorted(cache.arriving) if cache is not None else ():
-                assert cache is not None
-                slot = cache.slot_of(number)
-                assert slot is not None, "what is arriving has a slot"
-                place = (layout, slot)
-                if not self._transfer.ready(place):
-                    if self._transfer.cancel(number, place, self._pools[layout].record(slot)):
-                        self.bytes_read -= self._record_bytes[number]
-                        cache.counts.prefetched -= 1
-                        cache.lost(number)
-                    continue
-                try:
-                    self._transfer.wait(place)
-                except ConmoeError:
-                    cache.lost(number)
-                else:
-                    cache.arrived(number)
+        return None if cache is None else cache.slot_of(number)
 
     def _begin(
         self, loads: Iterable[tuple[int, Load]], *, demand: bool = False, ahead: bool = False
@@ -294,6 +340,8 @@ class Residency:
         for layout, load in loads:
             self.bytes_read += self._record_bytes[load.item]
             place = (layout, load.slot)
+            if self._presence is not None:
+                self._presence.gone(*place)
             if demand:
                 self._demand.add(place)
             target = self._pools[layout].record(load.slot)
@@ -324,6 +372,8 @@ class Residency:
                 for item in sorted(cache.arriving):
                     cache.lost(item)  # drained: whether its read went well is not known
                 cache.shrink(count)
+                if self._presence is not None:
+                    self._presence.keep(self._slot_of)
                 pool.shrink(count)
 
     def reset_counts(self) -> None:
@@ -337,5 +387,7 @@ class Residency:
         """Let the device memory go. The transfer belongs to the caller."""
         self._transfer.drain()
         self._ready = []
+        if self._presence is not None:
+            self._presence.keep(lambda number: None)
         for pool in self._pools:
             pool.close()

@@ -15,6 +15,7 @@ from conmoe_edge.checkpoint.forms import COLUMNS, LEFT, SCALE
 from conmoe_edge.checkpoint.records import matrix_of
 from conmoe_edge.offload.native import Form, Prepared, operator
 
+UP, DOWN = "gate_up_proj", "down_proj"
 _BIAS = "_bias"
 
 
@@ -27,10 +28,11 @@ class StoredExpert:
         quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
         factored: whether they are low rank and a few columns, [out, in] as well.
         forms: what two experts must have in common for a product in one call; ``None`` without the operator.
-        kin: the same for ``gated_experts``, where they may have different numbers of neurons.
+        matrices: both matrices, where they and nothing else make up the expert, for ``gated_experts``; else ``None``.
+        kin: what two experts must have in common there, where they may have different numbers of neurons.
     """
 
-    __slots__ = ("factored", "forms", "kin", "parts", "prepared", "quantised")
+    __slots__ = ("factored", "forms", "kin", "matrices", "parts", "prepared", "quantised")
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
@@ -48,6 +50,11 @@ class StoredExpert:
         self.forms: tuple[Form, ...] | None = (
             tuple(one.form for one in self.prepared.values()) if whole else None
         )
+        up, down = self.prepared.get(UP), self.prepared.get(DOWN)
+        biased = any(name.endswith(_BIAS) for name in parts)
+        self.matrices: tuple[Prepared, Prepared] | None = None
+        if up is not None and down is not None and not biased and up.gates_whole_tiles:
+            self.matrices = up, down
         self.kin = tuple((form.code, form.group) for form in self.forms or ())
 
     def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:

@@ -1,10 +1,14 @@
-"""A layer whose prototypes are all pinned, for one token in one call of the operator.
+"""A layer's experts, for one token in one call of the operator wherever all that it asks for is there.
 
 Between two tokens a layer's weights push everything else out of the processor's caches, so every step
 in Python and every small tensor operation costs many times what it costs in a loop: one call takes
-the router's choice, adds up what meets on a prototype, computes, and adds the constants.
+the router's choice, adds up what meets on a prototype, looks up where the prototypes lie, computes,
+and adds the constants. It does nothing where one of them has to be read first; then the caller takes
+the way through the cache. What was computed with is told to the cache afterwards, and what the next
+layer will probably ask for is read ahead then. In a layer whose prototypes all stay nobody has to
+know.
 
-Memory: a few addresses a prototype. Raises nothing.
+Memory: a few addresses a slot. Raises nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from conmoe_edge.offload.native import (
 )
 
 if TYPE_CHECKING:
+    from conmoe_edge.offload.prefetch import Prefetcher
     from conmoe_edge.offload.residency import Residency
     from conmoe_edge.offload.runtime import Runtime
 
@@ -38,58 +43,63 @@ _FORMATS = (torch.bfloat16, torch.float32)
 class WholeLayer:
     """``table`` is ``None`` where the layer is not for this; it is right as long as ``residency`` is the runtime's.
 
-    ``formats``: of the activations that it takes.
+    ``formats``: of the activations that it takes. ``stays``: whether all its prototypes are there for good.
+    ``prefetcher``: where reading ahead pays; ``layer`` is the decoder layer's number there.
     """
 
     residency: Residency
     table: LayerTable | None = None
     engine: Operator | None = None
     formats: tuple[torch.dtype, ...] = ()
+    stays: bool = False
+    prefetcher: Prefetcher | None = None
+    layer: int = 0
 
     @classmethod
     def of(
         cls,
+        layer: int,
         module: nn.Module,
         runtime: Runtime,
         targets: Sequence[int],
         factors: Sequence[float],
         constants: Sequence[Tensor | None],
     ) -> WholeLayer:
-        """The layer with the prototype numbers ``targets``, factors and constants (empty for none) of its slots."""
+        """``layer`` with the prototype numbers ``targets``, factors and constants (empty for none) of its slots."""
         residency, engine = runtime.residency, operator()
-        numbers = sorted({target for target in targets if target >= 0})
-        reads_ahead = runtime.prefetcher is not None and not residency.all_resident
-        experts = residency.pinned(numbers)
-        if engine is None or runtime.device.type != "cpu" or reads_ahead or not experts:
+        numbers = {target for target in targets if target >= 0}
+        if engine is None or residency.addresses is None or not numbers:
             return cls(residency)
-        formats = tuple(one for one in _FORMATS if gates_in_one_call(module, experts, one))
-        if not formats:
+        kinds = residency.kinds(numbers)
+        formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
+        matrices = kinds[0].matrices
+        if not formats or matrices is None:
             return cls(residency)
-        position = {number: place for place, number in enumerate(numbers)}
         table = LayerTable(
-            [one.prepared["gate_up_proj"] for one in experts],
-            [one.prepared["down_proj"] for one in experts],
-            [position.get(target, -1) for target in targets],
+            residency.addresses,
+            (matrices[0].form, matrices[1].form),
+            targets,
             factors or None,
             constants or None,
         )
-        return cls(residency, table, engine, formats)
+        ahead = None if residency.all_resident else runtime.prefetcher
+        return cls(residency, table, engine, formats, residency.stay(numbers), ahead, layer)
 
     def output(
         self, hidden: Tensor, slots: Tensor, gates: Tensor, residual: Tensor | None = None
     ) -> Tensor | None:
         """[1, H], [1, K], [1, K] -> [1, H], added to ``residual`` (H values) where there is one; ``None`` where this is
-        not the way.
+        not the way, or a prototype is not there.
         """
         if self.table is None or self.engine is None or hidden.dtype not in self.formats:
             return None
         if slots.dtype != torch.int64 or gates.dtype not in _FORMATS:
             return None
-        out, count = self.engine.layer(
+        self._notice()
+        found = self.engine.layer(
             self.table, slots.contiguous(), gates.contiguous(), hidden.contiguous(), residual
         )
-        self.residency.used(count)
-        return out
+        return self._counted(found, hidden)
 
     def decoder(
         self,
@@ -98,9 +108,26 @@ class WholeLayer:
         x: Tensor,
         positions: Positions,
         cached: Cached,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``."""
         assert self.table is not None and self.engine is not None
-        out, count = self.engine.decoder(block, router, self.table, x, positions, cached)
-        self.residency.used(count)
+        self._notice()
+        found = self.engine.decoder(block, router, self.table, x, positions, cached)
+        return self._counted(found, router.between.normed)
+
+    def _notice(self) -> None:
+        if self.prefetcher is not None:
+            self.residency.collect()
+
+    def _counted(self, found: tuple[Tensor, int] | None, hidden: Tensor) -> Tensor | None:
+        if found is None:
+            return None
+        out, count = found
+        if self.stays:
+            self.residency.used(count)
+        else:
+            assert self.table is not None
+            self.residency.asked(self.table.asked(count))
+        if self.prefetcher is not None:
+            self.residency.prefetch(self.prefetcher.next(self.layer, hidden))
         return out

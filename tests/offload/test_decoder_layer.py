@@ -12,9 +12,9 @@ import torch
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload import whole_layer
 from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
 from conmoe_edge.offload.native import operator
+from conmoe_edge.offload.whole_layer import WholeLayer
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
 from tests.offload.single_tokens import IDS, modules_behind, of_family, steps
@@ -110,23 +110,37 @@ def test_the_whole_layer_is_one_call(
     assert torch.equal(torch.cat([found, last]), wanted)
 
 
-def test_experts_that_are_not_all_there_go_the_model_s_way(
-    package: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slots", [1, 3, 5, 12, 23])
+@pytest.mark.parametrize("watched", [False, True])
+def test_prototypes_that_are_not_all_resident(
+    slots: int, watched: bool, tmp_path: Path, package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with without():
-        wanted, _ = steps(package, [3, 1, 4, 1, 5])
-    monkeypatch.setattr(whole_layer.WholeLayer, "output", lambda *_, **__: None)
-    found, _ = steps(package, [3, 1, 4, 1, 5])
-    assert torch.equal(found, wanted)
+    """The one call ends before the experts where one is absent; with a watched router it is two calls anyway."""
+    tokens = [3 + 5 * i % 80 for i in range(30)]
+    wanted, _ = steps(package, tokens)
+    model: Any = load_package(tmp_path / "package", slots=(slots,))
+    layers = modules_of(model)
+    if watched:
+        for layer in layers:
+            layer.mlp.gate.register_forward_hook(lambda *call: None)
+    answers: list[bool] = []
+    call = "output" if watched else "decoder"
+    own = getattr(WholeLayer, call)
 
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        answers.append((found := own(*args, **kwargs)) is not None)
+        return found
 
-def test_prototypes_that_are_not_all_resident(tmp_path: Path, package: Any) -> None:
-    wanted, _ = steps(package, [3, 1, 4, 1, 5, 9])
-    model = load_package(tmp_path / "package", slots=(5,))
-    found, _ = steps(model, [3, 1, 4, 1, 5, 9])
+    found, cache = steps(model, tokens[:5])
     assert [one.agrees for one in layers_of(model)] == [True] * 3
-    assert torch.equal(found, wanted)
-    assert model.conmoe.stats().misses > 0  # type: ignore[operator]
+    monkeypatch.setattr(WholeLayer, call, noted)
+    for layer in layers:  # the model's own block is not asked
+        monkeypatch.setattr(layer.mlp, "forward", None)
+    rest, _ = steps(model, tokens[5:], cache)
+    assert torch.equal(torch.cat([found, rest]), wanted)
+    assert len(answers) == 3 * len(tokens[5:])
+    assert any(answers) == (slots >= 12) and not all(answers)
+    assert model.conmoe.stats().misses > 0
 
 
 def test_a_forward_that_fails_leaves_the_cache_as_it_was(

@@ -23,30 +23,10 @@ from conmoe_edge.offload.transfer import DirectTransfer
 from conmoe_edge.plan.pace import Pace
 from conmoe_edge.plan.trace import Predictions, PrototypeTrace
 from tests.families import tiny_model
-from tests.hand_packages import identity, write_package
+from tests.hand_packages import identity, predict, write_package
 
 PROMPT = [5, 17, 33, 80, 12]
 HIDDEN = 32
-
-
-def predict(folder: Path, depth: int, share: float, seed: int = 0) -> Manifest:
-    """Give a package a predictor with random maps."""
-    manifest = load_manifest(folder)
-    generator = torch.Generator().manual_seed(seed)
-    maps = {
-        f"predictor.{layer}": torch.randn(HIDDEN + 1, len(known), generator=generator).bfloat16()
-        for layer, known in list(layer_numbers(manifest).items())[1:]
-    }
-    sources = [
-        TensorSource(name, "bfloat16", tuple(t.shape), lambda t=t: t) for name, t in maps.items()
-    ]
-    written = write_tensors(folder / PREDICTOR_FILE, sources)
-    settings = PrefetchSettings(depth, 3, share, 0.1, {})
-    manifest = replace(
-        manifest, prefetch=settings, files={**manifest.files, written.name: written.entry()}
-    )
-    save_manifest(folder, manifest)
-    return manifest
 
 
 @pytest.fixture

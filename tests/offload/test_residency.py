@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.native import operator
 from conmoe_edge.offload.replay import POLICIES
 from conmoe_edge.offload.residency import Residency
 from conmoe_edge.offload.routing import settings_for
@@ -65,13 +67,24 @@ class Bench:
         """Positions in the order of compute; every expert is checked against the disk."""
         seen: list[int] = []
 
-        def compute(position: int, expert: Any) -> None:
-            assert self.holds(numbers[position])
-            assert expert is self.pool.parts(self.cache.slot_of(numbers[position]))
-            seen.append(position)
+        def compute(positions: Sequence[int], experts: Sequence[Any]) -> None:
+            assert len(positions) == 1 or not scan
+            for position, expert in zip(positions, experts, strict=True):
+                assert self.holds(numbers[position])
+                assert expert is self.pool.parts(self.cache.slot_of(numbers[position]))
+            seen.extend(positions)
 
         self.residency.visit(numbers, compute, scan=scan)
+        self.check_addresses()
         return seen
+
+    def check_addresses(self) -> None:
+        """What the operator sees is what the cache knows of and has come, with the right bytes."""
+        if operator() is None:
+            return
+        there = {n for n in range(self.count) if n in self.residency.addresses}
+        assert there == self.cache.resident - self.cache.arriving
+        assert all(self.holds(number) for number in there)
 
     def close(self) -> None:
         self.residency.close()
@@ -124,20 +137,79 @@ def test_prefetch_brings_what_it_says(bench: Bench) -> None:
     assert bench.residency.prefetched == (2, 2)
 
 
-def test_prefetch_waits_for_demand_reads(bench: Bench) -> None:
-    seen: list[tuple[int, set[int]]] = []
+class Gate:
+    """Lets reads of a store wait until ``open`` is set."""
 
-    def compute(position: int, expert: Any) -> None:
+    def __init__(self, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        read = store.read_into
+
+        def later(number: int, target: torch.Tensor) -> None:
+            assert self.open.wait(30)
+            read(number, target)
+
+        monkeypatch.setattr(store, "read_into", later)
+
+
+def test_prefetch_waits_for_demand_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(bench.store, monkeypatch)
+    seen: list[tuple[int, bool]] = []
+
+    def compute(positions: Sequence[int], experts: Sequence[Any]) -> None:
         bench.residency.prefetch([15])
-        begun = bench.cache.slot_of(15) is not None  # under way, or there by now
-        seen.append((position, {15} if begun else set()))
+        seen.append((positions[0], bench.cache.slot_of(15) is not None))
+        gate.open.set()
 
     bench.residency.visit([0, 12, 13], compute)
-    assert seen[0] == (0, set()), "two reads of this layer are still under way"
-    assert seen[-1][1] == {15}
+    assert seen[0] == (0, False), "two reads of this layer are still under way"
+    assert seen[-1][1]
     bench.settle()
     assert bench.visit([15]) == [0]
     assert bench.residency.prefetched == (1, 1)
+
+
+def test_what_has_come_computes_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(bench.store, monkeypatch)
+    turns: list[list[int]] = []
+
+    def compute(positions: Sequence[int], experts: Sequence[Any]) -> None:
+        assert all(bench.holds(numbers[position]) for position in positions if turns)
+        turns.append(list(positions))
+        gate.open.set()
+        for number in numbers:  # until both reads are over
+            while not bench.transfer.ready((0, bench.cache.slot_of(number))):
+                time.sleep(0.001)
+
+    numbers = [9, 3, 8, 4]
+    bench.residency.visit(numbers, compute)
+    assert turns == [[1, 3], [0, 2]], "what is there, then the two that were read meanwhile"
+
+
+def test_a_compute_that_fails_leaves_nothing_half_read(bench: Bench) -> None:
+    def fail(positions: Sequence[int], experts: Sequence[Any]) -> None:
+        raise RuntimeError("no memory")
+
+    for numbers in ([9], [0, 10, 11], [20, 21, 22, 23]):
+        with pytest.raises(RuntimeError, match="no memory"):
+            bench.residency.visit(numbers, fail)
+        bench.check_addresses()
+    assert sorted(bench.visit([9, 10, 11])) == [0, 1, 2]
+
+
+@pytest.mark.skipif(operator() is None, reason="no compiler here")
+def test_what_the_operator_sees_after_prefetches_and_shrinking(bench: Bench) -> None:
+    bench.residency.prefetch([10, 11, 12])
+    bench.check_addresses()  # none of them, as long as nobody has looked
+    bench.settle()
+    bench.residency.collect()
+    bench.check_addresses()
+    addresses = bench.residency.addresses
+    assert addresses is not None and 10 in addresses
+    bench.residency.shrink([3])
+    bench.check_addresses()
+    assert len(bench.cache.resident) == 3
+    bench.residency.close()
+    assert not any(number in addresses for number in range(bench.count))
 
 
 def test_a_prefetch_that_fails_is_told_to_whoever_asks(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +223,7 @@ def test_a_prefetch_that_fails_is_told_to_whoever_asks(folder: Path, tmp_path: P
     bench.settle()
     bench.residency.resident([0])  # notices, and says nothing
     with pytest.raises(PackageError, match="ends before byte"):
-        bench.residency.visit([bench.count - 1], lambda position, expert: None)
+        bench.residency.visit([bench.count - 1], lambda positions, experts: None)
     with file.open("r+b") as handle:
         handle.write(data)
     assert bench.visit([bench.count - 1]) == [0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.experts import HANDLE, LayerHandle
 from conmoe_edge.offload.native import operator
+from conmoe_edge.offload.replay import POLICIES
+from conmoe_edge.offload.whole_layer import WholeLayer
 from tests.families import tiny_model
-from tests.hand_packages import identity, slots_of, write_package
+from tests.hand_packages import identity, predict, slots_of, write_package
+from tests.offload.single_tokens import steps
 
 ENGINE = operator()
 pytestmark = pytest.mark.skipif(ENGINE is None, reason="no compiler here")
@@ -98,18 +104,71 @@ def test_what_was_asked_for_is_counted(tmp_path: Path) -> None:
     assert model.conmoe.stats().hits - before == 1, "three slots lead to one prototype, one to none"
 
 
-def test_a_layer_that_is_not_all_there_is_not_for_it(tmp_path: Path) -> None:
+def test_nothing_is_done_where_a_prototype_is_absent(tmp_path: Path) -> None:
     folder = package_of(tmp_path)
     whole: Any = load_package(folder)
-    few: Any = load_package(folder, slots=(2,))
-    for model, there in ((whole, True), (few, False)):
+    few: Any = load_package(folder, slots=(2,), cache_policy="lru")
+    for model, stays in ((whole, True), (few, False)):
         module, handle = layer_of(model)
-        assert (handle.whole(module, model.conmoe).table is not None) == there
-    assert whole.conmoe.retreat()
-    module, handle = layer_of(whole)
-    assert handle.whole(module, whole.conmoe).table is None, (
-        "it was right for what was there before"
-    )
+        assert handle.whole(module, model.conmoe).stays == stays
+    module, handle = layer_of(few)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, few.config.hidden_size, generator=generator).bfloat16()
+    gates = torch.rand(1, 2, generator=generator).bfloat16()
+    behind = {slot: number for slot, number in enumerate(handle.slot_map.tolist()) if number >= 0}
+    # The other layers' prototypes push this layer's out.
+    others = sorted(set(range(len(few.conmoe.manifest.prototypes))) - set(behind.values()))
+    few.conmoe.residency.visit(others[:2], lambda positions, experts: None)
+    slots = torch.tensor([[min(behind), max(behind)]])
+    asked = few.conmoe.stats()
+    one = handle.whole(module, few.conmoe)
+    assert one.output(x, slots, gates) is None
+    assert few.conmoe.stats() == replace(asked, memory_used=few.conmoe.stats().memory_used)
+    wanted = module(x, slots, gates)
+    assert few.conmoe.stats().misses == asked.misses + 2
+    found = one.output(x, slots, gates)
+    assert found is not None and torch.equal(found, wanted)
+    assert few.conmoe.stats().hits == asked.hits + 2
+
+
+def test_a_retreat_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The layer's table knows what is there now, and does not hold on to the memory of before."""
+    model: Any = load_package(package_of(tmp_path))
+    module, handle = layer_of(model)
+    before = handle.whole(module, model.conmoe)
+    memory = weakref.ref(model.conmoe.residency._pools[0]._memory.untyped_storage())
+    assert model.conmoe.retreat()
+    gc.collect()
+    assert before.stays and not handle.whole(module, model.conmoe).stays
+    assert memory() is None
+
+
+@pytest.mark.parametrize("policy", [None, *POLICIES])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_cache_decides_the_same_in_one_call(
+    tmp_path: Path, policy: str | None, ahead: bool
+) -> None:
+    """Tokens, hits and misses, with what the operator looks up by itself and without."""
+    folder = package_of(tmp_path)
+    if ahead:
+        predict(folder, 1, 0.75)
+    tokens = [(3 + 5 * i) % 90 for i in range(40)]
+    seen = []
+    for looks_up in (True, False):
+        model: Any = load_package(folder, slots=(4,), cache_policy=policy)
+        assert (model.conmoe.prefetcher is not None) == ahead
+        _, cache = steps(model, tokens[:5])  # layers try themselves, which asks the cache once more
+        if not looks_up:
+            for _, module in find_experts(model).values():
+                getattr(module, HANDLE)._whole = WholeLayer(model.conmoe.residency)
+        model.conmoe.reset_stats()
+        logits, _ = steps(model, tokens[5:], cache)
+        stats = model.conmoe.stats()
+        seen.append((logits, stats.hits, stats.misses))
+        assert stats.hits > 0 and stats.misses > 0
+    assert torch.equal(seen[0][0], seen[1][0])
+    if not ahead:  # with it, what was there depends on how fast the disk was
+        assert seen[0][1:] == seen[1][1:]
 
 
 def test_a_step_is_the_same_bits_at_any_budget(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from conmoe_edge.offload.native.tables import (
     LayerTable,
     Positions,
     Prepared,
+    PrototypeTable,
     RmsNorm,
     RouterTable,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Operator",
     "Positions",
     "Prepared",
+    "PrototypeTable",
     "RmsNorm",
     "RouterTable",
     "operator",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
+_ABSENT = -2  # as in operator.cpp
 
 
 class Operator:
@@ -104,7 +107,7 @@ class Operator:
         self._route = handle.conmoe_route
         self._route.argtypes = [address] * 5
         self._decoder = handle.conmoe_decoder
-        self._decoder.argtypes = [address, address, *self._attention.argtypes]
+        self._decoder.argtypes = [address, address, *self._block.argtypes]
         self._decoder.restype = number
         self._expand.argtypes = [integer, *[address] * 3, *[number] * 3]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
@@ -241,18 +244,19 @@ class Operator:
         gates: Tensor,
         x: Tensor,
         residual: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """The routed experts' output of one token, and how many prototypes gave it.
+    ) -> tuple[Tensor, int] | None:
+        """The routed experts' output of one token, and how many prototypes gave it: ``layer.asked`` names them.
 
         Args:
-            layer: its prototypes.
+            layer: what is behind its slots.
             slots: int64, the K slots that the router chose, contiguous.
             gates: fp32 or bf16, theirs, contiguous.
             x: fp32 or bf16, H values, contiguous.
             residual: like ``x``; what the output is added to.
 
         Returns:
-            Like ``x``: the same bits as ``gated_experts``, ``combine`` and a sum.
+            Like ``x``: the same bits as ``gated_experts``, ``combine`` and a sum. ``None`` where one of the prototypes
+            is not in memory.
         """
         out = torch.empty_like(x)
         count = self._layer(
@@ -260,6 +264,8 @@ class Operator:
             *(slots.numel(), x.data_ptr(), None if residual is None else residual.data_ptr()),
             *(out.data_ptr(), x.dtype == torch.bfloat16),
         )
+        if count == _ABSENT:
+            return None
         assert count >= 0, "only experts that ``gated_experts`` takes are in a table"
         return out, count
 
@@ -333,15 +339,20 @@ class Operator:
         x: Tensor,
         positions: Positions,
         cached: Cached,
-    ) -> tuple[Tensor, int]:
-        """``block``, ``route`` and ``layer`` in one call: the same bits, and how many prototypes there were."""
+    ) -> tuple[Tensor, int] | None:
+        """``block``, ``route`` and ``layer`` in one call: the same bits, and how many prototypes there were.
+
+        ``None`` where one of them is not in memory: ``router.between`` has what the experts are to be given.
+        """
         out = torch.empty_like(x)
         count = self._decoder(
             *(block.address, router.address, experts.address, x.data_ptr()),
             *(positions.cos, positions.sin, positions.count),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
-            out.data_ptr(),
+            *(router.between_address, out.data_ptr()),
         )
+        if count == _ABSENT:
+            return None
         assert count >= 0, "only forms that the operator takes are in tables"
         return out, count
 

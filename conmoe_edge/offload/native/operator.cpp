@@ -53,24 +53,33 @@ void conmoe_combine(int64_t count, const float* y, const float* weights, int64_t
   for (int64_t k = 0; k < columns; ++k) target.put(k, total[size_t(k)]);
 }
 
-// A layer whose prototypes all lie in memory. Tables are by the order of the prototypes; `target` says which of them
-// stands behind each of the router's slots, -1 for none.
-struct Layer {
-  int64_t up_kind, down_kind, slots, columns, up_group, down_group;
-  const int64_t* target;
-  const float* factor;  // of each slot, or null
+// Where the matrices of each prototype lie, by their numbers; null where it is not in memory now.
+struct Prototypes {
   const void* const* up_values;
   const void* const* up_scales;
   const void* const* down_values;
   const void* const* down_scales;
   const int64_t* widths;
-  const float* const* constants;  // of each slot, null where it has none; or null
 };
+
+// A layer's slots: `target` is the prototype that stands behind each, -1 for none. The prototypes of a layer have one
+// form, but for their widths.
+struct Layer {
+  int64_t up_kind, down_kind, slots, columns, up_group, down_group;
+  const Prototypes* prototypes;
+  const int64_t* target;
+  const float* factor;            // of each slot, or null
+  const float* const* constants;  // of each slot, null where it has none; or null
+  int64_t* asked;                 // room for as many numbers as there are slots
+};
+
+const int64_t FORM = -1, ABSENT = -2;
 
 // The routed experts' output of one token, `slots` and `gates` [k] as its router gave them (gates bf16 where
 // `narrow_gates`, else fp32), x and out [columns] (bf16 where `narrow`). What meets on a prototype is added first, in
 // fp64 and in the order of the slots. Where `residual` is not null, the rounded output is added to it. Returns how many
-// prototypes there were, or -1 where a form cannot be taken.
+// prototypes there were, whose numbers are in `asked` then, in their order; ABSENT where one of them is not in memory,
+// FORM where a form cannot be taken, and nothing is written.
 int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
                      const void* x, const void* residual, void* out, int narrow) {
   std::vector<int64_t> chosen;
@@ -98,21 +107,25 @@ int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates
       sums.insert(sums.begin() + at, weight);
     }
   }
+  const Prototypes& all = *layer->prototypes;
   const auto count = int64_t(chosen.size());
   std::vector<const void*> tables[4];
   std::vector<int64_t> widths;
   std::vector<float> weights;
-  const void* const* const sources[4] = {layer->up_values, layer->up_scales, layer->down_values, layer->down_scales};
+  const void* const* const sources[4] = {all.up_values, all.up_scales, all.down_values, all.down_scales};
   for (int64_t i = 0; i < count; ++i) {
-    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][chosen[size_t(i)]]);
-    widths.push_back(layer->widths[chosen[size_t(i)]]);
+    const int64_t number = chosen[size_t(i)];
+    if (!all.up_values[number]) return ABSENT;
+    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][number]);
+    widths.push_back(all.widths[number]);
     weights.push_back(float(sums[size_t(i)]));
   }
   std::vector<float> y(size_t(count * layer->columns) + 1);
   if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
                                     tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
                                     layer->columns, layer->up_group, layer->down_group, narrow))
-    return -1;
+    return FORM;
+  std::copy(chosen.begin(), chosen.end(), layer->asked);
   conmoe_combine(count, y.data(), weights.data(), int64_t(constants.size()), constants.data(), shares.data(), out,
                  layer->columns, narrow);
   if (residual) {
@@ -156,20 +169,24 @@ int conmoe_route(const Router* router, const uint16_t* x, uint16_t* logits, void
   return route(*router, x, logits, gates, slots);
 }
 
+// What stands between a layer's attention and its experts: the sum behind the attention and its norm [columns], the
+// router's logits [slots], gates and slots [chosen].
+struct Between {
+  uint16_t *sum, *normed, *logits;
+  void* gates;
+  int64_t* slots;
+};
+
 // A whole decoder layer for one token, x to out, both bf16: `conmoe_block`, `conmoe_route`, `conmoe_layer`. Returns as the
-// last of them.
+// last of them; what the first two have written into `between` is there in any case.
 int64_t conmoe_decoder(const Block* before, const Router* router, const Layer* experts, const uint16_t* x,
                        const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* keys, uint16_t* values,
-                       int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
-  const size_t columns = size_t(before->before.columns), count = size_t(router->linear.rows);
-  std::vector<uint16_t> sum(columns, 0), normed(columns, 0), logits(count, 0);
-  std::vector<float> gates(count, 0.0f);
-  std::vector<int64_t> slots(count, 0);
+                       int64_t key_step, int64_t value_step, int64_t held, const Between* between, uint16_t* out) {
   const Cached cached{keys, values, key_step, value_step, held};
-  if (block(*before, x, Rotary{cos, sin, rotary}, cached, sum.data(), normed.data())) return -1;
-  if (route(*router, normed.data(), logits.data(), gates.data(), slots.data())) return -1;
-  return conmoe_layer(experts, slots.data(), gates.data(), router->narrow, router->chosen, normed.data(), sum.data(),
-                      out, 1);
+  if (block(*before, x, Rotary{cos, sin, rotary}, cached, between->sum, between->normed)) return FORM;
+  if (route(*router, between->normed, between->logits, between->gates, between->slots)) return FORM;
+  return conmoe_layer(experts, between->slots, between->gates, router->narrow, router->chosen, between->normed,
+                      between->sum, out, 1);
 }
 
 // The weights as fp32 [rows, columns]. Returns as above.

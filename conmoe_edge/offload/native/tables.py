@@ -50,25 +50,60 @@ class Prepared:
         return self.form.code != CODES["int4"] or self.form.rows % (2 * TILE) == 0
 
 
+class _Prototypes(ctypes.Structure):
+    _fields_: ClassVar = [
+        (name, ctypes.c_void_p)
+        for name in ("up_values", "up_scales", "down_values", "down_scales", "widths")
+    ]
+
+
+class PrototypeTable:
+    """Where the prototypes of a package lie that are in memory now, by their numbers."""
+
+    def __init__(self, count: int) -> None:
+        """None of ``count`` is there."""
+        pointers = ctypes.c_void_p * count
+        self._up = (pointers(), pointers())
+        self._down = (pointers(), pointers())
+        self._widths = (ctypes.c_int64 * count)()
+        self._kept: list[tuple[Prepared, Prepared] | None] = [None] * count
+        arrays = (*self._up, *self._down, self._widths)
+        self._struct = _Prototypes(*[ctypes.addressof(array) for array in arrays])
+        self.address = ctypes.addressof(self._struct)
+
+    def __contains__(self, number: int) -> bool:
+        return self._kept[number] is not None
+
+    def put(self, number: int, up: Prepared, down: Prepared) -> None:
+        """The prototype is there; both matrices are kept alive until it is ``remove``d."""
+        self._kept[number] = (up, down)
+        for (values, scales), one in ((self._up, up), (self._down, down)):
+            values[number], scales[number] = one.values, one.scales
+        self._widths[number] = down.form.columns
+
+    def remove(self, number: int) -> None:
+        """It is not there any more."""
+        self._kept[number] = None
+        for array in (*self._up, *self._down):
+            array[number] = None
+
+
 class _Layer(ctypes.Structure):
     _fields_: ClassVar = [
         *[(name, ctypes.c_int64) for name in ("up_kind", "down_kind", "slots", "columns")],
         *[(name, ctypes.c_int64) for name in ("up_group", "down_group")],
-        *[(name, ctypes.c_void_p) for name in ("target", "factor", "up_values", "up_scales")],
-        *[
-            (name, ctypes.c_void_p)
-            for name in ("down_values", "down_scales", "widths", "constants")
-        ],
+        *[(name, ctypes.c_void_p) for name in ("prototypes", "target", "factor", "constants")],
+        ("asked", ctypes.c_void_p),
     ]
 
 
 class LayerTable:
-    """A layer whose prototypes all lie in memory and stay there, for ``Operator.layer``."""
+    """A layer's slots and what is behind them, for ``Operator.layer``."""
 
     def __init__(
         self,
-        ups: Sequence[Prepared],
-        downs: Sequence[Prepared],
+        prototypes: PrototypeTable,
+        forms: tuple[Form, Form],
         targets: Sequence[int],
         factors: Sequence[float] | None,
         constants: Sequence[Tensor | None] | None,
@@ -76,14 +111,15 @@ class LayerTable:
         """Every argument is kept alive.
 
         Args:
-            ups, downs: of every prototype, as ``gated_experts`` takes them together.
-            targets: which prototype stands behind each slot, -1 for none.
+            prototypes: of the package.
+            forms: of the two matrices of the layer's prototypes, which ``gated_experts`` takes together; the number of
+                neurons is the table's business.
+            targets: the number of the prototype behind each slot, -1 for none.
             factors: of every slot; ``None`` for all one.
             constants: fp32 [H] of every slot that has one; ``None`` where no slot has.
         """
-        slots, many = len(targets), len(ups)
-        pointers = ctypes.c_void_p * many
-        up, down = ups[0].form, downs[0].form
+        slots = len(targets)
+        up, down = forms
         rows = None
         if constants is not None:
             rows = (ctypes.c_void_p * slots)(
@@ -92,19 +128,20 @@ class LayerTable:
         arrays = (
             (ctypes.c_int64 * slots)(*targets),
             None if factors is None else (ctypes.c_float * slots)(*factors),
-            pointers(*[one.values for one in ups]),
-            pointers(*[one.scales for one in ups]),
-            pointers(*[one.values for one in downs]),
-            pointers(*[one.scales for one in downs]),
-            (ctypes.c_int64 * many)(*[one.form.columns for one in downs]),
             rows,
         )
-        self._kept = (ups, downs, constants, arrays)
+        self._asked = (ctypes.c_int64 * slots)()
+        self._kept = (prototypes, constants, arrays)
         self._struct = _Layer(
-            *(up.code, down.code, slots, up.columns, up.group, down.group),
+            *(up.code, down.code, slots, up.columns, up.group, down.group, prototypes.address),
             *[None if array is None else ctypes.addressof(array) for array in arrays],
+            ctypes.addressof(self._asked),
         )
         self.address = ctypes.addressof(self._struct)
+
+    def asked(self, count: int) -> list[int]:
+        """The numbers of the ``count`` prototypes that the last call computed, ascending."""
+        return self._asked[:count]
 
 
 class _Norm(ctypes.Structure):
@@ -226,8 +263,21 @@ class _Router(ctypes.Structure):
     ]
 
 
+class _Between(ctypes.Structure):
+    _fields_: ClassVar = [
+        (name, ctypes.c_void_p) for name in ("sum", "normed", "logits", "gates", "slots")
+    ]
+
+
 class RouterTable:
-    """A router for ``Operator.route``: softmax over all slots, the greatest of which are chosen."""
+    """A router for ``Operator.route``: softmax over all slots, the greatest of which are chosen.
+
+    Attributes:
+        slots, chosen, hidden: how many there are, how many a token gets, the width of its activations.
+        gates: their format.
+        between: what ``Operator.decoder`` found on the way to the experts, overwritten by the next call: the sum behind
+            the attention, its norm (bf16 [1, H]), the slots (int64 [1, K]) and their gates.
+    """
 
     def __init__(self, matrix: Prepared, chosen: int, normed: bool, narrow: bool) -> None:
         """``matrix`` is kept alive.
@@ -241,9 +291,32 @@ class RouterTable:
         form = matrix.form
         self.slots, self.chosen, self.hidden = form.rows, chosen, form.columns
         self.gates = torch.bfloat16 if narrow else torch.float32
-        self._kept = matrix
         self._struct = _Router(_linear(matrix), chosen, normed, narrow)
         self.address = ctypes.addressof(self._struct)
+
+        def room(columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.zeros(1, columns, dtype=dtype, device="cpu")
+
+        self.between = Between(
+            *(room(self.hidden), room(self.hidden)),
+            *(room(chosen, torch.int64), room(chosen, self.gates)),
+        )
+        logits = room(self.slots)
+        self._kept = (matrix, logits)
+        found = self.between
+        places = (found.summed, found.normed, logits, found.gates, found.slots)
+        self._between = _Between(*[one.data_ptr() for one in places])
+        self.between_address = ctypes.addressof(self._between)
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """See ``RouterTable.between``."""
+
+    summed: Tensor
+    normed: Tensor
+    slots: Tensor
+    gates: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,8 @@ def gather(session: ChatSession, folder: Path, rates: Rates, settings: Mapping[s
         hit_rate=stats.resident_share if replayed is None else replayed,
         offloaded_bytes=max(0, pool - stats.slot_bytes),
         dense=dense + cache,
+        requests=total,
     )
-    # Lent slots hold what they hold until the key-value cache wants their room.
-    step = replace(step, cached=not runtime.residency.all_resident)
     seconds = expected_seconds(step, budget)
     inner, last = dense_weights(model)
     through = inner + sum(asked[index] * one.expert_numel for index, one in weights.items())

@@ -6,8 +6,8 @@ prototypes that are missing, once no read for the layer itself is pending. Only 
 result.
 
 Whether this pays, and how many are read, was decided by ``fit`` for the planned slots (``prefetch_replay.py``). It
-holds for about as many: where the resident share of the prototypes is further away from the planned one than
-``_NEAR``, nothing is read ahead.
+holds for about as many: while the resident share of the prototypes is further away from the planned one than
+``_NEAR``, as with slots that are lent, nothing is read ahead.
 
 Memory on the device: the maps in fp32, ``prefetch_bytes``. Raises ``PackageError`` for a file that is damaged or
 belongs to another package.

@@ -1,9 +1,9 @@
 """Does reading ahead pay? Decode replayed against a clock, with and without it.
 
 The tokens that the predictor was not fitted on go through the runtime's own ``Residency``: the same policy, the same
-order of reads, the same prefetches. Only what takes time is replaced: records move by ``ClockedTransfer`` and a
-prototype's compute adds its seconds (``plan/pace.py``) to the clock. The slots are on the meta device, so nothing is
-read or held.
+order of reads, the same prefetches. Only what takes time is replaced: records move by ``ClockedTransfer``, and a
+prototype's compute and the beginning of a read add their seconds (``plan/pace.py``). The slots are on the meta
+device, so nothing is read or held.
 
 One read is under way at a time, each for bytes / bandwidth: demand reads in the order in which they begin, a prefetch
 when nothing else is being read. One that is under way when a demand read comes delays it by its rest, and is waited
@@ -35,14 +35,16 @@ MOST_TOKENS = 512
 class ClockedTransfer:
     """``Transfer`` without bytes: ``now`` is the time."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        """``seconds`` of a record by its size."""
+    def __init__(self, seconds: dict[int, float], begin: float = 0.0) -> None:
+        """``seconds`` of a record by its size; ``begin`` of its caller."""
         self.now = 0.0
+        self._begin = begin
         self.counts = TransferCounts()
         self._seconds = seconds
         self._reads: dict[Slot, tuple[float, float]] = {}  # start, end
 
     def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
+        self.now += self._begin
         start = max([self.now, *(end for _, end in self._reads.values())])
         self._reads[slot] = (start, start + self._seconds[target.numel()])
 
@@ -85,7 +87,7 @@ def token_seconds(
         for layout, one in zip(manifest.layouts, settings, strict=True)
     ]
     layouts = zip(manifest.layouts, pace.read, strict=True)
-    transfer = ClockedTransfer({layout.nbytes: seconds for layout, seconds in layouts})
+    transfer = ClockedTransfer({layout.nbytes: seconds for layout, seconds in layouts}, pace.begin)
     residency = Residency(manifest, pools, transfer, settings)
     residency.preload()
     residency.most_ahead = depth

@@ -26,7 +26,7 @@ from conmoe_edge.offload.experts import LayerHandle
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.lending import Lending
-from conmoe_edge.offload.prefetch import open_prefetcher
+from conmoe_edge.offload.prefetch import Prefetcher, open_prefetcher
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.residency import Residency
@@ -214,6 +214,7 @@ class Runtime:
         """Before the key-value cache grows to ``tokens`` tokens: give back the slots in its room."""
         if self._lending is not None and self._lending.allow(tokens):
             self.residency.shrink(self._all_slots())
+            self.prefetcher = self._prefetcher_for(self.residency)
 
     def retreat(self) -> bool:
         """After memory ran out: go on with half the slots. False where nothing can be given up.
@@ -286,8 +287,7 @@ class Runtime:
                 self._slots = fewer
         settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
         residency = Residency(self.manifest, pools, self._transfer, settings)
-        share = sum(self._slots) / len(self.manifest.prototypes) if pools else 1.0
-        self.prefetcher = open_prefetcher(self.folder, self.manifest, share, self.device)
+        self.prefetcher = self._prefetcher_for(residency)
         if self.manifest.prefetch is not None:
             residency.most_ahead = self.manifest.prefetch.depth
         choose_read_mode(
@@ -297,6 +297,12 @@ class Runtime:
         )
         residency.preload(progress)
         return residency
+
+    def _prefetcher_for(self, residency: Residency) -> Prefetcher | None:
+        """Whether to read ahead depends on how many prototypes are there now, in lent slots too."""
+        count = len(self.manifest.prototypes)
+        share = residency.resident_count / count if count else 1.0
+        return open_prefetcher(self.folder, self.manifest, share, self.device)
 
     def _all_slots(self) -> tuple[int, ...]:
         """The planned slots of every layout, and those that are lent."""

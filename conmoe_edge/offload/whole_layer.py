@@ -32,7 +32,6 @@ from conmoe_edge.offload.native import (
 )
 
 if TYPE_CHECKING:
-    from conmoe_edge.offload.prefetch import Prefetcher
     from conmoe_edge.offload.residency import Residency
     from conmoe_edge.offload.runtime import Runtime
 
@@ -44,15 +43,15 @@ class WholeLayer:
     """``table`` is ``None`` where the layer is not for this; it is right as long as ``residency`` is the runtime's.
 
     ``formats``: of the activations that it takes. ``stays``: whether all its prototypes are there for good.
-    ``prefetcher``: where reading ahead pays; ``layer`` is the decoder layer's number there.
+    ``layer``: the decoder layer's number.
     """
 
+    runtime: Runtime
     residency: Residency
     table: LayerTable | None = None
     engine: Operator | None = None
     formats: tuple[torch.dtype, ...] = ()
     stays: bool = False
-    prefetcher: Prefetcher | None = None
     layer: int = 0
 
     @classmethod
@@ -69,12 +68,12 @@ class WholeLayer:
         residency, engine = runtime.residency, operator()
         numbers = {target for target in targets if target >= 0}
         if engine is None or residency.addresses is None or not numbers:
-            return cls(residency)
+            return cls(runtime, residency)
         kinds = residency.kinds(numbers)
         formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
         matrices = kinds[0].matrices
         if not formats or matrices is None:
-            return cls(residency)
+            return cls(runtime, residency)
         table = LayerTable(
             residency.addresses,
             (matrices[0].form, matrices[1].form),
@@ -82,8 +81,7 @@ class WholeLayer:
             factors or None,
             constants or None,
         )
-        ahead = None if residency.all_resident else runtime.prefetcher
-        return cls(residency, table, engine, formats, residency.stay(numbers), ahead, layer)
+        return cls(runtime, residency, table, engine, formats, residency.stay(numbers), layer)
 
     def output(
         self, hidden: Tensor, slots: Tensor, gates: Tensor, residual: Tensor | None = None
@@ -116,7 +114,7 @@ class WholeLayer:
         return self._counted(found, router.between.normed)
 
     def _notice(self) -> None:
-        if self.prefetcher is not None:
+        if self.runtime.prefetcher is not None:
             self.residency.collect()
 
     def _counted(self, found: tuple[Tensor, int] | None, hidden: Tensor) -> Tensor | None:
@@ -128,6 +126,7 @@ class WholeLayer:
         else:
             assert self.table is not None
             self.residency.asked(self.table.asked(count))
-        if self.prefetcher is not None:
-            self.residency.prefetch(self.prefetcher.next(self.layer, hidden))
+        prefetcher = self.runtime.prefetcher
+        if prefetcher is not None:
+            self.residency.prefetch(prefetcher.next(self.layer, hidden))
         return out

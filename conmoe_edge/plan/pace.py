@@ -23,11 +23,13 @@ class Pace:
             router's choice.
         compute: one prototype of every record layout.
         read: one record of every layout, from the tier below.
+        begin: that the computing thread is kept from computing by one read.
     """
 
     before: tuple[float, ...]
     compute: tuple[float, ...]
     read: tuple[float, ...]
+    begin: float = 0.0
 
 
 def pace(
@@ -63,9 +65,9 @@ def pace(
     waiting = outside / dense_rate
     before = []
     for layer in anatomy.layers:
-        waiting += reach.cached_layer_seconds + layer.dense_bytes / dense_rate
+        waiting += reach.layer_seconds + layer.dense_bytes / dense_rate
         if layer.experts is not None:
             before.append(waiting)
             waiting = 0.0
     before[0] += waiting
-    return Pace(tuple(before), tuple(compute), tuple(read))
+    return Pace(tuple(before), tuple(compute), tuple(read), reach.miss_seconds)

@@ -4,15 +4,16 @@ passes. One conversation, arithmetic only.
 Without prediction a miss cannot overlap its own layer (the router decides just before), so the
 times of memory and of what lies below it add up. With D the dense bytes that a token reads (the
 embedding table is looked up, not read, unless it is also the head), X its routed bytes, h the share
-of the requests that the slots serve and L the layers:
+of the requests that the slots serve, n the requests of a token and L the layers:
 
     bound     t = (D + X) / B_memory + (1 - h) * X / B_below
-    expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below + L * o
+    expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below
+                  + L * o + (1 - h) * n * m
 
 ``Reach`` has the shares e of a streaming read that the kernels get to, by the form in which weights
-are stored, and the time o that a layer takes beside its bytes, which is longer where the cache is
-asked. They are constants of this program more than of a machine; they stand in one place
-(``REACH``), and ``benchmarks/speed_constants.py`` says where they come from.
+are stored, and the times o and m that a layer and a miss take beside their bytes. They are constants
+of this program more than of a machine; they stand in one place (``REACH``), and
+``benchmarks/speed_constants.py`` says where they come from.
 
 Before calibration h is the resident share, which is what evenly spread routing gives, and router
 slots that meet on one prototype are counted twice: both are the careful side. Afterwards the
@@ -42,12 +43,13 @@ class Reach:
         kernels: share of the streaming read bandwidth that products with one row reach, by kind of
             record; dense matrices count as ``source``.
         layer_seconds: of a decoder layer beside its bytes: Python, small kernels, the router.
-        cached_layer_seconds: the same where prototypes come and go, so that the cache is asked.
+        miss_seconds: of a prototype that is not there, beside its bytes: the cache's decision, a read
+            that is handed to a thread, products that wait for it.
     """
 
     kernels: Mapping[str, float]
     layer_seconds: float
-    cached_layer_seconds: float
+    miss_seconds: float
 
 
 REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
@@ -58,15 +60,15 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                 {"source": 0.80, "bf16": 0.80, "int8": 0.65, "int4": 0.55, "lowrank": 0.40}
             ),
             layer_seconds=600e-6,
-            cached_layer_seconds=1500e-6,
+            miss_seconds=350e-6,
         ),
-        # Not measured: shares that such kernels usually reach, and the launches of a layer.
+        # Not measured: shares that such kernels usually reach, the launches of a layer, a copy's events.
         "cuda": Reach(
             MappingProxyType(
                 {"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50, "lowrank": 0.35}
             ),
             layer_seconds=350e-6,
-            cached_layer_seconds=350e-6,
+            miss_seconds=50e-6,
         ),
     }
 )
@@ -81,7 +83,7 @@ class StepBytes:
         routed: records of distinct prototypes that are computed with, by their kind.
         from_disk, from_host: of those, what had to be brought to the device first.
         layers: decoder layers.
-        cached: whether there are prototypes without a slot that is theirs for good.
+        missed: how many prototypes that is.
     """
 
     dense: float
@@ -89,7 +91,7 @@ class StepBytes:
     from_disk: float
     from_host: float
     layers: int
-    cached: bool = False
+    missed: float = 0.0
 
     @property
     def read(self) -> float:
@@ -145,8 +147,8 @@ def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     # A kind that is not known comes from a manifest of another version.
     moved = sum(nbytes / reach.kernels.get(kind, plain) for kind, nbytes in step.routed.items())
     moved += step.dense / plain
-    beside = reach.cached_layer_seconds if step.cached else reach.layer_seconds
-    return moved / budget.device_bandwidth + below + step.layers * beside
+    beside = step.layers * reach.layer_seconds + step.missed * reach.miss_seconds
+    return moved / budget.device_bandwidth + below + beside
 
 
 def tokens_per_second(
@@ -180,12 +182,16 @@ def planned_step(
     hit_rate: float,
     offloaded_bytes: int,
     dense: float | None = None,
+    requests: float | None = None,
 ) -> StepBytes:
     """A token of a model that has not run yet: ``hit_rate`` of the routed bytes are there, the rest
     comes from the tiers below.
 
-    ``dense`` is what a token reads beside the prototypes, where that is known better.
+    ``dense`` is what a token reads beside the prototypes, ``requests`` how many of them it asks for,
+    where that is known better.
     """
+    if requests is None:
+        requests = sum(one.experts.top_k for one in anatomy.moe_layers if one.experts is not None)
     missed = (1.0 - hit_rate) * sum(routed.values())
     on_disk = 1.0
     if budget.device == "cuda":
@@ -198,7 +204,7 @@ def planned_step(
         from_disk=missed * on_disk,
         from_host=missed * (1.0 - on_disk),
         layers=len(anatomy.layers),
-        cached=offloaded_bytes > 0 or hit_rate < 1.0,
+        missed=(1.0 - hit_rate) * requests,
     )
 
 

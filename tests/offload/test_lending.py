@@ -21,7 +21,7 @@ from conmoe_edge.offload.cache_policy import SlotCache
 from conmoe_edge.offload.lending import Lending
 from conmoe_edge.offload.slots import SlotPool, can_shrink
 from tests.families import tiny_model
-from tests.hand_packages import identity, write_package
+from tests.hand_packages import identity, predict, write_package
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not can_shrink(CPU), reason="memory cannot be given back in parts here")
@@ -176,3 +176,24 @@ def test_retreat_takes_the_lent_slots_first_of_all(
     assert few.conmoe.retreat() and few.conmoe.stats().slots == 3
     few(torch.tensor([[5, 6, 7]]))
     assert few.conmoe.stats().slots == 3
+
+
+@linux
+def test_reading_ahead_begins_when_the_lent_slots_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_model("olmoe", max_position_embeddings=4096, vocab_size=512)
+    folder = write_package(plain, tmp_path, identity(plain))
+    predict(folder, 2, 5 / 24)
+    few, whole = _loaded(folder, 5, monkeypatch)
+    runtime = few.conmoe
+    assert runtime.prefetcher is None, "it was decided for fewer slots"
+    cache, other = None, None
+    with torch.no_grad():
+        for ids in (*([torch.arange(2, 302)[None]] * 6), *([torch.tensor([[7]])] * 8)):
+            got = few(ids, past_key_values=cache, use_cache=True)
+            expected = whole(ids, past_key_values=other, use_cache=True)
+            cache, other = got.past_key_values, expected.past_key_values
+            assert torch.equal(got.logits, expected.logits)
+    assert runtime.stats().slots == 5 and runtime.prefetcher is not None
+    assert runtime.stats().prefetched > 0

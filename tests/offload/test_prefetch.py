@@ -153,8 +153,8 @@ def liar(trace: PrototypeTrace, manifest: Manifest) -> Predictions:
     return Predictions(tuple(range(trace.tokens)), (((),) * trace.tokens, *ranked[1:]))
 
 
-def at(before: float, compute: float, read: float) -> Pace:
-    return Pace((before,) * 3, (compute,), (read,))
+def at(before: float, compute: float, read: float, begin: float = 0.0) -> Pace:
+    return Pace((before,) * 3, (compute,), (read,), begin)
 
 
 def test_recall_counts_token_by_token(folder: Path) -> None:
@@ -182,6 +182,10 @@ def test_two_tokens_by_hand(folder: Path) -> None:
     # In the layers after the first the read has begun before the compute (1) and the dense part (3).
     ahead = token_seconds(trace, seen, manifest, settings, pace, 1, 1)
     assert ahead == (3 + 10 + 1) + 2 * (10 - 1 - 3 + 3 + 1)
+    # A read that was begun ahead has kept the computing thread as long.
+    slower = at(before=3.0, compute=1.0, read=10.0, begin=2.0)
+    assert token_seconds(trace, seen, manifest, settings, slower, 0, 1) == without + 3 * 2
+    assert token_seconds(trace, seen, manifest, settings, slower, 1, 1) == ahead + 3 * 2
     # A guess that is wrong is under way for 4 of its 10 when the demand read comes.
     wrong = Predictions(seen.tokens, (((), ()), ((second[5],),) * 2, ((third[5],),) * 2))
     waste = token_seconds(trace, wrong, manifest, settings, pace, 1, 1)

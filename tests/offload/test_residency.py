@@ -82,7 +82,9 @@ class Bench:
         """What the operator sees is what the cache knows of and has come, with the right bytes."""
         if operator() is None:
             return
-        there = {n for n in range(self.count) if n in self.residency.addresses}
+        addresses = self.residency.addresses
+        assert addresses is not None
+        there = {n for n in range(self.count) if n in addresses}
         assert there == self.cache.resident - self.cache.arriving
         assert all(self.holds(number) for number in there)
 

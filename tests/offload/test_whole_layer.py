@@ -160,7 +160,7 @@ def test_the_cache_decides_the_same_in_one_call(
         _, cache = steps(model, tokens[:5])  # layers try themselves, which asks the cache once more
         if not looks_up:
             for _, module in find_experts(model).values():
-                getattr(module, HANDLE)._whole = WholeLayer(model.conmoe.residency)
+                getattr(module, HANDLE)._whole = WholeLayer(model.conmoe, model.conmoe.residency)
         model.conmoe.reset_stats()
         logits, _ = steps(model, tokens[5:], cache)
         stats = model.conmoe.stats()

@@ -119,13 +119,21 @@ def test_the_expected_speed_stays_below_the_bound_and_is_made_of_its_parts(olmoe
     step = StepBytes(dense=1e9, routed={"int4": 4e8}, from_disk=1e8, from_host=0, layers=16)
     expected = (1e9 / reach.kernels["source"] + 4e8 / reach.kernels["int4"]) / 20e9 + 0.1
     expected += 16 * reach.layer_seconds
-    cached = expected_seconds(replace(step, cached=True), machine)
-    more = 16 * (reach.cached_layer_seconds - reach.layer_seconds)
-    assert cached == pytest.approx(expected + more)
+    missing = expected_seconds(replace(step, missed=3.5), machine)
+    assert missing == pytest.approx(expected + 3.5 * reach.miss_seconds)
     seconds, bound = expected_seconds(step, machine), decode_bound(step, machine)
     assert seconds == pytest.approx(expected)
     assert seconds is not None and bound is not None and seconds > bound.serial
     assert _speed(olmoe, machine, 0.5) < 1 / _bound(olmoe, machine, 0.5).serial
+
+
+def test_misses_are_counted_by_the_requests(olmoe, budget):
+    machine = budget("8GB", "cpu", device_bandwidth=20e9, disk_bandwidth=1e9)
+    routed = routed_bytes(olmoe, "source")
+    step = planned_step(olmoe, machine, routed, hit_rate=0.75, offloaded_bytes=0)
+    assert step.missed == 0.25 * 16 * 8
+    step = planned_step(olmoe, machine, routed, hit_rate=0.75, offloaded_bytes=0, requests=100)
+    assert step.missed == 25
 
 
 def test_fewer_bits_and_more_hits_are_faster(olmoe, budget):

@@ -53,9 +53,10 @@ class StoredExpert:
         up, down = self.prepared.get(UP), self.prepared.get(DOWN)
         biased = any(name.endswith(_BIAS) for name in parts)
         self.matrices: tuple[Prepared, Prepared] | None = None
-        if up is not None and down is not None and not biased and up.gates_whole_tiles:
+        self.kin: tuple[int, ...] = ()
+        if up is not None and down is not None and not biased:
             self.matrices = up, down
-        self.kin = tuple((form.code, form.group) for form in self.forms or ())
+            self.kin = (up.form.code, up.form.group, down.form.code)
 
     def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:
         """Whether the operator computes this expert of ``module`` for activations in ``hidden``.

@@ -76,7 +76,7 @@ class Operator:
         ]
         self._gated.argtypes = [
             *(integer, integer, number, address, address, address, address, address, address),
-            *(address, number, number, number, integer),
+            *(address, number, number, address, integer),
         ]
         self._combine.argtypes = [
             *(number, address, address, number, address, address),
@@ -167,7 +167,7 @@ class Operator:
 
         Args:
             ups: n of one kind, [2 I, H]: the rows of the gate before those of up; I may differ.
-            downs: n of one kind, [H, I].
+            downs: n of one kind, [H, I], perhaps in groups of different sizes.
             x: fp32 or bf16, H values, contiguous.
 
         Returns:
@@ -190,10 +190,10 @@ class Operator:
             (ctypes.c_int64 * count)(*[one.form.columns for one in downs]),
             up.columns,
             up.group,
-            down.group,
+            (ctypes.c_int64 * count)(*[one.form.group for one in downs]),
             x.dtype == torch.bfloat16,
         )
-        assert not failed, "``gates_whole_tiles`` lets only experts pass that the operator takes"
+        assert not failed, "prepare lets only forms pass that the operator takes"
         return y
 
     def one_row(self, matrix: Prepared, x: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ int conmoe_few_rows(int kind, int64_t count, const void* const* values, const vo
 }
 
 // y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
-// hold [G_i; U_i]: [2 * widths[i], columns]; down_values D_i: [columns, widths[i]]. Returns as above.
+// hold [G_i; U_i]: [2 * widths[i], columns] in groups of up_group; down_values D_i: [columns, widths[i]] in groups of
+// down_groups[i]. Returns as above.
 int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
                          const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
                          const void* x, float* y, const int64_t* widths, int64_t columns, int64_t up_group,
-                         int64_t down_group, int narrow) {
+                         const int64_t* down_groups, int narrow) {
   const Source source(x, narrow, columns);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += widths[i];
@@ -36,7 +37,7 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
   const int failed =
       gated(up_kind, count, up_values, up_scales, source.values, widths, h.data(), columns, up_group);
   if (failed) return failed;
-  return downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_group);
+  return downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_groups);
 }
 
 // out = sum over i of weights[i] * y[i] + sum over j of gates[j] * constants[j], in this order; y: fp32 [count, columns],
@@ -60,12 +61,13 @@ struct Prototypes {
   const void* const* down_values;
   const void* const* down_scales;
   const int64_t* widths;
+  const int64_t* groups;  // of the columns of down matrices
 };
 
 // A layer's slots: `target` is the prototype that stands behind each, -1 for none. The prototypes of a layer have one
-// form, but for their widths.
+// form, but for their widths and the groups that these allow.
 struct Layer {
-  int64_t up_kind, down_kind, slots, columns, up_group, down_group;
+  int64_t up_kind, down_kind, slots, columns, up_group;
   const Prototypes* prototypes;
   const int64_t* target;
   const float* factor;            // of each slot, or null
@@ -110,7 +112,7 @@ int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates
   const Prototypes& all = *layer->prototypes;
   const auto count = int64_t(chosen.size());
   std::vector<const void*> tables[4];
-  std::vector<int64_t> widths;
+  std::vector<int64_t> widths, groups;
   std::vector<float> weights;
   const void* const* const sources[4] = {all.up_values, all.up_scales, all.down_values, all.down_scales};
   for (int64_t i = 0; i < count; ++i) {
@@ -118,12 +120,13 @@ int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates
     if (!all.up_values[number]) return ABSENT;
     for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][number]);
     widths.push_back(all.widths[number]);
+    groups.push_back(all.groups[number]);
     weights.push_back(float(sums[size_t(i)]));
   }
   std::vector<float> y(size_t(count * layer->columns) + 1);
   if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
                                     tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
-                                    layer->columns, layer->up_group, layer->down_group, narrow))
+                                    layer->columns, layer->up_group, groups.data(), narrow))
     return FORM;
   std::copy(chosen.begin(), chosen.end(), layer->asked);
   conmoe_combine(count, y.data(), weights.data(), int64_t(constants.size()), constants.data(), shares.data(), out,

@@ -451,31 +451,44 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
   }
 }
 
+// Gate rows and up rows lie one behind the other, and a tile may have some of both: all rows first, then what they make.
 void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x,
                  const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
-  // Gate rows and up rows are two places in memory. A thread stays in each for some tiles: where it begins, nothing was
-  // read ahead.
-  const int64_t tile = TILE * columns / 2, strip = TILE * (CHUNK / (2 * tile) + 1);
-  const Blocks strips(count, widths, strip);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t number = 0; number < strips.all(); ++number) {
-    int64_t place = number;
-    const int64_t which = strips.find(&place), width = widths[which], start = place * strip;
-    const int64_t stop = width - start < strip ? width : start + strip;
-    const auto* w = static_cast<const uint8_t*>(values[which]);
-    const auto* pairs = static_cast<const uint16_t*>(scales[which]);
-    std::vector<float> up(size_t(strip), 0.0f);
-    float* const gate = h[which];
-    for (int64_t row = start; row < stop; row += TILE)
-      one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, gate + row);
-    for (int64_t row = width + start; row < width + stop; row += TILE)
-      one_tile(w + row * columns / 2, pairs + row * 2, 2 * width, columns, group, x, up.data() + row - width - start);
-    for (int64_t row = start; row < stop; ++row) gate[row] = silu(gate[row]) * up[size_t(row - start)];
+  // A thread stays in one place for some tiles: where it begins, nothing was read ahead.
+  const int64_t strip = TILE * (CHUNK / (TILE * columns / 2) + 1);
+  std::vector<int64_t> heights, before{0};
+  for (int64_t i = 0; i < count; ++i) {
+    heights.push_back(2 * widths[i]);
+    before.push_back(before.back() + heights.back());
+  }
+  std::vector<float> rows(size_t(before.back()), 0.0f);
+  const Blocks strips(count, heights.data(), strip), halves(count, widths, TILE);
+#pragma omp parallel if (strips.all() > 1)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < strips.all(); ++number) {
+      int64_t place = number;
+      const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
+      const int64_t stop = height - start < strip ? height : start + strip;
+      const auto* w = static_cast<const uint8_t*>(values[which]);
+      const auto* pairs = static_cast<const uint16_t*>(scales[which]);
+      for (int64_t row = start; row < stop; row += TILE)
+        one_tile(w + row * columns / 2, pairs + row * 2, height, columns, group, x,
+                 rows.data() + before[size_t(which)] + row);
+    }
+#pragma omp for schedule(static)
+    for (int64_t number = 0; number < halves.all(); ++number) {
+      int64_t place = number;
+      const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
+      const int64_t stop = width - start < TILE ? width : start + TILE;
+      const float* const gate = rows.data() + before[size_t(which)];
+      for (int64_t row = start; row < stop; ++row) h[which][row] = silu(gate[row]) * gate[width + row];
+    }
   }
 }
 
 void down_tiles(int64_t count, const void* const* values, const void* const* scales, const std::vector<Bytes>& x,
-                const int64_t* columns, float* y, int64_t rows, int64_t group) {
+                const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = CHUNK / (TILE * *std::max_element(columns, columns + count) / 2) + 1;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
@@ -483,7 +496,7 @@ void down_tiles(int64_t count, const void* const* values, const void* const* sca
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns[which] / 2;
     const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
-    one_tile(w, pairs, rows, columns[which], group, x[size_t(which)].token(0), y + which * rows + row);
+    one_tile(w, pairs, rows, columns[which], groups[which], x[size_t(which)].token(0), y + which * rows + row);
   }
 }
 
@@ -566,7 +579,7 @@ int gated(int kind, int64_t count, const void* const* values, const void* const*
           const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
   if (kind == INT4) {
     for (int64_t i = 0; i < count; ++i)
-      if (widths[i] % TILE) return 1;
+      if (2 * widths[i] % TILE) return 1;
     if (group % 2 || columns % group) return 1;
     const Bytes input(x, 1, columns, group);
     gated_tiles(count, values, scales, input.token(0), widths, h, columns, group);
@@ -579,17 +592,17 @@ int gated(int kind, int64_t count, const void* const* values, const void* const*
   });
 }
 
-// y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns.
+// y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns in groups of groups[i].
 int downward(int kind, int64_t count, const void* const* values, const void* const* scales, float* const* h,
-             const int64_t* columns, float* y, int64_t rows, int64_t group) {
+             const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   if (kind == INT4) {
-    if (rows % TILE || group % 2) return 1;
+    if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {
-      if (columns[i] % group) return 1;
-      inputs.emplace_back(h[i], 1, columns[i], group);
+      if (groups[i] % 2 || columns[i] % groups[i]) return 1;
+      inputs.emplace_back(h[i], 1, columns[i], groups[i]);
     }
-    down_tiles(count, values, scales, inputs, columns, y, rows, group);
+    down_tiles(count, values, scales, inputs, columns, y, rows, groups);
     return 0;
   }
   return !in_rows(kind, [&](auto form) {

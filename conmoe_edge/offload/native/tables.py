@@ -44,16 +44,11 @@ class Prepared:
     matrix: Matrix
     tables: tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]
 
-    @property
-    def gates_whole_tiles(self) -> bool:
-        """Whether gate and up rows of this fused matrix begin with a tile each, so that ``gated_experts`` takes it."""
-        return self.form.code != CODES["int4"] or self.form.rows % (2 * TILE) == 0
-
 
 class _Prototypes(ctypes.Structure):
     _fields_: ClassVar = [
         (name, ctypes.c_void_p)
-        for name in ("up_values", "up_scales", "down_values", "down_scales", "widths")
+        for name in ("up_values", "up_scales", "down_values", "down_scales", "widths", "groups")
     ]
 
 
@@ -66,8 +61,9 @@ class PrototypeTable:
         self._up = (pointers(), pointers())
         self._down = (pointers(), pointers())
         self._widths = (ctypes.c_int64 * count)()
+        self._groups = (ctypes.c_int64 * count)()
         self._kept: list[tuple[Prepared, Prepared] | None] = [None] * count
-        arrays = (*self._up, *self._down, self._widths)
+        arrays = (*self._up, *self._down, self._widths, self._groups)
         self._struct = _Prototypes(*[ctypes.addressof(array) for array in arrays])
         self.address = ctypes.addressof(self._struct)
 
@@ -79,7 +75,7 @@ class PrototypeTable:
         self._kept[number] = (up, down)
         for (values, scales), one in ((self._up, up), (self._down, down)):
             values[number], scales[number] = one.values, one.scales
-        self._widths[number] = down.form.columns
+        self._widths[number], self._groups[number] = down.form.columns, down.form.group
 
     def remove(self, number: int) -> None:
         """It is not there any more."""
@@ -91,7 +87,7 @@ class PrototypeTable:
 class _Layer(ctypes.Structure):
     _fields_: ClassVar = [
         *[(name, ctypes.c_int64) for name in ("up_kind", "down_kind", "slots", "columns")],
-        *[(name, ctypes.c_int64) for name in ("up_group", "down_group")],
+        ("up_group", ctypes.c_int64),
         *[(name, ctypes.c_void_p) for name in ("prototypes", "target", "factor", "constants")],
         ("asked", ctypes.c_void_p),
     ]
@@ -113,7 +109,7 @@ class LayerTable:
         Args:
             prototypes: of the package.
             forms: of the two matrices of the layer's prototypes, which ``gated_experts`` takes together; the number of
-                neurons is the table's business.
+                neurons, and the groups that it allows, are the table's business.
             targets: the number of the prototype behind each slot, -1 for none.
             factors: of every slot; ``None`` for all one.
             constants: fp32 [H] of every slot that has one; ``None`` where no slot has.
@@ -133,7 +129,7 @@ class LayerTable:
         self._asked = (ctypes.c_int64 * slots)()
         self._kept = (prototypes, constants, arrays)
         self._struct = _Layer(
-            *(up.code, down.code, slots, up.columns, up.group, down.group, prototypes.address),
+            *(up.code, down.code, slots, up.columns, up.group, prototypes.address),
             *[None if array is None else ctypes.addressof(array) for array in arrays],
             ctypes.addressof(self._asked),
         )

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores; threads that wait by spinning would take them from each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where there is no GPU, Triton's interpreter takes its place (tests/offload/interpreted.py).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

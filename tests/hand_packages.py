@@ -12,6 +12,7 @@ import torch
 
 from conmoe_edge.checkpoint.constants import CONSTANTS_FILE
 from conmoe_edge.checkpoint.dense import DENSE_SCALE
+from conmoe_edge.checkpoint.forms import Kind, Part, quantised_parts
 from conmoe_edge.checkpoint.manifest import (
     PREDICTOR_FILE,
     ExpertId,
@@ -22,7 +23,7 @@ from conmoe_edge.checkpoint.manifest import (
 )
 from conmoe_edge.checkpoint.manifest_io import load_manifest, save_manifest
 from conmoe_edge.checkpoint.quantise import quantise
-from conmoe_edge.checkpoint.records import make_layout, pack
+from conmoe_edge.checkpoint.records import encode, make_layout, pack
 from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
 from conmoe_edge.compress.trim import take_neurons
 from conmoe_edge.model.bridge import saved_names
@@ -65,10 +66,11 @@ def write_package(
     in_int8: Collection[str] = (),
     hub_names: bool = False,
     widths: Mapping[ExpertId, int] | None = None,
+    kind: Kind = "plain",
 ) -> Path:
     """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits; with
     ``hub_names`` under the names that its checkpoints have, which other engines read. A prototype named in ``widths``
-    keeps so many neurons, the first ones.
+    keeps so many neurons, the first ones. Prototypes are stored as ``kind``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     experts = find_experts(model)
@@ -85,12 +87,12 @@ def write_package(
         }
         if widths and one in widths:
             tensors[one] = take_neurons(module, tensors[one], torch.arange(widths[one]))
-        layout = make_layout(
-            [
-                (n, tuple(t.shape), str(t.dtype).removeprefix("torch."))
-                for n, t in tensors[one].items()
-            ]
-        )
+        parts: list[Part] = []
+        for n, t in tensors[one].items():
+            plain: Part = (n, tuple(t.shape), str(t.dtype).removeprefix("torch."))
+            parts += [plain] if kind == "plain" else quantised_parts(n, *t.shape, kind)
+        layout = make_layout(parts, "source" if kind == "plain" else kind)
+        tensors[one] = encode(layout, tensors[one], transposed=False)
         if layout not in layouts:
             layouts.append(layout)
         layout_of[one] = layouts.index(layout)
@@ -136,7 +138,7 @@ def write_package(
         method="conmoe",
         rate=1 - len(ids) / total,
         scope=1,
-        precision="source",
+        precision="source" if kind == "plain" else kind,
         dense_precision="int8" if in_int8 else "source",
         layouts=tuple(layouts),
         prototypes=tuple(

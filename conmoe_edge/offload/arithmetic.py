@@ -134,7 +134,7 @@ class Arithmetic:
         Returns:
             [n, H] in fp32 (fp64 for activations in fp64); each row is the same bits in any company.
         """
-        usual = _usual_gate(module)
+        usual = usual_gate(module)
         groups: dict[tuple[Way, object], list[int]] = {}
         for position, one in enumerate(experts):  # by what each is, never by its company
             if not one.suits_operator(module, hidden.dtype):
@@ -290,10 +290,10 @@ def gates_in_one_call(
     """Whether the operator computes all these experts of ``module`` together, for activations in ``hidden``."""
     alike = len({one.kin for one in experts}) == 1
     suited = all(one.suits_operator(module, hidden) and one.matrices is not None for one in experts)
-    return alike and suited and _usual_gate(module)
+    return alike and suited and usual_gate(module)
 
 
-def _usual_gate(module: nn.Module) -> bool:
+def usual_gate(module: nn.Module) -> bool:
     """silu(gate) * up, gate before up, and nothing around it: what the operator computes itself."""
     function = getattr(type(module), "_apply_gate", None)
     usual = getattr(function, "__name__", "") == "_default_apply_gate"

@@ -14,7 +14,8 @@ on all its tokens; contributions are added in fp32 in the order of the prototype
 and the rule for the arithmetic do not depend on how many prototypes are resident, so neither does
 the result.
 
-One token on a CPU takes a way of its own: where all prototypes that it asks for are there, one call
+One token on a GPU goes through its operator where that takes the layer (``on_gpu.py``). One token on a CPU takes a
+way of its own: where all prototypes that it asks for are there, one call
 of the operator does everything (``LayerHandle.whole``); elsewhere a handful of numbers is quicker to
 merge in Python than by tensor operations, and all prototypes that are there compute in one call
 while the others are being read. The bits are the same.
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import add_constants, merge_routes, sum_dtype
 from conmoe_edge.offload.arithmetic import MANY_ROWS
+from conmoe_edge.offload.on_gpu import LayerOnGpu
 from conmoe_edge.offload.stored_expert import StoredExpert
 from conmoe_edge.offload.whole_layer import WholeLayer
 
@@ -68,6 +70,7 @@ class LayerHandle:
     _factors: list[float] = field(default_factory=list)
     _constants: list[Tensor | None] = field(default_factory=list)
     _whole: WholeLayer | None = None
+    _on_gpu: LayerOnGpu | None = None
 
     def __post_init__(self) -> None:
         self._targets = self.slot_map.tolist()
@@ -83,6 +86,12 @@ class LayerHandle:
                 self.layer, module, runtime, self._targets, self._factors, self._constants
             )
         return self._whole
+
+    def on_gpu(self, module: nn.Module, runtime: Runtime) -> LayerOnGpu:
+        """The layer for the operator of a GPU, as far as it takes it."""
+        if self._on_gpu is None or self._on_gpu.residency is not runtime.residency:
+            self._on_gpu = LayerOnGpu.of(self, module, runtime)
+        return self._on_gpu
 
     def constants_of(self, slots: list[int], gates: list[float]) -> list[tuple[Tensor, float]]:
         """Constants and gates for the slots of one token, those that have one, in the order of the slots."""
@@ -140,6 +149,10 @@ def conmoe_experts_forward(
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
     index = top_k_index.reshape(-1, top_k_index.shape[-1])  # [T, K]
     weights = top_k_weights.reshape(index.shape)  # [T, K]
+    if len(hidden) == 1 and runtime.gpu is not None:
+        found = handle.on_gpu(self, runtime).output(hidden, index, weights)
+        if found is not None:
+            return found.view(hidden_states.shape)
     if len(hidden) == 1 and hidden.device.type == "cpu":
         return _one_token(self, handle, runtime, hidden, index, weights).view(hidden_states.shape)
     total = _tokens(self, handle, runtime, hidden, index, weights)

@@ -1,4 +1,4 @@
-"""Which record lies whole in which cache slot, for the operator to look up by itself.
+"""Which record lies whole in which cache slot, for an operator to look up by itself.
 
 The cache policy knows where a prototype has a place; whether it has come there is another matter: between the two lie
 reads that are under way, and reads that have failed. A slot's record is ``arrived`` from when it was waited for until
@@ -10,20 +10,47 @@ Memory: some addresses a prototype. Raises nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from conmoe_edge.offload.native import PrototypeTable
 from conmoe_edge.offload.slots import SlotPool
 
 
-class Presence:
-    """Of the prototypes with numbers below ``count`` in the slots of ``pools``, in the memory of a processor.
+class Addresses(Protocol):
+    """Where prototypes lie, by their numbers, in the form that an operator reads."""
 
-    ``addresses``: of those that are there and that one call of the operator takes (``StoredExpert.matrices``).
+    def put(self, number: int, pool: SlotPool, slot: int) -> None:
+        """The prototype's record is in ``slot``."""
+
+    def remove(self, number: int) -> None:
+        """It is there no more."""
+
+
+class HostAddresses:
+    """``Addresses`` for the operator of the processor.
+
+    ``table``: of the prototypes that are there and that one call takes (``StoredExpert.matrices``).
     """
 
-    def __init__(self, pools: Sequence[SlotPool], count: int) -> None:
+    def __init__(self, count: int) -> None:
+        """Numbers below ``count``, none of them there."""
+        self.table = PrototypeTable(count)
+
+    def put(self, number: int, pool: SlotPool, slot: int) -> None:
+        matrices = pool.parts(slot).matrices
+        if matrices is not None:
+            self.table.put(number, *matrices)
+
+    def remove(self, number: int) -> None:
+        self.table.remove(number)
+
+
+class Presence:
+    """The prototypes in the slots of ``pools``, told to ``addresses``."""
+
+    def __init__(self, pools: Sequence[SlotPool], addresses: Addresses) -> None:
         """Nothing is there."""
-        self.addresses = PrototypeTable(count)
+        self.addresses = addresses
         self._pools = pools
         self._holders: list[list[int | None]] = [[None] * pool.slots for pool in pools]
 
@@ -32,9 +59,7 @@ class Presence:
         if self._holders[layout][slot] == number:
             return
         self._holders[layout][slot] = number
-        matrices = self._pools[layout].parts(slot).matrices
-        if matrices is not None:
-            self.addresses.put(number, *matrices)
+        self.addresses.put(number, self._pools[layout], slot)
 
     def gone(self, layout: int, slot: int) -> None:
         """What the slot has is about to be overwritten."""

@@ -12,8 +12,8 @@ start before anything computes and run on while what is there computes.
 - A scan (a chunk of a prompt) computes one by one in the order of ``numbers`` at any budget, and
   leaves what decode uses where it is.
 
-``resident`` is the short way where nothing has to move. Shorter is ``addresses``, on a CPU: there the
-operator sees by itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads
+``resident`` is the short way where nothing has to move. Shorter are ``addresses``: there an operator
+sees by itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads
 ahead while no demand read is pending. Each record layout has a pool and a policy of its own: one
 where all prototypes are alike.
 
@@ -28,8 +28,7 @@ from contextlib import ExitStack
 from conmoe_edge.checkpoint.manifest import CacheSettings, Manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.offload.cache_policy import CacheCounts, Load, Pass, SlotCache
-from conmoe_edge.offload.native import PrototypeTable
-from conmoe_edge.offload.presence import Presence
+from conmoe_edge.offload.presence import Addresses, Presence
 from conmoe_edge.offload.replay import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.slots import SlotPool
 from conmoe_edge.offload.stored_expert import StoredExpert
@@ -47,9 +46,10 @@ class Residency:
         pools: Sequence[SlotPool],
         transfer: Transfer,
         settings: Sequence[CacheSettings],
+        addresses: Addresses | None = None,
     ) -> None:
         """``pools`` and ``settings`` are indexed by layout number; a layout that no prototype uses
-        has a pool without slots.
+        has a pool without slots. ``addresses`` is kept up to date: what is there, and where.
         """
         self._pool_of = [entry.layout for entry in manifest.prototypes]
         self._pools = tuple(pools)
@@ -77,7 +77,7 @@ class Residency:
             cache = self._caches[-1]
             if cache is not None:
                 cache.lend(pool.slots - one.slots)
-        self._presence = Presence(self._pools, len(self._pool_of)) if self._direct else None
+        self._presence = None if addresses is None else Presence(self._pools, addresses)
         self.all_resident = not self._pool_of  # once the records are there
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -102,11 +102,6 @@ class Residency:
             for number in sorted(cache.pinned):
                 self._ready[number] = self._stored(number)
         self.all_resident = all(expert is not None for expert in self._ready)
-
-    @property
-    def addresses(self) -> PrototypeTable | None:
-        """Where the prototypes lie that are there, kept up to date; ``None`` elsewhere than on a CPU."""
-        return None if self._presence is None else self._presence.addresses
 
     def kinds(self, numbers: Iterable[int]) -> list[StoredExpert]:
         """One stored expert of each layout that ``numbers`` have, whatever it holds now: for its forms."""

@@ -23,10 +23,12 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.arithmetic import Arithmetic
 from conmoe_edge.offload.experts import LayerHandle
+from conmoe_edge.offload.gpu import GpuTable, gpu_operator
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.lending import Lending
 from conmoe_edge.offload.prefetch import Prefetcher, open_prefetcher
+from conmoe_edge.offload.presence import Addresses, HostAddresses
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.residency import Residency
@@ -138,6 +140,7 @@ class Runtime:
         if device.type == "cpu":
             return_large_blocks()
         self.arithmetic = Arithmetic(device)
+        self.gpu = gpu_operator(device)
         self._process = psutil.Process()
         self.closed = False
         self.cache_bytes = cache_bytes
@@ -199,7 +202,7 @@ class Runtime:
             waited_seconds=moved.waited_seconds,
             read_mode=self._store.mode,
             policy=", ".join(sorted({one.policy for one in self.residency.settings})),
-            kernel=self.arithmetic.name,
+            kernel=self.arithmetic.name if self.gpu is None else self.gpu.name,
             prefetched=prefetched,
             prefetch_used=used,
         )
@@ -208,6 +211,8 @@ class Runtime:
         """Count from zero."""
         self._before = (0,) * 5
         self.residency.reset_counts()
+        if isinstance(self.addresses, GpuTable):
+            self.addresses.asked.zero_()
         self._transfer.counts.reset()
 
     def make_room(self, tokens: int) -> None:
@@ -246,13 +251,10 @@ class Runtime:
 
     def _counts(self) -> tuple[int, ...]:
         """Hits, misses, bytes read, prefetched, prefetches that were used; since the last reset."""
-        now = self.residency
-        return tuple(
-            before + one
-            for before, one in zip(
-                self._before, (now.hits, now.misses, now.bytes_read, *now.prefetched), strict=True
-            )
-        )
+        now, table = self.residency, self.addresses
+        hits = now.hits + (int(table.asked) if isinstance(table, GpuTable) else 0)
+        counts = (hits, now.misses, now.bytes_read, *now.prefetched)
+        return tuple(before + one for before, one in zip(self._before, counts, strict=True))
 
     def _make_transfer(self) -> Transfer:
         if self.device.type == "cpu" or not self.manifest.prototypes:
@@ -286,7 +288,8 @@ class Runtime:
                     raise
                 self._slots = fewer
         settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
-        residency = Residency(self.manifest, pools, self._transfer, settings)
+        self.addresses = self._make_addresses()
+        residency = Residency(self.manifest, pools, self._transfer, settings, self.addresses)
         self.prefetcher = self._prefetcher_for(residency)
         if self.manifest.prefetch is not None:
             residency.most_ahead = self.manifest.prefetch.depth
@@ -297,6 +300,12 @@ class Runtime:
         )
         residency.preload(progress)
         return residency
+
+    def _make_addresses(self) -> Addresses | None:
+        layouts = [entry.layout for entry in self.manifest.prototypes]
+        if self.gpu is not None:
+            return GpuTable(self.manifest.layouts, layouts, self.device)
+        return HostAddresses(len(layouts)) if self.device.type == "cpu" else None
 
     def _prefetcher_for(self, residency: Residency) -> Prefetcher | None:
         """Whether to read ahead depends on how many prototypes are there now, in lent slots too."""

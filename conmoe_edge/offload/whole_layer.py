@@ -30,6 +30,7 @@ from conmoe_edge.offload.native import (
     RouterTable,
     operator,
 )
+from conmoe_edge.offload.presence import HostAddresses
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.residency import Residency
@@ -67,7 +68,8 @@ class WholeLayer:
         """``layer`` with the prototype numbers ``targets``, factors and constants (empty for none) of its slots."""
         residency, engine = runtime.residency, operator()
         numbers = {target for target in targets if target >= 0}
-        if engine is None or residency.addresses is None or not numbers:
+        addresses = runtime.addresses
+        if engine is None or not isinstance(addresses, HostAddresses) or not numbers:
             return cls(runtime, residency)
         kinds = residency.kinds(numbers)
         formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
@@ -75,7 +77,7 @@ class WholeLayer:
         if not formats or matrices is None:
             return cls(runtime, residency)
         table = LayerTable(
-            residency.addresses,
+            addresses.table,
             (matrices[0].form, matrices[1].form),
             targets,
             factors or None,

@@ -22,6 +22,7 @@ def load(
     device: str | None = None,
     context: int | None = None,
     cache_policy: str | None = None,
+    misses: str = "copy",
 ) -> PreTrainedModel:
     """Open a package: a transformers model whose ``generate`` works, inside the budget.
 
@@ -32,6 +33,8 @@ def load(
         context: tokens that the key-value cache must hold; by default what was planned.
         cache_policy: who goes when a cache slot is wanted: ``lru``, ``layer-lru``, ``lfru``, ``pins``; by default what
             would have had the most hits on the calibration's routing. Changes speed only.
+        misses: with a GPU, what becomes of prototypes that are not there: ``copy``, or ``auto`` to let the processor
+            compute as many of them as is faster. It rounds differently, so the last bits of a result may change.
 
     Raises:
         PackageError: the folder is no package, or it is damaged.
@@ -42,7 +45,12 @@ def load(
     if isinstance(budget, str):
         budget = resolve_budget(budget, device if device in ("cpu", "cuda") else "auto")  # type: ignore[arg-type]
     return load_package(
-        Path(path), budget=budget, device=device, context=context, cache_policy=cache_policy
+        Path(path),
+        budget=budget,
+        device=device,
+        context=context,
+        cache_policy=cache_policy,
+        misses=misses,
     )
 
 

@@ -121,6 +121,14 @@ run_device_option = click.option(
     help="Where to compute.",
 )
 """``--device`` of the commands that run a package."""
+misses_option = click.option(
+    "--misses",
+    type=click.Choice(["copy", "auto"]),
+    default="copy",
+    show_default=True,
+    help="With a GPU: copy what is not there, or let the processor compute some of it.",
+)
+"""``--misses`` of the commands that answer."""
 
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import click
 from conmoe_edge.cli._options import (
     Tokens,
     common_options,
+    misses_option,
     package_budget_option,
     run_device_option,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @package_budget_option
 @run_device_option
+@misses_option
 @click.option(
     "--context",
     metavar="N",
@@ -83,6 +85,7 @@ def bench(
     gpu: str | None,
     device: str,
     context: int | None,
+    misses: str,
     svg: Path | None,
     output: Output,
     **run: Any,
@@ -109,7 +112,7 @@ def bench(
     text = _text(run["text"])
     output.note("Measuring this machine ...")
     rates = measured_rates(folder)
-    session = open_session(folder, gpu, device, context, output)
+    session = open_session(folder, gpu, device, context, output, misses=misses)
     prompts = _prompts(session.tokenizer, text, run, session.context)
     facts = gather(session, folder, rates, {**run, "text": _name(run["text"])})
     from conmoe_edge.offload.measure import measure

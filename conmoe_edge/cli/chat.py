@@ -11,6 +11,7 @@ import click
 from conmoe_edge.cli._options import (
     Tokens,
     common_options,
+    misses_option,
     package_budget_option,
     run_device_option,
 )
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
     help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
 )
+@misses_option
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -65,6 +67,7 @@ def chat(
     context: int | None,
     device: str,
     cache_policy: str | None,
+    misses: str,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -93,7 +96,7 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
-    session = open_session(folder, gpu, device, context, output, cache_policy)
+    session = open_session(folder, gpu, device, context, output, cache_policy, misses)
     drawn = Sampling(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
@@ -134,6 +137,7 @@ def open_session(
     context: int | None,
     output: Output,
     cache_policy: str | None = None,
+    misses: str = "copy",
 ) -> ChatSession:
     """Load the package inside the budget."""
     from conmoe_edge.cli._text import path_text
@@ -150,6 +154,7 @@ def open_session(
         device=None if device == "auto" else device,
         context=context,
         cache_policy=cache_policy,
+        misses=misses,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return ChatSession(model, tokenizer, context)

@@ -11,6 +11,7 @@ import click
 from conmoe_edge.cli._options import (
     Tokens,
     common_options,
+    misses_option,
     package_budget_option,
     run_device_option,
 )
@@ -94,6 +95,7 @@ _LARGEST_KEY_FILE = 4096
     type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
     help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
 )
+@misses_option
 @common_options
 def serve(
     folder: Path,
@@ -101,6 +103,7 @@ def serve(
     device: str,
     context: int | None,
     cache_policy: str | None,
+    misses: str,
     output: Output,
     **words: Any,
 ) -> None:
@@ -131,6 +134,7 @@ def serve(
         device=None if device == "auto" else device,
         context=context,
         cache_policy=cache_policy,
+        misses=misses,
     )
     server = Server(settings, load, on_ready=lambda: _ready(server, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")

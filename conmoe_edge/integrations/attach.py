@@ -138,6 +138,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         prefill_chunk=memory.prefill_chunk,
         slots=memory.slots,
         cache_policy=options.cache_policy,
+        misses=options.misses,
         cache_bytes=memory.cache_bytes,
         progress=options.progress,
     )

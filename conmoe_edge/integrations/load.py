@@ -21,6 +21,7 @@ from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.offload.misses import check_misses
 from conmoe_edge.offload.replay import check_policy
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def load_package(
     dtype: torch.dtype | str | None = None,
     slots: tuple[int, ...] | None = None,
     cache_policy: str | None = None,
+    misses: str = "copy",
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Load the package in ``path``.
@@ -51,10 +53,13 @@ def load_package(
         dtype: of the computation; by default the checkpoint's own.
         slots: cache slots of every record layout, instead of what the budget gives.
         cache_policy: ``lru``, ``layer-lru``, ``lfru`` or ``pins``; by default what the package's trace finds best.
+        misses: with a GPU, what becomes of prototypes that are not there: ``copy``, or ``auto`` to let the processor
+            compute some of them where they lie, which may change a result's last bits.
         progress: called with (records read, records to read) while the slots are filled.
     """
     folder = Path(path)
     check_policy(cache_policy)
+    check_misses(misses)
     manifest = verify_package(folder)
     where = _device(device, budget)
     from transformers import AutoModelForCausalLM
@@ -72,6 +77,7 @@ def load_package(
             context=context,
             slots=slots,
             cache_policy=cache_policy,
+            misses=misses,
             progress=progress,
         )
         with loading(options):

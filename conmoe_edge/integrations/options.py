@@ -26,6 +26,7 @@ class LoadOptions:
     context: tokens of key-value cache to keep room for; ``None`` for what was planned.
     slots: cache slots of every record layout instead of what the budget gives.
     cache_policy: who goes when a cache slot is wanted; ``None`` for what the package's trace finds best.
+    misses: what becomes of prototypes that are not on the GPU.
     progress: called with (records read, records to read).
     """
 
@@ -33,6 +34,7 @@ class LoadOptions:
     context: int | None = None
     slots: Sequence[int] | None = None
     cache_policy: str | None = None
+    misses: str = "copy"
     progress: Callable[[int, int], None] | None = None
 
 

@@ -150,7 +150,7 @@ def conmoe_experts_forward(
     index = top_k_index.reshape(-1, top_k_index.shape[-1])  # [T, K]
     weights = top_k_weights.reshape(index.shape)  # [T, K]
     if len(hidden) == 1 and runtime.gpu is not None:
-        found = handle.on_gpu(self, runtime).output(hidden, index, weights)
+        found = handle.on_gpu(self, runtime).output(self, hidden, index, weights)
         if found is not None:
             return found.view(hidden_states.shape)
     if len(hidden) == 1 and hidden.device.type == "cpu":

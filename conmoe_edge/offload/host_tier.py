@@ -54,6 +54,11 @@ class HostTier:
         """Host memory held."""
         return 0 if self._memory is None else self._memory.numel()
 
+    @property
+    def numbers(self) -> list[int]:
+        """Whose records are held, the heaviest first."""
+        return list(self._records)
+
     def record(self, number: int) -> Tensor | None:
         """The record's bytes, or ``None`` where the disk has to be asked."""
         return self._records.get(number)

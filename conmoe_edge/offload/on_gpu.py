@@ -1,8 +1,9 @@
 """A layer's experts for one token by the operator of a GPU (``gpu``), in four launches.
 
 Where all prototypes of a layer stay, the host learns nothing of what the router has chosen: it issues the launches and
-goes on. Elsewhere it reads the numbers back, brings what is missing, and has what is there computed meanwhile. Outputs
-are added in the order of the numbers both times, so the bits are the same.
+goes on. Elsewhere it reads the numbers back, brings what is missing, and has what is there computed meanwhile; where
+the user wants that (``misses.py``), the processor computes some of what is missing at the same time. Outputs are added
+in the order of the numbers each time, so with copies the bits are the same.
 
 Memory: some numbers a router slot. Raises ``PackageError`` from reads.
 """
@@ -22,6 +23,7 @@ from conmoe_edge.offload.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.experts import LayerHandle
+    from conmoe_edge.offload.host_compute import HostCompute
     from conmoe_edge.offload.residency import Residency
     from conmoe_edge.offload.runtime import Runtime
 
@@ -57,7 +59,9 @@ class LayerOnGpu:
         stays = residency.stay(numbers)
         return cls(runtime, residency, handle.layer, layer, runtime.gpu, stays)
 
-    def output(self, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor | None:
+    def output(
+        self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
+    ) -> Tensor | None:
         """[1, H], [1, K], [1, K] -> [1, H] in the format of ``hidden``; ``None`` where this is not the way."""
         layer, engine = self.layer, self.engine
         if layer is None or engine is None or hidden.dtype not in _ACTIVATIONS:
@@ -70,13 +74,40 @@ class LayerOnGpu:
             engine.experts(layer, chosen, (1 << slots.numel()) - 1, x)
             return engine.combine(layer, chosen, slots, gates, hidden.dtype)
         numbers = [number for number in chosen.numbers.tolist() if number >= 0]
-
-        def compute(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
-            engine.experts(layer, chosen, sum(1 << position for position in positions), x)
-
         # After the router's choices were read back, so that this does not wait for anything but itself.
         prefetcher = self.runtime.prefetcher
         ahead = () if prefetcher is None else prefetcher.next(self.number, hidden)
-        if numbers:
-            self.residency.visit(numbers, compute, ahead=ahead)
+        aside = self._aside(module, numbers, hidden)
+        rest = [position for position in range(len(numbers)) if position not in aside]
+        given = hidden.cpu() if aside else hidden
+
+        def by_processor() -> None:
+            """While what has been issued is under way."""
+            if aside:
+                outputs = self._host.outputs(module, [numbers[one] for one in aside], given)
+                chosen.outputs[list(aside)] = outputs.to(hidden.device)
+                aside.clear()
+
+        def compute(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
+            wanted = sum(1 << rest[position] for position in positions)
+            engine.experts(layer, chosen, wanted, x)
+            by_processor()
+
+        if rest:
+            self.residency.visit([numbers[position] for position in rest], compute, ahead=ahead)
+        by_processor()
         return engine.combine(layer, chosen, slots, gates, hidden.dtype)
+
+    @property
+    def _host(self) -> HostCompute:
+        host = self.runtime.host_compute
+        assert host is not None, "only with it is anything computed aside"
+        return host
+
+    def _aside(self, module: nn.Module, numbers: Sequence[int], hidden: Tensor) -> list[int]:
+        """The positions of what the processor is to compute."""
+        if self.runtime.host_compute is None:
+            return []
+        missing = [number for number in numbers if not self.residency.placed(number)]
+        named = set(self._host.choose(module, missing, hidden))
+        return [position for position, number in enumerate(numbers) if number in named]

@@ -117,6 +117,10 @@ class Residency:
         """So many prototypes that ``stay`` were computed with."""
         self._resident_hits += count
 
+    def placed(self, number: int) -> bool:
+        """Whether the prototype is there, or on its way."""
+        return self._slot_of(number) is not None
+
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether these prototypes are there."""
         return all(cache.has(mine) for _, cache, mine in self._shares(numbers))

@@ -24,6 +24,7 @@ from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.arithmetic import Arithmetic
 from conmoe_edge.offload.experts import LayerHandle
 from conmoe_edge.offload.gpu import GpuTable, gpu_operator
+from conmoe_edge.offload.host_compute import HostCompute
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.lending import Lending
@@ -62,6 +63,7 @@ class RuntimeStats:
         kernel: what computes a few rows.
         prefetched, prefetch_used: prototypes that were read ahead of the layer that might ask for
             them, and those of them that were asked for while they were there.
+        host_computed: of the ``misses``, those that the processor computed instead of copying them to a GPU.
     """
 
     hits: int
@@ -82,6 +84,7 @@ class RuntimeStats:
     kernel: str = ""
     prefetched: int = 0
     prefetch_used: int = 0
+    host_computed: int = 0
 
     @property
     def resident_share(self) -> float:
@@ -112,6 +115,7 @@ class Runtime:
         prefill_chunk: int,
         slots: Sequence[int],
         cache_policy: str | None = None,
+        misses: str = "copy",
         cache_bytes: Callable[[int], int] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -127,6 +131,7 @@ class Runtime:
             prefill_chunk: most tokens of one forward.
             slots: cache slots of every record layout.
             cache_policy: instead of what the package's trace finds best.
+            misses: with a GPU, whether the processor may compute what is not there (``misses.py``).
             cache_bytes: of the key-value cache at so many tokens, where the room that is kept for
                 it may serve as slots until it is needed.
             progress: called with (records read, records to read) at start.
@@ -172,8 +177,11 @@ class Runtime:
             keep_cached=device.type != "cpu" or not everything,
         )
         self._host: HostTier | None = None
+        self.host_compute: HostCompute | None = None
         try:
             self._transfer = self._make_transfer()
+            if misses == "auto" and self._host is not None and self._host.nbytes:
+                self.host_compute = HostCompute(self._host, manifest)
             self.residency = self._make_residency(progress)
         except BaseException:
             self._store.close()
@@ -205,6 +213,7 @@ class Runtime:
             kernel=self.arithmetic.name if self.gpu is None else self.gpu.name,
             prefetched=prefetched,
             prefetch_used=used,
+            host_computed=0 if self.host_compute is None else self.host_compute.computed,
         )
 
     def reset_stats(self) -> None:
@@ -213,6 +222,8 @@ class Runtime:
         self.residency.reset_counts()
         if isinstance(self.addresses, GpuTable):
             self.addresses.asked.zero_()
+        if self.host_compute is not None:
+            self.host_compute.computed = 0
         self._transfer.counts.reset()
 
     def make_room(self, tokens: int) -> None:
@@ -231,6 +242,8 @@ class Runtime:
             return False
         self._lending = None
         self._before = self._counts()
+        if self.host_compute is not None:
+            self.host_compute.computed = 0  # they are in ``_before``
         self.residency.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -253,7 +266,8 @@ class Runtime:
         """Hits, misses, bytes read, prefetched, prefetches that were used; since the last reset."""
         now, table = self.residency, self.addresses
         hits = now.hits + (int(table.asked) if isinstance(table, GpuTable) else 0)
-        counts = (hits, now.misses, now.bytes_read, *now.prefetched)
+        aside = 0 if self.host_compute is None else self.host_compute.computed
+        counts = (hits, now.misses + aside, now.bytes_read, *now.prefetched)
         return tuple(before + one for before, one in zip(self._before, counts, strict=True))
 
     def _make_transfer(self) -> Transfer:

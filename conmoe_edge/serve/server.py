@@ -163,6 +163,7 @@ def package_loader(
     device: str | None,
     context: int | None,
     cache_policy: str | None,
+    misses: str = "copy",
 ) -> Callable[[Callable[[int, int], None]], Loaded]:
     """What opens a package for a server: the model inside its budget, and its tokenizer."""
 
@@ -175,6 +176,7 @@ def package_loader(
             device=device,
             context=context,
             cache_policy=cache_policy,
+            misses=misses,
             progress=progress,
         )
         tokenizer = AutoTokenizer.from_pretrained(

@@ -29,6 +29,12 @@ def _logits(model: Any) -> torch.Tensor:
         return model(IDS.to(model.device)).logits.cpu()
 
 
+def wide_model(**more: Any) -> Any:
+    """Records of megabytes, so that copies take a while."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "intermediate_size": 1024}
+    return tiny_model("olmoe", num_attention_heads=64, **sizes, **more)
+
+
 @pytest.mark.parametrize("name", ["olmoe", "gpt_oss"])
 @pytest.mark.parametrize("host_bytes", [0, 60_000, 1 << 30])
 def test_slots_and_tiers_change_nothing(name: str, host_bytes: int, tmp_path: Path) -> None:
@@ -79,14 +85,13 @@ def test_one_token_by_the_operator(kind: Kind, tmp_path: Path) -> None:
 
 def test_slots_are_not_overwritten_while_they_are_read(tmp_path: Path) -> None:
     """Many tokens through few slots, without ever waiting for the GPU: a copy that overtook a kernel would show."""
-    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "intermediate_size": 1024}
-    plain = tiny_model("olmoe", dtype=torch.bfloat16, num_attention_heads=64, **sizes)
+    plain = wide_model(dtype=torch.bfloat16)
     folder = write_package(plain, tmp_path, identity(plain))
     everything = load_package(folder, device="cuda")
     few = load_package(folder, budget=_budget(1 << 30), device="cuda", slots=(5,))
     for model in (everything, few):
         model.eval()
-    tokens = torch.randint(0, 90, (200,), generator=torch.Generator().manual_seed(0)).cuda()
+    tokens = torch.randint(0, 90, (100,), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.inference_mode():
         caches: list[Any] = [None, None]
         found: list[list[torch.Tensor]] = [[], []]
@@ -100,7 +105,7 @@ def test_slots_are_not_overwritten_while_they_are_read(tmp_path: Path) -> None:
 
 def test_the_budget_is_never_exceeded(tmp_path: Path) -> None:
     """What the driver says is used, while prompts and answers run."""
-    plain = tiny_model("olmoe", hidden_size=512, moe_intermediate_size=1024, intermediate_size=1024)
+    plain = wide_model()
     folder = write_package(plain, tmp_path, identity(plain))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
@@ -118,7 +123,7 @@ def test_the_budget_is_never_exceeded(tmp_path: Path) -> None:
 
 
 def test_retreat_gives_memory_back(tmp_path: Path) -> None:
-    plain = tiny_model("olmoe", hidden_size=512, moe_intermediate_size=1024, intermediate_size=1024)
+    plain = wide_model()
     model = load_package(write_package(plain, tmp_path, thirds(plain)), device="cuda")
     expected = _logits(model)
     before = torch.cuda.memory_allocated()

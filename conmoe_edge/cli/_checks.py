@@ -8,7 +8,6 @@ which a user reads them; the ones that need torch import it when they run.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -59,8 +58,16 @@ def all_checks(folder: Path, *, disk_speed: bool = False) -> Iterator[Check]:
         yield disk_speed_check(folder)
     yield bitsandbytes_check()
     yield hub_check()
-    yield compiler_check()
+    yield operator_check()
+    if _cuda_is_there():
+        yield gpu_operator_check()
     yield config_check()
+
+
+def _cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def python_check() -> Check:
@@ -251,13 +258,41 @@ def hub_check() -> Check:
     return Check("hub cache", "ok", text)
 
 
-def compiler_check() -> Check:
-    """A C++ compiler; nothing needs one today, some torch features do."""
-    for name in ("c++", "g++", "clang++", "cl"):
-        found = shutil.which(name)
-        if found:
-            return Check("c++ compiler", "info", found)
-    return Check("c++ compiler", "info", "none (nothing here needs one)")
+def operator_check() -> Check:
+    """Whether the operator for few tokens on a processor compiles and computes what it should."""
+    from conmoe_edge.offload.native import operator, why_not
+
+    made = operator()
+    if made is not None:
+        return Check("cpu operator", "ok", made.name)
+    return Check(
+        "cpu operator",
+        "warn",
+        f"torch's kernels instead, which are slower ({_first_line(why_not())})",
+        "install a C++ compiler with OpenMP: apt install g++, or xcode-select --install",
+    )
+
+
+def gpu_operator_check() -> Check:
+    """The same of the operator for one token on a GPU."""
+    import torch
+
+    from conmoe_edge.offload.gpu import gpu_operator, why_not
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    made = gpu_operator(device)
+    if made is not None:
+        return Check("gpu operator", "ok", made.name)
+    return Check(
+        "gpu operator",
+        "warn",
+        f"torch's kernels instead, which are slower ({_first_line(why_not(device))})",
+        "pip install triton",
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 def config_check() -> Check:

@@ -104,6 +104,21 @@ def test_a_broken_profile_is_found_with_its_fix(
     assert check.fix
 
 
+def test_an_operator_or_the_reason_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conmoe_edge.offload import gpu, native
+
+    if native.operator() is not None:
+        assert _checks.operator_check().status == "ok"
+    for package, check in ((native, _checks.operator_check), (gpu, _checks.gpu_operator_check)):
+        monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+        for name in ("operator", "gpu_operator"):
+            monkeypatch.setattr(package, name, lambda *_: None, raising=False)
+        monkeypatch.setattr(package, "why_not", lambda *_: "no compiler\nand much more")
+        found = check()
+        assert found.status == "warn" and found.fix
+        assert found.text.endswith("(no compiler)")
+
+
 def gpu_findings(
     monkeypatch: pytest.MonkeyPatch, gpus: list[Gpu], *, build: str | None, usable: bool
 ) -> list[Check]:

@@ -83,6 +83,24 @@ def test_one_token_by_the_operator(kind: Kind, tmp_path: Path) -> None:
         few.conmoe.close()
 
 
+def test_the_processor_takes_a_share_of_what_is_missing(tmp_path: Path) -> None:
+    plain = wide_model(dtype=torch.bfloat16)
+    folder = write_package(plain, tmp_path, identity(plain))
+    copied = load_package(folder, budget=_budget(1 << 30), device="cuda", slots=(5,))
+    shared = load_package(folder, budget=_budget(1 << 30), device="cuda", slots=(5,), misses="auto")
+    host = shared.conmoe.host_compute
+    assert host is not None, "the system lets no memory be page-locked"
+    found = [
+        model(IDS[:, :1].cuda()).logits.float().cpu()
+        for model in (copied, shared)
+        for _ in range(4)
+    ]
+    assert all(torch.allclose(one, found[0], rtol=5e-2, atol=5e-2) for one in found)
+    assert host.costs is not None and min(host.costs.copy, host.costs.compute) > 0
+    if host.costs.aside(4):
+        assert shared.conmoe.stats().host_computed > 0
+
+
 def test_slots_are_not_overwritten_while_they_are_read(tmp_path: Path) -> None:
     """Many tokens through few slots, without ever waiting for the GPU: a copy that overtook a kernel would show."""
     plain = wide_model(dtype=torch.bfloat16)

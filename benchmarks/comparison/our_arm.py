@@ -19,6 +19,7 @@ from torch import nn
 
 import conmoe_edge
 from benchmarks.comparison.clock import Arm, main
+from benchmarks.comparison.on_device import device_of, limit, used
 from benchmarks.comparison.traces import Routes
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.generate import ChatSession
@@ -41,16 +42,21 @@ class Numbers:
 
 
 class OurArm(Arm):
-    """``job``: ``path``, ``trace``, ``threads``, ``context``, ``budget`` (as for ``--gpu``)."""
+    """``job``: ``path``, ``trace``, ``threads``, ``context``, ``budget`` (as for ``--gpu``), ``misses``; and as
+    ``on_device.py`` says.
+    """
 
     def load(self) -> None:
         torch.set_num_threads(self.job["threads"])
-        self.replay = Routes(torch.load(self.job["trace"], weights_only=True)["routes"])
+        limit(self.job)
+        routes = torch.load(self.job["trace"], weights_only=True)["routes"]
+        self.replay = Routes(routes.to(device_of(self.job)))
         self.model: Any = conmoe_edge.load(
             self.job["path"],
             budget=self.job["budget"],
-            device=self.job.get("device", "cpu"),
+            device=device_of(self.job),
             context=self.job["context"],
+            misses=self.job.get("misses", "copy"),
         )
         for layer, (path, _) in find_experts(self.model).items():
             router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
@@ -110,6 +116,7 @@ class OurArm(Arm):
                 path.stat().st_size for path in Path(self.job["path"]).glob("*.safetensors")
             ),
             "torch": torch.__version__,
+            **used(self.job),
         }
 
 

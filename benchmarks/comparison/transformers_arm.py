@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from benchmarks.comparison.clock import Arm, main
+from benchmarks.comparison.on_device import device_of, limit, used
 
 FOR_PROMPTS = ("grouped_mm", "eager")
 FOR_STEPS = ("grouped_mm", "eager", "batched_mm")
@@ -27,30 +28,40 @@ TRY_PROMPT = 128
 
 
 class TransformersArm(Arm):
-    """``job``: ``path``, ``threads``, and ``cpu_bytes`` with ``offload_folder`` for the offloading one."""
+    """``job``: ``path``, ``threads``, ``cpu_bytes`` with ``offload_folder`` for the offloading one (``gpu_bytes`` for
+    what it puts on a card); and as ``on_device.py`` says.
+    """
 
     def load(self) -> None:
         torch.set_num_threads(self.job["threads"])
+        limit(self.job)
+        device = device_of(self.job)
         words: dict[str, Any] = {}
-        if self.job.get("cpu_bytes") is not None:
+        offloads = self.job.get("cpu_bytes") is not None
+        if offloads:
+            memory: dict[int | str, int] = {"cpu": self.job["cpu_bytes"]}
+            if device == "cuda":
+                memory[0] = self.job["gpu_bytes"]
             words = {
                 "device_map": "auto",
-                "max_memory": {"cpu": self.job["cpu_bytes"]},
+                "max_memory": memory,
                 "offload_folder": self.job["offload_folder"],
             }
+        elif device == "cuda":
+            words = {"device_map": {"": 0}}
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             self.job["path"], dtype=torch.bfloat16, **words
         )
         self.cache: Any = None
         self.tried: dict[str, dict[str, float]] = {}
         self.for_prompts = self.for_steps = "grouped_mm"
-        if not words:
+        if not offloads:
             self._try_implementations()
 
     @torch.no_grad()
     def _feed(self, tokens: Sequence[int]) -> int:
         out = self.model(
-            input_ids=torch.tensor([list(tokens)]),
+            input_ids=torch.tensor([list(tokens)], device=device_of(self.job)),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -112,6 +123,7 @@ class TransformersArm(Arm):
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,
+            **used(self.job),
             "experts": {"prompt": self.for_prompts, "steps": self.for_steps, "tried": self.tried},
             "modules_on_disk": places.count("disk"),
             "modules_in_memory": len(places) - places.count("disk"),

@@ -1,7 +1,7 @@
 """Where an arm computes: its device, the cap on a GPU's memory, and what was used of it at the end.
 
 ``job["device"]`` is ``cpu`` (the default) or ``cuda``; ``job["device_bytes"]`` caps torch's allocator on a GPU, so that
-an arm that needs more fails as it would on a smaller card. The context of CUDA is not in it, and is the same for all arms.
+an arm that needs more fails as it would on a smaller card. The context of CUDA is not in it, and is the same for all.
 """
 
 from __future__ import annotations

@@ -196,7 +196,8 @@ def test_what_the_kernels_do_not_take() -> None:
 
 def package_of(tmp_path: Path, kind: Kind) -> Path:
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64}
-    model = tiny_model("olmoe", dtype=torch.bfloat16, num_attention_heads=8, **sizes)
+    sizes |= {"num_attention_heads": 8, "num_hidden_layers": 2}  # the interpreter takes its time
+    model = tiny_model("olmoe", dtype=torch.bfloat16, **sizes)
 
     def slot(layer: int, expert: int) -> SlotRecord:
         """Slots that are shared, scaled, dropped and alone."""
@@ -214,7 +215,7 @@ def on_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any
         return load_package(folder, **options)
 
 
-TOKENS = [3, 1, 4, 9]
+TOKENS = [3, 1, 4]
 
 
 @pytest.mark.parametrize("kind", KINDS)

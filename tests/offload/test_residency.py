@@ -15,6 +15,7 @@ from conmoe_edge.checkpoint.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.native import operator
+from conmoe_edge.offload.presence import HostAddresses
 from conmoe_edge.offload.replay import POLICIES
 from conmoe_edge.offload.residency import Residency
 from conmoe_edge.offload.routing import settings_for
@@ -43,7 +44,8 @@ class Bench:
         self.transfer = DirectTransfer(self.store)
         pools = [SlotPool(layout, slots, CPU) for layout in manifest.layouts]
         settings = settings_for(folder, manifest, (slots,), policy)
-        self.residency = Residency(manifest, pools, self.transfer, settings)
+        self.addresses = HostAddresses(len(manifest.prototypes))
+        self.residency = Residency(manifest, pools, self.transfer, settings, self.addresses)
         self.residency.preload()
         self.cache: Any = self.residency._caches[0]
         self.count = len(manifest.prototypes)
@@ -82,9 +84,7 @@ class Bench:
         """What the operator sees is what the cache knows of and has come, with the right bytes."""
         if operator() is None:
             return
-        addresses = self.residency.addresses
-        assert addresses is not None
-        there = {n for n in range(self.count) if n in addresses}
+        there = {n for n in range(self.count) if n in self.addresses.table}
         assert there == self.cache.resident - self.cache.arriving
         assert all(self.holds(number) for number in there)
 
@@ -205,13 +205,12 @@ def test_what_the_operator_sees_after_prefetches_and_shrinking(bench: Bench) -> 
     bench.settle()
     bench.residency.collect()
     bench.check_addresses()
-    addresses = bench.residency.addresses
-    assert addresses is not None and 10 in addresses
+    assert 10 in bench.addresses.table
     bench.residency.shrink([3])
     bench.check_addresses()
     assert len(bench.cache.resident) == 3
     bench.residency.close()
-    assert not any(number in addresses for number in range(bench.count))
+    assert not any(number in bench.addresses.table for number in range(bench.count))
 
 
 def test_a_prefetch_that_fails_is_told_to_whoever_asks(folder: Path, tmp_path: Path) -> None:

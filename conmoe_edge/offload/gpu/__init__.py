@@ -13,6 +13,7 @@ Memory: outputs of one token's prototypes, once a shape. Raises nothing.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,6 +56,8 @@ class GpuOperator:
     def __init__(self, kernels: Any, device: torch.device) -> None:
         """``kernels``: the module ``gpu/kernels.py``."""
         self._kernels, self.device = kernels, device
+        # Triton launches on the current device, whichever its tensors are on.
+        self._here = (lambda: torch.cuda.device(device)) if device.type == "cuda" else nullcontext
         self._rooms: dict[tuple[int, int, int], Chosen] = {}
         self.name = "triton"
 
@@ -69,13 +72,14 @@ class GpuOperator:
         """
         count = slots.numel()
         room = self._room(count, layer.width, layer.hidden)
-        self._kernels.merge[(1,)](
-            *(slots, gates, layer.target, layer.factor, room.numbers, room.weights),
-            *(layer.table.asked, count, layer.target.numel()),
-            SCALED=layer.factor is not None,
-            COUNTED=counted,
-            ROOM=_power_of_two(count),
-        )
+        with self._here():
+            self._kernels.merge[(1,)](
+                *(slots, gates, layer.target, layer.factor, room.numbers, room.weights),
+                *(layer.table.asked, count, layer.target.numel()),
+                SCALED=layer.factor is not None,
+                COUNTED=counted,
+                ROOM=_power_of_two(count),
+            )
         return room
 
     def experts(self, layer: GpuLayer, chosen: Chosen, wanted: int, x: Tensor) -> None:
@@ -88,29 +92,30 @@ class GpuOperator:
             (x, 0, chosen.inner, 2 * width, 2 * width),
             (chosen.inner, 2 * width, chosen.outputs, hidden, hidden),
         )
-        for side, (given, step, out, out_step, height) in enumerate(sides):
-            arguments = (
-                chosen.numbers,
-                wanted,
-                table.base,
-                table.values[side],
-                table.scales[side],
-                table.widths,
-            )
-            if layer.kinds[side] == INT4:
-                self._kernels.tiles[(-(-height // 64), chosen.numbers.numel())](
-                    *(*arguments, table.groups[side], given, step, out, out_step, hidden),
-                    GATED=side == 1,
-                    STEP=layer.steps[side],
+        with self._here():
+            for side, (given, step, out, out_step, height) in enumerate(sides):
+                arguments = (
+                    chosen.numbers,
+                    wanted,
+                    table.base,
+                    table.values[side],
+                    table.scales[side],
+                    table.widths,
                 )
-            else:
-                self._kernels.rows[(-(-height // _ROWS), chosen.numbers.numel())](
-                    *(*arguments, given, step, out, out_step, hidden),
-                    KIND=layer.kinds[side],
-                    GATED=side == 1,
-                    ROWS=_ROWS,
-                    STEP=_STEP,
-                )
+                if layer.kinds[side] == INT4:
+                    self._kernels.tiles[(-(-height // 64), chosen.numbers.numel())](
+                        *(*arguments, table.groups[side], given, step, out, out_step, hidden),
+                        GATED=side == 1,
+                        STEP=layer.steps[side],
+                    )
+                else:
+                    self._kernels.rows[(-(-height // _ROWS), chosen.numbers.numel())](
+                        *(*arguments, given, step, out, out_step, hidden),
+                        KIND=layer.kinds[side],
+                        GATED=side == 1,
+                        ROWS=_ROWS,
+                        STEP=_STEP,
+                    )
 
     def combine(
         self, layer: GpuLayer, chosen: Chosen, slots: Tensor, gates: Tensor, dtype: torch.dtype
@@ -118,12 +123,13 @@ class GpuOperator:
         """The routed experts' output [1, H] in ``dtype``; ``slots`` and ``gates`` as of ``merge``."""
         hidden = layer.hidden
         out = torch.empty(1, hidden, dtype=dtype, device=self.device)
-        self._kernels.combine[(-(-hidden // _BLOCK),)](
-            *(chosen.numbers, chosen.weights, chosen.outputs, hidden, slots, gates),
-            *(layer.constant_of, layer.constants, out, slots.numel(), layer.target.numel()),
-            CONSTANTS=layer.constants is not None,
-            BLOCK=_BLOCK,
-        )
+        with self._here():
+            self._kernels.combine[(-(-hidden // _BLOCK),)](
+                *(chosen.numbers, chosen.weights, chosen.outputs, hidden, slots, gates),
+                *(layer.constant_of, layer.constants, out, slots.numel(), layer.target.numel()),
+                CONSTANTS=layer.constants is not None,
+                BLOCK=_BLOCK,
+            )
         return out
 
     def _room(self, count: int, width: int, hidden: int) -> Chosen:

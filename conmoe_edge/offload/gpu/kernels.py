@@ -74,7 +74,7 @@ def _inputs(x, i, step, width, at, inside, GATED: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def rows(
     numbers,
     wanted,
@@ -130,7 +130,7 @@ def rows(
             tl.store(y + i * y_step + row, sums, mask=row < height)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def tiles(
     numbers,
     wanted,

@@ -32,7 +32,9 @@ from typing import Any
 from benchmarks.comparison.arms import (
     CELLS,
     GROUPS,
+    MODULES,
     SYSTEMS,
+    ArmSettings,
     Cell,
     System,
     cap_name,
@@ -51,25 +53,14 @@ OUR_MARGIN = 256 * MIB
 OFFLOAD_MARGIN = 2048 * MIB
 """Left of a cap beside accelerate's CPU share: the process, one layer's experts, activations."""
 PROMPT_SECONDS = 600.0
-MODULES = {
-    "ours": "benchmarks.comparison.our_arm",
-    "llama": "benchmarks.comparison.llama_arm",
-    "transformers": "benchmarks.comparison.transformers_arm",
-    "offload": "benchmarks.comparison.transformers_arm",
-}
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "i8mm", "sve")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What is the same for all arms."""
+class Settings(ArmSettings):
+    """And how long an arm may load."""
 
-    prompt_tokens: int
-    steps: int
-    seconds: float
     load_seconds: float
-    threads: int
-    context: int
 
 
 class Ledger:
@@ -107,18 +98,8 @@ def job_of(
     cell: Cell, system: System, shop: Workshop, settings: Settings, prompt: Sequence[int]
 ) -> dict[str, Any]:
     """What the arm is told."""
-    job: dict[str, Any] = {
-        "path": str(shop.path_of(system)),
-        "threads": settings.threads,
-        "context": settings.context,
-        "prompt": list(prompt[: settings.prompt_tokens]),
-        "text": list(prompt[settings.prompt_tokens :]),
-        "steps": settings.steps,
-        "seconds": settings.seconds,
-        "warm": cell.cap is None,
-    }
+    job = shop.job(system, settings, prompt) | {"warm": cell.cap is None}
     if system.engine == "ours":
-        job["trace"] = str(shop.trace("heldout"))
         job["budget"] = "auto" if cell.cap is None else f"{(cell.cap - OUR_MARGIN) // MIB}MiB"
     elif system.engine == "llama":
         job["repack"] = system.repack

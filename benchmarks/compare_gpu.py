@@ -23,18 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.arms import SYSTEMS, System
+from benchmarks.comparison.arms import MODULES, SYSTEMS, ArmSettings, System
 from benchmarks.comparison.artefacts import Workshop
 from benchmarks.measure import machine
 from conmoe_edge.units import parse_size
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compare_gpu.json"
 GIB = 1 << 30
-MODULES = {
-    "ours": "benchmarks.comparison.our_arm",
-    "transformers": "benchmarks.comparison.transformers_arm",
-    "offload": "benchmarks.comparison.transformers_arm",
-}
 OFFLOAD_MARGIN = 1 << 30
 """Of a cap, what accelerate must leave free for the layer that it brings to the card."""
 
@@ -68,36 +63,23 @@ CELLS = (
 
 
 @dataclass(frozen=True, slots=True)
-class GpuSettings:
-    """What is the same for all arms."""
+class GpuSettings(ArmSettings):
+    """And where they run, within what."""
 
     device: str
     cap: int
-    prompt_tokens: int
-    steps: int
-    seconds: float
-    threads: int
-    context: int
 
 
 def job_of(
     cell: GpuCell, system: System, shop: Workshop, settings: GpuSettings, prompt: Sequence[int]
 ) -> dict[str, Any]:
     """What the arm is told."""
-    job: dict[str, Any] = {
-        "path": str(shop.path_of(system)),
+    job = shop.job(system, settings, prompt) | {
         "device": settings.device,
         "device_bytes": settings.cap if cell.capped else None,
-        "threads": settings.threads,
-        "context": settings.context,
-        "prompt": list(prompt[: settings.prompt_tokens]),
-        "text": list(prompt[settings.prompt_tokens :]),
-        "steps": settings.steps,
-        "seconds": settings.seconds,
         "warm": True,
     }
     if system.engine == "ours":
-        job["trace"] = str(shop.trace("heldout"))
         job["budget"] = f"{settings.cap // (1 << 20)}MiB" if cell.capped else "auto"
         job["misses"] = cell.misses
     elif system.engine == "offload":

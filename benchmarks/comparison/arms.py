@@ -15,6 +15,25 @@ from typing import Literal
 Engine = Literal["ours", "transformers", "offload", "llama"]
 GIB = 1 << 30
 
+MODULES = {
+    "ours": "benchmarks.comparison.our_arm",
+    "llama": "benchmarks.comparison.llama_arm",
+    "transformers": "benchmarks.comparison.transformers_arm",
+    "offload": "benchmarks.comparison.transformers_arm",
+}
+"""What runs an engine's arm."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSettings:
+    """What every arm is told, and the same for all."""
+
+    prompt_tokens: int
+    steps: int
+    seconds: float
+    threads: int
+    context: int
+
 
 @dataclass(frozen=True, slots=True)
 class System:

@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.comparison.arms import System
+from benchmarks.comparison.arms import ArmSettings, System
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION_TOKENS = 2048
@@ -42,6 +43,21 @@ class Workshop:
     def python_of(self, system: System) -> str:
         """The interpreter that runs this system."""
         return self._llama_python if system.engine == "llama" else sys.executable
+
+    def job(self, system: System, settings: ArmSettings, prompt: Sequence[int]) -> dict[str, Any]:
+        """What the system's arm is told on any device, under any cap; ``prompt``: as ``prompt`` gives it."""
+        job: dict[str, Any] = {
+            "path": str(self.path_of(system)),
+            "threads": settings.threads,
+            "context": settings.context,
+            "prompt": list(prompt[: settings.prompt_tokens]),
+            "text": list(prompt[settings.prompt_tokens :]),
+            "steps": settings.steps,
+            "seconds": settings.seconds,
+        }
+        if system.engine == "ours":
+            job["trace"] = str(self.trace("heldout"))
+        return job
 
     def path_of(self, system: System) -> Path:
         """Where the system's weights are, made if need be."""

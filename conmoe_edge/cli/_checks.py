@@ -262,15 +262,9 @@ def operator_check() -> Check:
     """Whether the operator for few tokens on a processor compiles and computes what it should."""
     from conmoe_edge.offload.native import operator, why_not
 
+    fix = "install a C++ compiler with OpenMP: apt install g++, or xcode-select --install"
     made = operator()
-    if made is not None:
-        return Check("cpu operator", "ok", made.name)
-    return Check(
-        "cpu operator",
-        "warn",
-        f"torch's kernels instead, which are slower ({_first_line(why_not())})",
-        "install a C++ compiler with OpenMP: apt install g++, or xcode-select --install",
-    )
+    return _operator("cpu operator", made and made.name, why_not(), fix)
 
 
 def gpu_operator_check() -> Check:
@@ -281,18 +275,14 @@ def gpu_operator_check() -> Check:
 
     device = torch.device("cuda", torch.cuda.current_device())
     made = gpu_operator(device)
-    if made is not None:
-        return Check("gpu operator", "ok", made.name)
-    return Check(
-        "gpu operator",
-        "warn",
-        f"torch's kernels instead, which are slower ({_first_line(why_not(device))})",
-        "pip install triton",
-    )
+    return _operator("gpu operator", made and made.name, why_not(device), "pip install triton")
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _operator(name: str, made: str | None, why_not: str, fix: str) -> Check:
+    if made:
+        return Check(name, "ok", made)
+    reason = why_not.strip().partition("\n")[0]
+    return Check(name, "warn", f"torch's kernels instead, which are slower ({reason})", fix)
 
 
 def config_check() -> Check:

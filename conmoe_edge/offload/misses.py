@@ -2,7 +2,7 @@
 
 Copies and the processor work side by side, so the missing ones are divided such that the later of the two is over
 first. A copy takes the record's bytes over the link's rate, the processor the same bytes over what its kernel gets out
-of the memory; with one token there is no more to it (``runtime`` measures both, ``host_compute.py``). Of equal times
+of the memory; with one token there is no more to it (``host_compute.py`` measures both). Of equal times
 the one with fewer on the processor is taken: what is copied is there for the next token.
 
 A processor and a GPU round differently, so with ``auto`` the last bits of a result depend on what was resident.

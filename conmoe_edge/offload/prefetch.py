@@ -81,16 +81,12 @@ class Prefetcher:
         return [numbers[column] for column in best]
 
 
-def open_prefetcher(
-    folder: Path, manifest: Manifest, resident_share: float, device: torch.device
-) -> Prefetcher | None:
-    """The prefetcher where it pays with so many resident prototypes; else ``None``."""
+def reads_ahead(manifest: Manifest, resident_share: float) -> bool:
+    """Whether reading ahead pays with so many resident prototypes."""
     settings = manifest.prefetch
     if settings is None or not settings.depth or resident_share >= 1:
-        return None
-    if abs(resident_share - settings.resident_share) > _NEAR:
-        return None
-    return Prefetcher(folder, manifest, device)
+        return False
+    return abs(resident_share - settings.resident_share) <= _NEAR
 
 
 def _damaged(folder: Path, why: str) -> PackageError:

@@ -28,7 +28,7 @@ from conmoe_edge.offload.host_compute import HostCompute
 from conmoe_edge.offload.host_tier import HostTier
 from conmoe_edge.offload.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.lending import Lending
-from conmoe_edge.offload.prefetch import Prefetcher, open_prefetcher
+from conmoe_edge.offload.prefetch import Prefetcher, reads_ahead
 from conmoe_edge.offload.presence import Addresses, HostAddresses
 from conmoe_edge.offload.quota import halved
 from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
@@ -178,6 +178,7 @@ class Runtime:
         )
         self._host: HostTier | None = None
         self.host_compute: HostCompute | None = None
+        self.prefetcher: Prefetcher | None = None
         try:
             self._transfer = self._make_transfer()
             if misses == "auto" and self._host is not None and self._host.nbytes:
@@ -325,7 +326,9 @@ class Runtime:
         """Whether to read ahead depends on how many prototypes are there now, in lent slots too."""
         count = len(self.manifest.prototypes)
         share = residency.resident_count / count if count else 1.0
-        return open_prefetcher(self.folder, self.manifest, share, self.device)
+        if not reads_ahead(self.manifest, share):
+            return None
+        return self.prefetcher or Prefetcher(self.folder, self.manifest, self.device)
 
     def _all_slots(self) -> tuple[int, ...]:
         """The planned slots of every layout, and those that are lent."""

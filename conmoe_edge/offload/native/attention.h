@@ -8,39 +8,6 @@
 
 namespace {
 
-// exp of a number that is not above 0, to a few units in the last place; below 2^-126 it is that.
-inline float exp_below(float x) {
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
-  const float t = std::max(x * 1.44269504f, -126.0f), whole = (t + ROUND) - ROUND, f = t - whole;
-  float p = 1.5403530e-4f;  // 2^f for |f| <= 1/2, its Taylor series
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return p * from_bits(uint32_t(int32_t(whole) + 127) << 23);
-}
-
-// The softmax of `scaling` times `count` numbers, in their place. Sums run in lanes, so the order is always the same.
-inline void softmax(float* x, int64_t count, float scaling) {
-  float most[LANES], sums[LANES] = {0};
-  for (float& one : most) one = -std::numeric_limits<float>::infinity();
-  const int64_t whole = count - count % LANES;
-  for (int64_t k = 0; k < count; ++k) x[k] *= scaling;
-  for (int64_t k = 0; k < whole; k += LANES)
-    for (int64_t i = 0; i < LANES; ++i) most[i] = most[i] > x[k + i] ? most[i] : x[k + i];
-  float top = most[0];
-  for (const float one : most) top = std::max(top, one);
-  for (int64_t k = whole; k < count; ++k) top = std::max(top, x[k]);
-  for (int64_t k = 0; k < whole; k += LANES)
-    for (int64_t i = 0; i < LANES; ++i) sums[i] += x[k + i] = exp_below(x[k + i] - top);
-  float total = 0;
-  for (int64_t k = whole; k < count; ++k) total += x[k] = exp_below(x[k] - top);
-  for (const float one : sums) total += one;
-  for (int64_t k = 0; k < count; ++k) x[k] /= total;
-}
-
 // x over the root of its mean square, times a weight (bf16 where `narrow`, else fp32). `plus_one` adds 1 to the weight;
 // `early` rounds to the format of x before the weight is applied.
 struct Norm {
@@ -131,6 +98,7 @@ struct Rotary {
   void turn(uint16_t* head) const {
     const int64_t half = width / 2;
     const auto rounded = [](float value) { return from_bf16(to_bf16(value)); };
+#pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
       const float a = from_bf16(head[i]), b = from_bf16(head[i + half]);
       const float first = rounded(a * from_bf16(cos[i])), other = rounded(-b * from_bf16(sin[i]));

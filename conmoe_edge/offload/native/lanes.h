@@ -31,6 +31,12 @@ inline float from_bits(uint32_t bits) {
   return value;
 }
 
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 inline float from_bf16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
 inline float from_fp16(uint16_t bits) {
@@ -42,8 +48,7 @@ inline float from_fp16(uint16_t bits) {
 }
 
 inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torch does
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }

@@ -9,14 +9,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
-#include "lanes.h"
+#include "elementwise.h"
 
 namespace {
 
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
+constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
+constexpr int64_t MOST = 64;        // rows of a block, at most
 constexpr int64_t TILE = 64;        // rows of a tile of int4
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
@@ -55,24 +56,23 @@ struct Int8 {
   static float one(T w) { return float(w); }
 };
 
-// `COUNT` rows times one token.
+// `COUNT` rows that lie `step` numbers apart, times one token.
 template <class Form, int64_t COUNT>
-inline void dot(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
+inline void dot(const typename Form::T* w, int64_t step, int64_t columns, const float* x, float* sums) {
   Lanes total[COUNT];
   for (int64_t r = 0; r < COUNT; ++r) total[r] = zero();
   const int64_t whole = columns - columns % LANES;
   for (int64_t k = 0; k < whole; k += LANES) {
     const Lanes value = load(x + k);
     for (int64_t r = 0; r < COUNT; ++r) {
-      const typename Form::T* row = w + r * columns + k;
-      // Rows are often a page long, where the processor's own read-ahead ends.
-      __builtin_prefetch(row + COUNT * columns);
+      const typename Form::T* row = w + r * step + k;
+      __builtin_prefetch(row + COUNT * step);
       total[r] = fma(Form::lanes(row), value, total[r]);
     }
   }
   for (int64_t r = 0; r < COUNT; ++r) {
     float rest = 0;
-    for (int64_t k = whole; k < columns; ++k) rest += Form::one(w[r * columns + k]) * x[k];
+    for (int64_t k = whole; k < columns; ++k) rest += Form::one(w[r * step + k]) * x[k];
     sums[r] = sum(total[r]) + rest;
   }
 }
@@ -118,26 +118,28 @@ struct Bytes {
 
   void one_block(const float* x, int8_t* to, int64_t width, size_t place) {
     uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
+#pragma omp simd reduction(max : largest)
     for (int64_t k = 0; k < width; ++k) {
-      uint32_t bits;
-      std::memcpy(&bits, x + k, sizeof(bits));
-      bits &= 0x7fffffffu;
-      largest = largest > bits ? largest : bits;
+      const uint32_t size = to_bits(x[k]) & 0x7fffffffu;
+      largest = largest > size ? largest : size;
     }
     const float most = from_bits(largest);
     const bool finite = largest < 0x7f800000u;
     const float factor = finite && most > 1e-30f ? 127.0f / most : 0.0f;
-    float total = 0;
     int32_t numbers = 0;
-    for (int64_t k = 0; k < width; ++k) {
-      const int32_t number = finite ? int32_t(std::nearbyint(x[k] * factor)) : 0;
-      to[k] = int8_t(number);
-      numbers += number;
-      total += x[k];
+    if (finite) {
+#pragma omp simd reduction(+ : numbers)
+      for (int64_t k = 0; k < width; ++k) {
+        const int32_t number = int32_t(std::nearbyint(x[k] * factor));
+        to[k] = int8_t(number);
+        numbers += number;
+      }
+    } else {
+      std::fill_n(to, width, int8_t(0));
     }
     scale[place] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
     whole[place] = numbers;
-    sum[place] = total;
+    sum[place] = sum_of(x, width);
   }
 
   Token token(int64_t index) const {
@@ -164,9 +166,9 @@ inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-// `COUNT` rows of int8 times one token.
+// `COUNT` rows of int8 that lie `step` numbers apart, times one token.
 template <int64_t COUNT>
-inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+inline void dot_bytes(const int8_t* w, int64_t step, int64_t columns, Token x, float* sums) {
   __m256 total[COUNT];
   for (int64_t r = 0; r < COUNT; ++r) total[r] = _mm256_setzero_ps();
   const int64_t whole = columns - columns % BLOCK;
@@ -174,15 +176,15 @@ inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
     const __m256i value = _mm256_loadu_si256((const __m256i*)(x.q + k));
     const __m256 scale = _mm256_set1_ps(x.scale[k / BLOCK]);
     for (int64_t r = 0; r < COUNT; ++r) {
-      const int8_t* row = w + r * columns + k;
-      __builtin_prefetch(row + COUNT * columns);
+      const int8_t* row = w + r * step + k;
+      __builtin_prefetch(row + COUNT * step);
       const __m256i part = products_of(_mm256_loadu_si256((const __m256i*)row), value);
       total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), scale, total[r]);
     }
   }
   for (int64_t r = 0; r < COUNT; ++r) {
     int32_t rest = 0;
-    for (int64_t k = whole; k < columns; ++k) rest += int32_t(w[r * columns + k]) * x.q[k];
+    for (int64_t k = whole; k < columns; ++k) rest += int32_t(w[r * step + k]) * x.q[k];
     sums[r] = sum_of(total[r]) + (whole < columns ? float(rest) * x.scale[whole / BLOCK] : 0.0f);
   }
 }
@@ -190,13 +192,13 @@ inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
 #else
 
 template <int64_t COUNT>
-inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+inline void dot_bytes(const int8_t* w, int64_t step, int64_t columns, Token x, float* sums) {
   for (int64_t r = 0; r < COUNT; ++r) {
     float total = 0;
     for (int64_t start = 0; start < columns; start += BLOCK) {
       const int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
       int32_t part = 0;
-      for (int64_t k = start; k < stop; ++k) part += int32_t(w[r * columns + k]) * x.q[k];
+      for (int64_t k = start; k < stop; ++k) part += int32_t(w[r * step + k]) * x.q[k];
       total += float(part) * x.scale[start / BLOCK];
     }
     sums[r] = total;
@@ -205,62 +207,72 @@ inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
 
 #endif
 
-inline void some_rows(const int8_t* w, const uint16_t* scale, int64_t columns, Token x, int64_t height, float* sums) {
-  if (height == ROWS)
-    dot_bytes<ROWS>(w, columns, x, sums);
-  else
-    for (int64_t r = 0; r < height; ++r) dot_bytes<1>(w + r * columns, columns, x, sums + r);
-  for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
-}
-
 // ---- products -------------------------------------------------------------------------------------------------------
-
-// Up to `ROWS` rows times one token, scaled.
-template <class Form>
-inline void some_rows(const typename Form::T* w, const uint16_t* scale, int64_t columns, const float* x, int64_t height,
-                      float* sums) {
-  if (height == ROWS)
-    dot<Form, ROWS>(w, columns, x, sums);
-  else
-    for (int64_t r = 0; r < height; ++r) dot<Form, 1>(w + r * columns, columns, x, sums + r);
-  if (scale)
-    for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
-}
-
-inline float silu(float value) { return value / (1.0f + std::exp(-value)); }
 
 // What the products of a form with fp32 activations, and of int8 with those in 8 bits, have different.
 template <class Form>
 struct Plain {
   using T = typename Form::T;
   using Input = Floats;
-  static void rows(const T* w, const uint16_t* scale, int64_t columns, const float* x, int64_t height, float* sums) {
-    some_rows<Form>(w, scale, columns, x, height, sums);
+  using Row = const float*;
+  template <int64_t COUNT>
+  static void times(const T* w, int64_t step, int64_t columns, Row x, float* sums) {
+    dot<Form, COUNT>(w, step, columns, x, sums);
   }
 };
 struct Whole {
   using T = int8_t;
   using Input = Bytes;
-  static void rows(const T* w, const uint16_t* scale, int64_t columns, Token x, int64_t height, float* sums) {
-    some_rows(w, scale, columns, x, height, sums);
+  using Row = Token;
+  template <int64_t COUNT>
+  static void times(const T* w, int64_t step, int64_t columns, Row x, float* sums) {
+    dot_bytes<COUNT>(w, step, columns, x, sums);
   }
 };
+
+// Rows that a thread takes as a block: `ROWS` streams of them, which lie in different pages. Two streams in one page are
+// read up to 1.5 times more slowly.
+template <class Way>
+int64_t block_rows(int64_t columns) {
+  const int64_t row = std::max<int64_t>(1, columns * int64_t(sizeof(typename Way::T)));
+  return std::min(ROWS * ((PAGE + row - 1) / row), MOST);
+}
+
+// How many blocks a thread takes at once, of so many numbers each.
+template <class Way>
+int64_t blocks_at_once(int64_t numbers) {
+  return CHUNK / std::max<int64_t>(1, numbers * int64_t(sizeof(typename Way::T))) + 1;
+}
+
+// The rows of a block times one token, scaled.
+template <class Way>
+inline void block_of_rows(const typename Way::T* w, const uint16_t* scale, int64_t columns, typename Way::Row x,
+                          int64_t height, float* sums) {
+  const int64_t apart = height / ROWS;
+  for (int64_t j = 0; j < apart; ++j) {
+    float found[ROWS];
+    Way::template times<ROWS>(w + j * columns, apart * columns, columns, x, found);
+    for (int64_t r = 0; r < ROWS; ++r) sums[j + r * apart] = found[r];
+  }
+  for (int64_t r = ROWS * apart; r < height; ++r) Way::template times<1>(w + r * columns, columns, columns, x, sums + r);
+  if (scale)
+    for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
+}
 
 template <class Way>
 void rows_kind(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
                bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns) {
-  const int64_t blocks = (rows + ROWS - 1) / ROWS, all_blocks = blocks * count;
-  const int64_t at_once = CHUNK / int64_t(ROWS * columns * sizeof(typename Way::T)) + 1;
+  const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(high * columns);
+  const int64_t blocks = (rows + high - 1) / high, all_blocks = blocks * count;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
-    const int64_t which = block / blocks, row = block % blocks * ROWS;
+    const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns;
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    const int64_t height = rows - row < ROWS ? rows - row : ROWS;
     for (int64_t token = 0; token < tokens; ++token) {
-      float sums[ROWS];
+      float sums[MOST];
       const auto input = x.token((shared ? 0 : which * tokens) + token);
-      Way::rows(w, scale ? scale + row : nullptr, columns, input, height, sums);
+      block_of_rows<Way>(w, scale ? scale + row : nullptr, columns, input, height, sums);
       for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
   }
@@ -288,19 +300,22 @@ struct Blocks {
 template <class Way>
 void gated_rows(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
                 const int64_t* widths, float* const* h, int64_t columns) {
-  const Blocks blocks(count, widths, ROWS);
-  const int64_t at_once = CHUNK / int64_t(2 * ROWS * columns * sizeof(typename Way::T)) + 1;
+  const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(2 * high * columns);
+  const Blocks blocks(count, widths, high);
 #pragma omp parallel for schedule(dynamic, at_once) if (blocks.all() > at_once)
   for (int64_t number = 0; number < blocks.all(); ++number) {
     int64_t block = number;
-    const int64_t which = blocks.find(&block), row = block * ROWS, width = widths[which];
+    const int64_t which = blocks.find(&block), row = block * high, width = widths[which];
     const auto* w = static_cast<const typename Way::T*>(values[which]);
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    const int64_t height = width - row < ROWS ? width - row : ROWS;
-    float gate[ROWS], up[ROWS];
-    Way::rows(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, gate);
-    Way::rows(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height, up);
-    for (int64_t r = 0; r < height; ++r) h[which][row + r] = silu(gate[r]) * up[r];
+    const int64_t height = std::min(width - row, high);
+    float gate[MOST], up[MOST];
+    block_of_rows<Way>(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, gate);
+    block_of_rows<Way>(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height,
+                       up);
+    float* const to = h[which] + row;
+#pragma omp simd
+    for (int64_t r = 0; r < height; ++r) to[r] = silu(gate[r]) * up[r];
   }
 }
 
@@ -308,18 +323,16 @@ void gated_rows(int64_t count, const void* const* values, const void* const* sca
 template <class Way>
 void down_rows(int64_t count, const void* const* values, const void* const* scales,
                const std::vector<typename Way::Input>& x, const int64_t* columns, float* y, int64_t rows) {
-  const int64_t blocks = (rows + ROWS - 1) / ROWS, all_blocks = blocks * count;
   const int64_t widest = *std::max_element(columns, columns + count);
-  const int64_t at_once = CHUNK / int64_t(ROWS * widest * sizeof(typename Way::T)) + 1;
+  const int64_t high = block_rows<Way>(widest), at_once = blocks_at_once<Way>(high * widest);
+  const int64_t blocks = (rows + high - 1) / high, all_blocks = blocks * count;
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
-    const int64_t which = block / blocks, row = block % blocks * ROWS;
+    const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns[which];
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    const int64_t height = rows - row < ROWS ? rows - row : ROWS;
-    float sums[ROWS];
-    Way::rows(w, scale ? scale + row : nullptr, columns[which], x[size_t(which)].token(0), height, sums);
-    for (int64_t r = 0; r < height; ++r) y[which * rows + row + r] = sums[r];
+    block_of_rows<Way>(w, scale ? scale + row : nullptr, columns[which], x[size_t(which)].token(0), height,
+                       y + which * rows + row);
   }
 }
 
@@ -380,7 +393,7 @@ inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t 
     for (__m256i& one : part) one = _mm256_setzero_si256();
     for (int64_t k = start; k < stop; k += 2) {
       const uint8_t* bytes = w + k * (TILE / 2);
-      __builtin_prefetch(bytes + 4096);
+      __builtin_prefetch(bytes + 2048);
       int16_t two;
       std::memcpy(&two, q + k, sizeof(two));
       const __m256i x = _mm256_set1_epi16(two);
@@ -482,7 +495,9 @@ void gated_tiles(int64_t count, const void* const* values, const void* const* sc
       const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
       const int64_t stop = width - start < TILE ? width : start + TILE;
       const float* const gate = rows.data() + before[size_t(which)];
-      for (int64_t row = start; row < stop; ++row) h[which][row] = silu(gate[row]) * gate[width + row];
+      float* const to = h[which];
+#pragma omp simd
+      for (int64_t row = start; row < stop; ++row) to[row] = silu(gate[row]) * gate[width + row];
     }
   }
 }

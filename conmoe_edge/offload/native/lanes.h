@@ -80,7 +80,18 @@ struct Source {
   }
 };
 
+#if CONMOE_INTEGERS
+inline float sum_of(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#endif
+
 // ---- sixteen floats ------------------------------------------------------------------------------------------------
+//
+// `most` and `least` give their second argument where one of the two is NaN; `power_of_two` takes whole numbers from -126
+// to 127.
 
 #if CONMOE_AVX512
 
@@ -92,6 +103,13 @@ inline Lanes all(float value) { return {_mm512_set1_ps(value)}; }
 inline Lanes load(const float* from) { return {_mm512_loadu_ps(from)}; }
 inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes divide(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes most(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes least(Lanes a, Lanes b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Lanes power_of_two(Lanes a) {
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(whole, 23))};
+}
 inline void store(float* to, Lanes a) { _mm512_storeu_ps(to, a.v); }
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
 inline Lanes load(const uint16_t* from) {
@@ -129,6 +147,14 @@ inline Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add
 inline Lanes fma(Lanes x, Lanes y, Lanes z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+inline Lanes divide(Lanes x, Lanes y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Lanes most(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Lanes least(Lanes x, Lanes y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline __m256 power_of_two(__m256 x) {
+  const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(whole, 23));
+}
+inline Lanes power_of_two(Lanes x) { return {power_of_two(x.a), power_of_two(x.b)}; }
 inline void store(float* to, Lanes x) {
   _mm256_storeu_ps(to, x.a);
   _mm256_storeu_ps(to + 8, x.b);
@@ -165,14 +191,7 @@ inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
   second = {_mm256_castsi256_ps(_mm256_and_si256(a, upper)), _mm256_castsi256_ps(_mm256_and_si256(b, upper))};
 }
-inline float sum(Lanes x) {
-  float wide[LANES], total = 0;
-  store(wide, x);
-  for (int64_t i = 0; i < 8; ++i) wide[i] += wide[i + 8];
-  for (int64_t i = 0; i < 4; ++i) wide[i] += wide[i + 4];
-  for (int64_t i = 0; i < 4; ++i) total += wide[i];
-  return total;
-}
+inline float sum(Lanes x) { return sum_of(_mm256_add_ps(x.a, x.b)); }
 
 #else
 
@@ -190,6 +209,12 @@ inline Lanes all(float value) { return each([=](int64_t) { return value; }); }
 inline Lanes load(const float* from) { return each([=](int64_t i) { return from[i]; }); }
 inline Lanes add(Lanes a, Lanes b) { return each([&](int64_t i) { return a.v[i] + b.v[i]; }); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int64_t i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline Lanes divide(Lanes a, Lanes b) { return each([&](int64_t i) { return a.v[i] / b.v[i]; }); }
+inline Lanes most(Lanes a, Lanes b) { return each([&](int64_t i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Lanes least(Lanes a, Lanes b) { return each([&](int64_t i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Lanes power_of_two(Lanes a) {
+  return each([&](int64_t i) { return from_bits(a.v[i] == a.v[i] ? uint32_t(int32_t(a.v[i]) + 127) << 23 : 0x7fc00000u); });
+}
 inline void store(float* to, Lanes a) { std::memcpy(to, a.v, sizeof(a.v)); }
 inline Lanes load(const uint16_t* from) { return each([=](int64_t i) { return from_bf16(from[i]); }); }
 inline Lanes load_half(const uint16_t* from) { return each([=](int64_t i) { return from_fp16(from[i]); }); }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "elementwise.h"
 
@@ -18,6 +19,7 @@ namespace {
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
 constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
 constexpr int64_t MOST = 64;        // rows of a block, at most
+constexpr int64_t TOKENS = 4;       // that a row is multiplied with at once
 constexpr int64_t TILE = 64;        // rows of a tile of int4
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
@@ -77,6 +79,24 @@ inline void dot(const typename Form::T* w, int64_t step, int64_t columns, const 
   }
 }
 
+// One row times `TOKENS` tokens that lie one after another: the same bits, and the row is turned into fp32 once.
+template <class Form>
+inline void dot_tokens(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
+  Lanes total[TOKENS];
+  for (Lanes& one : total) one = zero();
+  int64_t k = 0;
+  for (; k + LANES <= columns; k += LANES) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + PAGE);
+    const Lanes value = Form::lanes(w + k);
+    for (int64_t t = 0; t < TOKENS; ++t) total[t] = fma(value, load(x + t * columns + k), total[t]);
+  }
+  for (int64_t t = 0; t < TOKENS; ++t) {
+    float rest = 0;
+    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t * columns + j];
+    sums[t] = sum(total[t]) + rest;
+  }
+}
+
 // Tokens in fp32, one after another.
 struct Floats {
   const float* x;
@@ -99,7 +119,7 @@ struct Token {
 // `count` tokens of `columns` in blocks of `block`. A block that holds infinity or NaN has the scale NaN.
 struct Bytes {
   std::vector<int8_t> q;
-  std::vector<float> scale, sum;
+  std::vector<float> scale, sum, rounded;
   std::vector<int32_t> whole;
   int64_t columns, blocks;
 
@@ -118,24 +138,18 @@ struct Bytes {
 
   void one_block(const float* x, int8_t* to, int64_t width, size_t place) {
     uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
-#pragma omp simd reduction(max : largest)
-    for (int64_t k = 0; k < width; ++k) {
-      const uint32_t size = to_bits(x[k]) & 0x7fffffffu;
-      largest = largest > size ? largest : size;
-    }
+    for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);
     const float most = from_bits(largest);
     const bool finite = largest < 0x7f800000u;
-    const float factor = finite && most > 1e-30f ? 127.0f / most : 0.0f;
+    const Lanes factor = all(finite && most > 1e-30f ? 127.0f / most : 0.0f);
+    rounded.assign(size_t(width), 0.0f);
+    if (finite)
+      for_each(x, rounded.data(), width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
     int32_t numbers = 0;
-    if (finite) {
-#pragma omp simd reduction(+ : numbers)
-      for (int64_t k = 0; k < width; ++k) {
-        const int32_t number = int32_t(std::nearbyint(x[k] * factor));
-        to[k] = int8_t(number);
-        numbers += number;
-      }
-    } else {
-      std::fill_n(to, width, int8_t(0));
+    for (int64_t k = 0; k < width; ++k) {
+      const auto number = int32_t(rounded[size_t(k)]);
+      to[k] = int8_t(number);
+      numbers += number;
     }
     scale[place] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
     whole[place] = numbers;
@@ -158,12 +172,6 @@ inline __m256i products_of(__m256i w, __m256i x) {
 #else
   return _mm256_madd_epi16(_mm256_maddubs_epi16(size, signs), _mm256_set1_epi16(1));
 #endif
-}
-
-inline float sum_of(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
 // `COUNT` rows of int8 that lie `step` numbers apart, times one token.
@@ -219,6 +227,7 @@ struct Plain {
   static void times(const T* w, int64_t step, int64_t columns, Row x, float* sums) {
     dot<Form, COUNT>(w, step, columns, x, sums);
   }
+  static void several(const T* w, int64_t columns, Row x, float* sums) { dot_tokens<Form>(w, columns, x, sums); }
 };
 struct Whole {
   using T = int8_t;
@@ -269,7 +278,18 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
     const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns;
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    for (int64_t token = 0; token < tokens; ++token) {
+    int64_t token = 0;
+    if constexpr (std::is_same_v<typename Way::Row, const float*>)
+      for (; token + TOKENS <= tokens; token += TOKENS) {
+        const float* const first = x.token((shared ? 0 : which * tokens) + token);
+        for (int64_t r = 0; r < height; ++r) {
+          float sums[TOKENS];
+          Way::several(w + r * columns, columns, first, sums);
+          for (int64_t t = 0; t < TOKENS; ++t)
+            y.put((which * tokens + token + t) * rows + row + r, scale ? sums[t] * from_bf16(scale[row + r]) : sums[t]);
+        }
+      }
+    for (; token < tokens; ++token) {
       float sums[MOST];
       const auto input = x.token((shared ? 0 : which * tokens) + token);
       block_of_rows<Way>(w, scale ? scale + row : nullptr, columns, input, height, sums);
@@ -309,13 +329,12 @@ void gated_rows(int64_t count, const void* const* values, const void* const* sca
     const auto* w = static_cast<const typename Way::T*>(values[which]);
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
     const int64_t height = std::min(width - row, high);
-    float gate[MOST], up[MOST];
-    block_of_rows<Way>(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, gate);
+    float first[MOST], second[MOST];
+    block_of_rows<Way>(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, first);
     block_of_rows<Way>(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height,
-                       up);
-    float* const to = h[which] + row;
-#pragma omp simd
-    for (int64_t r = 0; r < height; ++r) to[r] = silu(gate[r]) * up[r];
+                       second);
+    gate(first, second, height);
+    std::copy_n(second, height, h[which] + row);
   }
 }
 
@@ -336,39 +355,61 @@ void down_rows(int64_t count, const void* const* values, const void* const* scal
   }
 }
 
-// y[i, t] = sum over r of p[i, t, r] * W_i[r]: the rows of a matrix added up, as attention does with its values.
+// y[t] += sum over r < rows of p[t, r] * W[r] for `COUNT` tokens in `WIDE` times 16 columns at once. Tokens are `step`
+// numbers apart in p and `columns` in y.
+template <class Form, int64_t COUNT, int64_t WIDE>
+void add_weighted(const typename Form::T* w, const float* p, int64_t step, float* y, int64_t rows, int64_t columns) {
+  int64_t k = 0;
+  for (; k + WIDE * LANES <= columns; k += WIDE * LANES) {
+    Lanes total[COUNT][WIDE];
+    for (int64_t t = 0; t < COUNT; ++t)
+      for (int64_t j = 0; j < WIDE; ++j) total[t][j] = load(y + t * columns + k + j * LANES);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < WIDE; ++j) {
+        const typename Form::T* place = w + r * columns + k + j * LANES;
+        __builtin_prefetch(place + rows * columns);
+        const Lanes value = Form::lanes(place);
+        for (int64_t t = 0; t < COUNT; ++t) total[t][j] = fma(value, all(p[t * step + r]), total[t][j]);
+      }
+    for (int64_t t = 0; t < COUNT; ++t)
+      for (int64_t j = 0; j < WIDE; ++j) store(y + t * columns + k + j * LANES, total[t][j]);
+  }
+  for (int64_t t = 0; t < COUNT; ++t)
+    for (int64_t j = k; j < columns; ++j)
+      for (int64_t r = 0; r < rows; ++r) y[t * columns + j] += Form::one(w[r * columns + j]) * p[t * step + r];
+}
+
+// y[i, t] = sum over r of p[i, t, r] * W_i[r]: the rows of a matrix added up, as attention does with its values. Rows are
+// summed in parts of a fixed size, so that a long cache has work for all threads.
 template <class Form>
 void weighted(int64_t count, const void* const* values, const float* p, int64_t tokens, Target y, int64_t rows,
               int64_t columns) {
-  constexpr int64_t WIDE = 8;  // sums of 16 that run side by side
-#pragma omp parallel for schedule(static) if (count > 1)
-  for (int64_t which = 0; which < count; ++which) {
+  constexpr int64_t PART = 512, NEAR = 16;  // NEAR rows stay in the first cache while all tokens pass over them
+  const int64_t parts = (rows + PART - 1) / PART, size = tokens * columns;
+  std::vector<float> sums(size_t(count * parts * size), 0.0f);
+#pragma omp parallel for schedule(static) if (count * rows * columns > MANY)
+  for (int64_t number = 0; number < count * parts; ++number) {
+    const int64_t which = number / parts, first = number % parts * PART, last = std::min(rows, first + PART);
     const auto* w = static_cast<const typename Form::T*>(values[which]);
-    for (int64_t token = 0; token < tokens; ++token) {
-      const float* weight = p + (which * tokens + token) * rows;
-      const int64_t out = (which * tokens + token) * columns;
-      int64_t k = 0;
-      for (; k + WIDE * LANES <= columns; k += WIDE * LANES) {
-        Lanes total[WIDE];
-        for (Lanes& one : total) one = zero();
-        for (int64_t r = 0; r < rows; ++r) {
-          const Lanes factor = all(weight[r]);
-          for (int64_t j = 0; j < WIDE; ++j)
-            total[j] = fma(Form::lanes(w + r * columns + k + j * LANES), factor, total[j]);
-        }
-        for (int64_t j = 0; j < WIDE; ++j) {
-          float sums[LANES];
-          store(sums, total[j]);
-          for (int64_t i = 0; i < LANES; ++i) y.put(out + k + j * LANES + i, sums[i]);
-        }
-      }
-      for (; k < columns; ++k) {
-        float total = 0;
-        for (int64_t r = 0; r < rows; ++r) total += Form::one(w[r * columns + k]) * weight[r];
-        y.put(out + k, total);
-      }
+    const float* weights = p + which * tokens * rows;
+    float* const to = sums.data() + number * size;
+    for (int64_t row = first; row < last; row += NEAR) {
+      const int64_t height = std::min(NEAR, last - row);
+      int64_t token = 0;
+      for (; token + TOKENS <= tokens; token += TOKENS)
+        add_weighted<Form, TOKENS, 1>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+                                      columns);
+      for (; token < tokens; ++token)
+        add_weighted<Form, 1, 8>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+                                 columns);
     }
   }
+  for (int64_t which = 0; which < count; ++which)
+    for (int64_t i = 0; i < size; ++i) {
+      float total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums[size_t((which * parts + part) * size + i)];
+      y.put(which * size + i, total);
+    }
 }
 
 // ---- int4 in tiles of 64 rows --------------------------------------------------------------------------------------
@@ -494,10 +535,9 @@ void gated_tiles(int64_t count, const void* const* values, const void* const* sc
       int64_t place = number;
       const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
       const int64_t stop = width - start < TILE ? width : start + TILE;
-      const float* const gate = rows.data() + before[size_t(which)];
-      float* const to = h[which];
-#pragma omp simd
-      for (int64_t row = start; row < stop; ++row) to[row] = silu(gate[row]) * gate[width + row];
+      const float* const from = rows.data() + before[size_t(which)];
+      std::copy(from + width + start, from + width + stop, h[which] + start);
+      gate(from + start, h[which] + start, stop - start);
     }
   }
 }

@@ -43,7 +43,7 @@ void rms_norm(const Norm& norm, const void* x, void* out, int64_t rows, bool nar
 void attend(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each, void* out,
             int64_t length, int64_t columns, int64_t width, float scaling) {
   const Source query(q, true, groups * each * columns);
-  std::vector<float> scores(size_t(groups * each * length));
+  Room<float> scores(groups * each * length);
   const std::vector<const void*> none(size_t(groups), nullptr);
   products(BF16, groups, keys, none.data(), query.values, false, each, Target{scores.data(), false}, length, columns, 0);
   const int64_t rows = groups * each;
@@ -75,14 +75,14 @@ int linears(const Linear* layers, int64_t count, const uint16_t* x, uint16_t* y)
       scales.push_back(layers[next].scales);
     }
     const int64_t many = next - first;
-    std::vector<float> wide(size_t(many * one.rows));
+    Room<float> wide(many * one.rows);
     if (products(int(one.kind), many, values.data(), scales.data(), source.values, true, 1, Target{wide.data(), false},
                  one.rows, one.columns, one.group))
       return 1;
     for (int64_t i = 0; i < many; ++i)
       for (int64_t r = 0; r < one.rows; ++r) {
         const uint16_t* bias = layers[first + i].bias;
-        *y++ = to_bf16(wide[size_t(i * one.rows + r)] + (bias ? from_bf16(bias[r]) : 0.0f));
+        *y++ = to_bf16(wide[i * one.rows + r] + (bias ? from_bf16(bias[r]) : 0.0f));
       }
   }
   return 0;
@@ -136,7 +136,7 @@ struct Block {
 int attention(const Attention& layer, const uint16_t* x, const Rotary& rotary, const Cached& cached, uint16_t* out) {
   const int64_t width = layer.width, groups = layer.groups;
   const int64_t sizes[2] = {layer.heads * width, groups * width};
-  std::vector<uint16_t> states(size_t(sizes[0] + 2 * sizes[1])), mixed(states.size());
+  Room<uint16_t> states(sizes[0] + 2 * sizes[1]), mixed(sizes[0]);
   if (linears(layer.inputs, 3, x, states.data())) return 1;
   uint16_t* const query = states.data();
   uint16_t* const key = query + sizes[0];

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -53,6 +54,19 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torc
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// Room for numbers that are all written before they are read: a vector would set them to zero first.
+template <class T>
+class Room {
+ public:
+  explicit Room(int64_t count) : numbers(new T[size_t(count)]) {}
+  T* data() { return numbers.get(); }
+  const T* data() const { return numbers.get(); }
+  T& operator[](int64_t index) { return numbers[size_t(index)]; }
+
+ private:
+  std::unique_ptr<T[]> numbers;
+};
+
 // Where results go: fp32, or bf16.
 struct Target {
   void* place;
@@ -67,15 +81,14 @@ struct Target {
 
 // Activations in fp32: as they are, or widened into a buffer that lives as long as this.
 struct Source {
-  std::vector<float> buffer;
+  Room<float> buffer;
   const float* values;
-  Source(const void* x, bool narrow, int64_t count) {
+  Source(const void* x, bool narrow, int64_t count) : buffer(narrow ? count : 0) {
     if (!narrow) {
       values = static_cast<const float*>(x);
       return;
     }
-    buffer.resize(size_t(count));
-    for (int64_t i = 0; i < count; ++i) buffer[size_t(i)] = from_bf16(static_cast<const uint16_t*>(x)[i]);
+    for (int64_t i = 0; i < count; ++i) buffer[i] = from_bf16(static_cast<const uint16_t*>(x)[i]);
     values = buffer.data();
   }
 };

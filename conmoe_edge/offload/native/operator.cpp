@@ -31,7 +31,7 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
   const Source source(x, narrow, columns);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += widths[i];
-  std::vector<float> inner(size_t(total) + 1);
+  Room<float> inner(total);
   std::vector<float*> h;
   for (int64_t i = 0, start = 0; i < count; start += widths[i++]) h.push_back(inner.data() + start);
   const int failed =
@@ -123,7 +123,7 @@ int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates
     groups.push_back(all.groups[number]);
     weights.push_back(float(sums[size_t(i)]));
   }
-  std::vector<float> y(size_t(count * layer->columns) + 1);
+  Room<float> y(count * layer->columns);
   if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
                                     tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
                                     layer->columns, layer->up_group, groups.data(), narrow))

@@ -118,36 +118,41 @@ struct Token {
 
 // `count` tokens of `columns` in blocks of `block`. A block that holds infinity or NaN has the scale NaN.
 struct Bytes {
-  std::vector<int8_t> q;
-  std::vector<float> scale, sum, rounded;
-  std::vector<int32_t> whole;
   int64_t columns, blocks;
+  Room<int8_t> q;
+  Room<float> scale, sum, rounded;
+  Room<int32_t> whole;
 
   Bytes(const float* x, int64_t count, int64_t columns, int64_t block)
-      : q(size_t(count * columns)), columns(columns), blocks((columns + block - 1) / block) {
-    scale.resize(size_t(count * blocks));
-    sum.resize(scale.size());
-    whole.resize(scale.size());
+      : columns(columns),
+        blocks((columns + block - 1) / block),
+        q(count * columns),
+        scale(count * blocks),
+        sum(count * blocks),
+        rounded(block),
+        whole(count * blocks) {
     for (int64_t token = 0; token < count; ++token)
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = token * columns + b * block;
         const int64_t width = columns - b * block < block ? columns - b * block : block;
-        one_block(x + first, q.data() + first, width, size_t(token * blocks + b));
+        one_block(x + first, q.data() + first, width, token * blocks + b);
       }
   }
 
-  void one_block(const float* x, int8_t* to, int64_t width, size_t place) {
+  void one_block(const float* x, int8_t* to, int64_t width, int64_t place) {
     uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
     for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);
     const float most = from_bits(largest);
     const bool finite = largest < 0x7f800000u;
     const Lanes factor = all(finite && most > 1e-30f ? 127.0f / most : 0.0f);
-    rounded.assign(size_t(width), 0.0f);
     if (finite)
-      for_each(x, rounded.data(), width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
+      std::copy_n(x, width, rounded.data());
+    else
+      std::fill_n(rounded.data(), width, 0.0f);
+    for_each(rounded.data(), rounded.data(), width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
     int32_t numbers = 0;
     for (int64_t k = 0; k < width; ++k) {
-      const auto number = int32_t(rounded[size_t(k)]);
+      const auto number = int32_t(rounded[k]);
       to[k] = int8_t(number);
       numbers += number;
     }
@@ -157,7 +162,7 @@ struct Bytes {
   }
 
   Token token(int64_t index) const {
-    const size_t at = size_t(index * blocks);
+    const int64_t at = index * blocks;
     return {q.data() + index * columns, scale.data() + at, whole.data() + at, sum.data() + at};
   }
 };
@@ -515,7 +520,7 @@ void gated_tiles(int64_t count, const void* const* values, const void* const* sc
     heights.push_back(2 * widths[i]);
     before.push_back(before.back() + heights.back());
   }
-  std::vector<float> rows(size_t(before.back()), 0.0f);
+  Room<float> rows(before.back());
   const Blocks strips(count, heights.data(), strip), halves(count, widths, TILE);
 #pragma omp parallel if (strips.all() > 1)
   {

@@ -33,7 +33,10 @@ def operator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    return matrix_of(kind, torch.randn(rows, columns, generator=generator) * 0.05)
+
+
+def matrix_of(kind: str, weight: torch.Tensor) -> Matrix:
     plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if kind in plain:
         return quantise(weight.to(plain[kind]), "plain")
@@ -62,10 +65,14 @@ def test_products(operator: Operator, kind: str, rows: int, columns: int) -> Non
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32", "int8"])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 19), (66, 33), (5, 16)])
-def test_odd_shapes(operator: Operator, kind: str, rows: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (7, 19), (66, 33), (5, 16), (131, 40), (70, 300), (9, 2500)]
+)
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_odd_shapes(operator: Operator, kind: str, rows: int, columns: int, tokens: int) -> None:
+    """Blocks of rows, and tokens that are taken together, with something left over."""
     one = matrix(kind, rows, columns)
-    x = activations(1, 2, columns)
+    x = activations(1, tokens, columns)
     got = operator.few_rows([operator.prepare(one)], x)
     assert torch.allclose(got[0].double(), product(one, x[0]), atol=1e-5)
 
@@ -74,14 +81,14 @@ def test_odd_shapes(operator: Operator, kind: str, rows: int, columns: int) -> N
 def test_a_token_is_the_same_bits_in_any_company(operator: Operator, kind: str) -> None:
     """The promise behind "same tokens at any budget": neither neighbours nor threads show in a result."""
     matrices = [operator.prepare(matrix(kind, 640, 1024, seed)) for seed in range(4)]
-    x = activations(4, 3, 1024)
+    x = activations(4, 6, 1024)
     together = operator.few_rows(matrices, x)
     threads = torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
         try:
             for i, one in enumerate(matrices):
-                for t in range(3):
+                for t in range(6):
                     alone = operator.few_rows([one], x[i : i + 1, t : t + 1].contiguous())
                     assert torch.equal(alone[0, 0], together[i, t])
         finally:
@@ -168,6 +175,50 @@ def test_gated_experts(operator: Operator, kind: str, dtype: torch.dtype) -> Non
         assert torch.allclose(together[i : i + 1].double(), expected, atol=near, rtol=1e-4)
         alone = operator.gated_experts(first[i : i + 1], second[i : i + 1], x)
         assert torch.equal(alone[0], together[i])
+
+
+def test_gates_of_any_size(operator: Operator) -> None:
+    """Where silu is as good as 0 or as its argument, and where it is neither; what is no number stays none."""
+    sizes = [0.0, 1e-30, 0.3, 3.0, 20.0, 80.0, 95.0, 1e4, 3e30]
+    gates = torch.tensor([sign * size for size in sizes for sign in (1.0, -1.0)])
+    width = len(gates)
+    up, down = torch.cat([torch.diag(gates), torch.eye(width)]), torch.eye(width)
+    first, second = [operator.prepare(matrix_of("fp32", one)) for one in (up, down)]
+    x = torch.ones(1, width)
+    got = operator.gated_experts([first], [second], x)[0]
+    wanted = torch.nn.functional.silu(gates)
+    assert torch.allclose(got[:-1], wanted[:-1], rtol=1e-6, atol=1e-30)
+    assert abs(float(got[-1])) < 1e-6  # exp is cut at 87, and 3e30 is large
+    for odd in (float("nan"), float("inf")):
+        x[0, 5] = odd
+        assert not operator.gated_experts([first], [second], x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 15, 64, 600, 1100])
+def test_attention_of_one_token(operator: Operator, groups: int, length: int) -> None:
+    """One to seven queries a group, short caches and such as are summed in parts, against torch in fp64."""
+    for each, width, values in ((1, 128, 128), (4, 64, 48), (7, 32, 40)):
+        generator = torch.Generator().manual_seed(length)
+
+        def random(
+            heads: int, rows: int, columns: int, generator: torch.Generator = generator
+        ) -> torch.Tensor:
+            return torch.randn(1, heads, rows, columns, generator=generator).bfloat16()
+
+        query = random(groups * each, 1, width)
+        key, value = random(groups, length, width), random(groups, length, values)
+        found = operator.attend(query, key, value, 0.2)
+        assert found is not None and found.shape == (1, 1, groups * each, values)
+        k, v = [one.double().repeat_interleave(each, 1) for one in (key, value)]
+        wanted = (query.double() @ k.mT * 0.2).softmax(-1) @ v
+        assert torch.allclose(found[0, 0].double(), wanted[0, :, 0], rtol=2**-7, atol=1e-3)
+        for group in range(groups):  # a group is the same bits alone
+            span = slice(group * each, (group + 1) * each)
+            alone = operator.attend(
+                query[:, span], key[:, group : group + 1], value[:, group : group + 1], 0.2
+            )
+            assert alone is not None and torch.equal(alone[0, 0], found[0, 0, span])
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

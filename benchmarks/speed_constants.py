@@ -10,9 +10,9 @@ dense and the routed bytes of a token:
     --bf16   a model whose bytes are all that counts:      e = (D + X) / (B (t - L o))
     --int8, --int4: the same dense part, other records:    e' = X / (B (t - L o - D / (e B)))
 
-The first two need each other's result and are solved in turns. ``cached_layer_seconds`` is not
-printed: it is the first sum for the demo in a budget that does not hold all of it. An idle machine
-and packages of the same model are the caller's business. Prints the constants and, with them, expected over measured.
+The first two need each other's result and are solved in turns. ``miss_seconds`` is not printed: it is what is left of
+the demo's token in a budget that does not hold all of it, over its misses. An idle machine and packages of the same
+model are the caller's business. Prints the constants and, with them, expected over measured.
 """
 
 from __future__ import annotations

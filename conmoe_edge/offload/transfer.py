@@ -20,11 +20,11 @@ memory on CUDA, nothing on the CPU. Errors of a read surface in ``wait``.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Lock, Thread
 from typing import Protocol
 
 import torch
@@ -97,124 +97,49 @@ class Transfer(Protocol):
         """Drain and let the threads go."""
 
 
-class _Job:
-    """Something that a reader does once, unless it is taken back before."""
-
-    __slots__ = ("_claim", "_error", "_over", "_run")
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
-        self._claim, self._over = Lock(), Lock()
-        self._over.acquire()
-        self._error: BaseException | None = None
-
-    def work(self) -> None:
-        if not self._claim.acquire(blocking=False):
-            return  # taken back
-        try:
-            self._run()
-        except BaseException as error:  # whoever waits is told
-            self._error = error
-        self._over.release()
-
-    def take_back(self) -> bool:
-        return self._claim.acquire(blocking=False)
-
-    def over(self) -> bool:
-        return not self._over.locked()
-
-    def wait(self) -> None:
-        with self._over:
-            pass
-
-    def result(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-class _Readers:
-    """Threads that work on jobs. A pool of ``concurrent.futures`` takes three times as long for each, and in this time
-    the thread that computes waits for the interpreter.
-    """
-
-    def __init__(self, count: int, name: str) -> None:
-        """The threads are there with the first job, and go with ``close`` or when nobody has this object any more."""
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._count, self._name = count, name
-        self._threads: list[Thread] = []
-        self._end = weakref.finalize(self, _dismiss, self._jobs, count)
-
-    def start(self, job: _Job) -> None:
-        if not self._threads:
-            self._threads = [
-                Thread(target=_work, args=(self._jobs,), name=f"{self._name}-{i}", daemon=True)
-                for i in range(self._count)
-            ]
-            for thread in self._threads:
-                thread.start()
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        self._end()
-        for thread in self._threads:
-            thread.join()
-
-
-def _work(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.work()
-        del job  # and with it what it would read into
-
-
-def _dismiss(jobs: SimpleQueue[_Job | None], count: int) -> None:
-    for _ in range(count):
-        jobs.put(None)
-
-
 class _Pending:
     """Loads under way by slot."""
 
     def __init__(self, readers: int) -> None:
-        self._readers = _Readers(readers, "conmoe-read")
-        self._ahead = _Readers(1, "conmoe-ahead")
-        self._jobs: dict[Slot, _Job] = {}
+        self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
+        self._ahead: ThreadPoolExecutor | None = None  # made when it is first needed
+        self._futures: dict[Slot, Future[None]] = {}
         self.counts = TransferCounts()
 
-    def start(self, slot: Slot, run: Callable[[], None], *, ahead: bool) -> None:
-        job = self._jobs[slot] = _Job(run)
-        (self._ahead if ahead else self._readers).start(job)
+    def start(self, slot: Slot, job: Callable[[], None], *, ahead: bool) -> None:
+        if ahead and self._ahead is None:
+            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
+        threads = self._ahead if ahead and self._ahead is not None else self._threads
+        self._futures[slot] = threads.submit(job)
 
     def cancel(self, slot: Slot) -> bool:
-        if not self._jobs[slot].take_back():
+        if not self._futures[slot].cancel():
             return False
-        del self._jobs[slot]
+        del self._futures[slot]
         return True
 
     def ready(self, slot: Slot) -> bool:
-        job = self._jobs.get(slot)
-        return job is None or job.over()
+        future = self._futures.get(slot)
+        return future is None or future.done()
 
     def wait(self, slot: Slot) -> None:
-        job = self._jobs.pop(slot, None)
-        if job is None:
+        future = self._futures.pop(slot, None)
+        if future is None:
             return
-        if not job.over():
+        if not future.done():
             before = time.perf_counter()
-            job.wait()
+            wait_for_futures((future,))
             self.counts.waited_seconds += time.perf_counter() - before
-        job.result()
+        future.result()
 
     def drain(self) -> None:
-        for job in self._jobs.values():
-            job.wait()
-        self._jobs.clear()
+        wait_for_futures(self._futures.values())
+        self._futures.clear()
 
     def close(self) -> None:
-        for slot in list(self._jobs):
-            self.cancel(slot)
-        self.drain()
-        self._readers.close()
-        self._ahead.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.shutdown(wait=True, cancel_futures=True)
 
 
 class DirectTransfer:

@@ -132,7 +132,7 @@ class EdgeAttention:
 
     def place(self, cache: Any) -> Place | None:
         """The layer's weights, and the place of another token in ``cache``; ``None`` where the operator may not be
-        asked, or that token would move what is held.
+        asked.
         """
         if type(cache) is not DynamicCache or self._index >= len(cache.layers):
             return None

@@ -147,7 +147,7 @@ class EdgeLayer:
         """For a token that comes next, behind those in ``cache``; with ``None`` for anything else."""
         self._ready = self._written = None
         own = self._own()
-        if cache is None or own is None or self.agrees is False or not self._attention.agrees:
+        if cache is None or own is None or self.agrees is False or self._attention.agrees is False:
             return
         before, after = self._before.current(), self._after.current()
         place = self._attention.place(cache)

@@ -72,33 +72,42 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def room_for_one(self, groups: int, width: int) -> Cached | None:
-        """Where another token can be written without moving what is held, [1, groups, tokens, width] in bf16;
-        ``None`` where it cannot.
+        """Where another token can be written behind what is held, [1, groups, tokens, width] in bf16; ``None`` where it
+        cannot. What is held moves where there is no room behind it, as it would in ``update``.
         """
         keys: Any = self.keys
         values: Any = self.values
-        if not self.is_initialized or self._key_buffer is None or self._value_buffer is None:
+        if not self.is_initialized or keys.requires_grad or values.requires_grad:
             return None
-        buffers, held = (self._key_buffer, self._value_buffer), keys.shape[-2]
-        for buffer, view in zip(buffers, (keys, values), strict=True):
-            rows = buffer.shape[:2] == (1, groups) and buffer.shape[3] == width
-            if not rows or buffer.dtype != torch.bfloat16 or buffer.device.type != "cpu":
+        held = keys.shape[-2]
+        for one in (keys, values):
+            if one.shape != (1, groups, held, width) or not held:
                 return None
-            if not _serves(buffer, view, held, held + 1):
+            if one.dtype != torch.bfloat16 or one.device.type != "cpu":
                 return None
+        buffers = []
+        for buffer, one in ((self._key_buffer, keys), (self._value_buffer, values)):
+            if buffer is None or not _serves(buffer, one, held, held + 1):
+                buffer = _roomy(buffer, one, one[..., :1, :], held, self.limit)
+            buffers.append(buffer)
+        if buffers[0] is not self._key_buffer or buffers[1] is not self._value_buffer:
+            self._key_buffer, self._value_buffer = buffers
+            self._show(held)
         return Cached.of(*buffers, held)
 
     def has_one_more(self) -> None:
         """What ``room_for_one`` gave has been written to."""
-        assert self._key_buffer is not None and self._value_buffer is not None
-        held = self.get_seq_length() + 1
-        self.keys = self._key_buffer.narrow(-2, 0, held)
-        self.values = self._value_buffer.narrow(-2, 0, held)
+        self._show(self.get_seq_length() + 1)
 
     def reset(self) -> None:
         """Drop everything, the buffers too."""
         self._key_buffer = self._value_buffer = None
         super().reset()
+
+    def _show(self, held: int) -> None:
+        assert self._key_buffer is not None and self._value_buffer is not None
+        self.keys = self._key_buffer.narrow(-2, 0, held)
+        self.values = self._value_buffer.narrow(-2, 0, held)
 
 
 def keep_cache_growing(model: nn.Module, context: int) -> None:

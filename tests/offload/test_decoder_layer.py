@@ -12,6 +12,7 @@ import torch
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
+from conmoe_edge.offload import kv_cache
 from conmoe_edge.offload.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
 from conmoe_edge.offload.native import operator
 from conmoe_edge.offload.whole_layer import WholeLayer
@@ -59,6 +60,26 @@ def test_the_same_bits_as_transformers(name: str) -> None:
     found, _ = steps(model, [3, 1, 4, 1, 5])
     assert [one.agrees for one in layers_of(model)] == [True] * model.config.num_hidden_layers
     assert torch.equal(found, wanted)
+
+
+def test_no_token_of_a_later_conversation_takes_the_long_way(
+    package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first behind a prompt nor one for which the cache has to grow."""
+    monkeypatch.setattr(kv_cache, "STEP_TOKENS", 4)
+    with without():
+        wanted, _ = steps(package, [3, 1, 4, 1, 5, 9])
+    steps(package, [3])  # sees that both ways agree
+    calls = []
+    own = type(operator()).decoder
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return own(*arguments)
+
+    monkeypatch.setattr(type(operator()), "decoder", counted)
+    found, _ = steps(package, [3, 1, 4, 1, 5, 9])
+    assert torch.equal(found, wanted) and len(calls) == 3 * 6
 
 
 @pytest.mark.parametrize("name", OTHERS)

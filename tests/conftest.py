@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,3 +32,10 @@ def _own_user_folders(
     monkeypatch.setenv("CONMOE_CONFIG_DIR", str(home / "config"))
     monkeypatch.setenv("CONMOE_STATE_DIR", str(home / "state"))
     yield home
+
+
+@pytest.fixture(autouse=True)
+def _nothing_for_good() -> Iterator[None]:
+    """Commands that run one model set aside what is there (``memory/garbage.py``); a test process runs many."""
+    yield
+    gc.unfreeze()

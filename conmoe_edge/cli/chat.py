@@ -146,6 +146,7 @@ def open_session(
     from transformers import AutoTokenizer
 
     from conmoe_edge import api
+    from conmoe_edge.memory.garbage import settle
     from conmoe_edge.offload.generate import ChatSession
 
     model = api.load(
@@ -157,6 +158,7 @@ def open_session(
         misses=misses,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    settle()
     return ChatSession(model, tokenizer, context)
 
 

@@ -144,6 +144,9 @@ def serve(
 
 def _ready(server: Any, output: Output) -> None:
     """Say where it is, once it answers."""
+    from conmoe_edge.memory.garbage import settle
+
+    settle()
     url, name = server.url, server.settings.name
     output.value({"url": url, "model": name, "api": f"{url}/v1"})
     output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")

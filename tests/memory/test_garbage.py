@@ -1,0 +1,26 @@
+"""What is there when a model is opened is looked at once; what comes later is still collected."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+from conmoe_edge.memory.garbage import settle
+
+
+class _Knot:
+    def __init__(self) -> None:
+        self.self = self
+
+
+def test_garbage_of_before_goes_and_so_does_garbage_of_later() -> None:
+    before = weakref.ref(_Knot())
+    try:
+        settle()
+        assert before() is None and gc.get_freeze_count() > 0
+        there = gc.get_freeze_count()
+        later = weakref.ref(_Knot())
+        gc.collect()
+        assert later() is None and gc.get_freeze_count() == there
+    finally:
+        gc.unfreeze()

@@ -85,15 +85,16 @@ class GrowingLayer(DynamicLayer):
                 return None
             if one.dtype != torch.bfloat16 or one.device.type != "cpu":
                 return None
-        buffers = []
-        for buffer, one in ((self._key_buffer, keys), (self._value_buffer, values)):
-            if buffer is None or not _serves(buffer, one, held, held + 1):
-                buffer = _roomy(buffer, one, one[..., :1, :], held, self.limit)
-            buffers.append(buffer)
-        if buffers[0] is not self._key_buffer or buffers[1] is not self._value_buffer:
-            self._key_buffer, self._value_buffer = buffers
+        key_buffer, value_buffer = (
+            buffer
+            if buffer is not None and _serves(buffer, one, held, held + 1)
+            else _roomy(buffer, one, one[..., :1, :], held, self.limit)
+            for buffer, one in ((self._key_buffer, keys), (self._value_buffer, values))
+        )
+        if key_buffer is not self._key_buffer or value_buffer is not self._value_buffer:
+            self._key_buffer, self._value_buffer = key_buffer, value_buffer
             self._show(held)
-        return Cached.of(*buffers, held)
+        return Cached.of(key_buffer, value_buffer, held)
 
     def has_one_more(self) -> None:
         """What ``room_for_one`` gave has been written to."""

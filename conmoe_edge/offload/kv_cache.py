@@ -65,9 +65,12 @@ class GrowingLayer(DynamicLayer):
             self._key_buffer = self._value_buffer = None
             return super().update(key_states, value_states, *args, **kwargs)
         held = self.get_seq_length()
-        self._key_buffer = _roomy(self._key_buffer, keys, key_states, held, self.limit)
+        needed = held + key_states.shape[-2]
+        self._key_buffer = _roomy(self._key_buffer, keys, key_states, held, needed, self.limit)
         self.keys = _append(self._key_buffer, key_states, held)
-        self._value_buffer = _roomy(self._value_buffer, values, value_states, held, self.limit)
+        self._value_buffer = _roomy(
+            self._value_buffer, values, value_states, held, needed, self.limit
+        )
         self.values = _append(self._value_buffer, value_states, held)
         return self.keys, self.values
 
@@ -85,12 +88,8 @@ class GrowingLayer(DynamicLayer):
                 return None
             if one.dtype != torch.bfloat16 or one.device.type != "cpu":
                 return None
-        key_buffer, value_buffer = (
-            buffer
-            if buffer is not None and _serves(buffer, one, held, held + 1)
-            else _roomy(buffer, one, one[..., :1, :], held, self.limit)
-            for buffer, one in ((self._key_buffer, keys), (self._value_buffer, values))
-        )
+        key_buffer = _roomy(self._key_buffer, keys, keys, held, held + 1, self.limit)
+        value_buffer = _roomy(self._value_buffer, values, values, held, held + 1, self.limit)
         if key_buffer is not self._key_buffer or value_buffer is not self._value_buffer:
             self._key_buffer, self._value_buffer = key_buffer, value_buffer
             self._show(held)
@@ -144,16 +143,17 @@ def _can_append(held: Tensor, new: Tensor) -> bool:
     )
 
 
-def _roomy(buffer: Tensor | None, held: Tensor, new: Tensor, count: int, limit: int) -> Tensor:
-    """``buffer`` where it has the ``count`` held tokens and room for the new ones, else a longer
-    one with a copy of them.
+def _roomy(
+    buffer: Tensor | None, held: Tensor, like: Tensor, count: int, needed: int, limit: int
+) -> Tensor:
+    """``buffer`` where it has the ``count`` held tokens and room for ``needed``, else a longer one for tokens ``like``
+    those, with a copy of what is held.
     """
-    needed = count + new.shape[-2]
     if buffer is not None and _serves(buffer, held, count, needed):
         return buffer
     stepped = -(-needed // STEP_TOKENS) * STEP_TOKENS
-    room = max(needed, min(stepped, limit // max(1, new.shape[0])))
-    longer = new.new_empty((*new.shape[:-2], room, new.shape[-1]))
+    room = max(needed, min(stepped, limit // max(1, like.shape[0])))
+    longer = like.new_empty((*like.shape[:-2], room, like.shape[-1]))
     if count:
         longer.narrow(-2, 0, count).copy_(held)
     return longer

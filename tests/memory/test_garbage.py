@@ -15,12 +15,9 @@ class _Knot:
 
 def test_garbage_of_before_goes_and_so_does_garbage_of_later() -> None:
     before = weakref.ref(_Knot())
-    try:
-        settle()
-        assert before() is None and gc.get_freeze_count() > 0
-        there = gc.get_freeze_count()
-        later = weakref.ref(_Knot())
-        gc.collect()
-        assert later() is None and gc.get_freeze_count() == there
-    finally:
-        gc.unfreeze()
+    settle()
+    assert before() is None and gc.get_freeze_count() > 0
+    there = gc.get_freeze_count()
+    later = weakref.ref(_Knot())
+    gc.collect()
+    assert later() is None and gc.get_freeze_count() == there

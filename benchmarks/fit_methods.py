@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import cores, forget, machine, run_child
-from conmoe_edge.checkpoint.files import write_json
+from conmoe_edge.checkpoint.fs.atomic_files import write_json
 from conmoe_edge.units import human_size, parse_size
 
 METHODS = ("conmoe", "auto", "reap", "mone", "hc-smoe", "mergemoe", "m-smoe", "mc-smoe")

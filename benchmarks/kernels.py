@@ -1,4 +1,4 @@
-"""What each CPU kernel reaches for one token: the measurement behind the rule in offload/arithmetic.py.
+"""What each CPU kernel reaches for one token: the measurement behind the rule in offload/compute/torch_backend.py.
 
     python -m benchmarks.kernels                   # OLMoE-1B-7B's experts: hidden 2048, width 1024
     python -m benchmarks.kernels --hidden 2880 --width 2880
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from conmoe_edge.checkpoint.quantise import Kind, Matrix, quantise, stored
-from conmoe_edge.offload.native import operator, why_not
-from conmoe_edge.offload.slots import host_buffer
+from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise, stored
+from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
+from conmoe_edge.offload.storage.slot_pool import host_buffer
 
 EXPERTS, TOGETHER = 40, 8
 

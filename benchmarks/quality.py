@@ -67,7 +67,7 @@ def _run(options: Any, name: str, rate: float, scope: int, seed: int) -> dict[st
     """One cell: what it cost, or why it cannot be."""
     import conmoe_edge
     from conmoe_edge.compress.methods import METHODS
-    from conmoe_edge.compress.subject import prototype_bytes
+    from conmoe_edge.compress.stream.streamed_model import prototype_bytes
 
     out = options.work / "package"
     shutil.rmtree(out, ignore_errors=True)
@@ -90,7 +90,7 @@ def _run(options: Any, name: str, rate: float, scope: int, seed: int) -> dict[st
         )
     except conmoe_edge.ConmoeError as error:
         return {"refused": f"{error.what} {error.why}".strip()}
-    from conmoe_edge.checkpoint.manifest_io import load_manifest
+    from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 
     took = time.perf_counter() - start
     receipt = report.receipt

@@ -13,7 +13,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores; threads that wait by spinning would take them from each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where there is no GPU, Triton's interpreter takes its place (tests/offload/interpreted.py).
+# Where there is no GPU, Triton's interpreter takes its place (tests/offload/kernels/interpreted.py).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from conmoe_edge.checkpoint.constants import CONSTANTS_FILE
-from conmoe_edge.checkpoint.dense import DENSE_SCALE
-from conmoe_edge.checkpoint.forms import Kind, Part, quantised_parts
-from conmoe_edge.checkpoint.manifest import (
+from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
     ExpertId,
     Manifest,
@@ -21,14 +19,21 @@ from conmoe_edge.checkpoint.manifest import (
     PrototypeEntry,
     SlotRecord,
 )
-from conmoe_edge.checkpoint.manifest_io import load_manifest, save_manifest
-from conmoe_edge.checkpoint.quantise import quantise
-from conmoe_edge.checkpoint.records import encode, make_layout, pack
-from conmoe_edge.checkpoint.writer import TensorSource, write_dense, write_records, write_tensors
-from conmoe_edge.compress.trim import take_neurons
+from conmoe_edge.checkpoint.format.quantise import quantise
+from conmoe_edge.checkpoint.format.records import encode, make_layout, pack
+from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
+from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE
+from conmoe_edge.checkpoint.tensors.tensor_writer import (
+    TensorSource,
+    write_dense,
+    write_records,
+    write_tensors,
+)
+from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.model.bridge import saved_names
 from conmoe_edge.model.experts import find_experts, part_names
-from conmoe_edge.offload.prefetch import layer_numbers
+from conmoe_edge.offload.residency.prefetch import layer_numbers
 
 Slots = dict[int, tuple[SlotRecord, ...]]
 Choose = Callable[[int, int], SlotRecord]

@@ -9,12 +9,12 @@ import torch
 from families import tiny_model
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.manifest import ExpertId
-from conmoe_edge.compress.layer_tokens import LayerTokens
+from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.compress.methods import Decision, LayerView, ScopeView
-from conmoe_edge.compress.statistics import LayerStatistics
-from conmoe_edge.compress.taps import MappedTap, RoutedTap
-from conmoe_edge.compress.weights import LoadedLayer, ScopeWeights, matrix_views
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.compress.stats.statistics import LayerStatistics
+from conmoe_edge.compress.stream.expert_hooks import MappedTap, RoutedTap
+from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.experts import find_experts, part_names
 
 LAYOUTS = ("qwen3_moe", "granitemoe", "gpt_oss", "no gate", "norm")

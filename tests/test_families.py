@@ -10,11 +10,11 @@ import torch
 from families import FAMILIES, materialise, save_tiny, save_tokenizer
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.checkpoint.index import CheckpointIndex, index_files
-from conmoe_edge.checkpoint.manifest_io import load_manifest
-from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.records import decode, view
+from conmoe_edge.checkpoint.format.records import decode, view
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import expert_forward, find_experts

@@ -13,7 +13,7 @@ from families import save_tiny, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint import durable
+from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.errors import (
     CalibrationError,
     CheckpointError,

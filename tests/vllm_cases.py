@@ -11,7 +11,7 @@ import torch
 from families import save_tokenizer, tiny_model
 from hand_packages import identity, slots_of, thirds, write_package
 
-from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.export.hf import export_hf
 from conmoe_edge.model.experts import find_experts
 

@@ -22,8 +22,8 @@ from benchmarks.comparison.clock import Arm, main
 from benchmarks.comparison.on_device import device_of, limit, used
 from benchmarks.comparison.traces import Routes
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload.generate import ChatSession
-from conmoe_edge.offload.measure import dense_read_bytes
+from conmoe_edge.offload.generation.benchmark import dense_read_bytes
+from conmoe_edge.offload.generation.session import ChatSession
 
 ENDLESS = 1 << 30
 

@@ -153,7 +153,7 @@ def text_tokens(which: str, count: int, length: int) -> Tensor:
     """[count, length] tokens of the bundled ``calibration`` or ``heldout`` text, from its beginning."""
     from transformers import AutoTokenizer
 
-    from conmoe_edge.compress.calibration import bundled_text
+    from conmoe_edge.compress.stream.calibration_text import bundled_text
 
     text = bundled_text()
     documents: Sequence[Any] = text.train if which == "calibration" else (text.held_out or ())

@@ -13,14 +13,14 @@ from conmoe_edge.api.shared import (
     anatomy_of,
     tokenizer_of,
 )
-from conmoe_edge.checkpoint.index import CheckpointIndex
-from conmoe_edge.checkpoint.locate import Source, locate
-from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.sources.locate import Source, locate
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from conmoe_edge.compress.job import OnProgress
-    from conmoe_edge.compress.quality import Cost, EvaluationReport
+    from conmoe_edge.compress.quality.metrics import Cost, EvaluationReport
+    from conmoe_edge.compress.run.job import OnProgress
 
 CONTINUATIONS, PROMPT_TOKENS, CONTINUATION_TOKENS = 6, 64, 48
 
@@ -69,11 +69,11 @@ def evaluate(
     """
     import torch
 
-    from conmoe_edge.compress.calibration import bundled_text, read_text
-    from conmoe_edge.compress.evaluate import Folder, Settings, described, manifest_of
-    from conmoe_edge.compress.evaluate import evaluate as measured
-    from conmoe_edge.compress.job import Progress
-    from conmoe_edge.compress.quality import EvaluationReport
+    from conmoe_edge.compress.quality.evaluate import Folder, Settings, described, manifest_of
+    from conmoe_edge.compress.quality.evaluate import evaluate as measured
+    from conmoe_edge.compress.quality.metrics import EvaluationReport
+    from conmoe_edge.compress.run.job import Progress
+    from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text
     from conmoe_edge.memory.machine import measure_machine
     from conmoe_edge.model.bridge import read_config
 
@@ -139,8 +139,8 @@ def _reference(
     manifest: Manifest | None, against: str | Path | None, *, offline: bool
 ) -> tuple[Source | None, bool | None, str]:
     """What a model is compared with, whether a package was made from it, and if nothing, why."""
-    from conmoe_edge.checkpoint.origin import differs, find_origin, fingerprint_of
-    from conmoe_edge.compress.evaluate import manifest_of
+    from conmoe_edge.checkpoint.sources.origin import differs, find_origin, fingerprint_of
+    from conmoe_edge.compress.quality.evaluate import manifest_of
 
     if against is not None and str(against) != "none":
         found = locate(str(against), offline=offline)
@@ -160,7 +160,7 @@ def _reference(
 
 def _experts_bytes(folder: Path) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
-    from conmoe_edge.compress.evaluate import manifest_of
+    from conmoe_edge.compress.quality.evaluate import manifest_of
     from conmoe_edge.model.bridge import read_config
 
     manifest = manifest_of(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from conmoe_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from conmoe_edge.compress.job import OnProgress
+    from conmoe_edge.compress.run.job import OnProgress
     from conmoe_edge.export.hf import Exported
 
 

@@ -17,22 +17,22 @@ from conmoe_edge.api.shared import (
     anatomy_of,
     tokenizer_of,
 )
-from conmoe_edge.checkpoint.disk import require_space
-from conmoe_edge.checkpoint.fingerprint import fingerprint
-from conmoe_edge.checkpoint.index import CheckpointIndex
-from conmoe_edge.checkpoint.linked import link_model
-from conmoe_edge.checkpoint.locate import Source, locate
-from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.manifest_io import save_manifest, verify_package
-from conmoe_edge.checkpoint.staged import StagedFolder
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.fs.disk import require_space
+from conmoe_edge.checkpoint.package.linked import link_model
+from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_package
+from conmoe_edge.checkpoint.package.staged import StagedFolder
+from conmoe_edge.checkpoint.sources.locate import Source, locate
+from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.memory.outcomes import Outcome, remember
-from conmoe_edge.plan.dense import stored
+from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
-from conmoe_edge.plan.trim import Widths, check_widths
+from conmoe_edge.plan.width_levers import Widths, check_widths
 
 if TYPE_CHECKING:
-    from conmoe_edge.compress.job import OnProgress
+    from conmoe_edge.compress.run.job import OnProgress
 
 PLAN_FILE = "plan.json"
 
@@ -108,14 +108,14 @@ def fit(
     """
     import torch
 
-    from conmoe_edge.compress.calibration import bundled_text, read_text, token_sets
-    from conmoe_edge.compress.job import Job, Progress
-    from conmoe_edge.compress.methods.asked import asked_method
+    from conmoe_edge.compress.methods.resolve_method import asked_method
     from conmoe_edge.compress.pipeline import Consolidation
-    from conmoe_edge.compress.reach import check_reach
-    from conmoe_edge.compress.stream import compute_dtype
+    from conmoe_edge.compress.run.job import Job, Progress
+    from conmoe_edge.compress.solvers.feasibility import check_reach
+    from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
+    from conmoe_edge.compress.stream.layer_stream import compute_dtype
     from conmoe_edge.model.bridge import read_config
-    from conmoe_edge.offload.planned import planned_caching
+    from conmoe_edge.offload.simulate.planned_caching import planned_caching
 
     asked = asked_method(method, scope, precision)
     tell = progress or (lambda step: None)
@@ -245,8 +245,8 @@ def fit(
 
 def _same_plan(path: Path, report: PlanReport) -> PlanReport:
     """The plan that an unfinished run began with: free memory may have changed since, the package must not."""
-    from conmoe_edge.checkpoint.files import write_json
-    from conmoe_edge.checkpoint.index import read_json_object
+    from conmoe_edge.checkpoint.fs.atomic_files import write_json
+    from conmoe_edge.checkpoint.tensors.tensor_index import read_json_object
 
     if path.is_file():
         return replace(report, plan=plan_from_json(read_json_object(path)))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conmoe_edge.api.shared import CALIBRATION_TOKENS, anatomy_of
-from conmoe_edge.checkpoint.fingerprint import fingerprint
-from conmoe_edge.checkpoint.index import CheckpointIndex
-from conmoe_edge.checkpoint.locate import describe
+from conmoe_edge.checkpoint.sources.locate import describe
+from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.outcomes import Outcome, recall
@@ -19,7 +19,7 @@ from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_to_json
-from conmoe_edge.plan.trim import Widths, check_widths
+from conmoe_edge.plan.width_levers import Widths, check_widths
 
 if TYPE_CHECKING:
     pass
@@ -145,7 +145,7 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.compress.methods.asked import asked_method
+    from conmoe_edge.compress.methods.resolve_method import asked_method
     from conmoe_edge.model.bridge import read_config
 
     asked = asked_method(method, scope, precision)

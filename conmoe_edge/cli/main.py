@@ -14,23 +14,23 @@ from typing import Any, NoReturn
 
 import click
 
-from conmoe_edge.cli._errors import describe
-from conmoe_edge.cli._lazy import LazyGroup
-from conmoe_edge.cli._options import Settings, debug_wanted
+from conmoe_edge.cli.ui.cli_options import Settings, debug_wanted
+from conmoe_edge.cli.ui.error_text import describe
+from conmoe_edge.cli.ui.lazy import LazyGroup
 
 _COMMANDS = {
-    "fit": "conmoe_edge.cli.fit:fit",
-    "chat": "conmoe_edge.cli.chat:chat",
-    "serve": "conmoe_edge.cli.serve:serve",
-    "plan": "conmoe_edge.cli.plan:plan",
-    "bench": "conmoe_edge.cli.bench:bench",
-    "eval": "conmoe_edge.cli.evaluate:evaluate",
-    "inspect": "conmoe_edge.cli.inspect:inspect",
-    "models": "conmoe_edge.cli.models:models",
-    "export": "conmoe_edge.cli.export:export",
-    "profiles": "conmoe_edge.cli.profiles:profiles",
-    "doctor": "conmoe_edge.cli.doctor:doctor",
-    "completion": "conmoe_edge.cli.completion:completion",
+    "fit": "conmoe_edge.cli.commands.fit:fit",
+    "chat": "conmoe_edge.cli.commands.chat:chat",
+    "serve": "conmoe_edge.cli.commands.serve:serve",
+    "plan": "conmoe_edge.cli.commands.plan:plan",
+    "bench": "conmoe_edge.cli.commands.bench:bench",
+    "eval": "conmoe_edge.cli.commands.evaluate:evaluate",
+    "inspect": "conmoe_edge.cli.commands.inspect:inspect",
+    "models": "conmoe_edge.cli.commands.models:models",
+    "export": "conmoe_edge.cli.commands.export:export",
+    "profiles": "conmoe_edge.cli.commands.profiles:profiles",
+    "doctor": "conmoe_edge.cli.commands.doctor:doctor",
+    "completion": "conmoe_edge.cli.commands.completion:completion",
 }
 
 
@@ -68,7 +68,7 @@ def _fail(error: BaseException, words: Sequence[str]) -> NoReturn:
 
     The words are read here once more because an error of usage comes before click has parsed them.
     """
-    from conmoe_edge.cli._output import Output
+    from conmoe_edge.cli.ui.output import Output
 
     text = describe(error)
     output = Output(as_json="--json" in words)

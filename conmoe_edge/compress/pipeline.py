@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
-from conmoe_edge.checkpoint.disk import disk_errors
-from conmoe_edge.checkpoint.manifest import Manifest
-from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.compress.calibrate import Calibration
-from conmoe_edge.compress.describe import describe
-from conmoe_edge.compress.job import Job, OnProgress
-from conmoe_edge.compress.measure import measure
-from conmoe_edge.compress.prepare import prepare
-from conmoe_edge.compress.run import Run
-from conmoe_edge.compress.survey import survey
-from conmoe_edge.compress.taps import register
+from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.fs.disk import disk_errors
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.phases.calibrate import Calibration
+from conmoe_edge.compress.phases.measure_receipt import measure
+from conmoe_edge.compress.phases.prepare import prepare
+from conmoe_edge.compress.phases.survey import survey
+from conmoe_edge.compress.phases.write_manifest import describe
+from conmoe_edge.compress.run.job import Job, OnProgress
+from conmoe_edge.compress.run.state import Run
+from conmoe_edge.compress.stream.expert_hooks import register
 from conmoe_edge.plan.trace import Predictions
 
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from conmoe_edge.checkpoint import durable
-from conmoe_edge.checkpoint.disk import disk_errors
-from conmoe_edge.checkpoint.files import temporary_name
-from conmoe_edge.checkpoint.manifest import UNCHANGED
-from conmoe_edge.checkpoint.manifest_io import load_manifest
-from conmoe_edge.compress.job import Progress
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED
+from conmoe_edge.checkpoint.fs import durable
+from conmoe_edge.checkpoint.fs.atomic_files import temporary_name
+from conmoe_edge.checkpoint.fs.disk import disk_errors
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.compress.run.job import Progress
 from conmoe_edge.errors import ConmoeError, OutputExists, UsageError
 from conmoe_edge.export.hf import Exported, OnProgress, export_hf
 

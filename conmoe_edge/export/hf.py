@@ -21,22 +21,27 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.checkpoint.disk import require_space
-from conmoe_edge.checkpoint.files import write_bytes, write_json
-from conmoe_edge.checkpoint.index import CONFIG_FILE, INDEX_FILE, CheckpointIndex, read_json_object
-from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.manifest_io import verify_package
-from conmoe_edge.checkpoint.prototypes import PrototypeReader
-from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.sidefiles import MODEL_CARD, copy_side_files
-from conmoe_edge.checkpoint.staged import StagedFolder
-from conmoe_edge.checkpoint.writer import TensorSource, write_tensors
-from conmoe_edge.compress.dense import Dequantised
-from conmoe_edge.compress.job import Progress
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.fs.atomic_files import write_bytes, write_json
+from conmoe_edge.checkpoint.fs.disk import require_space
+from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
+from conmoe_edge.checkpoint.package.sidefiles import MODEL_CARD, copy_side_files
+from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
+from conmoe_edge.checkpoint.package.staged import StagedFolder
+from conmoe_edge.checkpoint.tensors.tensor_index import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    CheckpointIndex,
+    read_json_object,
+)
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
+from conmoe_edge.compress.run.job import Progress
+from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.errors import CheckpointError, OutputExists, UnsupportedModel
-from conmoe_edge.export.decide import Decided, decide
-from conmoe_edge.export.slots import check_slots, layer_experts
+from conmoe_edge.export.export_form import Decided, decide
+from conmoe_edge.export.slot_experts import check_slots, layer_experts
 from conmoe_edge.model.bridge import build_meta, read_config, saved_names
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.streaming import StreamedModel

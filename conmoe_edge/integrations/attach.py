@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.checkpoint.forms import (
+from conmoe_edge.checkpoint.format.forms import (
     KIND_OF_VALUES,
     LEFT,
     RIGHT,
@@ -28,21 +27,22 @@ from conmoe_edge.checkpoint.forms import (
     factored_parts,
     quantised_parts,
 )
-from conmoe_edge.checkpoint.manifest import Manifest, RecordPart
-from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.checkpoint.format.manifest import Manifest, RecordPart
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.errors import PackageError
-from conmoe_edge.integrations.dense import finish_dense, products_for, take_quantised
+from conmoe_edge.integrations.dense_weights import finish_dense, products_for, take_quantised
+from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
-from conmoe_edge.integrations.options import current_options, device_of
-from conmoe_edge.integrations.single_tokens import suit_single_tokens
 from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.rerouting import can_choose, reroute
 from conmoe_edge.model.router import find_routers
-from conmoe_edge.offload.context import guard_context
-from conmoe_edge.offload.dense import DenseProducts
-from conmoe_edge.offload.experts import HANDLE, LayerHandle, conmoe_experts_forward
-from conmoe_edge.offload.kv_cache import keep_cache_growing
+from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
+from conmoe_edge.offload.compute.fused_linear import DenseProducts
+from conmoe_edge.offload.fastpath.install import suit_single_tokens
+from conmoe_edge.offload.fastpath.kv_cache import keep_cache_growing
+from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from conmoe_edge.checkpoint.manifest import UNCHANGED
-from conmoe_edge.checkpoint.manifest_io import verify_package
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED
+from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
-from conmoe_edge.integrations.options import LoadOptions, loading
+from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
-from conmoe_edge.offload.misses import check_misses
-from conmoe_edge.offload.replay import check_policy
+from conmoe_edge.offload.compute.miss_split import check_misses
+from conmoe_edge.offload.simulate.policy_search import check_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.errors import DoesNotFit, PackageError
-from conmoe_edge.integrations.options import LoadOptions
+from conmoe_edge.integrations.load_options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
-from conmoe_edge.offload.prefetch import prefetch_bytes
-from conmoe_edge.offload.quota import slots_for
+from conmoe_edge.offload.residency.prefetch import prefetch_bytes
+from conmoe_edge.offload.residency.quota import slots_for
 from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json

@@ -60,7 +60,7 @@ class ConmoeQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
         """One device: the prototypes are where the router is."""
-        from conmoe_edge.integrations.options import one_device
+        from conmoe_edge.integrations.load_options import one_device
 
         return one_device(device_map)
 

@@ -138,7 +138,8 @@ class ModelAnatomy:
         outside_bytes: embeddings, final norm, head and whatever else is not in a decoder layer.
         kv: cache layers, one a decoder layer, from transformers' own cache classes.
         dense_matrices: what ``--dense-precision`` may store in fewer bits; part of the dense bytes.
-        dense_precision: how they are stored (``plan/dense.py`` makes the anatomy for another one than ``source``).
+        dense_precision: how they are stored (``plan/dense_precision.py`` makes the anatomy for another one than
+        ``source``).
     """
 
     model_type: str

@@ -17,26 +17,26 @@ from pathlib import Path
 import psutil
 import torch
 
-from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
-from conmoe_edge.offload.arithmetic import Arithmetic
-from conmoe_edge.offload.experts import LayerHandle
-from conmoe_edge.offload.gpu import GpuTable, gpu_operator
-from conmoe_edge.offload.host_compute import HostCompute
-from conmoe_edge.offload.host_tier import HostTier
-from conmoe_edge.offload.kv_cache import STEP_TOKENS
-from conmoe_edge.offload.lending import Lending
-from conmoe_edge.offload.prefetch import Prefetcher, reads_ahead
-from conmoe_edge.offload.presence import Addresses, HostAddresses
-from conmoe_edge.offload.quota import halved
-from conmoe_edge.offload.read_mode import choose_read_mode, free_memory
-from conmoe_edge.offload.residency import Residency
-from conmoe_edge.offload.routing import settings_for
-from conmoe_edge.offload.slots import SlotPool, can_shrink
-from conmoe_edge.offload.store import RecordStore
-from conmoe_edge.offload.transfer import DirectTransfer, StagedTransfer, Transfer
+from conmoe_edge.offload.compute.cpu_fallback import HostCompute
+from conmoe_edge.offload.compute.experts_forward import LayerHandle
+from conmoe_edge.offload.compute.torch_backend import Arithmetic
+from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.kernels.triton.launch import GpuTable, gpu_operator
+from conmoe_edge.offload.residency.address_table import Addresses, HostAddresses
+from conmoe_edge.offload.residency.kv_lending import Lending
+from conmoe_edge.offload.residency.prefetch import Prefetcher, reads_ahead
+from conmoe_edge.offload.residency.quota import halved
+from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.simulate.load_settings import settings_for
+from conmoe_edge.offload.storage.pinned_tier import HostTier
+from conmoe_edge.offload.storage.read_mode import choose_read_mode, free_memory
+from conmoe_edge.offload.storage.record_store import RecordStore
+from conmoe_edge.offload.storage.slot_pool import SlotPool, can_shrink
+from conmoe_edge.offload.storage.transfer import DirectTransfer, StagedTransfer, Transfer
 
 Progress = Callable[[int, int], None]
 
@@ -131,7 +131,7 @@ class Runtime:
             prefill_chunk: most tokens of one forward.
             slots: cache slots of every record layout.
             cache_policy: instead of what the package's trace finds best.
-            misses: with a GPU, whether the processor may compute what is not there (``misses.py``).
+            misses: with a GPU, whether the processor may compute what is not there (``miss_split.py``).
             cache_bytes: of the key-value cache at so many tokens, where the room that is kept for
                 it may serve as slots until it is needed.
             progress: called with (records read, records to read) at start.

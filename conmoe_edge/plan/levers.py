@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from conmoe_edge.checkpoint.forms import Part, best_kind, factored_parts, quantised_parts
+from conmoe_edge.checkpoint.format.forms import Part, best_kind, factored_parts, quantised_parts
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.units import round_up

@@ -22,7 +22,8 @@ from typing import Literal
 from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.dense import stored
+from conmoe_edge.plan.candidate import Option, Wishes, count_option
+from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import (
     AUTO_RATE_LIMIT,
@@ -32,7 +33,6 @@ from conmoe_edge.plan.levers import (
     check_scope,
     precisions,
 )
-from conmoe_edge.plan.options import Option, Wishes, count_option
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.reasons import explain, is_unchanged
 

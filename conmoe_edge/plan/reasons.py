@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.candidate import Option, Wishes
 from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
-from conmoe_edge.plan.options import Option, Wishes
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.units import human_size
 

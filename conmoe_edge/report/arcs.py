@@ -6,11 +6,11 @@ experts were, in steps of the package's own distances.
 
 from __future__ import annotations
 
-from conmoe_edge.checkpoint.manifest import ExpertId
-from conmoe_edge.report.facts import PackageFacts
+from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.report.heat_map import describe
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
-from conmoe_edge.report.slots import SlotFact
+from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.slot_shares import SlotFact
 
 _HIGH = 100.0
 _BASE = 92.0

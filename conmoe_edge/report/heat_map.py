@@ -6,9 +6,9 @@ dropped slot a dot: that reads without colour. Cells of wide models scroll sidew
 
 from __future__ import annotations
 
-from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.markup import Markup, figure, join, key, stretched, tag, text
-from conmoe_edge.report.slots import Kind, SlotFact
+from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.slot_shares import Kind, SlotFact
 
 _HIGH = 20.0
 _SHAPES: dict[Kind, tuple[float, float]] = {  # top and height of 20

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.hits import HitCurve
 from conmoe_edge.report.markup import Markup, figure, join, key, stretched, table, tag
+from conmoe_edge.report.package_summary import PackageFacts
 
 _FULL = 100.0
 

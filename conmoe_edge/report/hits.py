@@ -1,8 +1,8 @@
 """The share of requests that a cache of so many slots serves: the package's routing trace, replayed.
 
-The same replay and the same policies as those that choose the cache settings (``offload/replay.py``): quotas are
-fitted on the first half of the trace, hits counted on the second. One curve a record layout, since each layout has a
-cache of its own. Peak memory: the trace. Deterministic.
+The same replay and the same policies as those that choose the cache settings (``offload/simulate/policy_search.py``):
+quotas are fitted on the first half of the trace, hits counted on the second. One curve a record layout, since each
+layout has a cache of its own. Peak memory: the trace. Deterministic.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conmoe_edge.checkpoint.manifest import Manifest
-from conmoe_edge.offload.replay import choose, tables
-from conmoe_edge.offload.routing import prototype_trace
+from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.offload.simulate.load_settings import prototype_trace
+from conmoe_edge.offload.simulate.policy_search import choose, tables
 from conmoe_edge.plan.trace import RoutingTrace
 
 POINTS = 10

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from conmoe_edge.checkpoint.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.errors import UsageError
 
 _MOST_BYTES = 16 << 20

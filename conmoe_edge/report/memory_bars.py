@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from conmoe_edge.report.facts import MemoryTerm, PackageFacts, memory_terms
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
+from conmoe_edge.report.package_summary import MemoryTerm, PackageFacts, memory_terms
 from conmoe_edge.units import GIB, MIB, human_size
 
 _FULL = 100.0

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conmoe_edge.checkpoint.files import write_bytes
+from conmoe_edge.checkpoint.fs.atomic_files import write_bytes
 from conmoe_edge.report.arcs import arcs
-from conmoe_edge.report.facts import PackageFacts
 from conmoe_edge.report.heat_map import heat_map
 from conmoe_edge.report.hit_chart import hit_charts
 from conmoe_edge.report.markup import Markup, join, table, tag
 from conmoe_edge.report.memory_bars import memory_bars
-from conmoe_edge.report.prototypes import prototypes
-from conmoe_edge.report.quality import quality
+from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.prototypes_section import prototypes
+from conmoe_edge.report.quality_section import quality
 from conmoe_edge.report.style import SCRIPT, STYLE
 from conmoe_edge.units import human_size
 

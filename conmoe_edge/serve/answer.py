@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from conmoe_edge.offload.cached_tokens import CachedTokens, common_length
-from conmoe_edge.offload.sampling import Draw, Sampler
-from conmoe_edge.offload.text import TextStream
+from conmoe_edge.offload.generation.detokenize import TextStream
+from conmoe_edge.offload.generation.sampling import Draw, Sampler
+from conmoe_edge.offload.generation.sequence import CachedTokens, common_length
 from conmoe_edge.serve.stops import StopFilter
 
 Finish = Literal["stop", "length"]

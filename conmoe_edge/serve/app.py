@@ -17,10 +17,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from conmoe_edge.offload.context import context_full, longest_context
-from conmoe_edge.offload.generate import LONGEST_ANSWER
-from conmoe_edge.offload.prompt import prompt_tokens
-from conmoe_edge.offload.sampling import Draw
+from conmoe_edge.offload.generation.context_limit import context_full, longest_context
+from conmoe_edge.offload.generation.prompt import prompt_tokens
+from conmoe_edge.offload.generation.sampling import Draw
+from conmoe_edge.offload.generation.session import LONGEST_ANSWER
 from conmoe_edge.serve.answer import Ask
 from conmoe_edge.serve.engine import Busy, Done, Engine, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.errors import ApiError, as_api_error

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from conmoe_edge.offload.cached_tokens import CachedTokens
-from conmoe_edge.offload.context import longest_context
-from conmoe_edge.offload.kv_cache import STEP_TOKENS
-from conmoe_edge.offload.prompt import end_tokens
+from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.generation.context_limit import longest_context
+from conmoe_edge.offload.generation.prompt import end_tokens
+from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.serve.answer import Answer, Ask, Finish, Usage, reusable
 from conmoe_edge.serve.metrics import Metrics, Outcome, Snapshot, State

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.checkpoint import disk
-from conmoe_edge.checkpoint.sidefiles import copy_side_files, side_files
+from conmoe_edge.checkpoint.fs import disk
+from conmoe_edge.checkpoint.package.sidefiles import copy_side_files, side_files
 from conmoe_edge.errors import ConmoeError, NoSpace
 from conmoe_edge.units import GIB
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from conmoe_edge.cli import _progress
 from conmoe_edge.cli.main import main
+from conmoe_edge.cli.ui import progress as _progress
 
 _DEMO = Path(__file__).resolve().parents[2] / "conmoe_edge" / "data" / "demo"
 _BUDGET = ("--gpu", "900MB", "--device", "cpu")

@@ -17,13 +17,13 @@ from families import save_tiny, save_tokenizer
 from torch import Tensor
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.forms import KIND_OF_VALUES, SCALE
-from conmoe_edge.checkpoint.index import index_files
-from conmoe_edge.checkpoint.manifest import ExpertId, Manifest
-from conmoe_edge.checkpoint.manifest_io import load_manifest
-from conmoe_edge.checkpoint.quantise import quantise
-from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.checkpoint.records import decode, encode, make_layout, matrix_of, view
+from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES, SCALE
+from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
+from conmoe_edge.checkpoint.format.quantise import quantise
+from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, matrix_of, view
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.tensors.tensor_index import index_files
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model import bridge

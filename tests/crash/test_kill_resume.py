@@ -16,8 +16,8 @@ import pytest
 from families import save_tiny, save_tokenizer
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.durable import CRASH_STATUS, CRASH_VARIABLE
-from conmoe_edge.checkpoint.manifest_io import load_manifest, verify_package
+from conmoe_edge.checkpoint.fs.durable import CRASH_STATUS, CRASH_VARIABLE
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.errors import DoesNotFit, OutputExists, ResumeMismatch
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.plan.planner import make_plan

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import conmoe_edge
-from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
-from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import OutputExists, UnsupportedModel
 from conmoe_edge.export.hf import EXPORT_FILE, export_hf
 from conmoe_edge.model.experts import find_experts
@@ -436,7 +436,7 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
 
 def test_what_it_says_of_a_manifest_with_masked_layers() -> None:
     """The field that pruning methods write: layers whose routers may only choose slots that give something."""
-    from conmoe_edge.export.decide import kept_slots
+    from conmoe_edge.export.export_form import kept_slots
 
     row = (SlotRecord(ExpertId(0, 0)), SlotRecord(None), SlotRecord(None, 1.0, 0))
 

@@ -12,14 +12,14 @@ from families import FAMILIES, tiny_model
 from hand_packages import identity, thirds, write_package
 from torch import nn
 
-from conmoe_edge.checkpoint.quantise import quantise
+from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.errors import PackageError
-from conmoe_edge.integrations.dense import finish_dense
+from conmoe_edge.integrations.dense_weights import finish_dense
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.linears import quantisable_weights
-from conmoe_edge.offload.arithmetic import Machine
-from conmoe_edge.offload.dense import DenseProducts, EdgeLinear
-from conmoe_edge.offload.native.reference import rounded
+from conmoe_edge.offload.compute.fused_linear import DenseProducts, EdgeLinear
+from conmoe_edge.offload.compute.torch_backend import Machine
+from conmoe_edge.offload.kernels.cpu.reference import rounded
 
 NAMES = [family.model_type for family in FAMILIES]
 PLENTY = (1000,)

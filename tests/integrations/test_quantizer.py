@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conmoe_edge.checkpoint.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.manifest_io import save_manifest
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.package.manifest_io import save_manifest
 from conmoe_edge.errors import CheckpointError, ContextFull, DoesNotFit, PackageError, UsageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.integrations.load_options import LoadOptions, loading, one_device
 from conmoe_edge.integrations.memory_plan import default_budget, planned_by
-from conmoe_edge.integrations.options import LoadOptions, loading, one_device
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.probe import probe

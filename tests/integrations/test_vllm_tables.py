@@ -12,15 +12,15 @@ from families import tiny_model
 from hand_packages import identity, slots_of, thirds, write_package
 
 import conmoe_edge
-from conmoe_edge.checkpoint.manifest import ExpertId, Manifest, SlotRecord
-from conmoe_edge.checkpoint.manifest_io import load_manifest
-from conmoe_edge.integrations.vllm.tables import (
+from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, SlotRecord
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.integrations.vllm.layer_tables import (
     NotServable,
     check_servable,
     layer_tables,
     share_of,
 )
-from conmoe_edge.integrations.vllm.weights import Package, fill
+from conmoe_edge.integrations.vllm.stacked_weights import Package, fill
 from conmoe_edge.model.experts import find_experts
 
 

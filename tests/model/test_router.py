@@ -8,10 +8,10 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB, save_tiny, tiny_config
 
-from conmoe_edge.checkpoint.index import CheckpointIndex
-from conmoe_edge.checkpoint.reader import ShardReader
-from conmoe_edge.compress.layer_tokens import LayerTokens, TokenRecorder
-from conmoe_edge.compress.taps import IMPLEMENTATION, RoutedTap, attach, register
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.stream.expert_hooks import IMPLEMENTATION, RoutedTap, attach, register
 from conmoe_edge.model import bridge
 from conmoe_edge.model.router import Selection, find_routers, logits_to
 from conmoe_edge.model.streaming import Batch, StreamedModel

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.checkpoint.manifest import ExpertId
+from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.errors import OutOfMemory, PackageError, UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload import runtime as runtime_module
-from conmoe_edge.offload.slots import SlotPool
+from conmoe_edge.offload.storage.slot_pool import SlotPool
 from tests.families import tiny_model
 from tests.hand_packages import identity, thirds, write_package
 

@@ -9,7 +9,7 @@ import pytest
 from conmoe_edge.errors import UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
-from conmoe_edge.plan.dense import stored
+from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 from conmoe_edge.units import MIB

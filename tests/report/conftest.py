@@ -12,8 +12,8 @@ from families import tiny_model
 from hand_packages import slots_of, write_package
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
-from conmoe_edge.checkpoint.manifest_io import load_manifest, save_manifest
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
 
 
 def fit_demo(folder: Path, **levers: Any) -> Path:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.checkpoint.manifest import PREDICTOR_FILE, ROUTING_FILE
-from conmoe_edge.checkpoint.manifest_io import load_manifest, save_manifest
+from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, ROUTING_FILE
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
 from conmoe_edge.errors import PackageError, UsageError
-from conmoe_edge.offload.routing import read_trace
-from conmoe_edge.report.facts import gather, memory_terms, to_json
-from conmoe_edge.report.slots import quantile
+from conmoe_edge.offload.simulate.load_settings import read_trace
+from conmoe_edge.report.package_summary import gather, memory_terms, to_json
+from conmoe_edge.report.slot_shares import quantile
 
 from .conftest import without_overview
 

@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.report import page as page_module
-from conmoe_edge.report.facts import PackageFacts, gather
 from conmoe_edge.report.markup import Markup, tag, text
+from conmoe_edge.report.package_summary import PackageFacts, gather
 from conmoe_edge.report.page import page, write_page
 from conmoe_edge.report.style import SCRIPT, STYLE
 

@@ -12,9 +12,9 @@ import pytest
 
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.generate import ChatSession
-from conmoe_edge.offload.prompt import prompt_tokens
-from conmoe_edge.offload.sampling import Draw
+from conmoe_edge.offload.generation.prompt import prompt_tokens
+from conmoe_edge.offload.generation.sampling import Draw
+from conmoe_edge.offload.generation.session import ChatSession
 from conmoe_edge.serve.answer import Ask
 from conmoe_edge.serve.engine import Busy, Done, Engine, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.metrics import Metrics

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from vllm_cases import BY_NAME, CASES, OPTIONS, REMOVED, TOKENS, Case, everything, small, written
 
 import conmoe_edge
-from conmoe_edge.checkpoint.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.export.hf import export_hf
-from conmoe_edge.integrations.vllm.tables import layer_tables
+from conmoe_edge.integrations.vllm.layer_tables import layer_tables
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 HERE = Path(__file__).resolve().parent

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from conmoe_edge.compress.interface import (
+from conmoe_edge.compress.method_interface import (
     Decision,
     LayerView,
     Method,
@@ -21,7 +21,7 @@ from conmoe_edge.compress.methods.m_smoe import M_SMOE
 from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
 from conmoe_edge.compress.methods.mergemoe import MERGEMOE
 from conmoe_edge.compress.methods.mone import MONE
-from conmoe_edge.compress.methods.one_shot import ONE_SHOT
+from conmoe_edge.compress.methods.pruning import ONE_SHOT
 
 _ALL: tuple[Method, ...] = (
     AUTO,

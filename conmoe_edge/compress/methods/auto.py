@@ -33,17 +33,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.closed_form import (
+from conmoe_edge.compress.method_interface import Decision, Method, Needs, ScopeView, identity
+from conmoe_edge.compress.solvers.closed_form import (
     SAMPLE_TOKENS,
     SlotErrors,
     routed_outputs,
     slot_errors,
 )
-from conmoe_edge.compress.facility import assign, must_stay, select, strongest
-from conmoe_edge.compress.interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.layer_tokens import LayerTokens
-from conmoe_edge.compress.neurons import narrowings
-from conmoe_edge.compress.rebuild import (
+from conmoe_edge.compress.solvers.facility import assign, must_stay, select, strongest
+from conmoe_edge.compress.solvers.neurons import narrowings
+from conmoe_edge.compress.solvers.rebuild import (
     StandIns,
     error_on,
     gates_of,
@@ -51,7 +50,8 @@ from conmoe_edge.compress.rebuild import (
     whole_parts,
     whole_width,
 )
-from conmoe_edge.compress.widths import choose
+from conmoe_edge.compress.solvers.widths import choose
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.model.experts import expert_forward
 
 FITTED, MEASURED = 8192, 4096

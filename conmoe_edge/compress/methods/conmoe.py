@@ -6,12 +6,12 @@ from the scores; a layer may keep few of its own experts.
 
 from __future__ import annotations
 
-from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.interface import Decision, Method, ScopeView, identity
-from conmoe_edge.compress.reassign import nearest_prototype
-from conmoe_edge.compress.score import prototype_score
-from conmoe_edge.compress.select import top_k
-from conmoe_edge.compress.statistics import LayerStatistics
+from conmoe_edge.checkpoint.format.manifest import SlotRecord
+from conmoe_edge.compress.method_interface import Decision, Method, ScopeView, identity
+from conmoe_edge.compress.methods.conmoe_reassign import nearest_prototype
+from conmoe_edge.compress.methods.conmoe_score import prototype_score
+from conmoe_edge.compress.solvers.select_experts import top_k
+from conmoe_edge.compress.stats.statistics import LayerStatistics
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.grouping import Groups
-from conmoe_edge.compress.interface import Decision, Parts, ScopeView
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.compress.method_interface import Decision, Parts, ScopeView
+from conmoe_edge.compress.solvers.grouping import Groups
 
 
 def usage_of(scope: ScopeView) -> tuple[int, ...]:

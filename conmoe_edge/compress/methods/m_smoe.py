@@ -18,10 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conmoe_edge.checkpoint.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.align import aligned
-from conmoe_edge.compress.grouping import Groups, around_dominant, router_likeness
-from conmoe_edge.compress.interface import (
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.compress.method_interface import (
     Decision,
     Method,
     Needs,
@@ -29,7 +27,9 @@ from conmoe_edge.compress.interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.merge import weighted_mean
+from conmoe_edge.compress.solvers.align import aligned
+from conmoe_edge.compress.solvers.grouping import Groups, around_dominant, router_likeness
+from conmoe_edge.compress.solvers.merge import weighted_mean
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:

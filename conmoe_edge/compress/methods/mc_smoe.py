@@ -8,7 +8,7 @@
 The authors find the factors by training on the task, and prune the columns as it goes on; here
 nothing is trained, both are closed forms. Gate and up have the same input and are factored
 as the one matrix that they lie in. Rank and number of columns follow from the shape of a matrix
-(``checkpoint/forms.py::factored_sizes``), so a package's bytes are known before.
+(``checkpoint/format/forms.py::factored_sizes``), so a package's bytes are known before.
 
 With rate 0 nothing is merged, and every expert is factored all the same: the precision says so.
 
@@ -22,12 +22,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.forms import factored_sizes
-from conmoe_edge.checkpoint.manifest import ExpertId
-from conmoe_edge.compress.facility import weights_of
-from conmoe_edge.compress.interface import Decision, Method, Needs, Parts, ScopeView
-from conmoe_edge.compress.low_rank import factor
+from conmoe_edge.checkpoint.format.forms import factored_sizes
+from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.compress.method_interface import Decision, Method, Needs, Parts, ScopeView
 from conmoe_edge.compress.methods.m_smoe import described, groups_of, merged
+from conmoe_edge.compress.solvers.facility import weights_of
+from conmoe_edge.compress.solvers.low_rank import factor
 from conmoe_edge.model.experts import inner_activations
 from conmoe_edge.plan.levers import LOW_RANK
 

@@ -31,8 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.grouping import Groups, around_dominant
-from conmoe_edge.compress.interface import (
+from conmoe_edge.compress.method_interface import (
     Decision,
     Method,
     Needs,
@@ -40,9 +39,10 @@ from conmoe_edge.compress.interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.least_squares import LeastSquares
-from conmoe_edge.compress.merge import shares, weighted_mean
 from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
+from conmoe_edge.compress.solvers.grouping import Groups, around_dominant
+from conmoe_edge.compress.solvers.least_squares import LeastSquares
+from conmoe_edge.compress.solvers.merge import shares, weighted_mean
 from conmoe_edge.model.experts import inner_activations
 
 TOKENS_PER_NEURON = 4

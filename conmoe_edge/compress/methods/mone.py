@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.manifest import SlotRecord
-from conmoe_edge.compress.interface import Decision, LayerView, Method, Needs, ScopeView
-from conmoe_edge.compress.interface import identity as whole
-from conmoe_edge.compress.output_vectors import OutputVectors
-from conmoe_edge.compress.survivors import survivors
+from conmoe_edge.checkpoint.format.manifest import SlotRecord
+from conmoe_edge.compress.method_interface import Decision, LayerView, Method, Needs, ScopeView
+from conmoe_edge.compress.method_interface import identity as whole
+from conmoe_edge.compress.solvers.survivors import survivors
+from conmoe_edge.compress.stats.output_vectors import OutputVectors
 
 
 def score(layer: LayerView) -> Tensor:

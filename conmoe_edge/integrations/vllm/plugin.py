@@ -44,8 +44,8 @@ from vllm.model_executor.models.utils import (  # pyright: ignore[reportMissingI
 )
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from conmoe_edge.integrations.vllm.tables import LayerTable, NotServable, share_of
-from conmoe_edge.integrations.vllm.weights import Package, fill, open_package
+from conmoe_edge.integrations.vllm.layer_tables import LayerTable, NotServable, share_of
+from conmoe_edge.integrations.vllm.stacked_weights import Package, fill, open_package
 
 QUANT_METHOD = "conmoe"
 

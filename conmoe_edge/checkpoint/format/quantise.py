@@ -1,0 +1,193 @@
+"""The stored forms of a weight matrix [rows, columns] (rows are outputs), and the way there and back.
+
+========  ==================================================  ==================================================
+kind      values                                              scales
+========  ==================================================  ==================================================
+plain     [R, K] in a floating-point format                   none
+int8      int8 [R, K]                                         bf16 [R]: value = q * scale
+int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, R, 2], pairs (scale, zero):
+          (below)                                             value = (q - 8) * scale + zero, q in 0..15
+========  ==================================================  ==================================================
+
+Tiles of int4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile is one run
+of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first ``tile / 2``
+rows and the high one to the others. So one load brings many rows of one column, which is how vector units like it; with
+64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package needs no
+repacking there. Everywhere else the form is plain enough to be expanded.
+
+Scales and zeros are rounded to bf16 *before* the numbers are rounded to them, so that a kernel which works in bf16 and
+one which works in fp32 see the same weights. Rounding is to the nearest; int4 fits its two parameters to each group by
+least squares. Everything is deterministic.
+
+Peak memory: the result and a few megabytes for the block of rows that is worked on. Raises ``ValueError``
+for a matrix that a kind cannot take (``best_kind`` says which it can), a mistake of the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import TILES, Kind, best_kind, first_divisor, group_of
+
+_SHRINK = 0.96
+"""The first guess of a group's range, as a share of the widest: outliers are clipped a little, all else is finer."""
+
+_BLOCK = 1 << 18
+"""Numbers that are worked on at a time, so that the passes over them stay in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One weight matrix in a stored form; the tensors are views of whatever holds them."""
+
+    kind: Kind
+    values: Tensor
+    scales: Tensor | None
+    rows: int
+    columns: int
+    group: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        held = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()
+        return self.values.numel() * self.values.element_size() + held
+
+    def dequantise(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The weights [R, K] in ``dtype``; a plain matrix in that format is given as it is, without ``out``."""
+        if self.kind == "plain":
+            return self.values.to(dtype) if out is None else out.copy_(self.values)
+        assert self.scales is not None
+        if out is None:
+            out = torch.empty(self.rows, self.columns, dtype=dtype, device=self.values.device)
+        for block in _blocks(self.rows, self.columns):
+            if self.kind == "int8":
+                wide = self.values[block].float().mul_(self.scales[block].float().unsqueeze(1))
+            else:
+                wide = _expand_int4(
+                    self.values[block], self.scales[:, block], self.group, self.tile
+                )
+            out[block] = wide
+        return out
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile of int4."""
+        return first_divisor(TILES, self.rows)
+
+
+def quantise(weight: Tensor, kind: Kind) -> Matrix:
+    """``weight`` [R, K] (rows are outputs) in a stored form.
+
+    Raises:
+        ValueError: the form cannot take this shape.
+    """
+    rows, columns = weight.shape
+    if kind == "plain":
+        return Matrix(kind, weight, None, rows, columns)
+    if kind == "int8":
+        values, scales = _int8(weight)
+        return Matrix(kind, values, scales, rows, columns)
+    if best_kind(rows, columns, kind) != kind:
+        raise ValueError(f"int4 cannot take a matrix of {rows} rows and {columns} columns")
+    group = group_of(columns)
+    values, scales = _int4(weight, group)
+    return Matrix(kind, values, scales, rows, columns, group)
+
+
+def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
+    """A matrix from the tensors of its stored form."""
+    rows, columns = values.shape
+    if kind == "int4":
+        columns *= 2
+        assert scales is not None
+        return Matrix(kind, values, scales, rows, columns, columns // scales.shape[0])
+    return Matrix(kind, values, scales, rows, columns)
+
+
+def _blocks(rows: int, columns: int) -> list[slice]:
+    """Runs of rows, whole tiles each."""
+    step = max(1, _BLOCK // columns // TILES[0]) * TILES[0]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
+    for block in _blocks(*weight.shape):
+        rows = weight[block].float()
+        # Rounded up, so that the largest number of a row is never clipped.
+        scale = _up_to_bf16(rows.abs().amax(1) / 127)  # [r]
+        wide = scale.float().unsqueeze(1)
+        values[block] = torch.where(wide > 0, rows / wide, 0.0).round_().clamp_(-127, 127)
+        scales[block] = scale
+    return values, scales
+
+
+def _up_to_bf16(value: Tensor) -> Tensor:
+    near = value.to(torch.bfloat16)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < value, above, near)
+
+
+def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(columns // group, rows, 2, dtype=torch.bfloat16, device=weight.device)
+    tile = first_divisor(TILES, rows)
+    for block in _blocks(rows, columns):
+        number, pairs = _int4_rows(weight[block].float(), group)
+        packed[block] = _pack(number, tile)
+        scales[:, block] = pairs.transpose(0, 1)
+    return packed, scales
+
+
+def _int4_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Numbers uint8 [r, K] and (scale, zero) bf16 [r, G, 2] of a block of rows."""
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, columns // group, group)  # [r, G, g]
+    # Two passes: torch's aminmax over so short an axis takes five times as long as both together.
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)  # [r, G, 1]
+    step = (high - low) * (_SHRINK / 15)
+    number = _nearest(grouped, step, (low + high + step) / 2)
+    # With the numbers given, weights lie about a straight line over them: least squares.
+    mean = number.mean(2, keepdim=True)
+    centred = number - mean
+    spread = centred.square().sum(2, keepdim=True)
+    slope = torch.where(spread > 0, (centred * grouped).sum(2, keepdim=True) / spread, step)
+    zero = grouped.mean(2, keepdim=True) - slope * (mean - 8)
+    pairs = torch.cat([slope, zero], 2).to(torch.bfloat16)
+    wide = pairs.float()
+    number = _nearest(grouped, wide[..., :1], wide[..., 1:])
+    return number.to(torch.uint8).view(rows, columns), pairs
+
+
+def _nearest(grouped: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """The numbers 0..15 that come closest; 8 where a group has a single value."""
+    inverse = torch.where(step != 0, 1.0 / step, 0.0)
+    return ((grouped - zero) * inverse).round_().add_(8).clamp_(0, 15)
+
+
+def _pack(number: Tensor, tile: int) -> Tensor:
+    """uint8 [r, K] numbers 0..15 -> uint8 [r, K // 2] in tiles."""
+    rows, columns = number.shape
+    halves = number.view(rows // tile, 2, tile // 2, columns)
+    pairs = halves[:, 0] | (halves[:, 1] << 4)  # [tiles, tile / 2, K]
+    return pairs.transpose(1, 2).reshape(rows, columns // 2)
+
+
+def _unpack(packed: Tensor, tile: int) -> Tensor:
+    """The inverse of ``_pack``: uint8 [r, K]."""
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    pairs = packed.reshape(rows // tile, columns, tile // 2).transpose(1, 2)
+    return torch.stack([pairs & 15, pairs >> 4], 1).view(rows, columns)
+
+
+def _expand_int4(packed: Tensor, scales: Tensor, group: int, tile: int) -> Tensor:
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    wide = _unpack(packed, tile).float().sub_(8).view(rows, columns // group, group)
+    pairs = scales.float().transpose(0, 1)  # [r, G, 2]
+    return wide.mul_(pairs[..., :1]).add_(pairs[..., 1:]).view(rows, columns)

@@ -1,0 +1,173 @@
+"""Records: one expert as one run of bytes, so that it is one read, one copy and one cache slot.
+
+``make_layout`` decides where each part lies; ``encode`` brings an expert into the forms of a layout
+and ``decode`` brings it back; ``pack`` writes tensors into a record; ``view`` and
+``pool_views`` look at the bytes of one record, or of a pool of them, as typed tensors without
+copying. Parts start 64-aligned (vector loads), records are multiples of 4096 bytes (direct reads,
+page-sized copies). Padding is zero, so equal experts give equal bytes.
+
+Peak memory: the record itself; one expert in the form or dtype asked for. Raises ``ValueError``
+for tensors that do not match the layout,
+which is a mistake of the caller; damaged layouts on disk are caught by ``manifest_io``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from conmoe_edge.checkpoint.format.dtypes import CODES, nbytes_of, torch_dtype
+from conmoe_edge.checkpoint.format.factored import factors_of
+from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, KIND_OF_VALUES, LEFT, RIGHT, SCALE
+from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
+from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
+from conmoe_edge.units import round_up
+
+PART_ALIGNMENT = 64
+RECORD_ALIGNMENT = 4096
+
+
+def make_layout(
+    parts: Sequence[tuple[str, Sequence[int], str]], precision: str = "source"
+) -> RecordLayout:
+    """Lay out ``(name, shape, torch dtype name)`` parts one after another, in the order given."""
+    if len({name for name, _, _ in parts}) != len(parts):
+        raise ValueError("two parts of a record have the same name")
+    placed: list[RecordPart] = []
+    end = 0
+    for name, shape, dtype in parts:
+        offset = round_up(end, PART_ALIGNMENT)
+        nbytes = nbytes_of(dtype, shape)
+        placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
+        end = offset + nbytes
+    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+
+
+def encode(
+    layout: RecordLayout, weights: Mapping[str, torch.Tensor], transposed: bool
+) -> dict[str, torch.Tensor]:
+    """One expert in the forms of a layout.
+
+    Args:
+        layout: which weights are quantised (those with scales) and the number format of the others.
+        weights: the expert's tensors by parameter name, as its module keeps them; of factored
+            weights their parts, since only a method can make those.
+        transposed: whether that is [in, out]; a quantised weight is [out, in] always.
+    """
+    parts = {part.name: part for part in layout.parts}
+    found: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        if name + SCALE in parts:
+            weight = weights[name].T if transposed else weights[name]
+            matrix = quantise(weight, KIND_OF_VALUES[part.dtype])
+            assert matrix.scales is not None
+            found[name], found[name + SCALE] = matrix.values, matrix.scales
+        elif name not in found:
+            found[name] = weights[name].to(_dtype(part))
+    return found
+
+
+def decode(
+    parts: Mapping[str, torch.Tensor], dtype: torch.dtype, transposed: bool
+) -> dict[str, torch.Tensor]:
+    """One expert's tensors by parameter name, as a module keeps them: quantised and factored weights
+    in ``dtype``, everything else as it is.
+    """
+    found = {}
+    for name, tensor in parts.items():
+        if name.endswith((SCALE, RIGHT, KEPT, COLUMNS)):
+            continue
+        if name.endswith(LEFT):
+            weight = name.removesuffix(LEFT)
+            wide = factors_of(parts, weight).expand(dtype)
+            found[weight] = wide.T if transposed else wide
+        elif name + SCALE in parts:
+            wide = matrix_of(parts, name).dequantise(dtype)
+            found[name] = wide.T if transposed else wide
+        else:
+            found[name] = tensor
+    return found
+
+
+def matrix_of(parts: Mapping[str, torch.Tensor], name: str) -> Matrix:
+    """The weight ``name`` among the parts of a record, in its stored form; shares the record's memory."""
+    scales = parts.get(name + SCALE)
+    if scales is None:
+        return stored("plain", parts[name], None)
+    kind = KIND_OF_VALUES[str(parts[name].dtype).removeprefix("torch.")]
+    return stored(kind, parts[name], scales)
+
+
+def pack(
+    layout: RecordLayout, tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Copy the parts into one record.
+
+    Args:
+        layout: where each part goes.
+        tensors: one tensor per part, of the part's shape and dtype, on any device and with any
+            strides.
+        out: uint8 ``[nbytes]`` to fill, such as a buffer that is used again and again; a new one by
+            default.
+
+    Returns:
+        The record, uint8 ``[nbytes]``.
+    """
+    if set(tensors) != {part.name for part in layout.parts}:
+        raise ValueError(
+            f"the record holds {[part.name for part in layout.parts]}, got {sorted(tensors)}"
+        )
+    for part in layout.parts:
+        tensor = tensors[part.name]
+        if tuple(tensor.shape) != part.shape or tensor.dtype != _dtype(part):
+            raise ValueError(
+                f"{part.name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"the record holds {part.dtype} {list(part.shape)}"
+            )
+    record = torch.empty(layout.nbytes, dtype=torch.uint8) if out is None else out
+    for start, stop in _gaps(layout):
+        record[start:stop].zero_()
+    for name, target in view(layout, record).items():
+        target.copy_(tensors[name])
+    return record
+
+
+def view(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a record uint8 ``[nbytes]`` as tensors that share its memory."""
+    if record.shape != (layout.nbytes,):
+        raise ValueError(f"a record has {layout.nbytes} bytes, got {list(record.shape)}")
+    return {name: pool[0] for name, pool in pool_views(layout, record.unsqueeze(0)).items()}
+
+
+def pool_views(layout: RecordLayout, pool: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a pool uint8 ``[slots, nbytes]`` as strided views ``[slots, *shape]`` that share
+    its memory.
+
+    Only the leading axis is strided: every slot's own part is contiguous.
+    """
+    if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.shape[1] != layout.nbytes:
+        raise ValueError(
+            f"a pool is uint8 [slots, {layout.nbytes}], got {pool.dtype} {list(pool.shape)}"
+        )
+    return {
+        part.name: pool[:, part.offset : part.offset + part.nbytes]  # [slots, part bytes]
+        .view(_dtype(part))
+        .unflatten(1, part.shape)
+        if part.shape
+        else pool[:, part.offset : part.offset + part.nbytes].view(_dtype(part)).squeeze(1)
+        for part in layout.parts
+    }
+
+
+def _dtype(part: RecordPart) -> torch.dtype:
+    return torch_dtype(CODES[part.dtype], part.name)
+
+
+def _gaps(layout: RecordLayout) -> Iterable[tuple[int, int]]:
+    """The padding between the parts and after the last one."""
+    end = 0
+    for part in layout.parts:
+        yield end, part.offset
+        end = part.offset + part.nbytes
+    yield end, layout.nbytes

@@ -1,0 +1,137 @@
+"""From the name that a user typed to a folder with a model in it, or to its headers alone.
+
+``locate`` gives a complete local folder, downloading it where that is needed and allowed.
+``describe`` gives what a plan needs, ``config.json`` and the shape of every tensor, without
+downloading any weight.
+
+Raises ``ModelNotFound`` (unknown name, not on the hub, no network), ``CheckpointError`` (found but
+damaged), ``UsageError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conmoe_edge.checkpoint.format.dtypes import TORCH_NAMES
+from conmoe_edge.checkpoint.sources import hub
+from conmoe_edge.checkpoint.sources.model_names import (
+    Kind,
+    Meaning,
+    aliases,
+    config_folder,
+    resolve,
+)
+from conmoe_edge.checkpoint.tensors.tensor_index import (
+    CheckpointIndex,
+    place_in_data,
+    require_config,
+)
+
+__all__ = ["Description", "Header", "Source", "aliases", "config_folder", "describe", "locate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is: ``name`` as it was asked for, ``path`` a local folder with all of it.
+
+    ``revision`` is the commit where it came from the hub, and ``None`` for a folder.
+    """
+
+    name: str
+    kind: Kind
+    path: Path
+    revision: str | None = None
+    hub_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the header says of one tensor; ``dtype`` is torch's name (``bfloat16``)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model before any download of weights: ``path`` holds at least ``config.json``."""
+
+    name: str
+    kind: Kind
+    path: Path
+    revision: str | None
+    hub_id: str | None
+    tensors: Mapping[str, Header]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.nbytes for header in self.tensors.values())
+
+
+def locate(
+    model: str, *, revision: str | None = None, offline: bool = False, tqdm_class: Any = None
+) -> Source:
+    """The local folder of ``model``.
+
+    Args:
+        model: a folder, an alias, or a hub id (``org/name`` or ``org/name@revision``).
+        revision: branch, tag or commit on the hub.
+        offline: open no socket; ``HF_HUB_OFFLINE=1`` means the same.
+        tqdm_class: the progress bar of the download, if there is one.
+    """
+    meaning = resolve(model, revision)
+    if meaning.folder is not None:
+        require_config(meaning.folder)
+        return Source(model, meaning.kind, meaning.folder)
+    assert meaning.hub_id is not None
+    folder = hub.fetch_snapshot(
+        meaning.hub_id, meaning.revision, offline=hub.is_offline(offline), tqdm_class=tqdm_class
+    )
+    return Source(model, meaning.kind, folder, _commit(folder), meaning.hub_id)
+
+
+def describe(model: str, *, revision: str | None = None, offline: bool = False) -> Description:
+    """The config and the tensor shapes of ``model``, with no weight read or downloaded. Arguments
+    as for ``locate``.
+    """
+    meaning = resolve(model, revision)
+    if meaning.hub_id is None or hub.is_offline(offline):
+        source = locate(model, revision=revision, offline=offline)
+        return _local(meaning, source.path, source.revision)
+    folder = hub.fetch_config(meaning.hub_id, meaning.revision)
+    require_config(folder)
+    if hub.is_whole(folder):
+        return _local(meaning, folder, _commit(folder))
+    # The commit of the config, so that config and headers cannot come from two states of the
+    # repository.
+    commit = _commit(folder) or meaning.revision
+    tensors = {
+        name: Header(
+            TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)),
+            tuple(tensor.shape),
+            place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)[1],
+            file,
+        )
+        for name, (file, tensor) in hub.fetch_headers(meaning.hub_id, commit).items()
+    }
+    return Description(model, meaning.kind, folder, commit, meaning.hub_id, tensors)
+
+
+def _local(meaning: Meaning, folder: Path, revision: str | None) -> Description:
+    index = CheckpointIndex.open(folder)
+    tensors = {
+        name: Header(entry.torch_name, entry.shape, entry.nbytes, entry.file)
+        for name, entry in index.tensors.items()
+    }
+    return Description(meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors)
+
+
+def _commit(folder: Path) -> str | None:
+    """The hub's cache names a snapshot folder after its commit."""
+    return folder.name if folder.parent.name == "snapshots" else None

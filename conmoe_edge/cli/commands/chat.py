@@ -1,0 +1,216 @@
+"""``conmoe-edge chat DIR``: talk to a package inside its budget, or ask it once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli.ui.cli_options import (
+    Tokens,
+    common_options,
+    misses_option,
+    package_budget_option,
+    run_device_option,
+)
+from conmoe_edge.errors import PackageError, UsageError
+
+if TYPE_CHECKING:
+    from conmoe_edge.cli.chat_loop.conversation import Sampling
+    from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.offload.generation.session import ChatSession
+
+
+@click.command(short_help="Talk to a package that fit wrote, inside its budget.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@package_budget_option
+@click.option("--prompt", "-p", metavar="TEXT", help="Answer this once and leave.")
+@click.option(
+    "--system", metavar="TEXT", default="", help="System text that stands before the conversation."
+)
+@click.option("--max-tokens", metavar="N", type=Tokens(), help="Longest answer, in tokens.")
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=click.FloatRange(0, 10),
+    help="0 is greedy; more is more varied.",
+)
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draw from this share of the likelihood.",
+)
+@click.option("--seed", metavar="N", type=click.IntRange(0), help="Same seed, same answer.")
+@click.option(
+    "--context",
+    metavar="N",
+    type=Tokens(),
+    help="Tokens of conversation to keep room for, 4096 or 32k.",
+)
+@run_device_option
+@click.option(
+    "--cache-policy",
+    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
+    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
+)
+@misses_option
+@click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
+@common_options
+def chat(
+    folder: Path,
+    gpu: str | None,
+    prompt: str | None,
+    system: str,
+    context: int | None,
+    device: str,
+    cache_policy: str | None,
+    misses: str,
+    no_history: bool,
+    output: Output,
+    **sampling: Any,
+) -> None:
+    """Talk to the package in DIR.
+
+    On a terminal this is a conversation: Enter sends, Alt-Enter starts a new line, Ctrl-C stops an
+    answer, /help lists the commands. With --prompt, or with text on standard input, it answers
+    once: the answer goes to stdout, the numbers to stderr.
+
+    \b
+    Examples:
+      conmoe-edge chat ./out
+      conmoe-edge chat ./out --gpu 4GB --prompt "Name three rivers." --max-tokens 100
+      cat letter.txt | conmoe-edge chat ./out --system "Answer in one sentence." --json
+    """
+    from conmoe_edge.cli.chat_loop.conversation import Sampling
+
+    check_package(folder)
+    question = prompt if prompt is not None else _piped()
+    if question is None and output.as_json:
+        raise UsageError(
+            "--json answers once and needs a question.",
+            "",
+            "--prompt TEXT, or text on standard input",
+        )
+    if question is not None and not question.strip():
+        raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
+    session = open_session(folder, gpu, device, context, output, cache_policy, misses)
+    drawn = Sampling(**sampling)
+    if question is None:
+        _converse(session, folder, system, drawn, output, keep_history=not no_history)
+    else:
+        _answer_once(session, question, system, drawn, output)
+
+
+def check_package(folder: Path) -> None:
+    """Say what is wrong with the folder before torch is loaded for it."""
+    if (folder / "conmoe.json").is_file():
+        return
+    if not folder.exists():
+        raise PackageError(
+            f"There is no folder {folder}.", "", f"conmoe-edge fit MODEL --out {folder}"
+        )
+    if (folder / "config.json").is_file():
+        raise PackageError(
+            f"{folder} is a model, but no package of conmoe-edge.",
+            "it has no conmoe.json",
+            f"conmoe-edge fit {folder} --out {folder.name or 'model'}-fit",
+        )
+    raise PackageError(
+        f"{folder} is no package of conmoe-edge.",
+        "it has no conmoe.json",
+        "conmoe-edge fit MODEL --out DIR writes one",
+    )
+
+
+def _piped() -> str | None:
+    """What stands on standard input; ``None`` where that is a terminal."""
+    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+
+
+def open_session(
+    folder: Path,
+    gpu: str | None,
+    device: str,
+    context: int | None,
+    output: Output,
+    cache_policy: str | None = None,
+    misses: str = "copy",
+) -> ChatSession:
+    """Load the package inside the budget."""
+    from conmoe_edge.cli.ui.text import path_text
+
+    output.note(f"Loading {path_text(folder)} ...")
+    from transformers import AutoTokenizer
+
+    from conmoe_edge import api
+    from conmoe_edge.memory.garbage import settle
+    from conmoe_edge.offload.generation.session import ChatSession
+
+    model = api.load(
+        folder,
+        budget=gpu,
+        device=None if device == "auto" else device,
+        context=context,
+        cache_policy=cache_policy,
+        misses=misses,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    settle()
+    return ChatSession(model, tokenizer, context)
+
+
+def _converse(
+    session: ChatSession,
+    folder: Path,
+    system: str,
+    sampling: Sampling,
+    output: Output,
+    *,
+    keep_history: bool,
+) -> None:
+    from conmoe_edge.cli.chat_loop.chat_stats import loaded_line, read_stats
+    from conmoe_edge.cli.chat_loop.conversation import Conversation
+    from conmoe_edge.cli.chat_loop.prompt_input import Reader, open_history
+    from conmoe_edge.cli.chat_loop.repl import COMMANDS, WELCOME, Repl
+
+    history, problem = open_history(keep_history)
+    if problem:
+        output.warning(problem)
+    output.note(loaded_line(read_stats(session)))
+    output.note(WELCOME)
+    output.note()
+    name = folder.resolve().name
+    repl = Repl(session, output, name=name, conversation=Conversation(system), sampling=sampling)
+    repl.run(Reader(list(COMMANDS), history))
+
+
+def _answer_once(
+    session: ChatSession, question: str, system: str, sampling: Sampling, output: Output
+) -> None:
+    from conmoe_edge.cli.chat_loop.chat_stats import footer, read_stats, stats_json
+    from conmoe_edge.cli.chat_loop.conversation import Conversation
+    from conmoe_edge.cli.chat_loop.turn import run_turn
+    from conmoe_edge.cli.ui.error_text import Interrupted
+    from conmoe_edge.cli.ui.text import without_controls
+
+    clean = without_controls if output.stdout_is_terminal else str
+
+    def show(piece: str) -> None:
+        if not output.as_json:
+            output.stream(clean(piece))
+
+    turn = run_turn(session, Conversation(system).asking(question), sampling, show)
+    if turn.stopped and output.as_json:
+        raise Interrupted("Stopped before the answer was complete.")
+    stats = read_stats(session)
+    output.value({"reply": turn.text, "stats": stats_json(stats)})
+    if not output.as_json:
+        output.stream("" if turn.text.endswith("\n") else "\n")
+    output.note(footer(stats))
+    if turn.full is not None:
+        output.warning("The context is full, so the answer ends here; --context N makes room.")
+    if turn.stopped:
+        raise Interrupted("Stopped before the answer was complete.")

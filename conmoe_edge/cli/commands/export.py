@@ -1,0 +1,101 @@
+"""``conmoe-edge export DIR OUT``: a package as a plain checkpoint, or as GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from conmoe_edge.cli.ui.cli_options import common_options
+from conmoe_edge.cli.ui.text import path_text
+
+if TYPE_CHECKING:
+    from conmoe_edge.cli.ui.output import Output
+
+
+@click.command(short_help="Write a package as a plain checkpoint, or as GGUF.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("hf", "gguf")),
+    default="hf",
+    show_default=True,
+    help="hf: a folder that transformers, vLLM and SGLang load; gguf: a file for llama.cpp, by its own converter.",
+)
+@click.option(
+    "--llama-cpp",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Clone of llama.cpp whose convert_hf_to_gguf.py is used.  [default: the one on PATH]",
+)
+@click.option(
+    "--converter-python",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Python that has the converter's requirements.  [default: this one]",
+)
+@click.option(
+    "--outtype",
+    type=click.Choice(("auto", "f32", "f16", "bf16", "q8_0")),
+    default="auto",
+    show_default=True,
+    help="Number format of a GGUF file; for smaller ones run llama-quantize on it.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier export wrote.")
+@common_options
+def export(
+    folder: Path,
+    out: Path,
+    form: str,
+    llama_cpp: Path | None,
+    converter_python: Path | None,
+    outtype: str,
+    overwrite: bool,
+    output: Output,
+) -> None:
+    """Write the package DIR as OUT, for engines that have one expert for every router slot.
+
+    A package that only prunes, with as many experts left in every layer, becomes a plain smaller
+    checkpoint. Every other one becomes a checkpoint of the model's own size, in which each router
+    slot has a copy of its prototype: the same answers, no memory saved. vLLM runs a package as it
+    is, without an export (docs/cluster.md).
+
+    \b
+    Examples:
+      conmoe-edge export ./out ./out-hf
+      conmoe-edge export ./out ./out.gguf --format gguf --llama-cpp ~/llama.cpp
+      conmoe-edge export ./out ./out-hf --overwrite --json
+    """
+    from conmoe_edge import api
+    from conmoe_edge.cli.ui.progress import ProgressView
+    from conmoe_edge.units import human_size
+
+    view = ProgressView(output)
+    with view:
+        done = api.export(
+            folder,
+            out,
+            form=form,
+            llama_cpp=llama_cpp,
+            converter_python=converter_python,
+            outtype=outtype,
+            overwrite=overwrite,
+            progress=view.update,
+        )
+    output.value(
+        {
+            "out": str(done.folder),
+            "format": form,
+            "kind": done.kind,
+            "experts": done.experts,
+            "width": done.width,
+            "bytes_written": done.nbytes,
+            "notes": list(done.notes),
+        }
+    )
+    for note in done.notes:
+        output.result(note)
+    output.result(f"Wrote {path_text(done.folder)} ({human_size(done.nbytes)}).")

@@ -1,0 +1,165 @@
+"""``conmoe-edge fit MODEL``: measure, plan, consolidate, write the package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli.ui.cli_options import Tokens, common_options, lever_options, levers
+from conmoe_edge.cli.ui.error_text import Interrupted
+from conmoe_edge.cli.ui.name_completion import complete_model
+from conmoe_edge.cli.ui.text import path_text
+from conmoe_edge.errors import OutputExists
+
+if TYPE_CHECKING:
+    from conmoe_edge.api import FitReport, PlanReport
+    from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.cli.ui.progress import ProgressView
+
+
+@click.command(short_help="Fit a model into the memory you have, and write it.")
+@click.argument("model", shell_complete=complete_model)
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out"),
+    show_default=True,
+    help="Folder to write; it is whole or absent, never half there.",
+)
+@lever_options
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Plain text to calibrate on; best is text like what you will ask.  [default: a text that "
+    "comes along]",
+)
+@click.option(
+    "--calibration-tokens",
+    metavar="N",
+    type=Tokens(),
+    help="How many tokens of it to use; more is slower and steadier.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Which parts of the calibration text are used: 0 spreads them evenly, others draw them.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--fresh", is_flag=True, help="Start over instead of going on where a run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it is there.")
+@click.option("--yes", "-y", is_flag=True, help="Answer yes to every question.")
+@common_options
+def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **parameters: Any) -> None:
+    """Fit MODEL into a memory budget and write a package that `chat` runs.
+
+    MODEL is an alias (demo, olmoe, ...), a model on the hub (owner/name) or a folder with
+    safetensors files. The plan takes the mildest change that fits, and none if the model fits as it
+    is. A run that stops goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      conmoe-edge fit demo --gpu 562MB --device cpu
+      conmoe-edge fit olmoe --gpu 8GB --out ./olmoe-8gb
+      conmoe-edge fit olmoe --gpu rtx-4060-laptop-8gb --rate 50% --scope 2 --calibration notes.txt
+      conmoe-edge fit ./my-checkpoint --gpu 16GB --dry-run --json
+      conmoe-edge fit ./my-checkpoint --gpu 24GB --for vllm --out ./served
+    """
+    from conmoe_edge import api
+    from conmoe_edge.cli.ui.progress import ProgressView
+
+    if dry_run:
+        from conmoe_edge.cli.commands.plan import show_plan
+
+        report = api.plan(model, **levers(parameters))
+        show_plan(output, report, out)
+        output.note("Dry run: nothing was written.")
+        return
+    overwrite = _may_replace(out, output, overwrite=parameters["overwrite"], yes=yes)
+
+    def on_plan(report: PlanReport) -> None:
+        from conmoe_edge.cli.commands.plan import free_disk
+        from conmoe_edge.cli.views.plan_views import plan_view
+
+        output.note(plan_view(report, out, free_disk(out)))
+        output.note()
+
+    view = ProgressView(output)
+    try:
+        with view:
+            report = api.fit(
+                model,
+                out,
+                **levers(parameters),
+                calibration=parameters["calibration"],
+                calibration_tokens=parameters["calibration_tokens"],
+                seed=parameters["seed"],
+                fresh=parameters["fresh"],
+                overwrite=overwrite,
+                on_plan=on_plan,
+                progress=view.update,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(_stopped(view)) from None
+    _show(output, report)
+
+
+def _may_replace(out: Path, output: Output, *, overwrite: bool, yes: bool) -> bool:
+    """Whether a package at ``out`` may be replaced; on a terminal that is asked, before any work.
+
+    Raises:
+        OutputExists: it is there, and nobody said that it may go.
+    """
+    if overwrite or not (out / "conmoe.json").exists():
+        return overwrite
+    where = path_text(out)
+    if not output.as_json and sys.stdin.isatty():
+        try:
+            agreed = yes or click.confirm(f"{where} is a package already. Replace it?", err=True)
+        except click.Abort:
+            output.note()  # closes the line of the question
+            raise Interrupted("Stopped. Nothing was changed.") from None
+        if agreed:
+            return True
+        raise OutputExists("Nothing was changed.", "", "another --out DIR")
+    raise OutputExists(
+        f"{where} is a package already.", "", "--overwrite to replace it, or another --out DIR"
+    )
+
+
+def _stopped(view: ProgressView) -> str:
+    """What a stop leaves, in one sentence or two."""
+    again = "run the same command to go on, or --fresh to start over."
+    if view.layers_done == 0 and view.stage != "receipt":
+        return "Stopped before the first layer was done. Run the same command to start again."
+    if view.stage in ("receipt", "verify"):
+        return f"Stopped after the last layer, while it was checked. Nothing is lost: {again}"
+    return f"Stopped after layer {view.layers_done} of {view.layers}. Nothing is lost: {again}"
+
+
+def _show(output: Output, report: FitReport) -> None:
+    """Receipt and the next command."""
+    from conmoe_edge.cli.ui.text import duration
+    from conmoe_edge.cli.views.plan_views import receipt_view
+    from conmoe_edge.units import human_size
+
+    output.value(report.to_json())
+    receipt = receipt_view(report.receipt)
+    if receipt is not None:
+        output.result(receipt)
+        output.result("")
+    for note in report.notes:
+        output.result(f"Note: {note}")
+    where = path_text(report.out)
+    size = human_size(report.bytes_written)
+    if report.plan.plan.unchanged and not report.receipt:
+        size = "the model as it is, its weights linked"
+    took = duration(sum(report.seconds.values()))
+    output.result(f"Wrote {where} ({size}) in {took}. Try:  conmoe-edge chat {where}")

@@ -1,0 +1,56 @@
+"""``conmoe-edge plan MODEL``: what ``fit`` would do, without doing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli.ui.cli_options import common_options, lever_options, levers
+from conmoe_edge.cli.ui.name_completion import complete_model
+
+if TYPE_CHECKING:
+    from conmoe_edge.api import PlanReport
+    from conmoe_edge.cli.ui.output import Output
+
+
+@click.command(short_help="Show what fit would do, before any download.")
+@click.argument("model", shell_complete=complete_model)
+@lever_options
+@common_options
+def plan(model: str, output: Output, **parameters: Any) -> None:
+    """Show what fit would do with MODEL, and why.
+
+    MODEL is an alias (demo, olmoe, ...), a model on the hub (owner/name) or a folder. Only its
+    configuration is read: no weights are downloaded. The table lists the settings from the mildest
+    on, with the reason why each was taken or not.
+
+    \b
+    Examples:
+      conmoe-edge plan demo --gpu 562MB --device cpu
+      conmoe-edge plan allenai/OLMoE-1B-7B-0924 --gpu rtx-3060-12gb --context 16k
+      conmoe-edge plan olmoe --gpu 8GB --json
+    """
+    from conmoe_edge import api
+
+    report = api.plan(model, **levers(parameters))
+    show_plan(output, report, Path("out"))
+
+
+def show_plan(output: Output, report: PlanReport, out: Path) -> None:
+    """The plan as the command's result."""
+    from conmoe_edge.cli.views.plan_views import plan_view
+
+    output.value(report.to_json())
+    output.result(plan_view(report, out, free_disk(out)))
+
+
+def free_disk(out: Path) -> int | None:
+    """Free bytes on the disk where ``out`` will be, ``None`` where that cannot be read."""
+    from conmoe_edge.memory.machine import disk_free
+
+    try:
+        return disk_free(out)
+    except OSError:
+        return None

@@ -1,0 +1,199 @@
+"""``conmoe-edge serve DIR``: a package behind OpenAI's API, with a page to talk to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conmoe_edge.cli.commands.chat import check_package
+from conmoe_edge.cli.ui.cli_options import (
+    Tokens,
+    common_options,
+    misses_option,
+    package_budget_option,
+    run_device_option,
+)
+from conmoe_edge.errors import ConmoeError, UsageError
+
+if TYPE_CHECKING:
+    from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.serve.settings import Settings
+
+KEY_VARIABLE = "CONMOE_API_KEY"
+_LARGEST_KEY_FILE = 4096
+
+
+@click.command(short_help="Serve a package to OpenAI clients, with a page to talk to it.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@package_budget_option
+@click.option(
+    "--host",
+    metavar="ADDRESS",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on.",
+)
+@click.option(
+    "--port",
+    metavar="N",
+    type=click.IntRange(0, 65535),
+    default=8123,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--name", metavar="NAME", help="Name of the model for clients.  [default: DIR's name]"
+)
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help=f"File with the key that clients must show; the variable {KEY_VARIABLE} does the same.",
+)
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    help="The key itself; others on this machine can read it in the process list.",
+)
+@click.option(
+    "--allow-host",
+    metavar="NAME",
+    multiple=True,
+    help="A name by which this server may be called, besides addresses and localhost.",
+)
+@click.option(
+    "--parallel",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Most answers that are made at once, in turns.",
+)
+@click.option(
+    "--queue",
+    metavar="N",
+    type=click.IntRange(0, 10_000),
+    default=64,
+    show_default=True,
+    help="Most requests that wait; more are refused with 429.",
+)
+@click.option(
+    "--max-tokens", metavar="N", type=Tokens(), help="Longest answer that may be asked for."
+)
+@click.option(
+    "--context",
+    metavar="N",
+    type=Tokens(),
+    help="Tokens to keep room for, 4096 or 32k, over all answers that are made at once.",
+)
+@run_device_option
+@click.option(
+    "--cache-policy",
+    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
+    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
+)
+@misses_option
+@common_options
+def serve(
+    folder: Path,
+    gpu: str | None,
+    device: str,
+    context: int | None,
+    cache_policy: str | None,
+    misses: str,
+    output: Output,
+    **words: Any,
+) -> None:
+    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions and /v1/models,
+    /health, /metrics for Prometheus, and a page at / to talk to it.
+
+    It listens on this machine only. An address that others can reach needs an API key. Ctrl-C lets
+    running answers finish for 10 s.
+
+    \b
+    Examples:
+      conmoe-edge serve ./out
+      conmoe-edge serve ./out --gpu 4GB --port 9000 --context 16k
+      CONMOE_API_KEY=... conmoe-edge serve ./out --host 0.0.0.0 --allow-host tower.local
+    """
+    settings = _settings(folder, words)
+    settings.check()
+    check_package(folder)
+    _need_extra()
+    output.note("Starting ...")
+    from conmoe_edge.memory.resolve import resolve_budget
+    from conmoe_edge.serve.server import Server, package_loader
+
+    where: Any = device if device in ("cpu", "cuda") else "auto"
+    load = package_loader(
+        folder,
+        budget=None if gpu is None else resolve_budget(gpu, where),
+        device=None if device == "auto" else device,
+        context=context,
+        cache_policy=cache_policy,
+        misses=misses,
+    )
+    server = Server(settings, load, on_ready=lambda: _ready(server, output))
+    output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")
+    server.run()
+    output.note("Stopped.")
+
+
+def _ready(server: Any, output: Output) -> None:
+    """Say where it is, once it answers."""
+    from conmoe_edge.memory.garbage import settle
+
+    settle()
+    url, name = server.url, server.settings.name
+    output.value({"url": url, "model": name, "api": f"{url}/v1"})
+    output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")
+
+
+def _settings(folder: Path, words: dict[str, Any]) -> Settings:
+    from conmoe_edge.serve.settings import Limits, Settings
+
+    return Settings(
+        folder=folder,
+        host=words["host"],
+        port=words["port"],
+        name=words["name"] or folder.resolve().name or "model",
+        api_key=_api_key(words["api_key"], words["api_key_file"]),
+        allowed_hosts=tuple(words["allow_host"]),
+        limits=Limits(
+            max_tokens=words["max_tokens"], queue=words["queue"], parallel=words["parallel"]
+        ),
+    )
+
+
+def _api_key(given: str | None, file: Path | None) -> str | None:
+    """The key from the flag, the file or the variable; ``None`` for none."""
+    if given is not None and file is not None:
+        raise UsageError(
+            "--api-key and --api-key-file exclude each other.", "", "--api-key-file FILE"
+        )
+    if file is not None:
+        try:
+            if file.stat().st_size > _LARGEST_KEY_FILE:
+                raise UsageError(f"{file} is too large for a key.", "", "a file with one line")
+            return file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise UsageError(f"The key in {file} cannot be read.", reason, "") from error
+    return given if given is not None else os.environ.get(KEY_VARIABLE)
+
+
+def _need_extra() -> None:
+    """Say how to get what only the server needs."""
+    try:
+        import fastapi
+        import uvicorn
+    except ImportError as error:
+        raise ConmoeError(
+            "The server needs fastapi and uvicorn.",
+            f"{error.name} is not installed",
+            'pip install "conmoe-edge[serve]"',
+        ) from error
+    del fastapi, uvicorn

@@ -1,0 +1,281 @@
+"""Flags that several commands share, and the words they take. Parsing only: what a value means is
+the plan's business.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
+from conmoe_edge.plan.levers import PRECISIONS
+from conmoe_edge.plan.serving import ENGINES, levers_for
+from conmoe_edge.plan.width_levers import WIDTHS
+
+DEVICES = ("auto", "cpu", "cuda")
+PREFERENCES = ("quality", "speed")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The global flags, as the group hands them to a command."""
+
+    debug: bool = False
+    quiet: bool = False
+
+
+def debug_wanted(flag: bool) -> bool:
+    """The flag, or ``CONMOE_DEBUG`` set to anything but 0."""
+    return flag or os.environ.get("CONMOE_DEBUG", "0") not in ("", "0")
+
+
+class Share(click.ParamType):
+    """A share as a person writes it: ``0.25`` or ``25%``. ``below_one`` refuses 1, ``auto`` lets
+    that word through.
+    """
+
+    name = "share"
+
+    def __init__(self, *, auto: bool = False, below_one: bool = False) -> None:
+        self.auto = auto
+        self.below_one = below_one
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        """The share as a float, or ``"auto"``."""
+        text = str(value).strip()
+        if self.auto and text.lower() == "auto":
+            return "auto"
+        number = self._number(text)
+        if number is None or not 0 <= number <= 1 or (self.below_one and number == 1):
+            hint = (
+                f"say {text}% or 0.{text.zfill(2)}"
+                if text.isdigit() and 1 < int(text) < 100
+                else ""
+            )
+            wanted = "a share such as 25% or 0.25" + (", below 1" if self.below_one else "")
+            self.fail(
+                f"{text!r} is not a share: {hint}." if hint else f"{text!r} is not {wanted}.",
+                param,
+                ctx,
+            )
+        return number
+
+    @staticmethod
+    def _number(text: str) -> float | None:
+        try:
+            if text.endswith("%"):
+                return float(text[:-1]) / 100
+            return float(text)
+        except ValueError:
+            return None
+
+
+class CountOrAuto(click.ParamType):
+    """A whole number of at least one, or ``auto``."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """The number, or ``"auto"``."""
+        text = str(value).strip()
+        if text.lower() == "auto":
+            return "auto"
+        if not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r} is neither 'auto' nor a whole number of at least 1.", param, ctx)
+        return int(text)
+
+
+class Tokens(click.ParamType):
+    """A number of tokens, with or without thousands: ``4096``, ``4,096``, ``32k`` (32 x 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """The number of tokens, at least 1."""
+        text = str(value).strip().lower().replace(",", "").replace("_", "")
+        digits, factor = (text[:-1], 1024) if text.endswith("k") else (text, 1)
+        if not digits.isdigit() or int(digits) < 1:
+            self.fail(f"{value!r} is not a number of tokens such as 4096 or 32k.", param, ctx)
+        return int(digits) * factor
+
+
+package_budget_option = click.option(
+    "--gpu",
+    metavar="SIZE|PROFILE|auto",
+    shell_complete=complete_budget,
+    help="Memory to stay within.  [default: what the package was planned for]",
+)
+"""``--gpu`` of the commands that run a package."""
+
+run_device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+"""``--device`` of the commands that run a package."""
+misses_option = click.option(
+    "--misses",
+    type=click.Choice(["copy", "auto"]),
+    default="copy",
+    show_default=True,
+    help="With a GPU: copy what is not there, or let the processor compute some of it.",
+)
+"""``--misses`` of the commands that answer."""
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json --quiet --debug`` on a command, handed to it as one ``output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON value on stdout.")
+    @click.option("--quiet", "-q", is_flag=True, help="Nothing on stderr but warnings and errors.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> Any:
+        from conmoe_edge.cli.ui.output import Output, calm_libraries
+
+        settings = click.get_current_context().find_object(Settings) or Settings()
+        loud = debug_wanted(debug or settings.debug)
+        if not loud:
+            calm_libraries()
+        output = Output(as_json=as_json, quiet=quiet or settings.quiet)
+        return function(*args, output=output, **kwargs)
+
+    return command
+
+
+_LEVERS = (
+    click.option(
+        "--gpu",
+        metavar="SIZE|PROFILE|auto",
+        shell_complete=complete_budget,
+        default="auto",
+        show_default=True,
+        help="Memory of the target: a size (24GB, 7.5GiB), a profile (rtx-4090, see `profiles "
+        "list`), or this machine.",
+    ),
+    click.option(
+        "--rate",
+        metavar="auto|R",
+        type=Share(auto=True, below_one=True),
+        default="auto",
+        show_default=True,
+        help="Share of the routed experts to remove, 0.25 or 25%; auto takes the least that fits.",
+    ),
+    click.option(
+        "--scope",
+        metavar="auto|G",
+        type=CountOrAuto(),
+        default="auto",
+        show_default=True,
+        help="How many neighbouring MoE layers share their prototypes.",
+    ),
+    click.option(
+        "--method",
+        metavar="NAME",
+        shell_complete=complete_method,
+        help="How prototypes are chosen. `auto` loses least: it measures, trims and refits them, and takes two to "
+        "three times as long. `conmoe` is the paper's, with weights unchanged. `reap`, `man`, `msan`, `ean`, "
+        "`seer`, `energy` and `frequency` remove experts and let the router choose among the rest (`reap+drop` "
+        "and so on leave the router alone); `mone` puts constants in their place; `m-smoe`, `hc-smoe` and "
+        "`mergemoe` merge experts, `mc-smoe` stores the merged ones as low rank and a few columns.  "
+        "[default: auto; conmoe with --scope above 1]",
+    ),
+    click.option(
+        "--widths",
+        type=click.Choice(WIDTHS),
+        default="free",
+        show_default=True,
+        help="Neurons of the prototypes that `auto` keeps: free gives each as many as it is worth, equal all the "
+        "same, for engines that want one tensor.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(("auto", *PRECISIONS)),
+        default="auto",
+        show_default=True,
+        help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
+        "hurts most; auto takes fewer bits before it removes experts. lowrank is what --method mc-smoe writes.",
+    ),
+    click.option(
+        "--dense-precision",
+        type=click.Choice(DENSE_PRECISIONS),
+        default="source",
+        show_default=True,
+        help="Number format of attention, shared experts and head; source keeps the checkpoint's "
+        "own.",
+    ),
+    click.option(
+        "--context",
+        metavar="N",
+        type=Tokens(),
+        help="Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default="auto",
+        show_default=True,
+        help="Where the target computes; auto takes the GPU if there is one.",
+    ),
+    click.option(
+        "--prefer",
+        type=click.Choice(PREFERENCES),
+        default="quality",
+        show_default=True,
+        help="quality removes as little as fits; speed removes more, so that more is resident.",
+    ),
+    click.option(
+        "--min-resident",
+        metavar="S",
+        type=Share(),
+        help="Least share of the prototypes that must be in device memory at once, 0.8 or 80%.",
+    ),
+    click.option(
+        "--for",
+        "engine",
+        type=click.Choice(ENGINES),
+        help="Make a package for another engine: vllm keeps every prototype on the device in the "
+        "model's own number format, so only experts are removed (docs/cluster.md).",
+    ),
+    click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
+    click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
+)
+
+
+def lever_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``plan`` and ``fit`` decide by."""
+    for option in reversed(_LEVERS):
+        function = option(function)
+    return function
+
+
+def levers(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The lever flags among a command's parameters, under the names that ``conmoe_edge.api`` has
+    for them.
+    """
+    names = (
+        "device",
+        "context",
+        "rate",
+        "scope",
+        "precision",
+        "dense_precision",
+        "prefer",
+        "min_resident",
+        "method",
+        "widths",
+        "revision",
+        "offline",
+    )
+    found = {name: parameters[name] for name in names}
+    if parameters["engine"] is not None:
+        found = levers_for(parameters["engine"], found)
+    return {"budget": parameters["gpu"], **found}

@@ -1,0 +1,160 @@
+"""Where text goes: results to stdout, everything else to stderr. The only file that owns rich
+consoles.
+
+Modes: human, ``--json`` (exactly one value on stdout, nothing else there) and ``--quiet`` (stderr
+keeps warnings and errors). On a console without UTF-8 every symbol is written in ASCII; off a
+terminal lines are never folded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from typing import IO, Any
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from conmoe_edge.cli.ui.error_text import ErrorText
+from conmoe_edge.cli.ui.text import printable, to_ascii
+
+SCHEMA_VERSION = 1
+_UNFOLDED = 1000
+
+
+class Output:
+    """One command's output."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._stdout = _console(sys.stdout)
+        self._stderr = _console(sys.stderr)
+
+    @property
+    def stderr_is_terminal(self) -> bool:
+        """Whether a bar can move and colours show there."""
+        return self._stderr.is_terminal
+
+    @property
+    def stdout_is_terminal(self) -> bool:
+        """Whether a person reads the result as it comes."""
+        return self._stdout.is_terminal
+
+    @property
+    def stderr_console(self) -> Console:
+        """For the progress bar, which draws by itself."""
+        return self._stderr
+
+    def result(self, renderable: RenderableType) -> None:
+        """What the command is for; nothing in JSON mode, where ``value`` says it."""
+        if not self.as_json:
+            _print(self._stdout, renderable)
+
+    def value(self, payload: dict[str, Any]) -> None:
+        """The one JSON value; nothing in the other modes."""
+        if self.as_json:
+            self._write_json({"schema_version": SCHEMA_VERSION, **payload})
+
+    def stream(self, text: str) -> None:
+        """A piece of an answer, at once and as it is."""
+        self._stdout.file.write(text)
+        self._stdout.file.flush()
+
+    def note(self, renderable: RenderableType = "") -> None:
+        """What goes on beside the result: a plan, progress, a hint."""
+        if not self.quiet:
+            _print(self._stderr, renderable)
+
+    def warning(self, message: str) -> None:
+        """Something to look at; shown under ``--quiet`` as well."""
+        self._stderr.print(Text.assemble(("warning: ", "bold yellow"), printable(message)))
+
+    def error(self, error: ErrorText) -> None:
+        """At most three lines: error, why, fix. In JSON mode the value with ``error``, on
+        stdout.
+        """
+        if self.as_json:
+            self._write_json({"schema_version": SCHEMA_VERSION, "error": error.to_json()})
+            return
+        if error.type == "Interrupted":
+            self._stderr.print(Text(error.what))
+            return
+        self._stderr.print(Text.assemble(("error: ", "bold red"), printable(error.what)))
+        if error.why:
+            self._stderr.print(Text.assemble(("  why:  ", "bold"), printable(error.why)))
+        if error.fix:
+            self._stderr.print(Text.assemble(("  fix:  ", "bold green"), printable(error.fix)))
+
+    def error_stream_write(self, text: str) -> None:
+        """A traceback, as it is."""
+        self._stderr.file.write(text)
+
+    def _write_json(self, value: dict[str, Any]) -> None:
+        # ASCII escapes: the value is the same in every encoding that a pipe may have.
+        self._stdout.file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        self._stdout.file.flush()
+
+
+class _AsciiStream:
+    """A stream that takes any text and writes ASCII."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(to_ascii(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def speaks_unicode(stream: IO[str]) -> bool:
+    """Whether the stream's encoding has the symbols that the output uses."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    try:
+        "❯·━✓".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _console(stream: IO[str]) -> Console:
+    """A console that takes text literally: no markup, no emoji names, no guessed highlighting."""
+    file: Any = stream if speaks_unicode(stream) else _AsciiStream(stream)
+    terminal = stream.isatty()
+    return Console(
+        file=file,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=False,
+        width=None if terminal else _UNFOLDED,
+    )
+
+
+def _print(console: Console, renderable: RenderableType) -> None:
+    """Print; without the blanks that fill a table's last column where nobody sees colours."""
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    with console.capture() as capture:
+        console.print(renderable)
+    lines = capture.get().split("\n")
+    console.file.write("\n".join(line.rstrip() for line in lines))
+
+
+def calm_libraries() -> None:
+    """Keep other packages' bars, warnings and logs off the screen: a command says what matters in
+    its own words.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

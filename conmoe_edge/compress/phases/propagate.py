@@ -1,0 +1,132 @@
+"""The stream of the package as it has become so far, beside that of the original.
+
+Methods that work on it take each layer's tokens from it and aim at what the original's residual
+stream is behind the layer; once the layer is written, the stream goes through it.
+
+Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from conmoe_edge.checkpoint.tensors.tensor_index import index_files
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.run.state import Run
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.compress.stream.expert_hooks import RoutedTap, SilentTap, attach, expert_sum
+from conmoe_edge.compress.stream.layer_stream import Stream, run_layer
+from conmoe_edge.compress.stream.predictor_fit import held_sequences
+from conmoe_edge.model.router import logits_to
+from conmoe_edge.model.streaming import StreamedModel
+
+_ADDS = 0.3
+"""Most that a layer's output may differ from the sum of its parts, of what its experts bring."""
+
+
+def aim(
+    run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream]
+) -> tuple[LayerTokens, torch.Tensor | None]:
+    """The tokens of the package's stream at this layer, each with what its experts should give.
+
+    Where a layer adds its experts' output to what it gives without them, that is the way back to
+    the original's stream, and the stream without the experts is returned, for ``follow``.
+    Elsewhere (a norm comes after the experts) it is what the original experts give here.
+    """
+    module = model.experts[index][1]
+    stream = streams["package"]
+    with run.clock.part("attention"):
+        entered = stream.hidden.clone()
+        own = RoutedTap()
+        attach(module, own)
+        one = streams["probe"]  # the first sequence alone
+        one.hidden = entered[:1].clone()
+        run_layer(model, index, one, own)
+        silent = SilentTap()
+        attach(module, silent)
+        listening = nullcontext()
+        if run.method.needs.logits:
+            listening = logits_to(model.routers()[index], silent.take_logits)
+        with listening:
+            run_layer(model, index, stream, silent)
+        tokens = silent.tokens.result()
+        plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
+        given = (one.hidden.float() - stream.hidden[:1].float()).double()
+        off = given - one.padded(plain.float()).double()
+        # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
+        if float(off.norm()) <= _ADDS * float(given.norm()):
+            gap = streams["train"].hidden.float() - stream.hidden.float()
+            target = stream.real_rows(gap)
+            weights = _weights(streams["train"])
+            before = stream.hidden
+        else:
+            target = expert_sum(module, own, tokens, model.device)
+            weights = before = None
+            stream.hidden = entered
+    marked = replace(tokens, target=target, weights=weights, **_marks(run, stream))
+    return marked, before
+
+
+def _weights(stream: Stream) -> torch.Tensor:
+    """fp32 [tokens], of mean square 1: what follows reads the stream through a norm, so an error
+    counts by its share of the token's length there.
+    """
+    lengths = stream.real_rows(stream.hidden.float()).norm(dim=1)
+    inverse = 1.0 / lengths.clamp(min=1e-6 * float(lengths.max()) + 1e-30)
+    return inverse / inverse.square().mean().sqrt()
+
+
+def _marks(run: Run, stream: Stream) -> dict[str, torch.Tensor]:
+    """Of every token: whether its sequence is held out from fits, and the number of its domain."""
+    train = run.job.train
+    count, length = train.ids.shape
+    names = sorted(set(train.domains))
+    domain = torch.tensor([names.index(one) for one in train.domains])
+    held = torch.tensor(held_sequences([length] * count))
+    spread = domain.repeat_interleave(length)
+    return {
+        "held": stream.real_rows(held.view(count, length, 1)).squeeze(1),
+        "domains": stream.real_rows(spread.view(count, length, 1)).squeeze(1),
+    }
+
+
+def follow(
+    run: Run,
+    model: StreamedModel,
+    index: int,
+    stream: Stream,
+    tokens: LayerTokens | None,
+    before: torch.Tensor | None,
+    left: torch.Tensor | None,
+) -> None:
+    """Take the package's stream through the layer as it was just written.
+
+    ``tokens`` and ``before`` are what ``aim`` gave for this layer, or ``None``; ``left`` what ``decide`` gave.
+    """
+    start = time.perf_counter()
+    if before is not None and left is not None:
+        assert tokens is not None and tokens.target is not None and tokens.weights is not None
+        stream.hidden = before
+        stream.add_rows(tokens.target - left / tokens.weights.unsqueeze(1))
+    elif index in model.experts:
+        file = f"prototypes-{index:05d}.safetensors"
+        with ShardReader(index_files(run.package, [file])) as reader:
+            tap = run.mapped(index, reader)
+            module = model.experts[index][1]
+            if before is not None:
+                assert tokens is not None
+                stream.hidden = before
+                stream.add_rows(expert_sum(module, tap, tokens, model.device))
+            else:
+                attach(module, tap)
+                with run.rerouting(model, index):
+                    run_layer(model, index, stream, tap)
+                attach(module, RoutedTap())  # the tap holds on to the prototypes
+    else:
+        run_layer(model, index, stream, None)
+    run.clock.add("experts", time.perf_counter() - start)

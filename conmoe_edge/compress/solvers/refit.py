@@ -1,0 +1,96 @@
+"""Down projections and constants of a layer, solved so that the layer's output is least changed.
+
+With the activations a_p(t) of the prototypes, their merged routing weights alpha_p(t), and the gates
+g_i(t) of the chosen slots, the routed output is linear in the down projections W_p and the slots'
+constants c_i:
+
+    y(t) = sum over p of W_p (alpha_p a_p)(t)  +  sum over i of g_i(t) c_i.
+
+Both are moved from where they are (the W that are given, c = 0) to the minimum of
+
+    sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
+
+block by block (a prototype, then all constants), each block exactly: one sweep of Gauss-Seidel. On the
+demo model more sweeps lower the error on held-out tokens by one per cent.
+
+The ridge is  lambda = PRIOR * mean |z(t)|^2  over the tokens t that came to a prototype (to the layer,
+for constants), z its features. It does not grow with the calibration text: a prototype that many
+tokens came to moves freely, one with few stays where it was, and the more features there are to fit,
+the more tokens that takes.
+
+Peak memory: the activations of all routed tokens (sum of n_p * I in fp32), the target [T, H], the down
+projections, one [I, I] in fp32 a prototype (and one in fp64 while it is factored).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.compress.solvers.neuron_pruning import among
+
+PRIOR = 5.0
+"""How strongly everything is held where it was, see above."""
+
+
+@dataclass(slots=True)
+class Features:
+    """One prototype's tokens: ``rows`` [n] of the layer's tokens, ``values`` fp32 [n, I], already times alpha, and
+    ``gram`` = values^T values.
+    """
+
+    rows: Tensor
+    values: Tensor
+    gram: Tensor
+
+    def of(self, neurons: Tensor) -> Features:
+        """Some of the neurons, [n] ascending."""
+        if len(neurons) == self.values.shape[1]:
+            return self
+        values = self.values[:, neurons].contiguous()
+        return Features(self.rows, values, among(self.gram, neurons))
+
+
+def refit(
+    features: Sequence[Features], down: Sequence[Tensor], gates: Tensor, residual: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Solve.
+
+    Args:
+        features: of every prototype.
+        down: [H, I] of every prototype.
+        gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
+        residual: fp32 [T, H]: the target less whatever is not refitted (biases); becomes what is left of it.
+
+    Returns:
+        fp32 [H, I] of every prototype; fp32 [E, H] constants.
+    """
+    weights = [one.T.float().contiguous() for one in down]  # [I, H]
+    for one, weight in zip(features, weights, strict=True):
+        residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
+    ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
+    for one, weight in zip(features, weights, strict=True):
+        if len(one.rows):
+            step = _step(one.gram, ridge, one.values.T @ residual[one.rows])
+            weight += step
+            residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
+    gram = gates.T @ gates
+    constants = _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
+    residual.addmm_(gates, constants, alpha=-1.0)
+    return [weight.T for weight in weights], constants
+
+
+def _ridge(grams: Sequence[Tensor], visits: int) -> float:
+    """lambda for features with these Gram matrices, summed over ``visits`` tokens in all."""
+    squares = sum(float(one.diagonal().sum(dtype=torch.float64)) for one in grams)
+    return PRIOR * squares / max(1, visits)
+
+
+def _step(gram: Tensor, ridge: float, gradient: Tensor) -> Tensor:
+    """The exact step of one block: (Z^T Z + ridge)^-1 Z^T residual."""
+    ridged = gram.double()
+    ridged.diagonal().add_(max(ridge, 1e-30))
+    return torch.cholesky_solve(gradient, torch.linalg.cholesky(ridged).float())

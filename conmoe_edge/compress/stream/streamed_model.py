@@ -1,0 +1,265 @@
+"""A model whose quality is measured: a checkpoint with its own experts, or a package with its prototypes.
+
+Both are streamed in the same way: a decoder layer is loaded without or with its experts, a tap
+computes them, the layer is dropped. ``open_subject`` opens either from a folder.
+
+Peak memory: what ``StreamedModel`` says; a package's layer has its prototypes in place of experts.
+Raises ``PackageError``, ``CheckpointError``, ``UnsupportedModel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest, RecordLayout, SlotRecord
+from conmoe_edge.checkpoint.format.records import view
+from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.stats.part_clock import Clock
+from conmoe_edge.compress.stream.calibration_text import TokenSet
+from conmoe_edge.compress.stream.dense_conversion import Dequantised
+from conmoe_edge.compress.stream.expert_hooks import (
+    IMPLEMENTATION,
+    MappedTap,
+    RoutedTap,
+    Tap,
+    attach,
+    register,
+)
+from conmoe_edge.compress.stream.layer_stream import (
+    Stream,
+    compute_dtype,
+    run_layer,
+    sequence_logits,
+)
+from conmoe_edge.compress.stream.receipt_tracker import ReceiptTracker
+from conmoe_edge.compress.stream.scope_weights import record_name
+from conmoe_edge.errors import PackageError
+from conmoe_edge.memory.heap import trim_heap
+from conmoe_edge.model.bridge import quantization_of, read_config
+from conmoe_edge.model.probe import TensorFacts, probe
+from conmoe_edge.model.rerouting import rerouted
+from conmoe_edge.model.streaming import StreamedModel
+
+_AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
+
+
+class Subject:
+    """A streamed model and what computes its experts.
+
+    Args:
+        model: the model.
+        mapped: gives the tap of a MoE layer of a package; ``None`` for a model with its own experts.
+        name: for errors.
+        prototype_bytes: what ``mapped`` reads over all layers.
+        closed: for every rerouted layer which slots its router may choose.
+
+    Raises:
+        UnsupportedModel: the router of a rerouted layer cannot be found.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        mapped: Callable[[int], Tap] | None = None,
+        name: str = "",
+        prototype_bytes: int = 0,
+        closed: Mapping[int, Sequence[bool]] | None = None,
+    ) -> None:
+        self.model = model
+        self.name = name
+        self._mapped = mapped
+        self._prototype_bytes = prototype_bytes
+        self._closed = closed or {}
+        if self._closed:
+            model.routers()  # looked for while nothing is loaded
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.model.layers)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the whole model would take in memory as it is computed here."""
+        experts = {id(p) for _, m in self.model.experts.values() for p in m.parameters()}
+        return self._prototype_bytes + sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in self.model.model.parameters()
+            if self._mapped is None or id(parameter) not in experts
+        )
+
+    @contextmanager
+    def layer(self, index: int, clock: Clock) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with what computes its experts; dropped on leaving."""
+        with timed_layer(self.model, index, clock, with_experts=self._mapped is None) as layer:
+            if index not in self.model.experts:
+                yield layer
+                return
+            module = self.model.experts[index][1]
+            with clock.part("read"):
+                attach(module, RoutedTap() if self._mapped is None else self._mapped(index))
+            try:
+                with ExitStack() as stack:
+                    if index in self._closed:
+                        router = self.model.routers()[index]
+                        stack.enter_context(rerouted(router, self._closed[index]))
+                    yield layer
+            finally:
+                attach(module, RoutedTap())  # the tap holds on to the prototypes
+
+    @contextmanager
+    def held(self, clock: Clock) -> Iterator[None]:
+        """All decoder layers at once, for models that fit in memory."""
+        with ExitStack() as stack:
+            for index in range(self.layers):
+                stack.enter_context(self.layer(index, clock))
+            yield
+
+    def advance(self, index: int, stream: Stream) -> None:
+        """Take a stream through a loaded layer, in place."""
+        tap = self.model.experts[index][1]._conmoe_tap if index in self.model.experts else None
+        run_layer(self.model, index, stream, tap, self.name)  # type: ignore[arg-type]
+
+
+@contextmanager
+def timed_layer(
+    model: StreamedModel, index: int, clock: Clock, *, with_experts: bool
+) -> Iterator[nn.Module]:
+    """A loaded layer whose reading is timed; the heap is trimmed before and after."""
+    with ExitStack() as stack:
+        trim_heap()  # what the activations of the layer before left in pieces
+        with clock.part("read"):
+            layer = stack.enter_context(model.layer(index, with_experts=with_experts))
+        yield layer
+    trim_heap()
+
+
+def mapped_tap(
+    slots: tuple[SlotRecord, ...],
+    reader: ShardReader,
+    layout_of: Callable[[str], RecordLayout],
+    constants: Tensor | None,
+    device: torch.device,
+    is_rerouted: bool = False,
+) -> MappedTap:
+    """The tap of one layer of a package; its prototypes are read from ``reader`` now.
+
+    ``layout_of`` gives the layout of a record by the record's name.
+    """
+    parts = {}
+    for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
+        name = record_name(expert)
+        record = reader[name][...]
+        parts[expert] = {
+            part: tensor.to(device) for part, tensor in view(layout_of(name), record).items()
+        }
+    return MappedTap(slots, parts, constants, is_rerouted)
+
+
+def compare_heads(
+    reference: StreamedModel,
+    before: Tensor,
+    model: StreamedModel,
+    after: Tensor,
+    tokens: TokenSet,
+) -> dict[str, Any]:
+    """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
+
+    What is outside the decoder layers must be loaded in both.
+    """
+    tracker = ReceiptTracker(tokens)
+    for row in range(tokens.ids.shape[0]):
+        wanted = sequence_logits(reference, tokens, before, row)
+        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
+    return tracker.result()
+
+
+@contextmanager
+def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
+    """The model or package in ``folder``, nothing of it loaded yet."""
+    register()
+    manifest = verify_package(folder) if is_package(folder) else None
+    index = CheckpointIndex.open(folder)
+    config = read_config(str(folder))
+    packed = manifest is not None and manifest.method != UNCHANGED
+    if packed and quantization_of(config) is not None:
+        for one in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(one, "quantization_config"):  # it names the package's form, no other model
+                delattr(one, "quantization_config")
+    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    anatomy = probe(config, headers)
+    experts = anatomy.moe_layers[0].experts
+    assert experts is not None
+    with ExitStack() as stack:
+        reader = stack.enter_context(ShardReader(index))
+        tensors: Mapping[str, Any] = Dequantised(reader) if packed else reader
+        model = StreamedModel(
+            config,
+            list(tensors),
+            lambda keys: {key: tensors[key] for key in keys},
+            dtype=compute_dtype(device, getattr(torch, anatomy.dtype)),
+            experts_dtype=getattr(torch, experts.parts[0].dtype),
+            device=device,
+            experts_implementation=IMPLEMENTATION,
+        )
+        if not packed:
+            yield Subject(model, None, str(folder))
+            return
+        assert manifest is not None
+        if sorted(model.experts) != sorted(manifest.slots):
+            raise PackageError(
+                f"The package in {folder} does not match its config.json.",
+                "model and manifest have routed experts in different layers",
+                _AGAIN,
+            )
+        files = sorted({entry.file for entry in manifest.prototypes})
+        records = stack.enter_context(ShardReader(index_files(folder, files)))
+        yield Subject(
+            model,
+            _taps(folder, manifest, records, device),
+            str(folder),
+            prototype_bytes(manifest),
+            {layer: manifest.open_slots(layer) for layer in manifest.rerouted},
+        )
+
+
+def _taps(
+    folder: Path, manifest: Manifest, records: ShardReader, device: torch.device
+) -> Callable[[int], Tap]:
+    layouts = {
+        record_name(entry.id): manifest.layouts[entry.layout] for entry in manifest.prototypes
+    }
+    constants = {}
+    if CONSTANTS_FILE in manifest.files:
+        constants = read_constants(folder / CONSTANTS_FILE)
+
+    def tap(layer: int) -> Tap:
+        return mapped_tap(
+            manifest.slots[layer],
+            records,
+            layouts.__getitem__,
+            constants.get(layer),
+            device,
+            layer in manifest.rerouted,
+        )
+
+    return tap
+
+
+def is_package(folder: Path) -> bool:
+    """Whether ``fit`` wrote the folder."""
+    return (folder / "conmoe.json").is_file()
+
+
+def prototype_bytes(manifest: Manifest) -> int:
+    """Bytes of all records."""
+    return sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)

@@ -1,0 +1,172 @@
+"""A key-value cache that grows by steps instead of being copied for every token.
+
+transformers' ``DynamicLayer`` concatenates: each token copies all keys and values of its layer.
+``GrowingLayer`` keeps them in buffers with room for more and hands out views of the filled part, so
+that a buffer is copied once every ``STEP_TOKENS`` tokens. Only the plain full-attention kind is
+replaced; sliding windows, linear attention and what a model brings itself stay transformers' own.
+Attention sees the same values, so its result is the same to the bit.
+
+``keep_cache_growing`` swaps the layers of an ordinary ``DynamicCache`` in place, in front of every
+forward. The cache keeps its class, and whatever looks at it goes on as before: crop, beam search,
+``generate``.
+
+Memory: the buffers, no longer than the planned context; while one layer grows, that layer's old and
+new buffers at once (the plan's workspace has that term).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from conmoe_edge.offload.kernels.cpu.bindings import Cached
+
+STEP_TOKENS = 256
+"""How far ahead of the conversation the buffers are. A longer step copies less often and takes more
+memory early; at 256 copying is already below a hundredth of what attention itself reads.
+"""
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [B, heads, tokens, width], each a view of a buffer [B, heads, room, width].
+
+    ``keys`` and ``values`` are the whole state, as in every cache layer. A buffer only serves as
+    long as the view still begins in it: what replaces the views (beam search, a reset) needs to
+    know nothing of buffers, and what is cropped leaves room that is written over.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: tokens, over all sequences of a batch, beyond which no room is kept ahead."""
+        super().__init__()
+        self.limit = limit
+        self._key_buffer: Tensor | None = None
+        self._value_buffer: Tensor | None = None
+
+    @classmethod
+    def taking_over(cls, layer: DynamicLayer, limit: int) -> GrowingLayer:
+        """The state of ``layer``; it is copied when the next tokens come."""
+        own = cls(limit)
+        for name, value in vars(layer).items():
+            setattr(own, name, value)
+        return own
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens [B, heads, n, width]; returns views of all that are held now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys: Any = self.keys
+        values: Any = self.values
+        if not (_can_append(keys, key_states) and _can_append(values, value_states)):
+            self._key_buffer = self._value_buffer = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = self.get_seq_length()
+        needed = held + key_states.shape[-2]
+        self._key_buffer = _roomy(self._key_buffer, keys, key_states, held, needed, self.limit)
+        self.keys = _append(self._key_buffer, key_states, held)
+        self._value_buffer = _roomy(
+            self._value_buffer, values, value_states, held, needed, self.limit
+        )
+        self.values = _append(self._value_buffer, value_states, held)
+        return self.keys, self.values
+
+    def room_for_one(self, groups: int, width: int) -> Cached | None:
+        """Where another token can be written behind what is held, [1, groups, tokens, width] in bf16; ``None`` where it
+        cannot. What is held moves where there is no room behind it, as it would in ``update``.
+        """
+        keys: Any = self.keys
+        values: Any = self.values
+        if not self.is_initialized or keys.requires_grad or values.requires_grad:
+            return None
+        held = keys.shape[-2]
+        for one in (keys, values):
+            if one.shape != (1, groups, held, width) or not held:
+                return None
+            if one.dtype != torch.bfloat16 or one.device.type != "cpu":
+                return None
+        key_buffer = _roomy(self._key_buffer, keys, keys, held, held + 1, self.limit)
+        value_buffer = _roomy(self._value_buffer, values, values, held, held + 1, self.limit)
+        if key_buffer is not self._key_buffer or value_buffer is not self._value_buffer:
+            self._key_buffer, self._value_buffer = key_buffer, value_buffer
+            self._show(held)
+        return Cached.of(key_buffer, value_buffer, held)
+
+    def has_one_more(self) -> None:
+        """What ``room_for_one`` gave has been written to."""
+        self._show(self.get_seq_length() + 1)
+
+    def reset(self) -> None:
+        """Drop everything, the buffers too."""
+        self._key_buffer = self._value_buffer = None
+        super().reset()
+
+    def _show(self, held: int) -> None:
+        assert self._key_buffer is not None and self._value_buffer is not None
+        self.keys = self._key_buffer.narrow(-2, 0, held)
+        self.values = self._value_buffer.narrow(-2, 0, held)
+
+
+def keep_cache_growing(model: nn.Module, context: int) -> None:
+    """From now on the plain layers of every cache that ``model`` is called with grow in steps, up to
+    ``context`` tokens; beyond that, as far as each call needs.
+    """
+
+    def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grow_in_steps(kwargs.get("past_key_values"), context)
+
+    model.register_forward_pre_hook(swap, with_kwargs=True)
+
+
+def grow_in_steps(cache: Any, limit: int) -> None:
+    """Swap the plain layers of transformers' general cache; any other cache is left alone."""
+    if type(cache) is not DynamicCache or cache.offloading:
+        return
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer.taking_over(layer, limit)
+
+
+def _can_append(held: Tensor, new: Tensor) -> bool:
+    """False where writing in place would not be what concatenation is: a graph that may still need
+    the buffer, another dtype, shape or device.
+    """
+    if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
+        return False
+    if held.dtype != new.dtype or held.device != new.device:
+        return False
+    return held.numel() == 0 or (
+        held.shape[:-2] == new.shape[:-2] and held.shape[-1] == new.shape[-1]
+    )
+
+
+def _roomy(
+    buffer: Tensor | None, held: Tensor, like: Tensor, count: int, needed: int, limit: int
+) -> Tensor:
+    """``buffer`` where it has the ``count`` held tokens and room for ``needed``, else a longer one for tokens ``like``
+    those, with a copy of what is held.
+    """
+    if buffer is not None and _serves(buffer, held, count, needed):
+        return buffer
+    stepped = -(-needed // STEP_TOKENS) * STEP_TOKENS
+    room = max(needed, min(stepped, limit // max(1, like.shape[0])))
+    longer = like.new_empty((*like.shape[:-2], room, like.shape[-1]))
+    if count:
+        longer.narrow(-2, 0, count).copy_(held)
+    return longer
+
+
+def _serves(buffer: Tensor, held: Tensor, count: int, needed: int) -> bool:
+    if count and (held.data_ptr() != buffer.data_ptr() or held.stride() != buffer.stride()):
+        return False
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # such tensors are read-only outside of inference mode
+    return buffer.shape[-2] >= needed and (count == 0 or held.shape[:-2] == buffer.shape[:-2])
+
+
+def _append(buffer: Tensor, new: Tensor, held: int) -> Tensor:
+    buffer.narrow(-2, held, new.shape[-2]).copy_(new)
+    return buffer.narrow(-2, 0, held + new.shape[-2])

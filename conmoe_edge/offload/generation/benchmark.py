@@ -1,0 +1,198 @@
+"""How fast a loaded package runs: prompts and greedy tokens through a ``ChatSession``, timed, with
+the runtime's counters taken at the borders of the phases.
+
+``measure`` is the loop; ``dense_read_bytes``, ``dense_weights`` and ``matrix_rate`` say what the
+bounds are made of (``plan/speed.py``). Nothing is printed; ``on_round`` is called on the way. The
+tokens are those that a chat gives: the same forward, the same cache, only the end mark is not
+obeyed, so that every round has the same length.
+
+Peak memory: what a chat takes; ``matrix_rate`` 24 MiB beside it. Raises what
+``ChatSession.scores`` raises, ``ContextFull`` above all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.generation.session import ChatSession
+from conmoe_edge.offload.runtime import RuntimeStats
+
+_WARM_PROMPT, _WARM_TOKENS = 32, 4
+_MATRIX_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A prompt, or the tokens after it.
+
+    Attributes:
+        tokens: that went through the model.
+        seconds: they took together.
+        hits, misses: prototypes that were there when a layer asked for them, or had to be brought.
+        disk_bytes, host_bytes: brought to the device, by where they came from.
+        waited_seconds: in which the computing thread stood still for them.
+    """
+
+    tokens: int
+    seconds: float
+    hits: int
+    misses: int
+    disk_bytes: int
+    host_bytes: int
+    waited_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole phase."""
+        return self.tokens / self.seconds
+
+    @property
+    def requests(self) -> int:
+        """Distinct prototypes that the layers asked for, over all forwards."""
+        return self.hits + self.misses
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One prompt and its answer; the first token belongs to the prompt.
+
+    ``memory_used`` is what the process held on the device at the ends of both phases, at most.
+    """
+
+    prefill: Phase
+    decode: Phase
+    memory_used: int
+
+
+def measure(
+    session: ChatSession,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    on_round: Callable[[int, Round], None] | None = None,
+) -> tuple[Round, ...]:
+    """A round for each of ``prompts`` (token ids): the prompt, then ``tokens`` greedy tokens.
+
+    A short round that does not count comes first, for what happens once: kernels that are built,
+    memory that is touched for the first time.
+    """
+    _round(session, list(prompts[0][:_WARM_PROMPT]), min(tokens, _WARM_TOKENS))
+    rounds = []
+    for number, prompt in enumerate(prompts):
+        rounds.append(_round(session, list(prompt), tokens))
+        if on_round is not None:
+            on_round(number, rounds[-1])
+    return tuple(rounds)
+
+
+def _round(session: ChatSession, sequence: list[int], tokens: int) -> Round:
+    session.forget()
+    length = len(sequence)
+    before, start = session.runtime.stats(), time.perf_counter()
+    sequence.append(_greedy(session.scores(sequence)))
+    middle, first = session.runtime.stats(), time.perf_counter()
+    for _ in range(tokens):
+        sequence.append(_greedy(session.scores(sequence)))
+    end = time.perf_counter()
+    after = session.runtime.stats()
+    return Round(
+        _phase(length, first - start, before, middle),
+        _phase(tokens, end - first, middle, after),
+        max(middle.memory_used, after.memory_used),
+    )
+
+
+def _greedy(scores: Tensor) -> int:
+    """The likeliest token; asking for it waits until a GPU is done."""
+    return int(scores[0].argmax())
+
+
+def _phase(tokens: int, seconds: float, before: RuntimeStats, after: RuntimeStats) -> Phase:
+    return Phase(
+        tokens=tokens,
+        seconds=seconds,
+        hits=after.hits - before.hits,
+        misses=after.misses - before.misses,
+        disk_bytes=after.disk_bytes - before.disk_bytes,
+        host_bytes=after.host_bytes - before.host_bytes,
+        waited_seconds=after.waited_seconds - before.waited_seconds,
+    )
+
+
+def dense_read_bytes(model: nn.Module) -> int:
+    """Bytes outside the routed experts that one token reads: everything but the embedding table,
+    which is looked up, unless the head shares it.
+    """
+    return sum(one.numel() * one.element_size() for one in _dense_tensors(model))
+
+
+def dense_weights(model: nn.Module) -> tuple[int, int]:
+    """Weights of the dense matrices: those that every token goes through, and those of the head,
+    which only the last token of a prompt does.
+    """
+    head = {one.data_ptr() for one in _tensors(_part(model, "get_output_embeddings"))}
+    inner = last = 0
+    for one in _dense_tensors(model):
+        if one.dim() >= 2:
+            count = one.numel() * (2 if one.dtype == torch.uint8 else 1)  # two of 4 bits a byte
+            if one.data_ptr() in head:
+                last += count
+            else:
+                inner += count
+    return inner, last
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations a second that a large matrix product reaches here, in the better of
+    float32 and bfloat16.
+    """
+    best = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 2048, dtype=dtype, device=device)
+        right = torch.ones(2048, 2048, dtype=dtype, device=device)
+        out = torch.mm(left, right)
+        end = time.perf_counter() + _MATRIX_SECONDS
+        while True:
+            start = time.perf_counter()
+            torch.mm(left, right, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            best = max(best, 2 * 512 * 2048 * 2048 / (now - start))
+            if now >= end:
+                break
+    return best
+
+
+def _dense_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What a token reads beside prototypes, shared tensors once. Experts that a model has kept in
+    its own modules are no part of it.
+    """
+    routed = {
+        getattr(module, name).data_ptr()
+        for _, module in find_experts(model).values()
+        for name in part_names(module)
+    }
+    looked_up = {one.data_ptr() for one in _tensors(_part(model, "get_input_embeddings"))}
+    looked_up -= {one.data_ptr() for one in _tensors(_part(model, "get_output_embeddings"))}
+    seen = routed | looked_up
+    for one in _tensors(model):
+        if one.data_ptr() not in seen:
+            seen.add(one.data_ptr())
+            yield one
+
+
+def _tensors(module: nn.Module | None) -> Iterator[Tensor]:
+    if module is not None:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def _part(model: Any, getter: str) -> nn.Module | None:
+    return getattr(model, getter)()

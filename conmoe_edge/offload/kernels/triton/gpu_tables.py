@@ -1,0 +1,180 @@
+"""What the kernels are told of prototypes and layers: tensors on the device, written once, but for where records lie.
+
+Memory: eight numbers a prototype, a few a router slot. Raises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import SCALE
+from conmoe_edge.checkpoint.format.manifest import RecordLayout
+from conmoe_edge.offload.storage.slot_pool import SlotPool
+from conmoe_edge.offload.storage.stored_expert import DOWN, UP
+
+KINDS = {"bfloat16": 0, "float16": 1, "int8": 3, "uint8": 4}
+"""Number format of a weight's values -> what the kernels call it. fp32 is left to torch."""
+INT4 = KINDS["uint8"]
+_TILE = 64
+_ALIGNED = 16
+"""Numbers that the rows of every matrix are a multiple of, so that they are read 16 bytes at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuForm:
+    """Where the two matrices of an expert lie in its record.
+
+    Attributes:
+        kinds: of gate and up rows together, and of down rows.
+        values, scales: byte offsets of both; 0 for no scales.
+        hidden, width: numbers of a token, of neurons.
+        groups: columns that share a scale in int4; 0 in other forms.
+    """
+
+    kinds: tuple[int, int]
+    values: tuple[int, int]
+    scales: tuple[int, int]
+    hidden: int
+    width: int
+    groups: tuple[int, int]
+
+    @classmethod
+    def of(cls, layout: RecordLayout) -> GpuForm | None:
+        """``None`` for an expert that has more than the two matrices, or has them in another form."""
+        parts = {part.name: part for part in layout.parts}
+        if not {UP, DOWN} <= set(parts) <= {UP, DOWN, UP + SCALE, DOWN + SCALE}:
+            return None
+        pair = [parts[name] for name in (UP, DOWN)]
+        scales = [parts.get(name + SCALE) for name in (UP, DOWN)]
+        kinds = [KINDS.get(part.dtype) for part in pair]
+        if None in kinds or any(len(part.shape) != 2 for part in pair):
+            return None
+        rows = [part.shape[0] for part in pair]
+        columns = [
+            part.shape[1] * (2 if kind == INT4 else 1)
+            for part, kind in zip(pair, kinds, strict=True)
+        ]
+        if columns[0] != rows[1] or rows[0] != 2 * columns[1]:
+            return None
+        if any(kind == INT4 and row % _TILE for kind, row in zip(kinds, rows, strict=True)):
+            return None
+        if any(column % _ALIGNED for column in columns):
+            return None
+        groups = [
+            column // one.shape[0] if kind == INT4 and one is not None else 0
+            for column, kind, one in zip(columns, kinds, scales, strict=True)
+        ]
+        return cls(
+            kinds=(kinds[0] or 0, kinds[1] or 0),
+            values=(pair[0].offset, pair[1].offset),
+            scales=(_offset(scales[0]), _offset(scales[1])),
+            hidden=rows[1],
+            width=columns[1],
+            groups=(groups[0], groups[1]),
+        )
+
+
+def _offset(part: object) -> int:
+    return int(getattr(part, "offset", 0))
+
+
+class GpuTable:
+    """The prototypes of a package.
+
+    Attributes:
+        forms: by number; ``None`` where the kernels do not take one.
+        base: int64 [P], addresses of the records that are on the device.
+        values, scales, groups: int64 [2, P], of gate and up rows, and of down rows.
+        widths: int64 [P].
+        asked: int64 [1], how many prototypes were computed with in layers that do not tell.
+    """
+
+    def __init__(
+        self, layouts: Sequence[RecordLayout], layout_of: Sequence[int], device: torch.device
+    ) -> None:
+        """``layout_of``: the layout of every prototype."""
+        forms = [GpuForm.of(layout) for layout in layouts]
+        self.forms = [forms[layout] for layout in layout_of]
+        empty = GpuForm((0, 0), (0, 0), (0, 0), 0, 0, (0, 0))
+        each = [form or empty for form in self.forms]
+
+        def both(name: str) -> Tensor:
+            columns = [getattr(form, name) for form in each]
+            return (
+                torch.tensor(columns, dtype=torch.int64, device=device).view(-1, 2).T.contiguous()
+            )
+
+        self.values, self.scales, self.groups = both("values"), both("scales"), both("groups")
+        self.widths = torch.tensor([one.width for one in each], dtype=torch.int64, device=device)
+        self.base = torch.zeros(len(each), dtype=torch.int64, device=device)
+        self.asked = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def put(self, number: int, pool: SlotPool, slot: int) -> None:
+        """The prototype's record is in ``slot``, for what is issued from now on."""
+        self.base[number].fill_(pool.record(slot).data_ptr())
+
+    def remove(self, number: int) -> None:
+        """Nothing: whoever launches a kernel knows what is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """A layer's slots and what is behind them.
+
+    Attributes:
+        table: of the package.
+        target: int64 [E], prototype numbers, -1 for none.
+        factor: fp32 [E], or ``None`` for all one.
+        constants, constant_of: fp32 [C, H] and the row of each slot, -1 for none; or ``None``.
+        kinds: of its prototypes' matrices.
+        hidden: numbers of a token.
+        width: neurons of its widest prototype.
+        steps: the smallest group of columns of its matrices in int4; 0 for other kinds.
+    """
+
+    table: GpuTable
+    target: Tensor
+    factor: Tensor | None
+    constants: Tensor | None
+    constant_of: Tensor | None
+    kinds: tuple[int, int]
+    hidden: int
+    width: int
+    steps: tuple[int, int]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the matrices have scales, and are [out, in] whatever the module's own order is."""
+        return self.kinds[0] in (KINDS["int8"], INT4)
+
+    @classmethod
+    def of(
+        cls,
+        table: GpuTable,
+        target: Tensor,
+        factor: Tensor | None,
+        constants: Tensor | None,
+        constant_of: Tensor | None,
+    ) -> GpuLayer | None:
+        """``None`` where its prototypes are not all of one kind that the kernels take."""
+        numbers = sorted({number for number in target.tolist() if number >= 0})
+        forms = [form for number in numbers if (form := table.forms[number]) is not None]
+        alike = len({(form.kinds, form.hidden) for form in forms}) == 1
+        if len(forms) != len(numbers) or not alike:
+            return None
+        steps = [min(form.groups[side] for form in forms) for side in (0, 1)]
+        return cls(
+            table=table,
+            target=target,
+            factor=factor,
+            constants=constants,
+            constant_of=constant_of,
+            kinds=forms[0].kinds,
+            hidden=forms[0].hidden,
+            width=max(form.width for form in forms),
+            steps=(steps[0], steps[1]),
+        )

@@ -1,0 +1,230 @@
+"""The operator on a GPU: one token through a layer's prototypes, where they lie and in the form in which they lie.
+
+``gpu_operator(device)`` is the one way in: a ``GpuOperator``, or ``None`` where there is no Triton or its kernels do
+not compute what they should (``why_not`` says why); callers then use torch. Weights in bf16, fp16, 8 and 4 bits are
+widened to fp32 as they are read and summed in fp32.
+
+A layer is four launches, and nothing is read back: what the router has chosen is merged, looked up and computed on the
+device. Where prototypes come and go the host reads ``Chosen.numbers``, brings what is missing, and says which of them
+``experts`` is to compute now; every prototype's output is the same bits in any company.
+
+Memory: outputs of one token's prototypes, once a shape. Raises nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable
+from conmoe_edge.offload.storage.stored_expert import DOWN, UP
+
+__all__ = ["Chosen", "GpuForm", "GpuLayer", "GpuOperator", "GpuTable", "gpu_operator", "why_not"]
+
+MOST_SLOTS = 30
+"""That a router may choose: a bit each in a number of 32."""
+_ROWS, _STEP, _BLOCK = 8, 256, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one token asks of a layer, on the device; overwritten by the next token of that shape.
+
+    Attributes:
+        numbers: int64 [K], prototypes ascending, -1 behind the last.
+        weights: fp32 [K].
+        inner: fp32 [K, 2 I], gate and up rows of each.
+        outputs: fp32 [K, H].
+    """
+
+    numbers: Tensor
+    weights: Tensor
+    inner: Tensor
+    outputs: Tensor
+
+
+class GpuOperator:
+    """The compiled operator of one device."""
+
+    def __init__(self, kernels: Any, device: torch.device) -> None:
+        """``kernels``: the module ``gpu/kernels.py``."""
+        self._kernels, self.device = kernels, device
+        # Triton launches on the current device, whichever its tensors are on.
+        self._here = (lambda: torch.cuda.device(device)) if device.type == "cuda" else nullcontext
+        self._rooms: dict[tuple[int, int, int], Chosen] = {}
+        self.name = "triton"
+
+    def merge(self, layer: GpuLayer, slots: Tensor, gates: Tensor, *, counted: bool) -> Chosen:
+        """What the router has chosen, by prototypes.
+
+        Args:
+            layer: its slots.
+            slots: int64, K of them, contiguous.
+            gates: theirs, contiguous.
+            counted: whether ``layer.table.asked`` grows by how many prototypes there are.
+        """
+        count = slots.numel()
+        room = self._room(count, layer.width, layer.hidden)
+        with self._here():
+            self._kernels.merge[(1,)](
+                *(slots, gates, layer.target, layer.factor, room.numbers, room.weights),
+                *(layer.table.asked, count, layer.target.numel()),
+                SCALED=layer.factor is not None,
+                COUNTED=counted,
+                ROOM=_power_of_two(count),
+            )
+        return room
+
+    def experts(self, layer: GpuLayer, chosen: Chosen, wanted: int, x: Tensor) -> None:
+        """D_i (silu(G_i x) * U_i x) into ``chosen.outputs``, of the prototypes whose bits are set in ``wanted``.
+
+        ``x``: H values, contiguous. Their records are on the device, or will be when this runs.
+        """
+        table, hidden, width = layer.table, layer.hidden, layer.width
+        sides = (
+            (x, 0, chosen.inner, 2 * width, 2 * width),
+            (chosen.inner, 2 * width, chosen.outputs, hidden, hidden),
+        )
+        with self._here():
+            for side, (given, step, out, out_step, height) in enumerate(sides):
+                arguments = (
+                    chosen.numbers,
+                    wanted,
+                    table.base,
+                    table.values[side],
+                    table.scales[side],
+                    table.widths,
+                )
+                if layer.kinds[side] == INT4:
+                    self._kernels.tiles[(-(-height // 64), chosen.numbers.numel())](
+                        *(*arguments, table.groups[side], given, step, out, out_step, hidden),
+                        GATED=side == 1,
+                        STEP=layer.steps[side],
+                    )
+                else:
+                    self._kernels.rows[(-(-height // _ROWS), chosen.numbers.numel())](
+                        *(*arguments, given, step, out, out_step, hidden),
+                        KIND=layer.kinds[side],
+                        GATED=side == 1,
+                        ROWS=_ROWS,
+                        STEP=_STEP,
+                    )
+
+    def combine(
+        self, layer: GpuLayer, chosen: Chosen, slots: Tensor, gates: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The routed experts' output [1, H] in ``dtype``; ``slots`` and ``gates`` as of ``merge``."""
+        hidden = layer.hidden
+        out = torch.empty(1, hidden, dtype=dtype, device=self.device)
+        with self._here():
+            self._kernels.combine[(-(-hidden // _BLOCK),)](
+                *(chosen.numbers, chosen.weights, chosen.outputs, hidden, slots, gates),
+                *(layer.constant_of, layer.constants, out, slots.numel(), layer.target.numel()),
+                CONSTANTS=layer.constants is not None,
+                BLOCK=_BLOCK,
+            )
+        return out
+
+    def _room(self, count: int, width: int, hidden: int) -> Chosen:
+        key = (count, width, hidden)
+        if key not in self._rooms:
+            with torch.inference_mode(False):
+                empty = {"dtype": torch.float32, "device": self.device}
+                self._rooms[key] = Chosen(
+                    torch.empty(count, dtype=torch.int64, device=self.device),
+                    torch.empty(count, **empty),
+                    torch.empty(count, 2 * width, **empty),
+                    torch.empty(count, hidden, **empty),
+                )
+        return self._rooms[key]
+
+
+def gpu_operator(device: torch.device) -> GpuOperator | None:
+    """The operator of ``device``, compiled when it is first asked for; ``None`` where there is none."""
+    return _state(device)[0] if device.type == "cuda" else None
+
+
+def why_not(device: torch.device) -> str:
+    """Why there is no operator; empty where there is one."""
+    return _state(device)[1] if device.type == "cuda" else f"{device} is no GPU"
+
+
+@cache
+def _state(device: torch.device) -> tuple[GpuOperator | None, str]:
+    try:
+        from conmoe_edge.offload.kernels.triton import triton_kernels as kernels
+
+        made = GpuOperator(kernels, device)
+        wrong = check(made)
+    except Exception as error:  # no Triton, no compiler for it, a card that it does not know
+        return None, f"{type(error).__name__}: {str(error)[:200]}"
+    return (None, wrong) if wrong else (made, "")
+
+
+def check(made: GpuOperator) -> str:
+    """A compiler's mistake must not become a model's mistake: a small layer in each form; what is wrong, or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    kinds: tuple[Kind, ...] = ("plain", "int8", "int4")
+    for kind in kinds:
+        wrong = _check(made, kind, generator)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
+    hidden, width, device = 128, 64, made.device
+
+    def random(*shape: int) -> Tensor:
+        # The first call may come while transformers has set a default device and format of its own.
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    layout = make_layout(
+        [
+            part
+            for name, rows, columns in ((UP, 2 * width, hidden), (DOWN, hidden, width))
+            for part in _parts(name, rows, columns, kind)
+        ]
+    )
+    table = GpuTable([layout], [0, 0], device)
+    records, experts = [], []
+    for number in range(2):
+        given = {UP: random(2 * width, hidden) / 8, DOWN: random(hidden, width) / 8}
+        record = pack(layout, encode(layout, given, False))
+        decoded = decode(view(layout, record), torch.float32, False)
+        experts.append({name: part.float() for name, part in decoded.items()})
+        records.append(record.to(device))
+        table.base[number].fill_(records[number].data_ptr())
+    target = torch.tensor([1, -1, 0, 1], dtype=torch.int64, device=device)
+    layer = GpuLayer.of(table, target, None, None, None)
+    if layer is None:
+        return f"{kind}: the kernels do not take it"
+    x = random(1, hidden).bfloat16()
+    slots = torch.tensor([[3, 1, 0, 2]], dtype=torch.int64, device=device)
+    gates = torch.tensor([[0.5, 0.25, 0.75, 1.5]], dtype=torch.float32, device=device)
+    chosen = made.merge(layer, slots, gates, counted=False)
+    made.experts(layer, chosen, 0b1111, x.to(device))
+    found = made.combine(layer, chosen, slots, gates, torch.float32).cpu()
+    wanted = torch.zeros(1, hidden, dtype=torch.float32, device="cpu")
+    for expert, weight in zip(experts, (1.5, 1.25), strict=True):
+        gate, up = (x.float() @ expert[UP].T).chunk(2, -1)
+        wanted += weight * ((torch.nn.functional.silu(gate) * up) @ expert[DOWN].T)
+    near = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    return "" if near else f"{kind}: its kernels compute something else"
+
+
+def _parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Part, ...]:
+    if kind == "plain":
+        return ((name, (rows, columns), "bfloat16"),)
+    return quantised_parts(name, rows, columns, kind)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

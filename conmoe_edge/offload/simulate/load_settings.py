@@ -1,0 +1,114 @@
+"""The routing trace of a package, and the cache settings that follow from it at load.
+
+Read from somebody else's disk, so all of it is checked. Peak memory: the trace (``plan/trace.py``). Raises
+``PackageError`` for a trace that is damaged or belongs to another package.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
+from conmoe_edge.errors import PackageError
+from conmoe_edge.offload.residency.quota import groups_of, slots_for
+from conmoe_edge.offload.simulate.policy_search import POLICIES, choose, default_settings
+from conmoe_edge.plan.trace import MOST_TOKENS, PrototypeTrace, RoutingTrace, to_prototypes
+
+
+def settings_for(
+    folder: Path, manifest: Manifest, slots: Sequence[int], policy: str | None = None
+) -> tuple[CacheSettings, ...]:
+    """One entry a layout for ``slots``.
+
+    What ``fit`` chose where it was for as many slots; else the best by a replay of the package's trace; else, in a
+    package without a trace, the defaults. ``policy`` overrides the kind of policy in each case.
+    """
+    counts = Counter(entry.layout for entry in manifest.prototypes)
+    if all(counts[layout] <= have for layout, have in enumerate(slots)):
+        return default_settings(manifest, slots)
+    known = manifest.cache
+    if tuple(one.slots for one in known) == tuple(slots) and (
+        all(_usable(one, manifest) for one in known)
+        and (policy is None or all(one.policy == policy for one in known))
+    ):
+        return known
+    trace = read_trace(folder, manifest)
+    if trace is None:
+        return default_settings(manifest, slots, policy)
+    return choose(prototype_trace(trace, manifest), manifest, slots, policy)
+
+
+def planned_cache(
+    folder: Path, manifest: Manifest, prototype_bytes: int
+) -> tuple[CacheSettings, ...]:
+    """What ``fit`` writes into the manifest: the best settings for as many slots as ``prototype_bytes`` hold.
+
+    Empty where they hold every prototype, or not one of each layout, or there is no trace.
+    """
+    trace = read_trace(folder, manifest)
+    counts = Counter(entry.layout for entry in manifest.prototypes)
+    records = [(layout.nbytes, counts[i]) for i, layout in enumerate(manifest.layouts)]
+    if trace is None or sum(nbytes for nbytes, _ in records) > prototype_bytes:
+        return ()
+    slots = slots_for(prototype_bytes, 0, records)
+    return choose(prototype_trace(trace, manifest), manifest, slots)
+
+
+def prototype_trace(trace: RoutingTrace, manifest: Manifest) -> PrototypeTrace:
+    """The trace in the package's prototype numbers."""
+    number = {entry.id: n for n, entry in enumerate(manifest.prototypes)}
+    return to_prototypes(
+        trace,
+        {
+            layer: [
+                -1 if s.prototype is None else number[s.prototype] for s in manifest.slots[layer]
+            ]
+            for layer in trace.layers
+        },
+    )
+
+
+def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
+    """The package's trace; ``None`` where it has none."""
+    if ROUTING_FILE not in manifest.files:
+        return None
+    try:
+        tensors = load_file(folder / ROUTING_FILE)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(folder, str(error)[:200]) from error
+    layers = tuple(sorted(manifest.slots))
+    lengths = tensors.pop("sequences", None)
+    if lengths is None or lengths.dtype != np.int32 or lengths.ndim != 1 or (lengths < 1).any():
+        raise _damaged(folder, "it has no lengths of sequences")
+    tokens = int(lengths.sum(dtype=np.int64))
+    if sorted(tensors) != sorted(f"routing.{layer}" for layer in layers):
+        raise _damaged(folder, "its layers are not those of the package")
+    if tokens > MOST_TOKENS:
+        raise _damaged(folder, f"it has {tokens} tokens; {MOST_TOKENS} are the most")
+    rows = []
+    for layer in layers:
+        chosen = tensors[f"routing.{layer}"]
+        if chosen.ndim != 2 or chosen.shape[0] != tokens or chosen.dtype.kind not in "ui":
+            raise _damaged(folder, f"layer {layer} does not hold a row of router slots a token")
+        rows.append(tuple(map(tuple, chosen.tolist())))
+    return RoutingTrace(layers, tuple(lengths.tolist()), tuple(rows))
+
+
+def _usable(settings: CacheSettings, manifest: Manifest) -> bool:
+    """Whether this version knows the policy, and the quotas are those of the package's layers."""
+    groups = len(set(groups_of(manifest))) if settings.policy == "layer-lru" else 0
+    return settings.policy in POLICIES and len(settings.quotas) == groups
+
+
+def _damaged(folder: Path, why: str) -> PackageError:
+    return PackageError(
+        f"{folder / ROUTING_FILE} is damaged.",
+        why,
+        "Make the package again with conmoe-edge fit, or copy it again from where it came from.",
+    )

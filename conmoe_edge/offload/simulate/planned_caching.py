@@ -1,0 +1,51 @@
+"""What ``fit`` writes into the manifest about the cache: who stays in the slots, and whether to read ahead.
+
+Both are replays of the calibration's routing for the planned slots. Peak memory: the trace. Raises ``PackageError``
+for a trace that is damaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.offload.residency.prefetch import prefetch_bytes
+from conmoe_edge.offload.simulate.load_settings import planned_cache, prototype_trace, read_trace
+from conmoe_edge.offload.simulate.prefetch_search import choose_prefetch
+from conmoe_edge.plan.pace import pace
+from conmoe_edge.plan.trace import Predictions
+
+
+def planned_caching(
+    folder: Path,
+    manifest: Manifest,
+    predictions: Predictions | None,
+    anatomy: ModelAnatomy,
+    budget: Budget,
+    prototype_bytes: int,
+) -> Manifest:
+    """``manifest`` with ``cache`` and ``prefetch`` for slots of ``prototype_bytes`` on the machine of ``budget``.
+
+    ``predictions`` are those of the package's predictor, ``None`` where it has none; ``anatomy`` has the dense bytes
+    as they are stored.
+    """
+    cache = planned_cache(folder, manifest, prototype_bytes)
+    manifest = replace(manifest, cache=cache)
+    trace = read_trace(folder, manifest)
+    if not cache or predictions is None or trace is None:
+        return manifest
+    slots = [one.slots for one in cache]
+    sizes = [manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes]
+    held = sum(n * layout.nbytes for n, layout in zip(slots, manifest.layouts, strict=True))
+    records = [(layout.precision, layout.nbytes) for layout in manifest.layouts]
+    rates = pace(anatomy, budget, records, sum(sizes) - held)
+    prefetch = choose_prefetch(
+        prototype_trace(trace, manifest), predictions, manifest, cache, rates
+    )
+    manifest = replace(manifest, prefetch=prefetch)
+    if prefetch_bytes(manifest):  # the maps take some of the room
+        cache = planned_cache(folder, manifest, prototype_bytes - prefetch_bytes(manifest))
+    return replace(manifest, cache=cache)

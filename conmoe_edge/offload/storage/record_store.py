@@ -1,0 +1,172 @@
+"""Records from disk: one record is one positioned read into memory that is already there.
+
+``RecordStore`` opens the prototype files of a package once and reads whole records into buffers
+that the caller owns (a cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing
+beside those buffers. Safe to call from several threads. Raises ``PackageError`` for a missing,
+short or unreadable file.
+
+There are two ways to read, with the same bytes as the result:
+
+- *buffered*, through the page cache of the system, which works as a tier of its own: what was read
+  once is often still there. Where the budget is the whole machine that copy competes with the
+  slots; ``keep_cached=False`` tells the system to forget a record once it is read.
+- *direct* (O_DIRECT), from the disk into the buffer: no copy by the processor and no page cache. It
+  needs offsets, lengths and addresses that are multiples of 4096, which records and slots are. A
+  read that is not aligned, or that the file system refuses, is buffered.
+
+``read_mode`` decides between them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.manifest import PrototypeEntry, RecordLayout
+from conmoe_edge.errors import PackageError
+
+_LARGEST_READ = 1 << 30  # the kernel moves at most 2 GiB - 4096 bytes a call
+_ALIGNED = 4096
+
+ReadMode = Literal["buffered", "direct"]
+
+
+class RecordStore:
+    """The prototypes of one package on disk, by prototype number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prototypes: Sequence[PrototypeEntry],
+        layouts: Sequence[RecordLayout],
+        *,
+        keep_cached: bool = True,
+    ) -> None:
+        self._folder = folder
+        self._prototypes = tuple(prototypes)
+        self._layouts = tuple(layouts)
+        self._keep_cached = keep_cached
+        self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}  # second handles, from the first direct read on
+        self._mode: ReadMode = "buffered"
+        self._lock = threading.Lock()
+        self._closing = weakref.finalize(
+            self, _close, self._files, self._direct
+        )  # also when a model is simply dropped
+        for name in sorted({entry.file for entry in self._prototypes}):
+            self._open(name)
+
+    @property
+    def count(self) -> int:
+        """How many prototypes there are."""
+        return len(self._prototypes)
+
+    def record_bytes(self, number: int) -> int:
+        """Size of a prototype's record."""
+        return self._layouts[self._prototypes[number].layout].nbytes
+
+    def read_into(self, number: int, target: Tensor) -> None:
+        """Read one whole record into ``target``: uint8 [record bytes] on the host."""
+        entry = self._prototypes[number]
+        nbytes = self.record_bytes(number)
+        assert target.numel() == nbytes, "the buffer has the size of the record"
+        buffer: Any = memoryview(target.numpy())  # type: ignore[arg-type]
+        handle = self._files[entry.file]
+        direct = self._direct.get(entry.file) if self._mode == "direct" else None
+        if (target.data_ptr() | nbytes | entry.offset) % _ALIGNED:
+            direct = None
+        done = 0
+        while done < nbytes:
+            piece = buffer[done : min(nbytes, done + _LARGEST_READ)]
+            try:
+                count = _read_at(
+                    handle if direct is None else direct, piece, entry.offset + done, self._lock
+                )
+            except OSError as error:
+                if direct is not None:  # refused, or a real error that the next round shows
+                    direct = None
+                    if error.errno == errno.EINVAL:
+                        self.read_buffered()
+                    continue
+                raise self._damaged(entry.file, f"the system says: {error.strerror}") from error
+            if count == 0:
+                end = entry.offset + nbytes
+                raise self._damaged(
+                    entry.file, f"it ends before byte {end}, where a prototype's record ends"
+                )
+            done += count
+            if done % _ALIGNED:
+                direct = None  # the rest of an interrupted read
+        if not self._keep_cached and direct is None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, entry.offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def mode(self) -> ReadMode:
+        """How records are read now."""
+        return self._mode
+
+    def read_direct(self) -> bool:
+        """Read directly from now on; False where the system cannot, and nothing changes."""
+        flag = getattr(os, "O_DIRECT", 0)
+        if not flag or not hasattr(os, "preadv"):
+            return False
+        try:
+            for name in self._files.keys() - self._direct.keys():
+                self._direct[name] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | flag)
+        except OSError:
+            return False
+        self._mode = "direct"
+        return True
+
+    def read_buffered(self) -> None:
+        """Read through the page cache from now on; reads under way end as they began."""
+        self._mode = "buffered"
+
+    def close(self) -> None:
+        """Close the files; reads afterwards are errors of the caller."""
+        self._closing()
+
+    def _open(self, name: str) -> None:
+        path = self._folder / name
+        try:
+            handle = os.open(
+                path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+            )
+        except OSError as error:
+            self.close()
+            raise self._damaged(name, f"it cannot be opened: {error.strerror}") from error
+        self._files[name] = handle
+        if hasattr(os, "posix_fadvise"):
+            # Records are read whole and in no order: reading ahead of a record would be wasted.
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _damaged(self, name: str, why: str) -> PackageError:
+        return PackageError(
+            f"The prototypes in {self._folder / name} cannot be read.",
+            why,
+            "Write the package again: conmoe-edge fit MODEL --out DIR --overwrite",
+        )
+
+
+def _close(*handles: dict[str, int]) -> None:
+    for files in handles:
+        while files:
+            os.close(files.popitem()[1])
+
+
+def _read_at(handle: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
+    """Positioned read; where the system has none, seek and read under the lock."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [buffer], offset)
+    with lock:
+        os.lseek(handle, offset, os.SEEK_SET)
+        data = os.read(handle, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)

@@ -1,0 +1,69 @@
+"""One prototype as it lies in its cache slot: the record's tensors, and their addresses for the operator.
+
+Made once a slot, when the slot is first computed with; what a slot holds changes, where its parts lie does not.
+Memory: nothing beside the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from conmoe_edge.checkpoint.format.forms import COLUMNS, LEFT, SCALE
+from conmoe_edge.checkpoint.format.records import matrix_of
+from conmoe_edge.offload.kernels.cpu.bindings import Form, Prepared, operator
+
+UP, DOWN = "gate_up_proj", "down_proj"
+_BIAS = "_bias"
+
+
+class StoredExpert:
+    """The parts of a record by name: views of the slot's bytes.
+
+    Attributes:
+        parts: every tensor of the record.
+        prepared: the weight matrices that the operator can take, by the names of their parts.
+        quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
+        factored: whether they are low rank and a few columns, [out, in] as well.
+        forms: what two experts must have in common for a product in one call; ``None`` without the operator.
+        matrices: both matrices, where they and nothing else make up the expert, for ``gated_experts``; else ``None``.
+        kin: what two experts must have in common there, where they may have different numbers of neurons.
+    """
+
+    __slots__ = ("factored", "forms", "kin", "matrices", "parts", "prepared", "quantised")
+
+    def __init__(self, parts: Mapping[str, Tensor]) -> None:
+        self.parts = parts
+        names = [name for name in parts if not name.endswith((SCALE, COLUMNS, _BIAS))]
+        self.quantised = any(name + SCALE in parts for name in names)
+        self.factored = any(name.endswith(LEFT) for name in names)
+        self.prepared: dict[str, Prepared] = {}
+        engine = operator() if all(part.device.type == "cpu" for part in parts.values()) else None
+        if engine is not None:
+            for name in names:
+                found = engine.prepare(matrix_of(parts, name))
+                if found is not None:
+                    self.prepared[name] = found
+        whole = len(self.prepared) == len(names)
+        self.forms: tuple[Form, ...] | None = (
+            tuple(one.form for one in self.prepared.values()) if whole else None
+        )
+        up, down = self.prepared.get(UP), self.prepared.get(DOWN)
+        biased = any(name.endswith(_BIAS) for name in parts)
+        self.matrices: tuple[Prepared, Prepared] | None = None
+        self.kin: tuple[int, ...] = ()
+        if up is not None and down is not None and not biased:
+            self.matrices = up, down
+            self.kin = (up.form.code, up.form.group, down.form.code)
+
+    def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:
+        """Whether the operator computes this expert of ``module`` for activations in ``hidden``.
+
+        Plain weights of a model in fp32 stay with torch, so that such a model gives transformers' own numbers.
+        """
+        if self.forms is None or hidden == torch.float64:
+            return False
+        own = self.quantised or self.factored
+        return own or (hidden != torch.float32 and not module.is_transposed)

@@ -1,0 +1,44 @@
+"""How many bytes the model has outside the routed experts when its linear layers are stored in fewer bits.
+
+``stored`` gives the anatomy that the plan counts with, to the byte as it is written. Embeddings, norms and routers
+keep the checkpoint's numbers (``model/linears.py`` says what counts). Raises ``UsageError`` for an unknown precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from conmoe_edge.checkpoint.format.forms import quantised_parts
+from conmoe_edge.errors import UsageError
+from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
+from conmoe_edge.plan.levers import BYTES
+
+DENSE_PRECISIONS = ("source", "int8")
+
+
+def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:
+    """``anatomy`` with its dense bytes in ``precision``."""
+    if precision not in DENSE_PRECISIONS:
+        raise UsageError(
+            f"{precision!r} is not a precision for the dense part.",
+            f"there are {', '.join(DENSE_PRECISIONS)}",
+            "--dense-precision int8",
+        )
+    if precision == anatomy.dense_precision:
+        return anatomy
+    saved: dict[int | None, int] = {}
+    for matrix in anatomy.dense_matrices:
+        less = matrix.nbytes - _int8_bytes(matrix)
+        saved[matrix.layer] = saved.get(matrix.layer, 0) + less
+    layers = tuple(
+        replace(layer, dense_bytes=layer.dense_bytes - saved.get(layer.index, 0))
+        for layer in anatomy.layers
+    )
+    outside = anatomy.outside_bytes - saved.get(None, 0)
+    return replace(anatomy, layers=layers, outside_bytes=outside, dense_precision=precision)
+
+
+def _int8_bytes(matrix: DenseMatrix) -> int:
+    parts = quantised_parts("weight", matrix.rows, matrix.columns, "int8")
+    return sum(prod(shape) * BYTES[dtype] for _, shape, dtype in parts)

@@ -1,0 +1,213 @@
+"""A layer's attention in one call: the same bits as transformers, and only where it is the usual attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.olmoe import modeling_olmoe
+
+from conmoe_edge.offload.fastpath import attention
+from conmoe_edge.offload.fastpath.attention import EdgeAttention, is_usual_attention
+from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.kernels.cpu.bindings import operator
+from tests.offload.fastpath.single_tokens import IDS, modules_behind, of_family, steps
+
+USUAL = (
+    *("deepseek", "dots1", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2", "mixtral"),
+    *("olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
+)
+OTHERS = ("afmoe", "deepseek_v2", "deepseek_v3", "exaone_moe", "hunyuan_v1_moe", "qwen3_next")
+
+pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
+
+
+def attending(model: Any) -> list[Any]:
+    return modules_behind(model, EdgeAttention)
+
+
+def attentions(model: Any) -> list[EdgeAttention]:
+    return [module.forward for module in attending(model)]
+
+
+@contextmanager
+def transformers_only() -> Iterator[None]:
+    """Without the operator's calls, with everything else as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EdgeAttention, "place", lambda *_: None)
+        yield
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_the_same_bits_as_transformers(name: str) -> None:
+    model = of_family(name)
+    with transformers_only():
+        wanted, held = steps(model, [3, 1, 4, 1, 5])
+    found, cache = steps(model, [3, 1, 4, 1, 5])
+    assert [one.agrees for one in attentions(model)] == [True] * model.config.num_hidden_layers
+    assert torch.equal(found, wanted)
+    for ours, theirs in zip(cache.layers, held.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_attention_is_left_alone(name: str) -> None:
+    assert not attentions(of_family(name))
+
+
+def test_it_is_the_operator_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of_family("olmoe")
+    _, cache = steps(model, [3, 1])
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers' way was taken")
+
+    monkeypatch.setattr(modeling_olmoe, "apply_rotary_pos_emb", never)
+    steps(model, [1, 4], cache)
+    with pytest.raises(AssertionError, match="way was taken"), transformers_only():
+        steps(model, [1], cache)
+
+
+def test_rotary_positions_of_another_kind_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        return q * cos.unsqueeze(1) + q.roll(1, -1) * sin.unsqueeze(1), k * cos.unsqueeze(1)
+
+    monkeypatch.setattr(modeling_olmoe, "apply_rotary_pos_emb", turned)
+    model = of_family("olmoe")
+    with transformers_only():
+        wanted, _ = steps(model, [3, 1, 4])
+    found, _ = steps(model, [3, 1, 4])
+    assert [one.agrees for one in attentions(model)] == [False] * 3
+    assert torch.equal(found, wanted)
+
+
+def test_what_a_configuration_switches_on_is_not_the_usual_attention() -> None:
+    model = of_family("olmoe")
+    modules = attending(model)
+    for module in modules:
+        del module.forward  # as it was before
+    assert all(is_usual_attention(module) for module in modules)
+    model.config.clip_qkv = 8.0
+    assert not any(is_usual_attention(module) for module in modules)
+
+
+def test_code_that_speaks_of_more_is_not_the_usual_attention() -> None:
+    model = of_family("olmoe")
+    module = attending(model)[0]
+    del module.forward
+
+    class More(type(module)):
+        def forward(  # type: ignore[no-untyped-def]
+            self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
+        ):
+            return self.o_proj(self.q_proj(hidden_states).tanh()), None
+
+    module.__class__ = More
+    assert not is_usual_attention(module)
+
+
+def test_a_part_that_is_watched_is_called() -> None:
+    model = of_family("olmoe")
+    _, cache = steps(model, [3, 1])
+    seen: list[torch.Size] = []
+    hook = attending(model)[1].k_proj.register_forward_hook(
+        lambda *call: seen.append(call[2].shape)
+    )
+    steps(model, [4], cache)
+    assert len(seen) == 1
+    hook.remove()
+    steps(model, [4], cache)
+    assert len(seen) == 1
+
+
+def test_a_part_that_was_exchanged_is_called() -> None:
+    model = of_family("olmoe")
+    steps(model, [3, 1])
+    module = attending(model)[0]
+    other = torch.nn.Linear(module.v_proj.in_features, module.v_proj.out_features, bias=False)
+    module.v_proj = other.to(torch.bfloat16)
+    with transformers_only():
+        wanted, _ = steps(model, [3, 1, 4])
+    found, _ = steps(model, [3, 1, 4])
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "q_norm"])
+def test_weights_that_have_moved(part: str) -> None:
+    model = of_family("olmoe")
+    steps(model, [3, 1])
+    weight = getattr(attending(model)[0], part).weight
+    weight.data = weight.detach() * 2
+    with transformers_only():
+        wanted, _ = steps(model, [3, 1, 4])
+    found, _ = steps(model, [3, 1, 4])
+    assert torch.equal(found, wanted)
+
+
+def test_a_conversation_longer_than_a_step_of_the_cache_and_one_that_was_cropped() -> None:
+    model = of_family("olmoe")
+    many = [i % 90 for i in range(STEP_TOKENS + 5)]
+    with transformers_only():
+        wanted, _ = steps(model, many)
+        _, cut = steps(model, [3, 1, 4, 1, 5])
+        cut.crop(-3)
+        wanted_after, _ = steps(model, [7, 8], cut)
+    found, _ = steps(model, many)
+    assert torch.equal(found, wanted)
+    _, cut = steps(model, [3, 1, 4, 1, 5])
+    cut.crop(-3)
+    found_after, _ = steps(model, [7, 8], cut)
+    assert torch.equal(found_after, wanted_after)
+
+
+def test_batches_and_masks_go_to_transformers() -> None:
+    model = of_family("olmoe")
+    steps(model, [3, 1])  # agreed
+    two = torch.cat([IDS, IDS.flip(1)])
+    results = []
+    for only in (True, False):
+        mask = torch.ones(2, 8, dtype=torch.int64)
+        mask[0, :3] = 0
+        with torch.inference_mode(), transformers_only() if only else pytest.MonkeyPatch.context():
+            out = model(two, attention_mask=mask, use_cache=True)
+            more = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+            token = torch.tensor([[3], [4]])
+            out = model(token, attention_mask=more, past_key_values=out.past_key_values)
+            results.append(out.logits)
+    assert torch.equal(*results)
+
+
+def test_generate_gives_the_same_tokens() -> None:
+    model = of_family("olmoe")
+    asked = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    with transformers_only():
+        wanted = model.generate(IDS, **asked)
+    assert torch.equal(model.generate(IDS, **asked), wanted)
+    beams = {**asked, "num_beams": 3}
+    with transformers_only():
+        wanted = model.generate(IDS, **beams)
+    assert torch.equal(model.generate(IDS, **beams), wanted)
+
+
+def test_another_implementation_asked_for_later_is_used() -> None:
+    model = of_family("olmoe")
+    steps(model, [3, 1])
+    model.set_attn_implementation("eager")
+    with transformers_only():
+        wanted, _ = steps(model, [3, 1, 4])
+    found, _ = steps(model, [3, 1, 4])
+    assert torch.equal(found, wanted)
+
+
+def test_names_are_those_of_parts_that_the_operator_knows() -> None:
+    """Every name that is let pass is one that some usual attention uses."""
+    used: set[str] = set()
+    for name in USUAL:
+        for module in attending(of_family(name)):
+            code: Any = inspect.unwrap(type(module).forward).__code__
+            used |= set(code.co_names) | {one for one in code.co_consts if isinstance(one, str)}
+    assert used >= attention._NAMES

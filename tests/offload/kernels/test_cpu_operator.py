@@ -1,0 +1,270 @@
+"""The compiled operator against plain products, in every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from conmoe_edge.checkpoint.format.quantise import Matrix, quantise
+from conmoe_edge.offload.kernels.cpu import bindings as native
+from conmoe_edge.offload.kernels.cpu import build
+from conmoe_edge.offload.kernels.cpu.bindings import Operator
+from conmoe_edge.offload.kernels.cpu.reference import product
+
+KINDS = ["bf16", "fp16", "fp32", "int8", "int4"]
+MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
+
+
+@pytest.fixture(scope="module", params=sorted(MARCHES))
+def operator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Operator:
+    """The operator as processors with these instructions get it."""
+    cache = tmp_path_factory.mktemp("operator")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        flags = [MARCHES[request.param] if f.startswith("-march") else f for f in build._FLAGS]
+        patch.setattr(build, "_FLAGS", tuple(flags))
+        try:
+            path = build.library()
+        except build.Unavailable as error:
+            pytest.skip(str(error))
+    return Operator(ctypes.CDLL(str(path)))
+
+
+def matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
+    generator = torch.Generator().manual_seed(seed)
+    return matrix_of(kind, torch.randn(rows, columns, generator=generator) * 0.05)
+
+
+def matrix_of(kind: str, weight: torch.Tensor) -> Matrix:
+    plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if kind in plain:
+        return quantise(weight.to(plain[kind]), "plain")
+    return quantise(weight, kind)
+
+
+def activations(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (128, 96), (192, 544)])
+def test_products(operator: Operator, kind: str, rows: int, columns: int) -> None:
+    matrices = [matrix(kind, rows, columns, seed) for seed in range(5)]
+    prepared = [operator.prepare(one) for one in matrices]
+    for x in (activations(5, 3, columns), activations(1, 2, columns)):
+        got = operator.few_rows(prepared, x)
+        expected = torch.stack(
+            [product(one, x[i if len(x) > 1 else 0]) for i, one in enumerate(matrices)]
+        )
+        assert torch.allclose(got.double(), expected, atol=1e-5, rtol=1e-5)
+        exact = x.double() @ torch.stack([one.dequantise().double() for one in matrices]).mT
+        assert float((got - exact).norm() / exact.norm()) < (
+            0.01 if kind in ("int8", "int4") else 1e-6
+        )
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32", "int8"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (7, 19), (66, 33), (5, 16), (131, 40), (70, 300), (9, 2500)]
+)
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_odd_shapes(operator: Operator, kind: str, rows: int, columns: int, tokens: int) -> None:
+    """Blocks of rows, and tokens that are taken together, with something left over."""
+    one = matrix(kind, rows, columns)
+    x = activations(1, tokens, columns)
+    got = operator.few_rows([operator.prepare(one)], x)
+    assert torch.allclose(got[0].double(), product(one, x[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_the_same_bits_in_any_company(operator: Operator, kind: str) -> None:
+    """The promise behind "same tokens at any budget": neither neighbours nor threads show in a result."""
+    matrices = [operator.prepare(matrix(kind, 640, 1024, seed)) for seed in range(4)]
+    x = activations(4, 6, 1024)
+    together = operator.few_rows(matrices, x)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            for i, one in enumerate(matrices):
+                for t in range(6):
+                    alone = operator.few_rows([one], x[i : i + 1, t : t + 1].contiguous())
+                    assert torch.equal(alone[0, 0], together[i, t])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanding_is_dequantising(operator: Operator, kind: str) -> None:
+    one = matrix(kind, 128, 160)
+    out = operator.expand(operator.prepare(one), torch.empty(128, 160))
+    assert torch.allclose(out, one.dequantise(), atol=1e-7)
+
+
+def test_halves_of_every_kind(operator: Operator) -> None:
+    """Zero, denormal, largest and infinite fp16 numbers keep their values."""
+    bits = torch.tensor([0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x8001, 0xFBFF], dtype=torch.int32)
+    halves = bits.to(torch.int16).view(torch.float16).view(1, 8)
+    one = quantise(halves, "plain")
+    out = operator.expand(operator.prepare(one), torch.empty(1, 8))
+    assert torch.equal(out, halves.float())
+
+
+def test_what_it_does_not_take(operator: Operator) -> None:
+    assert operator.prepare(quantise(torch.randn(32, 64), "int4")) is None  # a tile of 32 rows
+    assert operator.prepare(quantise(torch.randn(64, 64).double(), "plain")) is None
+    assert operator.prepare(quantise(torch.randn(64, 64).T, "plain")) is None
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.SWITCH, "off")
+    with pytest.raises(build.Unavailable, match="CONMOE_OPERATOR=off"):
+        build.library()
+
+
+def test_this_machine_uses_it_where_it_can_compile_it() -> None:
+    """The check at the first use lets a right operator pass."""
+    try:
+        build.library()
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    assert native.operator() is not None, native.why_not()
+
+
+def test_no_compiler_is_a_reason_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    native._state.cache_clear()
+    try:
+        assert native.operator() is None
+        assert "no C++ compiler" in native.why_not()
+    finally:
+        native._state.cache_clear()
+
+
+def test_a_compiler_that_fails_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-fno-such-flag"))
+    with pytest.raises(build.Unavailable, match="failed"):
+        build.library()
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_experts(operator: Operator, kind: str, dtype: torch.dtype) -> None:
+    """Whole experts of different widths against the plain formula, and each of them the same bits alone."""
+    widths = (128, 32, 64, 96, 192)
+    ups = [matrix(kind, 2 * width, 192, seed) for seed, width in enumerate(widths)]
+    downs = [matrix(kind, 192, width, seed + 10) for seed, width in enumerate(widths)]
+    x = activations(1, 192).to(dtype)
+    first, second = [[operator.prepare(one) for one in side] for side in (ups, downs)]
+    together = operator.gated_experts(first, second, x)
+    assert kind != "int4" or len({one.group for one in downs}) > 1
+    for i in range(len(widths)):
+        gate, up = product(ups[i], x.float()).float().chunk(2, -1)
+        expected = product(downs[i], torch.nn.functional.silu(gate) * up)
+        # An activation on the edge between two numbers may fall to either side.
+        near = 1e-5 if downs[i].kind == "plain" else 2e-3
+        assert torch.allclose(together[i : i + 1].double(), expected, atol=near, rtol=1e-4)
+        alone = operator.gated_experts(first[i : i + 1], second[i : i + 1], x)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_gates_of_any_size(operator: Operator) -> None:
+    """Where silu is as good as 0 or as its argument, and where it is neither; what is no number stays none."""
+    sizes = [0.0, 1e-30, 0.3, 3.0, 20.0, 80.0, 95.0, 1e4, 3e30]
+    gates = torch.tensor([sign * size for size in sizes for sign in (1.0, -1.0)])
+    width = len(gates)
+    up, down = torch.cat([torch.diag(gates), torch.eye(width)]), torch.eye(width)
+    first, second = [operator.prepare(matrix_of("fp32", one)) for one in (up, down)]
+    x = torch.ones(1, width)
+    got = operator.gated_experts([first], [second], x)[0]
+    wanted = torch.nn.functional.silu(gates)
+    assert torch.allclose(got[:-1], wanted[:-1], rtol=1e-6, atol=1e-30)
+    assert abs(float(got[-1])) < 1e-6  # exp is cut at 87, and 3e30 is large
+    for odd in (float("nan"), float("inf")):
+        x[0, 5] = odd
+        assert not operator.gated_experts([first], [second], x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 15, 64, 600, 1100])
+def test_attention_of_one_token(operator: Operator, groups: int, length: int) -> None:
+    """One to seven queries a group, short caches and such as are summed in parts, against torch in fp64."""
+    for each, width, values in ((1, 128, 128), (4, 64, 48), (7, 32, 40)):
+        generator = torch.Generator().manual_seed(length)
+
+        def random(
+            heads: int, rows: int, columns: int, generator: torch.Generator = generator
+        ) -> torch.Tensor:
+            return torch.randn(1, heads, rows, columns, generator=generator).bfloat16()
+
+        query = random(groups * each, 1, width)
+        key, value = random(groups, length, width), random(groups, length, values)
+        found = operator.attend(query, key, value, 0.2)
+        assert found is not None and found.shape == (1, 1, groups * each, values)
+        k, v = [one.double().repeat_interleave(each, 1) for one in (key, value)]
+        wanted = (query.double() @ k.mT * 0.2).softmax(-1) @ v
+        assert torch.allclose(found[0, 0].double(), wanted[0, :, 0], rtol=2**-7, atol=1e-3)
+        for group in range(groups):  # a group is the same bits alone
+            span = slice(group * each, (group + 1) * each)
+            alone = operator.attend(
+                query[:, span], key[:, group : group + 1], value[:, group : group + 1], 0.2
+            )
+            assert alone is not None and torch.equal(alone[0, 0], found[0, 0, span])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_activations_that_are_no_numbers(operator: Operator, kind: str) -> None:
+    """Infinity and NaN come out as NaN, nothing as nothing; the other tokens do not notice."""
+    one = matrix(kind, 64, 96)
+    x = activations(1, 4, 96)
+    x[0, 1, 40] = float("inf")
+    x[0, 2, 3] = float("nan")
+    x[0, 3] = 0.0
+    got = operator.few_rows([operator.prepare(one)], x)[0]
+    assert got[1:3].isnan().all()
+    assert torch.equal(got[3], torch.zeros(64))
+    alone = operator.few_rows([operator.prepare(one)], x[:, :1].contiguous())
+    assert torch.equal(got[0], alone[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_largest_numbers_do_not_overflow(operator: Operator, kind: str) -> None:
+    """Weights and activations at the ends of their ranges: sums of pairs stay inside 16 bits."""
+    one = quantise(torch.where(activations(64, 256) > 0, 1.0, -1.0), kind)
+    x = torch.ones(1, 2, 256)
+    x[0, 1] = -1.0
+    got = operator.few_rows([operator.prepare(one)], x)[0]
+    assert torch.allclose(got.double(), product(one, x[0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combining(operator: Operator, dtype: torch.dtype) -> None:
+    y = activations(4, 100)
+    weights = [0.5, -0.25, 0.125, 1.0]
+    expected = (y * torch.tensor(weights).unsqueeze(1)).sum(0, keepdim=True)
+    got = operator.combine(y, weights, dtype)
+    assert got.dtype == dtype
+    assert torch.allclose(got.float(), expected, atol=1e-6 if dtype == torch.float32 else 0.02)
+
+
+def test_bf16_in_and_out_is_rounded_as_torch_does(operator: Operator) -> None:
+    one = operator.prepare(quantise(torch.eye(64), "plain"))
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), 3.0e38]).bfloat16()
+    x[0, 0, :2] = 0  # an identity adds 0 * inf
+    assert torch.equal(operator.few_rows([one], x), x)
+    wide = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(4))
+    thirds = operator.prepare(quantise(torch.eye(64) / 3, "plain"))
+    narrow = operator.few_rows([thirds], wide.bfloat16())
+    exact = operator.few_rows([thirds], wide.bfloat16().float())
+    assert torch.equal(narrow, exact.bfloat16())

@@ -1,0 +1,75 @@
+"""Records on their way on a CPU: what is counted, what is waited for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from conmoe_edge.checkpoint.format.manifest import ExpertId, PrototypeEntry, RecordLayout
+from conmoe_edge.errors import PackageError
+from conmoe_edge.offload.storage.record_store import RecordStore
+from conmoe_edge.offload.storage.slot_pool import host_buffer
+from conmoe_edge.offload.storage.transfer import DirectTransfer
+
+LAYOUT = RecordLayout("source", (), 8192)
+
+
+class _Held(RecordStore):
+    """A store whose reads wait for ``go``."""
+
+    go: threading.Event
+
+    def read_into(self, number: int, target: torch.Tensor) -> None:
+        assert self.go.wait(10)
+        super().read_into(number, target)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> _Held:
+    (tmp_path / "p.bin").write_bytes(os.urandom(3 * LAYOUT.nbytes))
+    entries = [
+        PrototypeEntry(ExpertId(0, i), "p.bin", i * LAYOUT.nbytes, 0, 0.0) for i in range(4)
+    ]  # the last one is not there
+    store = _Held(tmp_path, entries, [LAYOUT])
+    store.go = threading.Event()
+    return store
+
+
+def test_ready_when_waiting_would_take_no_time(store: _Held) -> None:
+    transfer = DirectTransfer(store)
+    target = host_buffer(LAYOUT.nbytes)
+    assert transfer.ready((0, 0)), "nothing is on its way"
+    transfer.load(1, (0, 0), target)
+    assert not transfer.ready((0, 0)) and transfer.ready((0, 1))
+    threading.Timer(0.05, store.go.set).start()
+    transfer.wait((0, 0))
+    assert transfer.ready((0, 0))
+    assert 0.02 < transfer.counts.waited_seconds < 5
+    waited = transfer.counts.waited_seconds
+    transfer.wait((0, 0))
+    transfer.load(2, (0, 0), target)
+    while not transfer.ready((0, 0)):
+        pass
+    transfer.wait((0, 0))
+    assert transfer.counts.waited_seconds == waited, "a read that is over is not waited for"
+    assert transfer.counts.disk_bytes == 2 * LAYOUT.nbytes and transfer.counts.host_bytes == 0
+    transfer.counts.reset()
+    assert transfer.counts.disk_bytes == 0 == transfer.counts.waited_seconds
+    transfer.close()
+
+
+def test_draining_waits_for_reads_and_swallows_what_became_of_them(store: _Held) -> None:
+    transfer = DirectTransfer(store)
+    transfer.load(3, (0, 0), host_buffer(LAYOUT.nbytes))
+    threading.Timer(0.02, store.go.set).start()
+    transfer.drain()
+    assert transfer.ready((0, 0))
+    transfer.wait((0, 0))  # forgotten
+    transfer.load(3, (0, 0), host_buffer(LAYOUT.nbytes))
+    with pytest.raises(PackageError):
+        transfer.wait((0, 0))
+    transfer.close()

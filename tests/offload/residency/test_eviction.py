@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conmoe_edge.offload.residency.eviction import LayerLru, Lfru, Lru
 from conmoe_edge.offload.residency import eviction
+from conmoe_edge.offload.residency.eviction import LayerLru, Lfru, Lru
 
 ITEMS = 9
 GROUP_OF = (0, 0, 0, 1, 1, 1, 1, 2, 2)

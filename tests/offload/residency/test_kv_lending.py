@@ -16,8 +16,8 @@ from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.integrations import memory_plan
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
-from conmoe_edge.offload.residency.kv_lending import Lending
 from conmoe_edge.offload.residency import quota
+from conmoe_edge.offload.residency.kv_lending import Lending
 from conmoe_edge.offload.residency.slot_cache import SlotCache
 from conmoe_edge.offload.storage.slot_pool import SlotPool, can_shrink
 from tests.families import tiny_model

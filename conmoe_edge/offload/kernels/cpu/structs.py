@@ -126,6 +126,7 @@ class LayerTable:
             None if factors is None else (ctypes.c_float * slots)(*factors),
             rows,
         )
+        self.hidden = up.columns
         self._asked = (ctypes.c_int64 * slots)()
         self._kept = (prototypes, constants, arrays)
         self._struct = _Layer(
@@ -247,6 +248,7 @@ class BlockTable:
         """
         if {before.columns, after.columns} != {attention.hidden}:
             raise ValueError("a norm has another width than the layer")
+        self.hidden, self.width = attention.hidden, attention.width
         self._kept = (attention, before, after)
         self._struct = _Block(attention.struct, before.struct, after.struct)
         self.address = ctypes.addressof(self._struct)
@@ -330,7 +332,18 @@ class Cached:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, held: int) -> Cached:
-        """In ``keys`` and ``values`` [1, heads, room, width], whose rows are contiguous; they are not kept alive."""
+        """In ``keys`` and ``values`` [1, heads, room, width], whose rows are contiguous; they are not kept alive.
+
+        Raises:
+            ValueError: no room for one more, or tensors of another order or format.
+        """
+        for one in (keys, values):
+            if one.dtype is not torch.bfloat16 or not one.is_cpu or one.ndim != 4:
+                raise ValueError(f"a cache of {list(one.shape)} in {one.dtype} on {one.device}")
+            if one.stride(3) != 1 or one.stride(2) != one.shape[3]:
+                raise ValueError(f"a cache whose rows are not contiguous: {one.stride()}")
+            if not 0 <= held < one.shape[2]:
+                raise ValueError(f"a cache with {held} of {one.shape[2]} tokens has no room")
         return cls(keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1), held)
 
 
@@ -340,6 +353,21 @@ class Positions:
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """Both bf16, contiguous, of one token; they are kept alive."""
+        """Both bf16, contiguous, of one token; they are kept alive.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for one in (cos, sin):
+            if one.dtype is not torch.bfloat16 or not one.is_cpu or not one.is_contiguous():
+                raise ValueError(f"angles in {one.dtype} on {one.device}, {one.stride()}")
+        if cos.numel() != sin.numel() or cos.numel() != cos.shape[-1] or cos.numel() % 2:
+            raise ValueError(f"cosines {list(cos.shape)} and sines {list(sin.shape)} of one token")
         self._kept = (cos, sin)
         self.cos, self.sin, self.count = cos.data_ptr(), sin.data_ptr(), cos.numel()
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(_Prototypes, _Layer, _Norm, _Linear, _Attention, _Block, _Router, _Between),
+)
+"""All that C++ has as well; ``build.py`` makes the compiler compare them."""

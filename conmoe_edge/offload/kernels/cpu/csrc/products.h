@@ -624,7 +624,7 @@ int products(int kind, int64_t count, const void* const* values, const void* con
              bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t inputs = (shared ? 1 : count) * tokens;
   if (kind == INT4) {
-    if (rows % TILE || group % 2 || columns % group) return 1;
+    if (rows % TILE || !group || group % 2 || columns % group) return 1;
     tiles(count, values, scales, Bytes(x, inputs, columns, group), shared, tokens, y, rows, columns, group);
     return 0;
   }
@@ -640,7 +640,7 @@ int gated(int kind, int64_t count, const void* const* values, const void* const*
   if (kind == INT4) {
     for (int64_t i = 0; i < count; ++i)
       if (2 * widths[i] % TILE) return 1;
-    if (group % 2 || columns % group) return 1;
+    if (!group || group % 2 || columns % group) return 1;
     const Bytes input(x, 1, columns, group);
     gated_tiles(count, values, scales, input.token(0), widths, h, columns, group);
     return 0;
@@ -659,7 +659,7 @@ int downward(int kind, int64_t count, const void* const* values, const void* con
     if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {
-      if (groups[i] % 2 || columns[i] % groups[i]) return 1;
+      if (!groups[i] || groups[i] % 2 || columns[i] % groups[i]) return 1;
       inputs.emplace_back(h[i], 1, columns[i], groups[i]);
     }
     down_tiles(count, values, scales, inputs, columns, y, rows, groups);

@@ -395,14 +395,14 @@ class Operator:
         return out, normed
 
     def route(self, table: RouterTable, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits bf16 [1, E], gates and slots (int64) [1, K] of one token: the greatest first, of equal ones the first.
+        """Logits [1, E], gates and slots (int64) [1, K] of one token: the greatest first, of equal ones the first.
 
         Args:
             table: the router.
             x: bf16, H values, contiguous.
         """
         _only_narrow(x, table.hidden)
-        logits = torch.empty(1, table.slots, dtype=torch.bfloat16)
+        logits = torch.empty(1, table.slots, dtype=table.logits)
         gates = torch.empty(1, table.chosen, dtype=table.gates)
         slots = torch.empty(1, table.chosen, dtype=torch.int64)
         failed = self._route(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -174,11 +174,24 @@ class _Linear(ctypes.Structure):
     ]
 
 
+def _row(row: Tensor | None, count: int, dtype: torch.dtype) -> int | None:
+    """The address of ``count`` numbers, which the caller keeps alive.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if row is None:
+        return None
+    if row.numel() != count or row.dtype != dtype or not row.is_cpu or not row.is_contiguous():
+        raise ValueError(f"a row {list(row.shape)} in {row.dtype} for {count} in {dtype}")
+    return row.data_ptr()
+
+
 def _linear(matrix: Prepared, bias: Tensor | None = None) -> _Linear:
     form = matrix.form
     return _Linear(
         *(form.code, form.rows, form.columns, form.group),
-        *(matrix.values, matrix.scales, None if bias is None else bias.data_ptr()),
+        *(matrix.values, matrix.scales, _row(bias, form.rows, torch.bfloat16)),
     )
 
 
@@ -256,8 +269,11 @@ class BlockTable:
 
 class _Router(ctypes.Structure):
     _fields_: ClassVar = [
-        *[("linear", _Linear), ("chosen", ctypes.c_int64)],
-        *[(name, ctypes.c_int32) for name in ("normed", "narrow")],
+        *[("linear", _Linear), ("correction", ctypes.c_void_p)],
+        *[(name, ctypes.c_int64) for name in ("chosen", "groups", "kept")],
+        *[(name, ctypes.c_float) for name in ("scaling", "epsilon", "least", "threshold")],
+        *[(name, ctypes.c_int32) for name in ("scores", "pairs", "normed")],
+        *[(name, ctypes.c_int32) for name in ("narrow", "exact", "stepwise")],
     ]
 
 
@@ -267,29 +283,100 @@ class _Between(ctypes.Structure):
     ]
 
 
+Scores = Literal["softmax", "sigmoid", "top-softmax", "sparsemixer"]
+_SCORES: tuple[Scores, ...] = ("softmax", "sigmoid", "top-softmax", "sparsemixer")  # as in router.h
+
+
 class RouterTable:
-    """A router for ``Operator.route``: softmax over all slots, the greatest of which are chosen.
+    """A router for ``Operator.route``.
+
+    In this order: logits W x + b; scores; ``correction`` is added, for the choice alone; of ``groups`` of neighbouring
+    slots the ``kept`` best are left; the ``chosen`` greatest. Their scores are the gates, with ``normed`` divided by
+    max(sum + ``epsilon``, ``least``); times ``scaling``.
+
+    ===================================================  ==============================================================
+    olmoe, qwen2_moe, qwen3_moe, qwen3_next, flex_olmo   ``normed`` as configured, ``narrow``
+    mixtral, minimax                                     ``normed``
+    granitemoe, gpt_oss (with ``bias``)                  ``scores="top-softmax"``, ``narrow``
+    hunyuan_v1_moe                                       ``normed``, ``exact``
+    ernie4_5_moe                                         ``normed``, ``narrow``, ``exact``, ``correction``, ``least``
+    deepseek_v2                                          ``exact``, ``scaling``; "group_limited_greedy": groups
+    deepseek_v3, glm4_moe, dots1, solar_open, exaone     ``scores="sigmoid"``, ``exact``, ``correction``, groups with
+                                                         ``pairs``, ``normed``, ``epsilon=1e-20``, ``scaling``
+    minimax_m2                                           ``scores="sigmoid"``, ``correction``, ``normed``
+    afmoe                                                the same, ``epsilon=1e-20``, ``scaling``
+    lfm2_moe                                             ``scores="sigmoid"``, ``correction``, ``stepwise``, ``narrow``,
+                                                         ``normed``, ``epsilon=1e-6``, ``scaling``
+    phimoe                                               ``scores="sparsemixer"``, ``jitter``, ``narrow``
+    ===================================================  ==============================================================
+
+    granitemoe gives its logits in fp32, of the same values.
 
     Attributes:
         slots, chosen, hidden: how many there are, how many a token gets, the width of its activations.
-        gates: their format.
+        gates, logits: their formats.
         between: what ``Operator.decoder`` found on the way to the experts, overwritten by the next call: the sum behind
             the attention, its norm (bf16 [1, H]), the slots (int64 [1, K]) and their gates.
     """
 
-    def __init__(self, matrix: Prepared, chosen: int, normed: bool, narrow: bool) -> None:
-        """``matrix`` is kept alive.
+    def __init__(
+        self,
+        matrix: Prepared,
+        chosen: int,
+        normed: bool,
+        narrow: bool,
+        *,
+        scores: Scores = "softmax",
+        bias: Tensor | None = None,
+        correction: Tensor | None = None,
+        groups: int = 1,
+        kept: int = 1,
+        pairs: bool = False,
+        scaling: float = 1.0,
+        epsilon: float = 0.0,
+        least: float = 0.0,
+        jitter: float = 0.0,
+        exact: bool = False,
+        stepwise: bool = False,
+    ) -> None:
+        """``matrix``, ``bias`` and ``correction`` are kept alive.
 
         Args:
             matrix: [E, H].
             chosen: slots of a token, at most E.
             normed: whether gates are divided by their sum.
             narrow: whether they are bf16, else fp32.
+            scores: "softmax" and "sigmoid" of the logits, all of them; "top-softmax" chooses by the logits, and gates
+                are the softmax of those chosen; "sparsemixer" chooses two as Phi-3.5-MoE does (arXiv:2404.14219).
+            bias: bf16 [E], of the logits.
+            correction: fp32 [E].
+            groups, kept: of slots; one group is none.
+            pairs: a group is as good as the sum of its two greatest, else as its greatest.
+            scaling, epsilon, least: as above.
+            jitter: of "sparsemixer": logits within twice that are near.
+            exact: logits are fp32; else they are rounded to bf16.
+            stepwise: scores and each later step are rounded to bf16.
+
+        Raises:
+            ValueError: sizes or formats that do not go together.
         """
         form = matrix.form
         self.slots, self.chosen, self.hidden = form.rows, chosen, form.columns
         self.gates = torch.bfloat16 if narrow else torch.float32
-        self._struct = _Router(_linear(matrix), chosen, normed, narrow)
+        self.logits = torch.float32 if exact else torch.bfloat16
+        if groups < 1 or not 1 <= kept <= groups or self.slots % groups:
+            raise ValueError(f"{kept} of {groups} groups of {self.slots} slots")
+        if not 1 <= chosen <= self.slots // groups * kept:
+            raise ValueError(f"{chosen} of {self.slots} slots in {kept} of {groups} groups")
+        if scores == "sparsemixer" and (chosen != 2 or exact or normed or groups > 1):
+            raise ValueError("sparsemixer chooses two slots by logits in bf16, and nothing else")
+        at_correction = _row(correction, self.slots, torch.float32)
+        threshold = float(torch.tensor(2 * jitter, device="cpu").to(torch.bfloat16))
+        self._struct = _Router(
+            *(_linear(matrix, bias), at_correction, chosen, groups, kept),
+            *(scaling, epsilon, least, threshold),
+            *(_SCORES.index(scores), pairs, normed, narrow, exact, stepwise),
+        )
         self.address = ctypes.addressof(self._struct)
 
         def room(columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -299,8 +386,8 @@ class RouterTable:
             *(room(self.hidden), room(self.hidden)),
             *(room(chosen, torch.int64), room(chosen, self.gates)),
         )
-        logits = room(self.slots)
-        self._kept = (matrix, logits)
+        logits = room(self.slots, self.logits)
+        self._kept = (matrix, bias, correction, logits)
         found = self.between
         places = (found.summed, found.normed, logits, found.gates, found.slots)
         self._between = _Between(*[one.data_ptr() for one in places])

@@ -52,6 +52,8 @@ void attend(int64_t groups, const void* const* keys, const void* const* values, 
   weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
 }
 
+inline float rounded(float value) { return from_bf16(to_bf16(value)); }
+
 // A linear layer; bias bf16 [rows], or null.
 struct Linear {
   int64_t kind, rows, columns, group;
@@ -97,7 +99,6 @@ struct Rotary {
   // One head, in its place; every step is rounded, as it is where each is an operation of its own.
   void turn(uint16_t* head) const {
     const int64_t half = width / 2;
-    const auto rounded = [](float value) { return from_bf16(to_bf16(value)); };
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
       const float a = from_bf16(head[i]), b = from_bf16(head[i + half]);

@@ -226,8 +226,8 @@ int conmoe_block(const Block* layer, const uint16_t* x, const uint16_t* cos, con
   });
 }
 
-// A router for one token: x and logits bf16, gates bf16 where it is `narrow`, else fp32.
-int conmoe_route(const Router* router, const uint16_t* x, uint16_t* logits, void* gates, int64_t* slots) {
+// A router for one token: x bf16, logits fp32 where they are `exact`, else bf16, gates bf16 where it is `narrow`, else fp32.
+int conmoe_route(const Router* router, const uint16_t* x, void* logits, void* gates, int64_t* slots) {
   return guarded(given(router, x, logits, gates, slots),
                  [&] { return route(*router, x, logits, gates, slots) ? int(FORM) : 0; });
 }
@@ -235,8 +235,8 @@ int conmoe_route(const Router* router, const uint16_t* x, uint16_t* logits, void
 // What stands between a layer's attention and its experts: the sum behind the attention and its norm [columns], the
 // router's logits [slots], gates and slots [chosen].
 struct Between {
-  uint16_t *sum, *normed, *logits;
-  void* gates;
+  uint16_t *sum, *normed;
+  void *logits, *gates;
   int64_t* slots;
 };
 

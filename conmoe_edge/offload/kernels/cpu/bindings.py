@@ -32,8 +32,11 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     AttentionTable,
     BlockTable,
     Cached,
+    ExpertGate,
     Form,
+    LatentTable,
     LayerTable,
+    MlpTable,
     Positions,
     Prepared,
     PrototypeTable,
@@ -45,8 +48,11 @@ __all__ = [
     "AttentionTable",
     "BlockTable",
     "Cached",
+    "ExpertGate",
     "Form",
+    "LatentTable",
     "LayerTable",
+    "MlpTable",
     "Operator",
     "Positions",
     "Prepared",
@@ -58,6 +64,7 @@ __all__ = [
 ]
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
+_SILU = ExpertGate()
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _TOKEN = (
@@ -75,16 +82,19 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "few_rows": (_int, (_int, _long, _at, _at, _at, _long, _long, _at, _long, _long, _long, _int)),
     "gated_experts": (
         _int,
-        (_int, _int, _long, _at, _at, _at, _at, _at, _at, _at, _long, _long, _at, _int),
+        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), _at, _at, _at),
     ),
     "combine": (_int, (_long, _at, _at, _long, _at, _at, _at, _long, _int)),
     "layer": (_long, (_at, _at, _at, _int, _long, _at, _at, _at, _int)),
+    "dense": (_int, (_at, _at, _at)),
     "rms_norm": (_int, (_at, _at, _at, _long, _int)),
     "attend": (_int, (_long, _at, _at, _at, _long, _at, _long, _long, _long, _float)),
     "attention": (_int, (_at, *_TOKEN, _at)),
+    "latent": (_int, (_at, *_TOKEN, _at)),
     "block": (_int, (_at, *_TOKEN, _at, _at)),
     "route": (_int, (_at, _at, _at, _at, _at)),
-    "decoder": (_long, (_at, _at, _at, *_TOKEN, _at, _at)),
+    "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
+    "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
     "expand": (_int, (_int, _at, _at, _at, _long, _long, _long)),
 }
 """Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``."""
@@ -132,6 +142,8 @@ class Operator:
         self._few_rows, self._gated = found["few_rows"], found["gated_experts"]
         self._combine, self._layer = found["combine"], found["layer"]
         self._norm, self._attend = found["rms_norm"], found["attend"]
+        self._dense, self._latent = found["dense"], found["latent"]
+        self._feed_forward = found["feed_forward"]
         self._attention, self._block = found["attention"], found["block"]
         self._route, self._decoder = found["route"], found["decoder"]
         self._expand = found["expand"]
@@ -207,14 +219,21 @@ class Operator:
         return y
 
     def gated_experts(
-        self, ups: Sequence[Prepared], downs: Sequence[Prepared], x: Tensor
+        self,
+        ups: Sequence[Prepared],
+        downs: Sequence[Prepared],
+        x: Tensor,
+        gate: ExpertGate = _SILU,
+        biases: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """y[i] = D_i (silu(G_i x) * U_i x): whole experts with the usual gate, for one token.
+        """y[i] = D_i gate(G_i x, U_i x): whole experts for one token.
 
         Args:
-            ups: n of one kind, [2 I, H]: the rows of the gate before those of up; I may differ.
+            ups: n of one kind, [2 I, H]: the rows of G and U as ``gate`` says; I may differ.
             downs: n of one kind, [H, I], perhaps in groups of different sizes.
             x: fp32 or bf16, H values, contiguous.
+            gate: what an expert makes of both halves, silu(g) * u if nothing is said.
+            biases: bf16 [2 I] and [H] of each, or ``None``.
 
         Returns:
             fp32 [n, H]; each row is the same bits whatever n is.
@@ -231,6 +250,11 @@ class Operator:
             _refuse(f"experts of {up.columns} inputs and {down.rows} outputs")
         y = torch.empty(count, down.rows, dtype=torch.float32)
         table = ctypes.c_void_p * count
+        added = [None, None]
+        if biases is not None:
+            sides = zip(zip(*biases, strict=True), (ups, downs), strict=True)
+            added = [table(*_addresses(side, matrices)) for side, matrices in sides]
+        how = gate.struct
         failed = self._gated(
             up.code,
             down.code,
@@ -245,7 +269,7 @@ class Operator:
             up.columns,
             up.group,
             (ctypes.c_int64 * count)(*[one.form.group for one in downs]),
-            narrow,
+            *(narrow, *added, ctypes.addressof(how)),
         )
         if failed:
             _failed(failed)
@@ -349,8 +373,21 @@ class Operator:
             _failed(failed)
         return out
 
+    def dense(self, table: MlpTable, x: Tensor) -> Tensor:
+        """A dense gated layer for one token: bf16, H values, contiguous; the result is like ``x``."""
+        _only_narrow(x, table.hidden)
+        out = torch.empty_like(x)
+        failed = self._dense(table.address, x.data_ptr(), out.data_ptr())
+        if failed:
+            _failed(failed)
+        return out
+
     def attention(
-        self, table: AttentionTable, x: Tensor, positions: Positions, cached: Cached
+        self,
+        table: AttentionTable | LatentTable,
+        x: Tensor,
+        positions: Positions | None,
+        cached: Cached,
     ) -> Tensor:
         """A layer's attention for one new token, whose keys and values are written into the cache.
 
@@ -361,15 +398,16 @@ class Operator:
             cached: where keys and values lie.
 
         Returns:
-            Like ``x``: the same bits as ``one_row``, ``rms_norm``, rotary positions with every step
-            rounded, and ``attend``.
+            Like ``x``. With an ``AttentionTable`` the same bits as ``one_row``, ``rms_norm``, rotary positions and
+            ``attend``.
         """
         _only_narrow(x, table.hidden)
-        if positions.count > table.width:
-            _refuse(f"{positions.count} angles for heads of {table.width}")
+        if cached.sizes != table.cache:
+            _refuse(f"a cache of {cached.sizes} for {table.cache}")
+        function = self._latent if isinstance(table, LatentTable) else self._attention
         out = torch.empty_like(x)
-        failed = self._attention(
-            *(table.address, x.data_ptr(), positions.cos, positions.sin, positions.count),
+        failed = function(
+            *(table.address, x.data_ptr(), *table.turning.angles(positions)),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
             out.data_ptr(),
         )
@@ -378,15 +416,18 @@ class Operator:
         return out
 
     def block(
-        self, table: BlockTable, x: Tensor, positions: Positions, cached: Cached
+        self, table: BlockTable, x: Tensor, positions: Positions | None, cached: Cached
     ) -> tuple[Tensor, Tensor]:
-        """x + attention(before(x)), and that through the norm behind; arguments as of ``attention``."""
+        """The sum behind a layer's attention (``BlockTable``), and that through the norm ``after``; arguments as of
+        ``attention``.
+        """
         _only_narrow(x, table.hidden)
-        if positions.count > table.width:
-            _refuse(f"{positions.count} angles for heads of {table.width}")
+        attention = table.attention
+        if attention is None or cached.sizes != attention.cache:
+            _refuse(f"a cache of {cached.sizes} for {attention and attention.cache}")
         out, normed = torch.empty_like(x), torch.empty_like(x)
         failed = self._block(
-            *(table.address, x.data_ptr(), positions.cos, positions.sin, positions.count),
+            *(table.address, x.data_ptr(), *attention.turning.angles(positions)),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
             *(out.data_ptr(), normed.data_ptr()),
         )
@@ -412,29 +453,63 @@ class Operator:
             _failed(failed)
         return logits, gates, slots
 
+    def feed_forward(
+        self,
+        block: BlockTable,
+        router: RouterTable | None,
+        experts: LayerTable | None,
+        x: Tensor,
+        dense: MlpTable | None = None,
+    ) -> tuple[Tensor, int] | None:
+        """The second half of a decoder layer for one token: from the sum behind its mixer to its output.
+
+        Args:
+            block: norms and multiplier; its attention is not asked.
+            router, experts: both, or neither.
+            x: bf16, H values, contiguous: the sum.
+            dense: a layer whose output is added to that of the experts, or is all there is.
+
+        Returns:
+            Like ``x``, and how many prototypes there were; ``None`` where one of them is not in memory. Then
+            ``router.between`` has what the experts are to be given, and nothing of ``dense`` is computed.
+        """
+        _only_narrow(x, block.hidden)
+        first, second, third, between = _halves(block, router, experts, dense)
+        out = torch.empty_like(x)
+        count = self._feed_forward(
+            *(block.address, first, second, third, x.data_ptr(), between, out.data_ptr())
+        )
+        if count == _ABSENT:
+            return None
+        if count < 0:
+            _failed(count)
+        return out, count
+
     def decoder(
         self,
         block: BlockTable,
-        router: RouterTable,
-        experts: LayerTable,
+        router: RouterTable | None,
+        experts: LayerTable | None,
         x: Tensor,
-        positions: Positions,
+        positions: Positions | None,
         cached: Cached,
+        dense: MlpTable | None = None,
     ) -> tuple[Tensor, int] | None:
-        """``block``, ``route`` and ``layer`` in one call: the same bits, and how many prototypes there were.
+        """A whole decoder layer for one token: ``block``, then as ``feed_forward``, in one call and to the same bits.
 
-        ``None`` where one of them is not in memory: ``router.between`` has what the experts are to be given.
+        ``None`` where a prototype is not in memory, as there; the token's keys and values are written all the same.
         """
-        hidden = block.hidden
-        _only_narrow(x, hidden)
-        if router.hidden != hidden or experts.hidden != hidden or positions.count > block.width:
-            _refuse("a block, a router, experts and angles of different widths")
+        _only_narrow(x, block.hidden)
+        attention = block.attention
+        if attention is None or cached.sizes != attention.cache:
+            _refuse(f"a cache of {cached.sizes} for {attention and attention.cache}")
+        first, second, third, between = _halves(block, router, experts, dense)
         out = torch.empty_like(x)
         count = self._decoder(
-            *(block.address, router.address, experts.address, x.data_ptr()),
-            *(positions.cos, positions.sin, positions.count),
+            *(block.address, first, second, third, x.data_ptr()),
+            *attention.turning.angles(positions),
             *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
-            *(router.between_address, out.data_ptr()),
+            *(between, out.data_ptr()),
         )
         if count == _ABSENT:
             return None
@@ -492,6 +567,34 @@ class Operator:
         if failed:
             _failed(failed)
         return out
+
+
+def _halves(
+    block: BlockTable,
+    router: RouterTable | None,
+    experts: LayerTable | None,
+    dense: MlpTable | None,
+) -> tuple[int | None, int | None, int | None, int]:
+    """The addresses of router, experts, dense layer and the room between attention and experts."""
+    hidden = block.hidden
+    if dense is not None and dense.hidden != hidden:
+        _refuse(f"a dense layer of {dense.hidden} in a layer of {hidden}")
+    third = None if dense is None else dense.address
+    if router is None or experts is None:
+        if router is not experts or dense is None:
+            _refuse("a router without experts, experts without router, or nothing at all")
+        return None, None, third, block.between_address
+    if router.hidden != hidden or experts.hidden != hidden:
+        _refuse(f"a router of {router.hidden} and experts of {experts.hidden} in one of {hidden}")
+    return router.address, experts.address, third, router.between_address
+
+
+def _addresses(rows: Sequence[Tensor], matrices: Sequence[Prepared]) -> list[int]:
+    """Of the biases of ``matrices``."""
+    for row, matrix in zip(rows, matrices, strict=True):
+        if not _narrow(row, matrix.form.rows):
+            _refuse("a bias in fp32")
+    return [row.data_ptr() for row in rows]
 
 
 def _heads(tensor: Tensor) -> ctypes.Array[ctypes.c_void_p]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from conmoe_edge.checkpoint.format.quantise import Matrix
+from conmoe_edge.offload.kernels.cpu.structs import ExpertGate
 
 BLOCK = 32
 
@@ -43,10 +44,33 @@ def rounded(x: Tensor, matrix: Matrix) -> Tensor:
     return ((blocks * factor).round() * (most / 127.0)).flatten(-2)[..., :columns]
 
 
-def gated(up: Matrix, down: Matrix, x: Tensor) -> Tensor:
-    """D (silu(G x) * U x) for x [t, H]: fp64 [t, H]. ``up`` has the rows of G before those of U."""
-    gate, other = product(up, x.float()).float().chunk(2, -1)
-    return product(down, silu(gate) * other)
+def gated(
+    up: Matrix,
+    down: Matrix,
+    x: Tensor,
+    gate: ExpertGate | None = None,
+    biases: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """D gate(G x, U x) for x [t, H]: fp64 [t, H]. ``up`` has the rows of G and U as ``gate`` says."""
+    how = gate or ExpertGate()
+    rows = product(up, x.float()).float()
+    if biases is not None:
+        rows += biases[0].float()
+    first, second = (rows[:, ::2], rows[:, 1::2]) if how.interleaved else rows.chunk(2, -1)
+    if how.limit:
+        first, second = first.clamp(max=how.limit), second.clamp(-how.limit, how.limit)
+        inner = (second + 1) * first * torch.sigmoid(how.alpha * first)
+    else:
+        inner = silu(first) * second
+    out = product(down, inner)
+    return out if biases is None else out + biases[1].double()
+
+
+def dense(gate: Matrix, up: Matrix, down: Matrix, share: Matrix | None, x: Tensor) -> Tensor:
+    """D (silu(G x) * U x) for bf16 x [t, H], times sigmoid(share x) where there is one; every step rounded to bf16."""
+    first, second = [product(one, x).to(x.dtype) for one in (gate, up)]
+    out = product(down, silu(first) * second).to(x.dtype)
+    return out if share is None else torch.sigmoid(product(share, x).to(x.dtype)) * out
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, plus_one: bool, early: bool) -> Tensor:

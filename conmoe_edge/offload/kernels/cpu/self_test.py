@@ -18,7 +18,11 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     AttentionTable,
     BlockTable,
     Cached,
+    ExpertGate,
+    Form,
+    LatentTable,
     LayerTable,
+    MlpTable,
     Positions,
     Prepared,
     PrototypeTable,
@@ -51,15 +55,21 @@ class _Check:
     def run(self) -> None:
         for kind in ("plain", "int8", "int4"):
             self.products(kind)
+        self.gates()
         self.combine()
+        self.dense()
         self.norms()
         self.attend()
+        self.latent()
         self.layers()
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         # The first call may come while transformers has set a default device and format of its own.
         made = torch.randn(*shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return made.to(dtype)
+
+    def narrow(self, *shape: int) -> Tensor:
+        return self.random(*shape, dtype=_BF16)
 
     def matrix(self, rows: int, columns: int, kind: Kind = "plain") -> tuple[Matrix, Prepared]:
         weight = self.random(rows, columns) * 0.1
@@ -85,6 +95,68 @@ class _Check:
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
 
+    def gates(self) -> None:
+        """gpt-oss's gate, with biases."""
+        made, size = self.made, 2 * _WIDTH
+        how = ExpertGate(alpha=1.7, limit=1.0, interleaved=True)
+        for kind in ("int8", "int4"):
+            (up, one), (down, other) = (
+                self.matrix(2 * size, size, kind),
+                self.matrix(size, size, kind),
+            )
+            x, biases = self.random(1, size), (self.narrow(2 * size), self.narrow(size))
+            found = made.gated_experts([one], [other], x, how, [biases])
+            wanted = reference.gated(up, down, x, how, biases)
+            _same(f"gated_experts with a limit, {kind}", found, wanted, 2e-2)
+
+    def dense(self) -> None:
+        first, second = [self.matrix(_WIDTH, _HIDDEN) for _ in range(2)]
+        third, share = self.matrix(_HIDDEN, _WIDTH), self.matrix(1, _HIDDEN)
+        self.mlp = MlpTable(first[1], second[1], third[1], share=share[1])
+        x = self.narrow(1, _HIDDEN)
+        found = self.made.dense(self.mlp, x)
+        _same("dense", found, reference.dense(first[0], second[0], third[0], share[0], x), 2e-2)
+
+    def latent(self) -> None:
+        """Compressed keys and values, against keys and values that are expanded."""
+        heads, still, turned, rank, values = 2, 16, 8, 32, 24
+        query, compress = (
+            self.matrix(heads * (still + turned), _HIDDEN),
+            self.matrix(rank + turned, _HIDDEN),
+        )
+        expand, output = (
+            self.matrix(heads * (still + values), rank),
+            self.matrix(_HIDDEN, heads * values),
+        )
+        norm = RmsNorm(self.narrow(rank), _EPSILON, False, True)
+        table = LatentTable(
+            *(query[1], (compress[1], None), norm, expand[1], (output[1], None)),
+            **{"heads": heads, "turned": turned, "value_width": values, "scaling": 0.3},
+            turn="halves",
+        )
+        x, past, angles = (
+            self.narrow(1, _HIDDEN),
+            self.narrow(1, 1, _HELD + 1, rank),
+            self.narrow(1, 1, _HELD + 1, turned),
+        )
+        cos, sin = self.narrow(1, turned), self.narrow(1, turned)
+        found = self.made.attention(table, x, Positions(cos, sin), Cached.of(past, angles, _HELD))
+        state = reference.product(compress[0], x).to(_BF16)
+        new = reference.rms_norm(state[:, :rank], norm.weight, _EPSILON, False, True)
+        _same("latent, its cache", past[0, 0, _HELD:], new, 2e-2)
+        turns = reference.rotate(state[:, rank:], cos, sin)
+        _same("latent, its cache", angles[0, 0, _HELD:], turns, 2e-2)
+        both = reference.product(expand[0], past[0, 0]).view(_HELD + 1, heads, still + values)
+        fixed = angles[0, 0].double().unsqueeze(1).expand(-1, heads, -1)
+        keys = torch.cat([both[..., :still], fixed], -1)
+        asked = reference.product(query[0], x).to(_BF16).view(heads, still + turned)
+        asked[:, still:] = reference.rotate(asked[:, still:], cos, sin)
+        mixed = reference.attend(
+            asked, keys.transpose(0, 1), both[..., still:].transpose(0, 1), 0.3
+        )
+        wanted = reference.product(output[0], mixed.to(_BF16).view(1, -1))
+        _same("latent", found, wanted, 3e-2)
+
     def combine(self) -> None:
         rows, constant = self.random(2, 40), self.random(40)
         found = self.made.combine(rows, [0.5, -2.0], torch.float32, [(constant, 0.25)])
@@ -93,14 +165,14 @@ class _Check:
 
     def norms(self) -> None:
         for plus_one, early in ((False, True), (True, False)):
-            weight, x = self.random(_HIDDEN, dtype=_BF16), self.random(3, _HIDDEN, dtype=_BF16)
+            weight, x = self.narrow(_HIDDEN), self.narrow(3, _HIDDEN)
             found = self.made.rms_norm(RmsNorm(weight, _EPSILON, plus_one, early), x)
             wanted = reference.rms_norm(x, weight, _EPSILON, plus_one, early)
             _same("rms_norm", found, wanted, 2e-2)
 
     def attend(self) -> None:
-        query = self.random(1, _HEADS, 1, _HEAD, dtype=_BF16)
-        key, value = [self.random(1, _GROUPS, _HELD, _HEAD, dtype=_BF16) for _ in range(2)]
+        query = self.narrow(1, _HEADS, 1, _HEAD)
+        key, value = [self.narrow(1, _GROUPS, _HELD, _HEAD) for _ in range(2)]
         found = self.made.attend(query, key, value, 0.3)
         if found is None:
             raise Unavailable("the compiled operator does not take a cache")
@@ -111,14 +183,13 @@ class _Check:
         """A decoder layer, part by part and in one call."""
         made, width = self.made, _HEADS * _HEAD
         norms = [
-            RmsNorm(self.random(size, dtype=_BF16), _EPSILON, False, True)
-            for size in (_HIDDEN, _HIDDEN, _HEAD)
+            RmsNorm(self.narrow(size), _EPSILON, False, True) for size in (_HIDDEN, _HIDDEN, _HEAD)
         ]
         before, after, head = norms
         rows = (width, _GROUPS * _HEAD, _GROUPS * _HEAD)
         linears = [self.matrix(count, _HIDDEN) for count in rows]
         linears.append(self.matrix(_HIDDEN, width))
-        bias = self.random(width, dtype=_BF16)
+        bias = self.narrow(width)
         biases = (bias, None, None, None)
         table = AttentionTable(
             [(one, its) for (_, one), its in zip(linears, biases, strict=True)],
@@ -126,9 +197,9 @@ class _Check:
             _HEAD,
             0.2,
         )
-        x = self.random(1, _HIDDEN, dtype=_BF16)
-        cos, sin = [self.random(1, 16, dtype=_BF16) for _ in range(2)]
-        past = [self.random(1, _GROUPS, _HELD + 1, _HEAD, dtype=_BF16) for _ in range(2)]
+        x = self.narrow(1, _HIDDEN)
+        cos, sin = [self.narrow(1, 16) for _ in range(2)]
+        past = [self.narrow(1, _GROUPS, _HELD + 1, _HEAD) for _ in range(2)]
         positions = Positions(cos, sin)
 
         def cached(tensors: list[Tensor]) -> Cached:
@@ -169,7 +240,7 @@ class _Check:
         prototypes = PrototypeTable(len(pairs))
         targets = [0, 1, 2, 3, 0, -1]
         forms = pairs[0][0][1].form, pairs[0][1][1].form
-        layer = LayerTable(prototypes, forms, targets, None, None)
+        layer = _layer(prototypes, forms, targets)
 
         def whole() -> tuple[Tensor, int] | None:
             return made.decoder(block, routing, layer, x, positions, cached(again))
@@ -189,6 +260,18 @@ class _Check:
             raise Unavailable("the compiled operator does not find prototypes")
         _same("layer", found[0], summed.double() + parts.to(_BF16), 2e-2)
         _equal("decoder", all_of_it[0], found[0])
+        half = made.feed_forward(block, routing, layer, summed)
+        more = made.decoder(*(block, routing, layer, x, positions, cached(again)), dense=self.mlp)
+        alone = made.layer(layer, slots, gates, normed)
+        if half is None or more is None or alone is None:
+            raise Unavailable("the compiled operator does not find prototypes")
+        _equal("feed_forward", half[0], found[0])
+        _equal("decoder", more[0], summed + (alone[0] + made.dense(self.mlp, normed)))
+
+
+def _layer(prototypes: PrototypeTable, forms: tuple[Form, Form], targets: list[int]) -> LayerTable:
+    """A layer whose slots have no factors and no constants."""
+    return LayerTable(prototypes, forms, targets, None, None)
 
 
 def _same(name: str, found: Tensor, wanted: Tensor, near: float) -> None:

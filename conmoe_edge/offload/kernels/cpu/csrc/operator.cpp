@@ -10,13 +10,9 @@
 
 #include <cstddef>
 
-#include "router.h"
+#include "decoder.h"
 
 namespace {
-
-// As in bindings.py: a form that cannot be taken, a prototype that is not in memory, a null address or a size below
-// zero, no memory.
-const int64_t FORM = -1, ABSENT = -2, ARGUMENT = -3, MEMORY = -4;
 
 template <class Run>
 auto guarded(bool right, Run run) -> decltype(run()) {
@@ -28,6 +24,8 @@ auto guarded(bool right, Run run) -> decltype(run()) {
     return Result(MEMORY);
   }
 }
+
+bool turns(const void* cos, const void* sin, int64_t width) { return width == 0 || (cos && sin && width > 0); }
 
 template <class... Addresses>
 bool given(Addresses... addresses) {
@@ -53,29 +51,21 @@ int conmoe_few_rows(int kind, int64_t count, const void* const* values, const vo
   });
 }
 
-// y[i] = D_i (silu(G_i x) * U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values
-// hold [G_i; U_i]: [2 * widths[i], columns] in groups of up_group; down_values D_i: [columns, widths[i]] in groups of
-// down_groups[i].
+// y[i] = D_i gate(G_i x, U_i x), fp32 [count, columns], for one token x [columns] (bf16 where `narrow`). up_values hold
+// the rows of G_i and U_i as the gate says: [2 * widths[i], columns] in groups of up_group; down_values D_i: [columns,
+// widths[i]] in groups of down_groups[i]. Biases bf16, null where there are none, or where one has none.
 int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
                          const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
                          const void* x, float* y, const int64_t* widths, int64_t columns, int64_t up_group,
-                         const int64_t* down_groups, int narrow) {
-  const bool right = given(up_values, up_scales, down_values, down_scales, x, y, widths, down_groups) && count > 0 &&
-                     columns > 0 && up_group >= 0;
+                         const int64_t* down_groups, int narrow, const uint16_t* const* up_bias,
+                         const uint16_t* const* down_bias, const Gate* gate) {
+  const bool right = given(up_values, up_scales, down_values, down_scales, x, y, widths, down_groups, gate) &&
+                     count > 0 && columns > 0 && up_group >= 0;
   return guarded(right, [&] {
     const Source source(x, narrow, columns);
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (widths[i] <= 0) return int(ARGUMENT);
-      total += widths[i];
-    }
-    Room<float> inner(total);
-    std::vector<float*> h;
-    for (int64_t i = 0, start = 0; i < count; start += widths[i++]) h.push_back(inner.data() + start);
-    const bool failed =
-        gated(up_kind, count, up_values, up_scales, source.values, widths, h.data(), columns, up_group) ||
-        downward(down_kind, count, down_values, down_scales, h.data(), widths, y, columns, down_groups);
-    return failed ? int(FORM) : 0;
+    const Gated ups{count, up_values, up_scales, up_bias, widths, *gate};
+    const Down downs{down_values, down_scales, down_bias, down_groups};
+    return int(gated_experts(up_kind, down_kind, ups, downs, source.values, y, columns, up_group));
   });
 }
 
@@ -84,106 +74,22 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
 int conmoe_combine(int64_t count, const float* y, const float* weights, int64_t extra, const float* const* constants,
                    const float* gates, void* out, int64_t columns, int narrow) {
   return guarded(given(out) && count >= 0 && extra >= 0 && columns > 0, [&] {
-    const Target target{out, narrow != 0};
-    std::vector<float> total(size_t(columns), 0.0f);
-    const auto add = [&](const float* row, float weight) {
-      for (int64_t k = 0; k < columns; ++k) total[size_t(k)] += weight * row[k];
-    };
-    for (int64_t i = 0; i < count; ++i) add(y + i * columns, weights[i]);
-    for (int64_t j = 0; j < extra; ++j) add(constants[j], gates[j]);
-    for (int64_t k = 0; k < columns; ++k) target.put(k, total[size_t(k)]);
+    combine(count, y, weights, extra, constants, gates, Target{out, narrow != 0}, columns);
     return 0;
   });
 }
 
-// Where the matrices of each prototype lie, by their numbers; null where it is not in memory now.
-struct Prototypes {
-  const void* const* up_values;
-  const void* const* up_scales;
-  const void* const* down_values;
-  const void* const* down_scales;
-  const int64_t* widths;
-  const int64_t* groups;  // of the columns of down matrices
-};
-
-// A layer's slots: `target` is the prototype that stands behind each, -1 for none. The prototypes of a layer have one
-// form, but for their widths and the groups that these allow.
-struct Layer {
-  int64_t up_kind, down_kind, slots, columns, up_group;
-  const Prototypes* prototypes;
-  const int64_t* target;
-  const float* factor;            // of each slot, or null
-  const float* const* constants;  // of each slot, null where it has none; or null
-  int64_t* asked;                 // room for as many numbers as there are slots
-};
-
-// The routed experts' output of one token, `slots` and `gates` [k] as its router gave them (gates bf16 where
-// `narrow_gates`, else fp32), x and out [columns] (bf16 where `narrow`). What meets on a prototype is added first, in
-// fp64 and in the order of the slots. Where `residual` is not null, the rounded output is added to it. Returns how many
-// prototypes there were, whose numbers are in `asked` then, in their order; ABSENT where one of them is not in memory,
-// FORM where a form cannot be taken.
-static int64_t experts(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
-                       const void* x, const void* residual, void* out, int narrow) {
-  std::vector<int64_t> chosen;
-  std::vector<double> sums;
-  std::vector<const float*> constants;
-  std::vector<float> shares;
-  for (int64_t i = 0; i < k; ++i) {
-    const int64_t slot = slots[i];
-    if (slot < 0 || slot >= layer->slots) continue;
-    const float gate =
-        narrow_gates ? from_bf16(static_cast<const uint16_t*>(gates)[i]) : static_cast<const float*>(gates)[i];
-    if (layer->constants && layer->constants[slot]) {
-      constants.push_back(layer->constants[slot]);
-      shares.push_back(gate);
-    }
-    const int64_t target = layer->target[slot];
-    if (target < 0) continue;
-    const double weight = double(gate) * (layer->factor ? double(layer->factor[slot]) : 1.0);
-    const auto place = std::lower_bound(chosen.begin(), chosen.end(), target);
-    const auto at = place - chosen.begin();
-    if (place != chosen.end() && *place == target) {
-      sums[size_t(at)] += weight;
-    } else {
-      chosen.insert(place, target);
-      sums.insert(sums.begin() + at, weight);
-    }
-  }
-  const Prototypes& all = *layer->prototypes;
-  const auto count = int64_t(chosen.size());
-  std::vector<const void*> tables[4];
-  std::vector<int64_t> widths, groups;
-  std::vector<float> weights;
-  const void* const* const sources[4] = {all.up_values, all.up_scales, all.down_values, all.down_scales};
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t number = chosen[size_t(i)];
-    if (!all.up_values[number]) return ABSENT;
-    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][number]);
-    widths.push_back(all.widths[number]);
-    groups.push_back(all.groups[number]);
-    weights.push_back(float(sums[size_t(i)]));
-  }
-  Room<float> y(count * layer->columns);
-  if (count && conmoe_gated_experts(int(layer->up_kind), int(layer->down_kind), count, tables[0].data(),
-                                    tables[1].data(), tables[2].data(), tables[3].data(), x, y.data(), widths.data(),
-                                    layer->columns, layer->up_group, groups.data(), narrow))
-    return FORM;
-  std::copy(chosen.begin(), chosen.end(), layer->asked);
-  conmoe_combine(count, y.data(), weights.data(), int64_t(constants.size()), constants.data(), shares.data(), out,
-                 layer->columns, narrow);
-  if (residual) {
-    const Source first(residual, narrow, layer->columns), second(out, narrow, layer->columns);
-    const Target target{out, narrow != 0};
-    for (int64_t i = 0; i < layer->columns; ++i) target.put(i, first.values[i] + second.values[i]);
-  }
-  return count;
-}
-
+// `routed` in experts.h.
 int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
                      const void* x, const void* residual, void* out, int narrow) {
   return guarded(given(layer, slots, gates, x, out) && k >= 0, [&] {
-    return experts(layer, slots, gates, narrow_gates, k, x, residual, out, narrow);
+    return routed(layer, slots, gates, narrow_gates, k, x, residual, out, narrow);
   });
+}
+
+// `dense` in experts.h: x and out bf16.
+int conmoe_dense(const Mlp* mlp, const uint16_t* x, uint16_t* out) {
+  return guarded(given(mlp, x, out), [&] { return dense(*mlp, x, out) ? int(FORM) : 0; });
 }
 
 // Rows of x through `norm`: [rows, norm.columns], bf16 where `narrow`, else fp32.
@@ -205,24 +111,32 @@ int conmoe_attend(int64_t groups, const void* const* keys, const void* const* va
   });
 }
 
-// A layer's attention for one new token: x [columns of q] to out [rows of o], both bf16. cos and sin: bf16 [rotary] of its
-// position. keys and values: the first head's rows of a cache that holds `held` tokens and has room for another, bf16,
-// heads `key_step` and `value_step` numbers apart; the new token's are written there.
-int conmoe_attention(const Attention* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t rotary,
+// A layer's attention for one new token: x [columns of q] to out [rows of o], both bf16. cos and sin: of its position, for
+// the first `rotary` numbers of a head (attention.h). keys and values: the first head's rows of a cache that holds `held`
+// tokens and has room for another, bf16, heads `key_step` and `value_step` numbers apart; the new token's are written there.
+int conmoe_attention(const Attention* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary,
                      uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
-  return guarded(given(layer, x, cos, sin, keys, values, out) && held >= 0 && rotary >= 0, [&] {
+  return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
     const Cached cached{keys, values, key_step, value_step, held};
-    return attention(*layer, x, Rotary{cos, sin, rotary}, cached, out) ? int(FORM) : 0;
+    return attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
   });
 }
 
-// The same with the norms around it: x to sum = x + attention and normed = its norm, all bf16.
-int conmoe_block(const Block* layer, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t rotary,
-                 uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* sum,
-                 uint16_t* normed) {
-  return guarded(given(layer, x, cos, sin, keys, values, sum, normed) && held >= 0 && rotary >= 0, [&] {
+// The same with compressed keys and values (latent.h), whose cache has one head.
+int conmoe_latent(const Latent* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, uint16_t* keys,
+                  uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
+  return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
     const Cached cached{keys, values, key_step, value_step, held};
-    return block(*layer, x, Rotary{cos, sin, rotary}, cached, sum, normed) ? int(FORM) : 0;
+    return latent_attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
+  });
+}
+
+// Attention with what stands around it: x to the sum behind it and that through the norm `after`, all bf16.
+int conmoe_block(const Block* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, uint16_t* keys,
+                 uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* sum, uint16_t* normed) {
+  return guarded(given(layer, x, keys, values, sum, normed) && held >= 0 && turns(cos, sin, rotary), [&] {
+    const Cached cached{keys, values, key_step, value_step, held};
+    return block(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, sum, normed) ? int(FORM) : 0;
   });
 }
 
@@ -232,26 +146,28 @@ int conmoe_route(const Router* router, const uint16_t* x, void* logits, void* ga
                  [&] { return route(*router, x, logits, gates, slots) ? int(FORM) : 0; });
 }
 
-// What stands between a layer's attention and its experts: the sum behind the attention and its norm [columns], the
-// router's logits [slots], gates and slots [chosen].
-struct Between {
-  uint16_t *sum, *normed;
-  void *logits, *gates;
-  int64_t* slots;
-};
+// The second half of a decoder layer for one token: from the sum behind its attention (or what stands there) to out, both
+// bf16. `router` and `layer` are null where there are no experts, `mlp` where there is no dense part. Returns how many
+// prototypes there were, or a code; what was written into `between` is there in any case.
+int64_t conmoe_feed_forward(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp,
+                            const uint16_t* sum, const Between* between, uint16_t* out) {
+  return guarded(given(around, sum, between, out) && (mlp || router) && !router == !layer, [&] {
+    std::copy_n(sum, around->columns, between->sum);
+    normed(around->after, sum, between->normed, around->columns);
+    return feed_forward(*around, router, layer, mlp, *between, out);
+  });
+}
 
-// A whole decoder layer for one token, x to out, both bf16: `conmoe_block`, `conmoe_route`, `conmoe_layer`. Returns as the
-// last of them; what the first two have written into `between` is there in any case.
-int64_t conmoe_decoder(const Block* before, const Router* router, const Layer* layer, const uint16_t* x,
-                       const uint16_t* cos, const uint16_t* sin, int64_t rotary, uint16_t* keys, uint16_t* values,
+// A whole decoder layer for one token, x to out: `conmoe_block`, then as `conmoe_feed_forward`.
+int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp, const uint16_t* x,
+                       const void* cos, const void* sin, int64_t rotary, uint16_t* keys, uint16_t* values,
                        int64_t key_step, int64_t value_step, int64_t held, const Between* between, uint16_t* out) {
-  const bool right = given(before, router, layer, x, cos, sin, keys, values, between, out) && held >= 0 && rotary >= 0;
+  const bool right = given(around, x, keys, values, between, out) && (mlp || router) && !router == !layer && held >= 0 &&
+                     turns(cos, sin, rotary);
   return guarded(right, [&] {
     const Cached cached{keys, values, key_step, value_step, held};
-    if (block(*before, x, Rotary{cos, sin, rotary}, cached, between->sum, between->normed)) return FORM;
-    if (route(*router, between->normed, between->logits, between->gates, between->slots)) return FORM;
-    return experts(layer, between->slots, between->gates, router->narrow, router->chosen, between->normed, between->sum,
-                   out, 1);
+    if (block(*around, x, Rotary{cos, sin, rotary, NOT}, cached, between->sum, between->normed)) return FORM;
+    return feed_forward(*around, router, layer, mlp, *between, out);
   });
 }
 

@@ -190,22 +190,34 @@ class LayerTable:
 
 class _Norm(ctypes.Structure):
     _fields_: ClassVar = [
-        *[("weight", ctypes.c_void_p), ("columns", ctypes.c_int64), ("epsilon", ctypes.c_float)],
-        *[(name, ctypes.c_int32) for name in ("narrow", "plus_one", "early")],
+        *[("weight", ctypes.c_void_p), ("shift", ctypes.c_void_p)],
+        *[("columns", ctypes.c_int64), ("epsilon", ctypes.c_float)],
+        *[(name, ctypes.c_int32) for name in ("narrow", "plus_one", "early", "centred")],
     ]
 
 
 class RmsNorm:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis, for ``Operator.rms_norm``."""
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis, for ``Operator.rms_norm``.
 
-    def __init__(self, weight: Tensor, epsilon: float, plus_one: bool, early: bool) -> None:
-        """``weight`` is kept alive.
+    With a ``shift`` the mean is taken off x first, and the shift is added at the end: ``nn.LayerNorm``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        epsilon: float,
+        plus_one: bool,
+        early: bool,
+        shift: Tensor | None = None,
+    ) -> None:
+        """``weight`` and ``shift`` are kept alive.
 
         Args:
             weight: fp32 or bf16 [width], contiguous.
             epsilon: as above.
             plus_one: the weight is one less than what is multiplied with.
             early: what is multiplied with it is rounded to the format of x first.
+            shift: as ``weight``; with it, the weight is as it is and applied late.
 
         Raises:
             ValueError: a weight of another format or order.
@@ -216,7 +228,13 @@ class RmsNorm:
         _row(weight, self.columns, weight.dtype)
         self.place = weight.data_ptr()
         narrow = weight.dtype == torch.bfloat16
-        self.struct = _Norm(self.place, self.columns, epsilon, narrow, plus_one, early)
+        if shift is not None and (plus_one or early):
+            raise ValueError("a norm with a shift takes its weight as it is, and late")
+        self._shift = shift
+        self.struct = _Norm(
+            *(self.place, _row(shift, self.columns, weight.dtype), self.columns, epsilon),
+            *(narrow, plus_one, early, shift is not None),
+        )
         self.address = ctypes.addressof(self.struct)
 
 

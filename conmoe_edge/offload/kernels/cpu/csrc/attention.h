@@ -9,21 +9,42 @@
 namespace {
 
 // x over the root of its mean square, times a weight (bf16 where `narrow`, else fp32). `plus_one` adds 1 to the weight;
-// `early` rounds to the format of x before the weight is applied.
+// `early` rounds to the format of x before the weight is applied. `centred`: the mean is taken off x first, and `shift`, as
+// the weight is, is added at the end.
 struct Norm {
   const void* weight;
+  const void* shift;
   int64_t columns;
   float epsilon;
-  int32_t narrow, plus_one, early;
+  int32_t narrow, plus_one, early, centred;
 };
+
+// A row of x through a `centred` norm.
+inline void layer_norm(const Norm& norm, const float* x, const float* weight, const float* shift, int64_t place,
+                       Target target) {
+  const int64_t columns = norm.columns;
+  Room<float> far(columns), squares(columns);
+  const float mean = sum_of(x, columns) / float(columns);
+  for (int64_t k = 0; k < columns; ++k) {
+    far[k] = x[k] - mean;
+    squares[k] = far[k] * far[k];
+  }
+  const float scale = 1.0f / std::sqrt(sum_of(squares.data(), columns) / float(columns) + norm.epsilon);
+  for (int64_t k = 0; k < columns; ++k) target.put(place + k, far[k] * scale * weight[k] + shift[k]);
+}
 
 // Rows of x to rows of out, which may be the same; bf16 where `narrow`, else fp32.
 void rms_norm(const Norm& norm, const void* x, void* out, int64_t rows, bool narrow) {
   const int64_t columns = norm.columns;
   const Source source(x, narrow, rows * columns), factors(norm.weight, norm.narrow != 0, columns);
+  const Source shifts(norm.centred ? norm.shift : norm.weight, norm.narrow != 0, norm.centred ? columns : 0);
   const Target target{out, narrow};
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = source.values + row * columns;
+    if (norm.centred) {
+      layer_norm(norm, from, factors.values, shifts.values, row * columns, target);
+      continue;
+    }
     float sums[LANES] = {0};
     int64_t k = 0;
     for (; k + LANES <= columns; k += LANES)

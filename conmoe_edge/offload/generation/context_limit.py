@@ -40,7 +40,7 @@ def guard_context(
             tokens = named.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return  # the model refuses such a call itself
-        held = 0 if cache is None else int(cache.get_seq_length())
+        held = 0 if cache is None else _held_tokens(cache)
         needed = tokens.shape[0] * (held + tokens.shape[1])
         if needed > context:
             raise context_full(needed, context, longest_context(model))
@@ -48,6 +48,17 @@ def guard_context(
             make_room(needed if tokens.shape[0] == 1 else context)
 
     model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _held_tokens(cache: Any) -> int:
+    """Tokens of one sequence in ``cache``. It answers for its first layer, which holds none where that layer keeps its
+    state elsewhere (MiniMax).
+    """
+    held = int(cache.get_seq_length())
+    if held:
+        return held
+    lengths = [getattr(layer, "get_seq_length", None) for layer in getattr(cache, "layers", ())]
+    return max((int(length()) for length in lengths if length is not None), default=0)
 
 
 def _refuse_unknown_names(named: Mapping[str, Any]) -> None:

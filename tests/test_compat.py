@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import nn
 from transformers import DynamicCache
 
@@ -37,6 +38,17 @@ def _range() -> Requirement:
 def test_the_range_is_told_as_it_is_declared() -> None:
     assert Requirement(f"transformers{TRANSFORMERS}").specifier == _range().specifier
     assert transformers.__version__ in _range().specifier
+
+
+def test_the_ends_of_the_range_are_the_ones_that_are_tested() -> None:
+    root = PROJECT.parent
+    bounds = {one.operator: one.version for one in _range().specifier}
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    assert f"LOWEST := transformers=={bounds['>=']}.0\n" in makefile
+    pins = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    newest = next(Requirement(one) for one in pins if one.startswith("transformers=="))
+    upper, tested = (Version(v) for v in (bounds["<"], next(iter(newest.specifier)).version))
+    assert (tested.major, tested.minor + 1) == (upper.major, upper.minor)
 
 
 def test_the_cache_is_found_under_each_name() -> None:

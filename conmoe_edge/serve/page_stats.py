@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conmoe_edge.serve.engine import Engine
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 SCHEMA_VERSION = 1

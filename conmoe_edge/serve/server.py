@@ -24,9 +24,10 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
-from conmoe_edge.serve.engine import Engine, Loaded
+from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import Guard
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 _ROUTES = frozenset(

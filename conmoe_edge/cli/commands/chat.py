@@ -143,10 +143,9 @@ def open_session(
     from conmoe_edge.cli.ui.text import path_text
 
     output.note(f"Loading {path_text(folder)} ...")
-    from transformers import AutoTokenizer
-
     from conmoe_edge import api
     from conmoe_edge.memory.garbage import settle
+    from conmoe_edge.model.tokenizers import load_tokenizer
     from conmoe_edge.offload.generation.session import ChatSession
 
     model = api.load(
@@ -157,7 +156,7 @@ def open_session(
         cache_policy=cache_policy,
         misses=misses,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     settle()
     return ChatSession(model, tokenizer, context)
 

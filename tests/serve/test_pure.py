@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.offload.runtime import RuntimeStats
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
 from conmoe_edge.serve.kept_prompts import reusable
 from conmoe_edge.serve.prometheus import FIRST_TOKEN_BUCKETS, Metrics, Snapshot
@@ -264,3 +266,12 @@ def test_buckets_add_up() -> None:
     assert float(samples[f"{name}_sum"]) == pytest.approx(sum(times))
     assert samples['conmoe_model_info{model="a\\"b\\n"}'] == "1"
     assert samples["conmoe_completion_tokens_total"] == "7"
+
+
+@pytest.mark.parametrize("summary", [None, 'native, "4" of 4 layers'])
+def test_what_computes_is_a_metric(summary: str | None) -> None:
+    stats = RuntimeStats(1, 2, 3, 4, 5, 6, 7, 8, None, "cpu", kernel="native, AVX2")
+    path = None if summary is None else SimpleNamespace(summary=summary)
+    lines = Metrics().text(Snapshot(runtime=stats, fast_path=path), "m").splitlines()
+    shown = "" if summary is None else summary.replace('"', '\\"')
+    assert f'conmoe_compute_info{{kernel="native, AVX2",fast_path="{shown}"}} 1' in lines

@@ -34,6 +34,7 @@ MEMORY = RuntimeStats(
     memory_used=3_328_599_654,
     memory_budget=4 * 10**9,
     device="cpu",
+    kernel="native, AVX2",
 )
 
 
@@ -44,7 +45,9 @@ class Session:
         self.answers = [list(answer) for answer in answers]
         self.asked: list[list[Mapping[str, str]]] = []
         self.settings: list[SamplingSettings] = []
-        self.runtime = SimpleNamespace(stats=lambda: MEMORY)
+        self.runtime = SimpleNamespace(
+            stats=lambda: MEMORY, fast_path=SimpleNamespace(summary="3 of 4 layers in one call")
+        )
         self.context = 4096
         self.context_used = 0
         self.last: TurnStats | None = None
@@ -263,3 +266,11 @@ def test_numbers_before_and_after_the_first_answer(talk: Any) -> None:
     assert "31.20 tokens a second" in err
     assert "ended by the model" in err
     assert "94.0 % of the last answer's requests" in err
+    assert err.count("native, AVX2") == err.count("3 of 4 layers in one call") == 2
+
+
+def test_a_runtime_that_names_no_fast_path_shows_none(talk: Any) -> None:
+    session = Session()
+    del session.runtime.fast_path
+    err = talk(session, "/stats")[2]
+    assert "native, AVX2" in err and "fast path" not in err

@@ -11,12 +11,12 @@ from conmoe_edge.api.shared import (
     HELD_OUT_SHARE,
     SEQUENCE_LENGTH,
     anatomy_of,
-    tokenizer_of,
 )
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import UsageError
+from conmoe_edge.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.quality.metrics import Cost, EvaluationReport
@@ -89,10 +89,10 @@ def evaluate(
     ours = locate(str(model), revision=revision, offline=offline)
     manifest = manifest_of(ours.path)
     theirs, is_origin, alone = _reference(manifest, against, offline=offline)
-    one = Folder(ours.name, ours.path, tokenizer_of(ours.path))
+    one = Folder(ours.name, ours.path, load_tokenizer(ours.path))
     other = None
     if theirs is not None:
-        other = Folder(theirs.name, theirs.path, tokenizer_of(theirs.path))
+        other = Folder(theirs.name, theirs.path, load_tokenizer(theirs.path))
     where = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     free = (
         torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else measure_machine().ram_usable

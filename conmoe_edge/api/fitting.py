@@ -15,7 +15,6 @@ from conmoe_edge.api.shared import (
     HELD_OUT_SHARE,
     SEQUENCE_LENGTH,
     anatomy_of,
-    tokenizer_of,
 )
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.fs.disk import require_space
@@ -26,6 +25,7 @@ from conmoe_edge.checkpoint.sources.locate import Source, locate
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.memory.outcomes import Outcome, remember
+from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.plan import Plan, Preference
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
@@ -178,7 +178,7 @@ def fit(
         "version": __version__,
     }
     require_space(Path(out), report.plan.disk_bytes + report.plan.scratch_bytes)
-    tokenizer = tokenizer_of(source.path)
+    tokenizer = load_tokenizer(source.path)
     train, held_out = token_sets(
         text,
         tokenizer,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conmoe_edge.api.shared import tokenizer_of
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
+from conmoe_edge.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ def evaluate_tasks(
     model = load(path, budget=budget, device=device, context=context)
     return run_tasks(
         model,
-        tokenizer_of(Path(path)),
+        load_tokenizer(Path(path)),
         tasks,
         tasks_path=None if tasks_path is None else Path(tasks_path),
         limit=limit,

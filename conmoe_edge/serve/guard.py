@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from conmoe_edge.serve.errors import ApiError
+from conmoe_edge.serve.http_errors import ApiError
 from conmoe_edge.serve.settings import Settings, host_is_allowed
 
 Scope = dict[str, Any]

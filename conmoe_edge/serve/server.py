@@ -22,11 +22,13 @@ import uvicorn
 from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
-from conmoe_edge.serve.engine import Engine, Loaded
+from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import Guard
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 _ROUTES = frozenset(
@@ -168,8 +170,6 @@ def package_loader(
     """What opens a package for a server: the model inside its budget, and its tokenizer."""
 
     def load(progress: Callable[[int, int], None]) -> Loaded:
-        from transformers import AutoTokenizer
-
         model: Any = load_package(
             folder,
             budget=budget,
@@ -179,10 +179,7 @@ def package_loader(
             misses=misses,
             progress=progress,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        return Loaded(model, tokenizer)
+        return Loaded(model, load_tokenizer(folder))
 
     return load
 

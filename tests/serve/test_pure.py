@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,52 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.serve.answer import reusable
-from conmoe_edge.serve.errors import ApiError, as_api_error
-from conmoe_edge.serve.metrics import FIRST_TOKEN_BUCKETS, Metrics, Snapshot
+from conmoe_edge.offload.runtime import RuntimeStats
+from conmoe_edge.serve.http_errors import ApiError, as_api_error
+from conmoe_edge.serve.kept_prompts import reusable
+from conmoe_edge.serve.prometheus import FIRST_TOKEN_BUCKETS, Metrics, Snapshot
 from conmoe_edge.serve.requests import ChatRequest, CompletionRequest, read_request
 from conmoe_edge.serve.room import Room
 from conmoe_edge.serve.settings import Settings, host_is_allowed
-from conmoe_edge.serve.stops import StopFilter
 from conmoe_edge.serve.waiting import FairQueue
-
-# Stop strings
-
-
-@given(
-    text=st.text("ab.", max_size=40),
-    stops=st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3),
-    cuts=st.lists(st.integers(0, 40), max_size=6),
-)
-def test_stops_cut_where_they_would_in_the_whole_text(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
-    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    filtered = StopFilter(stops)
-    out = "".join(filtered.add(text[a:b]) for a, b in itertools.pairwise(bounds))
-    out += "" if filtered.hit else filtered.finish()
-    # By hand: the first end of the text, letter by letter, at which some stop string is complete.
-    ends = [n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
-    if not ends:
-        assert (out, filtered.hit) == (text, False)
-        return
-    assert filtered.hit
-    assert all(stop not in out for stop in stops)
-    assert text.startswith(out)
-    assert any(text[len(out) :].startswith(stop) for stop in stops)
-
-
-def test_what_cannot_become_a_stop_is_given_out_at_once() -> None:
-    filtered = StopFilter(["END"])
-    assert [filtered.add(piece) for piece in ("a", "bE", "N", "x", "EN")] == [
-        "a",
-        "b",
-        "",
-        "ENx",
-        "",
-    ]
-    assert filtered.finish() == "EN"
-
 
 # The queue
 
@@ -304,3 +266,12 @@ def test_buckets_add_up() -> None:
     assert float(samples[f"{name}_sum"]) == pytest.approx(sum(times))
     assert samples['conmoe_model_info{model="a\\"b\\n"}'] == "1"
     assert samples["conmoe_completion_tokens_total"] == "7"
+
+
+@pytest.mark.parametrize("summary", [None, 'native, "4" of 4 layers'])
+def test_what_computes_is_a_metric(summary: str | None) -> None:
+    stats = RuntimeStats(1, 2, 3, 4, 5, 6, 7, 8, None, "cpu", kernel="native, AVX2")
+    path = None if summary is None else SimpleNamespace(summary=summary)
+    lines = Metrics().text(Snapshot(runtime=stats, fast_path=path), "m").splitlines()
+    shown = "" if summary is None else summary.replace('"', '\\"')
+    assert f'conmoe_compute_info{{kernel="native, AVX2",fast_path="{shown}"}} 1' in lines

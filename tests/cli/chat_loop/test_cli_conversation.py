@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conmoe_edge.cli.chat_loop.conversation import KIND, Conversation, Sampling
+from conmoe_edge.cli.chat_loop.conversation import KIND, Conversation
 from conmoe_edge.errors import ConmoeError, UsageError
 
 TURNS = st.lists(st.tuples(st.text(), st.text()), max_size=4)
@@ -110,29 +110,3 @@ def test_asking_keeps_nothing_and_puts_the_system_text_first() -> None:
     assert len(chat.messages) == 2
     assert chat.take_back() == "a"
     assert chat.take_back() is None
-
-
-def test_settings_change_one_at_a_time_and_go_back() -> None:
-    one = Sampling().with_setting("temperature", "0.6").with_setting("TOP-P", "0.9")
-    assert (one.temperature, one.top_p) == (0.6, 0.9)
-    assert one.with_setting("temperature", "default").temperature is None
-    assert ("seed", "default") in one.describe()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", "warm"),
-        ("temperature", "-1"),
-        ("temperature", "nan"),
-        ("top_p", "0"),
-        ("top_p", "1.1"),
-        ("max_tokens", "0"),
-        ("max_tokens", "1.5"),
-        ("colour", "red"),
-    ],
-)
-def test_a_wrong_setting_says_how(name: str, value: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        Sampling().with_setting(name, value)
-    assert caught.value.fix.startswith("/set ")

@@ -19,6 +19,7 @@ from conmoe_edge.cli.chat_loop.conversation import Conversation
 from conmoe_edge.cli.chat_loop.repl import COMMANDS, Repl
 from conmoe_edge.cli.ui.output import Output
 from conmoe_edge.errors import ContextFull
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import TurnStats
 from conmoe_edge.offload.runtime import RuntimeStats
 
@@ -33,6 +34,7 @@ MEMORY = RuntimeStats(
     memory_used=3_328_599_654,
     memory_budget=4 * 10**9,
     device="cpu",
+    kernel="native, AVX2",
 )
 
 
@@ -42,8 +44,10 @@ class Session:
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = [list(answer) for answer in answers]
         self.asked: list[list[Mapping[str, str]]] = []
-        self.settings: list[dict[str, Any]] = []
-        self.runtime = SimpleNamespace(stats=lambda: MEMORY)
+        self.settings: list[SamplingSettings] = []
+        self.runtime = SimpleNamespace(
+            stats=lambda: MEMORY, fast_path=SimpleNamespace(summary="3 of 4 layers in one call")
+        )
         self.context = 4096
         self.context_used = 0
         self.last: TurnStats | None = None
@@ -54,7 +58,11 @@ class Session:
         self.context_used = 0
 
     def reply(
-        self, messages: Sequence[Mapping[str, str]], *, stop_event: threading.Event, **settings: Any
+        self,
+        messages: Sequence[Mapping[str, str]],
+        settings: SamplingSettings,
+        *,
+        stop_event: threading.Event,
     ) -> Iterator[str]:
         self.asked.append(list(messages))
         self.settings.append(settings)
@@ -121,12 +129,7 @@ def test_each_question_goes_with_everything_before_it(talk: Any) -> None:
 def test_settings_reach_the_session(talk: Any) -> None:
     session = Session(["x"])
     talk(session, "/set temperature 0.6", "/set top_p=0.9", "a")
-    assert session.settings[0] == {
-        "temperature": 0.6,
-        "top_p": 0.9,
-        "max_tokens": None,
-        "seed": None,
-    }
+    assert session.settings[0] == SamplingSettings(temperature=0.6, top_p=0.9)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk: Any) -> None:
@@ -263,3 +266,11 @@ def test_numbers_before_and_after_the_first_answer(talk: Any) -> None:
     assert "31.20 tokens a second" in err
     assert "ended by the model" in err
     assert "94.0 % of the last answer's requests" in err
+    assert err.count("native, AVX2") == err.count("3 of 4 layers in one call") == 2
+
+
+def test_a_runtime_that_names_no_fast_path_shows_none(talk: Any) -> None:
+    session = Session()
+    del session.runtime.fast_path
+    err = talk(session, "/stats")[2]
+    assert "native, AVX2" in err and "fast path" not in err

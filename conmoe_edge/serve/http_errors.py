@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.errors import ConmoeError, ContextFull, OutOfMemory, UsageError
-from conmoe_edge.serve.engine import Busy
+from conmoe_edge.serve.jobs import Busy
 
 log = logging.getLogger("conmoe_edge.serve")
 

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from conmoe_edge.offload.runtime import RuntimeStats
 
@@ -29,10 +29,12 @@ class Snapshot:
         state: of the engine.
         queued, running: answers that wait, and those that are being made.
         kept: conversations that are over and whose cache may serve a next one.
-        cache_tokens, cache_bytes, cache_total_bytes: what conversations have reserved of the planned
+        cache_bytes, cache_total_bytes: what conversations have reserved of the planned
             key-value cache.
         tokens_per_second: over all answers, lately.
         runtime: the runtime's own figures; ``None`` before there is one.
+        fast_path: how single tokens go through the model, with ``summary`` and ``to_json``; ``None``
+            where the runtime does not say.
     """
 
     state: State = "loading"
@@ -43,6 +45,7 @@ class Snapshot:
     cache_total_bytes: int = 0
     tokens_per_second: float = 0.0
     runtime: RuntimeStats | None = None
+    fast_path: Any = None
 
 
 @dataclass(slots=True)
@@ -158,6 +161,10 @@ def _held(now: Snapshot) -> Iterable[str]:
     if now.runtime is None:
         return
     stats = now.runtime
+    path = "" if now.fast_path is None else now.fast_path.summary
+    name = "conmoe_compute_info"
+    yield from _family(name, "gauge", "The experts' kernel, and how single tokens are computed.")
+    yield f'{name}{{kernel="{_escaped(stats.kernel)}",fast_path="{_escaped(path)}"}} 1'
     name = "conmoe_prototype_requests_total"
     yield from _family(name, "counter", "Prototypes asked for, by where they were.")
     yield f'{name}{{tier="device"}} {stats.hits}'

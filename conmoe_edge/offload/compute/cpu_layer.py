@@ -13,13 +13,13 @@ Memory: a few addresses a slot. Raises nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.torch_backend import gates_in_one_call
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
@@ -56,18 +56,10 @@ class WholeLayer:
     layer: int = 0
 
     @classmethod
-    def of(
-        cls,
-        layer: int,
-        module: nn.Module,
-        runtime: Runtime,
-        targets: Sequence[int],
-        factors: Sequence[float],
-        constants: Sequence[Tensor | None],
-    ) -> WholeLayer:
-        """``layer`` with the prototype numbers ``targets``, factors and constants (empty for none) of its slots."""
+    def of(cls, slots: SlotTensors, module: nn.Module, runtime: Runtime) -> WholeLayer:
+        """The layer whose experts are ``module``."""
         residency, engine = runtime.residency, operator()
-        numbers = {target for target in targets if target >= 0}
+        numbers = slots.slot_map.prototypes
         addresses = runtime.addresses
         if engine is None or not isinstance(addresses, HostAddresses) or not numbers:
             return cls(runtime, residency)
@@ -76,14 +68,10 @@ class WholeLayer:
         matrices = kinds[0].matrices
         if not formats or matrices is None:
             return cls(runtime, residency)
-        table = LayerTable(
-            addresses.table,
-            (matrices[0].form, matrices[1].form),
-            targets,
-            factors or None,
-            constants or None,
-        )
-        return cls(runtime, residency, table, engine, formats, residency.stay(numbers), layer)
+        forms = (matrices[0].form, matrices[1].form)
+        table = LayerTable(addresses.table, forms, slots.slot_map, slots.constants)
+        stays, layer = residency.stay(numbers), slots.slot_map.layer
+        return cls(runtime, residency, table, engine, formats, stays, layer)
 
     def output(
         self, hidden: Tensor, slots: Tensor, gates: Tensor, residual: Tensor | None = None

@@ -27,14 +27,15 @@ H]; below ``MANY_ROWS`` tokens the outputs of all their prototypes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.model.experts import add_constants, merge_routes, sum_dtype
+from conmoe_edge.model.experts import sum_dtype
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.cpu_layer import WholeLayer
 from conmoe_edge.offload.compute.gpu_layer import LayerOnGpu
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS
@@ -49,80 +50,38 @@ HANDLE = "_conmoe"
 
 @dataclass(slots=True)
 class LayerHandle:
-    """What one layer's router slots stand for.
+    """What hangs on the experts module of one layer.
 
     Attributes:
-        layer: the decoder layer.
-        slot_map: [E] int64, prototype numbers, -1 where a slot has none.
-        scales: [E] fp32, or ``None`` where every scale is 1.
-        constants: [C, H] fp32, or ``None``; row ``constant_of[i]`` belongs to slot i.
-        constant_of: [E] int64, -1 where a slot has none.
+        slots: what its router slots stand for, on the device of the router's output.
         runtime: set once the weights are there.
     """
 
-    layer: int
-    slot_map: Tensor
-    scales: Tensor | None = None
-    constants: Tensor | None = None
-    constant_of: Tensor | None = None
+    slots: SlotTensors
     runtime: Runtime | None = None
-    _targets: list[int] = field(default_factory=list)
-    _factors: list[float] = field(default_factory=list)
-    _constants: list[Tensor | None] = field(default_factory=list)
     _whole: WholeLayer | None = None
     _on_gpu: LayerOnGpu | None = None
 
-    def __post_init__(self) -> None:
-        self._targets = self.slot_map.tolist()
-        self._factors = [] if self.scales is None else self.scales.tolist()
-        if self.constants is not None and self.constant_of is not None:
-            rows = self.constant_of.tolist()
-            self._constants = [self.constants[row] if row >= 0 else None for row in rows]
+    @property
+    def layer(self) -> int:
+        """The decoder layer."""
+        return self.slots.slot_map.layer
 
     def whole(self, module: nn.Module, runtime: Runtime) -> WholeLayer:
         """The layer for one call, as far as it can be had with what is resident now."""
         if self._whole is None or self._whole.residency is not runtime.residency:
-            self._whole = WholeLayer.of(
-                self.layer, module, runtime, self._targets, self._factors, self._constants
-            )
+            self._whole = WholeLayer.of(self.slots, module, runtime)
         return self._whole
 
     def on_gpu(self, module: nn.Module, runtime: Runtime) -> LayerOnGpu:
         """The layer for the operator of a GPU, as far as it takes it."""
         if self._on_gpu is None or self._on_gpu.residency is not runtime.residency:
-            self._on_gpu = LayerOnGpu.of(self, module, runtime)
+            self._on_gpu = LayerOnGpu.of(self.slots, module, runtime)
         return self._on_gpu
-
-    def constants_of(self, slots: list[int], gates: list[float]) -> list[tuple[Tensor, float]]:
-        """Constants and gates for the slots of one token, those that have one, in the order of the slots."""
-        if not self._constants:
-            return []
-        inside = [(slot, gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]
-        found = [
-            (self._constants[slot], gate) for slot, gate in inside if slot < len(self._constants)
-        ]
-        return [(row, gate) for row, gate in found if row is not None]
-
-    def merge_one(self, slots: list[int], gates: list[float]) -> dict[int, float]:
-        """Prototype number -> weight for the slots of one token, in the order of the numbers: ``merge_routes`` for
-        a single row, by plain numbers.
-        """
-        weights: dict[int, float] = {}
-        for slot, gate in zip(slots, gates, strict=True):
-            if 0 <= slot < len(self._targets) and self._targets[slot] >= 0:
-                factor = self._factors[slot] if self._factors else 1.0
-                number = self._targets[slot]
-                weights[number] = weights.get(number, 0.0) + gate * factor
-        return dict(sorted(weights.items()))
 
     def to(self, device: torch.device) -> None:
         """Move the tables to where the router's output is."""
-        self.slot_map = self.slot_map.to(device)
-        if self.scales is not None:
-            self.scales = self.scales.to(device)
-        if self.constants is not None and self.constant_of is not None:
-            self.constants = self.constants.to(device)
-            self.constant_of = self.constant_of.to(device)
+        self.slots = self.slots.to(device)
 
 
 @torch.no_grad()
@@ -156,8 +115,7 @@ def conmoe_experts_forward(
     if len(hidden) == 1 and hidden.device.type == "cpu":
         return _one_token(self, handle, runtime, hidden, index, weights).view(hidden_states.shape)
     total = _tokens(self, handle, runtime, hidden, index, weights)
-    if handle.constants is not None and handle.constant_of is not None:
-        add_constants(total, index, weights, handle.constants, handle.constant_of)
+    handle.slots.add_constants(total, index, weights)
     return total.to(hidden_states.dtype).view(hidden_states.shape)
 
 
@@ -184,7 +142,7 @@ def through_cache(module: nn.Module, hidden: Tensor, index: Tensor, weights: Ten
     runtime = handle.runtime
     assert runtime is not None, "the caller has looked"
     slots, gates = index[0].tolist(), weights[0].tolist()
-    merged = handle.merge_one(slots, gates)
+    merged = handle.slots.slot_map.merge(slots, gates)
     numbers = list(merged)
     ahead = () if runtime.prefetcher is None else runtime.prefetcher.next(handle.layer, hidden)
     experts = runtime.residency.resident(numbers)
@@ -201,7 +159,7 @@ def through_cache(module: nn.Module, hidden: Tensor, index: Tensor, weights: Ten
             out[list(positions)] = runtime.arithmetic.one_token(module, some, hidden)
 
         runtime.residency.visit(numbers, compute, ahead=ahead)
-    constants = handle.constants_of(slots, gates)
+    constants = handle.slots.gated_constants(slots, gates)
     return runtime.arithmetic.combine(out, list(merged.values()), hidden.dtype, constants)
 
 
@@ -214,7 +172,7 @@ def _tokens(
     weights: Tensor,
 ) -> Tensor:
     """[T, H], [T, K], [T, K] -> [T, H] in the format of the sums."""
-    routes = merge_routes(index, weights, handle.slot_map, handle.scales)
+    routes = handle.slots.routes(index, weights)
     total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
 
     def apply(position: int, expert: StoredExpert) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.torch_backend import usual_gate
 from conmoe_edge.offload.kernels.triton.launch import MOST_SLOTS, GpuLayer, GpuOperator, GpuTable
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.compute.cpu_fallback import HostCompute
-    from conmoe_edge.offload.compute.experts_forward import LayerHandle
     from conmoe_edge.offload.residency.residency import Residency
     from conmoe_edge.offload.runtime import Runtime
 
@@ -45,19 +45,17 @@ class LayerOnGpu:
     stays: bool = False
 
     @classmethod
-    def of(cls, handle: LayerHandle, module: nn.Module, runtime: Runtime) -> LayerOnGpu:
-        """The layer of ``handle``, whose tables are on the device."""
+    def of(cls, slots: SlotTensors, module: nn.Module, runtime: Runtime) -> LayerOnGpu:
+        """The layer whose experts are ``module``; its map is on the device."""
         residency, table = runtime.residency, runtime.addresses
         layer = None
         if runtime.gpu is not None and isinstance(table, GpuTable) and usual_gate(module):
-            layer = GpuLayer.of(
-                table, handle.slot_map, handle.scales, handle.constants, handle.constant_of
-            )
+            layer = GpuLayer.of(table, slots)
+        number = slots.slot_map.layer
         if layer is None or (module.is_transposed and not layer.quantised):
-            return cls(runtime, residency, handle.layer)
-        numbers = {number for number in handle.slot_map.tolist() if number >= 0}
-        stays = residency.stay(numbers)
-        return cls(runtime, residency, handle.layer, layer, runtime.gpu, stays)
+            return cls(runtime, residency, number)
+        stays = residency.stay(slots.slot_map.prototypes)
+        return cls(runtime, residency, number, layer, runtime.gpu, stays)
 
     def output(
         self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor

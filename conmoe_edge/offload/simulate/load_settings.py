@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.residency.quota import groups_of, slots_for
 from conmoe_edge.offload.simulate.policy_search import POLICIES, choose, default_settings
@@ -62,16 +63,8 @@ def planned_cache(
 
 def prototype_trace(trace: RoutingTrace, manifest: Manifest) -> PrototypeTrace:
     """The trace in the package's prototype numbers."""
-    number = {entry.id: n for n, entry in enumerate(manifest.prototypes)}
-    return to_prototypes(
-        trace,
-        {
-            layer: [
-                -1 if s.prototype is None else number[s.prototype] for s in manifest.slots[layer]
-            ]
-            for layer in trace.layers
-        },
-    )
+    maps = SlotMap.of_manifest(manifest)
+    return to_prototypes(trace, {layer: maps[layer].targets for layer in trace.layers})
 
 
 def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:

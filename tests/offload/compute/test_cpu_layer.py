@@ -14,6 +14,7 @@ import torch
 from conmoe_edge.checkpoint.format.manifest import SlotRecord
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.cpu_layer import WholeLayer
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
 from conmoe_edge.offload.kernels.cpu.bindings import operator
@@ -52,8 +53,8 @@ def by_hand(
     """Merged in Python, computed expert by expert, combined."""
     runtime = handle.runtime
     assert runtime is not None
-    merged = handle.merge_one(slots[0].tolist(), gates[0].tolist())
-    constants = handle.constants_of(slots[0].tolist(), gates[0].tolist())
+    merged = handle.slots.slot_map.merge(slots[0].tolist(), gates[0].tolist())
+    constants = handle.slots.gated_constants(slots[0].tolist(), gates[0].tolist())
     parts = []
     for number in merged:
         experts = runtime.residency.resident([number])
@@ -70,12 +71,15 @@ def test_the_same_bits_as_expert_by_expert(
 ) -> None:
     model: Any = load_package(package_of(tmp_path))
     module, handle = layer_of(model)
-    width, experts = model.config.hidden_size, len(handle.slot_map)
+    width, experts = model.config.hidden_size, len(handle.slots.slot_map)
     if with_constants:
         generator = torch.Generator().manual_seed(5)
-        handle.constants = torch.randn(experts, width, generator=generator)
-        handle.constant_of = torch.tensor([i if i % 3 else -1 for i in range(experts)])
-        handle.__post_init__()
+        rows = tuple(i if i % 3 else -1 for i in range(experts))
+        handle.slots = SlotTensors.of(
+            replace(handle.slots.slot_map, constants=rows),
+            torch.randn(experts, width, generator=generator),
+            torch.device("cpu"),
+        )
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, width, generator=generator).to(dtype)
@@ -115,7 +119,9 @@ def test_nothing_is_done_where_a_prototype_is_absent(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1, few.config.hidden_size, generator=generator).bfloat16()
     gates = torch.rand(1, 2, generator=generator).bfloat16()
-    behind = {slot: number for slot, number in enumerate(handle.slot_map.tolist()) if number >= 0}
+    behind = {
+        slot: number for slot, number in enumerate(handle.slots.slot_map.targets) if number >= 0
+    }
     # The other layers' prototypes push this layer's out.
     others = sorted(set(range(len(few.conmoe.manifest.prototypes))) - set(behind.values()))
     few.conmoe.residency.visit(others[:2], lambda positions, experts: None)

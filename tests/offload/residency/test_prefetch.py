@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, Manifest, PrefetchSettings
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import (
     from_json,
     load_manifest,
@@ -21,7 +22,7 @@ from conmoe_edge.checkpoint.package.manifest_io import (
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.residency.prefetch import Prefetcher, layer_numbers, prefetch_bytes
+from conmoe_edge.offload.residency.prefetch import Prefetcher, prefetch_bytes
 from conmoe_edge.offload.simulate.policy_search import default_settings
 from conmoe_edge.offload.simulate.prefetch_search import choose_prefetch, recall, token_seconds
 from conmoe_edge.offload.storage.transfer import DirectTransfer
@@ -87,6 +88,10 @@ def test_it_is_off_where_it_was_not_decided_for(folder: Path) -> None:
         assert load_package(folder, slots=(slots,)).conmoe.prefetcher is None
         size = manifest.files[PREDICTOR_FILE]["size"]
         assert prefetch_bytes(manifest) == (2 * size if depth else 0)
+
+
+def layer_numbers(manifest: Manifest) -> dict[int, tuple[int, ...]]:
+    return {layer: one.prototypes for layer, one in SlotMap.of_manifest(manifest).items()}
 
 
 def test_next_is_the_ranking_of_the_map(folder: Path) -> None:

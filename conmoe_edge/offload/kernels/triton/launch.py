@@ -23,6 +23,8 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
 from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable
 from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 
@@ -70,13 +72,13 @@ class GpuOperator:
             gates: theirs, contiguous.
             counted: whether ``layer.table.asked`` grows by how many prototypes there are.
         """
-        count = slots.numel()
+        count, known = slots.numel(), layer.slots
         room = self._room(count, layer.width, layer.hidden)
         with self._here():
             self._kernels.merge[(1,)](
-                *(slots, gates, layer.target, layer.factor, room.numbers, room.weights),
-                *(layer.table.asked, count, layer.target.numel()),
-                SCALED=layer.factor is not None,
+                *(slots, gates, known.targets, known.scales, room.numbers, room.weights),
+                *(layer.table.asked, count, known.targets.numel()),
+                SCALED=known.scales is not None,
                 COUNTED=counted,
                 ROOM=_power_of_two(count),
             )
@@ -121,13 +123,13 @@ class GpuOperator:
         self, layer: GpuLayer, chosen: Chosen, slots: Tensor, gates: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The routed experts' output [1, H] in ``dtype``; ``slots`` and ``gates`` as of ``merge``."""
-        hidden = layer.hidden
+        hidden, known = layer.hidden, layer.slots
         out = torch.empty(1, hidden, dtype=dtype, device=self.device)
         with self._here():
             self._kernels.combine[(-(-hidden // _BLOCK),)](
                 *(chosen.numbers, chosen.weights, chosen.outputs, hidden, slots, gates),
-                *(layer.constant_of, layer.constants, out, slots.numel(), layer.target.numel()),
-                CONSTANTS=layer.constants is not None,
+                *(known.constant_of, known.constants, out, slots.numel(), known.targets.numel()),
+                CONSTANTS=known.constants is not None,
                 BLOCK=_BLOCK,
             )
         return out
@@ -202,8 +204,8 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
         experts.append({name: part.float() for name, part in decoded.items()})
         records.append(record.to(device))
         table.base[number].fill_(records[number].data_ptr())
-    target = torch.tensor([1, -1, 0, 1], dtype=torch.int64, device=device)
-    layer = GpuLayer.of(table, target, None, None, None)
+    some = SlotMap(0, targets=(1, NONE, 0, 1), scales=(1.0,) * 4, constants=(NONE,) * 4)
+    layer = GpuLayer.of(table, SlotTensors.of(some, None, device))
     if layer is None:
         return f"{kind}: the kernels do not take it"
     x = random(1, hidden).bfloat16()

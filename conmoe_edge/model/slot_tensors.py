@@ -6,7 +6,6 @@ bytes a router slot, and the constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,15 +72,6 @@ class SlotTensors:
     def routes(self, slots: Tensor, gates: Tensor) -> Routes:
         """[T, K] router slots and gates -> which prototype sees which tokens (``merge_routes``)."""
         return merge_routes(slots, gates, self.targets, self.scales)
-
-    def gated_constants(
-        self, slots: Sequence[int], gates: Sequence[float]
-    ) -> list[tuple[Tensor, float]]:
-        """(constant fp32 [H], gate) for the chosen slots of one token that have one, in the order of the slots."""
-        if self.constants is None:
-            return []
-        chosen = self.slot_map.gated_constants(slots, gates)
-        return [(self.constants[row], gate) for row, gate in chosen]
 
     def add_constants(self, total: Tensor, slots: Tensor, gates: Tensor) -> None:
         """Add the gated constants to ``total`` [T, H], slot by slot."""

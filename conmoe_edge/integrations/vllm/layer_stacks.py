@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES, SCALE
+from conmoe_edge.checkpoint.format.forms import DOWN, KIND_OF_VALUES, SCALE, UP
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, RecordLayout
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.errors import ConmoeError, UsageError
 
-PARTS = ("gate_up_proj", "down_proj")
+PARTS = (UP, DOWN)
 """The projections of an expert that vLLM's stacked weights have, in the orientation [out, in]."""
 
 
@@ -121,5 +121,5 @@ def rerouted(manifest: Manifest) -> frozenset[int]:
 
 def width_of(layout: RecordLayout) -> int:
     """Neurons of the experts that have this layout: the inputs of their down projection."""
-    part = next(part for part in layout.parts if part.name == "down_proj")
+    part = next(part for part in layout.parts if part.name == DOWN)
     return part.shape[1] * (2 if KIND_OF_VALUES.get(part.dtype) == "int4" else 1)

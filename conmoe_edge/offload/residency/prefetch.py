@@ -41,7 +41,9 @@ class Prefetcher:
     """The maps of a package, on the device."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
-        assert manifest.prefetch is not None, "there is a predictor"
+        """Raises ``PackageError`` where the manifest names no predictor, or the file is another's."""
+        if manifest.prefetch is None:
+            raise _damaged(folder, "the manifest names no predictor")
         self._window = manifest.prefetch.window
         self._maps: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
         try:

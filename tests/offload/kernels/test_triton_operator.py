@@ -15,17 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import Kind
+from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.slot_tensors import SlotTensors
-from conmoe_edge.offload import runtime
+from conmoe_edge.offload.compute import backend
 from conmoe_edge.offload.kernels.triton import launch as gpu
 from conmoe_edge.offload.kernels.triton.launch import GpuForm, GpuLayer, GpuTable
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 from tests.families import tiny_model
 from tests.hand_packages import identity, slots_of, write_package
 from tests.offload.fastpath.single_tokens import steps
@@ -60,7 +59,7 @@ class Lying:
             record = pack(layout, encode(layout, given, False))
             self.records.append(record)
             self.experts.append(decode(view(layout, record), torch.float64, False))
-            self.table.base[number].fill_(record.data_ptr())
+            self.table.put(number, record.data_ptr())
 
     def expected(self, number: int, x: Tensor) -> Tensor:
         """[1, H] -> [1, H] in fp64."""
@@ -224,7 +223,7 @@ def package_of(tmp_path: Path, kind: Kind) -> Path:
 
 def on_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "gpu_operator", lambda device: interpreted_operator())
+        patch.setattr(backend, "gpu_operator", lambda device: interpreted_operator())
         return load_package(folder, **options)
 
 

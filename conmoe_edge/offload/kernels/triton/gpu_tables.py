@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import SCALE
+from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, UP
 from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.model.slot_tensors import SlotTensors
-from conmoe_edge.offload.storage.slot_pool import SlotPool
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 
 KINDS = {"bfloat16": 0, "float16": 1, "int8": 3, "uint8": 4}
 """Number format of a weight's values -> what the kernels call it. fp32 is left to torch."""
@@ -114,12 +112,9 @@ class GpuTable:
         self.base = torch.zeros(len(each), dtype=torch.int64, device=device)
         self.asked = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def put(self, number: int, pool: SlotPool, slot: int) -> None:
-        """The prototype's record is in ``slot``, for what is issued from now on."""
-        self.base[number].fill_(pool.record(slot).data_ptr())
-
-    def remove(self, number: int) -> None:
-        """Nothing: whoever launches a kernel knows what is there."""
+    def put(self, number: int, address: int) -> None:
+        """The prototype's record is at ``address``, for what is issued from now on."""
+        self.base[number].fill_(address)
 
 
 @dataclass(frozen=True, slots=True)

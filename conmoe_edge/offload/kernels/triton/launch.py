@@ -1,5 +1,7 @@
 """The operator on a GPU: one token through a layer's prototypes, where they lie and in the form in which they lie.
 
+Experimental: it was checked in Triton's interpreter and by its compiler, and has not run on a card yet.
+
 ``gpu_operator(device)`` is the one way in: a ``GpuOperator``, or ``None`` where there is no Triton or its kernels do
 not compute what they should (``why_not`` says why); callers then use torch. Weights in bf16, fp16, 8 and 4 bits are
 widened to fp32 as they are read and summed in fp32.
@@ -21,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind, Part, quantised_parts
 from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 
 __all__ = ["Chosen", "GpuForm", "GpuLayer", "GpuOperator", "GpuTable", "gpu_operator", "why_not"]
 
@@ -203,7 +204,7 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
         decoded = decode(view(layout, record), torch.float32, False)
         experts.append({name: part.float() for name, part in decoded.items()})
         records.append(record.to(device))
-        table.base[number].fill_(records[number].data_ptr())
+        table.put(number, records[number].data_ptr())
     some = SlotMap(0, targets=(1, NONE, 0, 1), scales=(1.0,) * 4, constants=(NONE,) * 4)
     layer = GpuLayer.of(table, SlotTensors.of(some, None, device))
     if layer is None:

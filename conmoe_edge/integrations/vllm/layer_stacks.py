@@ -1,9 +1,8 @@
-"""What the router slots of a layer stand for in an engine that keeps one stack of experts a layer; and what such an
-engine cannot take.
+"""A layer's map for an engine that keeps one stack of experts a layer, and what such an engine cannot take.
 
-``layer_tables`` turns a manifest into one ``LayerTable`` a layer: the prototypes that are in its stack, in order, and
-for every router slot the position of its prototype in it. Layers that share prototypes (a scope) get the same stack,
-so that they can also share the memory. Plain numbers only: no torch, no vLLM.
+``layer_stacks`` turns a manifest into one ``LayerStack`` a layer: the prototypes that are in its stack, in order, and
+its map with positions in the stack for prototype numbers. Layers that share prototypes (a scope) get the same stack, so
+that they can also share the memory. No torch, no vLLM here.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES, SCALE
+from conmoe_edge.checkpoint.format.forms import DOWN, KIND_OF_VALUES, SCALE, UP
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, RecordLayout
+from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.errors import ConmoeError, UsageError
 
-PARTS = ("gate_up_proj", "down_proj")
+PARTS = (UP, DOWN)
 """The projections of an expert that vLLM's stacked weights have, in the orientation [out, in]."""
 
 
@@ -35,60 +35,44 @@ def sentences(error: ConmoeError) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTable:
+class LayerStack:
     """One layer's experts.
 
     Attributes:
-        layer: the decoder layer.
         leader: first layer that has this very stack; the layer itself where no other shares it.
         stack: the prototypes whose weights are held, ascending.
-        target: router slot -> position in ``stack``; -1 where a slot has no prototype.
-        scales: router slot -> factor of its gate.
-        constants: router slot -> row of the layer's constants; -1 where a slot has none.
+        slots: the layer's map; its prototype numbers are positions in ``stack``.
         width: neurons of the widest prototype of the stack.
     """
 
-    layer: int
     leader: int
     stack: tuple[ExpertId, ...]
-    target: tuple[int, ...]
-    scales: tuple[float, ...]
-    constants: tuple[int, ...]
+    slots: SlotMap
     width: int
 
     @property
-    def scaled(self) -> bool:
-        """Whether any slot has a scale other than 1."""
-        return any(scale != 1.0 for scale in self.scales)
-
-    @property
-    def has_constants(self) -> bool:
-        """Whether any slot adds a constant."""
-        return any(row >= 0 for row in self.constants)
+    def layer(self) -> int:
+        """The decoder layer."""
+        return self.slots.layer
 
 
-def layer_tables(manifest: Manifest) -> dict[int, LayerTable]:
-    """Decoder layer -> its table."""
-    layout_of = {entry.id: manifest.layouts[entry.layout] for entry in manifest.prototypes}
-    tables = {}
-    for group in _groups(manifest):
-        stack = sorted(
-            {slot.prototype for layer in group for slot in manifest.slots[layer] if slot.prototype}
-        )
-        position = {prototype: place for place, prototype in enumerate(stack)}
-        width = max((width_of(layout_of[prototype]) for prototype in stack), default=0)
+def layer_stacks(manifest: Manifest) -> dict[int, LayerStack]:
+    """Decoder layer -> its stack, layers ascending."""
+    maps, entries = SlotMap.of_manifest(manifest), manifest.prototypes
+    stacks = {}
+    for group in sharing_layers(maps):
+        used = {number for layer in group for number in maps[layer].prototypes}
+        stack = sorted(used, key=lambda number: entries[number].id)
+        position = {number: place for place, number in enumerate(stack)}
+        widths = [width_of(manifest.layouts[entries[number].layout]) for number in stack]
         for layer in group:
-            row = manifest.slots[layer]
-            tables[layer] = LayerTable(
-                layer=layer,
+            stacks[layer] = LayerStack(
                 leader=group[0],
-                stack=tuple(stack),
-                target=tuple(-1 if s.prototype is None else position[s.prototype] for s in row),
-                scales=tuple(slot.scale for slot in row),
-                constants=tuple(-1 if s.constant is None else s.constant for s in row),
-                width=width,
+                stack=tuple(entries[number].id for number in stack),
+                slots=maps[layer].renumbered(position),
+                width=max(widths, default=0),
             )
-    return dict(sorted(tables.items()))
+    return dict(sorted(stacks.items()))
 
 
 def share_of(stack: tuple[ExpertId, ...], rank: int, ranks: int) -> range:
@@ -137,21 +121,5 @@ def rerouted(manifest: Manifest) -> frozenset[int]:
 
 def width_of(layout: RecordLayout) -> int:
     """Neurons of the experts that have this layout: the inputs of their down projection."""
-    part = next(part for part in layout.parts if part.name == "down_proj")
+    part = next(part for part in layout.parts if part.name == DOWN)
     return part.shape[1] * (2 if KIND_OF_VALUES.get(part.dtype) == "int4" else 1)
-
-
-def _groups(manifest: Manifest) -> list[list[int]]:
-    """Layers that share prototypes, directly or through others, ascending."""
-    group_of: dict[int, list[int]] = {layer: [layer] for layer in sorted(manifest.slots)}
-    owner: dict[ExpertId, int] = {}
-    for layer, row in sorted(manifest.slots.items()):
-        for slot in row:
-            if slot.prototype is None:
-                continue
-            first = owner.setdefault(slot.prototype, layer)
-            if group_of[first] is not group_of[layer]:
-                merged = sorted(group_of[first] + group_of[layer])
-                for one in merged:
-                    group_of[one] = merged
-    return [group for layer, group in group_of.items() if group[0] == layer]

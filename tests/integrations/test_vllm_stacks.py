@@ -10,17 +10,27 @@ import pytest
 import torch
 from families import tiny_model
 from hand_packages import identity, slots_of, thirds, write_package
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import conmoe_edge
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, SlotRecord
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
-from conmoe_edge.integrations.vllm.layer_tables import (
+from conmoe_edge.integrations.vllm.layer_stacks import (
     NotServable,
     check_servable,
-    layer_tables,
+    layer_stacks,
     share_of,
 )
-from conmoe_edge.integrations.vllm.stacked_weights import Package, fill
+from conmoe_edge.integrations.vllm.stacked_weights import (
+    Package,
+    RankSlots,
+    fill,
+    gated_sum,
+    map_choice,
+    padded_constants,
+)
 from conmoe_edge.model.experts import find_experts
 
 
@@ -39,16 +49,16 @@ def with_slots(manifest: Manifest, rows: dict[int, list[SlotRecord]]) -> Manifes
 
 
 def test_slots_lead_to_their_prototype_in_the_stack(manifest: Manifest) -> None:
-    table = layer_tables(manifest)[1]
+    table = layer_stacks(manifest)[1]
     assert table.stack == (ExpertId(1, 0), ExpertId(1, 3), ExpertId(1, 6))
-    assert table.target == (0, 0, 0, 1, 1, 1, 2, 2)
+    assert table.slots.targets == (0, 0, 0, 1, 1, 1, 2, 2)
     assert (table.leader, table.width) == (1, 48)
-    assert not table.scaled and not table.has_constants
+    assert not table.slots.is_scaled and not table.slots.has_constants
 
 
 def test_layers_that_share_prototypes_share_a_stack(manifest: Manifest) -> None:
     a, b, c = ExpertId(0, 0), ExpertId(1, 3), ExpertId(2, 6)
-    tables = layer_tables(
+    tables = layer_stacks(
         with_slots(
             manifest,
             {
@@ -60,13 +70,13 @@ def test_layers_that_share_prototypes_share_a_stack(manifest: Manifest) -> None:
     )
     assert [tables[layer].leader for layer in range(3)] == [0, 1, 0]
     assert tables[0].stack == tables[2].stack == (a, c)
-    assert (tables[0].target, tables[2].target) == ((0, -1), (1, 0))
-    assert tables[1].scales == (0.5, 1.0) and tables[1].constants == (-1, 0)
+    assert (tables[0].slots.targets, tables[2].slots.targets) == ((0, -1), (1, 0))
+    assert tables[1].slots.scales == (0.5, 1.0) and tables[1].slots.constants == (-1, 0)
 
 
 def test_stacks_that_are_joined_by_a_third_layer_are_one(manifest: Manifest) -> None:
     a, b = ExpertId(0, 0), ExpertId(1, 3)
-    tables = layer_tables(
+    tables = layer_stacks(
         with_slots(
             manifest,
             {0: [SlotRecord(a)], 1: [SlotRecord(b)], 2: [SlotRecord(b), SlotRecord(a)]},
@@ -90,7 +100,7 @@ def test_the_ranks_weights_are_those_of_the_experts(ranks: int, tmp_path: Path) 
     model = tiny_model("qwen3_moe")
     package = Package(write_package(model, tmp_path / "p", identity(model)))
     module: Any = find_experts(model)[0][1]
-    stack = package.tables[0].stack[2:4]
+    stack = package.stacks[0].stack[2:4]
     part = -(-16 // ranks)
     gates, ups, downs = [], [], []
     for rank in range(ranks):
@@ -122,7 +132,7 @@ def test_prototypes_of_different_widths_are_filled_up_with_zeros(
     hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     index = torch.rand(20, 8, generator=torch.Generator().manual_seed(2)).topk(3).indices
     gates = torch.rand(20, 3, generator=torch.Generator().manual_seed(3))
-    for layer, table in package.tables.items():
+    for layer, table in package.stacks.items():
         stack, width = table.stack, table.width
         assert width == 12 and len(stack) == 3
         part = -(-width // ranks)
@@ -133,7 +143,7 @@ def test_prototypes_of_different_widths_are_filled_up_with_zeros(
             fill(package, stack, w13, w2, rank=rank, ranks=ranks, width=width)
             for t in range(20):
                 for slot, gate in zip(index[t].tolist(), gates[t], strict=True):
-                    place = table.target[slot]
+                    place = table.slots.targets[slot]
                     one, up = (w13[place] @ hidden[t]).chunk(2)
                     out[t] += gate * (w2[place] @ (torch.nn.functional.silu(one) * up))
         with torch.no_grad():
@@ -174,3 +184,41 @@ def test_constants_come_from_the_package(tmp_path: Path) -> None:
     package = Package(write_package(model, tmp_path / "p", slots, constants))
     found = package.constants(1)
     assert found is not None and torch.equal(found, constants[1])
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_all_ranks_together_compute_what_the_map_says(data: st.DataObject) -> None:
+    """Weights by position in the stack, added over the ranks, and the constants: those of the plain reference."""
+    experts, chosen = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    size = {"min_size": experts, "max_size": experts}
+    slots = SlotMap(
+        0,
+        tuple(data.draw(st.lists(st.integers(NONE, 4), **size))),
+        tuple(data.draw(st.lists(st.sampled_from([1.0, 0.5, -2.0]), **size))),
+        tuple(data.draw(st.lists(st.integers(NONE, 2), **size))),
+    )
+    row = data.draw(st.lists(st.integers(0, experts - 1), min_size=chosen, max_size=chosen))
+    gates = torch.rand(1, chosen, generator=torch.Generator().manual_seed(0))
+    ranks = data.draw(st.integers(1, 3))
+    stack = tuple(ExpertId(0, number) for number in range(5))
+    found = torch.zeros(5)
+    for rank in range(ranks):
+        held = share_of(stack, rank, ranks)
+        mine = RankSlots.of(slots, held)
+        factor = mine.factor if mine.weighs else None
+        places, weights = map_choice(mine.target, factor, torch.tensor([row]), gates)
+        found[held.start : held.stop] += torch.zeros(len(held)).scatter_add_(
+            0, places[0], weights[0]
+        )
+    wanted = torch.zeros(5)
+    for number, weight in slots.merge(row, gates[0].tolist()).items():
+        wanted[number] = weight
+    assert torch.allclose(found, wanted, atol=1e-6)
+    rows = torch.arange(9.0).view(3, 3)
+    padded, row_of = padded_constants(slots, rows)
+    total = gated_sum(padded, row_of, torch.tensor([row]), gates)
+    added = torch.zeros(3)
+    for number, gate in slots.gated_constants(row, gates[0].tolist()):
+        added += rows[number] * gate
+    assert torch.allclose(total[0], added, atol=1e-5)

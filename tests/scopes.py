@@ -10,7 +10,7 @@ from families import tiny_model
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.methods import Decision, LayerView, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, RoutedTap

@@ -33,22 +33,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.solvers.closed_form import (
-    SAMPLE_TOKENS,
-    SlotErrors,
-    routed_outputs,
-    slot_errors,
-)
-from conmoe_edge.compress.solvers.facility import assign, must_stay, select, strongest
-from conmoe_edge.compress.solvers.neurons import narrowings
-from conmoe_edge.compress.solvers.rebuild import (
+from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
+from conmoe_edge.compress.methods.narrowing import narrowings
+from conmoe_edge.compress.methods.rebuild import (
     StandIns,
     error_on,
     gates_of,
     rebuild,
     whole_parts,
     whole_width,
+)
+from conmoe_edge.compress.solvers.facility import assign, must_stay, select, strongest
+from conmoe_edge.compress.solvers.slot_errors import (
+    SAMPLE_TOKENS,
+    SlotErrors,
+    routed_outputs,
+    slot_errors,
 )
 from conmoe_edge.compress.solvers.widths import choose
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens

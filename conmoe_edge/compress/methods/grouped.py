@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import Decision, Parts, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.grouping import Groups
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
     Needs,
@@ -27,9 +27,8 @@ from conmoe_edge.compress.method_interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.solvers.align import aligned
 from conmoe_edge.compress.solvers.grouping import Groups, around_dominant, router_likeness
-from conmoe_edge.compress.solvers.merge import weighted_mean
+from conmoe_edge.compress.solvers.merge import aligned, weighted_mean
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:

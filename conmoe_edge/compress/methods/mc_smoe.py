@@ -24,7 +24,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import factored_sizes
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.method_interface import Decision, Method, Needs, Parts, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, Method, Needs, Parts, ScopeView
 from conmoe_edge.compress.methods.m_smoe import described, groups_of, merged
 from conmoe_edge.compress.solvers.facility import weights_of
 from conmoe_edge.compress.solvers.low_rank import factor

@@ -31,7 +31,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
+from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
     Needs,
@@ -39,7 +40,6 @@ from conmoe_edge.compress.method_interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
 from conmoe_edge.compress.solvers.grouping import Groups, around_dominant
 from conmoe_edge.compress.solvers.least_squares import LeastSquares
 from conmoe_edge.compress.solvers.merge import shares, weighted_mean

@@ -14,8 +14,8 @@ from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, write_
 from conmoe_edge.compress.phases.decide import decide, row_sample
 from conmoe_edge.compress.phases.propagate import aim, follow
 from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.stats.importance import save_sample
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.stats.mixed_precision import save_sample
 from conmoe_edge.compress.stats.output_vectors import VectorTracker
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.expert_hooks import RoutedTap, attach

@@ -15,13 +15,13 @@ from torch import nn
 from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.checkpoint.format.records import make_layout
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
-from conmoe_edge.compress.method_interface import Decision, LayerView, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.methods.scope_pool import pool_of
 from conmoe_edge.compress.quality.slot_overview import slot_distances
 from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.solvers.distance import distances
-from conmoe_edge.compress.stats.importance import RowSample, gains, load_sample, widest
+from conmoe_edge.compress.solvers.weight_distance import distances
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.compress.stats.mixed_precision import RowSample, gains, load_sample, widest
 from conmoe_edge.compress.stats.output_vectors import OutputVectors
 from conmoe_edge.compress.stream.scope_weights import (
     LayerWeights,

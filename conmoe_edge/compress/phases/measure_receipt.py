@@ -11,10 +11,11 @@ from typing import Any
 
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.quality.receipt import compare_heads
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.compress.stream.layer_stream import Stream
-from conmoe_edge.compress.stream.streamed_model import Subject, compare_heads
+from conmoe_edge.compress.stream.streamed_model import Subject
 from conmoe_edge.model.streaming import StreamedModel
 
 

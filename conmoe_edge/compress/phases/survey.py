@@ -25,17 +25,18 @@ import torch
 from torch import nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import LayerView, Parts, ScopeView
-from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
-from conmoe_edge.compress.solvers.neurons import Narrowing, narrowings
-from conmoe_edge.compress.solvers.rebuild import (
+from conmoe_edge.compress.methods.interface import LayerView, Parts, ScopeView
+from conmoe_edge.compress.methods.narrowing import Narrowing, narrowings
+from conmoe_edge.compress.methods.rebuild import (
     activations,
     gates_of,
     solved,
     whole_width,
     with_down,
 )
+from conmoe_edge.compress.quality.receipt import ReceiptTracker
+from conmoe_edge.compress.run.state import Run
+from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.solvers.widths import choose, layer_curve
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
@@ -46,7 +47,6 @@ from conmoe_edge.compress.stream.layer_stream import (
     run_layer,
     sequence_logits,
 )
-from conmoe_edge.compress.stream.receipt_tracker import ReceiptTracker
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes

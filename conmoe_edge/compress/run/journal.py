@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
-from conmoe_edge.compress.stats.work_file import load_tensors, save_tensors
+from conmoe_edge.compress.work.work_folder import load_tensors, save_tensors
 from conmoe_edge.errors import CheckpointError
 
 NAME = "journal.json"

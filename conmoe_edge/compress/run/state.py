@@ -23,12 +23,12 @@ from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.run.job import Job, OnProgress, Progress
 from conmoe_edge.compress.run.journal import Journal
-from conmoe_edge.compress.stats.part_clock import Clock
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.expert_hooks import IMPLEMENTATION, MappedTap
 from conmoe_edge.compress.stream.layer_stream import Stream, compute_dtype, open_stream
 from conmoe_edge.compress.stream.streamed_model import mapped_tap, timed_layer
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.model.anatomy import ExpertsAnatomy
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.linears import quantisable_weights

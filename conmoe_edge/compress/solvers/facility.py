@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.solvers.closed_form import SlotErrors
+from conmoe_edge.compress.solvers.slot_errors import SlotErrors
 
 OUTLIER = 10.0
 """An expert whose largest output is this many times the median expert's is a super expert."""

@@ -18,8 +18,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.records import decode
-from conmoe_edge.compress.stats.importance import RowSample
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.stats.mixed_precision import RowSample
 from conmoe_edge.compress.stats.output_vectors import VectorTracker
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.trace_recorder import RoutingRecorder

@@ -23,8 +23,6 @@ from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.compress.stats.part_clock import Clock
-from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.compress.stream.expert_hooks import (
     IMPLEMENTATION,
@@ -38,10 +36,9 @@ from conmoe_edge.compress.stream.layer_stream import (
     Stream,
     compute_dtype,
     run_layer,
-    sequence_logits,
 )
-from conmoe_edge.compress.stream.receipt_tracker import ReceiptTracker
 from conmoe_edge.compress.stream.scope_weights import record_name
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.bridge import quantization_of, read_config
@@ -163,24 +160,6 @@ def mapped_tap(
             part: tensor.to(device) for part, tensor in view(layout_of(name), record).items()
         }
     return MappedTap(slots, parts, constants, is_rerouted)
-
-
-def compare_heads(
-    reference: StreamedModel,
-    before: Tensor,
-    model: StreamedModel,
-    after: Tensor,
-    tokens: TokenSet,
-) -> dict[str, Any]:
-    """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
-
-    What is outside the decoder layers must be loaded in both.
-    """
-    tracker = ReceiptTracker(tokens)
-    for row in range(tokens.ids.shape[0]):
-        wanted = sequence_logits(reference, tokens, before, row)
-        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
-    return tracker.result()
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from torch import Tensor
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
-from conmoe_edge.compress.method_interface import LayerView, ScopeView
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO, candidates
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
+from conmoe_edge.compress.methods.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.phases import survey as survey_module
-from conmoe_edge.compress.solvers import closed_form
 from conmoe_edge.compress.solvers import refit as refit_module
-from conmoe_edge.compress.solvers.closed_form import RoutedOutputs, SlotErrors, slot_errors
+from conmoe_edge.compress.solvers import slot_errors as slot_errors_module
 from conmoe_edge.compress.solvers.facility import (
     assign,
     must_stay,
@@ -34,8 +34,8 @@ from conmoe_edge.compress.solvers.facility import (
 )
 from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.solvers.neuron_pruning import surviving, take_neurons
-from conmoe_edge.compress.solvers.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.solvers.refit import Features, refit
+from conmoe_edge.compress.solvers.slot_errors import RoutedOutputs, SlotErrors, slot_errors
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.calibration_text import TokenSet
@@ -110,8 +110,11 @@ def test_a_sketch_measures_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = tokens_of()
     tokens = LayerTokens(tokens.hidden, tokens.slots, tokens.gates)
     right = slot_errors(tokens, E, lambda e, x: x @ wide[e])
-    matrix = torch.randn(2000, closed_form.SKETCH, generator=generator) / closed_form.SKETCH**0.5
-    monkeypatch.setattr(closed_form, "sketch", lambda width: matrix)
+    matrix = (
+        torch.randn(2000, slot_errors_module.SKETCH, generator=generator)
+        / slot_errors_module.SKETCH**0.5
+    )
+    monkeypatch.setattr(slot_errors_module, "sketch", lambda width: matrix)
     near = slot_errors(tokens, E, lambda e, x: x @ wide[e])
     torch.testing.assert_close(near.constant, right.constant, rtol=0.2, atol=0)
     assert float((near.scale - right.scale).abs().max()) < 0.1

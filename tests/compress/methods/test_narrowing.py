@@ -13,14 +13,14 @@ from families import tiny_model
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.method_interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
+from conmoe_edge.compress.methods.narrowing import narrowing, narrowings
+from conmoe_edge.compress.methods.rebuild import StandIns, activations, error_on, gates_of, rebuild
 from conmoe_edge.compress.solvers import neuron_pruning as trim_module
-from conmoe_edge.compress.solvers.closed_form import routed_outputs, slot_errors
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, cuts
-from conmoe_edge.compress.solvers.neurons import narrowing, narrowings
-from conmoe_edge.compress.solvers.rebuild import StandIns, activations, error_on, gates_of, rebuild
+from conmoe_edge.compress.solvers.slot_errors import routed_outputs, slot_errors
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import Decision, Parts, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.facility import weights_of
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, surviving, take_neurons
 from conmoe_edge.compress.solvers.refit import Features, refit

@@ -115,7 +115,7 @@ def layer_outputs(scope: ScopeView, decision: Decision) -> tuple[Tensor, Tensor]
     ]
     of = scope.weights.parts if decision.parts is None else decision.parts
     used = {slot.prototype for slot in slots if slot.prototype is not None}
-    mapped = MappedTap(slots, {one: of(one) for one in used}, None)
+    mapped = MappedTap.of(slots, {one: of(one) for one in used}, None)
     given = scope.module, tokens.hidden, tokens.slots, tokens.gates
     with torch.no_grad():
         return RoutedTap().forward(*given), mapped.forward(*given)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, usage_of
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, unused_note, usage_of
 from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
@@ -65,7 +65,8 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         parts = (scope.weights.parts(scope.pool[one]) for one in members)
         return weighted_mean(parts, [usage[one] for one in members])
 
-    return grouped(scope, _named(clusters, usage), usage, merge)
+    groups = _named(clusters, usage)
+    return grouped(scope, groups, merge, unused_note(scope, groups, usage))
 
 
 def _named(clusters: tuple[tuple[int, ...], ...], usage: tuple[int, ...]) -> Groups:

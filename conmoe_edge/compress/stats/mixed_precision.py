@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.format.records import decode, encode
-from conmoe_edge.compress.stats.work_file import load_tensors, save_tensors
+from conmoe_edge.compress.work.work_folder import load_tensors, save_tensors
 from conmoe_edge.model.experts import expert_forward
 
 ROWS = 64

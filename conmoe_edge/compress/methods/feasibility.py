@@ -11,7 +11,7 @@ import math
 import torch
 from transformers import PretrainedConfig
 
-from conmoe_edge.compress.method_interface import Method
+from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import build_meta

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.compress.stream.calibration_text import TokenSet
+from conmoe_edge.compress.stream.layer_stream import sequence_logits
+from conmoe_edge.model.streaming import StreamedModel
 
 _POSITIONS = 64
 
@@ -78,6 +80,24 @@ class ReceiptTracker:
             name: sums.result() for name, sums in sorted(self._sums.items())
         }
         return {**total.result(), "per_domain": by_domain}
+
+
+def compare_heads(
+    reference: StreamedModel,
+    before: Tensor,
+    model: StreamedModel,
+    after: Tensor,
+    tokens: TokenSet,
+) -> dict[str, Any]:
+    """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
+
+    What is outside the decoder layers must be loaded in both.
+    """
+    tracker = ReceiptTracker(tokens)
+    for row in range(tokens.ids.shape[0]):
+        wanted = sequence_logits(reference, tokens, before, row)
+        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
+    return tracker.result()
 
 
 class LossTracker:

@@ -11,8 +11,8 @@ from families import tiny_model
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.checkpoint.format.records import make_layout
-from conmoe_edge.compress.stats import importance
-from conmoe_edge.compress.stats.importance import RowSample, gains, widest
+from conmoe_edge.compress.stats import mixed_precision
+from conmoe_edge.compress.stats.mixed_precision import RowSample, gains, widest
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
 from conmoe_edge.model.probe import probe
@@ -22,7 +22,7 @@ HIDDEN = 32
 
 
 def test_the_first_real_rows_of_a_slot_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "ROWS", 5)
+    monkeypatch.setattr(mixed_precision, "ROWS", 5)
     sample = RowSample(3, 2)
     rows = torch.arange(16.0).view(8, 2)
     gates = torch.arange(8.0)
@@ -102,7 +102,7 @@ def brute_gain(modules: Any, module: Any, prototype: Any, slots: Any, pool: Any,
     for i in members:
         sample, slot = samples[pool[i].layer], pool[i].expert
         start = int(sample["kept"][:slot].sum())
-        taken = min(int(sample["kept"][slot]), importance.ROWS // len(members))
+        taken = min(int(sample["kept"][slot]), mixed_precision.ROWS // len(members))
         for row in range(start, start + taken):
             x, gate = sample["rows"][row : row + 1], float(sample["gates"][row]) * slots[i].scale
             error = {}

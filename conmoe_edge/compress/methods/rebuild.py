@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import Decision, Parts, ScopeView
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.facility import weights_of
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, surviving, take_neurons
 from conmoe_edge.compress.solvers.refit import Features, refit
@@ -29,15 +30,21 @@ from conmoe_edge.model.experts import inner_activations
 
 @dataclass(frozen=True, slots=True)
 class StandIns:
-    """Who stands for whom in one layer: ``prototypes`` ascending; for every slot its prototype and scale.
+    """Who stands for whom in one layer.
 
-    ``neurons``: those that a prototype keeps, int64, ascending; where it is not named, they are
-    looked for among its own, as many as the scope allows.
+    Attributes:
+        slot_map: every router slot's prototype, by its expert number, and scale; no constants yet.
+        neurons: those that a prototype keeps, int64, ascending; where it is not named, they are looked for among its
+            own, as many as the scope allows.
     """
 
-    prototypes: tuple[int, ...]
-    slots: tuple[tuple[int | None, float], ...]
+    slot_map: SlotMap
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def prototypes(self) -> tuple[int, ...]:
+        """Expert numbers, ascending."""
+        return self.slot_map.prototypes
 
 
 def rebuild(
@@ -53,7 +60,7 @@ def rebuild(
     """
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))
-    alpha = weights_of(tokens.slots, tokens.gates, chosen.slots, chosen.prototypes)
+    alpha = weights_of(chosen.slot_map, tokens.slots, tokens.gates)
     features: list[Features] = []
     down: list[Tensor] = []
     kept: list[Tensor] = []
@@ -78,11 +85,11 @@ def rebuild(
         constants = {layer: table}
     slots = tuple(
         SlotRecord(
-            None if expert is None else scope.pool[expert],
-            scale,
-            slot if constants else None,
+            None if expert == NONE else scope.pool[expert], scale, slot if constants else None
         )
-        for slot, (expert, scale) in enumerate(chosen.slots)
+        for slot, (expert, scale) in enumerate(
+            zip(chosen.slot_map.targets, chosen.slot_map.scales, strict=True)
+        )
     )
     solution = dict(zip(names, zip(chosen.prototypes, kept, down, strict=True), strict=True))
 
@@ -101,7 +108,8 @@ def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float
         expert: {name: one.to(scope.device) for name, one in parts_of(expert).items()}
         for expert in decision.prototypes
     }
-    tap = MappedTap(decision.slots, parts, decision.constants.get(scope.layers[0].layer))
+    layer = scope.layers[0].layer
+    tap = MappedTap.of(decision.slots, parts, decision.constants.get(layer), layer)
     given = expert_sum(scope.module, tap, tokens, scope.device)
     return float((given.float() - tokens.target.float()).square().sum(dtype=torch.float64))
 

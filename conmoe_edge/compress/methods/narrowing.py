@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import ScopeView
-from conmoe_edge.compress.solvers.closed_form import sketch
+from conmoe_edge.compress.methods.interface import ScopeView
+from conmoe_edge.compress.methods.rebuild import activations, down_rows
 from conmoe_edge.compress.solvers.neuron_pruning import cuts
-from conmoe_edge.compress.solvers.rebuild import activations, down_rows
 from conmoe_edge.compress.solvers.refit import Features
+from conmoe_edge.compress.solvers.slot_errors import sketch
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 
 PRIOR = 1.0

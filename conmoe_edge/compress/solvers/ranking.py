@@ -1,11 +1,11 @@
-"""Which experts stay where the others are removed: the best of each layer, by a score. Pure.
+"""Which experts stay, by a score. Pure; ties go to the lowest index, that is (layer, expert).
 
-A scope of one layer keeps its best ``keep`` experts. In a scope of several layers each keeps at
-least its floor, and the rest of the places go to the best of the pool; scores of different layers
-are compared as shares of what their layer has in all, since outputs grow from layer to layer. Where
-a router first chooses among groups of slots, all groups keep as many, or some one more than others.
+``top_k`` ranks a pool as one. ``survivors`` is for methods that remove experts: a scope of one layer keeps its best; in
+a scope of several layers each keeps at least its floor, and the rest of the places go to the best of the pool. Scores
+of different layers are compared as shares of their layer's sum, since outputs grow from layer to layer. Where a router
+first chooses among groups of slots, all groups keep the same number, give or take one.
 
-Ties go to the lowest index, that is (layer, expert).
+How many stay is the plan's arithmetic (``plan.levers.kept``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.solvers.select_experts import top_k
+
+def top_k(score: Tensor, count: int) -> tuple[int, ...]:
+    """Indices of the ``count`` highest scores, ascending."""
+    order = torch.argsort(score, descending=True, stable=True)
+    return tuple(sorted(order[:count].tolist()))
 
 
 def survivors(

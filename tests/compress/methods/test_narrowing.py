@@ -13,14 +13,15 @@ from families import tiny_model
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.method_interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
+from conmoe_edge.compress.methods.narrowing import narrowing, narrowings
+from conmoe_edge.compress.methods.rebuild import StandIns, activations, error_on, gates_of, rebuild
 from conmoe_edge.compress.solvers import neuron_pruning as trim_module
-from conmoe_edge.compress.solvers.closed_form import routed_outputs, slot_errors
+from conmoe_edge.compress.solvers.facility import slot_map_of
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, cuts
-from conmoe_edge.compress.solvers.neurons import narrowing, narrowings
-from conmoe_edge.compress.solvers.rebuild import StandIns, activations, error_on, gates_of, rebuild
+from conmoe_edge.compress.solvers.slot_errors import routed_outputs, slot_errors
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum
@@ -448,8 +449,7 @@ def test_gram_matrices_that_are_there_are_not_summed_again() -> None:
     tokens = tokens_for(module)
     scope = scope_with(module, tokens, 0.4)
     grams, found = narrowings(scope, tokens, gates_of(tokens, 8))
-    own = tuple((expert, 1.0) for expert in range(8))
-    chosen = StandIns(tuple(range(8)), own, {e: found[e].neurons[e % 2] for e in range(8)})
+    chosen = StandIns(slot_map_of(0, range(8)), {e: found[e].neurons[e % 2] for e in range(8)})
     first, second = rebuild(scope, tokens, chosen, grams), rebuild(scope, tokens, chosen)
     assert first.parts is not None and second.parts is not None
     for one in first.prototypes:
@@ -468,7 +468,7 @@ def test_what_is_left_is_what_the_decision_leaves() -> None:
     assert decision.left is not None and decision.parts is not None
     assert len(decision.prototypes) < 8 or set(decision.widths.values()) != {WIDTHS[-1]}
     parts = {one: decision.parts(one) for one in decision.prototypes}
-    tap = MappedTap(decision.slots, parts, decision.constants[scope.layers[0].layer])
+    tap = MappedTap.of(decision.slots, parts, decision.constants[scope.layers[0].layer])
     given = expert_sum(module, tap, tokens, torch.device("cpu"))
     assert tokens.target is not None
     left = (tokens.target - given) * weights.unsqueeze(1)

@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conmoe_edge.compress.solvers.align import aligned, alignment, likeness, neuron_views
-from conmoe_edge.compress.solvers.merge import shares, weighted_mean
+from conmoe_edge.compress.solvers.merge import (
+    aligned,
+    alignment,
+    likeness,
+    neuron_views,
+    shares,
+    weighted_mean,
+)
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
 

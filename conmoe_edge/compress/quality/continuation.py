@@ -21,9 +21,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.stats.part_clock import Clock
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.streamed_model import Subject
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.model.streaming import Batch
 
 N_GRAM = 4

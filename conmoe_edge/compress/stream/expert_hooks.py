@@ -69,7 +69,8 @@ class RoutedTap(Tap):
             self.routing.add(index, experts, hidden if self.keep_hidden else None)
         if self.tokens is not None:
             self.tokens.add(hidden, index, weights, self.keep)
-        out = torch.zeros_like(hidden)
+        # Summed as MappedTap does: where a processor computes in bf16, another rounding would be taken for a loss.
+        out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1).tolist()
@@ -91,8 +92,8 @@ class RoutedTap(Tap):
                 self.vectors.add(expert, value, keep)
             if self.sample is not None:
                 self.sample.add(expert, gates, hidden[rows], keep)
-            out.index_add_(0, rows, (value * gates.unsqueeze(-1)).to(out.dtype))
-        return out
+            out.index_add_(0, rows, value.to(out.dtype) * gates.unsqueeze(-1).to(out.dtype))
+        return out.to(hidden.dtype)
 
 
 class SilentTap(Tap):

@@ -28,6 +28,7 @@ from conmoe_edge.checkpoint.format.forms import (
     quantised_parts,
 )
 from conmoe_edge.checkpoint.format.manifest import Manifest, RecordPart
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.errors import PackageError
@@ -38,6 +39,7 @@ from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.rerouting import can_choose, reroute
 from conmoe_edge.model.router import find_routers
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import suit_single_tokens
@@ -84,6 +86,7 @@ def begin_loading(
         )
     _reroute(model, folder, manifest)
     constants = _read_constants(folder, manifest)
+    maps = SlotMap.of_manifest(manifest)
     handles = []
     for layer, (_, module) in experts.items():
         names = part_names(module)
@@ -92,7 +95,7 @@ def begin_loading(
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]
         with torch.device("cpu"):  # transformers has made meta the default device around this call
-            handle = _make_handle(manifest, layer, constants.get(layer))
+            handle = _make_handle(maps[layer], constants.get(layer))
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
@@ -165,28 +168,15 @@ def register_experts_function() -> None:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
 
 
-def _make_handle(manifest: Manifest, layer: int, constants: Tensor | None) -> LayerHandle:
-    number = {entry.id: i for i, entry in enumerate(manifest.prototypes)}
-    slots = manifest.slots[layer]
-    scales = torch.tensor([slot.scale for slot in slots], dtype=torch.float32)
-    rows = [-1 if slot.constant is None else slot.constant for slot in slots]
-    if (constants is None and max(rows) >= 0) or (
-        constants is not None and max(rows) >= len(constants)
-    ):
+def _make_handle(slot_map: SlotMap, constants: Tensor | None) -> LayerHandle:
+    try:
+        return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
+    except ValueError as error:
         raise PackageError(
             f"{CONSTANTS_FILE} is damaged.",
-            f"layer {layer} has fewer constants than its slots name",
+            f"layer {slot_map.layer} has fewer constants than its slots name",
             _AGAIN,
-        )
-    return LayerHandle(
-        layer=layer,
-        slot_map=torch.tensor(
-            [-1 if slot.prototype is None else number[slot.prototype] for slot in slots]
-        ),
-        scales=None if bool((scales == 1.0).all()) else scales,
-        constants=constants if max(rows) >= 0 else None,
-        constant_of=torch.tensor(rows) if max(rows) >= 0 else None,
-    )
+        ) from error
 
 
 def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:

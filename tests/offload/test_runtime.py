@@ -153,7 +153,7 @@ def test_progress_counts_records(folder: Path) -> None:
 
 def test_slots_are_aligned(folder: Path) -> None:
     model = load_package(folder)
-    pool = model.conmoe.residency._pools[0]
+    pool = model.conmoe.residency.pools[0]
     for slot in range(pool.slots):
         assert pool.record(slot).data_ptr() % 4096 == 0
         assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())

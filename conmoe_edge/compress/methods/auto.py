@@ -33,22 +33,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.solvers.closed_form import (
-    SAMPLE_TOKENS,
-    SlotErrors,
-    routed_outputs,
-    slot_errors,
-)
-from conmoe_edge.compress.solvers.facility import assign, must_stay, select, strongest
-from conmoe_edge.compress.solvers.neurons import narrowings
-from conmoe_edge.compress.solvers.rebuild import (
+from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
+from conmoe_edge.compress.methods.narrowing import narrowings
+from conmoe_edge.compress.methods.rebuild import (
     StandIns,
     error_on,
     gates_of,
     rebuild,
     whole_parts,
     whole_width,
+)
+from conmoe_edge.compress.solvers.facility import assign, must_stay, select, slot_map_of, strongest
+from conmoe_edge.compress.solvers.slot_errors import (
+    SAMPLE_TOKENS,
+    SlotErrors,
+    routed_outputs,
+    slot_errors,
 )
 from conmoe_edge.compress.solvers.widths import choose
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
@@ -92,14 +92,15 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     grams, narrowed = narrowings(scope, tokens, gates_of(tokens, count))
     chosen = choose([one.errors for one in narrowed], (0, *scope.sizes), scope.room, least)
     kept = [expert for expert in range(count) if chosen[expert]]
-    slots: list[tuple[int | None, float]] = [(expert, 1.0) for expert in range(count)]
+    layer = scope.layers[0].layer
+    slot_map = slot_map_of(layer, range(count))
     if len(kept) < count:
         gone = [expert for expert in range(count) if not chosen[expert]]
         sample = _about(tokens, torch.tensor(gone))
         errors = slot_errors(sample, count, forward, kept, gone)
-        slots = assign(errors, kept)
+        slot_map = assign(errors, kept, layer)
     neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
-    return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), grams)
+    return rebuild(scope, tokens, StandIns(slot_map, neurons), grams)
 
 
 def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:
@@ -120,7 +121,7 @@ def _alike(scope: ScopeView, tokens: LayerTokens, keep: int) -> Decision:
     held = torch.zeros(len(tokens), dtype=torch.bool) if tokens.held is None else tokens.held
     seen = tokens.rows((~held).nonzero().squeeze(1))
     errors = slot_errors(seen.sample(SAMPLE_TOKENS), len(scope.pool), forward)
-    choices = candidates(errors, layer.statistics.contribution(), keep)
+    choices = candidates(errors, layer.statistics.contribution(), keep, layer.layer)
     chosen = choices[0]
     if len(choices) > 1 and bool(held.any()):
         fitted, measured = seen.sample(FITTED), tokens.rows(held.nonzero().squeeze(1))
@@ -138,13 +139,16 @@ def _forward(scope: ScopeView) -> Callable[[int, Tensor], Tensor]:
     return forward
 
 
-def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
+def candidates(
+    errors: SlotErrors, contribution: Tensor, keep: int, layer: int = 0
+) -> tuple[StandIns, ...]:
     """Who could stay, each set once: by what stands in for what, by energy, by REAP's criterion.
 
     Args:
         errors: of the layer.
         contribution: [E], the mean of g |f| over a slot's tokens (arXiv 2510.13999).
         keep: prototypes.
+        layer: its number, for the map.
     """
     forced = must_stay(errors.seen.energy, errors.seen.peak, keep)
     sets = (
@@ -152,7 +156,7 @@ def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[Sta
         strongest(errors.seen.energy.sum(0), keep, forced),
         strongest(contribution, keep, forced),
     )
-    return tuple(StandIns(one, tuple(assign(errors, one))) for one in dict.fromkeys(sets))
+    return tuple(StandIns(assign(errors, one, layer)) for one in dict.fromkeys(sets))
 
 
 AUTO = Method(

@@ -24,18 +24,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import LayerView, Parts, ScopeView
-from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
-from conmoe_edge.compress.solvers.neurons import Narrowing, narrowings
-from conmoe_edge.compress.solvers.rebuild import (
+from conmoe_edge.checkpoint.format.slot_map import NONE
+from conmoe_edge.compress.methods.interface import LayerView, Parts, ScopeView
+from conmoe_edge.compress.methods.narrowing import Narrowing, narrowings
+from conmoe_edge.compress.methods.rebuild import (
     activations,
     gates_of,
     solved,
     whole_width,
     with_down,
 )
+from conmoe_edge.compress.quality.receipt import ReceiptTracker
+from conmoe_edge.compress.run.state import Run
+from conmoe_edge.compress.solvers.facility import slot_map_of
+from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.solvers.widths import choose, layer_curve
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
@@ -46,8 +48,9 @@ from conmoe_edge.compress.stream.layer_stream import (
     run_layer,
     sequence_logits,
 )
-from conmoe_edge.compress.stream.receipt_tracker import ReceiptTracker
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
+from conmoe_edge.compress.stream.streamed_model import timed_layer
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
 
@@ -69,23 +72,21 @@ def _fitted(run: Run) -> int:
     return max(_FEWEST_FITTED, min(_MOST_FITTED, wanted))
 
 
-def survey(run: Run, model: StreamedModel) -> None:
-    """Divide the prototypes between the layers, into the journal."""
+def survey(run: Run, model: StreamedModel) -> dict[int, int]:
+    """MoE layer -> prototypes, or parts of them where their widths differ."""
     with run.clock.part("survey"):
         found: dict[int, _Narrowed] = {}
         worth = _worth(run, model, found)
         uniform, shared = {}, {}
         for alike in scopes(run.job.anatomy, run.layers):  # runs of layers whose records are alike
-            each = run.uniform(alike[:1])
+            each = run.sizes.uniform(alike[:1])
             uniform.update(dict.fromkeys(alike, each))
             shared.update(zip(alike, share_out([worth[one] for one in alike], each), strict=True))
         half = dict(zip(uniform, between([*uniform.values()], [*shared.values()]), strict=True))
         divisions = [uniform]
         divisions += [one for one in (shared, half) if one not in divisions]
         left = _trial(run, model, found, divisions) if len(divisions) > 1 else [0.0]
-    for layer, count in divisions[left.index(min(left))].items():
-        run.journal.budgets[str(layer)] = count
-    run.save("calibrate", 0)
+    return divisions[left.index(min(left))]
 
 
 def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[int, LayerWorth]:
@@ -94,17 +95,17 @@ def _worth(run: Run, model: StreamedModel, found: dict[int, _Narrowed]) -> dict[
     measured = _Originals(run, model, sequences(run.layers), 1, run.layers)
     changed: dict[int, torch.Tensor] = {}
     for index in range(run.layers):
-        run.announce("survey", index)
-        with run.loaded(model, index):
+        run.meter.announce("survey", index)
+        with timed_layer(model, index, run.clock, with_experts=True):
             entered = measured.stream.hidden.clone()
             recorded = fitted.recorded(index)
             measured.all_through(index, [*changed.values()])
             if recorded is not None:
-                recorded.save(run.tokens_file(index))  # for the trial
+                recorded.save(run.work.tokens(index))  # for the trial
                 module = model.experts[index][1]
                 layer = _LoadedLayer(run, module, index, recorded)
                 found[index] = layer.narrowed()
-                mapped = layer.stand_ins(found[index], run.uniform((index,)))
+                mapped = layer.stand_ins(found[index], run.sizes.uniform((index,)))
                 attach(module, mapped)
                 changed[index] = entered
                 measured.beside.run_layer(index, [entered], mapped)
@@ -126,14 +127,14 @@ def _trial(
     measured = _Originals(run, model, sequences(run.layers), 2, len(divisions))
     tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):
-        run.announce("trial", index)
-        with run.loaded(model, index):
+        run.meter.announce("trial", index)
+        with timed_layer(model, index, run.clock, with_experts=True):
             if index not in found:
                 measured.all_through(index, tried)
                 continue
             measured.all_through(index, [])
             module = model.experts[index][1]
-            recorded = LayerTokens.load(run.tokens_file(index))
+            recorded = LayerTokens.load(run.work.tokens(index))
             layer = _LoadedLayer(run, module, index, recorded)
             for one, division in zip(tried, divisions, strict=True):
                 mapped = layer.stand_ins(found[index], division[index])
@@ -215,41 +216,42 @@ class _LoadedLayer:
 
     def __init__(self, run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> None:
         self._run, self._index, self._tokens = run, index, tokens
-        count = run.experts(index).count
-        seen = StatisticsTracker(count).result()
+        experts, sizes = run.sizes.experts(index), run.sizes
+        seen = StatisticsTracker(experts.count).result()
         self._scope = ScopeView(
-            tuple(ExpertId(index, expert) for expert in range(count)),
-            (LayerView(index, count, run.top_k(index), seen, tokens),),
+            sizes.pool((index,)),
+            (LayerView(index, experts.count, experts.top_k, seen, tokens),),
             ScopeWeights({index: LoadedLayer(module)}, matrix_views(module)),
             lambda: torch.empty(0),
             module,
-            run.widths(index),
-            run.sizes(index),
+            sizes.widths(index),
+            sizes.sizes(index),
             dtype=run.dtype,
             device=run.job.device,
         )
-        self._gates = gates_of(tokens, count)
+        self._gates = gates_of(tokens, experts.count)
         self._grams: dict[int, torch.Tensor] = {}
         self._made: dict[tuple[int, int], Parts] = {}  # divisions have much in common
 
     def narrowed(self) -> _Narrowed:
         """What its experts lose, by its tokens."""
-        sizes, unit = self._scope.sizes, self._run.unit(self._index)
+        sizes, unit = self._scope.sizes, self._run.sizes.unit(self._index)
         grams, found = narrowings(self._scope, self._tokens, self._gates)
         self._grams.update(enumerate(grams))
         return _Narrowed(tuple(found), (0, *sizes), unit, len(found) * sizes[-1] // unit)
 
     def stand_ins(self, narrowed: _Narrowed, units: int) -> MappedTap:
         """The layer in so many units, its down projections corrected on its tokens."""
-        pool, slots, parts = self._scope.pool, [], {}
-        for expert, place in enumerate(narrowed.chosen(units)):
-            slots.append(SlotRecord(pool[expert] if place else None))
+        parts, chosen = {}, narrowed.chosen(units)
+        for expert, place in enumerate(chosen):
             if place:
                 if (expert, place) not in self._made:
                     neurons = narrowed.experts[expert].neurons[place - 1]
                     self._made[expert, place] = self._parts(expert, neurons)
-                parts[pool[expert]] = self._made[expert, place]
-        return MappedTap(slots, parts, None)
+                parts[expert] = self._made[expert, place]
+        targets = [expert if place else NONE for expert, place in enumerate(chosen)]
+        slot_map = slot_map_of(self._index, targets)
+        return MappedTap(SlotTensors.of(slot_map, None, self._scope.device), parts)
 
     def _parts(self, expert: int, neurons: torch.Tensor) -> Parts:
         """In the model's own numbers, so that a whole expert is no copy."""

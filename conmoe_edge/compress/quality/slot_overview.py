@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, LayerOverview, SlotRecord
-from conmoe_edge.compress.solvers.distance import EPSILON, ExpertWeights
+from conmoe_edge.compress.solvers.weight_distance import EPSILON, ExpertWeights
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 
 _DIGITS = 6  # of a number for readers

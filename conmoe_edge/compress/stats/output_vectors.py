@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.stats.work_file import damaged, load_tensors, save_tensors
+from conmoe_edge.compress.work.work_folder import damaged, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, slots=True)

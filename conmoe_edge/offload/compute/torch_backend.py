@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from conmoe_edge.checkpoint.format.factored import factors_of
-from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, TILES
+from conmoe_edge.checkpoint.format.forms import COLUMNS, DOWN, KEPT, LEFT, RIGHT, SCALE, TILES
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.storage.stored_expert import DOWN, StoredExpert
+from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""

@@ -78,7 +78,7 @@ def test_same_decisions_as_the_rules(case: tuple[int, tuple[int, ...], list[list
                         "a slot whose record is being read was given away"
                     )
                     in_flight[load.slot] = load.item
-                slot = one.slot(item)
+                slot = cache.slot_of(item)
                 seen.append((item, slot not in in_flight))
                 in_flight.pop(slot, None)
                 one.finish(item)
@@ -193,8 +193,8 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
                 if data.draw(st.booleans()):
                     begun(cache.prefetch(ahead))
                     assert all(cache.slot_of(i) is not None for i in held), "a locked item went"
-                reading.pop(one.slot(item), None)
-                cache.arrived(item)
+                reading.pop(cache.slot_of(item), None)
+                cache.table.arrived(item)
                 one.finish(item)
         assert len(loaded) == len(set(loaded)), "a pass reads a record once at the most"
         assert set(loaded) >= set(order) - there - cache.resident - set(ahead)
@@ -207,7 +207,7 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
             slot = cache.slot_of(item)
             assert slot is not None and reading[slot] == item
             if data.draw(st.booleans()):
-                cache.arrived(item)
+                cache.table.arrived(item)
                 del reading[slot]
     assert cache.counts.useful <= cache.counts.prefetched
     assert cache.counts.hits + cache.counts.misses == sum(len(order) for order, _, _ in passes)
@@ -280,7 +280,7 @@ def test_prefetch_takes_no_locked_slot_and_never_the_last() -> None:
     assert cache.resident == {5} | (cache.resident - {6})
     with cache.begin([5, 9]) as one:
         assert [load.item for load in one.loads()] == [9]
-        cache.arrived(5)
+        cache.table.arrived(5)
         one.finish(5)
         one.finish(9)
     assert (cache.counts.prefetched, cache.counts.useful) == (2, 1)

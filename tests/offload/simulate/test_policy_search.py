@@ -19,23 +19,22 @@ from conmoe_edge.checkpoint.format.manifest import (
     SlotRecord,
 )
 from conmoe_edge.errors import UsageError
-from conmoe_edge.offload.residency.quota import allot, groups_of, miss_curve
-from conmoe_edge.offload.residency.slot_cache import SlotCache
-from conmoe_edge.offload.simulate.policy_search import (
+from conmoe_edge.offload.residency.policies import (
     POLICIES,
-    Table,
-    choose,
+    LayoutTable,
     default_settings,
     make_policy,
     pins_of,
-    replay,
     warm_order,
 )
+from conmoe_edge.offload.residency.quota import allot, groups_of, miss_curve
+from conmoe_edge.offload.residency.slot_cache import SlotCache
+from conmoe_edge.offload.simulate.policy_search import choose, replay
 from conmoe_edge.plan.trace import PrototypeTrace, RoutingTrace, to_prototypes
 
 LAYERS, EACH = 3, 5
 COUNT = LAYERS * EACH
-TABLE = Table(
+TABLE = LayoutTable(
     tuple(range(COUNT)),
     tuple((n * 7 % COUNT) / 100 for n in range(COUNT)),
     tuple(n // EACH for n in range(COUNT)),

@@ -1,8 +1,8 @@
 """The routes: from a checked request to a job of the engine, and its events back to the client.
 
 ``GET /`` the page, ``/health``, ``/stats``, ``/metrics``, ``/v1/models``;
-``POST /v1/chat/completions``, ``/v1/completions``. Everything that can go wrong leaves as OpenAI's error
-object. A client that is gone cancels its job, wherever that stands.
+``POST /v1/chat/completions``, ``/v1/completions``. Every error leaves as OpenAI's error object. A client
+that disconnects cancels its job.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
         def tell(one: Event) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, one)
-            except RuntimeError:  # the loop is closed: nobody is left to be told
+            except RuntimeError:  # the loop is closed, so no client is left
                 engine.cancel(job)
 
         sampling = _sampling(asked, tokens, engine, settings)

@@ -1,4 +1,4 @@
-"""The thread that owns the model: who is answered, in what order, in which memory.
+"""The thread that owns the model: which answers run, in what order, in which memory.
 
 All forwards happen here, one at a time. Answers that run take turns; a turn is one chunk of a prompt or
 a few tokens. Each has a key-value cache of its own inside the memory that was planned for one
@@ -104,7 +104,7 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody wants this answer any more. Does nothing where it is over."""
+        """The client is gone. Does nothing where the answer is over."""
         with self._wake:
             job.cancelled = True
             if self._waiting.remove(job):
@@ -168,7 +168,7 @@ class Engine:
             self._publish(force=True)
 
     def _next_round(self) -> bool:
-        """Let in who has room; sleep where there is nothing to do. False at the end."""
+        """Start the jobs that have room; sleep where there are none. False at the end."""
         with self._wake:
             while True:
                 while (job := self._waiting.first()) is not None and self._may_start(job):

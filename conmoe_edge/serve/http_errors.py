@@ -1,7 +1,7 @@
 """Errors as OpenAI's clients know them: ``{"error": {"message", "type", "param", "code"}}``.
 
-This is the one place that turns an exception into a status and a body. A mistake of the client is 4xx;
-500 is for our own bugs and says nothing of the inside.
+The one place that turns an exception into a status and a body. A mistake of the client is 4xx; 500 is
+a bug of the server, and its body tells nothing of the inside.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of any exception; what it is not told goes to the log."""
+    """What a client is told of any exception. The rest goes to the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):

@@ -1,7 +1,7 @@
 """Caches of prompts whose answers are over, for a next prompt that begins the same.
 
 Only a prompt's whole chunks, counted from its first token, are used again. What was computed in
-other portions could differ in the last bit, and an answer must not depend on who asked before.
+other portions could differ in the last bit, and an answer must not depend on earlier requests.
 """
 
 from __future__ import annotations

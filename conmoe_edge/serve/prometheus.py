@@ -1,7 +1,7 @@
-"""What happened, counted, and its text for Prometheus (text exposition format 0.0.4).
+"""Counters of requests and answers, and their text for Prometheus (text exposition format 0.0.4).
 
-Counters are written by the engine's thread and by the event loop and read by whoever asks; one lock
-guards them. What the engine holds right now comes as a ``Snapshot`` that its thread makes.
+The engine's thread and the event loop write them under one lock. What the engine holds right now
+comes as a ``Snapshot`` that its thread makes.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def _held(now: Snapshot) -> Iterable[str]:
     )
     yield from _single("conmoe_prototypes", "gauge", "Prototypes of the package.", stats.prototypes)
     yield from _single(
-        "conmoe_prototypes_resident", "gauge", "What the slots hold at once.", stats.resident
+        "conmoe_prototypes_resident", "gauge", "What the cache slots hold at once.", stats.resident
     )
-    yield from _single("conmoe_slot_bytes", "gauge", "Memory of the slots.", stats.slot_bytes)
+    yield from _single("conmoe_slot_bytes", "gauge", "Memory of the cache slots.", stats.slot_bytes)
     yield from _single("conmoe_memory_bytes", "gauge", "Device memory in use.", stats.memory_used)
     if stats.memory_budget is not None:
         yield from _single(

@@ -1,9 +1,9 @@
 """What clients may ask, checked: JSON bytes to ``ChatRequest`` or ``CompletionRequest``.
 
-Every field that OpenAI's API has is one of three: *honoured*; *harmless* (it does not change the answer:
-``user``, ``metadata``, ...), accepted and left alone; or *refused*, unless it has the value that asks for
-nothing (``n=1``, ``tools=[]``, ``logprobs=false``). A name that is none of them is refused too, as OpenAI
-does: a misspelt ``temprature`` that is silently ignored costs an afternoon. Raises ``ApiError`` 400.
+Every field of OpenAI's API is one of three: *honoured*; *harmless* (``metadata``, say: it does not
+change the answer), accepted and left alone; or *refused*, unless it has the value that asks for nothing
+(``n=1``, ``tools=[]``, ``logprobs=false``). Unknown names are refused, as OpenAI does, so that a
+misspelt ``temprature`` is not silently ignored.
 """
 
 from __future__ import annotations

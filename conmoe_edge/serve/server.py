@@ -129,20 +129,20 @@ class Server:
         self._web.should_exit = True
 
     def _count(self, path: str, status: int) -> None:
-        """Other paths count together: a label for whatever anybody asks for would never end."""
+        """Other paths count together, so that requests cannot make labels without end."""
         known = path if path in _ROUTES else "other"
         self.metrics.request(known, status)
 
 
 class _Web(uvicorn.Server):
-    """uvicorn, told when stopping begins; a signal is a wish to stop and not an error."""
+    """uvicorn with a callback when it begins to stop; a signal is no error."""
 
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_stop = on_stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Nothing more is taken in; then as uvicorn does."""
+        """Take in nothing more; then as uvicorn does."""
         self._on_stop()
         await super().shutdown(sockets)
 

@@ -1,6 +1,6 @@
 """The conversation loop: read a message, answer it or obey its command, until the user leaves.
 
-Knows neither the terminal (``_prompt.Reader`` or anything with ``read``) nor torch (``ChatSession``
+Knows neither the terminal (``prompt_input.Reader`` or anything with ``read``) nor torch (``ChatSession``
 or anything with its methods), so that tests drive it with a list of lines.
 """
 
@@ -79,7 +79,7 @@ class Repl:
         self.sampling = sampling or SamplingSettings()
 
     def run(self, reader: MessageReader) -> None:
-        """Until the user leaves. Only errors that nobody foresaw come out of it."""
+        """Until the user leaves. Errors on purpose are shown; others are raised."""
         leaving = False
         while True:
             try:

@@ -1,8 +1,8 @@
 """The one loop that generates: a forward a step, so that several answers can take turns.
 
 ``Generation`` makes tokens, ``Answer`` their text as well. Chat steps one to its end, serve several
-in turns, bench one without text. Each new token goes through the model alone, whoever else is being
-answered, so the tokens do not depend on the turns. Memory: the cache, and one chunk's activations.
+in turns, bench one without text. Each new token goes through the model alone, so the tokens do not
+depend on the turns. Memory: the cache, and one chunk's activations.
 """
 
 from __future__ import annotations

@@ -50,12 +50,11 @@ class CachedTokens:
         self._cache = None
         self.held = []
 
-    def rewind(self, tokens: Sequence[int]) -> int:
+    def rewind(self, tokens: Sequence[int]) -> None:
         """Take the cache back to what it has in common with ``tokens``, but for the last of them: one
-        token at least has to be computed. How many tokens that are.
+        token at least has to be computed.
         """
         self.keep(common_length(self.held, tokens[:-1]))
-        return len(self.held)
 
     def keep(self, count: int) -> None:
         """Take the cache back to its first ``count`` tokens; to none, where it cannot be taken back."""

@@ -18,15 +18,16 @@ from conmoe_edge.errors import ContextFull, UnsupportedModel
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.generation.context_limit import context_full, guard_context
 from conmoe_edge.offload.generation.prompt import prompt_tokens
-from conmoe_edge.offload.generation.sampling import Draw
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
 from conmoe_edge.offload.runtime import Runtime
-from conmoe_edge.serve.answer import Ask
-from conmoe_edge.serve.engine import Done, Engine, Failed, Job, Loaded, Piece
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.jobs import Done, Failed, Job, Loaded, Piece
+from conmoe_edge.serve.prometheus import Metrics
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import thirds, write_package
 
+LONG = SamplingSettings(temperature=0, max_tokens=60)
 DEMO = Path(__file__).parents[3] / "conmoe_edge" / "data" / "demo"
 HELLO = [{"role": "user", "content": "Tell me about the river and the sea."}]
 CONTEXT = 48
@@ -109,7 +110,7 @@ def test_a_pipeline_on_a_package(folder: Path, tokenizer: Any, rooms: list[int])
 def test_a_chat_on_a_package(folder: Path, tokenizer: Any, rooms: list[int]) -> None:
     session = ChatSession(load_package(folder, context=CONTEXT), tokenizer)
     with pytest.raises(ContextFull):
-        for _ in session.reply(HELLO, max_tokens=60, temperature=0):
+        for _ in session.reply(HELLO, LONG):
             pass
     assert _counted(rooms, len(prompt_tokens(tokenizer, HELLO)), CONTEXT)
     assert session.context_used == CONTEXT
@@ -129,13 +130,14 @@ def test_the_server_s_engine_on_a_package(folder: Path, tokenizer: Any, rooms: l
         time.sleep(0.01)
     prompt = prompt_tokens(tokenizer, HELLO)
     try:
-        engine.submit(Job(Ask(tuple(prompt), Draw(0.0), 60), "", told.put))
+        engine.submit(Job(tuple(prompt), LONG, "", told.put))
         event: Any = Piece("")
         while not isinstance(event, Done | Failed):
             event = told.get(timeout=60)
     finally:
         engine.stop()
-    assert isinstance(event, Failed) and isinstance(event.error, ContextFull)
+    assert isinstance(event, Done) and event.finish == "length"
+    assert event.usage.completion == CONTEXT - len(prompt) + 1
     # The engine makes room for the whole answer when it lets the request in.
     assert rooms[0] == CONTEXT and _counted(rooms[1:], len(prompt), CONTEXT)
 

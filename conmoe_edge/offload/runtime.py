@@ -21,7 +21,6 @@ from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.compute.backend import ExpertBackend, backend_maker
-from conmoe_edge.offload.compute.cpu_fallback import HostCompute
 from conmoe_edge.offload.compute.experts_forward import LayerHandle
 from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
@@ -147,7 +146,6 @@ class Runtime:
         self.prefill_chunk = prefill_chunk
         if device.type == "cpu":
             return_large_blocks()
-        self.arithmetic = Arithmetic(device)
         self._process = psutil.Process()
         self.closed = False
         self.cache_bytes = cache_bytes
@@ -182,13 +180,18 @@ class Runtime:
         self._host: HostTier | None = None
         try:
             self._transfer = self._make_transfer()
-            host = self._host if misses == "auto" else None
-            aside = HostCompute(host, manifest) if host is not None and host.nbytes else None
-            self._make_backend = backend_maker(device, self.arithmetic, aside)
+            self._make_backend = backend_maker(
+                device, self._host if misses == "auto" else None, manifest
+            )
             self._fill_slots(progress)
         except BaseException:
             self._store.close()
             raise
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What computes single experts on this device."""
+        return self.backend.arithmetic
 
     def stats(self) -> RuntimeStats:
         """The counters and what is held now."""

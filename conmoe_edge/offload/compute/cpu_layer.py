@@ -53,13 +53,11 @@ class HostAddresses:
         self._pools = pools
 
     def put(self, number: int, place: Place) -> None:
-        """See ``AddressView``."""
         matrices = self._pools[place[0]].parts(place[1]).matrices
         if matrices is not None:
             self.table.put(number, *matrices)
 
     def remove(self, number: int) -> None:
-        """See ``AddressView``."""
         self.table.remove(number)
 
 
@@ -89,7 +87,6 @@ class CpuLayer(TorchLayer):
     def one_token(
         self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
     ) -> Tensor | None:
-        """See ``LayerExperts``."""
         found = self.output(hidden, slots, gates)
         return self.forward_with_misses(module, hidden, slots, gates) if found is None else found
 
@@ -186,7 +183,6 @@ class CpuBackend(TorchBackend):
         residency.table.watch(self._addresses)
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> CpuLayer:
-        """See ``ExpertBackend``."""
         formats, table = (), None
         kinds = self.residency.kinds(slots.slot_map.prototypes)
         matrices = kinds[0].matrices if kinds else None

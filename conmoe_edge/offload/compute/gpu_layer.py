@@ -55,7 +55,6 @@ class TritonLayer(TorchLayer):
     def one_token(
         self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
     ) -> Tensor | None:
-        """See ``LayerExperts``."""
         layer, engine = self._layer, self._backend.engine
         if layer is None or hidden.dtype not in _ACTIVATIONS:
             return None
@@ -121,7 +120,6 @@ class TritonBackend(TorchBackend):
         residency.table.watch(GpuAddresses(self._table, residency.pools))
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> TritonLayer:
-        """See ``ExpertBackend``."""
         found = GpuLayer.of(self._table, slots) if usual_gate(module) else None
         if found is not None and module.is_transposed and not found.quantised:
             found = None
@@ -132,7 +130,6 @@ class TritonBackend(TorchBackend):
         return int(self._table.asked), 0 if self.host is None else self.host.computed
 
     def reset_counts(self) -> None:
-        """See ``ExpertBackend``."""
         self._table.asked.zero_()
         if self.host is not None:
             self.host.computed = 0

@@ -149,7 +149,7 @@ class Bench:
         present = {n for n in range(self.count) if self.table.present([n])}
         places = {n: self.table.place(n) for n in present}
         assert self.mirror.places == places and len(set(places.values())) == len(places)
-        caches = [cache for cache in self.residency._caches if cache is not None]
+        caches = list(self.residency._caches.values())
         placed = {n for cache in caches for n in cache.resident}
         assert placed == present | self.table.arriving
         assert {n for cache in caches for n in cache.arriving} == self.table.arriving

@@ -169,8 +169,7 @@ class Runtime:
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
-        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second
-        # copy there.
+        # On a CPU the page cache lies in the memory that the budget is about: no second copy there.
         self._store = RecordStore(
             folder,
             manifest.prototypes,
@@ -243,7 +242,7 @@ class Runtime:
         self._lending = None
         self._before = self._counts()
         self.backend.reset_counts()
-        self.residency.close()
+        self._close_residency()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._slots = fewer
@@ -255,9 +254,7 @@ class Runtime:
         if self.closed:
             return
         self.closed = True
-        for handle in self._handles:
-            handle.use(None)
-        self.residency.close()
+        self._close_residency()
         self._transfer.close()
         if self._host is not None:
             self._host.close()
@@ -298,6 +295,11 @@ class Runtime:
         self.backend = self._make_backend(residency)
         for handle in self._handles:
             handle.use(self.backend)
+
+    def _close_residency(self) -> None:
+        for handle in self._handles:
+            handle.use(None)
+        self.residency.close()
 
     def _make_pools(self) -> list[SlotPool]:
         """Pools of the present number of slots, or of fewer where even those cannot be had."""

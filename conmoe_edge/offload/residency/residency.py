@@ -382,8 +382,9 @@ class Residency:
             cache.counts = CacheCounts()
 
     def close(self) -> None:
-        """Let the device memory go. The transfer belongs to the caller."""
+        """Let the device memory go; nothing can be visited afterwards. The transfer belongs to the caller."""
         self._transfer.drain()
+        self.prefetcher = None
         self.table.clear()
         for pool in self.pools:
             pool.close()

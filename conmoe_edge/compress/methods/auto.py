@@ -5,11 +5,11 @@ layer aims at what the *original* residual stream was behind it, so that it also
 the layers before it lost:
 
 1. Part of the reduction is neurons instead of experts. For every expert it is measured what removing
-   neurons costs when the others make up for it (``neurons.py``), and the bytes of the layer go to
+   neurons costs when the others make up for it (``narrowing.py``), and the bytes of the layer go to
    those experts where they save most (``widths.py``): prototypes have different widths, and an expert
    that is hardly worth a neuron goes. Super experts and the first of every domain keep at least half.
 2. A slot whose expert has gone becomes prototype x scale + constant, or a constant alone, by the error
-   that is measured in closed form (``closed_form.py``). The router stays.
+   that is measured in closed form (``slot_errors.py``). The router stays.
 3. ``rebuild`` solves the down projections of all prototypes and the constants of all slots together.
 
 Where all prototypes must have the same number of neurons, who stays is decided between candidates:

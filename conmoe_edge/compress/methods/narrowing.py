@@ -7,7 +7,7 @@ the best constant. The ridge beside G is worth the activations of ``PRIOR`` toke
 tokens is not thought to need few neurons. More than one makes every neuron look dear, and whole
 experts go instead.
 
-A down projection with more than ``closed_form.SKETCH`` rows is sketched as outputs are there.
+A down projection with more than ``slot_errors.SKETCH`` rows is sketched as outputs are there.
 
 Peak memory: one [I, I] in fp32 an expert, and the activations of one expert on its tokens.
 """

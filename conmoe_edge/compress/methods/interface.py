@@ -1,8 +1,8 @@
-"""What methods take and give.
+"""What every method is given and what it returns.
 
 A method says what it ``needs`` beyond the sums over routed tokens, and decides one scope at a time:
-``decide(scope, keep) -> Decision``. It sees the weights of one scope, which lie in memory or in the
-run's work folder, and may compute single experts; it never sees a file or a device's memory.
+``decide(scope, keep) -> Decision``. It sees the weights of one scope and may compute single experts; it never opens a
+file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The stream of the package as it has become so far, beside that of the original.
+"""The stream of the package so far, beside that of the original.
 
-Methods that work on it take each layer's tokens from it and aim at what the original's residual
-stream is behind the layer; once the layer is written, the stream goes through it.
+Methods with ``Needs.target`` take each layer's tokens from the package's stream and aim at the original's residual
+stream behind the layer (``aim``). Once the layer is written, the package's stream goes through it (``follow``).
 
 Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
 """

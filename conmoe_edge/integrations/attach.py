@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.format.forms import (
     KIND_OF_VALUES,
     LEFT,
-    RIGHT,
     SCALE,
     best_kind,
     factored_parts,
     quantised_parts,
 )
+from conmoe_edge.checkpoint.format.layout import expert_width
 from conmoe_edge.checkpoint.format.manifest import Manifest, RecordPart
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
@@ -217,31 +217,19 @@ def _check_shapes(
         parts = {part.name: part for part in manifest.layouts[layout].parts}
         transposed = bool(module.is_transposed)
         width = wanted["down_proj"][1 if transposed else 2]
-        narrow = min(width, _width(parts, transposed) or width)  # neurons may have been removed
+        narrow = min(
+            width, expert_width(manifest.layouts[layout], transposed) or width
+        )  # neurons may have been removed
         for name in names:
             shape = narrowed_shape(name, wanted[name][1:], transposed, width, narrow)
             if not _holds(parts, name, shape, transposed):
-                held = parts.get(name)
+                part = parts.get(name)
                 raise PackageError(
                     f"The package in {folder} does not match its config.json.",
                     f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, its records "
-                    f"hold {f'{held.dtype} {list(held.shape)}' if held else 'none'}",
+                    f"hold {f'{part.dtype} {list(part.shape)}' if part else 'none'}",
                     _AGAIN,
                 )
-
-
-def _width(parts: Mapping[str, RecordPart], transposed: bool) -> int:
-    """Neurons of the experts in a record: the inputs of its down projection; 0 where that is not told."""
-    factor = parts.get("down_proj" + RIGHT)
-    if factor is not None and len(factor.shape) == 2:
-        return factor.shape[1]
-    part = parts.get("down_proj")
-    if part is None or len(part.shape) != 2:
-        return 0
-    kind = KIND_OF_VALUES.get(part.dtype)
-    if kind is None:
-        return part.shape[0 if transposed else 1]
-    return part.shape[1] * (2 if kind == "int4" else 1)
 
 
 def _holds(

@@ -13,12 +13,12 @@ from torch import nn
 from conmoe_edge.checkpoint.format.forms import (
     KIND_OF_VALUES,
     LEFT,
-    RIGHT,
     SCALE,
     best_kind,
     factored_parts,
     quantised_parts,
 )
+from conmoe_edge.checkpoint.format.layout import expert_width
 from conmoe_edge.checkpoint.format.manifest import Manifest, RecordPart
 from conmoe_edge.errors import PackageError
 from conmoe_edge.model.anatomy import narrowed_shape
@@ -74,7 +74,8 @@ def check_shapes(
         parts = {part.name: part for part in manifest.layouts[layout].parts}
         transposed = bool(module.is_transposed)
         width = wanted["down_proj"][1 if transposed else 2]
-        narrow = min(width, _width(parts, transposed) or width)  # neurons may have been removed
+        held_width = expert_width(manifest.layouts[layout], transposed)
+        narrow = min(width, held_width or width)  # neurons may have been removed
         for name in names:
             shape = narrowed_shape(name, wanted[name][1:], transposed, width, narrow)
             if not _holds(parts, name, shape, transposed):
@@ -84,20 +85,6 @@ def check_shapes(
                     f"layer {layer} expects {name} of shape {list(wanted[name][1:])}, its records "
                     f"hold {f'{held.dtype} {list(held.shape)}' if held else 'none'}",
                 )
-
-
-def _width(parts: Mapping[str, RecordPart], transposed: bool) -> int:
-    """Neurons of the experts in a record: the inputs of its down projection; 0 where the parts do not say."""
-    factor = parts.get("down_proj" + RIGHT)
-    if factor is not None and len(factor.shape) == 2:
-        return factor.shape[1]
-    part = parts.get("down_proj")
-    if part is None or len(part.shape) != 2:
-        return 0
-    kind = KIND_OF_VALUES.get(part.dtype)
-    if kind is None:
-        return part.shape[0 if transposed else 1]
-    return part.shape[1] * (2 if kind == "int4" else 1)
 
 
 def _holds(

@@ -88,6 +88,14 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def disk_free_if_readable(folder: Path) -> int | None:
+    """The same, ``None`` where it cannot be read."""
+    try:
+        return disk_free(folder)
+    except OSError:
+        return None
+
+
 def _first_gpu() -> tuple[GpuFacts | None, str]:
     """The GPU that CUDA would call 0, by NVML, or the reason why there is none.
 

@@ -32,6 +32,7 @@ from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.probe import probe
 from conmoe_edge.plan.needs import MIN_CHUNK, fixed_terms, workspace_bytes
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
@@ -158,7 +159,9 @@ def test_a_budget_for_nothing(folder: Path) -> None:
 
 def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(600_000_000), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(600_000_000), PlanRequest(context=96)
+    )
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     model = load_package(folder)
     assert model.conmoe.budget is not None and model.conmoe.budget.device_bytes == 600_000_000
@@ -171,7 +174,9 @@ def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) ->
 
 def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(10**15), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(10**15), PlanRequest(context=96)
+    )
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     read = planned_by(load_package(folder).conmoe.manifest)
     assert read is not None and read.budget.device_bytes == 10**15
@@ -181,7 +186,9 @@ def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
 def test_a_model_that_was_left_unchanged(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
     plain.save_pretrained(tmp_path)
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), PlanRequest(context=96)
+    )
     manifest = Manifest(
         source={"name": "tiny", "revision": None, "fingerprint": "0"},
         method=UNCHANGED,

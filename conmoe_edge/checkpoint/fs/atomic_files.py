@@ -1,6 +1,6 @@
 """Whole files or none: a file grows under another name, is synced, and gets its name at the end.
 
-``write_bytes``, ``write_json`` and ``atomic_json`` for small files; ``temporary_name`` and
+``write_bytes`` and ``write_json`` for small files; ``temporary_name`` and
 ``finish`` for writers of large ones. No torch here.
 
 Peak memory: the data. Raises ``NoSpace`` when the disk is full, ``ConmoeError`` when it cannot be
@@ -50,11 +50,6 @@ def write_json(path: Path, value: Any) -> WrittenFile:
     """``write_bytes`` of ``value`` as JSON with sorted keys: same value, same bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return write_bytes(path, text.encode())
-
-
-def atomic_json(path: Path, value: Any) -> None:
-    """``write_json`` for those who do not want to know more."""
-    write_json(path, value)
 
 
 @contextmanager

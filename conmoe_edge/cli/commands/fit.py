@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import Tokens, common_options, lever_options, levers
+from conmoe_edge.cli.ui.cli_options import Tokens, common_options, lever_options, plan_request
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.cli.ui.name_completion import complete_model
 from conmoe_edge.cli.ui.text import path_text
@@ -75,20 +75,22 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge import api
     from conmoe_edge.cli.ui.progress import ProgressView
 
+    request = plan_request(parameters)
+    place = {"revision": parameters["revision"], "offline": parameters["offline"]}
     if dry_run:
         from conmoe_edge.cli.commands.plan import show_plan
 
-        report = api.plan(model, **levers(parameters))
+        report = api.plan(model, request, **place)
         show_plan(output, report, out)
         output.note("Dry run: nothing was written.")
         return
     overwrite = _may_replace(out, output, overwrite=parameters["overwrite"], yes=yes)
 
     def on_plan(report: PlanReport) -> None:
-        from conmoe_edge.cli.commands.plan import free_disk
         from conmoe_edge.cli.views.plan_views import plan_view
+        from conmoe_edge.memory.machine import disk_free_if_readable
 
-        output.note(plan_view(report, out, free_disk(out)))
+        output.note(plan_view(report, out, disk_free_if_readable(out)))
         output.note()
 
     view = ProgressView(output)
@@ -97,9 +99,9 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
             report = api.fit(
                 model,
                 out,
-                **levers(parameters),
+                request,
+                **place,
                 calibration=parameters["calibration"],
-                calibration_tokens=parameters["calibration_tokens"],
                 seed=parameters["seed"],
                 fresh=parameters["fresh"],
                 overwrite=overwrite,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import click
@@ -15,11 +15,8 @@ import click
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
-from conmoe_edge.plan.serving import ENGINES, levers_for
-from conmoe_edge.plan.width_levers import WIDTHS
-
-DEVICES = ("auto", "cpu", "cuda")
-PREFERENCES = ("quality", "speed")
+from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
+from conmoe_edge.plan.serving import ENGINES, request_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,25 +254,13 @@ def lever_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def levers(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The lever flags among a command's parameters, under the names that ``conmoe_edge.api`` has
-    for them.
+def plan_request(parameters: dict[str, Any]) -> PlanRequest:
+    """What the lever flags among a command's parameters ask for.
+
+    Raises:
+        UsageError: a flag does not go with ``--for``.
     """
-    names = (
-        "device",
-        "context",
-        "rate",
-        "scope",
-        "precision",
-        "dense_precision",
-        "prefer",
-        "min_resident",
-        "method",
-        "widths",
-        "revision",
-        "offline",
-    )
-    found = {name: parameters[name] for name in names}
-    if parameters["engine"] is not None:
-        found = levers_for(parameters["engine"], found)
-    return {"budget": parameters["gpu"], **found}
+    names = {field.name for field in fields(PlanRequest)} & parameters.keys()
+    request = PlanRequest(budget=parameters["gpu"], **{name: parameters[name] for name in names})
+    engine = parameters["engine"]
+    return request if engine is None else request_for(engine, request)

@@ -25,7 +25,7 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
 # The lowest transformers that pyproject.toml allows; the newest is in constraints.txt.
-LOWEST := transformers==5.19.0
+LOWEST := transformers==5.21.0
 LOWEST_VENV := .venv-lowest
 LOWEST_READY := $(LOWEST_VENV)/.ready
 LOWEST_ONLY := .transformers-lowest

@@ -24,8 +24,7 @@ from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.stats.mixed_precision import RowSample, save_sample
-from conmoe_edge.compress.stats.output_vectors import VectorTracker
-from conmoe_edge.compress.stats.statistics import StatisticsTracker
+from conmoe_edge.compress.stats.statistics import StatisticsTracker, VectorTracker
 from conmoe_edge.compress.stream.expert_hooks import RoutedTap, attach
 from conmoe_edge.compress.stream.layer_stream import Stream, run_layer
 from conmoe_edge.compress.stream.predictor_fit import PredictorFit

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
-from conmoe_edge.compress.stats.statistics import LayerStatistics
+from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
 
 Parts = Mapping[str, Tensor]

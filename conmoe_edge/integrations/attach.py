@@ -91,7 +91,8 @@ def begin_loading(
     for layer, (_, module) in experts.items():
         names = part_names(module)
         _check_shapes(folder, manifest, layer, module, names)
-        hidden = module.down_proj.shape[2 if module.is_transposed else 1]  # type: ignore[union-attr]
+        down: Any = module.down_proj
+        hidden = down.shape[2 if module.is_transposed else 1]
         for name in names:
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]

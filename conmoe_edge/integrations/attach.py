@@ -82,11 +82,13 @@ def begin_loading(
     for layer, (_, module) in experts.items():
         names = part_names(module)
         check_shapes(folder, manifest, layer, module, names)
+        down: Any = module.down_proj
+        hidden = down.shape[2 if module.is_transposed else 1]
         for name in names:
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]
         with torch.device("cpu"):  # transformers has made meta the default device around this call
-            handle = _make_handle(maps[layer], constants.get(layer))
+            handle = _make_handle(maps[layer], constants.get(layer), hidden)
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
@@ -155,15 +157,17 @@ def register_experts_function() -> None:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
 
 
-def _make_handle(slot_map: SlotMap, constants: Tensor | None) -> LayerHandle:
-    try:
-        return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
-    except ValueError as error:
-        raise PackageError(
-            f"{CONSTANTS_FILE} is damaged.",
-            f"layer {slot_map.layer} has fewer constants than its slots name",
-            _AGAIN,
-        ) from error
+def _make_handle(slot_map: SlotMap, constants: Tensor | None, hidden: int) -> LayerHandle:
+    """``constants``: what the package has for the layer, for hidden states of ``hidden`` numbers."""
+    why = ""
+    if constants is not None and constants.shape[1:] != (hidden,):
+        why = f"constants of shape {list(constants.shape)} for hidden states of {hidden} numbers"
+    elif slot_map.constant_rows > (0 if constants is None else len(constants)):
+        why = "fewer constants than its slots name"
+    if why:
+        what = f"layer {slot_map.layer} has {why}"
+        raise PackageError(f"{CONSTANTS_FILE} is damaged.", what, _AGAIN)
+    return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
 
 
 def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:

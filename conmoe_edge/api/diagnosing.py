@@ -11,11 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.units import GIB, gib, human_size, path_text
 
 if TYPE_CHECKING:
@@ -23,24 +23,9 @@ if TYPE_CHECKING:
 
     from conmoe_edge.memory.machine import MachineFacts
 
-Status = Literal["ok", "info", "warn", "fail"]
 DISTRIBUTION = "conmoe-edge"
 _LITTLE_RAM, _LITTLE_DISK = 2 * GIB, 5 * GIB
 _PROBE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One finding. ``fix`` is a command or an action, and is empty where nothing is wrong."""
-
-    name: str
-    status: Status
-    text: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The finding as plain JSON."""
-        return asdict(self)
 
 
 def doctor(

@@ -1,4 +1,4 @@
-"""What ``doctor`` says about GPUs: driver and torch build, free memory, and who holds the rest."""
+"""What ``doctor`` says about GPUs: driver and torch build, free memory, and the processes that hold the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conmoe_edge.api.diagnosing import Finding
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.units import human_size
 
 _GET_TORCH = "https://pytorch.org/get-started/locally"

@@ -2,7 +2,7 @@
 
 Nothing is timed here, only read: the plan becomes part of a package, and a plan that follows the
 mood of a stopwatch would differ between a run and its resumption.
-Out: a frozen ``MachineFacts``. Raises nothing: what cannot be read is ``None``, and ``gpu_problem``
+Out: a frozen ``MachineFacts``. What cannot be read is ``None``, and ``gpu_problem``
 says why no GPU was found.
 """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes, scopes, spread
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import Placement, place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.request import PlanRequest
@@ -65,19 +66,16 @@ def count_option(
     def pool_bytes(wide: int) -> int:
         return _pool_bytes(counts, sizes[0], sizes[1], wide)
 
+    needs = needs_of(anatomy, budget.device, context)
     prototypes = sum(counts)
     wide = 0
     if len(kinds) == 2:
-        room = room_beside_workspace(
-            anatomy, budget.device, budget.device_bytes, context, max(sizes[0])
-        )
+        room = room_beside_workspace(needs, budget.device_bytes, max(sizes[0]))
         wide = _most(pool_bytes, prototypes, room)
     record = max(sizes[0]) if wide else max(sizes[1])
     placement = place(
-        anatomy,
-        budget.device,
+        needs,
         budget.device_bytes,
-        context=context,
         prototypes=prototypes,
         record_bytes=record,
         pool_bytes=pool_bytes(wide),

@@ -91,6 +91,12 @@ class PlanRequest:
     calibration_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(
+                f"--device {self.device} is not known.",
+                f"there are {', '.join(DEVICES)}",
+                "--device auto",
+            )
         if self.context is not None and self.context < 1:
             raise UsageError(
                 f"--context {self.context} is no length.", "", f"--context {DEFAULT_CONTEXT}"
@@ -136,6 +142,12 @@ class PlanRequest:
                 f"--widths {self.widths} is not known.",
                 "prototypes have free or equal widths",
                 "--widths free",
+            )
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
+            raise UsageError(
+                f"--calibration-tokens {self.calibration_tokens} leaves no text to calibrate on.",
+                "",
+                f"--calibration-tokens {CALIBRATION_TOKENS}",
             )
 
     @property

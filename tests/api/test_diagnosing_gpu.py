@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from conmoe_edge.api import diagnosing_gpu
-from conmoe_edge.api.diagnosing import Finding
 from conmoe_edge.api.diagnosing_gpu import Gpu
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.units import GIB
 
 

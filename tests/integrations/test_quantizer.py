@@ -30,7 +30,7 @@ from conmoe_edge.integrations.memory_plan import default_budget, planned_by
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.probe import probe
-from conmoe_edge.plan.needs import MIN_CHUNK, fixed_terms, workspace_bytes
+from conmoe_edge.plan.needs import MIN_CHUNK, needs_of
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
@@ -121,12 +121,9 @@ def _needs(context: int, chunk: int) -> tuple[int, int]:
     dense = sum(t.numel() * 4 for n, t in plain.state_dict().items() if "experts" not in n)
     dense += sum(t.numel() * t.element_size() for t in plain.buffers())
     record = 20480
-    fixed = (
-        sum(term.nbytes for term in fixed_terms(anatomy, "cpu", context, record))
-        - anatomy.dense_bytes
-        + dense
-    )
-    return fixed + workspace_bytes(anatomy, "cpu", context, chunk), record
+    needs = needs_of(anatomy, "cpu", context)
+    fixed = needs.fixed(record) - anatomy.dense_bytes + dense
+    return fixed + needs.workspace(chunk), record
 
 
 def test_slots_are_what_the_budget_leaves(folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.plan.least import least_size
-from conmoe_edge.plan.needs import workspace_bytes
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import parse_size
@@ -67,7 +67,7 @@ def test_a_plan_adds_up_and_stays_inside(model, shape, levers, device, nbytes):
     assert all(one.reason for one in plan.candidates)
     assert 1 <= plan.prefill_chunk <= min(512, plan.context)
     (workspace,) = (term.nbytes for term in plan.terms if term.name == "Workspace")
-    assert workspace_bytes(anatomy, device, plan.context, plan.prefill_chunk) <= workspace
+    assert needs_of(anatomy, device, plan.context).workspace(plan.prefill_chunk) <= workspace
     assert plan.unchanged <= (chosen.rate == 0 and chosen.slots == chosen.prototypes)
 
 

@@ -31,6 +31,8 @@ def test_keywords_of_the_calls_are_the_fields() -> None:
         ({"prefer": "beauty"}, "--prefer quality, or --prefer speed"),
         ({"min_resident": 80}, "--min-resident 0.8"),
         ({"widths": "narrow"}, "--widths free"),
+        ({"device": "gpu"}, "--device auto"),
+        ({"calibration_tokens": 0}, "--calibration-tokens 32768"),
     ],
 )
 def test_nonsense_is_refused_with_a_fix(wrong, fix) -> None:

@@ -66,7 +66,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 
 
 def finish(temporary: Path, path: Path) -> None:
-    """Content first, then the name: whoever sees the name sees everything."""
+    """Content first, then the name: a name that is there has all of its content."""
     durable.fsync_file(temporary)
     _drop_from_cache(temporary)
     durable.replace(temporary, path)

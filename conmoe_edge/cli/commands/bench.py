@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conmoe_edge.cli.ui.cli_options import (
-    Tokens,
     common_options,
+    file_option,
     misses_option,
+    number_option,
     package_budget_option,
+    planned_context_option,
     run_device_option,
+    tokens_option,
 )
 
 if TYPE_CHECKING:
@@ -27,56 +30,13 @@ if TYPE_CHECKING:
 @package_budget_option
 @run_device_option
 @misses_option
-@click.option(
-    "--context",
-    metavar="N",
-    type=Tokens(),
-    help="Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
-)
-@click.option(
-    "--prompt-tokens",
-    metavar="N",
-    type=Tokens(),
-    default=512,
-    show_default=True,
-    help="Length of the prompt.",
-)
-@click.option(
-    "--tokens",
-    metavar="N",
-    type=Tokens(),
-    default=64,
-    show_default=True,
-    help="Tokens that are generated, greedily.",
-)
-@click.option(
-    "--repeats",
-    metavar="N",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Rounds, each with another prompt.",
-)
-@click.option(
-    "--seed",
-    metavar="N",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Which prompts are taken from the text.",
-)
-@click.option(
-    "--text",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Text to take the prompts from.  [default: a text that comes along]",
-)
-@click.option(
-    "--svg",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw the report into this file.",
-)
+@planned_context_option
+@tokens_option("--prompt-tokens", "Length of the prompt.", default=512)
+@tokens_option("--tokens", "Tokens that are generated, greedily.", default=64)
+@number_option("--repeats", "Rounds, each with another prompt.", least=1, default=3)
+@number_option("--seed", "Which prompts are taken from the text.", least=0, default=0)
+@file_option("--text", "Text to take the prompts from.  [default: a text that comes along]")
+@file_option("--svg", "Draw the report into this file.")
 @common_options
 def bench(
     folder: Path,

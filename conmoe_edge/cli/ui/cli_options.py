@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -102,6 +103,26 @@ class Tokens(click.ParamType):
         return int(digits) * factor
 
 
+def tokens_option(flag: str, help: str, default: int | None = None) -> Callable[..., Any]:
+    """A flag that takes a number of tokens; without a ``default``, ``help`` says what happens without it."""
+    shown = {} if default is None else {"default": default, "show_default": True}
+    return click.option(flag, metavar="N", type=Tokens(), help=help, **shown)
+
+
+def number_option(
+    flag: str, help: str, *, least: int, default: int | None = None
+) -> Callable[..., Any]:
+    """A flag that takes a whole number of at least ``least``; as ``tokens_option``."""
+    shown = {} if default is None else {"default": default, "show_default": True}
+    return click.option(flag, metavar="N", type=click.IntRange(least), help=help, **shown)
+
+
+def file_option(flag: str, help: str) -> Callable[..., Any]:
+    """A flag that takes the path of a file."""
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return click.option(flag, metavar="FILE", type=kind, help=help)
+
+
 package_budget_option = click.option(
     "--gpu",
     metavar="SIZE|PROFILE|auto",
@@ -109,6 +130,12 @@ package_budget_option = click.option(
     help="Memory to stay within.  [default: what the package was planned for]",
 )
 """``--gpu`` of the commands that run a package."""
+
+planned_context_option = tokens_option(
+    "--context",
+    "Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
+)
+"""``--context`` where a plan decides without it."""
 
 run_device_option = click.option(
     "--device",
@@ -209,12 +236,7 @@ _LEVERS = (
         help="Number format of attention, shared experts and head; source keeps the checkpoint's "
         "own.",
     ),
-    click.option(
-        "--context",
-        metavar="N",
-        type=Tokens(),
-        help="Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
-    ),
+    planned_context_option,
     click.option(
         "--device",
         type=click.Choice(DEVICES),

@@ -19,7 +19,7 @@ from conmoe_edge.units import GIB, MIB, gib, human_size
 
 if TYPE_CHECKING:
     from conmoe_edge.api import PlanReport
-    from conmoe_edge.api.diagnosing import Finding
+    from conmoe_edge.api.finding import Finding
     from conmoe_edge.memory.budget import Budget
     from conmoe_edge.model.anatomy import ModelAnatomy
     from conmoe_edge.plan.plan import Candidate, Plan

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from conmoe_edge.api import diagnosing
-from conmoe_edge.api.diagnosing import Finding
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.cli.main import main
 
 FINDINGS = [Finding("a", "ok", "fine"), Finding("b", "warn", "so so", "do x")]

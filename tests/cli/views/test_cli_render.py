@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from conmoe_edge.api import PlanReport
-from conmoe_edge.api.diagnosing import Finding
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.cli.views.plan_views import (
     budget_line,
     finding_view,

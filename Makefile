@@ -29,11 +29,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-slow test-browser test-vllm quality style clean
+.PHONY: help demo test test-asan test-gpu test-slow test-browser test-vllm quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
 	@echo "make test       run the tests"
+	@echo "make test-asan  run the tests of the CPU operator under the address and undefined-behaviour sanitizers"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-gpu   run the tests that need a CUDA device"
 	@echo "make test-browser  run the tests of the chat page; needs Chromium"
@@ -60,6 +61,15 @@ demo: $(READY)
 # The workers are the parallelism, so each of them computes on one thread.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# Python itself is not sanitized, so the runtimes are loaded before it. They see torch's memory as well.
+SANITIZERS = $(foreach one,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(one)))
+
+test-asan: $(READY)
+	CONMOE_OPERATOR_SANITIZE=1 OMP_NUM_THREADS=2 LD_PRELOAD="$(SANITIZERS)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/offload/kernels/test_cpu_*.py \
+		tests/offload/kernels/test_operator_library.py $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

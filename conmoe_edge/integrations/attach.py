@@ -34,8 +34,7 @@ from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
-from conmoe_edge.offload.fastpath.install import suit_single_tokens
-from conmoe_edge.offload.fastpath.kv_cache import keep_cache_growing
+from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.runtime import Runtime
 
@@ -138,8 +137,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
-    keep_cache_growing(model, context)
-    suit_single_tokens(model, runtime.arithmetic.machine)
+    runtime.fast_path = install(model, runtime.arithmetic.machine, context)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def attach_unchanged(

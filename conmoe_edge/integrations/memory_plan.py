@@ -1,6 +1,6 @@
 """How much of the budget goes to cache slots when a package is opened.
 
-The plan's arithmetic with two measured figures: the dense weights, and the key-value cache in the dtype that was loaded.
+The plan's arithmetic with two measured figures: the dense weights, and the key-value cache in the loaded dtype.
 
 The prefill chunk is the package's, not the budget's, because the number of tokens in one forward can change the last
 bit of a sum. A smaller budget has fewer cache slots. Only where less than one slot a layer would be left, the chunk

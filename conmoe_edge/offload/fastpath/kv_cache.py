@@ -6,8 +6,8 @@ that a buffer is copied once every ``STEP_TOKENS`` tokens. Only the plain full-a
 replaced; sliding windows, linear attention and what a model brings itself stay transformers' own.
 Attention sees the same values, so its result is the same to the bit.
 
-``grow_in_steps`` swaps the layers of an ordinary ``DynamicCache`` in place. The cache keeps its class, so cropping, beam
-search and ``generate`` work as before.
+``grow_in_steps`` swaps the layers of an ordinary ``DynamicCache`` in place. The cache keeps its class, so cropping,
+beam search and ``generate`` work as before.
 
 Memory: the buffers, no longer than the planned context; while one layer grows, that layer's old and
 new buffers at once (the plan's workspace has that term).

@@ -48,11 +48,11 @@ class HostAddresses:
 
     def __init__(self, residency: Residency) -> None:
         self.table = PrototypeTable(residency.count)
-        self._residency = residency
+        self._pools = residency.pools  # not the residency, which would never be dropped
         residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
-        matrices = self._residency.stored(place).matrices
+        matrices = self._pools[place[0]].parts(place[1]).matrices
         if matrices is not None:
             self.table.put(number, *matrices)
 

@@ -25,7 +25,7 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
 # The lowest transformers that pyproject.toml allows; the newest is in constraints.txt.
-LOWEST := transformers==5.19.0
+LOWEST := transformers==5.21.0
 LOWEST_VENV := .venv-lowest
 LOWEST_READY := $(LOWEST_VENV)/.ready
 LOWEST_ONLY := .transformers-lowest
@@ -35,12 +35,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-lowest check-lowest test-gpu test-slow test-browser test-vllm quality style clean
+.PHONY: help demo test test-versions test-lowest check-lowest test-asan test-gpu test-slow test-browser test-vllm quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
 	@echo "make test       run the tests"
 	@echo "make test-versions  run them with the lowest and the newest transformers"
+	@echo "make test-asan  run the tests of the CPU operator under the address and undefined-behaviour sanitizers"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-gpu   run the tests that need a CUDA device"
 	@echo "make test-browser  run the tests of the chat page; needs Chromium"
@@ -92,6 +93,15 @@ $(LOWEST_ONLY)/.ready: $(READY) Makefile
 check-lowest: $(LOWEST_ONLY)/.ready
 	PYTHONPATH=$(CURDIR)/$(LOWEST_ONLY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS) \
 		tests/test_compat.py tests/model tests/integrations/test_quantizer.py tests/offload/generation
+
+# Python itself is not sanitized, so the runtimes are loaded before it. They see torch's memory as well.
+SANITIZERS = $(foreach one,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(one)))
+
+test-asan: $(READY)
+	CONMOE_OPERATOR_SANITIZE=1 OMP_NUM_THREADS=2 LD_PRELOAD="$(SANITIZERS)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -p no:cacheprovider tests/offload/kernels/test_cpu_*.py \
+		tests/offload/kernels/test_operator_library.py $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

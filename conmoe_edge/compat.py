@@ -1,7 +1,7 @@
-"""What changes between the releases of transformers that this package runs on, in one place.
+"""What changes between the releases of transformers that this package runs on, and what torch does not promise.
 
-Elsewhere no argument, attribute or output is named that one release has and another has not. Each function has a
-test that fails when the name changes again (``tests/test_compat.py``). Nothing here imports transformers.
+Elsewhere no argument, attribute or output is named that one release has and another has not, and no private function
+of torch. Each name has a test that fails when it changes (``tests/test_compat.py``). Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from conmoe_edge.errors import UnsupportedModel
 
-TRANSFORMERS = ">=5.19,<5.25"
+TRANSFORMERS = ">=5.21,<5.25"
 """The releases that the tests were run on, as in ``pyproject.toml``."""
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -82,9 +84,18 @@ class Arguments:
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}
 
 
-def complete_marks(experts: Any) -> None:
-    """Set the mark on an experts module that came with 5.20: before it no experts had a norm of their own behind
-    them.
-    """
-    if not hasattr(experts, "has_post_expert_norm"):
-        experts.has_post_expert_norm = False
+INT8_PRODUCT: Callable[..., torch.Tensor] | None = getattr(torch, "_weight_int8pack_mm", None)
+"""x [T, in], int8 values [out, in], scales [out] -> [T, out]; ``None`` in a torch without it."""
+
+INT4_PRODUCT: Callable[..., torch.Tensor] | None = getattr(
+    torch.ops.aten, "_weight_int4pack_mm_for_cpu", None
+)
+"""x [T, in], packed values, numbers in a group, scales -> [T, out]; ``None`` in a torch without it."""
+
+_BF16_PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def native_bf16() -> bool:
+    """Whether the processor multiplies in bf16; false where torch cannot tell."""
+    probes = (getattr(torch.cpu, name, None) for name in _BF16_PROBES)
+    return any(probe() for probe in probes if probe is not None)

@@ -13,18 +13,26 @@ from packaging.version import Version
 from torch import nn
 from transformers import DynamicCache
 
+from conmoe_edge import compat
+from conmoe_edge.checkpoint.format.forms import SCALE
+from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.compat import (
     CACHE_ARGUMENTS,
     TRANSFORMERS,
     Arguments,
     cache_argument,
     cache_of,
-    complete_marks,
 )
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.experts import find_experts
+from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.compute import torch_backend
+from conmoe_edge.offload.compute.fused_linear import DenseProducts
+from conmoe_edge.offload.compute.torch_backend import Arithmetic, Machine
+from conmoe_edge.offload.storage.stored_expert import StoredExpert
 from tests.families import BY_NAME, tiny_model
 
+CPU = torch.device("cpu")
+KERNELS = ("INT8_PRODUCT", "INT4_PRODUCT")
 IDS = torch.tensor([[5, 17, 33]])
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -107,12 +115,46 @@ def test_a_forward_without_a_known_name_is_refused() -> None:
     assert TRANSFORMERS in caught.value.fix
 
 
-def test_marks_of_experts_are_complete() -> None:
-    for name in ("olmoe", "gpt_oss"):
-        for _, module in find_experts(tiny_model(name)).values():
-            assert module.has_post_expert_norm is False
-    old, new = nn.Module(), nn.Module()
-    new.has_post_expert_norm = True
-    complete_marks(old)
-    complete_marks(new)
-    assert old.has_post_expert_norm is False and new.has_post_expert_norm is True
+def test_this_torch_has_the_kernels() -> None:
+    """Without them everything still runs, slower; a release that drops one is to be noticed."""
+    assert all(getattr(compat, name) is not None for name in KERNELS)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_without_torch_s_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_backend, "operator", lambda: None)
+    monkeypatch.setattr("conmoe_edge.offload.storage.stored_expert.operator", lambda: None)
+    model = tiny_model("olmoe", hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
+    module = next(iter(find_experts(model).values()))[1]
+    held: dict[str, torch.Tensor] = {}
+    for name in part_names(module):
+        matrix = quantise(getattr(module, name)[0].detach(), kind)
+        assert matrix.scales is not None
+        held[name], held[name + SCALE] = matrix.values, matrix.scales
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expert = StoredExpert(held)
+    with torch.no_grad():
+        wanted = Arithmetic(CPU).rows(module, expert, x)
+        for name in KERNELS:
+            monkeypatch.setattr(compat, name, None)
+        found = Arithmetic(CPU).rows(module, expert, x)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    assert bool(found.any())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_dense_products_without_torch_s_kernel(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = DenseProducts(Machine("cpu", native_bf16=False), native=False)
+    generator = torch.Generator().manual_seed(1)
+    matrix = quantise(torch.randn(64, 32, generator=generator).bfloat16(), "int8")
+    x = torch.randn(rows, 32, generator=generator).bfloat16()
+    wanted = ways.apply(matrix, None, x, None)
+    monkeypatch.setattr(compat, "INT8_PRODUCT", None)
+    found = ways.apply(matrix, None, x, None)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05)
+
+
+def test_a_torch_that_cannot_tell_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.native_bf16() in (False, True)
+    monkeypatch.setattr(compat, "_BF16_PROBES", ("_gone",))
+    assert compat.native_bf16() is False

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from conmoe_edge.integrations.harness import TaskReport
+    from conmoe_edge.offload.generation.session import ChatSession
 
 
 def load(
@@ -52,6 +53,29 @@ def load(
         cache_policy=cache_policy,
         misses=misses,
     )
+
+
+def open_session(
+    path: str | Path,
+    budget: str | Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    cache_policy: str | None = None,
+    misses: str = "copy",
+) -> ChatSession:
+    """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
+
+    Raises:
+        PackageError, DoesNotFit: as ``load``.
+        CalibrationError: it has no tokenizer.
+    """
+    from conmoe_edge.memory.garbage import settle
+    from conmoe_edge.offload.generation.session import ChatSession
+
+    model = load(path, budget, device, context, cache_policy, misses)
+    tokenizer = load_tokenizer(Path(path))
+    settle()
+    return ChatSession(model, tokenizer, context)
 
 
 def evaluate_tasks(

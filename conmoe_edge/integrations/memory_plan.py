@@ -26,7 +26,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
-from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
+from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.units import gib
@@ -75,15 +75,16 @@ def plan_memory(
         (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
     ]
     largest = max((nbytes for nbytes, _ in records), default=0)
-    fixed = sum(term.nbytes for term in fixed_terms(anatomy, kind, context, largest))
+    needs = needs_of(anatomy, kind, context)
+    fixed = needs.fixed(largest)
     floor = min(sum(counts), len(anatomy.moe_layers)) * largest
     fixed += prefetch_bytes(manifest)
     chunk = min(wished, context)
     while chunk > MIN_CHUNK:
-        if fixed + workspace_bytes(anatomy, kind, context, chunk) + floor <= budget.device_bytes:
+        if fixed + needs.workspace(chunk) + floor <= budget.device_bytes:
             break
         chunk = max(MIN_CHUNK, chunk // 2)
-    fixed += workspace_bytes(anatomy, kind, context, chunk)
+    fixed += needs.workspace(chunk)
     if not records and fixed > budget.device_bytes:
         raise _too_small(fixed, budget)
     return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk, anatomy.kv_bytes)

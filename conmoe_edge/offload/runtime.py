@@ -21,7 +21,6 @@ from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
 from conmoe_edge.offload.compute.backend import ExpertBackend, backend_maker
-from conmoe_edge.offload.compute.cpu_fallback import HostCompute
 from conmoe_edge.offload.compute.experts_forward import LayerHandle
 from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
@@ -147,7 +146,6 @@ class Runtime:
         self.prefill_chunk = prefill_chunk
         if device.type == "cpu":
             return_large_blocks()
-        self.arithmetic = Arithmetic(device)
         self._process = psutil.Process()
         self.closed = False
         self.cache_bytes = cache_bytes
@@ -171,8 +169,7 @@ class Runtime:
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
-        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second
-        # copy there.
+        # On a CPU the page cache lies in the memory that the budget is about: no second copy there.
         self._store = RecordStore(
             folder,
             manifest.prototypes,
@@ -182,13 +179,18 @@ class Runtime:
         self._host: HostTier | None = None
         try:
             self._transfer = self._make_transfer()
-            host = self._host if misses == "auto" else None
-            aside = HostCompute(host, manifest) if host is not None and host.nbytes else None
-            self._make_backend = backend_maker(device, self.arithmetic, aside)
+            self._make_backend = backend_maker(
+                device, self._host if misses == "auto" else None, manifest
+            )
             self._fill_slots(progress)
         except BaseException:
             self._store.close()
             raise
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What computes single experts on this device."""
+        return self.backend.arithmetic
 
     def stats(self) -> RuntimeStats:
         """The counters and what is held now."""
@@ -240,7 +242,7 @@ class Runtime:
         self._lending = None
         self._before = self._counts()
         self.backend.reset_counts()
-        self.residency.close()
+        self._close_residency()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._slots = fewer
@@ -252,9 +254,7 @@ class Runtime:
         if self.closed:
             return
         self.closed = True
-        for handle in self._handles:
-            handle.use(None)
-        self.residency.close()
+        self._close_residency()
         self._transfer.close()
         if self._host is not None:
             self._host.close()
@@ -295,6 +295,11 @@ class Runtime:
         self.backend = self._make_backend(residency)
         for handle in self._handles:
             handle.use(self.backend)
+
+    def _close_residency(self) -> None:
+        for handle in self._handles:
+            handle.use(None)
+        self.residency.close()
 
     def _make_pools(self) -> list[SlotPool]:
         """Pools of the present number of slots, or of fewer where even those cannot be had."""

@@ -157,3 +157,19 @@ def test_slots_are_aligned(folder: Path) -> None:
     for slot in range(pool.slots):
         assert pool.record(slot).data_ptr() % 4096 == 0
         assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())
+
+
+def test_a_retreat_that_fails_leaves_a_runtime_that_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(layout: Any, slots: int, device: torch.device) -> SlotPool:
+        raise OutOfMemory("no memory")
+
+    model = load_package(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_module, "SlotPool", none)
+        with pytest.raises(OutOfMemory):
+            model.conmoe.retreat()
+    with pytest.raises(UsageError, match="not loaded"):
+        _logits(model)
+    model.conmoe.close()

@@ -1,23 +1,21 @@
 """``auto``: neurons and experts kept where they are worth most, refitted layer after layer.
 
-The layers are taken one after another on the stream of the model as it has become so far, and every
-layer aims at what the *original* residual stream was behind it, so that it also makes up for what
-the layers before it lost:
+The layers are taken one after another on the stream of the package so far. Every layer aims at the *original* residual
+stream behind it, so that it also makes up for what the layers before it lost:
 
 1. Part of the reduction is neurons instead of experts. For every expert it is measured what removing
-   neurons costs when the others make up for it (``neurons.py``), and the bytes of the layer go to
+   neurons costs when the others make up for it (``narrowing.py``), and the bytes of the layer go to
    those experts where they save most (``widths.py``): prototypes have different widths, and an expert
    that is hardly worth a neuron goes. Super experts and the first of every domain keep at least half.
 2. A slot whose expert has gone becomes prototype x scale + constant, or a constant alone, by the error
-   that is measured in closed form (``closed_form.py``). The router stays.
+   that is measured in closed form (``slot_errors.py``). The router stays.
 3. ``rebuild`` solves the down projections of all prototypes and the constants of all slots together.
 
-Where all prototypes must have the same number of neurons, who stays is decided between candidates:
-facility location on the measured errors, the energy of outputs and REAP's criterion each say who; what
-they come to is fitted on some of the calibration sequences and measured on others, and the one with
-the least error (ties to the first) is fitted on all.
+Where all prototypes must have the same number of neurons, there are three candidates for who stays: by facility
+location on the measured errors, by the energy of outputs, by REAP's criterion. Each is fitted on some of the
+calibration sequences and measured on others, and the one with the least error (ties to the first) is fitted on all.
 
-Weights of prototypes change, other than with ConMoE. Parts of this are known: facility location and
+Unlike with ConMoE, weights of prototypes change. Parts of this are known: facility location and
 replaceability from ConMoE (arXiv 2605.29350), constants from MoNE (2507.00390), least squares for the
 down projection from MergeMoE (2510.14436), working on the compressed stream from REAM (2604.04356),
 neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), the cost of a neuron from the optimal

@@ -1,4 +1,4 @@
-"""Before any work: whether routers that are kept to fewer slots still find as many as they take.
+"""A check before any work: whether routers that may choose fewer experts still find as many as they take.
 
 Costs one forward on the meta device. Raises ``UsageError`` with the greatest rate that works,
 ``UnsupportedModel`` where a router cannot be rerouted at all.
@@ -23,7 +23,7 @@ from conmoe_edge.plan.levers import kept, scopes
 def check_reach(
     config: PretrainedConfig, anatomy: ModelAnatomy, method: Method, rate: float, scope: int
 ) -> None:
-    """Refuse a rate at which a router could not choose its top-k any more.
+    """Refuse a rate at which a router could no longer choose its top-k.
 
     Args:
         config: of the model.

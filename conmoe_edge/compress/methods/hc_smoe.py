@@ -3,8 +3,8 @@
 1. An expert is represented by its mean output over the calibration tokens, all of them, not only
    those that the router sent to it:  o_e = 1/T * sum over t of f_e(h_t).
 2. Agglomerative clustering of the o_e by Euclidean distance with average linkage, down to K clusters
-   (``clustering``).
-3. A cluster becomes the mean of its experts, weighted by how many tokens chose them (``merge``). All
+   (``solvers/grouping.py``).
+3. A cluster becomes the mean of its experts, weighted by how many tokens chose them (``solvers/merge.py``). All
    its slots lead there, the router stays, so that the gates of a cluster add up.
 
 As published but for this: the mean is taken over at most ``SAMPLE_TOKENS`` of the tokens, evenly spread

@@ -1,8 +1,8 @@
-"""What methods take and give.
+"""What every method is given and what it returns.
 
 A method says what it ``needs`` beyond the sums over routed tokens, and decides one scope at a time:
-``decide(scope, keep) -> Decision``. It sees the weights of one scope, which lie in memory or in the
-run's work folder, and may compute single experts; it never sees a file or a device's memory.
+``decide(scope, keep) -> Decision``. It sees the weights of one scope and may compute single experts; it never opens a
+file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
-from conmoe_edge.compress.stats.statistics import LayerStatistics
+from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
 
 Parts = Mapping[str, Tensor]

@@ -1,9 +1,9 @@
 """M-SMoE (arXiv 2310.01334, section 3): experts merged into the ones that are used most.
 
 1. The K experts of a layer with the most calibration tokens are dominant; each of the others joins
-   the one whose router logits are most like its own (``grouping``).
-2. The neurons of every expert are brought into the order of the layer's expert 0 (``align``).
-3. A group becomes the mean of its experts, weighted by their tokens (``merge``). Its slots all lead
+   the one whose router logits are most like its own (``solvers/grouping.py``).
+2. The neurons of every expert are brought into the order of the layer's expert 0 (``solvers/merge.py``).
+3. A group becomes the mean of its experts, weighted by their tokens (``solvers/merge.py``). Its slots all lead
    there; the router stays, so that their gates add up.
 
 As published but for this: every layer keeps the same number of experts, where the authors' code

@@ -1,7 +1,7 @@
 """MC-SMoE (arXiv 2310.01334): M-SMoE, and every merged matrix as low rank plus a few columns.
 
 1. The experts are merged as in ``m_smoe``.
-2. Each matrix of a merged expert becomes  left right + kept columns  (``low_rank``), fitted to the
+2. Each matrix of a merged expert becomes  left right + kept columns  (``solvers/low_rank.py``), fitted to the
    inputs that the slots of the group get, weighted by their gates: what enters the layer for gate and
    up, and what the merged expert's own gate and up make of it for down. Biases stay.
 

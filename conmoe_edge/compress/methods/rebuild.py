@@ -1,12 +1,12 @@
-"""The prototypes of a layer trimmed and refitted, once it is known who stands for whom; and what that is worth.
+"""The prototypes of a layer trimmed and refitted for a given map, and the error that is left.
 
-``trim`` takes the neurons that its slots miss least out of every prototype, then ``refit`` solves the
-down projections and the constants of the layer together against its target. ``error_on`` measures a
-decision on tokens, which need not be those that it was fitted on.
+``rebuild`` removes the neurons of every prototype that its router slots miss least (``neuron_pruning.py``), then solves
+the down projections and the constants of the layer together against its target (``refit.py``). ``error_on`` measures a
+decision on any tokens.
 
-Peak memory: the activations of all routed tokens at the widths that stay (sum of n_p * I' in fp32),
-those of one prototype before it is trimmed, and what ``refit`` takes. Of a prototype nothing is held but
-its new down projection; its other weights are taken from the pretrained ones whenever they are asked for.
+Peak memory: the activations of all routed tokens at the widths that stay (sum of n_p * I' in fp32), those of one
+prototype before it is trimmed, and what ``refit`` takes. Of a prototype only the new down projection is held; its other
+weights are taken from the pretrained ones when they are asked for.
 """
 
 from __future__ import annotations

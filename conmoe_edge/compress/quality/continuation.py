@@ -6,8 +6,7 @@ layers none computes every prompt anew at each step. No step depends on the memo
 
 Repetition is seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319, section 6): of the n-grams of a
 continuation the share that occurred before in it, ``1 - distinct / all``, averaged over the
-continuations. n is 4. A continuation ends before its first end token; one with fewer than n tokens
-has no n-gram and is left out.
+continuations. n is 4. A continuation ends before its first end token; one with fewer than n tokens is left out.
 
 Peak memory: what is outside the decoder layers, one layer or (held) all of them, the cache of all
 prompts, the logits of one position of each.

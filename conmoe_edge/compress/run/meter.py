@@ -1,4 +1,4 @@
-"""How far a run is, for whoever watches it, and where its time goes."""
+"""How far a run is, and where its time goes."""
 
 from __future__ import annotations
 

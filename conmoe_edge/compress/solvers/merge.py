@@ -87,10 +87,10 @@ def shares(usage: Sequence[float]) -> list[float]:
     """Usage as shares of 1; equal ones where all of it is 0.
 
     Raises:
-        ValueError: a negative usage, or one that is no number; a mistake of the caller.
+        ValueError: a usage that is negative or not finite.
     """
     if not usage or not all(0.0 <= one < float("inf") for one in usage):
-        raise ValueError(f"{list(usage)} is no usage of experts")
+        raise ValueError(f"{list(usage)} is not a usage of experts")
     total = sum(usage)
     return [1.0 / len(usage) if total == 0 else one / total for one in usage]
 

@@ -1,4 +1,4 @@
-"""How well one expert stands in for another, measured on its outputs and solved in closed form.
+"""How well one expert stands in for another: errors measured on outputs, scale and constant in closed form. Pure.
 
 For a router slot e with the tokens D_e of a sample, gates g and experts f, and a prototype p, the
 slot's output is approximated by s f_p + b. The gate-weighted squared error
@@ -7,8 +7,8 @@ slot's output is approximated by s f_p + b. The gate-weighted squared error
 
 is least at  s = <f_e - mu_e, f_p - nu_p> / (|f_p - nu_p|^2 + lambda),  b = mu_e - s nu_p,  with the
 g^2-weighted means mu_e, nu_p over D_e and inner products summed over D_e with g^2. A constant alone
-leaves R(e) = sum of g^2 |f_e - mu_e|^2. Scales are kept in [0, 1.5], so that no output is turned
-round or blown up on tokens that were not in the sample.
+leaves R(e) = sum of g^2 |f_e - mu_e|^2. Scales are kept in [0, 1.5], so that no output changes its
+sign or grows much on tokens that were not in the sample.
 
 Outputs that are wider than ``SKETCH`` are multiplied with a fixed random matrix [H, SKETCH] of
 variance 1 / SKETCH first, which keeps inner products in expectation (Johnson and Lindenstrauss); an
@@ -53,7 +53,7 @@ class RoutedOutputs:
             where tokens have none).
         peak: [E] fp64, the largest absolute number in the outputs for the slot's tokens.
         outputs: [m, K, SKETCH] fp32, the outputs of the chosen experts (narrow ones as they are);
-            ``None`` where nobody chose any.
+            ``None`` where no token chose any.
     """
 
     energy: Tensor
@@ -92,8 +92,7 @@ def slot_errors(
         experts: E.
         forward: (expert, [n, H]) -> its outputs [n, H].
         prototypes: the columns that are wanted, all by default; the others stay 0.
-        slots: the rows that are wanted, all by default; the others mean nothing, and nor does what is
-            ``seen`` of them.
+        slots: the rows that are wanted, all by default; the others are undefined, in ``seen`` as well.
     """
     count, width = tokens.slots.shape
     valid = (tokens.slots >= 0) & (tokens.slots < experts)
@@ -111,7 +110,7 @@ def slot_errors(
         nothing = torch.zeros(experts, dtype=torch.float64)
         return SlotErrors(scale, error, nothing, seen)
     own = seen.outputs
-    if own is None:  # nobody chose a slot that is wanted
+    if own is None:  # no token chose a slot that is wanted
         own = torch.zeros(count, width, min(SKETCH, tokens.hidden.shape[1]))
     slot = tokens.slots.clamp(0, experts - 1).reshape(-1)  # [m K]
     weight = torch.where(valid, tokens.gates.square(), 0.0).double().reshape(-1)

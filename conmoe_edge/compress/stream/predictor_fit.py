@@ -87,7 +87,7 @@ class PredictorFit:
         """
         for path in self._work.glob("rows-*.safetensors"):
             if before is None or path != self._rows(before):
-                path.unlink()  # from before that layer: whatever happens now, nobody asks for it again
+                path.unlink()  # of an earlier layer: not read again
         if before is not None:
             x = load_tensors(self._rows(before))["rows"].to(self._device).float()
             y = torch.zeros(len(slots), experts + 1, device=self._device)

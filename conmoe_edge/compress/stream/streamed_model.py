@@ -1,7 +1,7 @@
-"""A model whose quality is measured: a checkpoint with its own experts, or a package with its prototypes.
+"""A checkpoint with its own experts or a package with its prototypes, streamed layer by layer in the same way.
 
-Both are streamed in the same way: a decoder layer is loaded without or with its experts, a tap
-computes them, the layer is dropped. ``open_subject`` opens either from a folder.
+A decoder layer is loaded with or without its experts, a tap computes them, the layer is dropped. ``open_subject`` opens
+either from a folder, ``package_subject`` a package whose manifest is at hand.
 
 Peak memory: what ``StreamedModel`` says; a package's layer has its prototypes in place of experts.
 Raises ``PackageError``, ``CheckpointError``, ``UnsupportedModel``.

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by part, for the report at the end of a fit. No output of its own."""
+"""Seconds by part, for the report at the end of a fit."""
 
 from __future__ import annotations
 

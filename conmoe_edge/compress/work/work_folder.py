@@ -6,9 +6,10 @@ is read is mapped. Raises ``NoSpace``; ``CheckpointError`` where a file of an ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from torch import Tensor
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
 from conmoe_edge.errors import CheckpointError
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def load_as(kind: Callable[..., Loaded], path: Path) -> Loaded:
+    """A value whose fields ``save_tensors`` kept by name."""
+    try:
+        return kind(**load_tensors(path))
+    except TypeError as error:
         raise damaged(path, str(error)) from error
 
 

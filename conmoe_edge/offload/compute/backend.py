@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.cpu_fallback import HostCompute
 from conmoe_edge.offload.compute.cpu_layer import CpuBackend
@@ -26,6 +27,7 @@ from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.compute.torch_layer import TorchBackend
 from conmoe_edge.offload.kernels.triton.launch import gpu_operator
 from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.pinned_tier import HostTier
 
 
 class LayerExperts(Protocol):
@@ -52,10 +54,12 @@ class ExpertBackend(Protocol):
     Attributes:
         name: what computes a few rows, for reports.
         device: where hidden states are.
+        arithmetic: what computes single experts.
     """
 
     name: str
     device: torch.device
+    arithmetic: Arithmetic
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> LayerExperts:
         """A layer by its map, which is on the device, and its experts module."""
@@ -71,11 +75,19 @@ class ExpertBackend(Protocol):
 
 
 def backend_maker(
-    device: torch.device, arithmetic: Arithmetic, host: HostCompute | None = None
+    device: torch.device, host: HostTier | None, manifest: Manifest
 ) -> Callable[[Residency], ExpertBackend]:
-    """What makes the backends for ``device``; ``host`` computes prototypes that are not on a GPU where they lie."""
+    """What makes the backends for ``device``.
+
+    Args:
+        device: where the compute happens.
+        host: records that the processor may compute where they lie, instead of having them copied to a GPU.
+        manifest: of the package.
+    """
+    arithmetic = Arithmetic(device)
+    aside = HostCompute(host, manifest) if host is not None and host.nbytes else None
     engine = gpu_operator(device)
     if engine is not None:
-        return lambda residency: TritonBackend(device, residency, arithmetic, engine, host)
+        return lambda residency: TritonBackend(device, residency, arithmetic, engine, aside)
     kind = CpuBackend if device.type == "cpu" else TorchBackend
     return lambda residency: kind(device, residency, arithmetic)

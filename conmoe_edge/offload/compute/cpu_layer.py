@@ -35,7 +35,6 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
 )
 from conmoe_edge.offload.residency.address_table import Place
 from conmoe_edge.offload.residency.residency import Residency
-from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 _FORMATS = (torch.bfloat16, torch.float32)
@@ -47,19 +46,17 @@ class HostAddresses:
     ``table``: the present prototypes that one call takes (``StoredExpert.matrices``).
     """
 
-    def __init__(self, pools: Sequence[SlotPool], count: int) -> None:
-        """Numbers are below ``count``."""
-        self.table = PrototypeTable(count)
-        self._pools = pools
+    def __init__(self, residency: Residency) -> None:
+        self.table = PrototypeTable(residency.count)
+        self._residency = residency
+        residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
-        """See ``AddressView``."""
-        matrices = self._pools[place[0]].parts(place[1]).matrices
+        matrices = self._residency.stored(place).matrices
         if matrices is not None:
             self.table.put(number, *matrices)
 
     def remove(self, number: int) -> None:
-        """See ``AddressView``."""
         self.table.remove(number)
 
 
@@ -89,7 +86,6 @@ class CpuLayer(TorchLayer):
     def one_token(
         self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
     ) -> Tensor | None:
-        """See ``LayerExperts``."""
         found = self.output(hidden, slots, gates)
         return self.forward_with_misses(module, hidden, slots, gates) if found is None else found
 
@@ -182,11 +178,9 @@ class CpuBackend(TorchBackend):
     def __init__(self, device: torch.device, residency: Residency, arithmetic: Arithmetic) -> None:
         super().__init__(device, residency, arithmetic)
         self._engine = operator()
-        self._addresses = HostAddresses(residency.pools, residency.count)
-        residency.table.watch(self._addresses)
+        self._addresses = HostAddresses(residency)
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> CpuLayer:
-        """See ``ExpertBackend``."""
         formats, table = (), None
         kinds = self.residency.kinds(slots.slot_map.prototypes)
         matrices = kinds[0].matrices if kinds else None

@@ -23,7 +23,6 @@ from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.triton.launch import MOST_SLOTS, GpuLayer, GpuOperator, GpuTable
 from conmoe_edge.offload.residency.address_table import Place
 from conmoe_edge.offload.residency.residency import Residency
-from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16)
@@ -32,12 +31,15 @@ _ACTIVATIONS = (torch.bfloat16, torch.float16)
 class GpuAddresses:
     """A view of the address table for the kernels, which read addresses from ``table``."""
 
-    def __init__(self, table: GpuTable, pools: Sequence[SlotPool]) -> None:
-        self.table, self._pools = table, pools
+    def __init__(self, residency: Residency, device: torch.device) -> None:
+        layouts = [pool.layout for pool in residency.pools]
+        self.table = GpuTable(layouts, residency.layout_of, device)
+        self._residency = residency
+        residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
         """See ``AddressView``; it holds for launches that are issued from now on."""
-        self.table.put(number, self._pools[place[0]].record(place[1]).data_ptr())
+        self.table.put(number, self._residency.record(place).data_ptr())
 
     def remove(self, number: int) -> None:
         """See ``AddressView``. No kernel is launched for a prototype that is not present."""
@@ -55,7 +57,6 @@ class TritonLayer(TorchLayer):
     def one_token(
         self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
     ) -> Tensor | None:
-        """See ``LayerExperts``."""
         layer, engine = self._layer, self._backend.engine
         if layer is None or hidden.dtype not in _ACTIVATIONS:
             return None
@@ -116,12 +117,9 @@ class TritonBackend(TorchBackend):
     ) -> None:
         super().__init__(device, residency, arithmetic)
         self.name, self.engine, self.host = engine.name, engine, host
-        layouts = [pool.layout for pool in residency.pools]
-        self._table = GpuTable(layouts, residency.layout_of, device)
-        residency.table.watch(GpuAddresses(self._table, residency.pools))
+        self._table = GpuAddresses(residency, device).table
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> TritonLayer:
-        """See ``ExpertBackend``."""
         found = GpuLayer.of(self._table, slots) if usual_gate(module) else None
         if found is not None and module.is_transposed and not found.quantised:
             found = None
@@ -132,7 +130,6 @@ class TritonBackend(TorchBackend):
         return int(self._table.asked), 0 if self.host is None else self.host.computed
 
     def reset_counts(self) -> None:
-        """See ``ExpertBackend``."""
         self._table.asked.zero_()
         if self.host is not None:
             self.host.computed = 0

@@ -36,7 +36,6 @@ class TorchLayer:
         return None
 
     def tokens(self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-        """See ``LayerExperts``."""
         routes = self.slots.routes(slots, gates)
         total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
 
@@ -78,7 +77,6 @@ class TorchBackend:
         self.name = arithmetic.name
 
     def layer(self, slots: SlotTensors, module: nn.Module) -> TorchLayer:
-        """See ``ExpertBackend``."""
         return TorchLayer(self.residency, self.arithmetic, slots)
 
     def uncounted(self) -> tuple[int, int]:
@@ -86,4 +84,4 @@ class TorchBackend:
         return 0, 0
 
     def reset_counts(self) -> None:
-        """See ``ExpertBackend``."""
+        """Nothing is counted here."""

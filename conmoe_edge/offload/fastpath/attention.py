@@ -1,33 +1,33 @@
 """A layer's attention for one new token, in one call of the operator.
 
 transformers' attention is some forty tensor operations and method calls a layer. Between two tokens a layer's weights
-push everything else out of the processor's caches, so each of them is cold. ``attend_in_one_call`` puts an
-``EdgeAttention`` in front of the ``forward`` of every attention that is the usual one: projections, perhaps norms of
-queries and keys, rotary positions, the cache, softmax, the output projection.
+push everything else out of the processor's caches, so each of them is cold. ``FusedAttention`` stands in front of the
+``forward`` of an attention of a listed class (``supported.py``): projections, perhaps norms of queries and keys, rotary
+positions, the cache, softmax, the output projection.
 
-Nothing is known of a model's own class. Its code must use no name beyond those of the usual attention
-(``class_match.py``), and before the operator answers for a layer it has computed a token of that layer beside
-transformers, and every bit of the output and of the cache was the same.
+Before the operator answers for a layer it has computed one token of that layer beside transformers, and every bit of
+the output and of the cache was the same. That check is not the proof; the tests of the listed classes are.
 
-Memory: one token's activations; for the first token a copy of the layer's keys and values. Raises nothing.
+Memory: one token's activations; for the first token a copy of the layer's keys and values.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from conmoe_edge.offload.compute.fused_linear import EdgeLinear
-from conmoe_edge.offload.fastpath.class_match import as_they_were, speaks_only_of
+from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
+from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
-from conmoe_edge.offload.fastpath.rms_norm import EdgeNorm
+from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
+from conmoe_edge.offload.fastpath.supported import Attention, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
     AttentionTable,
     Cached,
@@ -37,24 +37,13 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     RmsNorm,
 )
 
-_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")
-_NAMES = frozenset(
-    [
-        *_LINEARS,
-        *_NORMS,
-        *("head_dim", "shape", "view", "transpose", "reshape", "contiguous", "config", "training"),
-        *("apply_rotary_pos_emb", "update", "layer_idx", "scaling", "sliding_window", "getattr"),
-        *("ALL_ATTENTION_FUNCTIONS", "get_interface", "_attn_implementation"),
-        *("eager_attention_forward", "attention_dropout", "use_qk_norm"),
-    ]
+_KNOWN = frozenset(
+    (
+        *("hidden_states", "position_embeddings", *CACHE_ARGUMENTS),
+        *("position_ids", "cache_position", "use_cache"),  # say nothing that the others do not
+    )
 )
-"""What the code of the usual attention speaks of, in transformers' words."""
-_UNUSED = {"clip_qkv": ("clip_qkv", "clamp_")}
-"""Names that are as good as not there where the model's configuration has nothing under the first."""
-_HARMLESS = frozenset(("position_ids", "cache_position", "use_cache"))
-"""Arguments that say nothing which the others do not."""
+"""Arguments of a ``forward`` that may have any value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +55,27 @@ class Place:
     cached: Cached
 
 
-class EdgeAttention:
+class FusedAttention:
     """Stands in front of the ``forward`` of an attention module of a loaded model, for inference only.
 
-    ``agrees``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
+    ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
     """
 
-    def __init__(self, module: nn.Module, engine: Operator) -> None:
-        """For a module that ``is_usual_attention``."""
-        self.agrees: bool | None = None
+    def __init__(
+        self, module: nn.Module, spec: Attention, engine: Operator, served: Served
+    ) -> None:
+        """For a module that ``fused_attention`` takes."""
+        self.verified: bool | None = None
         self._own = weakref.WeakMethod(module.forward)
-        self._engine = engine
+        self._spec, self._engine, self._served = spec, engine, served
         self._parts = dict(module.named_children())
-        self._linears: list[EdgeLinear] = [getattr(module, name) for name in _LINEARS]
-        self._norms: list[EdgeNorm | None] = [getattr(module, name, None) for name in _NORMS]
+        self._linears: list[FusedLinear] = [self._parts[name] for name in spec.linears]  # pyright: ignore[reportAttributeAccessIssue]
+        norms: list[Any] = [self._parts.get(name) for name in spec.norms]
+        self._norms: list[FusedNorm | None] = norms or [None, None]
         self._width, self._scaling = int(module.head_dim), float(module.scaling)  # pyright: ignore[reportArgumentType]
         self._index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
         self._config: Any = module.config
+        self._settings: dict[str, Any] = vars(self._config)
         self._implementation: str = self._config._attn_implementation
         self._table: AttentionTable | None = None
         self._prepared: list[Prepared | None] = []
@@ -92,20 +85,21 @@ class EdgeAttention:
         own = self._own()
         assert own is not None, "the module is being called, so it is there"
         x = kwargs.get("hidden_states")
-        if args or x is None or self.agrees is False or not self.takes(x, kwargs):
+        if args or x is None or self.verified is False or not self.takes(x, kwargs):
             return own(*args, **kwargs)
-        place = self.place(kwargs["past_key_values"])
-        if place is None:
+        place = self.place(cache_of(kwargs))
+        if place is None or x.numel() != place.table.hidden:
             return own(**kwargs)
         positions = Positions(*kwargs["position_embeddings"])
-        if self.agrees is None:
+        if self.verified is None:
             found = own(**kwargs)
-            self.agrees = found[1] is None and agree(
+            self.verified = found[1] is None and agree(
                 place, lambda cached: self._gives(found[0], place, x, positions, cached)
             )
             return found
         out = self._engine.attention(place.table, x, positions, place.cached)
         place.layer.has_one_more()
+        self._served.attention += 1
         return out, None
 
     def _gives(self, wanted: Tensor, place: Place, *arguments: Any) -> bool:
@@ -121,8 +115,7 @@ class EdgeAttention:
         if self._config._attn_implementation != self._implementation:
             return False
         for name, value in arguments.items():
-            known = name in _HARMLESS or (name in _ARGUMENTS and name != "attention_mask")
-            if not known and value is not None and value is not False:
+            if name not in _KNOWN and value is not None and value is not False:
                 return False
         cos, sin = positions
         for one in (x, cos, sin):
@@ -143,9 +136,11 @@ class EdgeAttention:
         return None if cached is None else Place(table, layer, cached)
 
     def _current(self) -> AttentionTable | None:
-        """The layer as its weights lie now; ``None`` where a part was exchanged or is watched."""
+        """The layer as its weights lie now; ``None`` where a part was exchanged or has hooks."""
         own = self._own()
-        if own is None or not as_they_were(own.__self__, self._parts):
+        if own is None or own.__self__.training or not unchanged(own.__self__, self._parts):
+            return None
+        if any(self._settings.get(name) is not None for name in self._spec.unset):
             return None
         norms = [None if one is None else one.current() for one in self._norms]
         for norm, one in zip(norms, self._norms, strict=True):
@@ -174,6 +169,18 @@ class EdgeAttention:
             return None
 
 
+def unchanged(module: nn.Module, parts: dict[str, nn.Module], called: Collection[str] = ()) -> bool:
+    """Whether the children of ``module`` are still ``parts``, and none has a hook but those ``called`` anyway."""
+    children = module._modules
+    if len(children) != len(parts):
+        return False
+    for name, part in parts.items():
+        hooked = part._forward_hooks or part._forward_pre_hooks
+        if children.get(name) is not part or (hooked and name not in called):
+            return False
+    return True
+
+
 def agree(place: Place, compute: Callable[[Cached], bool]) -> bool:
     """Whether ``compute`` says so, and writes the same keys and values as the token has in the cache already."""
     keys: Any = place.layer.keys
@@ -186,30 +193,22 @@ def agree(place: Place, compute: Callable[[Cached], bool]) -> bool:
     return same and torch.equal(first, keys) and torch.equal(second, values)
 
 
-def attend_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
-    """Let the usual attentions of ``model`` take single tokens through the operator; how many there are."""
-    found = [module for module in model.modules() if is_usual_attention(module)]
-    for module in found:
-        module.forward = EdgeAttention(module, engine)  # type: ignore[method-assign]
-    return len(found)
-
-
-def is_usual_attention(module: nn.Module) -> bool:
-    """Whether the code and the parts of ``module`` are those of the usual attention and nothing else."""
-    children = dict(module.named_children())
-    if not set(_LINEARS) <= set(children) <= {*_LINEARS, *_NORMS}:
-        return False
-    norms = [children.get(name) for name in _NORMS]
-    if not all(isinstance(children[name], EdgeLinear) for name in _LINEARS):
-        return False
-    if any(one is not None and not isinstance(one, EdgeNorm) for one in norms):
-        return False
-    if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
-        return False
-    config = getattr(module, "config", None)
-    if config is None or not all(hasattr(module, name) for name in ("head_dim", "scaling")):
-        return False
-    unused = [
-        one for name, used in _UNUSED.items() if getattr(config, name, None) is None for one in used
-    ]
-    return speaks_only_of(module, {*_NAMES, *unused}, _ARGUMENTS)
+def fused_attention(
+    module: nn.Module, engine: Operator, served: Served
+) -> FusedAttention | Refusal:
+    """What stands in front of ``module``'s ``forward``, whose projections and norms are the operator's already."""
+    spec = look_up(module, Attention)
+    if isinstance(spec, Refusal):
+        return spec
+    name, children = type(module).__name__, dict(module.named_children())
+    norms = spec.norms if not spec.norms_if or getattr(module, spec.norms_if) else ()
+    if set(children) != {*spec.linears, *norms}:
+        return Refusal(f"{name} has other parts than its class")
+    if not all(isinstance(children[one], FusedLinear) for one in spec.linears):
+        return Refusal(f"a projection of {name} is not the operator's")
+    if not all(isinstance(children[one], FusedNorm) for one in norms):
+        return Refusal(f"a norm of {name} is not the operator's")
+    for setting in spec.unset:
+        if getattr(module.config, setting) is not None:
+            return Refusal(f"{name} with {setting}")
+    return FusedAttention(module, spec, engine, served)

@@ -40,17 +40,15 @@ Compute = Callable[[Sequence[int], Sequence[StoredExpert]], None]
 class _Staying:
     """A view of the table: the pinned prototypes that are present, as compute takes them."""
 
-    def __init__(self, table: AddressTable, pools: Sequence[SlotPool], count: int) -> None:
-        self.experts: list[StoredExpert | None] = [None] * count
-        self._table, self.pools = table, pools
+    def __init__(self, residency: Residency) -> None:
+        self.experts: list[StoredExpert | None] = [None] * residency.count
+        self._residency = residency
 
     def put(self, number: int, place: Place) -> None:
-        """See ``AddressView``."""
-        if number in self._table.pinned:
-            self.experts[number] = self.pools[place[0]].parts(place[1])
+        if number in self._residency.table.pinned:
+            self.experts[number] = self._residency.stored(place)
 
     def remove(self, number: int) -> None:
-        """See ``AddressView``."""
         self.experts[number] = None
 
 
@@ -93,20 +91,18 @@ class Residency:
         self._wanted: list[int] = []  # a prefetch that waits for the demand reads
         # Compute that has returned is over on a CPU only; elsewhere a slot may be given away while it is read.
         self._direct = all(pool.device.type == "cpu" for pool in self.pools)
-        self._caches: list[SlotCache | None] = []
-        self._warm: list[tuple[int, ...]] = []
+        self._caches: dict[int, SlotCache] = {}  # by layout, where a prototype has it
+        self._warm: dict[int, tuple[int, ...]] = {}
         for layout, one in enumerate(tables(manifest)):
             pool, mine = self.pools[layout], self.settings[layout]
             if mine.slots > pool.slots:
                 raise ValueError(f"{mine.slots} cache slots, and a pool of {pool.slots}")
-            self._warm.append(warm_order(mine, one))
-            cache = None
             if one.members:
-                policy = make_policy(mine, one)
+                policy, self._warm[layout] = make_policy(mine, one), warm_order(mine, one)
                 cache = SlotCache(mine.slots, pins_of(mine, one), policy, self.table, layout)
                 cache.lend(pool.slots - mine.slots)
-            self._caches.append(cache)
-        staying = _Staying(self.table, self.pools, len(self.layout_of))
+                self._caches[layout] = cache
+        staying = _Staying(self)
         self._staying_experts = staying.experts
         self.table.watch(staying)
         self.all_resident = not self.layout_of
@@ -116,20 +112,29 @@ class Residency:
 
         ``progress(done, total)`` counts records.
         """
-        loads: list[tuple[int, Load]] = []
-        for layout, cache in enumerate(self._caches):
-            if cache is not None:
-                loads += [(layout, load) for load in cache.fill(self._warm[layout])]
-        loads.sort(key=lambda item: item[1].item)  # file order, near enough
+        loads = [
+            load
+            for layout, cache in self._caches.items()
+            for load in cache.fill(self._warm[layout])
+        ]
+        loads.sort(key=lambda load: load.item)  # file order, near enough
         self._begin(loads)
-        for done, (layout, load) in enumerate(loads, start=1):
-            self._transfer.wait((layout, load.slot))
+        for done, load in enumerate(loads, start=1):
+            self._transfer.wait(load.place)
             if progress is not None:
                 progress(done, len(loads))
         self._transfer.drain()  # whatever stream computes later: the records are there
-        for _, load in loads:
+        for load in loads:
             self.table.arrived(load.item)
         self.all_resident = self.table.stay(range(len(self.layout_of)))
+
+    def record(self, place: Place) -> Tensor:
+        """The bytes of a cache slot."""
+        return self.pools[place[0]].record(place[1])
+
+    def stored(self, place: Place) -> StoredExpert:
+        """What is in a cache slot, as compute takes it."""
+        return self.pools[place[0]].parts(place[1])
 
     def kinds(self, numbers: Iterable[int]) -> list[StoredExpert]:
         """One stored expert of each layout that ``numbers`` have, whatever it holds now: for its forms."""
@@ -143,8 +148,8 @@ class Residency:
 
     def asked(self, numbers: Sequence[int]) -> None:
         """These prototypes, which are there, were computed with for one token."""
-        for _, cache, mine in self._shares(numbers):
-            cache.ask(mine)
+        for layout, mine in self._shares(numbers):
+            self._caches[layout].ask(mine)
 
     @property
     def count(self) -> int:
@@ -180,7 +185,7 @@ class Residency:
         if not self.table.present(numbers):
             return None
         self.asked(numbers)
-        return [self._stored(number) for number in numbers]
+        return [self.stored(self._place(number)) for number in numbers]
 
     def visit(
         self,
@@ -238,9 +243,9 @@ class Residency:
         One that failed is forgotten: a visit that asks for it reads it again, and reports the error.
         """
         for number in sorted(self.table.arriving):
-            place, cache = self._place(number), self._cache(number)
+            place, cache = self._place(number), self._caches[self.layout_of[number]]
             if not self._transfer.ready(place):
-                if self._transfer.cancel(number, place, self._record(place)):
+                if self._transfer.cancel(number, place, self.record(place)):
                     self.bytes_read -= self.pools[place[0]].layout.nbytes
                     cache.counts.prefetched -= 1
                     cache.lost(number)
@@ -266,24 +271,16 @@ class Residency:
     def _lose_prefetches(self) -> None:
         """After the transfer was drained: whether a read went well is not known any more."""
         for number in sorted(self.table.arriving):
-            self._cache(number).lost(number)
+            self._caches[self.layout_of[number]].lost(number)
 
-    def _cache(self, number: int) -> SlotCache:
-        cache = self._caches[self.layout_of[number]]
-        if cache is None:
-            raise RuntimeError(f"the layout of prototype {number} has no cache")
-        return cache
-
-    def _shares(self, numbers: Sequence[int]) -> list[tuple[int, SlotCache, list[int]]]:
-        """(layout, its cache, what it has to give of ``numbers``), for the caches that have a share."""
-        if len(self._caches) == 1 and self._caches[0] is not None:
-            return [(0, self._caches[0], list(numbers))]
-        shares = []
-        for layout, cache in enumerate(self._caches):
-            mine = [number for number in numbers if self.layout_of[number] == layout]
-            if cache is not None and mine:
-                shares.append((layout, cache, mine))
-        return shares
+    def _shares(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(layout, those of ``numbers`` that have it, in their order), for the layouts that occur."""
+        if len(self._caches) == 1:
+            return [(layout, list(numbers)) for layout in self._caches]
+        mine: dict[int, list[int]] = {}
+        for number in numbers:
+            mine.setdefault(self.layout_of[number], []).append(number)
+        return sorted(mine.items())
 
     def _turns(self, numbers: Sequence[int]) -> list[int]:
         """Positions in the order of a decode: what is there, what a prefetch is bringing, what is missing."""
@@ -300,11 +297,11 @@ class Residency:
         left = list(range(len(numbers))) if scan else self._turns(numbers)
         with ExitStack() as stack:
             passes: dict[int, Pass] = {}
-            for layout, cache, mine in self._shares([numbers[position] for position in left]):
-                passes[layout] = stack.enter_context(cache.begin(mine, scan=scan))
+            for layout, mine in self._shares([numbers[position] for position in left]):
+                passes[layout] = stack.enter_context(self._caches[layout].begin(mine, scan=scan))
             while left:
-                for layout, one in passes.items():
-                    self._begin([(layout, load) for load in one.loads()], demand=True)
+                for one in passes.values():
+                    self._begin(one.loads(), demand=True)
                 places = [self._place(numbers[left[0]])]
                 if not scan:
                     places += self._ready_after(numbers, left)
@@ -315,7 +312,7 @@ class Residency:
                     self.table.arrived(numbers[position])
                 if self._wanted and all(one.complete for one in passes.values()):
                     self._start_prefetch()
-                compute(turn, [self.pools[layout].parts(slot) for layout, slot in places])
+                compute(turn, [self.stored(place) for place in places])
                 for position, place in zip(turn, places, strict=True):
                     self._transfer.used(place)
                     passes[place[0]].finish(numbers[position])
@@ -326,14 +323,6 @@ class Residency:
         if place is None:
             raise RuntimeError(f"prototype {number} has no cache slot")
         return place
-
-    def _record(self, place: Place) -> Tensor:
-        """The bytes of a cache slot."""
-        return self.pools[place[0]].record(place[1])
-
-    def _stored(self, number: int) -> StoredExpert:
-        layout, slot = self._place(number)
-        return self.pools[layout].parts(slot)
 
     def _ready_after(self, numbers: Sequence[int], left: Sequence[int]) -> list[Place]:
         """The places of those behind the first of ``left`` that need not be waited for, as far as they follow it."""
@@ -350,34 +339,30 @@ class Residency:
             return
         wanted = [number for number in self._wanted if self.table.place(number) is None]
         self._wanted = []
-        for layout, cache, mine in self._shares(wanted[: self.most_ahead]):
-            loads = [(layout, load) for load in cache.prefetch(mine, keep)]
-            self._begin(loads, ahead=True)
+        for layout, mine in self._shares(wanted[: self.most_ahead]):
+            self._begin(self._caches[layout].prefetch(mine, keep), ahead=True)
 
-    def _begin(
-        self, loads: Iterable[tuple[int, Load]], *, demand: bool = False, ahead: bool = False
-    ) -> None:
-        for layout, load in loads:
-            self.bytes_read += self.pools[layout].layout.nbytes
-            place = (layout, load.slot)
+    def _begin(self, loads: Iterable[Load], *, demand: bool = False, ahead: bool = False) -> None:
+        for load in loads:
+            self.bytes_read += self.pools[load.place[0]].layout.nbytes
             if demand:
-                self._demand.add(place)
-            self._transfer.load(load.item, place, self._record(place), ahead=ahead)
+                self._demand.add(load.place)
+            self._transfer.load(load.item, load.place, self.record(load.place), ahead=ahead)
 
     @property
     def hits(self) -> int:
         """Prototypes that were there when a layer asked for them."""
-        return self._resident_hits + sum(cache.counts.hits for cache in self._caches if cache)
+        return self._resident_hits + sum(one.counts.hits for one in self._caches.values())
 
     @property
     def misses(self) -> int:
         """Prototypes that had to be read first."""
-        return sum(cache.counts.misses for cache in self._caches if cache)
+        return sum(one.counts.misses for one in self._caches.values())
 
     @property
     def prefetched(self) -> tuple[int, int]:
         """(prototypes read ahead, how many of them were asked for while they were there)."""
-        counts = [cache.counts for cache in self._caches if cache]
+        counts = [one.counts for one in self._caches.values()]
         return sum(one.prefetched for one in counts), sum(one.useful for one in counts)
 
     def shrink(self, slots: Sequence[int]) -> None:
@@ -385,21 +370,21 @@ class Residency:
         self._transfer.drain()
         self._wanted = []
         self._lose_prefetches()
-        for cache, pool, count in zip(self._caches, self.pools, slots, strict=True):
-            if cache is not None and count < pool.slots:
-                cache.shrink(count)
-                pool.shrink(count)
+        for layout, cache in self._caches.items():
+            if slots[layout] < self.pools[layout].slots:
+                cache.shrink(slots[layout])
+                self.pools[layout].shrink(slots[layout])
 
     def reset_counts(self) -> None:
         """Hits, misses, prefetches and bytes read start at zero again."""
         self._resident_hits = self.bytes_read = 0
-        for cache in self._caches:
-            if cache is not None:
-                cache.counts = CacheCounts()
+        for cache in self._caches.values():
+            cache.counts = CacheCounts()
 
     def close(self) -> None:
-        """Let the device memory go. The transfer belongs to the caller."""
+        """Let the device memory go; nothing can be visited afterwards. The transfer belongs to the caller."""
         self._transfer.drain()
+        self.prefetcher = None
         self.table.clear()
         for pool in self.pools:
             pool.close()

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from conmoe_edge.offload.residency.address_table import AddressTable
+from conmoe_edge.offload.residency.address_table import AddressTable, Place
 from conmoe_edge.offload.residency.eviction import Lru, Policy
 
 _SMALL_RING, _LARGE_RING = 2, 8
@@ -34,10 +34,10 @@ _SMALL_RING, _LARGE_RING = 2, 8
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Read prototype ``item`` into cache slot ``slot``."""
+    """Read prototype ``item`` into its place."""
 
     item: int
-    slot: int
+    place: Place
 
 
 @dataclass(slots=True)
@@ -195,8 +195,9 @@ class SlotCache:
             raise RuntimeError("one pass at a time, and everything else between passes")
 
     def _load(self, item: int, slot: int) -> Load:
-        self.table.assign(item, (self._layout, slot))
-        return Load(item, slot)
+        place = (self._layout, slot)
+        self.table.assign(item, place)
+        return Load(item, place)
 
     def _reading(self, item: int) -> bool:
         """Whether a prefetch is still reading the item."""

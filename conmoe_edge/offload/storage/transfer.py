@@ -98,26 +98,15 @@ class Transfer(Protocol):
         """Drain and let the threads go."""
 
 
-class _Pending:
-    """Loads under way by place."""
+class _ThreadedTransfer:
+    """What both ways have in common: reads by threads, under way by place."""
 
-    def __init__(self, readers: int) -> None:
+    def __init__(self, store: RecordStore, readers: int) -> None:
+        self.counts = TransferCounts()
+        self._store = store
         self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
         self._ahead: ThreadPoolExecutor | None = None  # made when it is first needed
         self._futures: dict[Place, Future[None]] = {}
-        self.counts = TransferCounts()
-
-    def start(self, place: Place, job: Callable[[], None], *, ahead: bool) -> None:
-        if ahead and self._ahead is None:
-            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
-        threads = self._ahead if ahead and self._ahead is not None else self._threads
-        self._futures[place] = threads.submit(job)
-
-    def cancel(self, place: Place) -> bool:
-        if not self._futures[place].cancel():
-            return False
-        del self._futures[place]
-        return True
 
     def ready(self, place: Place) -> bool:
         future = self._futures.get(place)
@@ -133,6 +122,9 @@ class _Pending:
             self.counts.waited_seconds += time.perf_counter() - before
         future.result()
 
+    def used(self, place: Place) -> None:
+        """Nothing to do: on a CPU the compute is over when the call returns."""
+
     def drain(self) -> None:
         wait_for_futures(self._futures.values())
         self._futures.clear()
@@ -142,46 +134,39 @@ class _Pending:
         if self._ahead is not None:
             self._ahead.shutdown(wait=True, cancel_futures=True)
 
+    def _start(self, place: Place, job: Callable[[], None], *, ahead: bool) -> None:
+        if ahead and self._ahead is None:
+            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
+        threads = self._ahead if ahead and self._ahead is not None else self._threads
+        self._futures[place] = threads.submit(job)
 
-class DirectTransfer:
-    """CPU: disk to place."""
+    def _take_back(self, place: Place) -> bool:
+        """Whether the read had not begun; then it does not."""
+        if not self._futures[place].cancel():
+            return False
+        del self._futures[place]
+        return True
+
+
+class DirectTransfer(_ThreadedTransfer):
+    """CPU: disk to cache slot."""
 
     def __init__(self, store: RecordStore, readers: int = READERS) -> None:
-        self._store = store
-        self._pending = _Pending(readers)
-
-    @property
-    def counts(self) -> TransferCounts:
-        return self._pending.counts
+        super().__init__(store, readers)
 
     def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
         self.counts.disk_bytes += target.numel()
-        self._pending.start(place, lambda: self._store.read_into(number, target), ahead=ahead)
+        self._start(place, lambda: self._store.read_into(number, target), ahead=ahead)
 
     def cancel(self, number: int, place: Place, target: Tensor) -> bool:
-        cancelled = self._pending.cancel(place)
+        cancelled = self._take_back(place)
         if cancelled:
             self.counts.disk_bytes -= target.numel()
         return cancelled
 
-    def ready(self, place: Place) -> bool:
-        return self._pending.ready(place)
 
-    def wait(self, place: Place) -> None:
-        self._pending.wait(place)
-
-    def used(self, place: Place) -> None:
-        """Nothing to do: on a CPU the compute is over when the call returns."""
-
-    def drain(self) -> None:
-        self._pending.drain()
-
-    def close(self) -> None:
-        self._pending.close()
-
-
-class StagedTransfer:
-    """CUDA: disk or host memory to place by way of a copy stream."""
+class StagedTransfer(_ThreadedTransfer):
+    """CUDA: disk or host memory to cache slot by way of a copy stream."""
 
     def __init__(
         self,
@@ -191,10 +176,9 @@ class StagedTransfer:
         host: HostTier | None = None,
         readers: int = READERS,
     ) -> None:
-        self._store = store
+        super().__init__(store, readers)
         self._device = device
         self._host = host
-        self._pending = _Pending(readers)
         self._stream = torch.cuda.Stream(device)
         self._loaded: dict[Place, torch.cuda.Event] = {}
         self._free: dict[Place, torch.cuda.Event] = {}
@@ -203,10 +187,6 @@ class StagedTransfer:
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(RING_RECORDS):
             self._ring.put((torch.empty(largest_record, dtype=torch.uint8, pin_memory=True), None))
-
-    @property
-    def counts(self) -> TransferCounts:
-        return self._pending.counts
 
     def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
         held = None if self._host is None else self._host.record(number)
@@ -220,12 +200,10 @@ class StagedTransfer:
             # Issuing a copy takes no longer than handing it to a thread, and nothing is waited for.
             self._loaded[place] = self._copy(held, target, free)
             return
-        self._pending.start(
-            place, lambda: self._bring(number, place, target, held, free), ahead=ahead
-        )
+        self._start(place, lambda: self._bring(number, place, target, held, free), ahead=ahead)
 
     def cancel(self, number: int, place: Place, target: Tensor) -> bool:
-        cancelled = self._pending.cancel(place)
+        cancelled = self._take_back(place)
         free = self._taken.pop(place, None)
         if cancelled:
             if free is not None:
@@ -241,13 +219,13 @@ class StagedTransfer:
             self.counts.host_bytes += nbytes
 
     def ready(self, place: Place) -> bool:
-        if not self._pending.ready(place):
+        if not super().ready(place):
             return False
         loaded = self._loaded.get(place)
         return loaded is None or loaded.query()
 
     def wait(self, place: Place) -> None:
-        self._pending.wait(place)
+        super().wait(place)
         loaded = self._loaded.pop(place, None)
         if loaded is not None:
             torch.cuda.current_stream(self._device).wait_event(loaded)
@@ -258,12 +236,12 @@ class StagedTransfer:
         self._free[place] = event
 
     def drain(self) -> None:
-        self._pending.drain()
+        super().drain()
         self._stream.synchronize()
         self._loaded.clear()
 
     def close(self) -> None:
-        self._pending.close()
+        super().close()
         self._stream.synchronize()
 
     def _bring(

@@ -18,7 +18,6 @@ from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.compute.cpu_layer import HostAddresses
 from conmoe_edge.offload.compute.gpu_layer import GpuAddresses
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.kernels.triton.gpu_tables import GpuTable
 from conmoe_edge.offload.residency.address_table import AddressTable, Place
 from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.residency import Residency
@@ -132,12 +131,10 @@ class Bench:
         self.planned, self.count = planned, len(self.manifest.prototypes)
         self.residency = Residency(self.manifest, self.pools, self.transfer, known)
         self.table = self.residency.table
-        self.mirror, self.host = Mirror(), HostAddresses(self.pools, self.count)
-        self.gpu = GpuTable(self.manifest.layouts, self.residency.layout_of, CPU)
-        for view in (self.mirror, self.host):
-            self.table.watch(view)
+        self.mirror, self.host = Mirror(), HostAddresses(self.residency)
+        self.table.watch(self.mirror)
         self.residency.preload()
-        self.table.watch(GpuAddresses(self.gpu, self.pools))  # as a backend does, afterwards
+        self.gpu = GpuAddresses(self.residency, CPU).table  # a view that comes afterwards
 
     def record(self, number: int) -> torch.Tensor:
         right = torch.empty(self.store.record_bytes(number), dtype=torch.uint8)
@@ -149,7 +146,7 @@ class Bench:
         present = {n for n in range(self.count) if self.table.present([n])}
         places = {n: self.table.place(n) for n in present}
         assert self.mirror.places == places and len(set(places.values())) == len(places)
-        caches = [cache for cache in self.residency._caches if cache is not None]
+        caches = list(self.residency._caches.values())
         placed = {n for cache in caches for n in cache.resident}
         assert placed == present | self.table.arriving
         assert {n for cache in caches for n in cache.arriving} == self.table.arriving

@@ -44,9 +44,8 @@ class Bench:
         self.transfer = DirectTransfer(self.store)
         pools = [SlotPool(layout, slots, CPU) for layout in manifest.layouts]
         settings = settings_for(folder, manifest, (slots,), policy)
-        self.addresses = HostAddresses(pools, len(manifest.prototypes))
         self.residency = Residency(manifest, pools, self.transfer, settings)
-        self.residency.table.watch(self.addresses)
+        self.addresses = HostAddresses(self.residency)
         self.residency.preload()
         self.cache: Any = self.residency._caches[0]
         self.count = len(manifest.prototypes)

@@ -74,10 +74,10 @@ def test_same_decisions_as_the_rules(case: tuple[int, tuple[int, ...], list[list
         with cache.begin(order) as one:
             for item in order:
                 for load in one.loads():
-                    assert load.slot not in in_flight, (
+                    assert load.place[1] not in in_flight, (
                         "a slot whose record is being read was given away"
                     )
-                    in_flight[load.slot] = load.item
+                    in_flight[load.place[1]] = load.item
                 slot = cache.slot_of(item)
                 seen.append((item, slot not in in_flight))
                 in_flight.pop(slot, None)
@@ -97,7 +97,7 @@ def test_one_slot_serves_any_pass() -> None:
     with cache.begin(order) as one:
         for item in order:
             (load,) = one.loads()
-            assert (load.item, load.slot) == (item, 0)
+            assert (load.item, load.place[1]) == (item, 0)
             one.finish(item)
     assert (cache.counts.hits, cache.counts.misses) == (0, 3)
 
@@ -107,7 +107,7 @@ def test_reads_start_ahead_of_the_computation() -> None:
     with cache.begin([0, 1, 2, 3]) as one:
         assert [load.item for load in one.loads()] == [0, 1, 2]
         one.finish(0)
-        assert [(load.item, load.slot) for load in one.loads()] == [(3, 0)]
+        assert [(load.item, load.place[1]) for load in one.loads()] == [(3, 0)]
 
 
 def test_a_pass_that_fails_forgets_what_it_began_to_read() -> None:
@@ -178,8 +178,8 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
 
     def begun(loads: list[Load]) -> None:
         for load in loads:
-            assert load.slot not in reading, "a slot that is being read into was given away"
-            reading[load.slot] = load.item
+            assert load.place[1] not in reading, "a slot that is being read into was given away"
+            reading[load.place[1]] = load.item
 
     for order, scan, ahead in passes:
         loaded: list[int] = []

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +17,9 @@ from conmoe_edge.checkpoint.format.manifest import (
     RecordLayout,
     SlotRecord,
 )
-from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.residency.policies import (
     POLICIES,
     LayoutTable,
-    default_settings,
     make_policy,
     pins_of,
     warm_order,
@@ -187,15 +184,6 @@ def test_layouts_are_chosen_for_apart() -> None:
     first, second = choose(_skewed(64), mixed, [1, 2])
     assert first.slots == 1 and second.slots == 2
     assert second.predicted_hit == 1.0, "two of layer 0 take turns, and have a slot each"
-
-
-def test_defaults_without_a_trace() -> None:
-    (one,) = default_settings(TWO_LAYERS, [4])
-    assert (one.policy, one.pin_share, one.predicted_hit) == ("pins", 0.5, None)
-    (one,) = default_settings(TWO_LAYERS, [5], "layer-lru")
-    assert one.quotas == (3, 2)
-    with pytest.raises(UsageError, match="fifo"):
-        default_settings(TWO_LAYERS, [4], "fifo")
 
 
 def test_part_of_a_trace_is_whole_sequences() -> None:

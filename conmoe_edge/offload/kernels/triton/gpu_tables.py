@@ -1,6 +1,6 @@
-"""What the kernels are told of prototypes and layers: tensors on the device, written once, but for where records lie.
+"""What the kernels read of prototypes and layers: tensors on the device, written once, but for where records lie.
 
-Memory: eight numbers a prototype, a few a router slot. Raises nothing.
+Memory: eight numbers a prototype, a few a router slot.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A layer is four launches, and nothing is read back: what the router has chosen i
 device. Where prototypes come and go the host reads ``Chosen.numbers``, brings what is missing, and says which of them
 ``experts`` is to compute now; every prototype's output is the same bits in any company.
 
-Memory: outputs of one token's prototypes, once a shape. Raises nothing.
+Memory: outputs of one token's prototypes, once a shape.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GpuOperator:
     """The compiled operator of one device."""
 
     def __init__(self, kernels: Any, device: torch.device) -> None:
-        """``kernels``: the module ``gpu/kernels.py``."""
+        """``kernels``: the module ``triton_kernels.py``."""
         self._kernels, self.device = kernels, device
         # Triton launches on the current device, whichever its tensors are on.
         self._here = (lambda: torch.cuda.device(device)) if device.type == "cuda" else nullcontext

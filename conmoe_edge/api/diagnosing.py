@@ -1,8 +1,7 @@
-"""What ``doctor`` looks at, apart from the GPU: each check reads one thing and says it in one line,
-with a fix where it is wrong.
+"""``doctor``: what this machine has and what is wrong with it. The GPU's part is in ``diagnosing_gpu.py``.
 
-A check never raises for what it finds and never prints. ``all_checks`` runs them in the order in
-which a user reads them; the ones that need torch import it when they run.
+Each finding reads one thing and says it in one line, with a fix where it is wrong; it is never raised. Those that need
+torch or another package import it when they run, so that what is missing can be said.
 """
 
 from __future__ import annotations
@@ -12,56 +11,60 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from conmoe_edge.units import GIB, gib, human_size
+from conmoe_edge.api.finding import Finding
+from conmoe_edge.units import GIB, gib, human_size, path_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from conmoe_edge.memory.machine import MachineFacts
 
-Status = Literal["ok", "info", "warn", "fail"]
 DISTRIBUTION = "conmoe-edge"
 _LITTLE_RAM, _LITTLE_DISK = 2 * GIB, 5 * GIB
 _PROBE_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. ``fix`` is a command or an action, and is empty where nothing is wrong."""
+def doctor(
+    folder: str | Path = ".", *, disk_speed: bool = False, model: PreTrainedModel | None = None
+) -> tuple[Finding, ...]:
+    """What this machine has and what is wrong with it, each with its fix.
 
-    name: str
-    status: Status
-    text: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The finding as plain JSON."""
-        return asdict(self)
+    Args:
+        folder: where packages will lie.
+        disk_speed: also measure how fast it reads; writes 256 MiB for a moment.
+        model: a loaded package; also say which way its single tokens take.
+    """
+    return tuple(findings(Path(folder), disk_speed=disk_speed, model=model))
 
 
-def all_checks(folder: Path, *, disk_speed: bool = False) -> Iterator[Check]:
-    """Every finding about this machine; ``folder`` is where packages will lie."""
-    from conmoe_edge.cli.views.checks_gpu import gpu_checks
+def findings(
+    folder: Path, *, disk_speed: bool = False, model: PreTrainedModel | None = None
+) -> Iterator[Finding]:
+    """The same, one after the other as they are found."""
+    from conmoe_edge.api.diagnosing_gpu import gpu_findings
     from conmoe_edge.memory.machine import measure_machine
 
     facts = measure_machine(folder)
-    yield python_check()
-    yield from package_checks()
-    yield from gpu_checks(facts.gpu_problem)
-    yield cpu_check()
-    yield memory_check(facts)
-    yield disk_check(folder)
+    yield python_finding()
+    yield from package_findings()
+    yield from gpu_findings(facts.gpu_problem)
+    yield cpu_finding()
+    yield memory_finding(facts)
+    yield disk_finding(folder)
     if disk_speed:
-        yield disk_speed_check(folder)
-    yield bitsandbytes_check()
-    yield hub_check()
-    yield operator_check()
+        yield disk_speed_finding(folder)
+    yield bitsandbytes_finding()
+    yield hub_finding()
+    yield operator_finding()
     if _cuda_is_there():
-        yield gpu_operator_check()
-    yield config_check()
+        yield gpu_operator_finding()
+    if model is not None:
+        yield from fast_path_findings(model)
+    yield config_finding()
 
 
 def _cuda_is_there() -> bool:
@@ -70,7 +73,7 @@ def _cuda_is_there() -> bool:
     return torch.cuda.is_available()
 
 
-def python_check() -> Check:
+def python_finding() -> Finding:
     """This Python against the range that the package declares."""
     from packaging.specifiers import SpecifierSet
 
@@ -80,13 +83,13 @@ def python_check() -> Check:
     except metadata.PackageNotFoundError:
         wanted = ""
     if found not in SpecifierSet(wanted):
-        return Check(
+        return Finding(
             "python", "fail", f"{found}, but {wanted} is needed", f"install Python {wanted}"
         )
-    return Check("python", "ok", f"{found} ({sys.executable})")
+    return Finding("python", "ok", f"{found} ({sys.executable})")
 
 
-def package_checks() -> Iterator[Check]:
+def package_findings() -> Iterator[Finding]:
     """The packages we depend on against the tested ranges; torch and transformers by name, the rest
     in one line.
     """
@@ -95,7 +98,7 @@ def package_checks() -> Iterator[Check]:
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        yield Check(
+        yield Finding(
             "packages",
             "warn",
             "conmoe-edge runs from a folder and is not installed: versions are not checked",
@@ -106,31 +109,31 @@ def package_checks() -> Iterator[Check]:
     for requirement in map(Requirement, lines):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        check = _package(requirement.name, requirement.specifier)
-        if check.status != "ok" or requirement.name in ("torch", "transformers"):
-            yield check
+        found = _package(requirement.name, requirement.specifier)
+        if found.status != "ok" or requirement.name in ("torch", "transformers"):
+            yield found
         else:
             fine += 1
-    yield Check("packages", "ok", f"{fine} more, all in the tested range")
+    yield Finding("packages", "ok", f"{fine} more, all in the tested range")
 
 
-def _package(name: str, wanted: Any) -> Check:
+def _package(name: str, wanted: Any) -> Finding:
     install = f'pip install "{name}{wanted}"'
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Check(name, "fail", "not installed", install)
+        return Finding(name, "fail", "not installed", install)
     if not wanted.contains(found, prereleases=True):
-        return Check(name, "fail", f"{found}, tested is {wanted}", install)
-    return Check(name, "ok", f"{found} (tested: {wanted})" if wanted else found)
+        return Finding(name, "fail", f"{found}, tested is {wanted}", install)
+    return Finding(name, "ok", f"{found} (tested: {wanted})" if wanted else found)
 
 
-def cpu_check() -> Check:
+def cpu_finding() -> Finding:
     """What the CPU can do for bf16 arithmetic, and how many threads there are."""
     try:
         import torch
     except Exception as error:
-        return Check(
+        return Finding(
             "cpu",
             "fail",
             f"torch cannot be imported: {error}",
@@ -145,7 +148,7 @@ def cpu_check() -> Check:
         if extras
         else ", no bf16 instructions (bf16 is slower than it could be)"
     )
-    return Check("cpu", "ok" if extras else "info", text)
+    return Finding("cpu", "ok" if extras else "info", text)
 
 
 def _cpu_flags() -> set[str]:
@@ -161,35 +164,34 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def memory_check(facts: MachineFacts) -> Check:
+def memory_finding(facts: MachineFacts) -> Finding:
     """Free RAM, and the limit of the container if that is what counts."""
     text = f"{gib(facts.ram_usable)} free of {gib(facts.ram_total)}"
     if facts.cgroup_limit is not None and facts.cgroup_limit < facts.ram_total:
         text += f", this container may use {gib(facts.cgroup_limit)}"
     if facts.ram_usable < _LITTLE_RAM:
-        return Check("ram", "warn", text, "close other programs, or take a smaller --gpu")
-    return Check("ram", "ok", text)
+        return Finding("ram", "warn", text, "close other programs, or take a smaller --gpu")
+    return Finding("ram", "ok", text)
 
 
-def disk_check(folder: Path) -> Check:
+def disk_finding(folder: Path) -> Finding:
     """Free space where packages will lie."""
-    from conmoe_edge.cli.commands.plan import free_disk
-    from conmoe_edge.cli.ui.text import path_text
+    from conmoe_edge.memory.machine import disk_free_if_readable
 
-    free = free_disk(folder)
+    free = disk_free_if_readable(folder)
     if free is None:
-        return Check(
+        return Finding(
             "disk", "fail", f"{folder} cannot be read", "take another folder: doctor --folder DIR"
         )
     text = f"{human_size(free)} free in {path_text(folder)}"
     if free < _LITTLE_DISK:
-        return Check(
+        return Finding(
             "disk", "warn", text, "free some space, or write to another disk with --out DIR"
         )
-    return Check("disk", "ok", text)
+    return Finding("disk", "ok", text)
 
 
-def disk_speed_check(folder: Path) -> Check:
+def disk_speed_finding(folder: Path) -> Finding:
     """Sequential reads of a file that was just written and dropped from the page cache."""
     fix = "take another folder: doctor --folder DIR"
     try:
@@ -208,57 +210,57 @@ def disk_speed_check(folder: Path) -> Check:
                 pass
             speed = _PROBE_BYTES / (time.perf_counter() - start)
     except OSError as error:
-        return Check("disk speed", "warn", f"not measured: {error.strerror or error}", fix)
+        return Finding("disk speed", "warn", f"not measured: {error.strerror or error}", fix)
     text = f"{human_size(int(speed))}/s reading {human_size(_PROBE_BYTES)}"
     if not dropped:
-        return Check(
+        return Finding(
             "disk speed", "info", f"{text}, perhaps from memory: this system cannot drop its cache"
         )
     if speed < 200 << 20:
-        return Check(
+        return Finding(
             "disk speed",
             "warn",
             f"{text}: experts that are not resident will be slow",
             "put packages on an SSD",
         )
-    return Check("disk speed", "ok", text)
+    return Finding("disk speed", "ok", text)
 
 
-def bitsandbytes_check() -> Check:
+def bitsandbytes_finding() -> Finding:
     """Whether the 4-bit kernels can be imported at all."""
     try:
         import bitsandbytes
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        return Check(
+        return Finding(
             "bitsandbytes",
             "warn",
             f"cannot be imported ({reason[0]}); only 4-bit prototypes need it",
             "pip install --upgrade bitsandbytes",
         )
-    return Check("bitsandbytes", "ok", str(bitsandbytes.__version__))
+    return Finding("bitsandbytes", "ok", str(bitsandbytes.__version__))
 
 
-def hub_check() -> Check:
+def hub_finding() -> Finding:
     """Where downloaded models lie, how many there are, and whether the hub may be asked."""
     from huggingface_hub import constants
-
-    from conmoe_edge.cli.ui.text import path_text
 
     cache = Path(constants.HF_HUB_CACHE)
     models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
     text = f"{path_text(cache)}, {models} model{'' if models == 1 else 's'}"
     nearest = next((p for p in (cache, *cache.parents) if p.exists()), cache)
     if not os.access(nearest, os.W_OK):
-        return Check(
+        return Finding(
             "hub cache", "warn", f"{text}, not writable", "set HF_HOME to a folder of yours"
         )
     if constants.HF_HUB_OFFLINE:
-        return Check("hub cache", "info", f"{text}; HF_HUB_OFFLINE is set: only these can be used")
-    return Check("hub cache", "ok", text)
+        return Finding(
+            "hub cache", "info", f"{text}; HF_HUB_OFFLINE is set: only these can be used"
+        )
+    return Finding("hub cache", "ok", text)
 
 
-def operator_check() -> Check:
+def operator_finding() -> Finding:
     """Whether the operator for few tokens on a processor compiles and computes what it should."""
     from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 
@@ -267,7 +269,7 @@ def operator_check() -> Check:
     return _operator("cpu operator", made and made.name, why_not(), fix)
 
 
-def gpu_operator_check() -> Check:
+def gpu_operator_finding() -> Finding:
     """The same of the operator for one token on a GPU."""
     import torch
 
@@ -278,16 +280,22 @@ def gpu_operator_check() -> Check:
     return _operator("gpu operator", made and made.name, why_not(device), "pip install triton")
 
 
-def _operator(name: str, made: str | None, why_not: str, fix: str) -> Check:
+def _operator(name: str, made: str | None, why_not: str, fix: str) -> Finding:
     if made:
-        return Check(name, "ok", made)
+        return Finding(name, "ok", made)
     reason = why_not.strip().partition("\n")[0]
-    return Check(name, "warn", f"torch's kernels instead, which are slower ({reason})", fix)
+    return Finding(name, "warn", f"torch's kernels instead, which are slower ({reason})", fix)
 
 
-def config_check() -> Check:
+def fast_path_findings(model: PreTrainedModel) -> Iterator[Finding]:
+    """Which way single tokens take through a loaded package; nothing where that is not known."""
+    fast_path = getattr(model.conmoe, "fast_path", None)
+    if fast_path is not None:
+        yield Finding("fast path", "info", fast_path.summary)
+
+
+def config_finding() -> Finding:
     """The folder of the user's own profiles, and whether all of them can be read."""
-    from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.errors import UsageError
     from conmoe_edge.memory.profiles import list_profiles, user_folder
 
@@ -295,5 +303,5 @@ def config_check() -> Check:
     try:
         own = sum(profile.origin != "shipped" for profile in list_profiles())
     except UsageError as error:
-        return Check("profiles", "fail", f"{error.what} {error.why}".strip(), error.fix)
-    return Check("profiles", "ok", f"{own} of your own in {path_text(folder)}")
+        return Finding("profiles", "fail", f"{error.what} {error.why}".strip(), error.fix)
+    return Finding("profiles", "ok", f"{own} of your own in {path_text(folder)}")

@@ -1,4 +1,4 @@
-"""What ``models`` knows: every name, what it leads to, what of it is on this disk, and what would fit here."""
+"""``models``: every name that a model can have, what it leads to, what of it is on this disk, what would fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conmoe_edge.checkpoint.sources.model_names import own_aliases, resolve
 from conmoe_edge.errors import ConmoeError, UsageError
 
 if TYPE_CHECKING:
-    from conmoe_edge.api import PlanReport
+    from conmoe_edge.api.planning import PlanReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,56 @@ class ModelRow:
     report: PlanReport | None = None
     problem: ConmoeError | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; sizes in bytes."""
+        problem = self.problem
+        return {
+            "name": self.name,
+            "target": self.target,
+            "own": self.own,
+            "here": self.here,
+            "bytes": self.nbytes,
+            "plan": None if self.report is None else self.report.to_json()["plan"],
+            "problem": None
+            if problem is None
+            else {
+                "type": type(problem).__name__,
+                "what": problem.what,
+                "why": problem.why,
+                "fix": problem.fix,
+            },
+        }
 
-def gather_models() -> tuple[ModelRow, ...]:
-    """Every alias, then what the cache holds beyond them; no socket, no weights."""
+
+def models(
+    budget: str | None = None, *, online: bool = False, on_plan: Callable[[str], None] | None = None
+) -> tuple[ModelRow, ...]:
+    """Every alias, then what the hub's cache holds beyond them; no weight is read.
+
+    Args:
+        budget: as for ``plan``; also says how each model would fit into it.
+        online: ask the hub about models that are not on this disk; else no socket is opened.
+        on_plan: called with a model's name before it is planned for.
+
+    Raises:
+        UsageError: the budget is none, or nothing is to be asked of the hub.
+    """
+    if online and budget is None:
+        raise UsageError("--online has nothing to ask.", "", "--online --gpu SIZE")
+    rows = _rows()
+    if budget is None:
+        return tuple(rows)
+    planned = []
+    for row in rows:
+        if row.here in ("folder", "cached") or online:
+            if on_plan is not None:
+                on_plan(row.name)
+            row = _planned(row, budget, online)
+        planned.append(row)
+    return tuple(planned)
+
+
+def _rows() -> list[ModelRow]:
     cached, own = cached_models(), own_aliases()
     rows, named = [], set()
     for name, target in aliases().items():
@@ -50,32 +97,14 @@ def gather_models() -> tuple[ModelRow, ...]:
     for hub_id, model in cached.items():
         if hub_id not in named:
             rows.append(ModelRow(hub_id, hub_id, False, _state(model), model.nbytes))
-    return tuple(rows)
-
-
-def with_plans(
-    rows: tuple[ModelRow, ...], budget: str, *, online: bool, tell: Callable[[str], None]
-) -> tuple[ModelRow, ...]:
-    """The rows, those that can be described with a plan for ``budget``; others as they are.
-
-    Raises:
-        UsageError: the budget is none.
-    """
-    planned = []
-    for row in rows:
-        if row.here not in ("folder", "cached") and not online:
-            planned.append(row)
-            continue
-        tell(row.name)
-        planned.append(_planned(row, budget, online))
-    return tuple(planned)
+    return rows
 
 
 def _planned(row: ModelRow, budget: str, online: bool) -> ModelRow:
-    from conmoe_edge import api
+    from conmoe_edge.api.planning import plan
 
     try:
-        return replace(row, report=api.plan(row.name, budget=budget, offline=not online))
+        return replace(row, report=plan(row.name, budget=budget, offline=not online))
     except UsageError:
         raise  # about the budget, and so about every model
     except ConmoeError as error:
@@ -103,26 +132,3 @@ def _state(model: CachedModel) -> str:
 
 def _weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def to_json(rows: tuple[ModelRow, ...]) -> list[dict[str, Any]]:
-    """Plain JSON; sizes in bytes."""
-    return [
-        {
-            "name": row.name,
-            "target": row.target,
-            "own": row.own,
-            "here": row.here,
-            "bytes": row.nbytes,
-            "plan": None if row.report is None else row.report.to_json()["plan"],
-            "problem": None
-            if row.problem is None
-            else {
-                "type": type(row.problem).__name__,
-                "what": row.problem.what,
-                "why": row.problem.why,
-                "fix": row.problem.fix,
-            },
-        }
-        for row in rows
-    ]

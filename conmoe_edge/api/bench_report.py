@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class BenchFacts:
     """What is known of package and machine before a token is run.
 
     Attributes:
@@ -39,6 +39,8 @@ class Facts:
         layers: decoder layers.
         expected: tokens a second by the speed model for this budget, ``None`` where it cannot say.
         planned: what the package's own plan said, for the budget that it was made for.
+        fast_path: which way single tokens take, in one line; empty where that is not known.
+        fast_path_json: the same in full.
     """
 
     package: Mapping[str, Any]
@@ -55,6 +57,8 @@ class Facts:
     layers: int
     expected: float | None
     planned: float | None
+    fast_path: str = ""
+    fast_path_json: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +100,10 @@ class PhaseReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchReport:
     """All that ``bench`` says."""
 
-    facts: Facts
+    facts: BenchFacts
     rounds: tuple[Round, ...]
     decode: PhaseReport
     prefill: PhaseReport
@@ -115,6 +119,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: sizes in bytes, times in seconds, bandwidths in bytes a second."""
         facts, budget = self.facts, self.facts.budget
+        runtime: dict[str, Any] = dict(facts.runtime)
+        if facts.fast_path_json is not None:
+            runtime["fast_path"] = dict(facts.fast_path_json)
         return {
             "package": {
                 **facts.package,
@@ -122,7 +129,7 @@ class Report:
                 "dense_read_bytes": facts.dense_bytes + facts.cache_bytes,
             },
             "settings": dict(facts.settings),
-            "runtime": dict(facts.runtime),
+            "runtime": runtime,
             "machine": {
                 "device": budget.device,
                 "threads": facts.threads,
@@ -146,9 +153,9 @@ class Report:
         }
 
 
-def make_report(facts: Facts, rounds: Sequence[Round]) -> Report:
+def make_report(facts: BenchFacts, rounds: Sequence[Round]) -> BenchReport:
     """Medians and bounds of at least one round."""
-    return Report(
+    return BenchReport(
         facts=facts,
         rounds=tuple(rounds),
         decode=_decode(facts, [one.decode for one in rounds]),
@@ -158,7 +165,7 @@ def make_report(facts: Facts, rounds: Sequence[Round]) -> Report:
     )
 
 
-def _decode(facts: Facts, phases: Sequence[Phase]) -> PhaseReport:
+def _decode(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:
     def median(value: Callable[[Phase], float]) -> float:
         return statistics.median(value(one) / one.tokens for one in phases)
 
@@ -174,7 +181,7 @@ def _decode(facts: Facts, phases: Sequence[Phase]) -> PhaseReport:
     return _phase(phases, step.read, decode_bound(step, facts.budget))
 
 
-def _prefill(facts: Facts, phases: Sequence[Phase]) -> PhaseReport:
+def _prefill(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:
     tokens = phases[0].tokens
     whole = prefill_bound(
         facts.prompt_flops,

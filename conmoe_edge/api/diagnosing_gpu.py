@@ -1,4 +1,4 @@
-"""What ``doctor`` says about GPUs: driver and torch build, free memory, and who holds the rest."""
+"""What ``doctor`` says about GPUs: driver and torch build, free memory, and the processes that hold the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conmoe_edge.cli.views.checks import Check
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.units import human_size
 
 _GET_TORCH = "https://pytorch.org/get-started/locally"
@@ -25,27 +25,27 @@ class Gpu:
     users: tuple[tuple[str, int, int], ...]
 
 
-def gpu_checks(problem: str) -> Iterator[Check]:
+def gpu_findings(problem: str) -> Iterator[Finding]:
     """The driver's GPUs beside what torch can use; ``problem`` says why there is none to use."""
     try:
         import torch
     except Exception:
-        return  # the check of the CPU says so
+        return  # the finding about the CPU says so
     gpus, driver = read_gpus()
     build = torch.version.cuda
     if not gpus:
         usable = torch.cuda.is_available()
         if usable:
-            yield Check(
+            yield Finding(
                 "gpu", "ok", f"{torch.cuda.get_device_name(0)} (the driver's library was not found)"
             )
         else:
-            yield Check(
+            yield Finding(
                 "gpu", "info", f"{problem or 'no GPU'}: models run on the CPU, RAM is the budget"
             )
         return
     if build is None:
-        yield Check(
+        yield Finding(
             "cuda",
             "warn",
             f"driver {driver}, but torch {torch.__version__} was built without CUDA: "
@@ -53,17 +53,17 @@ def gpu_checks(problem: str) -> Iterator[Check]:
             f"install the CUDA build of torch: {_GET_TORCH}",
         )
     elif not torch.cuda.is_available():
-        yield Check(
+        yield Finding(
             "cuda",
             "fail",
             f"torch was built for CUDA {build}, and driver {driver} does not run it",
             f"update the driver, or install a torch for an older CUDA: {_GET_TORCH}",
         )
     else:
-        yield Check("cuda", "ok", f"driver {driver}, torch for CUDA {build}")
+        yield Finding("cuda", "ok", f"driver {driver}, torch for CUDA {build}")
         yield from _architecture()
     if sys.platform == "win32":
-        yield Check(
+        yield Finding(
             "gpu spill",
             "info",
             "this driver may move GPU memory to RAM without a word, which is very slow",
@@ -73,7 +73,7 @@ def gpu_checks(problem: str) -> Iterator[Check]:
         yield _memory(index, gpu)
 
 
-def _architecture() -> Iterator[Check]:
+def _architecture() -> Iterator[Finding]:
     """Whether this torch has kernels for the GPU's generation."""
     import torch
 
@@ -82,7 +82,7 @@ def _architecture() -> Iterator[Check]:
     # Kernels of the same major generation run, and so does any older PTX.
     fits = any(a.startswith(f"sm_{major}") for a in built) or any("compute_" in a for a in built)
     if built and not fits:
-        yield Check(
+        yield Finding(
             "gpu kernels",
             "fail",
             f"this torch has no kernels for compute capability {major}.{minor}",
@@ -90,7 +90,7 @@ def _architecture() -> Iterator[Check]:
         )
 
 
-def _memory(index: int, gpu: Gpu) -> Check:
+def _memory(index: int, gpu: Gpu) -> Finding:
     text = f"{gpu.name}: {human_size(gpu.free)} free of {human_size(gpu.total)}"
     if gpu.users:
         shown = ", ".join(
@@ -100,13 +100,13 @@ def _memory(index: int, gpu: Gpu) -> Check:
         more = len(gpu.users) - _SHOWN_PROCESSES
         text += f"; used by {shown}{f' and {more} more' if more > 0 else ''}"
     if gpu.free < gpu.total // 2:
-        return Check(
+        return Finding(
             f"gpu {index}",
             "warn",
             text,
             "close what holds the memory, or plan with --gpu and the free size",
         )
-    return Check(f"gpu {index}", "ok", text)
+    return Finding(f"gpu {index}", "ok", text)
 
 
 def read_gpus() -> tuple[list[Gpu], str]:

@@ -13,7 +13,7 @@ from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, ROUTING_FILE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
-from conmoe_edge.report.package_summary import gather, memory_terms, to_json
+from conmoe_edge.report.package_summary import memory_terms, summarise, to_json
 from conmoe_edge.report.slot_shares import quantile
 
 from .conftest import without_overview
@@ -28,7 +28,7 @@ def package(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("package", PACKAGES, indirect=True)
 def test_slots_and_prototypes_are_those_of_the_manifest(package: Path) -> None:
-    facts, manifest = gather(package), load_manifest(package)
+    facts, manifest = summarise(package), load_manifest(package)
     assert facts.name == "demo" and facts.model_type == "olmoe" and facts.top_k == 4
     for layer, row in manifest.slots.items():
         for number, (slot, fact) in enumerate(zip(row, facts.slots[layer], strict=True)):
@@ -48,7 +48,7 @@ def test_slots_and_prototypes_are_those_of_the_manifest(package: Path) -> None:
 
 
 def test_each_kind_of_slot_and_no_figures_where_nothing_is_known(by_hand: Path) -> None:
-    facts = gather(by_hand, curves=True)
+    facts = summarise(by_hand, curves=True)
     assert facts.counts() == {"prototype": 108, "alias": 6, "constant": 3, "dropped": 3}
     assert facts.usage is None and facts.curves == () and facts.plan is None
     assert {slot.share for slot in facts.every_slot} == {None}
@@ -58,7 +58,7 @@ def test_each_kind_of_slot_and_no_figures_where_nothing_is_known(by_hand: Path) 
 
 
 def test_an_older_package_counts_the_choices_of_its_trace(scoped: Path, tmp_path: Path) -> None:
-    facts = gather(without_overview(scoped, tmp_path / "old"))
+    facts = summarise(without_overview(scoped, tmp_path / "old"))
     trace = read_trace(scoped, load_manifest(scoped))
     assert trace is not None and facts.usage is not None and facts.usage.source == "trace"
     chosen = [slot for row in trace.slots[2] for slot in row]
@@ -75,13 +75,13 @@ def test_without_a_trace_there_are_neither_curves_nor_shares(scoped: Path, tmp_p
     gone = {ROUTING_FILE, PREDICTOR_FILE}
     files = {name: one for name, one in manifest.files.items() if name not in gone}
     save_manifest(folder, replace(manifest, files=files, prefetch=None))
-    facts = gather(folder, curves=True)
+    facts = summarise(folder, curves=True)
     assert facts.usage is None and facts.curves == () and facts.top_k is None
 
 
 @pytest.mark.parametrize("package", (*PACKAGES, "unchanged"), indirect=True)
 def test_planned_memory_adds_up_and_sizes_are_those_on_disk(package: Path) -> None:
-    facts = gather(package)
+    facts = summarise(package)
     assert facts.plan is not None
     terms = memory_terms(facts)
     assert sum(term.planned for term in terms) == facts.plan.device_bytes_used
@@ -94,13 +94,13 @@ def test_planned_memory_adds_up_and_sizes_are_those_on_disk(package: Path) -> No
 
 
 def test_scopes_are_the_layers_that_share(scoped: Path, auto: Path) -> None:
-    assert gather(scoped).scopes == ((0, 1), (2, 3), (4, 5))
-    assert gather(auto).scopes == ((0,), (1,), (2,), (3,), (4,), (5,))
+    assert summarise(scoped).scopes == ((0, 1), (2, 3), (4, 5))
+    assert summarise(auto).scopes == ((0,), (1,), (2,), (3,), (4,), (5,))
 
 
 @pytest.mark.parametrize("package", (*PACKAGES, "unchanged", "by_hand"), indirect=True)
 def test_the_json_is_json(package: Path) -> None:
-    value = json.loads(json.dumps(to_json(gather(package)), allow_nan=False))
+    value = json.loads(json.dumps(to_json(summarise(package)), allow_nan=False))
     assert value["slots"]["prototypes"] == len(value["prototypes"])
     assert sum(len(one["slots"]) for one in value["layers"]) == sum(
         value["slots"][kind] for kind in ("own", "alias", "constant", "dropped")
@@ -109,17 +109,17 @@ def test_the_json_is_json(package: Path) -> None:
 
 def test_a_changed_file_is_found(scoped: Path, tmp_path: Path) -> None:
     folder = without_overview(scoped, tmp_path / "copy")
-    assert gather(folder, verify=True).verified
+    assert summarise(folder, verify=True).verified
     data = bytearray((folder / ROUTING_FILE).read_bytes())
     data[-1] ^= 1
     (folder / ROUTING_FILE).unlink()
     (folder / ROUTING_FILE).write_bytes(data)
-    assert not gather(folder).verified  # of the same size: nothing to be seen without hashing
+    assert not summarise(folder).verified  # of the same size: nothing to be seen without hashing
     with pytest.raises(PackageError, match="damaged"):
-        gather(folder, verify=True)
+        summarise(folder, verify=True)
     (folder / ROUTING_FILE).unlink()
     with pytest.raises(PackageError, match="incomplete"):
-        gather(folder)
+        summarise(folder)
 
 
 def bench_report(**changes: object) -> dict[str, object]:
@@ -134,7 +134,7 @@ def bench_report(**changes: object) -> dict[str, object]:
 def test_what_bench_measured_is_taken_in(scoped: Path, tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
     path.write_text(json.dumps(bench_report()), encoding="utf-8")
-    value = to_json(gather(scoped, bench=path))
+    value = to_json(summarise(scoped, bench=path))
     assert value["speed"]["measured_tokens_per_second"] == 12.5
     assert value["memory"]["measured_bytes"] == 500_000_000
 
@@ -160,10 +160,10 @@ def test_a_report_of_something_else_is_refused(
     path = tmp_path / "speed.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        gather(scoped, bench=path)
+        summarise(scoped, bench=path)
     assert what in caught.value.what and "bench DIR --json" in caught.value.fix
     with pytest.raises(UsageError, match="cannot be read"):
-        gather(scoped, bench=tmp_path / "absent.json")
+        summarise(scoped, bench=tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conmoe_edge.cli.views.bench_report import Facts
+from conmoe_edge.api.bench_report import BenchFacts
 from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.plan.speed import distinct_share, expected_seconds, planned_step
 
@@ -40,8 +40,10 @@ def measured_rates(folder: Path) -> Rates:
     return Rates(meter.memory(), meter.disk())
 
 
-def gather(session: ChatSession, folder: Path, rates: Rates, settings: Mapping[str, Any]) -> Facts:
-    """The facts of a loaded package; ``settings`` are the flags that say what is run."""
+def gather(
+    session: ChatSession, folder: Path, rates: Rates, settings: Mapping[str, Any]
+) -> BenchFacts:
+    """The facts of a loaded package; ``settings`` say what is run, ``prompt_tokens`` and ``tokens`` among them."""
     from conmoe_edge.integrations.memory_plan import loaded_anatomy, planned_by
     from conmoe_edge.offload.generation.benchmark import (
         dense_read_bytes,
@@ -78,9 +80,10 @@ def gather(session: ChatSession, folder: Path, rates: Rates, settings: Mapping[s
     seconds = expected_seconds(step, budget)
     inner, last = dense_weights(model)
     through = inner + sum(asked[index] * one.expert_numel for index, one in weights.items())
+    fast_path = getattr(model.conmoe, "fast_path", None)
     planned = planned_by(manifest)
     same = planned is not None and planned.budget.device_bytes == budget.device_bytes
-    return Facts(
+    return BenchFacts(
         package={
             "path": str(folder),
             "method": manifest.method,
@@ -103,6 +106,8 @@ def gather(session: ChatSession, folder: Path, rates: Rates, settings: Mapping[s
         layers=len(anatomy.layers),
         expected=None if seconds is None else 1.0 / seconds,
         planned=planned.chosen.tokens_per_second if planned is not None and same else None,
+        fast_path="" if fast_path is None else fast_path.summary,
+        fast_path_json=None if fast_path is None else fast_path.to_json(),
     )
 
 

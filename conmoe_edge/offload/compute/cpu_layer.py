@@ -27,6 +27,7 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
     Cached,
     LayerTable,
+    MlpTable,
     Operator,
     Positions,
     PrototypeTable,
@@ -110,8 +111,9 @@ class CpuLayer(TorchLayer):
         block: BlockTable,
         router: RouterTable,
         x: Tensor,
-        positions: Positions,
+        positions: Positions | None,
         cached: Cached,
+        dense: MlpTable | None = None,
     ) -> Tensor | None:
         """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``.
 
@@ -121,7 +123,7 @@ class CpuLayer(TorchLayer):
         if self.table is None or self.engine is None:
             raise RuntimeError("the operator does not take this layer")
         self._notice()
-        found = self.engine.decoder(block, router, self.table, x, positions, cached)
+        found = self.engine.decoder(block, router, self.table, x, positions, cached, dense)
         return self._counted(found, router.between.normed)
 
     def forward_with_misses(

@@ -1,10 +1,10 @@
 """A decoder layer for one new token, in one call of the operator wherever all its prototypes are there.
 
-That is norm, attention, sum, norm, router (``router.py``), experts (``layer_experts.py``), sum. Where the router has
-chosen a prototype that is not there, the call ends before the experts, and they go through the cache. Where the router
-is another one, or has hooks, it is called as the model has it, between two calls of the operator; and so is what else
-may stand behind the second norm: a dense layer, shared experts, experts that the operator does not take. Every step in
-Python and every small tensor operation that is saved is a cold one (``attention.py``).
+That is norm, attention, sum, norm, router (``router.py``), experts and dense layers (``feed_forward.py``), sum. Where
+the router has chosen a prototype that is not there, the call ends before the experts, and they go through the cache.
+Where the router is another one, or has hooks, it is called as the model has it, between two calls of the operator; and
+so is what else may stand behind the second norm: experts that the operator does not take, say. Every step in Python and
+every small tensor operation that is saved is a cold one (``attention.py``).
 
 As there, a layer has computed a token both ways, to the same bits, before the operator answers.
 
@@ -22,18 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.compat import cache_of
-from conmoe_edge.offload.compute.cpu_layer import CpuLayer
 from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, agree, unchanged
-from conmoe_edge.offload.fastpath.layer_experts import LayerExperts
+from conmoe_edge.offload.fastpath.feed_forward import Prepared, feed_forward
 from conmoe_edge.offload.fastpath.report import Served
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Layer, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
-    AttentionTable,
     BlockTable,
     Cached,
     Operator,
     Positions,
+    RmsNorm,
 )
 
 
@@ -44,7 +43,7 @@ class _Ready:
     cache: Any
     place: Place
     table: BlockTable
-    whole: CpuLayer | None
+    behind: Prepared | None
 
 
 class Checked:
@@ -52,30 +51,33 @@ class Checked:
 
     def __init__(self) -> None:
         self._embeddings: Any = None
+        self._mask: Any = None
+        self._spec: Any = None
         self._count = 0
         self.positions: Positions | None = None
 
-    def same(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether ``arguments`` are those that were looked at last."""
+    def same(self, arguments: Mapping[str, Any], spec: Any) -> bool:
+        """Whether ``arguments`` are those that were looked at last, for an attention of the same kind."""
         embeddings = arguments.get("position_embeddings")
         return (
             embeddings is not None
             and embeddings is self._embeddings
             and len(arguments) == self._count
-            and arguments.get("attention_mask") is None
+            and arguments.get("attention_mask") is self._mask
+            and spec is self._spec
         )
 
-    def keep(self, arguments: Mapping[str, Any]) -> None:
+    def keep(self, arguments: Mapping[str, Any], spec: Any, positions: Positions) -> None:
         """``arguments`` were taken."""
         self._embeddings, self._count = arguments["position_embeddings"], len(arguments)
-        self.positions = Positions(*self._embeddings)
+        self._mask, self._spec = arguments.get("attention_mask"), spec
+        self.positions = positions
 
 
 class FusedLayer:
     """Stands in front of the ``forward`` of a decoder layer of a loaded model, for inference only.
 
     ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
-    ``experts``: of its block, or why the block is called as the model has it.
     """
 
     def __init__(
@@ -83,27 +85,25 @@ class FusedLayer:
     ) -> None:
         """For a module that ``fused_layer`` takes."""
         self.verified: bool | None = None
-        self._tried_whole = self._one_call = False
+        self._tried_all = self._one_call = False
         self._own = weakref.WeakMethod(module.forward)
         self._engine, self._checked, self._served = engine, checked, served
         self._parts = parts = dict(module.named_children())
-        self._before: FusedNorm = parts[spec.before]  # pyright: ignore[reportAttributeAccessIssue]
-        self._after: FusedNorm = parts[spec.after]  # pyright: ignore[reportAttributeAccessIssue]
+        names = (spec.before, spec.attended, spec.after, spec.given)
+        self._norms: list[FusedNorm | None] = [parts.get(name) for name in names]  # pyright: ignore[reportAttributeAccessIssue]
         self._attending = parts[spec.attention]
         self._attention: FusedAttention = vars(self._attending)["forward"]
         self._mlp = parts[spec.mlp]
-        self.experts = LayerExperts.of(self._mlp)
-        self._table: tuple[AttentionTable, BlockTable] | None = None
+        self._beside = parts.get(spec.shared)
+        self._multiplier = float(getattr(module, spec.multiplier)) if spec.multiplier else 1.0
+        self._behind = feed_forward(self._mlp, self._beside, engine)
+        self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
         self._written: _Ready | None = None
 
     def why_not_one_call(self) -> str:
-        """Why the experts are not part of the call; empty where they are."""
-        if isinstance(self.experts, Refusal):
-            return self.experts.reason
-        if self.experts.whole() is None:
-            return "the operator does not take its experts"
-        return "" if self.experts.router() else "its router is not the operator's"
+        """Why not all of the layer is part of the call; empty where it is."""
+        return self._behind.reason if isinstance(self._behind, Refusal) else self._behind.why_not()
 
     def prepare(self, cache: Any) -> None:
         """For a token that comes next, behind those in ``cache``; with ``None`` for anything else."""
@@ -111,22 +111,36 @@ class FusedLayer:
         own = self._own()
         if cache is None or own is None or False in (self.verified, self._attention.verified):
             return
-        before, after = self._before.current(), self._after.current()
+        norms = [None if one is None else one.current() for one in self._norms]
+        for norm, one in zip(norms, self._norms, strict=True):
+            if norm is None and one is not None:
+                return
         place = self._attention.place(cache)
-        if before is None or after is None or place is None:
+        if place is None or not unchanged(own.__self__, self._parts):
             return
-        if not unchanged(own.__self__, self._parts):
+        table = self._block_table(place, norms)
+        if table is None:
             return
+        behind = None if isinstance(self._behind, Refusal) else self._behind.prepare()
+        if self._tried_all != (behind is not None):
+            self._tried_all, self.verified = behind is not None, None
+        self._ready = _Ready(cache, place, table, behind)
+
+    def _block_table(self, place: Place, norms: list[RmsNorm | None]) -> BlockTable | None:
         if self._table is None or self._table[0] is not place.table:
+            before, attended, after, given = norms
             try:
-                self._table = (place.table, BlockTable(place.table, before, after))
+                made = BlockTable(
+                    *(place.table, before, after),
+                    attended=attended,
+                    given=given,
+                    multiplier=self._multiplier,
+                )
             except ValueError:
                 self.verified = False
-                return
-        whole = None if isinstance(self.experts, Refusal) else self.experts.whole()
-        if self._tried_whole != (whole is not None):
-            self._tried_whole, self.verified = whole is not None, None
-        self._ready = _Ready(cache, place, self._table[1], whole)
+                return None
+            self._table = (place.table, made)
+        return self._table[1]
 
     def finish(self, through: bool) -> None:
         """The forward has ended. Where the token went ``through`` the whole model, it is in the cache."""
@@ -142,13 +156,17 @@ class FusedLayer:
         if ready is None or len(args) != 1 or cache_of(kwargs) is not ready.cache:
             return own(*args, **kwargs)
         x: Tensor = args[0]
-        if not self._checked.same(kwargs):
-            if not self._attention.takes(x, kwargs):
+        attention = self._attention
+        if not self._checked.same(kwargs, attention.spec):
+            positions = (
+                attention.positions(kwargs, ready.place) if attention.takes(x, kwargs) else None
+            )
+            if positions is None:
                 return own(*args, **kwargs)
-            self._checked.keep(kwargs)
+            self._checked.keep(kwargs, attention.spec, positions)
         if x.dtype != torch.bfloat16 or x.numel() != ready.place.table.hidden:
             return own(*args, **kwargs)
-        if self._attending.__dict__.get("forward") is not self._attention:
+        if self._attending.__dict__.get("forward") is not attention:
             return own(*args, **kwargs)  # its forward was replaced after loading
         positions = self._checked.positions
         assert positions is not None
@@ -167,20 +185,24 @@ class FusedLayer:
         the experts' place gave), to see whether they are the same.
         """
         routed: list[Any] = []
-        experts = self.experts
-        known = self._mlp if isinstance(experts, Refusal) or not ready.whole else experts.gate
+        behind = self._behind
+        gate = None if isinstance(behind, Refusal) or ready.behind is None else behind.gate
+        known = self._mlp if gate is None else gate
         hook = known.register_forward_hook(lambda *call: routed.append(call[2]))
         try:
             wanted = own()
         finally:
             hook.remove()
-
-        def compute(cached: Cached) -> bool:
-            found = self._compute(x.contiguous(), positions, ready, cached, routed[0])
-            return torch.equal(found, wanted)
-
-        usual = isinstance(wanted, Tensor) and len(routed) == 1
-        self.verified = usual and agree(ready.place, compute)
+        self.verified = (
+            isinstance(wanted, Tensor)
+            and len(routed) == 1
+            and agree(
+                ready.place,
+                lambda cached: self._compute(x.contiguous(), positions, ready, cached, routed[0]),
+                wanted,
+                self._attention.exact,
+            )
+        )
         return wanted
 
     def _compute(
@@ -192,27 +214,37 @@ class FusedLayer:
         known: Any = None,
     ) -> Tensor:
         """``known``: what another router, or what stands in the experts' place, has given already."""
-        experts, whole = self.experts, ready.whole
+        behind, engine = self._behind, self._engine
         self._one_call = False
-        if isinstance(experts, Refusal) or whole is None:
-            summed, normed = self._engine.block(ready.table, x, positions, cached)
-            return summed + (self._mlp(normed) if known is None else known)
-        router = experts.router()
-        if router is not None:
+        if isinstance(behind, Refusal) or ready.behind is None:
+            summed, normed = engine.block(ready.table, x, positions, cached)
+            given = self._mlp(normed) if known is None else known
+            given = given[0] if isinstance(given, tuple) else given
+            if self._beside is not None:
+                given = given + self._beside(normed)
+            return self._add(summed, given)
+        router = behind.router()
+        if router is not None or behind.gate is None:
             self._one_call = True
-            out = whole.decoder(ready.table, router, x, positions, cached)
+            out = behind.decoder(ready.behind, ready.table, router, x, positions, cached, engine)
             if out is not None:
                 return out
+            assert router is not None, "only prototypes can be absent"
             found = router.between
-            given = experts.forward_with_misses(whole, found.normed, found.slots, found.gates)
-            return (found.summed + given).view(x.shape)
-        summed, normed = self._engine.block(ready.table, x, positions, cached)
+            given = behind.output(ready.behind, found.normed, found.slots, found.gates, engine)
+            return self._add(found.summed, given).view(x.shape)
+        summed, normed = engine.block(ready.table, x, positions, cached)
         flat = normed.view(1, -1)
-        routed = experts.gate(flat) if known is None else known
-        out = whole.output(flat, routed[2], routed[1], summed)
-        if out is None:
-            out = summed + experts.forward_with_misses(whole, flat, routed[2], routed[1])
-        return out.view(x.shape)
+        routed = behind.route(flat) if known is None else known
+        given = behind.output(ready.behind, flat, routed[2], routed[1], engine)
+        return self._add(summed, given.view(x.shape))
+
+    def _add(self, summed: Tensor, given: Tensor) -> Tensor:
+        """The layer's last sum."""
+        norm = self._norms[3]
+        if norm is not None:
+            given = norm(given)
+        return summed + (given if self._multiplier == 1.0 else given * self._multiplier)
 
 
 def fused_layer(
@@ -223,9 +255,12 @@ def fused_layer(
     if isinstance(spec, Refusal):
         return spec
     name, parts = type(module).__name__, dict(module.named_children())
-    if set(parts) != set(spec.parts):
+    if spec.attention not in parts:
+        return Refusal("")  # what stands there says why
+    beside = {spec.shared} if spec.shared in parts else set()
+    if set(parts) != {*spec.norms, spec.attention, spec.mlp} | beside:
         return Refusal(f"{name} has other parts than its class")
-    if not all(isinstance(parts[one], FusedNorm) for one in (spec.before, spec.after)):
+    if not all(isinstance(parts[one], FusedNorm) for one in spec.norms):
         return Refusal(f"a norm of {name} is not the operator's")
     if not isinstance(vars(parts[spec.attention]).get("forward"), FusedAttention):
         return Refusal("")  # its attention has said why

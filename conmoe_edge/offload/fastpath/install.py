@@ -52,16 +52,13 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
                 model.set_submodule(path, norm, strict=True)
     reason = _why_not(model, machine)
     if engine is not None and not reason:
-        if not suit_attention(model, machine):
-            implementation = model.config.get_text_config()._attn_implementation
-            reason = f"native products only: its attention is {implementation}"
-        else:
-            for make in (
-                lambda module: fused_attention(module, engine, served),
-                lambda module: fused_router(module, engine),
-                lambda module: fused_layer(module, engine, checked, served),
-            ):
-                _put_in_front(model, make, refused)
+        suit_attention(model, machine)
+        for make in (
+            lambda module: fused_attention(module, engine, served),
+            lambda module: fused_router(module, engine),
+            lambda module: fused_layer(module, engine, checked, served),
+        ):
+            _put_in_front(model, make, refused)
     layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
     steps = _Steps(context, layers, served)
     model.register_forward_pre_hook(steps.before, with_kwargs=True)

@@ -74,17 +74,20 @@ class GrowingLayer(DynamicLayer):
         self.values = _append(self._value_buffer, value_states, held)
         return self.keys, self.values
 
-    def room_for_one(self, groups: int, width: int) -> Cached | None:
-        """Where another token can be written behind what is held, [1, groups, tokens, width] in bf16; ``None`` where it
-        cannot. What is held moves where there is no room behind it, as it would in ``update``.
+    def room_for_one(
+        self, groups: int, width: int, value_width: int | None = None
+    ) -> Cached | None:
+        """Where another token can be written behind what is held, [1, groups, tokens, width] in bf16, values perhaps of
+        another width; ``None`` where it cannot. What is held moves where there is no room behind it, as it would in
+        ``update``.
         """
         keys: Any = self.keys
         values: Any = self.values
         if not self.is_initialized or keys.requires_grad or values.requires_grad:
             return None
         held = keys.shape[-2]
-        for one in (keys, values):
-            if one.shape != (1, groups, held, width) or not held:
+        for one, columns in ((keys, width), (values, value_width or width)):
+            if one.shape != (1, groups, held, columns) or not held:
                 return None
             if one.dtype != torch.bfloat16 or one.device.type != "cpu":
                 return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from conmoe_edge.offload.fastpath.report import FastPathReport
 from conmoe_edge.offload.runtime import RuntimeStats
 from conmoe_edge.serve.prometheus import FIRST_TOKEN_BUCKETS, Metrics, Snapshot
 
@@ -35,7 +35,7 @@ def test_buckets_add_up() -> None:
 @pytest.mark.parametrize("summary", [None, 'native, "4" of 4 layers'])
 def test_what_computes_is_a_metric(summary: str | None) -> None:
     stats = RuntimeStats(1, 2, 3, 4, 5, 6, 7, 8, None, "cpu", kernel="native, AVX2")
-    path = None if summary is None else SimpleNamespace(summary=summary)
+    path = None if summary is None else FastPathReport((), reason=summary)
     lines = Metrics().text(Snapshot(runtime=stats, fast_path=path), "m").splitlines()
     shown = "" if summary is None else summary.replace('"', '\\"')
     assert f'conmoe_compute_info{{kernel="native, AVX2",fast_path="{shown}"}} 1' in lines

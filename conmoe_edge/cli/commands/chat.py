@@ -84,6 +84,7 @@ def chat(
       conmoe-edge chat ./out --gpu 4GB --prompt "Name three rivers." --max-tokens 100
       cat letter.txt | conmoe-edge chat ./out --system "Answer in one sentence." --json
     """
+    from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
     check_package(folder)
@@ -96,7 +97,11 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
-    session = open_session(folder, gpu, device, context, output, cache_policy, misses)
+    output.note(f"Loading {path_text(folder)} ...")
+    from conmoe_edge.api.running import open_session
+
+    where = None if device == "auto" else device
+    session = open_session(folder, gpu, where, context, cache_policy, misses)
     drawn = SamplingSettings(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
@@ -128,37 +133,6 @@ def check_package(folder: Path) -> None:
 def _piped() -> str | None:
     """What stands on standard input; ``None`` where that is a terminal."""
     return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
-
-
-def open_session(
-    folder: Path,
-    gpu: str | None,
-    device: str,
-    context: int | None,
-    output: Output,
-    cache_policy: str | None = None,
-    misses: str = "copy",
-) -> ChatSession:
-    """Load the package inside the budget."""
-    from conmoe_edge.cli.ui.text import path_text
-
-    output.note(f"Loading {path_text(folder)} ...")
-    from conmoe_edge import api
-    from conmoe_edge.memory.garbage import settle
-    from conmoe_edge.model.tokenizers import load_tokenizer
-    from conmoe_edge.offload.generation.session import ChatSession
-
-    model = api.load(
-        folder,
-        budget=gpu,
-        device=None if device == "auto" else device,
-        context=context,
-        cache_policy=cache_policy,
-        misses=misses,
-    )
-    tokenizer = load_tokenizer(folder)
-    settle()
-    return ChatSession(model, tokenizer, context)
 
 
 def _converse(

@@ -19,6 +19,7 @@ from conmoe_edge.cli.chat_loop.conversation import Conversation
 from conmoe_edge.cli.chat_loop.repl import COMMANDS, Repl
 from conmoe_edge.cli.ui.output import Output
 from conmoe_edge.errors import ContextFull
+from conmoe_edge.offload.fastpath.report import FastPathReport
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import TurnStats
 from conmoe_edge.offload.runtime import RuntimeStats
@@ -46,7 +47,7 @@ class Session:
         self.asked: list[list[Mapping[str, str]]] = []
         self.settings: list[SamplingSettings] = []
         self.runtime = SimpleNamespace(
-            stats=lambda: MEMORY, fast_path=SimpleNamespace(summary="3 of 4 layers in one call")
+            stats=lambda: MEMORY, fast_path=FastPathReport((), "no layer: a reason")
         )
         self.context = 4096
         self.context_used = 0
@@ -266,7 +267,7 @@ def test_numbers_before_and_after_the_first_answer(talk: Any) -> None:
     assert "31.20 tokens a second" in err
     assert "ended by the model" in err
     assert "94.0 % of the last answer's requests" in err
-    assert err.count("native, AVX2") == err.count("3 of 4 layers in one call") == 2
+    assert err.count("native, AVX2") == err.count("no layer: a reason") == 2
 
 
 def test_a_runtime_that_names_no_fast_path_shows_none(talk: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 import conmoe_edge
 from benchmarks.comparison.traces import Replay
-from conmoe_edge.compress.stream.layer_stream import expert_hooks as taps
+from conmoe_edge.compress.stream import expert_hooks as taps
 
 
 class InOrder:

@@ -90,9 +90,9 @@ def fit(
     """
     import torch
 
+    from conmoe_edge.compress.methods.feasibility import check_reach
     from conmoe_edge.compress.pipeline import Consolidation
     from conmoe_edge.compress.run.job import Job, Progress
-    from conmoe_edge.compress.solvers.feasibility import check_reach
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
     from conmoe_edge.compress.stream.layer_stream import compute_dtype
     from conmoe_edge.model.opened import open_model

@@ -22,7 +22,7 @@ from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.compute.miss_split import check_misses
-from conmoe_edge.offload.simulate.policy_search import check_policy
+from conmoe_edge.offload.residency.policies import check_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

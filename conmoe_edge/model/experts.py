@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+from conmoe_edge.compat import complete_marks
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -46,6 +48,7 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
         if is_experts_module(module) and path.startswith(f"{prefix}."):
+            complete_marks(module)
             found[int(path[len(prefix) + 1 :].split(".", 1)[0])] = (path, module)
     return dict(sorted(found.items()))
 

@@ -13,9 +13,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest
-from conmoe_edge.errors import CheckpointError, ContextFull, DoesNotFit, PackageError, UsageError
+from conmoe_edge.errors import (
+    CheckpointError,
+    ContextFull,
+    DoesNotFit,
+    PackageError,
+    UnsupportedModel,
+    UsageError,
+)
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.integrations.load_options import LoadOptions, loading, one_device
 from conmoe_edge.integrations.memory_plan import default_budget, planned_by
@@ -222,6 +230,15 @@ def _edit(folder: Path, change: Any) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def test_a_release_that_names_the_cache_anew_is_refused_at_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "CACHE_ARGUMENTS", ("what_it_was_called",))
+    with pytest.raises(UnsupportedModel, match="OlmoeForCausalLM") as caught:
+        load_package(folder)
+    assert compat.TRANSFORMERS in caught.value.fix
 
 
 def test_no_manifest(folder: Path, tmp_path: Path) -> None:

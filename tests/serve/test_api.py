@@ -333,6 +333,8 @@ def test_metrics_are_well_formed(server: Running, client: openai.OpenAI) -> None
     assert grown["conmoe_first_token_seconds_count"] == 1
     asked = [f'conmoe_prototype_requests_total{{tier="{tier}"}}' for tier in ("device", "below")]
     assert sum(grown[name] for name in asked) > 0
+    kernel = server.get("/stats").json()["compute"]["kernel"]
+    assert any(f'conmoe_compute_info{{kernel="{kernel}"' in name for name in after)
     lines = server.get("/metrics").text.splitlines()
     typed = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     for line in lines:

@@ -18,8 +18,8 @@ from conmoe_edge.cli.ui.cli_options import (
 from conmoe_edge.errors import PackageError, UsageError
 
 if TYPE_CHECKING:
-    from conmoe_edge.cli.chat_loop.conversation import Sampling
     from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
     from conmoe_edge.offload.generation.session import ChatSession
 
 
@@ -84,7 +84,7 @@ def chat(
       conmoe-edge chat ./out --gpu 4GB --prompt "Name three rivers." --max-tokens 100
       cat letter.txt | conmoe-edge chat ./out --system "Answer in one sentence." --json
     """
-    from conmoe_edge.cli.chat_loop.conversation import Sampling
+    from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
     check_package(folder)
     question = prompt if prompt is not None else _piped()
@@ -97,7 +97,7 @@ def chat(
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
     session = open_session(folder, gpu, device, context, output, cache_policy, misses)
-    drawn = Sampling(**sampling)
+    drawn = SamplingSettings(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
     else:
@@ -143,13 +143,10 @@ def open_session(
     from conmoe_edge.cli.ui.text import path_text
 
     output.note(f"Loading {path_text(folder)} ...")
-    from transformers import AutoTokenizer
-
-    from conmoe_edge import api
+    from conmoe_edge.api.running import open_session as opened
     from conmoe_edge.memory.garbage import settle
-    from conmoe_edge.offload.generation.session import ChatSession
 
-    model = api.load(
+    session = opened(
         folder,
         budget=gpu,
         device=None if device == "auto" else device,
@@ -157,16 +154,15 @@ def open_session(
         cache_policy=cache_policy,
         misses=misses,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     settle()
-    return ChatSession(model, tokenizer, context)
+    return session
 
 
 def _converse(
     session: ChatSession,
     folder: Path,
     system: str,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     output: Output,
     *,
     keep_history: bool,
@@ -188,7 +184,7 @@ def _converse(
 
 
 def _answer_once(
-    session: ChatSession, question: str, system: str, sampling: Sampling, output: Output
+    session: ChatSession, question: str, system: str, sampling: SamplingSettings, output: Output
 ) -> None:
     from conmoe_edge.cli.chat_loop.chat_stats import footer, read_stats, stats_json
     from conmoe_edge.cli.chat_loop.conversation import Conversation

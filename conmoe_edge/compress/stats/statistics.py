@@ -7,7 +7,7 @@ ConMoE, section 3.2, "contribution":
 with D_e the tokens whose router chose e, N_e their number, g_e(t) the coefficient with which the model multiplies the
 expert's output (after top-k, renormalisation, scaling), f_e(h_t) the output before it. Padding is not counted.
 
-The other sums are for the one-shot pruning scores (``methods/one_shot.py``).
+The other sums are for the one-shot pruning scores (``methods/pruning.py``).
 
 Accumulators are float64 on the host: 6 numbers an expert.
 """

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
-from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, through_cache
+from conmoe_edge.offload.compute.cpu_layer import CpuLayer
+from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
 from conmoe_edge.offload.fastpath.attention import EdgeAttention, Place, agree
 from conmoe_edge.offload.fastpath.class_match import as_they_were, speaks_only_of
 from conmoe_edge.offload.fastpath.rms_norm import EdgeNorm
@@ -72,21 +72,15 @@ class _Experts:
             return None
         return edge.current()
 
-    def whole(self) -> WholeLayer | None:
+    def whole(self) -> CpuLayer | None:
         """Its experts, where the operator takes them."""
-        experts = self.parts["experts"]
-        handle: LayerHandle = getattr(experts, HANDLE)
-        runtime = handle.runtime
-        if runtime is None or runtime.closed:
+        handle: LayerHandle = getattr(self.parts["experts"], HANDLE)
+        if handle.backend is None or not as_they_were(self.block, self.parts, called=("gate",)):
             return None
-        if not as_they_were(self.block, self.parts, called=("gate",)):
+        found = handle.experts(self.parts["experts"])
+        if not isinstance(found, CpuLayer) or found.table is None:
             return None
-        found = handle.whole(experts, runtime)
-        return found if found.table is not None and torch.bfloat16 in found.formats else None
-
-    def through_cache(self, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-        """[1, H], [1, K], [1, K] -> [1, H]."""
-        return through_cache(self.parts["experts"], hidden, slots, gates)
+        return found if torch.bfloat16 in found.formats else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +90,7 @@ class _Ready:
     cache: Any
     place: Place
     table: BlockTable
-    whole: WholeLayer | None
+    whole: CpuLayer | None
 
 
 class _Taken:
@@ -239,14 +233,17 @@ class EdgeLayer:
             if out is not None:
                 return out
             found = router.between
-            given = experts.through_cache(found.normed, found.slots, found.gates)
+            given = whole.forward_with_misses(
+                experts.parts["experts"], found.normed, found.slots, found.gates
+            )
             return (found.summed + given).view(x.shape)
         summed, normed = self._engine.block(ready.table, x, positions, cached)
         flat = normed.view(1, -1)
         routed = experts.parts["gate"](flat) if known is None else known
         out = whole.output(flat, routed[2], routed[1], summed)
         if out is None:
-            out = summed + experts.through_cache(flat, routed[2], routed[1])
+            module = experts.parts["experts"]
+            out = summed + whole.forward_with_misses(module, flat, routed[2], routed[1])
         return out.view(x.shape)
 
 

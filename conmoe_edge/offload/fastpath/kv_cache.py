@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 STEP_TOKENS = 256
@@ -113,10 +114,14 @@ class GrowingLayer(DynamicLayer):
 def keep_cache_growing(model: nn.Module, context: int) -> None:
     """From now on the plain layers of every cache that ``model`` is called with grow in steps, up to
     ``context`` tokens; beyond that, as far as each call needs.
+
+    Raises:
+        UnsupportedModel: the model's ``forward`` takes no cache under a known name.
     """
+    arguments = Arguments.of(model)
 
     def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grow_in_steps(kwargs.get("past_key_values"), context)
+        grow_in_steps(cache_of(arguments.named(args, kwargs)), context)
 
     model.register_forward_pre_hook(swap, with_kwargs=True)
 

@@ -17,25 +17,27 @@ from torch import Tensor
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
+from conmoe_edge.checkpoint.format.slot_map import NONE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
-from conmoe_edge.compress.method_interface import LayerView, ScopeView
 from conmoe_edge.compress.methods import auto as auto_module
 from conmoe_edge.compress.methods.auto import AUTO, candidates
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
+from conmoe_edge.compress.methods.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.phases import survey as survey_module
-from conmoe_edge.compress.solvers import closed_form
 from conmoe_edge.compress.solvers import refit as refit_module
-from conmoe_edge.compress.solvers.closed_form import RoutedOutputs, SlotErrors, slot_errors
+from conmoe_edge.compress.solvers import slot_errors as slot_errors_module
 from conmoe_edge.compress.solvers.facility import (
     assign,
     must_stay,
     select,
+    slot_map_of,
     strongest,
     weights_of,
 )
 from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
 from conmoe_edge.compress.solvers.neuron_pruning import surviving, take_neurons
-from conmoe_edge.compress.solvers.rebuild import StandIns, error_on, rebuild
 from conmoe_edge.compress.solvers.refit import Features, refit
+from conmoe_edge.compress.solvers.slot_errors import RoutedOutputs, SlotErrors, slot_errors
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.calibration_text import TokenSet
@@ -110,8 +112,11 @@ def test_a_sketch_measures_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = tokens_of()
     tokens = LayerTokens(tokens.hidden, tokens.slots, tokens.gates)
     right = slot_errors(tokens, E, lambda e, x: x @ wide[e])
-    matrix = torch.randn(2000, closed_form.SKETCH, generator=generator) / closed_form.SKETCH**0.5
-    monkeypatch.setattr(closed_form, "sketch", lambda width: matrix)
+    matrix = (
+        torch.randn(2000, slot_errors_module.SKETCH, generator=generator)
+        / slot_errors_module.SKETCH**0.5
+    )
+    monkeypatch.setattr(slot_errors_module, "sketch", lambda width: matrix)
     near = slot_errors(tokens, E, lambda e, x: x @ wide[e])
     torch.testing.assert_close(near.constant, right.constant, rtol=0.2, atol=0)
     assert float((near.scale - right.scale).abs().max()) < 0.1
@@ -143,7 +148,8 @@ def test_a_slot_that_nobody_chose_gets_what_gives_most_like_it_and_outweighs_not
     others = [e for e in range(E) if e != 2]
     assert float(found.constant[2]) < 0.1 * float(found.constant[others].min())
     assert 2 not in select(found, E - 1)
-    assert assign(found, (0, 4))[2] == (4, pytest.approx(0.5 / 1.02, rel=1e-4))
+    mapped = assign(found, (0, 4))
+    assert (mapped.targets[2], mapped.scales[2]) == (4, pytest.approx(0.5 / 1.02, rel=1e-4))
 
 
 def test_energy_by_domain_and_peaks_are_sums_and_maxima_over_tokens() -> None:
@@ -193,10 +199,11 @@ def test_selection_takes_the_greatest_gain_each_time(seed: int, keep: int) -> No
         chosen.append(best)
         left = [min(left[e], float(error[e, best])) for e in range(E)]
     assert select(errors, keep) == tuple(sorted(chosen))
-    for slot, (prototype, scale) in enumerate(assign(errors, sorted(chosen))):
+    mapped = assign(errors, sorted(chosen))
+    for slot, (prototype, scale) in enumerate(zip(mapped.targets, mapped.scales, strict=True)):
         if slot in chosen:
             assert (prototype, scale) == (slot, 1.0)
-        elif prototype is None:
+        elif prototype == NONE:
             assert all(float(error[slot, p]) >= float(constant[slot]) for p in chosen)
         else:
             assert float(error[slot, prototype]) == min(float(error[slot, p]) for p in chosen)
@@ -205,15 +212,11 @@ def test_selection_takes_the_greatest_gain_each_time(seed: int, keep: int) -> No
 def test_merged_weights_equal_a_loop() -> None:
     tokens = tokens_of()
     tokens.slots[0, 0] = E  # a skip mark
-    mapping = [(0, 1.0), (0, 0.5), (3, 2.0), (3, 1.0), (None, 1.0)]
-    alpha = weights_of(tokens.slots, tokens.gates, mapping, (0, 3))
+    slot_map = slot_map_of(0, (0, 0, 3, 3, NONE), (1.0, 0.5, 2.0, 1.0, 1.0))
+    alpha = weights_of(slot_map, tokens.slots, tokens.gates)
     for t in range(T):
-        wanted = [0.0, 0.0]
-        for slot, gate in zip(tokens.slots[t].tolist(), tokens.gates[t].tolist(), strict=True):
-            prototype, scale = mapping[slot] if slot < E else (None, 1.0)
-            if prototype is not None:
-                wanted[(0, 3).index(prototype)] += gate * scale
-        assert alpha[t].tolist() == pytest.approx(wanted)
+        merged = slot_map.merge(tokens.slots[t].tolist(), tokens.gates[t].tolist())
+        assert alpha[t].tolist() == pytest.approx([merged.get(0, 0.0), merged.get(3, 0.0)])
 
 
 def test_a_neuron_that_another_repeats_goes_first_and_is_made_up_for() -> None:
@@ -561,9 +564,11 @@ def test_the_choice_that_does_best_on_held_tokens_wins_and_is_fitted_on_all(
         errors.append(error_on(scope, tokens, decision))
         return errors[-1]
 
-    def sets(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
+    def sets(
+        errors: SlotErrors, contribution: Tensor, keep: int, layer: int
+    ) -> tuple[StandIns, ...]:
         chosen = [(0, 1), (2, 3), (0, 1)]
-        return tuple(StandIns(one, tuple(assign(errors, one))) for one in chosen)
+        return tuple(StandIns(assign(errors, one)) for one in chosen)
 
     monkeypatch.setattr(auto_module, "rebuild", fit)
     monkeypatch.setattr(auto_module, "error_on", measure)

@@ -12,7 +12,7 @@ import torch
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
+from conmoe_edge.offload.compute.cpu_layer import CpuLayer
 from conmoe_edge.offload.fastpath import kv_cache
 from conmoe_edge.offload.fastpath.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
 from conmoe_edge.offload.kernels.cpu.bindings import operator
@@ -146,7 +146,7 @@ def test_prototypes_that_are_not_all_resident(
             layer.mlp.gate.register_forward_hook(lambda *call: None)
     answers: list[bool] = []
     call = "output" if watched else "decoder"
-    own = getattr(WholeLayer, call)
+    own = getattr(CpuLayer, call)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         answers.append((found := own(*args, **kwargs)) is not None)
@@ -154,7 +154,7 @@ def test_prototypes_that_are_not_all_resident(
 
     found, cache = steps(model, tokens[:5])
     assert [one.agrees for one in layers_of(model)] == [True] * 3
-    monkeypatch.setattr(WholeLayer, call, noted)
+    monkeypatch.setattr(CpuLayer, call, noted)
     for layer in layers:  # the model's own block is not asked
         monkeypatch.setattr(layer.mlp, "forward", None)
     rest, _ = steps(model, tokens[5:], cache)

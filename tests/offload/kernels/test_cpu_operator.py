@@ -12,6 +12,7 @@ from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
+from conmoe_edge.offload.kernels.cpu.self_test import check
 
 KINDS = ["bf16", "fp16", "fp32", "int8", "int4"]
 MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
@@ -110,6 +111,10 @@ def test_halves_of_every_kind(operator: Operator) -> None:
     one = quantise(halves, "plain")
     out = operator.expand(operator.prepare(one), torch.empty(1, 8))
     assert torch.equal(out, halves.float())
+
+
+def test_every_function_computes_what_it_should(operator: Operator) -> None:
+    check(operator)
 
 
 def test_what_it_does_not_take(operator: Operator) -> None:

@@ -14,11 +14,11 @@ import torch
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.compute.cpu_layer import HostAddresses
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.residency.address_table import HostAddresses
+from conmoe_edge.offload.residency.policies import POLICIES
 from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.simulate.load_settings import settings_for
-from conmoe_edge.offload.simulate.policy_search import POLICIES
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.transfer import DirectTransfer
@@ -44,8 +44,8 @@ class Bench:
         self.transfer = DirectTransfer(self.store)
         pools = [SlotPool(layout, slots, CPU) for layout in manifest.layouts]
         settings = settings_for(folder, manifest, (slots,), policy)
-        self.addresses = HostAddresses(len(manifest.prototypes))
-        self.residency = Residency(manifest, pools, self.transfer, settings, self.addresses)
+        self.residency = Residency(manifest, pools, self.transfer, settings)
+        self.addresses = HostAddresses(self.residency)
         self.residency.preload()
         self.cache: Any = self.residency._caches[0]
         self.count = len(manifest.prototypes)

@@ -1,21 +1,32 @@
 """Compile the operator for this processor, once, with the compiler that the machine has.
 
-``library()`` gives the path of a shared library in the user's cache folder, compiled on the first call ever (about two
-seconds) and found there afterwards. Its name is a digest of everything that went into it: the source, the flags, the
-compiler's version, the processor's instruction sets and torch's version. Nothing is compiled out of a model folder.
+``library()`` gives the path of a shared library in the user's cache folder. It is compiled on the first call ever
+(about two seconds) and found there afterwards. Its name is a digest of everything that went into it: source, flags,
+layout of the structures, compiler, processor, C library, torch. Nothing is compiled out of a model folder.
 
-The library uses the OpenMP runtime that torch brought along, so there is one pool of threads in the process and
-``torch.set_num_threads`` holds for it; a second pool would fight with the first for the cores.
+The structures of ``structs.py`` are the one description of their layout: their sizes and offsets go into the compiled
+text as static assertions, so a C++ structure that differs does not compile.
 
-Peak memory: the compiler's, in a process of its own. Raises ``Unavailable`` with a reason that a user can read; the
-caller then computes with torch's own kernels.
+A library from the cache is opened only if the user alone can have written it, and if it ends with the SHA-256 digest
+of what comes before (``dlopen`` does not look behind the sections). One that was cut off or changed is compiled anew.
+
+The library uses the OpenMP runtime that torch brought along, so that there is one pool of threads in the process and
+``torch.set_num_threads`` holds for it. That is libgomp. Clang's OpenMP code calls another runtime and does not link
+with it, so clang is refused.
+
+``CONMOE_OPERATOR_SANITIZE=1`` builds with the address and undefined-behaviour sanitizers, under a name of its own
+(``make test-asan``).
+
+Peak memory: the compiler's, in a process of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,12 +35,22 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
+from conmoe_edge.offload.kernels.cpu.structs import STRUCTURES
+
 SOURCE = Path(__file__).with_name("csrc") / "operator.cpp"
 SWITCH = "CONMOE_OPERATOR"
 """Environment variable; ``off`` keeps to torch's own kernels."""
+SANITIZE = "CONMOE_OPERATOR_SANITIZE"
+"""Environment variable; ``1`` builds with sanitizers."""
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w")
+_LINK = (
+    "-shared",
+    "-Wl,-z,defs",
+)  # what is undefined is an error now, not a crash at the first call
+_SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 _SECONDS = 120
+_DIGEST_BYTES = 32
 
 
 class Unavailable(Exception):
@@ -40,17 +61,27 @@ def library() -> Path:
     """The compiled operator.
 
     Raises:
-        Unavailable: switched off, no compiler, a system without torch's OpenMP, or the compiler refused.
+        Unavailable: switched off, no compiler that will do, a system without torch's OpenMP, a compiler that failed, or
+            a cache that another user can write.
     """
     if os.environ.get(SWITCH, "").lower() == "off":
         raise Unavailable(f"{SWITCH}=off")
     if os.name != "posix" or platform.system() == "Darwin":
         raise Unavailable(f"not built on {platform.system()}")
     openmp = _openmp()
-    compiler = _compiler()
-    path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(compiler, openmp)}.so"
-    if not path.is_file():
-        _compile(compiler, openmp, path)
+    compiler, version = _compiler()
+    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
+    parts = (*_FLAGS, *_LINK, *sanitizers, compiler, version, str(openmp))
+    path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign(path.parent)
+        if path.is_file():
+            _refuse_foreign(path)
+        if not (path.is_file() and _is_whole(path)):
+            _compile(compiler, sanitizers, openmp, path)
+    except OSError as error:
+        raise Unavailable(f"{path.parent} cannot be used: {error.strerror}") from error
     return path
 
 
@@ -62,18 +93,27 @@ def _openmp() -> Path:
     return found[0]
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+def _compiler() -> tuple[str, str]:
+    """A compiler whose OpenMP code calls libgomp, and what it says of its version."""
+    clang = None
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         path = shutil.which(name) if name else None
-        if path is not None:
-            return path
-    raise Unavailable("there is no C++ compiler (install g++ to compute faster)")
+        if path is None:
+            continue
+        version = _run([path, "--version"]).partition("\n")[0]
+        if "clang" not in version:
+            return path, version
+        clang = path
+    if clang is None:
+        raise Unavailable("there is no C++ compiler (install g++ to compute faster)")
+    raise Unavailable(
+        f"{clang} is clang, whose OpenMP code does not link with torch's libgomp (install g++ to compute faster)"
+    )
 
 
-def _digest(compiler: str, openmp: Path) -> str:
-    version = _run([compiler, "--version"]).splitlines()[:1]
-    parts = [*_FLAGS, compiler, *version, _processor(), str(openmp), torch.__version__]
-    digest = hashlib.sha256("\0".join(parts).encode())
+def _digest(parts: tuple[str, ...]) -> str:
+    machine = (_processor(), *platform.libc_ver(), torch.__version__, _assertions())
+    digest = hashlib.sha256("\0".join((*parts, *machine)).encode())
     for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         digest.update(one.read_bytes())
     return digest.hexdigest()[:32]
@@ -89,17 +129,63 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _compile(compiler: str, openmp: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            code, built = Path(folder) / "operator.o", Path(folder) / "operator.so"
-            _run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(code)])
-            # Without -fopenmp here: that would link the system's runtime beside torch's.
-            _run([compiler, "-shared", str(code), str(openmp), "-o", str(built)])
-            built.replace(path)  # whole or absent, whoever else compiles it at this moment
-    except OSError as error:
-        raise Unavailable(f"{path.parent} cannot be written: {error.strerror}") from error
+def _assertions() -> str:
+    """C++: the size of every structure, and the place and size of each of its fields."""
+    lines = []
+    for structure in STRUCTURES:
+        name = structure.__name__.lstrip("_")
+        lines.append(f"sizeof({name}) == {ctypes.sizeof(structure)}")
+        for field, *_ in structure._fields_:
+            at = getattr(structure, field)
+            lines.append(f"offsetof({name}, {field}) == {at.offset}")
+            lines.append(f"sizeof({name}::{field}) == {at.size}")
+    return "".join(f'static_assert({one}, "as in structs.py");\n' for one in lines)
+
+
+def _refuse_foreign(path: Path) -> None:
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise Unavailable(
+            f"{path} belongs to another user (set XDG_CACHE_HOME to a folder of yours)"
+        )
+    if found.st_mode & 0o022:
+        raise Unavailable(
+            f"{path} can be written by other users (chmod go-w {shlex.quote(str(path))})"
+        )
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes()
+    return (
+        hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+        and len(content) > _DIGEST_BYTES
+    )
+
+
+def _compile(compiler: str, sanitizers: tuple[str, ...], openmp: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        text, code = Path(folder) / "checked.cpp", Path(folder) / "operator.o"
+        built = Path(folder) / "operator.so"
+        text.write_text(_assertions(), "utf-8")
+        _run(
+            [
+                compiler,
+                *_FLAGS,
+                *sanitizers,
+                "-include",
+                str(SOURCE),
+                "-c",
+                str(text),
+                "-o",
+                str(code),
+            ]
+        )
+        # Without -fopenmp here: that would link the system's runtime beside torch's.
+        _run([compiler, *_LINK, *sanitizers, str(code), str(openmp), "-o", str(built)])
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
+        built.chmod(0o700)
+        built.replace(path)  # whole or absent, also where two processes compile at a time
 
 
 def _run(command: list[str]) -> str:

@@ -9,21 +9,42 @@
 namespace {
 
 // x over the root of its mean square, times a weight (bf16 where `narrow`, else fp32). `plus_one` adds 1 to the weight;
-// `early` rounds to the format of x before the weight is applied.
+// `early` rounds to the format of x before the weight is applied. `centred`: the mean is taken off x first, and `shift`, as
+// the weight is, is added at the end.
 struct Norm {
   const void* weight;
+  const void* shift;
   int64_t columns;
   float epsilon;
-  int32_t narrow, plus_one, early;
+  int32_t narrow, plus_one, early, centred;
 };
+
+// A row of x through a `centred` norm.
+inline void layer_norm(const Norm& norm, const float* x, const float* weight, const float* shift, int64_t place,
+                       Target target) {
+  const int64_t columns = norm.columns;
+  Room<float> far(columns), squares(columns);
+  const float mean = sum_of(x, columns) / float(columns);
+  for (int64_t k = 0; k < columns; ++k) {
+    far[k] = x[k] - mean;
+    squares[k] = far[k] * far[k];
+  }
+  const float scale = 1.0f / std::sqrt(sum_of(squares.data(), columns) / float(columns) + norm.epsilon);
+  for (int64_t k = 0; k < columns; ++k) target.put(place + k, far[k] * scale * weight[k] + shift[k]);
+}
 
 // Rows of x to rows of out, which may be the same; bf16 where `narrow`, else fp32.
 void rms_norm(const Norm& norm, const void* x, void* out, int64_t rows, bool narrow) {
   const int64_t columns = norm.columns;
   const Source source(x, narrow, rows * columns), factors(norm.weight, norm.narrow != 0, columns);
+  const Source shifts(norm.centred ? norm.shift : norm.weight, norm.narrow != 0, norm.centred ? columns : 0);
   const Target target{out, narrow};
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = source.values + row * columns;
+    if (norm.centred) {
+      layer_norm(norm, from, factors.values, shifts.values, row * columns, target);
+      continue;
+    }
     float sums[LANES] = {0};
     int64_t k = 0;
     for (; k + LANES <= columns; k += LANES)
@@ -51,6 +72,8 @@ void attend(int64_t groups, const void* const* keys, const void* const* values, 
   for (int64_t row = 0; row < rows; ++row) softmax(scores.data() + row * length, length, scaling);
   weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
 }
+
+inline float rounded(float value) { return from_bf16(to_bf16(value)); }
 
 // A linear layer; bias bf16 [rows], or null.
 struct Linear {
@@ -88,23 +111,80 @@ int linears(const Linear* layers, int64_t count, const uint16_t* x, uint16_t* y)
   return 0;
 }
 
-// The angles of a position, for the first `width` numbers of a head: its first half turns with its second.
-struct Rotary {
-  const uint16_t* cos;
-  const uint16_t* sin;
-  int64_t width;
+// How numbers of a head turn with each other. Halves: the first half with the second. Pairs: neighbours; SPLIT puts the
+// first of each into the first half and the second into the second, PAIRS leaves them where they are. HALVES and SPLIT
+// take angles in bf16 and round every step, as it is where each is an operation of its own; the wide ones take fp32 and
+// round once.
+enum Turn { HALVES = 0, SPLIT = 1, PAIRS_WIDE = 2, HALVES_WIDE = 3, NOT = 4 };
 
-  // One head, in its place; every step is rounded, as it is where each is an operation of its own.
+// The angles of a position, for the first `width` numbers of a head: [width], or for pairs at least [width / 2].
+struct Rotary {
+  const void* cos;
+  const void* sin;
+  int64_t width;
+  int64_t how;
+
+  // One head, in its place.
   void turn(uint16_t* head) const {
+    if (how == HALVES) {
+      halves(head);
+    } else if (how == SPLIT) {
+      Room<uint16_t> pairs(width);
+      std::copy_n(head, width, pairs.data());
+      split(pairs.data(), head);
+    } else if (how == PAIRS_WIDE) {
+      pairs_wide(head);
+    } else if (how == HALVES_WIDE) {
+      halves_wide(head);
+    }
+  }
+
+ private:
+  template <class T>
+  const T* cosines() const { return static_cast<const T*>(cos); }
+  template <class T>
+  const T* sines() const { return static_cast<const T*>(sin); }
+
+  void halves(uint16_t* head) const {
     const int64_t half = width / 2;
-    const auto rounded = [](float value) { return from_bf16(to_bf16(value)); };
+    const uint16_t *const c = cosines<uint16_t>(), *const s = sines<uint16_t>();
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
       const float a = from_bf16(head[i]), b = from_bf16(head[i + half]);
-      const float first = rounded(a * from_bf16(cos[i])), other = rounded(-b * from_bf16(sin[i]));
-      const float second = rounded(b * from_bf16(cos[i + half])), another = rounded(a * from_bf16(sin[i + half]));
+      const float first = rounded(a * from_bf16(c[i])), other = rounded(-b * from_bf16(s[i]));
+      const float second = rounded(b * from_bf16(c[i + half])), another = rounded(a * from_bf16(s[i + half]));
       head[i] = to_bf16(first + other);
       head[i + half] = to_bf16(second + another);
+    }
+  }
+
+  void split(const uint16_t* pairs, uint16_t* head) const {
+    const int64_t half = width / 2;
+    const uint16_t *const c = cosines<uint16_t>(), *const s = sines<uint16_t>();
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = from_bf16(pairs[2 * i]), b = from_bf16(pairs[2 * i + 1]);
+      const float cosine = from_bf16(c[i]), sine = from_bf16(s[i]);
+      head[i] = to_bf16(rounded(a * cosine) - rounded(b * sine));
+      head[i + half] = to_bf16(rounded(b * cosine) + rounded(a * sine));
+    }
+  }
+
+  void pairs_wide(uint16_t* head) const {
+    const float *const c = cosines<float>(), *const s = sines<float>();
+    for (int64_t i = 0; i < width / 2; ++i) {
+      const float a = from_bf16(head[2 * i]), b = from_bf16(head[2 * i + 1]);
+      head[2 * i] = to_bf16(a * c[i] - b * s[i]);
+      head[2 * i + 1] = to_bf16(b * c[i] + a * s[i]);
+    }
+  }
+
+  void halves_wide(uint16_t* head) const {
+    const int64_t half = width / 2;
+    const float *const c = cosines<float>(), *const s = sines<float>();
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = from_bf16(head[i]), b = from_bf16(head[i + half]);
+      head[i] = to_bf16(a * c[i] - b * s[i]);
+      head[i + half] = to_bf16(b * c[i + half] + a * s[i + half]);
     }
   }
 };
@@ -117,59 +197,96 @@ struct Cached {
 };
 
 // A layer's attention. Norms of queries and keys are over whole rows or over heads, as their columns say; a norm without
-// weight is none.
+// weight is none. `doubled`: the rows of queries are twice as many, for each head those of its query and those of a gate.
+// `gate`: a layer for the gates, without values none. What attention gives is times the sigmoid of a gate.
 struct Attention {
   Linear inputs[3];  // to queries, keys, values
-  Linear output;
+  Linear output, gate;
   Norm norms[2];  // of queries, keys
-  int64_t heads, groups, width;
-  float scaling;
+  int64_t heads, groups, width, value_width;
+  int64_t window;         // how many tokens are looked at, the new one among them; 0 for all
+  const uint16_t* sinks;  // bf16 [heads], logits without values; or null
+  float scaling, value_scale;
+  int32_t turn, late, doubled, eager;  // late: norms come after the turn; eager: as below
 };
 
-// What one new token's activations pass before a layer's experts: a norm, attention, and after its sum with what came in
-// another norm.
-struct Block {
-  Attention attention;
-  Norm before, after;
-};
+// `attend` with every step rounded to bf16, as it is where each is an operation of its own; sinks: [groups, each] or null.
+void attend_eagerly(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each,
+                    void* out, int64_t length, int64_t columns, int64_t width, float scaling, const uint16_t* sinks) {
+  const Source query(q, true, groups * each * columns);
+  Room<float> scores(groups * each * length);
+  const std::vector<const void*> none(size_t(groups), nullptr);
+  products(BF16, groups, keys, none.data(), query.values, false, each, Target{scores.data(), false}, length, columns, 0);
+  const int64_t rows = groups * each;
+#pragma omp parallel for schedule(static) if (rows * length > MANY)
+  for (int64_t row = 0; row < rows; ++row) {
+    float* const x = scores.data() + row * length;
+    for (int64_t k = 0; k < length; ++k) x[k] = rounded(rounded(x[k]) * scaling);
+    const float sink = sinks ? from_bf16(sinks[row]) : -std::numeric_limits<float>::infinity();
+    const float top = std::max(sink, greatest(x, length));
+    for (int64_t k = 0; k < length; ++k) x[k] = rounded(x[k] - top);
+    for_each(x, x, length, [](Lanes v, Lanes) { return exp(v); });
+    const float total = sum_of(x, length) + (sinks ? std::exp(rounded(sink - top)) : 0.0f);
+    for (int64_t k = 0; k < length; ++k) x[k] = rounded(x[k] / total);
+  }
+  weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
+}
 
-int attention(const Attention& layer, const uint16_t* x, const Rotary& rotary, const Cached& cached, uint16_t* out) {
-  const int64_t width = layer.width, groups = layer.groups;
-  const int64_t sizes[2] = {layer.heads * width, groups * width};
-  Room<uint16_t> states(sizes[0] + 2 * sizes[1]), mixed(sizes[0]);
+// x [count] times the sigmoids of as many gates; both steps are rounded.
+void times_sigmoid(uint16_t* x, const uint16_t* gates, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    const float share = rounded(1.0f / (1.0f + std::exp(-from_bf16(gates[k]))));
+    x[k] = to_bf16(from_bf16(x[k]) * share);
+  }
+}
+
+int attention(const Attention& layer, const uint16_t* x, Rotary rotary, const Cached& cached, uint16_t* out) {
+  const int64_t width = layer.width, values_wide = layer.value_width, heads = layer.heads, groups = layer.groups;
+  const int64_t sizes[2] = {heads * width, groups * width}, mixed_size = heads * values_wide;
+  const int64_t query_rows = layer.inputs[0].rows;
+  Room<uint16_t> states(query_rows + sizes[1] + groups * values_wide), mixed(mixed_size);
+  Room<uint16_t> gates(layer.doubled || layer.gate.values ? mixed_size : 0);
   if (linears(layer.inputs, 3, x, states.data())) return 1;
+  if (layer.gate.values && linears(&layer.gate, 1, x, gates.data())) return 1;
   uint16_t* const query = states.data();
-  uint16_t* const key = query + sizes[0];
+  uint16_t* const key = query + query_rows;
   uint16_t* const value = key + sizes[1];
+  if (layer.doubled)
+    for (int64_t head = 0; head < heads; ++head) {
+      std::copy_n(query + (2 * head + 1) * width, width, gates.data() + head * width);
+      std::copy_n(query + 2 * head * width, width, query + head * width);
+    }
+  rotary.how = layer.turn;
   for (int which = 0; which < 2; ++which) {
     uint16_t* const rows = which ? key : query;
     const Norm& norm = layer.norms[which];
-    if (norm.weight) rms_norm(norm, rows, rows, sizes[which] / norm.columns, true);
+    const auto normed = [&] {
+      if (norm.weight) rms_norm(norm, rows, rows, sizes[which] / norm.columns, true);
+    };
+    if (!layer.late) normed();
     for (int64_t start = 0; start < sizes[which]; start += width) rotary.turn(rows + start);
+    if (layer.late) normed();
   }
+  if (layer.value_scale != 1.0f)
+    for (int64_t k = 0; k < groups * values_wide; ++k) value[k] = to_bf16(from_bf16(value[k]) * layer.value_scale);
+  const int64_t all = cached.held + 1, length = layer.window ? std::min(layer.window, all) : all, before = all - length;
   std::vector<const void*> keys, values;
   for (int64_t group = 0; group < groups; ++group) {
     uint16_t* const first = cached.keys + group * cached.key_step;
     uint16_t* const second = cached.values + group * cached.value_step;
     std::copy_n(key + group * width, width, first + cached.held * width);
-    std::copy_n(value + group * width, width, second + cached.held * width);
-    keys.push_back(first);
-    values.push_back(second);
+    std::copy_n(value + group * values_wide, values_wide, second + cached.held * values_wide);
+    keys.push_back(first + before * width);
+    values.push_back(second + before * values_wide);
   }
-  attend(groups, keys.data(), values.data(), query, layer.heads / groups, mixed.data(), cached.held + 1, width, width,
-         layer.scaling);
+  if (layer.eager)
+    attend_eagerly(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, width, values_wide,
+                   layer.scaling, layer.sinks);
+  else
+    attend(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, width, values_wide,
+           layer.scaling);
+  if (layer.doubled || layer.gate.values) times_sigmoid(mixed.data(), gates.data(), mixed_size);
   return linears(&layer.output, 1, mixed.data(), out);
-}
-
-// x to sum = x + attention(before(x)) and normed = after(sum), all bf16.
-int block(const Block& layer, const uint16_t* x, const Rotary& rotary, const Cached& cached, uint16_t* sum,
-          uint16_t* normed) {
-  rms_norm(layer.before, x, normed, 1, true);
-  const int failed = attention(layer.attention, normed, rotary, cached, sum);
-  if (failed) return failed;
-  for (int64_t k = 0; k < layer.before.columns; ++k) sum[k] = to_bf16(from_bf16(x[k]) + from_bf16(sum[k]));
-  rms_norm(layer.after, sum, normed, 1, true);
-  return 0;
 }
 
 }  // namespace

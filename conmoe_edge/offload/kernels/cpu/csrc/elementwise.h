@@ -57,8 +57,23 @@ inline Lanes exp(Lanes x) {
   return fma(p, power_of_two(whole), zero());
 }
 
-// y = silu(x) * y.
-inline void gate(const float* x, float* y, int64_t count) {
+// What an expert makes of its gate x and its other half y: silu(x) * y; or, with a `limit`, as gpt-oss does,
+// min(x, limit) * sigmoid(alpha * min(x, limit)) * (y within +-limit + 1).
+struct Gate {
+  float alpha, limit;
+  int32_t interleaved;  // rows of the two take turns, else those of x lie before those of y
+};
+
+// y = what `how` makes of x and y.
+inline void gate(const float* x, float* y, int64_t count, const Gate& how) {
+  if (how.limit > 0) {
+    const Lanes alpha = all(-how.alpha), top = all(how.limit), bottom = all(-how.limit), one = all(1.0f);
+    for_each(x, y, count, [=](Lanes v, Lanes other) {
+      const Lanes cut = least(top, v), up = most(bottom, least(top, other));
+      return fma(divide(cut, add(one, exp(fma(cut, alpha, zero())))), add(up, one), zero());
+    });
+    return;
+  }
   for_each(x, y, count, [](Lanes v, Lanes factor) {
     return fma(divide(v, add(all(1.0f), exp(fma(v, all(-1.0f), zero())))), factor, zero());
   });

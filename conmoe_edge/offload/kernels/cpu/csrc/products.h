@@ -320,25 +320,47 @@ struct Blocks {
   }
 };
 
-// h_i[j] = silu(gate_j x) * up_j x for `count` experts whose gate rows lie before their up rows: widths[i] numbers, the
-// experts one after another.
+// The gate rows and the other rows of `count` experts, 2 * widths[i] rows each, and their biases: null where there are
+// none, or where an expert has none.
+struct Gated {
+  int64_t count;
+  const void* const* values;
+  const void* const* scales;
+  const uint16_t* const* bias;
+  const int64_t* widths;
+  Gate gate;
+  const uint16_t* bias_of(int64_t which) const { return bias ? bias[which] : nullptr; }
+};
+
+// h_i[j] = what the gate makes of both rows j of expert i times x: widths[i] numbers each.
 template <class Way>
-void gated_rows(int64_t count, const void* const* values, const void* const* scales, const typename Way::Input& x,
-                const int64_t* widths, float* const* h, int64_t columns) {
+void gated_rows(const Gated& experts, const typename Way::Input& x, float* const* h, int64_t columns) {
+  const int64_t count = experts.count;
+  const int64_t* const widths = experts.widths;
   const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(2 * high * columns);
   const Blocks blocks(count, widths, high);
 #pragma omp parallel for schedule(dynamic, at_once) if (blocks.all() > at_once)
   for (int64_t number = 0; number < blocks.all(); ++number) {
     int64_t block = number;
     const int64_t which = blocks.find(&block), row = block * high, width = widths[which];
-    const auto* w = static_cast<const typename Way::T*>(values[which]);
-    const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    const int64_t height = std::min(width - row, high);
-    float first[MOST], second[MOST];
-    block_of_rows<Way>(w + row * columns, scale ? scale + row : nullptr, columns, x.token(0), height, first);
-    block_of_rows<Way>(w + (width + row) * columns, scale ? scale + width + row : nullptr, columns, x.token(0), height,
-                       second);
-    gate(first, second, height);
+    const auto* w = static_cast<const typename Way::T*>(experts.values[which]);
+    const auto* scale = static_cast<const uint16_t*>(experts.scales[which]);
+    const uint16_t* const bias = experts.bias_of(which);
+    const int64_t height = std::min(width - row, high), step = experts.gate.interleaved ? 2 : 1;
+    // Two runs of rows: of the gate and of the other, or, where they take turns, one half of all and the next.
+    const int64_t start = step * row, next = step == 2 ? start + height : width + row;
+    float both[2 * MOST], first[MOST], second[MOST];
+    block_of_rows<Way>(w + start * columns, scale ? scale + start : nullptr, columns, x.token(0), height, both);
+    block_of_rows<Way>(w + next * columns, scale ? scale + next : nullptr, columns, x.token(0), height, both + height);
+    for (int64_t r = 0; r < height; ++r) {
+      first[r] = both[step * r];
+      second[r] = both[step == 2 ? 2 * r + 1 : height + r];
+      if (bias) {
+        first[r] += from_bf16(bias[start + step * r]);
+        second[r] += from_bf16(bias[step == 2 ? start + 2 * r + 1 : width + row + r]);
+      }
+    }
+    gate(first, second, height, experts.gate);
     std::copy_n(second, height, h[which] + row);
   }
 }
@@ -510,9 +532,10 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
   }
 }
 
-// Gate rows and up rows lie one behind the other, and a tile may have some of both: all rows first, then what they make.
-void gated_tiles(int64_t count, const void* const* values, const void* const* scales, Token x,
-                 const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
+// A tile may have rows of the gate and others: all rows first, then what they make.
+void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns, int64_t group) {
+  const int64_t count = experts.count;
+  const int64_t* const widths = experts.widths;
   // A thread stays in one place for some tiles: where it begins, nothing was read ahead.
   const int64_t strip = TILE * (CHUNK / (TILE * columns / 2) + 1);
   std::vector<int64_t> heights, before{0};
@@ -529,8 +552,8 @@ void gated_tiles(int64_t count, const void* const* values, const void* const* sc
       int64_t place = number;
       const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
       const int64_t stop = height - start < strip ? height : start + strip;
-      const auto* w = static_cast<const uint8_t*>(values[which]);
-      const auto* pairs = static_cast<const uint16_t*>(scales[which]);
+      const auto* w = static_cast<const uint8_t*>(experts.values[which]);
+      const auto* pairs = static_cast<const uint16_t*>(experts.scales[which]);
       for (int64_t row = start; row < stop; row += TILE)
         one_tile(w + row * columns / 2, pairs + row * 2, height, columns, group, x,
                  rows.data() + before[size_t(which)] + row);
@@ -540,9 +563,15 @@ void gated_tiles(int64_t count, const void* const* values, const void* const* sc
       int64_t place = number;
       const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
       const int64_t stop = width - start < TILE ? width : start + TILE;
-      const float* const from = rows.data() + before[size_t(which)];
-      std::copy(from + width + start, from + width + stop, h[which] + start);
-      gate(from + start, h[which] + start, stop - start);
+      float* const from = rows.data() + before[size_t(which)];
+      const uint16_t* const bias = experts.bias_of(which);
+      const int64_t step = experts.gate.interleaved ? 2 : 1, other = step == 2 ? 1 : width;
+      float first[TILE];
+      for (int64_t j = start; j < stop; ++j) {
+        first[j - start] = from[step * j] + (bias ? from_bf16(bias[step * j]) : 0.0f);
+        h[which][j] = from[step * j + other] + (bias ? from_bf16(bias[step * j + other]) : 0.0f);
+      }
+      gate(first, h[which] + start, stop - start, experts.gate);
     }
   }
 }
@@ -624,7 +653,7 @@ int products(int kind, int64_t count, const void* const* values, const void* con
              bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t inputs = (shared ? 1 : count) * tokens;
   if (kind == INT4) {
-    if (rows % TILE || group % 2 || columns % group) return 1;
+    if (rows % TILE || !group || group % 2 || columns % group) return 1;
     tiles(count, values, scales, Bytes(x, inputs, columns, group), shared, tokens, y, rows, columns, group);
     return 0;
   }
@@ -635,20 +664,19 @@ int products(int kind, int64_t count, const void* const* values, const void* con
   });
 }
 
-int gated(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
-          const int64_t* widths, float* const* h, int64_t columns, int64_t group) {
+int gated(int kind, const Gated& experts, const float* x, float* const* h, int64_t columns, int64_t group) {
   if (kind == INT4) {
-    for (int64_t i = 0; i < count; ++i)
-      if (2 * widths[i] % TILE) return 1;
-    if (group % 2 || columns % group) return 1;
+    for (int64_t i = 0; i < experts.count; ++i)
+      if (2 * experts.widths[i] % TILE) return 1;
+    if (!group || group % 2 || columns % group) return 1;
     const Bytes input(x, 1, columns, group);
-    gated_tiles(count, values, scales, input.token(0), widths, h, columns, group);
+    gated_tiles(experts, input.token(0), h, columns, group);
     return 0;
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
     const typename Way::Input input(x, 1, columns, BLOCK);
-    gated_rows<Way>(count, values, scales, input, widths, h, columns);
+    gated_rows<Way>(experts, input, h, columns);
   });
 }
 
@@ -659,7 +687,7 @@ int downward(int kind, int64_t count, const void* const* values, const void* con
     if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {
-      if (groups[i] % 2 || columns[i] % groups[i]) return 1;
+      if (!groups[i] || groups[i] % 2 || columns[i] % groups[i]) return 1;
       inputs.emplace_back(h[i], 1, columns[i], groups[i]);
     }
     down_tiles(count, values, scales, inputs, columns, y, rows, groups);

@@ -1,0 +1,96 @@
+// Attention over compressed keys and values (DeepSeek-V2, arXiv:2405.04434, section 2.1), for one new token.
+
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+// Keys and values of all heads come out of one row of `rank` numbers, which is what the cache holds as a token's key; its
+// value there is the part of the key that turns, `turned` numbers, the same for all heads. `expand` has for every head
+// `still` rows of its key and `value_width` rows of its value.
+//
+// Nothing is expanded here: a head's query times its rows of `expand` meets the rows of the cache as they are, and what
+// they add up to goes through the rows of the head's value. That is the same sum in another order.
+struct Latent {
+  Linear compress_query;  // without values there is none, and `query` takes x
+  Linear query, compress, expand, output;
+  Norm query_norm, norm;  // of the compressed query, of `rank`
+  int64_t heads, still, turned, value_width, rank;
+  float scaling;
+  int32_t turn;
+};
+
+// y[r] of rows `first` to `first + count` of a matrix times x, fp32. `columns_too`: y[k] = the rows added up, times x[r].
+template <class Form>
+void some_rows(const Linear& linear, int64_t first, int64_t count, const float* x, float* y, bool columns_too) {
+  const int64_t columns = linear.columns;
+  const auto* w = static_cast<const typename Form::T*>(linear.values) + first * columns;
+  const auto* scales = static_cast<const uint16_t*>(linear.scales);
+  const auto scale = [&](int64_t r) { return scales ? from_bf16(scales[first + r]) : 1.0f; };
+  if (!columns_too) {
+    int64_t r = 0;
+    for (; r + ROWS <= count; r += ROWS) dot<Form, ROWS>(w + r * columns, columns, columns, x, y + r);
+    for (; r < count; ++r) dot<Form, 1>(w + r * columns, columns, columns, x, y + r);
+    for (r = 0; r < count; ++r) y[r] *= scale(r);
+    return;
+  }
+  Room<float> shares(count);
+  for (int64_t r = 0; r < count; ++r) shares[r] = x[r] * scale(r);
+  std::fill_n(y, columns, 0.0f);
+  add_weighted<Form, 1, 8>(w, shares.data(), count, y, count, columns);
+}
+
+bool latent_attention(const Latent& layer, const uint16_t* x, Rotary rotary, const Cached& cached, uint16_t* out) {
+  const int64_t heads = layer.heads, still = layer.still, turned = layer.turned, rank = layer.rank;
+  const int64_t width = still + turned, values_wide = layer.value_width, length = cached.held + 1;
+  Room<uint16_t> query(heads * width), state(rank + turned), mixed(heads * values_wide);
+  const uint16_t* asking = x;
+  Room<uint16_t> small(layer.compress_query.values ? layer.compress_query.rows : 0);
+  if (layer.compress_query.values) {
+    if (linears(&layer.compress_query, 1, x, small.data())) return true;
+    if (layer.query_norm.weight) rms_norm(layer.query_norm, small.data(), small.data(), 1, true);
+    asking = small.data();
+  }
+  if (linears(&layer.query, 1, asking, query.data()) || linears(&layer.compress, 1, x, state.data())) return true;
+  rms_norm(layer.norm, state.data(), state.data(), 1, true);
+  rotary.how = layer.turn;
+  rotary.turn(state.data() + rank);
+  for (int64_t head = 0; head < heads; ++head) rotary.turn(query.data() + head * width + still);
+  std::copy_n(state.data(), rank, cached.keys + cached.held * rank);
+  std::copy_n(state.data() + rank, turned, cached.values + cached.held * turned);
+
+  Room<float> latent(heads * rank), angles(heads * turned), scores(heads * length), other(heads * length);
+  Room<float> sums(heads * rank), values(heads * values_wide);
+  const Source wide(query.data(), true, heads * width);
+  const int64_t each = still + values_wide;
+  const bool known = in_rows(int(layer.expand.kind), [&](auto form) {
+    using Form = decltype(form);
+#pragma omp parallel for schedule(static) if (heads * each * rank > MANY)
+    for (int64_t head = 0; head < heads; ++head) {
+      some_rows<Form>(layer.expand, head * each, still, wide.values + head * width, latent.data() + head * rank, true);
+      std::copy_n(wide.values + head * width + still, turned, angles.data() + head * turned);
+    }
+    const void* const rows = cached.keys;
+    const void* const parts = cached.values;
+    const void* const none = nullptr;
+    products(BF16, 1, &rows, &none, latent.data(), false, heads, Target{scores.data(), false}, length, rank, 0);
+    products(BF16, 1, &parts, &none, angles.data(), false, heads, Target{other.data(), false}, length, turned, 0);
+#pragma omp parallel for schedule(static) if (heads * length > MANY)
+    for (int64_t head = 0; head < heads; ++head) {
+      float* const row = scores.data() + head * length;
+      for_each(other.data() + head * length, row, length, [](Lanes a, Lanes b) { return add(a, b); });
+      softmax(row, length, layer.scaling);
+    }
+    weighted<Bf16>(1, &rows, scores.data(), heads, Target{sums.data(), false}, length, rank);
+#pragma omp parallel for schedule(static) if (heads * each * rank > MANY)
+    for (int64_t head = 0; head < heads; ++head)
+      some_rows<Form>(layer.expand, head * each + still, values_wide, sums.data() + head * rank,
+                      values.data() + head * values_wide, false);
+  });
+  if (!known) return true;
+  for (int64_t k = 0; k < heads * values_wide; ++k) mixed[k] = to_bf16(values[k]);
+  return linears(&layer.output, 1, mixed.data(), out) != 0;
+}
+
+}  // namespace

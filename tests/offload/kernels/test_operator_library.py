@@ -1,0 +1,272 @@
+"""The compiled library: what is opened, what is built anew, what is refused, and the check of a fresh one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conmoe_edge.checkpoint.format.quantise import quantise
+from conmoe_edge.offload.kernels.cpu import bindings, build, structs
+from conmoe_edge.offload.kernels.cpu.bindings import Operator
+from conmoe_edge.offload.kernels.cpu.self_test import check
+
+try:
+    build.library()
+except build.Unavailable as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture
+def cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A cache with a library in it; the file's path."""
+    source = build.library()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "conmoe-edge" / "operator"
+    folder.mkdir(parents=True, mode=0o700)
+    path = folder / source.name
+    shutil.copy(source, path)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The paths that were compiled to."""
+    calls: list[Path] = []
+    own = build._compile
+
+    def counted(*arguments: object) -> None:
+        calls.append(arguments[-1])  # type: ignore[arg-type]
+        own(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "_compile", counted)
+    return calls
+
+
+def test_a_whole_library_is_opened_as_it_is(cache: Path, compiled: list[Path]) -> None:
+    assert build.library() == cache
+    assert not compiled
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
+def test_a_damaged_library_is_built_once(
+    cache: Path, compiled: list[Path], damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(cache.read_bytes())
+    if damage == "cut off":
+        content = content[: len(content) // 2]
+    elif damage == "changed":
+        content[len(content) // 3] ^= 1
+    else:
+        content = bytearray()
+    cache.write_bytes(content)
+    monkeypatch.setattr(build, "_FLAGS", build._FLAGS)
+    assert build.library() == cache and compiled == [cache]
+    check(Operator(ctypes.CDLL(str(cache))))
+    assert build.library() == cache and compiled == [cache]
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+@pytest.mark.parametrize("bit", [0o020, 0o002])
+def test_what_others_can_write_is_refused_with_the_command_that_mends_it(
+    cache: Path, compiled: list[Path], which: str, bit: int
+) -> None:
+    path = cache if which == "file" else cache.parent
+    path.chmod(path.stat().st_mode | bit)
+    with pytest.raises(build.Unavailable, match="chmod go-w") as refused:
+        build.library()
+    assert str(path) in str(refused.value)
+    command = str(refused.value).rpartition("(")[2].rstrip(")")
+    subprocess.run(command.split(), check=True)
+    assert build.library() == cache and not compiled
+
+
+def test_what_belongs_to_another_user_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(build.Unavailable, match="belongs to another user"):
+        build.library()
+
+
+def test_a_library_is_written_for_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-O0", "-fopenmp", "-fPIC", "-w"))
+    before = os.umask(0)
+    try:
+        path = build.library()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
+    check(Operator(ctypes.CDLL(str(path))))
+
+
+def test_a_structure_that_c_has_otherwise_does_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class _Norm(ctypes.Structure):
+        _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "STRUCTURES", (*structs.STRUCTURES, _Norm))
+    with pytest.raises(build.Unavailable, match=r"failed: .*static assertion"):
+        build.library()
+
+
+def test_every_structure_is_compared() -> None:
+    own = {one for one in vars(structs).values() if isinstance(one, type)}
+    mirrored = {one for one in own if issubclass(one, ctypes.Structure)} - {ctypes.Structure}
+    assert mirrored == set(structs.STRUCTURES)
+
+
+def test_clang_is_no_compiler_for_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its OpenMP code would not link with libgomp."""
+    for name in ("c++", "clang++"):
+        fake = tmp_path / name
+        fake.write_text('#!/bin/sh\necho "Debian clang version 14.0.6"\n')
+        fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(build.Unavailable, match=r"is clang.*install g\+\+"):
+        build.library()
+
+
+def test_clang_is_passed_over_where_there_is_another(
+    cache: Path, compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "my-clang++"
+    fake.write_text('#!/bin/sh\necho "clang version 19.1.0"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert build.library() == cache and not compiled
+
+
+def state_with(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[bindings.Operator | None, str]:
+    monkeypatch.setattr(bindings, "library", lambda: path)
+    bindings._state.cache_clear()
+    try:
+        return bindings._state()
+    finally:
+        bindings._state.cache_clear()
+
+
+def test_what_is_no_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "operator.so").write_bytes(b"\x7fELF but no more")
+    made, reason = state_with(monkeypatch, tmp_path / "operator.so")
+    assert made is None and "operator.so" in reason
+
+
+def test_a_missing_function_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, reason = state_with(monkeypatch, build._openmp())  # a library, but another one
+    assert made is None and "conmoe_few_rows" in reason
+
+
+FUNCTIONS = sorted(set(bindings._FUNCTIONS))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_computes_something_else_is_found(name: str) -> None:
+    """Each function in turn leaves its results as they were, or says that it has failed."""
+    made = Operator(ctypes.CDLL(str(build.library())))
+    attribute = {"gated_experts": "_gated", "rms_norm": "_norm"}.get(name, f"_{name}")
+    assert hasattr(made, attribute)
+    check(made)
+    setattr(made, attribute, lambda *_: 0)
+    with pytest.raises(build.Unavailable, match="operator"):
+        check(made)
+
+
+def test_the_check_is_quick() -> None:
+    import time
+
+    made = Operator(ctypes.CDLL(str(build.library())))
+    check(made)
+    start = time.process_time()
+    check(made)
+    assert time.process_time() - start < 0.5  # a few milliseconds; busy machines included
+
+
+def wrong_calls() -> list[tuple[str, str]]:
+    return [
+        ("dtype", "engine.one_row(one, torch.zeros(1, 64, dtype=torch.float64))"),
+        ("width", "engine.one_row(one, torch.zeros(1, 63))"),
+        ("order", "engine.one_row(one, torch.zeros(1, 128)[:, ::2])"),
+        ("device", "engine.one_row(one, torch.zeros(1, 64, device='meta'))"),
+        ("rows", "engine.few_rows([one], torch.zeros(1, 2, 65))"),
+        ("count", "engine.few_rows([one, one], torch.zeros(3, 2, 64))"),
+        ("forms", "engine.few_rows([one, other], torch.zeros(1, 2, 64))"),
+        ("experts", "engine.gated_experts([one], [one], torch.zeros(1, 64))"),
+        ("out", "engine.expand(one, torch.zeros(64, 65))"),
+        ("sum", "engine.combine(torch.zeros(2, 5), [1.0], torch.float32)"),
+        ("sum dtype", "engine.combine(torch.zeros(1, 5), [1.0], torch.float16)"),
+        ("norm", "engine.rms_norm(norm, torch.zeros(2, 63))"),
+        ("route", "engine.route(router, torch.zeros(1, 64))"),
+        ("route width", "engine.route(router, torch.zeros(1, 32, dtype=torch.bfloat16))"),
+        ("query", "engine.attend(*[torch.zeros(1, 2, 1, 8)] * 3, 1.0)"),
+    ]
+
+
+PROLOGUE = """
+import torch
+from conmoe_edge.checkpoint.format.quantise import quantise
+from conmoe_edge.offload.kernels.cpu.bindings import RmsNorm, RouterTable, operator
+assert_is_off = __debug__ is False
+engine = operator()
+one = engine.prepare(quantise(torch.zeros(64, 64).bfloat16(), "plain"))
+other = engine.prepare(quantise(torch.zeros(128, 64).bfloat16(), "plain"))
+norm = RmsNorm(torch.ones(64), 1e-6, False, False)
+router = RouterTable(one, 2, True, True)
+"""
+
+
+def test_wrong_tensors_are_refused_without_assertions_too() -> None:
+    """In a process with ``-O``: a wrong size in front of an address must not depend on ``assert``."""
+    lines = [PROLOGUE, "if not assert_is_off: raise SystemExit('no -O')"]
+    for name, call in wrong_calls():
+        lines += [
+            "try:",
+            f"    {call}",
+            "except ValueError as error:",
+            "    if 'does not take' not in str(error): raise",
+            "else:",
+            f"    raise SystemExit({name!r} + ' was taken')",
+        ]
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_cache_without_room_is_refused() -> None:
+    keys = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="room"):
+        structs.Cached.of(keys, keys, 4)
+    with pytest.raises(ValueError, match="cache"):
+        structs.Cached.of(keys, keys.transpose(2, 3), 0)
+
+
+def test_forms_with_parts_of_the_wrong_kind_are_not_prepared() -> None:
+    engine = bindings.operator()
+    if engine is None:
+        pytest.skip(bindings.why_not())
+    good = quantise(torch.randn(64, 64), "int8")
+    assert good.scales is not None and engine.prepare(good) is not None
+    for values, scales in (
+        (good.values, good.scales.float()),
+        (good.values, good.scales[:63]),
+        (good.values[:63], good.scales),
+        (good.values.to(torch.int16), good.scales),
+    ):
+        wrong = type(good)("int8", values, scales, 64, 64)
+        assert engine.prepare(wrong) is None

@@ -16,7 +16,7 @@ import torch
 
 from conmoe_edge.errors import UnsupportedModel
 
-TRANSFORMERS = ">=5.19,<5.25"
+TRANSFORMERS = ">=5.21,<5.25"
 """The releases that the tests were run on, as in ``pyproject.toml``."""
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -82,14 +82,6 @@ class Arguments:
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}
-
-
-def complete_marks(experts: Any) -> None:
-    """Set the mark on an experts module that came with 5.20: before it no experts had a norm of their own behind
-    them.
-    """
-    if not hasattr(experts, "has_post_expert_norm"):
-        experts.has_post_expert_norm = False
 
 
 INT8_PRODUCT: Callable[..., torch.Tensor] | None = getattr(torch, "_weight_int8pack_mm", None)

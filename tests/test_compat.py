@@ -22,7 +22,6 @@ from conmoe_edge.compat import (
     Arguments,
     cache_argument,
     cache_of,
-    complete_marks,
 )
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model.experts import find_experts, part_names
@@ -114,17 +113,6 @@ def test_a_forward_without_a_known_name_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="Linear") as caught:
         Arguments.of(nn.Linear(2, 2))
     assert TRANSFORMERS in caught.value.fix
-
-
-def test_marks_of_experts_are_complete() -> None:
-    for name in ("olmoe", "gpt_oss"):
-        for _, module in find_experts(tiny_model(name)).values():
-            assert module.has_post_expert_norm is False
-    old, new = nn.Module(), nn.Module()
-    new.has_post_expert_norm = True
-    complete_marks(old)
-    complete_marks(new)
-    assert old.has_post_expert_norm is False and new.has_post_expert_norm is True
 
 
 def test_this_torch_has_the_kernels() -> None:

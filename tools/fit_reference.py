@@ -21,7 +21,8 @@ from typing import Any
 CASES: dict[str, tuple[str, ...]] = {
     "plan": (),
     "auto": ("--rate", "40%"),
-    "auto-equal": ("--rate", "40%", "--widths", "equal"),
+    "auto-free": ("--rate", "40%", "--precision", "int4"),
+    "auto-equal": ("--rate", "40%", "--widths", "equal", "--precision", "int4"),
     "auto-mixed": ("--rate", "40%", "--precision", "int8+int4", "--dense-precision", "int8"),
     "conmoe": ("--method", "conmoe", "--rate", "50%"),
     "conmoe-scope2": ("--method", "conmoe", "--rate", "50%", "--scope", "2"),

@@ -34,8 +34,7 @@ from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
-from conmoe_edge.offload.fastpath.install import suit_single_tokens
-from conmoe_edge.offload.fastpath.kv_cache import keep_cache_growing
+from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.runtime import Runtime
 
@@ -82,11 +81,13 @@ def begin_loading(
     for layer, (_, module) in experts.items():
         names = part_names(module)
         check_shapes(folder, manifest, layer, module, names)
+        down: Any = module.down_proj
+        hidden = down.shape[2 if module.is_transposed else 1]
         for name in names:
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]
         with torch.device("cpu"):  # transformers has made meta the default device around this call
-            handle = _make_handle(maps[layer], constants.get(layer))
+            handle = _make_handle(maps[layer], constants.get(layer), hidden)
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
@@ -136,8 +137,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
-    keep_cache_growing(model, context)
-    suit_single_tokens(model, runtime.arithmetic.machine)
+    runtime.fast_path = install(model, runtime.arithmetic.machine, context)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def attach_unchanged(
@@ -155,15 +155,17 @@ def register_experts_function() -> None:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
 
 
-def _make_handle(slot_map: SlotMap, constants: Tensor | None) -> LayerHandle:
-    try:
-        return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
-    except ValueError as error:
-        raise PackageError(
-            f"{CONSTANTS_FILE} is damaged.",
-            f"layer {slot_map.layer} has fewer constants than its slots name",
-            _AGAIN,
-        ) from error
+def _make_handle(slot_map: SlotMap, constants: Tensor | None, hidden: int) -> LayerHandle:
+    """``constants``: what the package has for the layer, for hidden states of ``hidden`` numbers."""
+    why = ""
+    if constants is not None and constants.shape[1:] != (hidden,):
+        why = f"constants of shape {list(constants.shape)} for hidden states of {hidden} numbers"
+    elif slot_map.constant_rows > (0 if constants is None else len(constants)):
+        why = "fewer constants than its slots name"
+    if why:
+        what = f"layer {slot_map.layer} has {why}"
+        raise PackageError(f"{CONSTANTS_FILE} is damaged.", what, _AGAIN)
+    return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
 
 
 def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.compat import complete_marks
-
-_MARKS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -48,7 +46,6 @@ def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
         if is_experts_module(module) and path.startswith(f"{prefix}."):
-            complete_marks(module)
             found[int(path[len(prefix) + 1 :].split(".", 1)[0])] = (path, module)
     return dict(sorted(found.items()))
 

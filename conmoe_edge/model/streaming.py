@@ -158,7 +158,7 @@ class StreamedModel:
                 bridge.check_loaded(module, path)
 
     def drop_outside(self) -> None:
-        """Give back what ``load_outside`` loaded; between prologue and epilogue nobody needs it."""
+        """Give back what ``load_outside`` loaded; between prologue and epilogue it is not needed."""
         nn.Module.to(self.model, "meta")
 
     @contextmanager

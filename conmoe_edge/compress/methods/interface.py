@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
-from conmoe_edge.compress.stats.statistics import LayerStatistics
+from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
 
 Parts = Mapping[str, Tensor]
@@ -40,9 +39,9 @@ class Needs:
     ``vectors``: sums of the outputs and of their squares per expert (2 * E * H float64).
     ``tokens``: the calibration tokens themselves, as they enter the experts (T * H).
     ``logits``: the router's logits of these tokens (T * E), with ``tokens``.
-    ``target``: the tokens are those of the model as it has become so far, each with what its routed
-    experts would have to give to be back on the original's residual stream (another T * H, and the
-    stream of the original beside that of the package); with ``tokens``, for scopes of one layer.
+    ``target``: the tokens are those of the package's stream so far, each with what its routed experts
+    would have to give to be back on the original's residual stream (another T * H, and the stream of
+    the original beside that of the package); with ``tokens``, for scopes of one layer.
     """
 
     vectors: bool = False
@@ -82,8 +81,8 @@ class ScopeView:
         widths: numbers of neurons that a prototype may have, ascending; all of an expert's alone
             unless the method trims.
         sizes: bytes of a record of each of them.
-        room: bytes that the prototypes may take; what is left below it goes to later scopes. 0 where
-            the number of prototypes says it all.
+        room: bytes that the prototypes may take; later scopes get what is left. 0 where only their
+            number counts.
         dtype, device: in which and where experts are computed.
     """
 
@@ -109,7 +108,7 @@ class Decision:
 
     Attributes:
         prototypes: sorted.
-        slots: one record for every slot, in the order of the pool. ``SlotRecord.constant`` is a row
+        slots: one record for every router slot, in the order of the pool. ``SlotRecord.constant`` is a row
             of ``constants`` of the slot's own layer.
         constants: layer -> [n, H] fp32, for the layers that have any.
         rerouted: layers whose router may not choose slots that have neither prototype nor constant.
@@ -161,5 +160,5 @@ class Method:
 
 
 def identity(scope: ScopeView) -> Decision:
-    """Every expert kept, every slot its own: what each method gives when nothing is removed."""
+    """Every expert kept, every router slot its own: what each method gives when nothing is removed."""
     return Decision(scope.pool, tuple(SlotRecord(expert) for expert in scope.pool))

@@ -19,7 +19,7 @@ from conmoe_edge.checkpoint.format.manifest import SlotRecord
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Method, Needs, ScopeView
 from conmoe_edge.compress.methods.interface import identity as whole
 from conmoe_edge.compress.solvers.ranking import survivors
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
+from conmoe_edge.compress.stats.statistics import OutputVectors
 
 
 def score(layer: LayerView) -> Tensor:

@@ -19,13 +19,12 @@ from conmoe_edge.checkpoint.package.slot_constants import (
     write_constants,
 )
 from conmoe_edge.compress.phases.decide import decide
-from conmoe_edge.compress.phases.propagate import aim, follow
+from conmoe_edge.compress.phases.propagate import aim, propagate
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.stats.mixed_precision import RowSample, save_sample
-from conmoe_edge.compress.stats.output_vectors import VectorTracker
-from conmoe_edge.compress.stats.statistics import StatisticsTracker
+from conmoe_edge.compress.stats.statistics import StatisticsTracker, VectorTracker
 from conmoe_edge.compress.stream.expert_hooks import RoutedTap, attach
 from conmoe_edge.compress.stream.layer_stream import Stream, run_layer
 from conmoe_edge.compress.stream.predictor_fit import PredictorFit
@@ -79,7 +78,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
             if index in model.experts:
                 left = decide(run, model.experts[index][1], index, tokens, model.routers)
             if needs.target:
-                follow(run, model, index, streams["package"], tokens, before, left)
+                propagate(run, model, index, streams["package"], tokens, before, left)
         run.layer_done("calibrate", index, streams)
     run.work.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
     return _whole_files(run, trace)

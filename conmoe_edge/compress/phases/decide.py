@@ -21,7 +21,7 @@ from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.solvers.weight_distance import distances
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.mixed_precision import gains, load_sample, widest
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
+from conmoe_edge.compress.stats.statistics import OutputVectors
 from conmoe_edge.compress.stream.scope_weights import (
     LayerWeights,
     LoadedLayer,

@@ -1,7 +1,7 @@
 """The stream of the package so far, beside that of the original.
 
 Methods with ``Needs.target`` take each layer's tokens from the package's stream and aim at the original's residual
-stream behind the layer (``aim``). Once the layer is written, the package's stream goes through it (``follow``).
+stream behind the layer (``aim``). Once the layer is written, the package's stream goes through it (``propagate``).
 
 Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
 """
@@ -46,7 +46,7 @@ def aim(
     """The tokens of the package's stream at this layer, each with what its experts should give.
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to
-    the original's stream, and the stream without the experts is returned, for ``follow``.
+    the original's stream, and the stream without the experts is returned, for ``propagate``.
     Elsewhere (a norm comes after the experts) it is what the original experts give here.
     """
     module = model.experts[index][1]
@@ -106,7 +106,7 @@ def _marks(run: Run, stream: Stream) -> dict[str, torch.Tensor]:
     }
 
 
-def follow(
+def propagate(
     run: Run,
     model: StreamedModel,
     index: int,

@@ -20,8 +20,7 @@ from conmoe_edge.checkpoint.format.records import decode
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
 from conmoe_edge.compress.stats.mixed_precision import RowSample
-from conmoe_edge.compress.stats.output_vectors import VectorTracker
-from conmoe_edge.compress.stats.statistics import StatisticsTracker
+from conmoe_edge.compress.stats.statistics import StatisticsTracker, VectorTracker
 from conmoe_edge.compress.stream.trace_recorder import RoutingRecorder
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model.experts import expert_forward, part_names, sum_dtype

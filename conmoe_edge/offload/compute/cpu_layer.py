@@ -27,6 +27,7 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
     Cached,
     LayerTable,
+    MlpTable,
     Operator,
     Positions,
     PrototypeTable,
@@ -48,11 +49,11 @@ class HostAddresses:
 
     def __init__(self, residency: Residency) -> None:
         self.table = PrototypeTable(residency.count)
-        self._residency = residency
+        self._pools = residency.pools  # not the residency, which would never be dropped
         residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
-        matrices = self._residency.stored(place).matrices
+        matrices = self._pools[place[0]].parts(place[1]).matrices
         if matrices is not None:
             self.table.put(number, *matrices)
 
@@ -110,8 +111,9 @@ class CpuLayer(TorchLayer):
         block: BlockTable,
         router: RouterTable,
         x: Tensor,
-        positions: Positions,
+        positions: Positions | None,
         cached: Cached,
+        dense: MlpTable | None = None,
     ) -> Tensor | None:
         """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``.
 
@@ -121,7 +123,7 @@ class CpuLayer(TorchLayer):
         if self.table is None or self.engine is None:
             raise RuntimeError("the operator does not take this layer")
         self._notice()
-        found = self.engine.decoder(block, router, self.table, x, positions, cached)
+        found = self.engine.decoder(block, router, self.table, x, positions, cached, dense)
         return self._counted(found, router.between.normed)
 
     def forward_with_misses(

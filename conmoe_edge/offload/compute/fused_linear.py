@@ -1,6 +1,6 @@
 """Linear layers outside the routed experts: weights in int8, and fast products with bf16 weights on a CPU.
 
-``EdgeLinear`` stands where transformers has ``nn.Linear``. How it multiplies follows from the processor, the stored
+``FusedLinear`` stands where transformers has ``nn.Linear``. How it multiplies follows from the processor, the stored
 form and the number of rows (tokens), never from memory or a stopwatch:
 
 ==============================  =====================================================================================
@@ -109,13 +109,13 @@ class DenseProducts:
 
 
 def call_at_once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``nn.Module.__call__`` of a module that nobody has hooked, without looking for hooks that are not there."""
+    """``nn.Module.__call__`` without looking for hooks where there are none."""
     if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
         return nn.Module.__call__(self, *args, **kwargs)
     return self.forward(*args, **kwargs)
 
 
-class EdgeLinear(nn.Linear):
+class FusedLinear(nn.Linear):
     """A linear layer of a loaded package: y = x W^T + b, for inference only.
 
     ``weight`` is bf16 [out, in], or int8 with ``weight_scale`` bf16 [out].

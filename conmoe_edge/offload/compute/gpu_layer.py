@@ -34,12 +34,12 @@ class GpuAddresses:
     def __init__(self, residency: Residency, device: torch.device) -> None:
         layouts = [pool.layout for pool in residency.pools]
         self.table = GpuTable(layouts, residency.layout_of, device)
-        self._residency = residency
+        self._pools = residency.pools  # not the residency, which would never be dropped
         residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
         """See ``AddressView``; it holds for launches that are issued from now on."""
-        self.table.put(number, self._residency.record(place).data_ptr())
+        self.table.put(number, self._pools[place[0]].record(place[1]).data_ptr())
 
     def remove(self, number: int) -> None:
         """See ``AddressView``. No kernel is launched for a prototype that is not present."""

@@ -40,13 +40,13 @@ Compute = Callable[[Sequence[int], Sequence[StoredExpert]], None]
 class _Staying:
     """A view of the table: the pinned prototypes that are present, as compute takes them."""
 
-    def __init__(self, residency: Residency) -> None:
-        self.experts: list[StoredExpert | None] = [None] * residency.count
-        self._residency = residency
+    def __init__(self, pools: Sequence[SlotPool], pinned: frozenset[int], count: int) -> None:
+        self.experts: list[StoredExpert | None] = [None] * count
+        self._pools, self._pinned = pools, pinned
 
     def put(self, number: int, place: Place) -> None:
-        if number in self._residency.table.pinned:
-            self.experts[number] = self._residency.stored(place)
+        if number in self._pinned:
+            self.experts[number] = self._pools[place[0]].parts(place[1])
 
     def remove(self, number: int) -> None:
         self.experts[number] = None
@@ -102,7 +102,7 @@ class Residency:
                 cache = SlotCache(mine.slots, pins_of(mine, one), policy, self.table, layout)
                 cache.lend(pool.slots - mine.slots)
                 self._caches[layout] = cache
-        staying = _Staying(self)
+        staying = _Staying(self.pools, self.table.pinned, self.count)
         self._staying_experts = staying.experts
         self.table.watch(staying)
         self.all_resident = not self.layout_of
@@ -127,14 +127,6 @@ class Residency:
         for load in loads:
             self.table.arrived(load.item)
         self.all_resident = self.table.stay(range(len(self.layout_of)))
-
-    def record(self, place: Place) -> Tensor:
-        """The bytes of a cache slot."""
-        return self.pools[place[0]].record(place[1])
-
-    def stored(self, place: Place) -> StoredExpert:
-        """What is in a cache slot, as compute takes it."""
-        return self.pools[place[0]].parts(place[1])
 
     def kinds(self, numbers: Iterable[int]) -> list[StoredExpert]:
         """One stored expert of each layout that ``numbers`` have, whatever it holds now: for its forms."""
@@ -185,7 +177,7 @@ class Residency:
         if not self.table.present(numbers):
             return None
         self.asked(numbers)
-        return [self.stored(self._place(number)) for number in numbers]
+        return [self._stored(self._place(number)) for number in numbers]
 
     def visit(
         self,
@@ -245,7 +237,7 @@ class Residency:
         for number in sorted(self.table.arriving):
             place, cache = self._place(number), self._caches[self.layout_of[number]]
             if not self._transfer.ready(place):
-                if self._transfer.cancel(number, place, self.record(place)):
+                if self._transfer.cancel(number, place, self._record(place)):
                     self.bytes_read -= self.pools[place[0]].layout.nbytes
                     cache.counts.prefetched -= 1
                     cache.lost(number)
@@ -312,7 +304,7 @@ class Residency:
                     self.table.arrived(numbers[position])
                 if self._wanted and all(one.complete for one in passes.values()):
                     self._start_prefetch()
-                compute(turn, [self.stored(place) for place in places])
+                compute(turn, [self._stored(place) for place in places])
                 for position, place in zip(turn, places, strict=True):
                     self._transfer.used(place)
                     passes[place[0]].finish(numbers[position])
@@ -323,6 +315,14 @@ class Residency:
         if place is None:
             raise RuntimeError(f"prototype {number} has no cache slot")
         return place
+
+    def _record(self, place: Place) -> Tensor:
+        """The bytes of a cache slot."""
+        return self.pools[place[0]].record(place[1])
+
+    def _stored(self, place: Place) -> StoredExpert:
+        """What is in a cache slot, as compute takes it."""
+        return self.pools[place[0]].parts(place[1])
 
     def _ready_after(self, numbers: Sequence[int], left: Sequence[int]) -> list[Place]:
         """The places of those behind the first of ``left`` that need not be waited for, as far as they follow it."""
@@ -347,7 +347,7 @@ class Residency:
             self.bytes_read += self.pools[load.place[0]].layout.nbytes
             if demand:
                 self._demand.add(load.place)
-            self._transfer.load(load.item, load.place, self.record(load.place), ahead=ahead)
+            self._transfer.load(load.item, load.place, self._record(load.place), ahead=ahead)
 
     @property
     def hits(self) -> int:

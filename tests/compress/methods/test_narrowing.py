@@ -20,90 +20,12 @@ from conmoe_edge.compress.methods.narrowing import narrowing, narrowings
 from conmoe_edge.compress.methods.rebuild import StandIns, activations, error_on, gates_of, rebuild
 from conmoe_edge.compress.solvers import neuron_pruning as trim_module
 from conmoe_edge.compress.solvers.facility import slot_map_of
-from conmoe_edge.compress.solvers.neuron_pruning import corrected, cuts
 from conmoe_edge.compress.solvers.slot_errors import routed_outputs, slot_errors
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
-
-N, WIDTH, H = 400, 8, 6
-RIDGE = 1e-6
-
-
-def samples(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Correlated activations [N, WIDTH] and a down projection [H, WIDTH]."""
-    generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(WIDTH, WIDTH, generator=generator) * 0.5 + torch.eye(WIDTH)
-    down = torch.randn(H, WIDTH, generator=generator)
-    return torch.randn(N, WIDTH, generator=generator) @ mixed, down
-
-
-def left_of(activations: Tensor, down: Tensor, neurons: Tensor) -> float:
-    """The squared error of the best correction of the others, by least squares over tokens."""
-    target = activations.double() @ down.double().T
-    kept = activations.double()[:, neurons]
-    return float((target - kept @ torch.linalg.lstsq(kept, target).solution).square().sum())
-
-
-def test_what_a_cut_costs_is_what_least_squares_leaves() -> None:
-    values, down = samples()
-    found = cuts(values.T @ values, down, range(1, WIDTH + 1), RIDGE)
-    for width, cut in zip(range(1, WIDTH + 1), found, strict=True):
-        assert len(cut.neurons) == width
-        assert torch.equal(cut.neurons, cut.neurons.unique())
-        assert cut.error == pytest.approx(left_of(values, down, cut.neurons), rel=1e-3, abs=0.01)
-    assert found[-1].error == 0.0
-    for narrow, wide in itertools.pairwise(found):
-        assert set(narrow.neurons.tolist()) < set(wide.neurons.tolist())
-        assert narrow.error >= wide.error
-
-
-def test_a_whole_block_that_goes_in_one_round_costs_its_least_squares() -> None:
-    """64 neurons in rounds of eight: the sum over rounds is the error of the whole correction."""
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(900, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    down = torch.randn(H, 64, generator=generator)
-    (half, quarter) = reversed(cuts(values.T @ values, down, (16, 32), RIDGE))
-    for cut in (half, quarter):
-        assert cut.error == pytest.approx(left_of(values, down, cut.neurons), rel=0.01)
-
-
-def test_one_neuron_that_goes_is_the_cheapest_of_all() -> None:
-    values, down = samples(2)
-    costs = [
-        left_of(values, down, torch.tensor([j for j in range(WIDTH) if j != gone]))
-        for gone in range(WIDTH)
-    ]
-    (cut,) = cuts(values.T @ values, down, (WIDTH - 1,), RIDGE)
-    assert set(range(WIDTH)) - set(cut.neurons.tolist()) == {costs.index(min(costs))}
-    assert cut.error == pytest.approx(min(costs), rel=1e-3)
-
-
-def test_nobody_came_is_no_error_and_the_largest_columns_stay() -> None:
-    _, down = samples()
-    order = down.square().sum(0).argsort(descending=True)
-    for cut, width in zip(cuts(torch.zeros(WIDTH, WIDTH), down, (2, 5)), (2, 5), strict=True):
-        assert cut.error == 0.0 and cut.neurons.tolist() == sorted(order[:width].tolist())
-    assert torch.equal(
-        corrected(torch.zeros(WIDTH, WIDTH), down, torch.tensor([1, 4])), down[:, [1, 4]]
-    )
-
-
-def test_a_correction_is_ridge_regression() -> None:
-    """Rows of sqrt(ridge) on every neuron, that of those which go included, hold the correction where it was."""
-    values, down = samples(3)
-    neurons = torch.tensor([0, 2, 3, 7])
-    ridge = 0.01 * float((values.T @ values).diagonal().mean())
-    held = torch.cat([values, torch.eye(WIDTH) * ridge**0.5]).double()
-    wanted = torch.linalg.lstsq(held[:, neurons], held @ down.double().T).solution.T
-    found = corrected(values.T @ values, down, neurons)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
-    assert torch.equal(corrected(values.T @ values, down, torch.arange(WIDTH)), down)
-
-
-# -- a layer of a tiny model -------------------------------------------------------------------------------------
 
 K = 2
 WIDTHS = (4, 8, 12, 16)

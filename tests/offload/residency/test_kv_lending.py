@@ -75,7 +75,8 @@ def test_a_cache_that_shrinks_forgets_the_places_above() -> None:
                 with cache.begin(rng.sample(range(20), 4), scan=rng.random() < 0.3) as one:
                     for item in list(one.needed):
                         one.loads()
-                        assert cache.slot_of(item) < cache.slots
+                        slot = cache.slot_of(item)
+                        assert slot is not None and slot < cache.slots
                         one.finish(item)
             kept = {i: cache.slot_of(i) for i in cache.resident}
             cache.shrink(count)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
     ExpertId,
@@ -20,7 +21,7 @@ from conmoe_edge.checkpoint.format.manifest import (
     SlotRecord,
 )
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import encode, make_layout, pack
+from conmoe_edge.checkpoint.format.records import encode, pack
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conmoe_edge.memory.budget import Budget
     from conmoe_edge.offload.generation.benchmark import Round
 
-Stage = Literal["machine", "load"]
+Stage = Literal["machine", "load", "run"]
 
 
 def bench(
@@ -43,7 +43,7 @@ def bench(
         repeats: rounds, each with another prompt.
         seed: which prompts are taken from the text.
         text: UTF-8 text to take them from; by default the one that no calibration has seen.
-        on_stage: called before this machine is measured and before the package is loaded.
+        on_stage: called before this machine is measured, the package is loaded, the rounds are run.
         on_round: called after every round with its number, from 0.
 
     Raises:
@@ -77,6 +77,7 @@ def bench(
         "text": None if text is None else Path(text).name,
     }
     facts = bench_facts.gather(session, folder, rates, settings)
+    stage("run")
     return make_report(facts, measure(session, prompts, tokens, on_round))
 
 

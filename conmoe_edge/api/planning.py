@@ -22,7 +22,7 @@ from conmoe_edge.plan.request import Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 
 if TYPE_CHECKING:
-    from conmoe_edge.compress.method_interface import Method
+    from conmoe_edge.compress.methods.interface import Method
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,13 +69,10 @@ def open_session(
         PackageError, DoesNotFit: as ``load``.
         CalibrationError: it has no tokenizer.
     """
-    from conmoe_edge.memory.garbage import settle
     from conmoe_edge.offload.generation.session import ChatSession
 
     model = load(path, budget, device, context, cache_policy, misses)
-    tokenizer = load_tokenizer(Path(path))
-    settle()
-    return ChatSession(model, tokenizer, context)
+    return ChatSession(model, load_tokenizer(Path(path)), context)
 
 
 def evaluate_tasks(

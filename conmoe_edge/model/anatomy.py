@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from conmoe_edge.checkpoint.format.layout import DOWN, neurons
+from conmoe_edge.checkpoint.format.forms import DOWN
+from conmoe_edge.checkpoint.format.layout import neurons
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
@@ -25,7 +26,6 @@ from conmoe_edge.report.slot_shares import (
     PrototypeFact,
     SlotFact,
     Usage,
-    layer_groups,
     prototype_facts,
     quantile,
     slot_facts,
@@ -165,7 +165,7 @@ def summarise(
         sizes=_sizes(folder, manifest),
         slots=slot_facts(manifest, usage),
         prototypes=prototype_facts(manifest),
-        scopes=layer_groups(manifest),
+        scopes=sharing_layers(SlotMap.of_manifest(manifest)),
         usage=usage,
         measured=None if bench is None else read_measured(bench, manifest),
         verified=verify,

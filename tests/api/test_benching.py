@@ -54,7 +54,7 @@ def test_a_package_is_measured_from_python(
         on_stage=stages.append,
         on_round=lambda number, one: stages.append(f"round {number}"),
     )
-    assert stages == ["machine", "load", "round 0", "round 1"]
+    assert stages == ["machine", "load", "run", "round 0", "round 1"]
     assert len(report.rounds) == 2 and report.decode.tokens_per_second.low > 0
     assert report.facts.settings["text"] == "text.txt"
     assert report.facts.budget.device_bandwidth == 1e10

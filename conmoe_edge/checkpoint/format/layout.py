@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from conmoe_edge.checkpoint.format.dtypes import nbytes_of
-from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES, RIGHT, Part
+from conmoe_edge.checkpoint.format.forms import DOWN, KIND_OF_VALUES, RIGHT, Part
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.units import round_up
 
 PART_ALIGNMENT = 64
 RECORD_ALIGNMENT = 4096
-DOWN = "down_proj"
 
 
 def make_layout(parts: Sequence[Part], precision: str = "source") -> RecordLayout:

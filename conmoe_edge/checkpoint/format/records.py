@@ -18,12 +18,9 @@ import torch
 from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.format.factored import factors_of
 from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, KIND_OF_VALUES, LEFT, RIGHT, SCALE
-from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
-
-__all__ = ["decode", "encode", "make_layout", "matrix_of", "pack", "view"]
 
 
 def encode(

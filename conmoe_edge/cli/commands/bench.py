@@ -21,6 +21,7 @@ from conmoe_edge.cli.ui.cli_options import (
 )
 
 if TYPE_CHECKING:
+    from conmoe_edge.api.benching import Stage
     from conmoe_edge.cli.ui.output import Output
     from conmoe_edge.offload.generation.benchmark import Round
 
@@ -63,9 +64,16 @@ def bench(
     from conmoe_edge.cli.commands.chat import check_package
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.bench_table import bench_view
+    from conmoe_edge.memory.garbage import settle
 
     check_package(folder)
     said = {"machine": "Measuring this machine ...", "load": f"Loading {path_text(folder)} ..."}
+
+    def tell_stage(stage: Stage) -> None:
+        if stage == "run":
+            settle()
+        else:
+            output.note(said[stage])
 
     def tell(number: int, one: Round) -> None:
         speed = f"{one.decode.tokens_per_second:.1f} tokens/s"
@@ -75,7 +83,7 @@ def bench(
         folder,
         budget=gpu,
         device=None if device == "auto" else device,
-        on_stage=lambda stage: output.note(said[stage]),
+        on_stage=tell_stage,
         on_round=tell,
         **run,
     )

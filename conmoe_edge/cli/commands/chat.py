@@ -99,9 +99,11 @@ def chat(
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
     output.note(f"Loading {path_text(folder)} ...")
     from conmoe_edge.api.running import open_session
+    from conmoe_edge.memory.garbage import settle
 
     where = None if device == "auto" else device
     session = open_session(folder, gpu, where, context, cache_policy, misses)
+    settle()
     drawn = SamplingSettings(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)

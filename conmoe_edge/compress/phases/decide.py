@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.checkpoint.format.records import make_layout
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
 from conmoe_edge.compress.quality.slot_overview import slot_distances

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
-from conmoe_edge.checkpoint.format.records import make_layout
 from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import StoredRecord

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from conmoe_edge.checkpoint.format.forms import DOWN, KIND_OF_VALUES, SCALE, UP
-from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, RecordLayout
+from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, UP
+from conmoe_edge.checkpoint.format.layout import expert_width
+from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.errors import ConmoeError, UsageError
 
@@ -64,7 +65,7 @@ def layer_stacks(manifest: Manifest) -> dict[int, LayerStack]:
         used = {number for layer in group for number in maps[layer].prototypes}
         stack = sorted(used, key=lambda number: entries[number].id)
         position = {number: place for place, number in enumerate(stack)}
-        widths = [width_of(manifest.layouts[entries[number].layout]) for number in stack]
+        widths = [expert_width(manifest.layouts[entries[number].layout]) for number in stack]
         for layer in group:
             stacks[layer] = LayerStack(
                 leader=group[0],
@@ -117,9 +118,3 @@ def check_servable(folder: Path, manifest: Manifest) -> None:
 def rerouted(manifest: Manifest) -> frozenset[int]:
     """Layers whose router may not choose slots that have neither prototype nor constant."""
     return frozenset(getattr(manifest, "rerouted", ()))
-
-
-def width_of(layout: RecordLayout) -> int:
-    """Neurons of the experts that have this layout: the inputs of their down projection."""
-    part = next(part for part in layout.parts if part.name == DOWN)
-    return part.shape[1] * (2 if KIND_OF_VALUES.get(part.dtype) == "int4" else 1)

@@ -95,7 +95,7 @@ class FeedForward:
     def output(
         self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator
     ) -> Tensor:
-        """[1, H], [1, K], [1, K] -> [1, H]: experts, through the cache where they have to be read, and the dense layer."""
+        """[1, H], [1, K], [1, K] -> [1, H]: experts, missing prototypes being read, and the dense layer."""
         assert ready.whole is not None and self._experts is not None
         out = ready.whole.output(hidden, slots, gates)
         if out is None:

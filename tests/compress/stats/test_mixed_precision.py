@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import tiny_model
 
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import make_layout
 from conmoe_edge.compress.stats import mixed_precision
 from conmoe_edge.compress.stats.mixed_precision import RowSample, gains, widest
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views

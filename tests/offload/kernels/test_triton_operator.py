@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.slot_tensors import SlotTensors

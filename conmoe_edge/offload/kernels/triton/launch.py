@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind, Part, quantised_parts
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.layout import make_layout
+from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable

@@ -1,7 +1,7 @@
 """The dense part of a package on its way into a model: int8 weights find their place, bf16 weights their fast products.
 
 ``take_quantised`` works on the meta model, before any weight is read: where the package has a weight in int8, an
-``EdgeLinear`` with room for values and scales stands in its layer's place, and ``from_pretrained`` fills both by name.
+``FusedLinear`` with room for values and scales stands in its layer's place, and ``from_pretrained`` fills both by name.
 ``finish_dense`` runs when the weights are there. Peak memory: one weight twice. Raises ``PackageError`` where the
 package has int8 weights that the model has no linear layer for.
 """
@@ -17,9 +17,8 @@ from torch import nn
 from conmoe_edge.checkpoint.package.dense_names import quantised_names
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CheckpointError, PackageError
-from conmoe_edge.offload.compute.fused_linear import DenseProducts, EdgeLinear, into_one_place
+from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
-from conmoe_edge.offload.fastpath.rms_norm import fast_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,7 @@ def take_quantised(
                 f"{name} is stored in int8, but the model has no linear layer there",
                 again,
             )
-        model.set_submodule(path, EdgeLinear(linears[path], products, int8=True), strict=True)
+        model.set_submodule(path, FusedLinear(linears[path], products, int8=True), strict=True)
     return names
 
 
@@ -54,8 +53,7 @@ def finish_dense(model: PreTrainedModel, products: DenseProducts) -> None:
     matrix reads at less than half of the memory's rate, also on processors with bf16 instructions), and fp32 ones for
     many rows where the processor has no bf16 instructions.
 
-    Root-mean-square norms become the operator's too, for few rows. A model in fp32 keeps transformers' own
-    products and norms: they are right for it.
+    A model in fp32 keeps transformers' own products.
     """
     machine = products.machine
     if machine.device != "cpu":
@@ -64,13 +62,8 @@ def finish_dense(model: PreTrainedModel, products: DenseProducts) -> None:
         for path, module in list(model.named_modules()):
             weight = module.weight if type(module) is nn.Linear else None
             if weight is not None and weight.dtype == torch.bfloat16:
-                model.set_submodule(path, EdgeLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
+                model.set_submodule(path, FusedLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
     into_one_place(model.parameters())
-    if products.operator is not None:
-        for path, module in list(model.named_modules()):
-            norm = fast_norm(module, products.operator)
-            if norm is not None:
-                model.set_submodule(path, norm, strict=True)
 
 
 def products_for(device: torch.device) -> DenseProducts:

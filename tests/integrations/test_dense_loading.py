@@ -17,7 +17,7 @@ from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.dense_weights import finish_dense
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.linears import quantisable_weights
-from conmoe_edge.offload.compute.fused_linear import DenseProducts, EdgeLinear
+from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.kernels.cpu.reference import rounded
 
@@ -61,7 +61,7 @@ def test_int8_runs_as_the_weights_that_it_stands_for(name: str, tmp_path: Path) 
     names = quantisable_weights(plain)
     folder = write_package(plain, tmp_path / "package", identity(plain), in_int8=names)
     model = load_package(folder, device="cpu", slots=PLENTY, context=64)
-    made = {path for path, one in model.named_modules() if isinstance(one, EdgeLinear)}
+    made = {path for path, one in model.named_modules() if isinstance(one, FusedLinear)}
     assert made == {key.removesuffix(".weight") for key in names}
     for path in made:
         layer: Any = model.get_submodule(path)
@@ -136,7 +136,7 @@ def test_fast_bf16_products_stay_within_rounding(name: str) -> None:
     exact = logits(copy.deepcopy(right).float())
     count = sum(type(one) is nn.Linear for one in fast.modules())
     finish_dense(fast, DenseProducts(Machine("cpu", native_bf16=False)))
-    assert sum(isinstance(one, EdgeLinear) for one in fast.modules()) == count
+    assert sum(isinstance(one, FusedLinear) for one in fast.modules()) == count
     assert not any(type(one) is nn.Linear for one in fast.modules())
     usual = (logits(right) - exact).abs().mean()
     assert (logits(fast) - exact).abs().mean() <= 1.5 * usual + 1e-3
@@ -151,13 +151,13 @@ def test_what_is_left_to_transformers() -> None:
         (tiny_model("olmoe", dtype=torch.bfloat16), torch_s),
     ):
         finish_dense(model, products)
-        assert not any(isinstance(one, EdgeLinear) for one in model.modules())
+        assert not any(isinstance(one, FusedLinear) for one in model.modules())
 
 
 def test_a_tied_head_stays_tied() -> None:
     model = tiny_model("olmoe", dtype=torch.bfloat16, tie_word_embeddings=True)
     before = logits(model)
     finish_dense(model, DenseProducts(Machine("cpu", native_bf16=False)))
-    assert isinstance(model.lm_head, EdgeLinear)
+    assert isinstance(model.lm_head, FusedLinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(logits(model), before, rtol=0.05, atol=0.05)

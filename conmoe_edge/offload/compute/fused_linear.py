@@ -1,6 +1,6 @@
 """Linear layers outside the routed experts: weights in int8, and fast products with bf16 weights on a CPU.
 
-``EdgeLinear`` stands where transformers has ``nn.Linear``. How it multiplies follows from the processor, the stored
+``FusedLinear`` stands where transformers has ``nn.Linear``. How it multiplies follows from the processor, the stored
 form and the number of rows (tokens), never from memory or a stopwatch:
 
 ==============================  =====================================================================================
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.quantise import Matrix, stored
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine, Scratch
@@ -74,8 +75,9 @@ class DenseProducts:
             wide = x if bias is None and x.dtype != torch.float16 else x.float()
             y = self.operator.few_rows([prepared], wide.contiguous().unsqueeze(0))[0]
         elif matrix.scales is not None:
-            scales = matrix.scales.to(x.dtype)
-            y = torch._weight_int8pack_mm(x.contiguous(), matrix.values, scales)  # pyright: ignore[reportPrivateImportUsage]
+            if compat.INT8_PRODUCT is None:
+                return self._in_blocks(matrix, x, bias)
+            y = compat.INT8_PRODUCT(x.contiguous(), matrix.values, matrix.scales.to(x.dtype))
         elif len(x) == 1 and bias is None:
             y = torch.mv(matrix.values, x[0]).unsqueeze(0)
         else:
@@ -107,13 +109,13 @@ class DenseProducts:
 
 
 def call_at_once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``nn.Module.__call__`` of a module that nobody has hooked, without looking for hooks that are not there."""
+    """``nn.Module.__call__`` without looking for hooks where there are none."""
     if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks:
         return nn.Module.__call__(self, *args, **kwargs)
     return self.forward(*args, **kwargs)
 
 
-class EdgeLinear(nn.Linear):
+class FusedLinear(nn.Linear):
     """A linear layer of a loaded package: y = x W^T + b, for inference only.
 
     ``weight`` is bf16 [out, in], or int8 with ``weight_scale`` bf16 [out].

@@ -1,134 +1,156 @@
 """A layer's attention for one new token, in one call of the operator.
 
 transformers' attention is some forty tensor operations and method calls a layer. Between two tokens a layer's weights
-push everything else out of the processor's caches, so each of them is cold. ``attend_in_one_call`` puts an
-``EdgeAttention`` in front of the ``forward`` of every attention that is the usual one: projections, perhaps norms of
-queries and keys, rotary positions, the cache, softmax, the output projection.
+push everything else out of the processor's caches, so each of them is cold. ``FusedAttention`` stands in front of the
+``forward`` of an attention of a listed class (``supported.py``): projections, perhaps norms of queries and keys, rotary
+positions, the cache, softmax, the output projection; or the same over compressed keys and values.
 
-Nothing is known of a model's own class. Its code must use no name beyond those of the usual attention
-(``class_match.py``), and before the operator answers for a layer it has computed a token of that layer beside
-transformers, and every bit of the output and of the cache was the same.
+Before the operator answers for a layer it has computed one token of that layer beside transformers, and every bit of
+the output and of the cache was the same (close to it where keys and values are compressed). That check is not the
+proof; the tests of the listed classes are.
 
-Memory: one token's activations; for the first token a copy of the layer's keys and values. Raises nothing.
+Memory: one token's activations; for the first token a copy of the layer's keys and values.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from conmoe_edge.offload.compute.fused_linear import EdgeLinear
-from conmoe_edge.offload.fastpath.class_match import as_they_were, speaks_only_of
+from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
+from conmoe_edge.offload.compute.fused_linear import FusedLinear
+from conmoe_edge.offload.fastpath.attention_function import SUITED
 from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
-from conmoe_edge.offload.fastpath.rms_norm import EdgeNorm
+from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
+from conmoe_edge.offload.fastpath.supported import Attention, Latent, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
     AttentionTable,
     Cached,
+    LatentTable,
     Operator,
     Positions,
     Prepared,
     RmsNorm,
 )
 
-_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")
-_NAMES = frozenset(
-    [
-        *_LINEARS,
-        *_NORMS,
-        *("head_dim", "shape", "view", "transpose", "reshape", "contiguous", "config", "training"),
-        *("apply_rotary_pos_emb", "update", "layer_idx", "scaling", "sliding_window", "getattr"),
-        *("ALL_ATTENTION_FUNCTIONS", "get_interface", "_attn_implementation"),
-        *("eager_attention_forward", "attention_dropout", "use_qk_norm"),
-    ]
+_KNOWN = frozenset(
+    (
+        *("hidden_states", "position_embeddings", "attention_mask", *CACHE_ARGUMENTS),
+        *("position_ids", "cache_position", "use_cache"),  # say nothing that the others do not
+    )
 )
-"""What the code of the usual attention speaks of, in transformers' words."""
-_UNUSED = {"clip_qkv": ("clip_qkv", "clamp_")}
-"""Names that are as good as not there where the model's configuration has nothing under the first."""
-_HARMLESS = frozenset(("position_ids", "cache_position", "use_cache"))
-"""Arguments that say nothing which the others do not."""
+"""Arguments of a ``forward`` that are looked at, or may have any value."""
+_CLOSE = 2.0**-5
+"""Of the greatest number of an output: what compressed attention may differ by, which is summed in another order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """A layer's weights as they lie now, and where the next token goes in a cache."""
 
-    table: AttentionTable
+    table: AttentionTable | LatentTable
     layer: GrowingLayer
     cached: Cached
 
 
-class EdgeAttention:
+class FusedAttention:
     """Stands in front of the ``forward`` of an attention module of a loaded model, for inference only.
 
-    ``agrees``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
+    ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
     """
 
-    def __init__(self, module: nn.Module, engine: Operator) -> None:
-        """For a module that ``is_usual_attention``."""
-        self.agrees: bool | None = None
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: Attention | Latent,
+        linears: list[str],
+        norms: list[str],
+        engine: Operator,
+        served: Served,
+    ) -> None:
+        """For a module that ``fused_attention`` takes; names of its projections and norms, empty for none."""
+        self.verified: bool | None = None
+        self.spec, self.exact = spec, isinstance(spec, Attention)
         self._own = weakref.WeakMethod(module.forward)
-        self._engine = engine
-        self._parts = dict(module.named_children())
-        self._linears: list[EdgeLinear] = [getattr(module, name) for name in _LINEARS]
-        self._norms: list[EdgeNorm | None] = [getattr(module, name, None) for name in _NORMS]
-        self._width, self._scaling = int(module.head_dim), float(module.scaling)  # pyright: ignore[reportArgumentType]
+        self._engine, self._served = engine, served
+        self._parts = parts = dict(module.named_children())
+        self._linears: list[FusedLinear] = [parts[name] for name in linears]  # pyright: ignore[reportAttributeAccessIssue]
+        self._norms: list[FusedNorm | None] = [parts.get(name) for name in norms]  # pyright: ignore[reportAttributeAccessIssue]
         self._index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
         self._config: Any = module.config
+        self._settings: dict[str, Any] = vars(self._config)
         self._implementation: str = self._config._attn_implementation
-        self._table: AttentionTable | None = None
+        self._table: AttentionTable | LatentTable | None = None
         self._prepared: list[Prepared | None] = []
+        self._eager = isinstance(spec, Attention) and spec.eager
+        sinks = spec.sinks if isinstance(spec, Attention) else ""
+        self._sinks: Tensor | None = getattr(module, sinks) if sinks else None
+        self._sinks_place = 0 if self._sinks is None else self._sinks.data_ptr()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """transformers' interface: [B, T, H] ... -> ([B, T, H], none or the attention's weights)."""
         own = self._own()
         assert own is not None, "the module is being called, so it is there"
         x = kwargs.get("hidden_states")
-        if args or x is None or self.agrees is False or not self.takes(x, kwargs):
+        if args or x is None or self.verified is False or self._eager or not self.takes(x, kwargs):
             return own(*args, **kwargs)
-        place = self.place(kwargs["past_key_values"])
-        if place is None:
+        place = self.place(cache_of(kwargs))
+        if place is None or x.numel() != place.table.hidden:
             return own(**kwargs)
-        positions = Positions(*kwargs["position_embeddings"])
-        if self.agrees is None:
+        positions = self.positions(kwargs, place)
+        if positions is None:
+            return own(**kwargs)
+        if self.verified is None:
             found = own(**kwargs)
-            self.agrees = found[1] is None and agree(
-                place, lambda cached: self._gives(found[0], place, x, positions, cached)
+            self.verified = found[1] is None and agree(
+                place,
+                lambda cached: self._engine.attention(place.table, x, positions, cached),
+                found[0],
+                self.exact,
             )
             return found
         out = self._engine.attention(place.table, x, positions, place.cached)
         place.layer.has_one_more()
+        self._served.attention += 1
         return out, None
-
-    def _gives(self, wanted: Tensor, place: Place, *arguments: Any) -> bool:
-        return torch.equal(self._engine.attention(place.table, *arguments), wanted)
 
     def takes(self, x: Tensor, arguments: Mapping[str, Any]) -> bool:
         """Whether ``x`` is one token in a format of the operator, and the ``arguments`` of the module's ``forward`` ask
         for nothing that it does not do.
         """
-        positions = arguments.get("position_embeddings")
-        if x.shape[:2] != (1, 1) or positions is None or len(positions) != 2:
+        if x.shape[:2] != (1, 1) or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return False
-        if self._config._attn_implementation != self._implementation:
+        if not x.is_contiguous() or self._config._attn_implementation != self._implementation:
             return False
         for name, value in arguments.items():
-            known = name in _HARMLESS or (name in _ARGUMENTS and name != "attention_mask")
-            if not known and value is not None and value is not False:
+            if name not in _KNOWN and value is not None and value is not False:
                 return False
-        cos, sin = positions
-        for one in (x, cos, sin):
-            if one.dtype != torch.bfloat16 or one.device.type != "cpu" or not one.is_contiguous():
-                return False
-        return cos.numel() == sin.numel() == cos.shape[-1] <= self._width and not cos.numel() % 2
+        mask = arguments.get("attention_mask")
+        return mask is None or (self._eager and _hides_nothing(mask))
+
+    def positions(self, arguments: Mapping[str, Any], place: Place) -> Positions | None:
+        """The token's position among the ``arguments``; ``None`` where it is not what the table takes."""
+        given = arguments.get("position_embeddings")
+        try:
+            if isinstance(given, Tensor):
+                found = Positions.of_complex(given[0])
+            elif given is None or len(given) != 2:
+                return None
+            elif isinstance(self.spec, Attention) and self.spec.half_angles:
+                found = Positions.of_half(*given)
+            else:
+                found = Positions(*given)
+            place.table.turning.angles(found)
+        except ValueError:
+            return None
+        return found
 
     def place(self, cache: Any) -> Place | None:
         """The layer's weights, and the place of another token in ``cache``; ``None`` where the operator may not be
@@ -139,13 +161,18 @@ class EdgeAttention:
         layer, table = cache.layers[self._index], self._current()
         if table is None or type(layer) is not GrowingLayer:
             return None
-        cached = layer.room_for_one(table.groups, table.width)
+        cached = layer.room_for_one(*table.cache)
         return None if cached is None else Place(table, layer, cached)
 
-    def _current(self) -> AttentionTable | None:
-        """The layer as its weights lie now; ``None`` where a part was exchanged or is watched."""
+    def _current(self) -> AttentionTable | LatentTable | None:
+        """The layer as its weights lie now; ``None`` where a part was exchanged or has hooks."""
         own = self._own()
-        if own is None or not as_they_were(own.__self__, self._parts):
+        if own is None or own.__self__.training or not unchanged(own.__self__, self._parts):
+            return None
+        unset = self.spec.unset if isinstance(self.spec, Attention) else ()
+        if any(self._settings.get(name) is not None for name in unset):
+            return None
+        if self._sinks is not None and self._sinks.data_ptr() != self._sinks_place:
             return None
         norms = [None if one is None else one.current() for one in self._norms]
         for norm, one in zip(norms, self._norms, strict=True):
@@ -156,60 +183,147 @@ class EdgeAttention:
             one is not other for one, other in zip(prepared, self._prepared, strict=True)
         ):
             self._prepared = prepared
-            self._table = self._tabled(prepared, norms)
+            self._table = self._tabled(own.__self__, prepared, norms)
         return self._table
 
     def _tabled(
-        self, prepared: list[Prepared | None], norms: list[RmsNorm | None]
-    ) -> AttentionTable | None:
-        linears = []
+        self, module: Any, prepared: list[Prepared | None], norms: list[RmsNorm | None]
+    ) -> AttentionTable | LatentTable | None:
+        linears: list[tuple[Prepared, Tensor | None]] = []
         for one, linear in zip(prepared, self._linears, strict=True):
             bias = linear.bias
             if one is None or (bias is not None and bias.dtype != torch.bfloat16):
                 return None
             linears.append((one, None if bias is None else bias.detach()))
+        make = _plain if isinstance(self.spec, Attention) else _latent
         try:
-            return AttentionTable(linears, norms, self._width, self._scaling)
+            return make(module, self.spec, linears, norms)  # pyright: ignore[reportArgumentType]
         except ValueError:
             return None
 
 
-def agree(place: Place, compute: Callable[[Cached], bool]) -> bool:
-    """Whether ``compute`` says so, and writes the same keys and values as the token has in the cache already."""
+def _plain(
+    module: Any,
+    spec: Attention,
+    linears: list[tuple[Prepared, Tensor | None]],
+    norms: list[RmsNorm | None],
+) -> AttentionTable:
+    return AttentionTable(
+        linears,
+        norms or [None, None],
+        int(module.head_dim),
+        float(module.scaling),
+        turn=spec.turn,
+        late=spec.late,
+        doubled=spec.doubled,
+        eager=spec.eager,
+        sinks=getattr(module, spec.sinks).detach() if spec.sinks else None,
+    )
+
+
+def _latent(
+    module: Any,
+    spec: Latent,
+    linears: list[tuple[Prepared, Tensor | None]],
+    norms: list[RmsNorm | None],
+) -> LatentTable:
+    query, compress, expand, output, *before = linears
+    (norm, *query_norm) = norms
+    if norm is None or query[1] is not None or expand[1] is not None:
+        raise ValueError("biases that the operator does not take")
+    return LatentTable(
+        query[0],
+        compress,
+        norm,
+        expand[0],
+        output,
+        heads=int(module.num_heads),
+        turned=int(module.qk_rope_head_dim),
+        value_width=int(module.v_head_dim),
+        scaling=float(module.scaling),
+        turn=spec.turn if not spec.turn_if or getattr(module.config, spec.turn_if) else "halves",
+        compress_query=before[0] if before else None,
+        query_norm=query_norm[0] if query_norm else None,
+    )
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+
+
+def unchanged(module: nn.Module, parts: dict[str, nn.Module], called: Collection[str] = ()) -> bool:
+    """Whether the children of ``module`` are still ``parts``, and none has a hook but those ``called`` anyway."""
+    children = module._modules
+    if len(children) != len(parts):
+        return False
+    for name, part in parts.items():
+        hooked = part._forward_hooks or part._forward_pre_hooks
+        if children.get(name) is not part or (hooked and name not in called):
+            return False
+    return True
+
+
+def agree(place: Place, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
+    """Whether ``compute`` gives what is ``wanted``, and writes the same keys and values as the token has in the cache
+    already: the same bits where ``exact``, else close.
+    """
     keys: Any = place.layer.keys
     values: Any = place.layer.values
     own = [one.clone(memory_format=torch.contiguous_format) for one in (keys, values)]
     for one in own:
         one[:, :, -1] = 0
     first, second = own
-    same = compute(Cached.of(first, second, keys.shape[2] - 1))
-    return same and torch.equal(first, keys) and torch.equal(second, values)
+    found = compute(Cached.of(first, second, keys.shape[2] - 1))
+    same = torch.equal if exact else _close
+    return same(found, wanted) and same(first, keys) and same(second, values)
 
 
-def attend_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
-    """Let the usual attentions of ``model`` take single tokens through the operator; how many there are."""
-    found = [module for module in model.modules() if is_usual_attention(module)]
-    for module in found:
-        module.forward = EdgeAttention(module, engine)  # type: ignore[method-assign]
-    return len(found)
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    far = (found.float() - wanted.float()).abs().max()
+    return bool(far <= _CLOSE * wanted.float().abs().max())
 
 
-def is_usual_attention(module: nn.Module) -> bool:
-    """Whether the code and the parts of ``module`` are those of the usual attention and nothing else."""
-    children = dict(module.named_children())
-    if not set(_LINEARS) <= set(children) <= {*_LINEARS, *_NORMS}:
-        return False
-    norms = [children.get(name) for name in _NORMS]
-    if not all(isinstance(children[name], EdgeLinear) for name in _LINEARS):
-        return False
-    if any(one is not None and not isinstance(one, EdgeNorm) for one in norms):
-        return False
-    if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
-        return False
-    config = getattr(module, "config", None)
-    if config is None or not all(hasattr(module, name) for name in ("head_dim", "scaling")):
-        return False
-    unused = [
-        one for name, used in _UNUSED.items() if getattr(config, name, None) is None for one in used
-    ]
-    return speaks_only_of(module, {*_NAMES, *unused}, _ARGUMENTS)
+def fused_attention(
+    module: nn.Module, engine: Operator, served: Served
+) -> FusedAttention | Refusal:
+    """What stands in front of ``module``'s ``forward``, whose projections and norms are the operator's already."""
+    spec = look_up(module, Attention)
+    if isinstance(spec, Refusal):
+        latent = look_up(module, Latent)
+        if isinstance(latent, Refusal):
+            return spec if spec.reason else latent
+        return _fused(module, latent, *_latent_parts(module), engine, served)
+    for setting in spec.unset:
+        if getattr(module.config, setting) is not None:
+            return Refusal(f"{type(module).__name__} with {setting}")
+    norms = spec.norms if not spec.norms_if or getattr(module, spec.norms_if) else ()
+    return _fused(module, spec, list(spec.linears), list(norms), engine, served)
+
+
+def _latent_parts(module: nn.Module) -> tuple[list[str], list[str]]:
+    linears, norms = ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"], ["kv_a_layernorm"]
+    if module.q_lora_rank is None:
+        return linears, norms
+    return ["q_b_proj", *linears[1:], "q_a_proj"], [*norms, "q_a_layernorm"]
+
+
+def _fused(
+    module: nn.Module,
+    spec: Attention | Latent,
+    linears: list[str],
+    norms: list[str],
+    engine: Operator,
+    served: Served,
+) -> FusedAttention | Refusal:
+    name, children = type(module).__name__, dict(module.named_children())
+    eager = isinstance(spec, Attention) and spec.eager
+    implementation = module.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue]
+    if implementation != ("eager" if eager else SUITED):
+        return Refusal(f"its attention is {implementation}")
+    if set(children) != {*linears, *norms}:
+        return Refusal(f"{name} has other parts than its class")
+    if not all(isinstance(children[one], FusedLinear) for one in linears):
+        return Refusal(f"a projection of {name} is not the operator's")
+    if not all(isinstance(children[one], FusedNorm) for one in norms):
+        return Refusal(f"a norm of {name} is not the operator's")
+    return FusedAttention(module, spec, linears, norms, engine, served)

@@ -1,92 +1,39 @@
-"""A usual decoder layer for one new token, in one call of the operator wherever all its prototypes are there.
+"""A decoder layer for one new token, in one call of the operator wherever all its prototypes are there.
 
-That is norm, attention, sum, norm, router (``router.py``), experts (``cpu_layer.py``), sum. Where the router has
-chosen a prototype that is not there, the call ends before the experts, and they go through the cache. Where the router
-is another one, or somebody watches it, it is called as the model has it, between two calls of the operator; and so is
-what else may stand behind the second norm: a dense layer, shared experts, experts that the operator does not take.
-Every step in Python and every small tensor operation that is saved is a cold one (``attention.py``).
+That is norm, attention, sum, norm, router (``router.py``), experts and dense layers (``feed_forward.py``), sum. Where
+the router has chosen a prototype that is not there, the call ends before the experts, and they go through the cache.
+Where the router is another one, or has hooks, it is called as the model has it, between two calls of the operator; and
+so is what else may stand behind the second norm: experts that the operator does not take, say. Every step in Python and
+every small tensor operation that is saved is a cold one (``attention.py``).
 
-As there, a model's class is not known: the layer's code uses no name but those of its parts, and a token has been
-computed both ways, to the same bits, before the operator answers.
+As there, a layer has computed a token both ways, to the same bits, before the operator answers.
 
-Memory: as ``attention.py``. Raises nothing.
+Memory: as ``attention.py``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
-from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, through_cache
-from conmoe_edge.offload.fastpath.attention import EdgeAttention, Place, agree
-from conmoe_edge.offload.fastpath.class_match import as_they_were, speaks_only_of
-from conmoe_edge.offload.fastpath.rms_norm import EdgeNorm
-from conmoe_edge.offload.fastpath.router import EdgeRouter
+from conmoe_edge.compat import cache_of
+from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, agree, unchanged
+from conmoe_edge.offload.fastpath.feed_forward import Prepared, feed_forward
+from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
+from conmoe_edge.offload.fastpath.supported import Layer, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
-    AttentionTable,
     BlockTable,
     Cached,
     Operator,
     Positions,
-    RouterTable,
+    RmsNorm,
 )
-
-_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-_BLOCK = ("gate", "experts")
-_BLOCK_NAMES = (*_BLOCK, "shape", "view", "reshape")
-_JITTER = ("jitter_noise", "training", "torch", "empty_like", "uniform_")
-"""Names of noise on a router's input, as good as not there where it is 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Experts:
-    """A block of experts that is nothing but its router and its experts."""
-
-    block: nn.Module
-    parts: dict[str, nn.Module]
-
-    @classmethod
-    def of(cls, block: nn.Module) -> _Experts | None:
-        parts = dict(block.named_children())
-        if set(parts) != set(_BLOCK) or not isinstance(
-            getattr(parts["experts"], HANDLE, None), LayerHandle
-        ):
-            return None
-        names = {*_BLOCK_NAMES, *(_JITTER if getattr(block, "jitter_noise", None) == 0 else ())}
-        if list(block.parameters(recurse=False)) or not speaks_only_of(block, names):
-            return None
-        return cls(block, parts)
-
-    def router(self) -> RouterTable | None:
-        """The usual router, which nobody watches; a forward of the model may begin with letting somebody."""
-        gate = self.parts["gate"]
-        edge = gate.__dict__.get("forward")
-        if type(edge) is not EdgeRouter or gate._forward_hooks or gate._forward_pre_hooks:
-            return None
-        return edge.current()
-
-    def whole(self) -> WholeLayer | None:
-        """Its experts, where the operator takes them."""
-        experts = self.parts["experts"]
-        handle: LayerHandle = getattr(experts, HANDLE)
-        runtime = handle.runtime
-        if runtime is None or runtime.closed:
-            return None
-        if not as_they_were(self.block, self.parts, called=("gate",)):
-            return None
-        found = handle.whole(experts, runtime)
-        return found if found.table is not None and torch.bfloat16 in found.formats else None
-
-    def through_cache(self, hidden: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
-        """[1, H], [1, K], [1, K] -> [1, H]."""
-        return through_cache(self.parts["experts"], hidden, slots, gates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,75 +43,104 @@ class _Ready:
     cache: Any
     place: Place
     table: BlockTable
-    whole: WholeLayer | None
+    behind: Prepared | None
 
 
-class _Taken:
+class Checked:
     """Arguments of a layer that were looked at, and taken: a model gives all its layers the same."""
 
     def __init__(self) -> None:
         self._embeddings: Any = None
+        self._mask: Any = None
+        self._spec: Any = None
         self._count = 0
         self.positions: Positions | None = None
 
-    def same(self, arguments: Mapping[str, Any]) -> bool:
+    def same(self, arguments: Mapping[str, Any], spec: Any) -> bool:
+        """Whether ``arguments`` are those that were looked at last, for an attention of the same kind."""
         embeddings = arguments.get("position_embeddings")
         return (
             embeddings is not None
             and embeddings is self._embeddings
             and len(arguments) == self._count
-            and arguments.get("attention_mask") is None
+            and arguments.get("attention_mask") is self._mask
+            and spec is self._spec
         )
 
-    def keep(self, arguments: Mapping[str, Any]) -> None:
+    def keep(self, arguments: Mapping[str, Any], spec: Any, positions: Positions) -> None:
+        """``arguments`` were taken."""
         self._embeddings, self._count = arguments["position_embeddings"], len(arguments)
-        self.positions = Positions(*self._embeddings)
+        self._mask, self._spec = arguments.get("attention_mask"), spec
+        self.positions = positions
 
 
-class EdgeLayer:
+class FusedLayer:
     """Stands in front of the ``forward`` of a decoder layer of a loaded model, for inference only.
 
-    ``agrees``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
+    ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
     """
 
-    def __init__(self, module: nn.Module, engine: Operator, taken: _Taken) -> None:
-        """For a module that ``is_usual_layer``."""
-        self.agrees: bool | None = None
-        self._tried_whole = False
+    def __init__(
+        self, module: nn.Module, spec: Layer, engine: Operator, checked: Checked, served: Served
+    ) -> None:
+        """For a module that ``fused_layer`` takes."""
+        self.verified: bool | None = None
+        self._tried_all = self._one_call = False
         self._own = weakref.WeakMethod(module.forward)
-        self._engine, self._taken = engine, taken
-        self._parts = dict(module.named_children())
-        self._before: EdgeNorm = self._parts["input_layernorm"]  # type: ignore[assignment]
-        self._after: EdgeNorm = self._parts["post_attention_layernorm"]  # type: ignore[assignment]
-        self._attention: EdgeAttention = vars(self._parts["self_attn"])["forward"]
-        self._mlp = self._parts["mlp"]
-        self._experts = _Experts.of(self._mlp)
-        self._table: tuple[AttentionTable, BlockTable] | None = None
+        self._engine, self._checked, self._served = engine, checked, served
+        self._parts = parts = dict(module.named_children())
+        names = (spec.before, spec.attended, spec.after, spec.given)
+        self._norms: list[FusedNorm | None] = [parts.get(name) for name in names]  # pyright: ignore[reportAttributeAccessIssue]
+        self._attending = parts[spec.attention]
+        self._attention: FusedAttention = vars(self._attending)["forward"]
+        self._mlp = parts[spec.mlp]
+        self._beside = parts.get(spec.shared)
+        self._multiplier = float(getattr(module, spec.multiplier)) if spec.multiplier else 1.0
+        self._behind = feed_forward(self._mlp, self._beside, engine)
+        self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
         self._written: _Ready | None = None
+
+    def why_not_one_call(self) -> str:
+        """Why not all of the layer is part of the call; empty where it is."""
+        return self._behind.reason if isinstance(self._behind, Refusal) else self._behind.why_not()
 
     def prepare(self, cache: Any) -> None:
         """For a token that comes next, behind those in ``cache``; with ``None`` for anything else."""
         self._ready = self._written = None
         own = self._own()
-        if cache is None or own is None or self.agrees is False or self._attention.agrees is False:
+        if cache is None or own is None or False in (self.verified, self._attention.verified):
             return
-        before, after = self._before.current(), self._after.current()
-        place = self._attention.place(cache)
-        if before is None or after is None or place is None:
-            return
-        if not as_they_were(own.__self__, self._parts):
-            return
-        if self._table is None or self._table[0] is not place.table:
-            try:
-                self._table = (place.table, BlockTable(place.table, before, after))
-            except ValueError:
-                self.agrees = False
+        norms = [None if one is None else one.current() for one in self._norms]
+        for norm, one in zip(norms, self._norms, strict=True):
+            if norm is None and one is not None:
                 return
-        whole = None if self._experts is None else self._experts.whole()
-        if self._tried_whole != (whole is not None):
-            self._tried_whole, self.agrees = whole is not None, None
-        self._ready = _Ready(cache, place, self._table[1], whole)
+        place = self._attention.place(cache)
+        if place is None or not unchanged(own.__self__, self._parts):
+            return
+        table = self._block_table(place, norms)
+        if table is None:
+            return
+        behind = None if isinstance(self._behind, Refusal) else self._behind.prepare()
+        if self._tried_all != (behind is not None):
+            self._tried_all, self.verified = behind is not None, None
+        self._ready = _Ready(cache, place, table, behind)
+
+    def _block_table(self, place: Place, norms: list[RmsNorm | None]) -> BlockTable | None:
+        if self._table is None or self._table[0] is not place.table:
+            before, attended, after, given = norms
+            try:
+                made = BlockTable(
+                    *(place.table, before, after),
+                    attended=attended,
+                    given=given,
+                    multiplier=self._multiplier,
+                )
+            except ValueError:
+                self.verified = False
+                return None
+            self._table = (place.table, made)
+        return self._table[1]
 
     def finish(self, through: bool) -> None:
         """The forward has ended. Where the token went ``through`` the whole model, it is in the cache."""
@@ -177,23 +153,31 @@ class EdgeLayer:
         ready, self._ready = self._ready, None
         own = self._own()
         assert own is not None, "the module is being called, so it is there"
-        if ready is None or len(args) != 1 or kwargs.get("past_key_values") is not ready.cache:
+        if ready is None or len(args) != 1 or cache_of(kwargs) is not ready.cache:
             return own(*args, **kwargs)
         x: Tensor = args[0]
-        if not self._taken.same(kwargs):
-            if not self._attention.takes(x, kwargs):
+        attention = self._attention
+        if not self._checked.same(kwargs, attention.spec):
+            positions = (
+                attention.positions(kwargs, ready.place) if attention.takes(x, kwargs) else None
+            )
+            if positions is None:
                 return own(*args, **kwargs)
-            self._taken.keep(kwargs)
+            self._checked.keep(kwargs, attention.spec, positions)
         if x.dtype != torch.bfloat16 or x.numel() != ready.place.table.hidden:
             return own(*args, **kwargs)
-        if self._parts["self_attn"].__dict__.get("forward") is not self._attention:
-            return own(*args, **kwargs)  # somebody has begun to watch it
-        positions = self._taken.positions
+        if self._attending.__dict__.get("forward") is not attention:
+            return own(*args, **kwargs)  # its forward was replaced after loading
+        positions = self._checked.positions
         assert positions is not None
-        if self.agrees is None:
+        if self.verified is None:
             return self._try(lambda: own(*args, **kwargs), x, positions, ready)
         out = self._compute(x.contiguous(), positions, ready, ready.place.cached)
         self._written = ready
+        if self._one_call:
+            self._served.layers += 1
+        else:
+            self._served.blocks += 1
         return out
 
     def _try(self, own: Callable[[], Any], x: Tensor, positions: Positions, ready: _Ready) -> Any:
@@ -201,23 +185,24 @@ class EdgeLayer:
         the experts' place gave), to see whether they are the same.
         """
         routed: list[Any] = []
-        known = (
-            self._mlp
-            if self._experts is None or ready.whole is None
-            else self._experts.parts["gate"]
-        )
+        behind = self._behind
+        gate = None if isinstance(behind, Refusal) or ready.behind is None else behind.gate
+        known = self._mlp if gate is None else gate
         hook = known.register_forward_hook(lambda *call: routed.append(call[2]))
         try:
             wanted = own()
         finally:
             hook.remove()
-
-        def compute(cached: Cached) -> bool:
-            found = self._compute(x.contiguous(), positions, ready, cached, routed[0])
-            return torch.equal(found, wanted)
-
-        usual = isinstance(wanted, Tensor) and len(routed) == 1
-        self.agrees = usual and agree(ready.place, compute)
+        self.verified = (
+            isinstance(wanted, Tensor)
+            and len(routed) == 1
+            and agree(
+                ready.place,
+                lambda cached: self._compute(x.contiguous(), positions, ready, cached, routed[0]),
+                wanted,
+                self._attention.exact,
+            )
+        )
         return wanted
 
     def _compute(
@@ -229,75 +214,54 @@ class EdgeLayer:
         known: Any = None,
     ) -> Tensor:
         """``known``: what another router, or what stands in the experts' place, has given already."""
-        experts, whole = self._experts, ready.whole
-        if experts is None or whole is None:
-            summed, normed = self._engine.block(ready.table, x, positions, cached)
-            return summed + (self._mlp(normed) if known is None else known)
-        router = experts.router()
-        if router is not None:
-            out = whole.decoder(ready.table, router, x, positions, cached)
+        behind, engine = self._behind, self._engine
+        self._one_call = False
+        if isinstance(behind, Refusal) or ready.behind is None:
+            summed, normed = engine.block(ready.table, x, positions, cached)
+            given = self._mlp(normed) if known is None else known
+            given = given[0] if isinstance(given, tuple) else given
+            if self._beside is not None:
+                given = given + self._beside(normed)
+            return self._add(summed, given)
+        router = behind.router()
+        if router is not None or behind.gate is None:
+            self._one_call = True
+            out = behind.decoder(ready.behind, ready.table, router, x, positions, cached, engine)
             if out is not None:
                 return out
+            assert router is not None, "only prototypes can be absent"
             found = router.between
-            given = experts.through_cache(found.normed, found.slots, found.gates)
-            return (found.summed + given).view(x.shape)
-        summed, normed = self._engine.block(ready.table, x, positions, cached)
+            given = behind.output(ready.behind, found.normed, found.slots, found.gates, engine)
+            return self._add(found.summed, given).view(x.shape)
+        summed, normed = engine.block(ready.table, x, positions, cached)
         flat = normed.view(1, -1)
-        routed = experts.parts["gate"](flat) if known is None else known
-        out = whole.output(flat, routed[2], routed[1], summed)
-        if out is None:
-            out = summed + experts.through_cache(flat, routed[2], routed[1])
-        return out.view(x.shape)
+        routed = behind.route(flat) if known is None else known
+        given = behind.output(ready.behind, flat, routed[2], routed[1], engine)
+        return self._add(summed, given.view(x.shape))
+
+    def _add(self, summed: Tensor, given: Tensor) -> Tensor:
+        """The layer's last sum."""
+        norm = self._norms[3]
+        if norm is not None:
+            given = norm(given)
+        return summed + (given if self._multiplier == 1.0 else given * self._multiplier)
 
 
-class Layers:
-    """The usual layers of a model. What can be looked at before a token is looked at for all of them at once: between
-    two layers' weights every line of it is cold, and costs ten times as much.
-    """
-
-    def __init__(self, layers: Sequence[EdgeLayer]) -> None:
-        """In any order."""
-        self._layers = layers
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook in front of the model's ``forward``."""
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if ids is None:
-            ids = next(iter(args), None)
-        single = isinstance(ids, Tensor) and ids.shape == (1, 1)
-        for layer in self._layers:
-            layer.prepare(cache if single else None)
-
-    def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A hook behind it, called with nothing where it failed: then the token is in no layer's cache."""
-        for layer in self._layers:
-            layer.finish(output is not None)
-
-
-def layers_in_one_call(model: PreTrainedModel, engine: Operator) -> int:
-    """Let the usual decoder layers of ``model`` take single tokens through the operator; how many there are.
-
-    After ``attend_in_one_call``, ``route_in_one_call`` and ``keep_cache_growing``.
-    """
-    found = [module for module in model.modules() if is_usual_layer(module)]
-    taken = _Taken()
-    for module in found:
-        module.forward = EdgeLayer(module, engine, taken)  # type: ignore[method-assign]
-    if found:
-        layers = Layers([vars(module)["forward"] for module in found])
-        model.register_forward_pre_hook(layers.before, with_kwargs=True)
-        model.register_forward_hook(layers.behind, always_call=True)
-    return len(found)
-
-
-def is_usual_layer(module: nn.Module) -> bool:
-    """Whether the code and the parts of ``module`` are those of the usual decoder layer and nothing else."""
-    parts = dict(module.named_children())
-    if set(parts) != set(_PARTS) or list(module.parameters(recurse=False)):
-        return False
-    norms = (parts["input_layernorm"], parts["post_attention_layernorm"])
-    if not all(isinstance(one, EdgeNorm) for one in norms):
-        return False
-    if not isinstance(vars(parts["self_attn"]).get("forward"), EdgeAttention):
-        return False
-    return speaks_only_of(module, _PARTS)
+def fused_layer(
+    module: nn.Module, engine: Operator, checked: Checked, served: Served
+) -> FusedLayer | Refusal:
+    """What stands in front of ``module``'s ``forward``, whose norms and attention are the operator's already."""
+    spec = look_up(module, Layer)
+    if isinstance(spec, Refusal):
+        return spec
+    name, parts = type(module).__name__, dict(module.named_children())
+    if spec.attention not in parts:
+        return Refusal("")  # what stands there says why
+    beside = {spec.shared} if spec.shared in parts else set()
+    if set(parts) != {*spec.norms, spec.attention, spec.mlp} | beside:
+        return Refusal(f"{name} has other parts than its class")
+    if not all(isinstance(parts[one], FusedNorm) for one in spec.norms):
+        return Refusal(f"a norm of {name} is not the operator's")
+    if not isinstance(vars(parts[spec.attention]).get("forward"), FusedAttention):
+        return Refusal("")  # its attention has said why
+    return FusedLayer(module, spec, engine, checked, served)

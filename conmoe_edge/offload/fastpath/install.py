@@ -1,31 +1,166 @@
 """One new token at a time through a model on a CPU: in as few calls as its layers allow.
 
-transformers takes a token through a decoder layer in many small calls: on two cores, 26 of the 121 ms of a step of
-OLMoE's shape were spent between them, 9 of 97 with what is put in here. Where a layer, its attention or its router are
-the usual ones, each is one call of the operator (``offload/fastpath/decoder_layer.py``, ``attention.py``,
-``router.py``); they look at what they are given, and everything but single tokens goes transformers' way.
+``install`` is the only way in. Everything that it puts into a model looks at what it is given; all but single tokens
+goes transformers' way. Which classes are served stands in ``supported.py``; ``FastPathReport`` says what a model has
+got, and why not more.
 
-Memory: what those modules say. Raises nothing.
+Memory: what the modules say.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from conmoe_edge.compat import cache_of
 from conmoe_edge.offload.compute.torch_backend import Machine
-from conmoe_edge.offload.fastpath.attention import attend_in_one_call
+from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
-from conmoe_edge.offload.fastpath.decoder_layer import layers_in_one_call
-from conmoe_edge.offload.fastpath.router import route_in_one_call
-from conmoe_edge.offload.kernels.cpu.bindings import operator
+from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
+from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
+from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served
+from conmoe_edge.offload.fastpath.rms_norm import fused_norm
+from conmoe_edge.offload.fastpath.router import FusedRouter, fused_router
+from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
+from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 
 
-def suit_single_tokens(model: PreTrainedModel, machine: Machine) -> bool:
-    """Let ``model`` take single tokens through the operator wherever it can; whether it can anywhere."""
-    engine = operator()
-    if engine is None or not suit_attention(model, machine):
-        return False
-    attend_in_one_call(model, engine)
-    route_in_one_call(model, engine)
-    layers_in_one_call(model, engine)
-    return True
+class FastPathWarning(UserWarning):
+    """A model could have the fast path, and has not."""
+
+
+def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathReport:
+    """Let ``model`` take single tokens through the operator wherever it can, and let its caches grow in steps up to
+    ``context`` tokens.
+
+    Its weights are where they stay, and its linear layers are ``FusedLinear``. The order below is the only one: an
+    attention wants fused norms, and a layer a fused attention and a fused router.
+    """
+    served, checked, refused = Served(), Checked(), _Refused()
+    engine = operator() if machine.device == "cpu" else None
+    forget_digests()
+    if engine is not None:
+        for path, module in list(model.named_modules()):
+            norm = refused.unless(module, fused_norm(module, engine))
+            if norm is not None:
+                model.set_submodule(path, norm, strict=True)
+    reason = _why_not(model, machine)
+    if engine is not None and not reason:
+        suit_attention(model, machine)
+        for make in (
+            lambda module: fused_attention(module, engine, served),
+            lambda module: fused_router(module, engine),
+            lambda module: fused_layer(module, engine, checked, served),
+        ):
+            _put_in_front(model, make, refused)
+    layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
+    steps = _Steps(context, layers, served)
+    model.register_forward_pre_hook(steps.before, with_kwargs=True)
+    if layers:
+        model.register_forward_hook(steps.behind, always_call=True)
+    for text in refused.changed:
+        _warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
+    paths = [_path(i, one, refused) for i, one in enumerate(_decoder_layers(model))]
+    return FastPathReport(tuple(paths), reason, served)
+
+
+class _Steps:
+    """The hooks around the model's ``forward``. What can be looked at before a token is looked at here for all layers:
+    between two layers' weights every line of it is cold, and costs ten times as much.
+    """
+
+    def __init__(self, context: int, layers: Sequence[FusedLayer], served: Served) -> None:
+        """``layers`` in any order."""
+        self._context, self._layers, self._served = context, layers, served
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of it: the cache first, as the layers look at its buffers."""
+        held, ids = cache_of(kwargs), kwargs.get("input_ids")
+        grow_in_steps(held, self._context)
+        if ids is None:
+            ids = next(iter(args), None)
+        single = isinstance(ids, Tensor) and ids.shape == (1, 1)
+        self._served.tokens += single
+        for layer in self._layers:
+            layer.prepare(held if single else None)
+
+    def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind it, called with nothing where it failed: then the token is in no layer's cache."""
+        for layer in self._layers:
+            layer.finish(output is not None)
+
+
+class _Refused:
+    """Why modules are left to transformers."""
+
+    def __init__(self) -> None:
+        self._by_module: dict[nn.Module, str] = {}
+        self.changed: dict[str, None] = {}
+
+    def unless(self, module: nn.Module, made: Any) -> Any:
+        """``made``, or ``None`` where it is a refusal."""
+        if not isinstance(made, Refusal):
+            return made
+        if made.reason:
+            self._by_module.setdefault(module, made.reason)
+        if made.changed:
+            self.changed[made.reason] = None
+        return None
+
+    def reason(self, module: nn.Module) -> str:
+        """The first one of a module."""
+        return self._by_module.get(module, "")
+
+
+def _put_in_front(model: nn.Module, make: Callable[[nn.Module], Any], refused: _Refused) -> None:
+    for module in model.modules():
+        made = refused.unless(module, make(module))
+        if made is not None:
+            module.forward = made
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return vars(module).get("forward")
+
+
+def _why_not(model: PreTrainedModel, machine: Machine) -> str:
+    """Why no layer of this model can have the fast path on this machine; empty where one may."""
+    if machine.device != "cpu":
+        return f"not on {machine.device}: it is for CPUs"
+    if operator() is None:
+        return f"torch's own kernels: {why_not()}"
+    if model.dtype != torch.bfloat16:
+        return f"transformers' own steps: the model computes in {str(model.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    return getattr(model.get_decoder(), "layers", ())
+
+
+def _path(index: int, layer: nn.Module, refused: _Refused) -> LayerPath:
+    """What decoder layer ``layer`` has got."""
+    parts = list(layer.modules())
+    router = any(isinstance(_forward_of(one), FusedRouter) for one in parts)
+    fused = _forward_of(layer)
+    if isinstance(fused, FusedLayer):
+        reason = fused.why_not_one_call()
+        return LayerPath(index, "block" if reason else "layer", router, reason)
+    reasons = [refused.reason(layer)]
+    if any(isinstance(_forward_of(one), FusedAttention) for one in parts):
+        return LayerPath(index, "attention", router, reasons[0])
+    mixers = [
+        one for one in layer.children() if type(one).__name__.endswith(("Attention", "Net", "Conv"))
+    ]
+    return LayerPath(index, "none", router, next(map(refused.reason, mixers), "") or reasons[0])
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, FastPathWarning, stacklevel=3)

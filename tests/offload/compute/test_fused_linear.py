@@ -8,7 +8,7 @@ from torch import nn
 
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
 from conmoe_edge.offload.compute import fused_linear as dense
-from conmoe_edge.offload.compute.fused_linear import DenseProducts, EdgeLinear, into_one_place
+from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine
 from conmoe_edge.offload.kernels.cpu.reference import product
 
@@ -92,7 +92,7 @@ def test_layer_follows_its_weights_when_they_move(monkeypatch) -> None:
     shared = nn.Linear(64, 96, bias=False).bfloat16()
     shared.weight = plain[1].weight
     ways = products(OLD, native=True)
-    layers = [EdgeLinear(one, ways, int8=False) for one in (*plain, shared)]
+    layers = [FusedLinear(one, ways, int8=False) for one in (*plain, shared)]
     x = random(2, 3, 64, seed=1)
     before = [layer(x) for layer in layers]
     held = [layer.weight.data_ptr() for layer in layers]
@@ -108,7 +108,7 @@ def test_layer_follows_its_weights_when_they_move(monkeypatch) -> None:
 
 
 def test_small_weights_get_memory_of_their_own() -> None:
-    layer = EdgeLinear(nn.Linear(64, 96).bfloat16(), products(OLD, native=False), int8=False)
+    layer = FusedLinear(nn.Linear(64, 96).bfloat16(), products(OLD, native=False), int8=False)
     x = random(2, 64)
     before, held = layer(x.bfloat16()), layer.weight.data_ptr()
     assert into_one_place([layer.weight]) == 0

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
+from conmoe_edge.compat import cache_of
 from conmoe_edge.integrations.dense_weights import finish_dense, products_for
 from conmoe_edge.offload.compute.torch_backend import Machine
-from conmoe_edge.offload.fastpath.install import suit_single_tokens
-from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS, keep_cache_growing
+from conmoe_edge.offload.fastpath.attention import FusedAttention
+from conmoe_edge.offload.fastpath.decoder_layer import FusedLayer
+from conmoe_edge.offload.fastpath.install import install
+from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.fastpath.report import FastPathReport
 from tests.families import tiny_model
 
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
 
 
-def of_family(name: str) -> Any:
+def of_family(name: str, **changes: Any) -> Any:
     """A tiny model in bf16 with its own experts and everything else that loading puts into one."""
+    return installed(name, **changes)[0]
+
+
+def installed(name: str, **changes: Any) -> tuple[Any, FastPathReport]:
+    """``of_family`` and its report."""
     torch.manual_seed(0)
-    model: Any = tiny_model(name, dtype=torch.bfloat16).eval()
+    model: Any = tiny_model(name, dtype=torch.bfloat16, **changes).eval()
     finish_dense(model, products_for(torch.device("cpu")))
-    keep_cache_growing(model, 2 * STEP_TOKENS)
-    assert suit_single_tokens(model, Machine("cpu", native_bf16=False))
-    return model
+    return model, install(model, Machine("cpu", native_bf16=False), 2 * STEP_TOKENS)
 
 
 def modules_behind(model: Any, kind: type) -> list[Any]:
     """The modules whose ``forward`` has a ``kind`` in front of it."""
     return [module for module in model.modules() if isinstance(vars(module).get("forward"), kind)]
+
+
+@contextmanager
+def layers_of_transformers() -> Iterator[None]:
+    """Layers as transformers has them; their attention is one call all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedLayer, "prepare", lambda *_: None)
+        yield
+
+
+@contextmanager
+def transformers_only() -> Iterator[None]:
+    """Without the one calls of attention and layers, with native products, norms and routers as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedAttention, "place", lambda *_: None)
+        yield
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """``cache`` as an argument of ``model``."""
+    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
@@ -36,9 +69,9 @@ def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tenso
     with torch.inference_mode():
         if cache is None:
             out = model(IDS, use_cache=True)
-            cache = out.past_key_values
+            cache = cache_of(out)
             rows.append(out.logits[0, -1])
         for token in tokens:
-            out = model(torch.tensor([[token]]), past_key_values=cache)
+            out = model(torch.tensor([[token]]), **with_cache(model, cache))
             rows.append(out.logits[0, -1])
     return torch.stack(rows), cache

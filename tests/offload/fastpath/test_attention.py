@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from transformers.models.olmoe import modeling_olmoe
 
-from conmoe_edge.offload.fastpath import attention
-from conmoe_edge.offload.fastpath.attention import EdgeAttention, is_usual_attention
+from conmoe_edge.compat import cache_of
+from conmoe_edge.offload.fastpath.attention import FusedAttention
+from conmoe_edge.offload.fastpath.install import FastPathWarning
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from tests.offload.fastpath.single_tokens import IDS, modules_behind, of_family, steps
+from tests.offload.fastpath.single_tokens import (
+    IDS,
+    installed,
+    modules_behind,
+    of_family,
+    steps,
+    transformers_only,
+    with_cache,
+)
 
 USUAL = (
     *("deepseek", "dots1", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2", "mixtral"),
@@ -27,19 +33,11 @@ pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 
 def attending(model: Any) -> list[Any]:
-    return modules_behind(model, EdgeAttention)
+    return modules_behind(model, FusedAttention)
 
 
-def attentions(model: Any) -> list[EdgeAttention]:
+def attentions(model: Any) -> list[FusedAttention]:
     return [module.forward for module in attending(model)]
-
-
-@contextmanager
-def transformers_only() -> Iterator[None]:
-    """Without the operator's calls, with everything else as it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EdgeAttention, "place", lambda *_: None)
-        yield
 
 
 @pytest.mark.parametrize("name", USUAL)
@@ -48,7 +46,7 @@ def test_the_same_bits_as_transformers(name: str) -> None:
     with transformers_only():
         wanted, held = steps(model, [3, 1, 4, 1, 5])
     found, cache = steps(model, [3, 1, 4, 1, 5])
-    assert [one.agrees for one in attentions(model)] == [True] * model.config.num_hidden_layers
+    assert [one.verified for one in attentions(model)] == [True] * model.config.num_hidden_layers
     assert torch.equal(found, wanted)
     for ours, theirs in zip(cache.layers, held.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
@@ -76,38 +74,27 @@ def test_rotary_positions_of_another_kind_are_noticed(monkeypatch: pytest.Monkey
     def turned(q: Any, k: Any, cos: Any, sin: Any) -> Any:
         return q * cos.unsqueeze(1) + q.roll(1, -1) * sin.unsqueeze(1), k * cos.unsqueeze(1)
 
-    monkeypatch.setattr(modeling_olmoe, "apply_rotary_pos_emb", turned)
     model = of_family("olmoe")
+    monkeypatch.setattr(modeling_olmoe, "apply_rotary_pos_emb", turned)
     with transformers_only():
         wanted, _ = steps(model, [3, 1, 4])
     found, _ = steps(model, [3, 1, 4])
-    assert [one.agrees for one in attentions(model)] == [False] * 3
+    assert [one.verified for one in attentions(model)] == [False] * 3
     assert torch.equal(found, wanted)
+    with pytest.warns(FastPathWarning, match="OlmoeAttention"):
+        assert not attentions(of_family("olmoe"))  # the code is another one when it is loaded
 
 
-def test_what_a_configuration_switches_on_is_not_the_usual_attention() -> None:
+def test_a_setting_that_the_operator_does_not_know() -> None:
+    model, report = installed("olmoe", clip_qkv=8.0)
+    assert not attentions(model) and report.layers[0].reason == "OlmoeAttention with clip_qkv"
     model = of_family("olmoe")
-    modules = attending(model)
-    for module in modules:
-        del module.forward  # as it was before
-    assert all(is_usual_attention(module) for module in modules)
-    model.config.clip_qkv = 8.0
-    assert not any(is_usual_attention(module) for module in modules)
-
-
-def test_code_that_speaks_of_more_is_not_the_usual_attention() -> None:
-    model = of_family("olmoe")
-    module = attending(model)[0]
-    del module.forward
-
-    class More(type(module)):
-        def forward(  # type: ignore[no-untyped-def]
-            self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
-        ):
-            return self.o_proj(self.q_proj(hidden_states).tanh()), None
-
-    module.__class__ = More
-    assert not is_usual_attention(module)
+    steps(model, [3, 1])
+    model.config.clip_qkv = 0.01
+    with transformers_only():
+        wanted, _ = steps(model, [3, 1, 4])
+    found, _ = steps(model, [3, 1, 4])
+    assert torch.equal(found, wanted)
 
 
 def test_a_part_that_is_watched_is_called() -> None:
@@ -176,7 +163,7 @@ def test_batches_and_masks_go_to_transformers() -> None:
             out = model(two, attention_mask=mask, use_cache=True)
             more = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
             token = torch.tensor([[3], [4]])
-            out = model(token, attention_mask=more, past_key_values=out.past_key_values)
+            out = model(token, attention_mask=more, **with_cache(model, cache_of(out)))
             results.append(out.logits)
     assert torch.equal(*results)
 
@@ -201,13 +188,3 @@ def test_another_implementation_asked_for_later_is_used() -> None:
         wanted, _ = steps(model, [3, 1, 4])
     found, _ = steps(model, [3, 1, 4])
     assert torch.equal(found, wanted)
-
-
-def test_names_are_those_of_parts_that_the_operator_knows() -> None:
-    """Every name that is let pass is one that some usual attention uses."""
-    used: set[str] = set()
-    for name in USUAL:
-        for module in attending(of_family(name)):
-            code: Any = inspect.unwrap(type(module).forward).__code__
-            used |= set(code.co_names) | {one for one in code.co_consts if isinstance(one, str)}
-    assert used >= attention._NAMES

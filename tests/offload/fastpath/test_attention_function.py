@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from conmoe_edge.compat import cache_of
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.compute.torch_backend import Machine
-from conmoe_edge.offload.fastpath.attention_function import SUITED, one_token_attention
-from conmoe_edge.offload.fastpath.install import suit_single_tokens
+from conmoe_edge.offload.fastpath.attention_function import (
+    SUITED,
+    one_token_attention,
+    suit_attention,
+)
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import identity, write_package
+from tests.offload.fastpath.single_tokens import with_cache
 
 SLOW, FAST = Machine("cpu", native_bf16=False), Machine("cpu", native_bf16=True)
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
@@ -46,10 +51,10 @@ def test_every_family_says_the_same(name: str) -> None:
     results = []
     with torch.no_grad():
         for suited in (False, True):
-            if suited and not suit_single_tokens(model, SLOW):
+            if suited and not suit_attention(model, SLOW):
                 pytest.skip("this family brings an attention of its own")
             first = model(IDS, use_cache=True)
-            later = model(torch.tensor([[3]]), past_key_values=first.past_key_values)
+            later = model(torch.tensor([[3]]), **with_cache(model, cache_of(first)))
             results.append((first.logits, later.logits))
     assert torch.equal(results[0][0], results[1][0])  # a prompt is left alone
     before, after = results[0][1].float(), results[1][1].float()
@@ -62,7 +67,7 @@ def test_every_family_says_the_same(name: str) -> None:
 )
 def test_elsewhere_it_is_left_alone(machine: Machine, dtype: torch.dtype) -> None:
     model: Any = tiny_model("olmoe", dtype=dtype)
-    assert not suit_single_tokens(model, machine)
+    assert not suit_attention(model, machine)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,20 @@ import torch
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
+from conmoe_edge.offload.compute.cpu_layer import CpuLayer
 from conmoe_edge.offload.fastpath import kv_cache
-from conmoe_edge.offload.fastpath.decoder_layer import EdgeLayer, is_usual_layer, layers_in_one_call
+from conmoe_edge.offload.fastpath.decoder_layer import FusedLayer
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
-from tests.offload.fastpath.single_tokens import IDS, modules_behind, of_family, steps
+from tests.offload.fastpath.single_tokens import (
+    IDS,
+    layers_of_transformers,
+    modules_behind,
+    of_family,
+    steps,
+    with_cache,
+)
 
 USUAL = (
     *("deepseek", "dots1", "glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
@@ -37,28 +42,20 @@ def package(tmp_path: Path) -> Any:
 
 
 def modules_of(model: Any) -> list[Any]:
-    return modules_behind(model, EdgeLayer)
+    return modules_behind(model, FusedLayer)
 
 
-def layers_of(model: Any) -> list[EdgeLayer]:
+def layers_of(model: Any) -> list[FusedLayer]:
     return [module.forward for module in modules_of(model)]
-
-
-@contextmanager
-def without() -> Iterator[None]:
-    """Layers as transformers has them; their attention is one call all the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EdgeLayer, "prepare", lambda *_: None)
-        yield
 
 
 @pytest.mark.parametrize("name", USUAL)
 def test_the_same_bits_as_transformers(name: str) -> None:
     model = of_family(name)
-    with without():
+    with layers_of_transformers():
         wanted, _ = steps(model, [3, 1, 4, 1, 5])
     found, _ = steps(model, [3, 1, 4, 1, 5])
-    assert [one.agrees for one in layers_of(model)] == [True] * model.config.num_hidden_layers
+    assert [one.verified for one in layers_of(model)] == [True] * model.config.num_hidden_layers
     assert torch.equal(found, wanted)
 
 
@@ -67,7 +64,7 @@ def test_no_token_of_a_later_conversation_takes_the_long_way(
 ) -> None:
     """Neither the first behind a prompt nor one for which the cache has to grow."""
     monkeypatch.setattr(kv_cache, "STEP_TOKENS", 4)
-    with without():
+    with layers_of_transformers():
         wanted, _ = steps(package, [3, 1, 4, 1, 5, 9])
     steps(package, [3])  # sees that both ways agree
     calls = []
@@ -90,10 +87,10 @@ def test_another_layer_is_left_alone(name: str) -> None:
 def test_resident_experts_are_the_second_call(
     package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with without():
+    with layers_of_transformers():
         wanted, _ = steps(package, [3, 1, 4, 1, 5])
     found, cache = steps(package, [3, 1, 4, 1, 5])
-    assert [one.agrees for one in layers_of(package)] == [True] * 3
+    assert [one.verified for one in layers_of(package)] == [True] * 3
     assert torch.equal(found, wanted)
     before = package.conmoe.stats().hits
 
@@ -117,10 +114,10 @@ def test_the_whole_layer_is_one_call(
     torch.manual_seed(0)
     plain = tiny_model(name, dtype=torch.bfloat16, **changes)
     model: Any = load_package(write_package(plain, tmp_path / "package", identity(plain)))
-    with without():
+    with layers_of_transformers():
         wanted, _ = steps(model, [3, 1, 4, 1, 5, 9])
     found, cache = steps(model, [3, 1, 4, 1, 5])
-    assert [one.agrees for one in layers_of(model)] == [True] * len(layers_of(model)) != []
+    assert [one.verified for one in layers_of(model)] == [True] * len(layers_of(model)) != []
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("another call than the one")
@@ -146,15 +143,15 @@ def test_prototypes_that_are_not_all_resident(
             layer.mlp.gate.register_forward_hook(lambda *call: None)
     answers: list[bool] = []
     call = "output" if watched else "decoder"
-    own = getattr(WholeLayer, call)
+    own = getattr(CpuLayer, call)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         answers.append((found := own(*args, **kwargs)) is not None)
         return found
 
     found, cache = steps(model, tokens[:5])
-    assert [one.agrees for one in layers_of(model)] == [True] * 3
-    monkeypatch.setattr(WholeLayer, call, noted)
+    assert [one.verified for one in layers_of(model)] == [True] * 3
+    monkeypatch.setattr(CpuLayer, call, noted)
     for layer in layers:  # the model's own block is not asked
         monkeypatch.setattr(layer.mlp, "forward", None)
     rest, _ = steps(model, tokens[5:], cache)
@@ -195,29 +192,19 @@ def test_a_part_that_is_watched_is_called(package: Any, part: str) -> None:
     assert len(seen) == 6 and torch.equal(again, wanted)
 
 
-def test_a_layer_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = of_family("olmoe")
-    layer = modules_of(model)[0]
-    del layer.forward
-
-    def forward(  # type: ignore[no-untyped-def]
-        self, hidden_states, position_embeddings=None, past_key_values=None, **kwargs
-    ):
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=None,
-            past_key_values=past_key_values,
-        )
-        return hidden_states + self.mlp(self.post_attention_layernorm(attended))
-
-    monkeypatch.setattr(type(layer), "forward", forward)
-    assert is_usual_layer(layer)  # the names are the usual ones
-    layers_in_one_call(model, operator())  # type: ignore[arg-type]
-    with without():
+    with layers_of_transformers():
         wanted, _ = steps(model, [3, 1, 4, 1, 5])
+    own = type(operator()).block
+
+    def wrong(*arguments: Any) -> Any:
+        summed, normed = own(*arguments)
+        return summed * 1.01, normed
+
+    monkeypatch.setattr(type(operator()), "block", wrong)
     found, _ = steps(model, [3, 1, 4, 1, 5])
-    assert layer.forward.agrees is False
+    assert [one.verified for one in layers_of(model)] == [False] * 3
     assert torch.equal(found, wanted)
 
 
@@ -233,16 +220,16 @@ def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
     with torch.inference_mode():
         out = package(
             torch.tensor([[2]]),
-            past_key_values=cache,
+            **with_cache(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )
     assert len(out.router_logits) == 3 and len(out.hidden_states) == 4
     cache.crop(-1)
-    with without(), torch.inference_mode():
+    with layers_of_transformers(), torch.inference_mode():
         wanted = package(
             torch.tensor([[2]]),
-            past_key_values=cache,
+            **with_cache(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.fastpath.rms_norm import EdgeNorm, fast_norm
+from conmoe_edge.offload.fastpath.rms_norm import FusedNorm, fused_norm
+from conmoe_edge.offload.fastpath.supported import LISTED, Norm, Refusal
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import identity, write_package
@@ -44,8 +46,8 @@ def test_against_the_formula_and_the_module(
 ) -> None:
     assert ENGINE is not None
     module = norm_of(kind, width)
-    fast = fast_norm(module, ENGINE)
-    assert fast is not None and fast._norm.struct.plus_one == plus_one
+    fast = fused_norm(module, ENGINE)
+    assert isinstance(fast, FusedNorm) and fast._norm.struct.plus_one == plus_one
     x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(1)).bfloat16() * 30
     found = fast(x)
     assert found.shape == x.shape and found.dtype == x.dtype
@@ -58,37 +60,56 @@ def test_against_the_formula_and_the_module(
     assert torch.equal(alone, found), "a row is the same bits in any company"
 
 
+def class_of(name: str) -> type[nn.Module]:
+    family, _, kind = name.partition(".")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(module, kind)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, (one, _) in LISTED.items() if isinstance(one, Norm))
+)
+def test_every_norm_on_the_list(name: str) -> None:
+    assert ENGINE is not None
+    module = norm_of(class_of(name), 96)
+    fast = fused_norm(module, ENGINE)
+    assert isinstance(fast, FusedNorm)
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(2))
+    x = (x * torch.logspace(-2, 2, 64).unsqueeze(1)).bfloat16()
+    with torch.no_grad():
+        found, wanted = fast(x), module(x)
+    assert torch.allclose(found.double(), wanted.double(), rtol=2.0**-7, atol=0.0)
+    assert float((found == wanted).float().mean()) > 0.99, "only roundings on an edge differ"
+
+
 class ScaledRMSNorm(LlamaRMSNorm):
-    """Its name says one thing, its numbers another."""
+    """A subclass of a listed class."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(hidden_states)
 
 
-class PickyRMSNorm(LlamaRMSNorm):
-    """Takes more than rows."""
-
-    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(hidden_states * gate)
-
-
-@pytest.mark.parametrize("kind", [ScaledRMSNorm, PickyRMSNorm])
-def test_what_computes_something_else_is_left_alone(kind: type[nn.Module]) -> None:
+def test_a_subclass_is_left_alone() -> None:
     assert ENGINE is not None
-    assert fast_norm(norm_of(kind, 32), ENGINE) is None
+    assert isinstance(fused_norm(norm_of(ScaledRMSNorm, 32), ENGINE), Refusal)
+
+
+def test_weights_in_fp32_are_left_alone() -> None:
+    assert ENGINE is not None
+    assert isinstance(fused_norm(norm_of(LlamaRMSNorm, 32).float(), ENGINE), Refusal)
 
 
 def test_other_modules_are_left_alone() -> None:
     assert ENGINE is not None
     for module in (nn.LayerNorm(8), nn.Linear(8, 8), nn.Identity()):
-        assert fast_norm(module.to(torch.bfloat16), ENGINE) is None
+        assert isinstance(fused_norm(module.to(torch.bfloat16), ENGINE), Refusal)
 
 
 def test_batches_strides_and_hooks_go_the_old_way() -> None:
     assert ENGINE is not None
     module = norm_of(LlamaRMSNorm, 64)
-    fast = fast_norm(module, ENGINE)
-    assert fast is not None
+    fast = fused_norm(module, ENGINE)
+    assert isinstance(fast, FusedNorm)
     many = torch.randn(1, 1024, 64).bfloat16()
     turned = torch.randn(1, 64, 5).bfloat16().transpose(1, 2)
     with torch.no_grad():
@@ -106,7 +127,7 @@ def test_batches_strides_and_hooks_go_the_old_way() -> None:
 def test_a_loaded_package_has_them_and_says_the_same(name: str, tmp_path: Path) -> None:
     model: Any = tiny_model(name, dtype=torch.bfloat16)
     packed: Any = load_package(write_package(model, tmp_path, identity(model)))
-    fast = {path for path, one in packed.named_modules() if isinstance(one, EdgeNorm)}
+    fast = {path for path, one in packed.named_modules() if isinstance(one, FusedNorm)}
     own = {path for path, one in model.named_modules() if re.search("RMSNorm$", type(one).__name__)}
     assert fast <= own and (fast or not own)
     assert packed.state_dict().keys() >= {f"{path}.weight" for path in fast}

@@ -23,6 +23,7 @@ Peak memory: the compiler's, in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -196,7 +197,8 @@ def _run(command: list[str], seconds: int = _SECONDS) -> str:
     try:
         output, errors = process.communicate(timeout=seconds)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended in this moment
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise Unavailable(f"{command[0]} took longer than {seconds} s") from error

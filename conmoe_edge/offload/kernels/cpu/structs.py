@@ -9,7 +9,6 @@ together; what a function is given is checked against its table once more (``bin
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

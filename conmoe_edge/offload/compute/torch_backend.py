@@ -297,7 +297,8 @@ def usual_gate(module: nn.Module) -> bool:
     """silu(gate) * up, gate before up, and nothing around it: what the operator computes itself."""
     function = getattr(type(module), "_apply_gate", None)
     usual = getattr(function, "__name__", "") == "_default_apply_gate"
-    silu = isinstance(getattr(module, "act_fn", None), (nn.SiLU, SiLUActivation))
+    function = getattr(module, "act_fn", None)
+    silu = function is nn.functional.silu or isinstance(function, (nn.SiLU, SiLUActivation))
     return usual and silu and bool(module.has_gate) and not module.has_post_expert_norm
 
 

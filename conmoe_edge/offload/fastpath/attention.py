@@ -6,8 +6,8 @@ push everything else out of the processor's caches, so each of them is cold. ``F
 positions, the cache, softmax, the output projection; or the same over compressed keys and values.
 
 Before the operator answers for a layer it has computed one token of that layer beside transformers, and every bit of
-the output and of the cache was the same (close to it where keys and values are compressed). That check is not the
-proof; the tests of the listed classes are.
+the output and of the cache was the same; close where the operator rounds otherwise (``Attention.exact``). That check
+is not the proof; the tests of the listed classes are.
 
 Memory: one token's activations; for the first token a copy of the layer's keys and values.
 """
@@ -27,7 +27,7 @@ from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.attention_function import SUITED
 from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
-from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Attention, Latent, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
@@ -48,7 +48,7 @@ _KNOWN = frozenset(
 )
 """Arguments of a ``forward`` that are looked at, or may have any value."""
 _CLOSE = 2.0**-5
-"""Of the greatest number of an output: what compressed attention may differ by, which is summed in another order."""
+"""Of the greatest number of an output: what it may differ by where the operator rounds otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class FusedAttention:
     ) -> None:
         """For a module that ``fused_attention`` takes; names of its projections and norms, empty for none."""
         self.verified: bool | None = None
-        self.spec, self.exact = spec, isinstance(spec, Attention)
+        self.spec, self.exact = spec, spec.exact
         self._own = weakref.WeakMethod(module.forward)
         self._engine, self._served = engine, served
         self._parts = parts = dict(module.named_children())
@@ -115,6 +115,8 @@ class FusedAttention:
                 found[0],
                 self.exact,
             )
+            if self.verified is False:
+                warn_of_another_result(own.__self__)
             return found
         out = self._engine.attention(place.table, x, positions, place.cached)
         place.layer.has_one_more()

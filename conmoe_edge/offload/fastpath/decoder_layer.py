@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from conmoe_edge.compat import cache_of
 from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, agree, unchanged
 from conmoe_edge.offload.fastpath.feed_forward import Prepared, feed_forward
-from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Layer, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
@@ -97,6 +97,8 @@ class FusedLayer:
         self._beside = parts.get(spec.shared)
         self._multiplier = float(getattr(module, spec.multiplier)) if spec.multiplier else 1.0
         self._behind = feed_forward(self._mlp, self._beside, engine)
+        dense = not isinstance(self._behind, Refusal) and self._behind.dense
+        self._exact = self._attention.exact and not dense
         self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
         self._written: _Ready | None = None
@@ -171,7 +173,7 @@ class FusedLayer:
         positions = self._checked.positions
         assert positions is not None
         if self.verified is None:
-            return self._try(lambda: own(*args, **kwargs), x, positions, ready)
+            return self._try(own.__self__, lambda: own(*args, **kwargs), x, positions, ready)
         out = self._compute(x.contiguous(), positions, ready, ready.place.cached)
         self._written = ready
         if self._one_call:
@@ -180,7 +182,14 @@ class FusedLayer:
             self._served.blocks += 1
         return out
 
-    def _try(self, own: Callable[[], Any], x: Tensor, positions: Positions, ready: _Ready) -> Any:
+    def _try(
+        self,
+        module: nn.Module,
+        own: Callable[[], Any],
+        x: Tensor,
+        positions: Positions,
+        ready: _Ready,
+    ) -> Any:
         """The token by transformers, and beside it by the operator with what the router said (or with what stands in
         the experts' place gave), to see whether they are the same.
         """
@@ -200,9 +209,11 @@ class FusedLayer:
                 ready.place,
                 lambda cached: self._compute(x.contiguous(), positions, ready, cached, routed[0]),
                 wanted,
-                self._attention.exact,
+                self._exact,
             )
         )
+        if not self.verified:
+            warn_of_another_result(module)
         return wanted
 
     def _compute(

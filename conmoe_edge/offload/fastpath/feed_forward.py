@@ -39,7 +39,11 @@ class FeedForward:
     """The mlp of a decoder layer, and a shared expert that the layer has beside it."""
 
     def __init__(self, module: nn.Module, spec: Block | None, dense: DenseMlp | None) -> None:
-        """For what ``feed_forward`` takes; without ``spec`` the dense layer is all there is."""
+        """For what ``feed_forward`` takes; without ``spec`` the dense layer is all there is.
+
+        ``dense``: whether there is a dense layer.
+        """
+        self.dense = dense is not None
         self._module, self._spec, self._dense = module, spec, dense
         self._parts = dict(module.named_children())
         self.gate = None if spec is None else self._parts[spec.router]
@@ -97,7 +101,7 @@ class FeedForward:
     def output(
         self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator
     ) -> Tensor:
-        """[1, H], [1, K], [1, K] -> [1, H]: experts, through the cache where they have to be read, and the dense layer."""
+        """[1, H], [1, K], [1, K] -> [1, H]: experts, read where they are not there, and the dense layer."""
         assert ready.whole is not None and self._experts is not None
         out = ready.whole.output(hidden, slots, gates)
         if out is None:

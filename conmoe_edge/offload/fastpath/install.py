@@ -9,9 +9,7 @@ Memory: what the modules say.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,15 +22,11 @@ from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attenti
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
 from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
 from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
-from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served
+from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
 from conmoe_edge.offload.fastpath.router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
-
-
-class FastPathWarning(UserWarning):
-    """A model could have the fast path, and has not."""
 
 
 def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathReport:
@@ -65,7 +59,7 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
     if layers:
         model.register_forward_hook(steps.behind, always_call=True)
     for text in refused.changed:
-        _warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
+        warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
     paths = [_path(i, one, refused) for i, one in enumerate(_decoder_layers(model))]
     return FastPathReport(tuple(paths), reason, served)
 
@@ -159,8 +153,3 @@ def _path(index: int, layer: nn.Module, refused: _Refused) -> LayerPath:
         one for one in layer.children() if type(one).__name__.endswith(("Attention", "Net", "Conv"))
     ]
     return LayerPath(index, "none", router, next(map(refused.reason, mixers), "") or reasons[0])
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, FastPathWarning, stacklevel=3)

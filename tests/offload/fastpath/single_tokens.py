@@ -36,6 +36,18 @@ def installed(name: str, **changes: Any) -> tuple[Any, FastPathReport]:
     return model, install(model, Machine("cpu", native_bf16=False), 2 * STEP_TOKENS)
 
 
+def random_parts(model: Any) -> Any:
+    """``model`` with norms, biases, sinks and corrections that are not what they are made with."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, one in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and one.ndim == 1 and name.endswith("weight"):
+                one.add_(torch.randn(one.shape, generator=generator) * 0.2)
+            elif name.endswith(("bias", "sinks")):
+                one.copy_(torch.randn(one.shape, generator=generator) * 0.3)
+    return model
+
+
 def modules_behind(model: Any, kind: type) -> list[Any]:
     """The modules whose ``forward`` has a ``kind`` in front of it."""
     return [module for module in model.modules() if isinstance(vars(module).get("forward"), kind)]

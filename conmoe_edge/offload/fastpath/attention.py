@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
@@ -30,6 +30,7 @@ from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
 from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Attention, Latent, Refusal, look_up
+from conmoe_edge.offload.fastpath.window_cache import has_one_more, room_in_window
 from conmoe_edge.offload.kernels.cpu.bindings import (
     AttentionTable,
     Cached,
@@ -56,8 +57,41 @@ class Place:
     """A layer's weights as they lie now, and where the next token goes in a cache."""
 
     table: AttentionTable | LatentTable
-    layer: GrowingLayer
+    layer: GrowingLayer | DynamicSlidingWindowLayer
     cached: Cached
+
+    def has_one_more(self) -> None:
+        """The token has been written."""
+        if isinstance(self.layer, GrowingLayer):
+            self.layer.has_one_more()
+        else:
+            has_one_more(self.layer)
+
+
+class Rehearsal:
+    """A copy of what a layer holds, for a token that transformers computes as well."""
+
+    def __init__(self, layer: Any) -> None:
+        """Before that token."""
+        self._layer, self._held = layer, layer.keys.shape[-2]
+        self._copies = [_with_room(one) for one in (layer.keys, layer.values)]
+
+    def agrees(self, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
+        """Whether ``compute`` gives what is ``wanted``, and writes the keys and values that transformers has written:
+        the same bits where ``exact``, else close.
+        """
+        found = compute(Cached.of(self._copies[0], self._copies[1], self._held))
+        same = torch.equal if exact else _close
+        own = (self._layer.keys, self._layer.values)
+        return same(found, wanted) and all(
+            same(copy[:, :, -1], one[:, :, -1]) for copy, one in zip(self._copies, own, strict=True)
+        )
+
+
+def _with_room(held: Tensor) -> Tensor:
+    longer = held.new_zeros((*held.shape[:-2], held.shape[-2] + 1, held.shape[-1]))
+    longer[:, :, :-1] = held
+    return longer
 
 
 class FusedAttention:
@@ -108,9 +142,8 @@ class FusedAttention:
         if positions is None:
             return own(**kwargs)
         if self.verified is None:
-            found = own(**kwargs)
-            self.verified = found[1] is None and agree(
-                place,
+            rehearsal, found = Rehearsal(place.layer), own(**kwargs)
+            self.verified = found[1] is None and rehearsal.agrees(
                 lambda cached: self._engine.attention(place.table, x, positions, cached),
                 found[0],
                 self.exact,
@@ -119,7 +152,7 @@ class FusedAttention:
                 warn_of_another_result(own.__self__)
             return found
         out = self._engine.attention(place.table, x, positions, place.cached)
-        place.layer.has_one_more()
+        place.has_one_more()
         self._served.attention += 1
         return out, None
 
@@ -161,9 +194,14 @@ class FusedAttention:
         if type(cache) is not DynamicCache or self._index >= len(cache.layers):
             return None
         layer, table = cache.layers[self._index], self._current()
-        if table is None or type(layer) is not GrowingLayer:
+        if table is None:
             return None
-        cached = layer.room_for_one(*table.cache)
+        if type(layer) is GrowingLayer:
+            cached = layer.room_for_one(*table.cache)
+        elif type(layer) is DynamicSlidingWindowLayer and self._eager:
+            cached = room_in_window(layer, *table.cache)
+        else:
+            return None
         return None if cached is None else Place(table, layer, cached)
 
     def _current(self) -> AttentionTable | LatentTable | None:
@@ -263,21 +301,6 @@ def unchanged(module: nn.Module, parts: dict[str, nn.Module], called: Collection
         if children.get(name) is not part or (hooked and name not in called):
             return False
     return True
-
-
-def agree(place: Place, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
-    """Whether ``compute`` gives what is ``wanted``, and writes the same keys and values as the token has in the cache
-    already: the same bits where ``exact``, else close.
-    """
-    keys: Any = place.layer.keys
-    values: Any = place.layer.values
-    own = [one.clone(memory_format=torch.contiguous_format) for one in (keys, values)]
-    for one in own:
-        one[:, :, -1] = 0
-    first, second = own
-    found = compute(Cached.of(first, second, keys.shape[2] - 1))
-    same = torch.equal if exact else _close
-    return same(found, wanted) and same(first, keys) and same(second, values)
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

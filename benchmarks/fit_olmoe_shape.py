@@ -5,7 +5,7 @@
 
 Runs ``fit`` and then ``chat`` in processes of their own and measures their peak memory. Before and
 after ``fit`` it measures what this machine can do; the better of the two counts, so the bound is
-the harder one. The bound of a part is the work that nobody can leave out, divided by that rate:
+the harder one. The bound of a part is the work that cannot be left out, divided by that rate:
 
 * read: every byte of the checkpoint once, from the disk (its files are dropped from the cache
   before), and every byte of the package once, for the receipt;

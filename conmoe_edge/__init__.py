@@ -4,7 +4,10 @@
 - ``fit(...)``: do it and write a package;
 - ``load(path, budget=None, device=None)``: a transformers model that runs inside the budget;
 - ``evaluate(...)``: how good a package is on text, beside the model that it was made from;
-- ``evaluate_tasks(...)``: the same by tasks of lm-eval.
+- ``evaluate_tasks(...)``: the same by tasks of lm-eval;
+- ``bench(...)``: how fast a package runs here, and which bound this machine has;
+- ``models(...)``: the names that a model can have, what is on this disk, what would fit;
+- ``doctor(...)``: what this machine has and what is wrong with it.
 
 After ``import conmoe_edge`` a package also opens through transformers' own door,
 ``AutoModelForCausalLM.from_pretrained("./out")``. Importing this package imports neither torch nor
@@ -13,10 +16,11 @@ transformers.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+# The import system binds a sub-package to its parent when it is first imported. It is imported here and the name taken
+# away again, so that ``conmoe_edge.plan`` is the function for good; ``conmoe_edge.plan.planner`` is imported as ever.
+from conmoe_edge import plan
 from conmoe_edge.errors import (
     CalibrationError,
     CheckpointError,
@@ -35,8 +39,10 @@ from conmoe_edge.errors import (
 )
 from conmoe_edge.integrations.register import watch_transformers
 
+del plan
+
 if TYPE_CHECKING:
-    from conmoe_edge.api import evaluate, evaluate_tasks, fit, load, plan
+    from conmoe_edge.api import bench, doctor, evaluate, evaluate_tasks, fit, load, models, plan
 
 __version__ = "0.1.0"
 
@@ -56,41 +62,24 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "__version__",
+    "bench",
+    "doctor",
     "evaluate",
     "evaluate_tasks",
     "fit",
     "load",
+    "models",
     "plan",
 ]
+
+_CALLS = ("bench", "doctor", "evaluate", "evaluate_tasks", "fit", "load", "models", "plan")
 
 watch_transformers()
 
 
-class _Package(ModuleType):
-    """This module, with ``plan`` being the function although a sub-package has the same name.
-
-    The import system binds a sub-package to its parent's attribute; here that assignment is
-    dropped, and ``from conmoe_edge.plan.planner import make_plan`` works all the same, since
-    imports go by the full name.
-    """
-
-    @property
-    def plan(self) -> Any:
-        from conmoe_edge import api
-
-        return api.plan
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
-    # PEP 562: these pull in torch, so they are fetched when they are first asked for.
-    if name in ("evaluate", "evaluate_tasks", "fit", "load"):
+    # PEP 562: most of these pull in torch, so they are fetched when they are first asked for.
+    if name in _CALLS:
         from conmoe_edge import api
 
         return getattr(api, name)

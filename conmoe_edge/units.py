@@ -1,4 +1,4 @@
-"""Sizes as people write them. Pure functions, no imports from the rest of the package.
+"""Sizes and paths as people write them. Pure functions, no imports from the rest of the package.
 
 ``24GB`` is decimal (24 * 10**9 bytes), the safe reading of an ambiguous word; ``24GiB`` is exact (24 * 2**30).
 """
@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import unicodedata
+from pathlib import Path
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -63,3 +66,23 @@ def human_size(count: int) -> str:
 def round_up(count: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is at least ``count``."""
     return -(-count // multiple) * multiple
+
+
+def printable(text: str) -> str:
+    """One line that is safe to show: names of files and models may hold anything."""
+    return "".join(c if c.isprintable() and unicodedata.category(c) != "Cf" else "?" for c in text)
+
+
+def path_text(path: Path | str) -> str:
+    """A path as one would type it: ``./out`` below the current folder, the whole path elsewhere;
+    quoted where needed.
+    """
+    full = Path(path).expanduser().absolute()
+    here = Path.cwd()
+    if full == here:
+        text = "."
+    elif full.is_relative_to(here):
+        text = f"./{full.relative_to(here).as_posix()}"
+    else:
+        text = str(full)
+    return shlex.quote(printable(text))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
     ExpertId,
@@ -20,7 +21,8 @@ from conmoe_edge.checkpoint.format.manifest import (
     SlotRecord,
 )
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import encode, make_layout, pack
+from conmoe_edge.checkpoint.format.records import encode, pack
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE
@@ -33,7 +35,6 @@ from conmoe_edge.checkpoint.tensors.tensor_writer import (
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.model.bridge import saved_names
 from conmoe_edge.model.experts import find_experts, part_names
-from conmoe_edge.offload.residency.prefetch import layer_numbers
 
 Slots = dict[int, tuple[SlotRecord, ...]]
 Choose = Callable[[int, int], SlotRecord]
@@ -205,8 +206,10 @@ def predict(folder: Path, depth: int, share: float, hidden: int = 32) -> Manifes
     manifest = load_manifest(folder)
     generator = torch.Generator().manual_seed(0)
     maps = {
-        f"predictor.{layer}": torch.randn(hidden + 1, len(known), generator=generator).bfloat16()
-        for layer, known in list(layer_numbers(manifest).items())[1:]
+        f"predictor.{layer}": torch.randn(
+            hidden + 1, len(one.prototypes), generator=generator
+        ).bfloat16()
+        for layer, one in list(SlotMap.of_manifest(manifest).items())[1:]
     }
     sources = [
         TensorSource(name, "bfloat16", tuple(t.shape), lambda t=t: t) for name, t in maps.items()

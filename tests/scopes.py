@@ -10,7 +10,7 @@ from families import tiny_model
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.methods import Decision, LayerView, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, LayerView, ScopeView
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, RoutedTap
@@ -115,7 +115,7 @@ def layer_outputs(scope: ScopeView, decision: Decision) -> tuple[Tensor, Tensor]
     ]
     of = scope.weights.parts if decision.parts is None else decision.parts
     used = {slot.prototype for slot in slots if slot.prototype is not None}
-    mapped = MappedTap(slots, {one: of(one) for one in used}, None)
+    mapped = MappedTap.of(slots, {one: of(one) for one in used}, None)
     given = scope.module, tokens.hidden, tokens.slots, tokens.gates
     with torch.no_grad():
         return RoutedTap().forward(*given), mapped.forward(*given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,25 +156,11 @@ def demo(precision: str) -> Callable[[Path], Path]:
 
     def make(folder: Path) -> Path:
         from conmoe_edge import api
-        from conmoe_edge.plan.serving import levers_for
+        from conmoe_edge.plan.request import PlanRequest
+        from conmoe_edge.plan.serving import request_for
 
-        levers = {
-            "scope": "auto",
-            "precision": "auto",
-            "dense_precision": "source",
-            "min_resident": None,
-            "widths": "free",
-        }
-        levers = {**levers_for("vllm", levers), "precision": precision}
-        api.fit(
-            "demo",
-            folder,
-            budget="2GB",
-            device="cpu",
-            rate=0.25,
-            calibration_tokens=4096,
-            **levers,
-        )
+        request = PlanRequest(budget="2GB", device="cpu", rate=0.25, calibration_tokens=4096)
+        api.fit("demo", folder, replace(request_for("vllm", request), precision=precision))
         return folder
 
     return make

@@ -23,6 +23,7 @@ from benchmarks.comparison.on_device import device_of, limit, used
 from benchmarks.comparison.traces import Routes
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.generation.benchmark import dense_read_bytes
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
 
 ENDLESS = 1 << 30
@@ -81,7 +82,8 @@ class OurArm(Arm):
         content = " ".join(str(token) for token in tokens)
         room = self.session.context - len(tokens) - 1
         self.answer = self.session.reply(
-            [{"role": "user", "content": content}], max_tokens=min(room, ENDLESS), temperature=0
+            [{"role": "user", "content": content}],
+            SamplingSettings(max_tokens=min(room, ENDLESS), temperature=0),
         )
         return int(next(self.answer))
 

@@ -10,18 +10,16 @@ are measured, over other text. Few calibration tokens are enough: the weights ar
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import conmoe_edge
 from benchmarks.comparison.traces import Replay
-from conmoe_edge.compress.stream.layer_stream import expert_hooks as taps
+from conmoe_edge.compress.stream import expert_hooks as taps
 
 
 class InOrder:
@@ -55,11 +53,6 @@ def main() -> None:
     routes = torch.load(args.trace, weights_only=True)["routes"]
     replay = Replay(taps._forward, routes, InOrder(len(routes)))
     taps._forward = replay  # what taps.register() hands to transformers
-    words: dict[str, Any] = {}
-    if "dense_precision" in inspect.signature(conmoe_edge.fit).parameters:
-        words["dense_precision"] = args.dense_precision
-    elif args.dense_precision != "source":
-        sys.exit("this version of conmoe-edge has no dense precision")
     conmoe_edge.fit(
         str(args.model),
         args.out,
@@ -69,12 +62,12 @@ def main() -> None:
         rate=args.rate,
         scope=1,
         precision=args.precision,
+        dense_precision=args.dense_precision,
         min_resident=0.0,
         offline=True,
         calibration_tokens=args.calibration_tokens,
         overwrite=True,
         progress=lambda step: print(step, file=sys.stderr),
-        **words,
     )
     if not replay.calls:
         sys.exit("the routes were not replayed: another experts function ran")

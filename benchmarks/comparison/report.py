@@ -1,7 +1,7 @@
 """From single runs to rows, ratios, claims and a text table. Arithmetic only.
 
-A row is a cell with the medians of its repeats. Its bound is the time in which nobody could do it
-faster on this machine: the bytes that a token has to pass through (dense part, the chosen experts
+A row is a cell with the medians of its repeats. Its bound is the least time
+that this machine needs: the bytes that a token has to pass through (dense part, the chosen experts
 in their number format, the key-value cache) over the memory's bandwidth, or the bytes that were read
 from the disk over the disk's bandwidth, whichever is longer. The share of the bound is that over
 the time that was taken.
@@ -24,7 +24,7 @@ class Row:
     Attributes:
         speed: tokens per second, the median of the repeats (each is its median step).
         lowest, highest: of the repeats.
-        mean: steps over their seconds, the median of the repeats: what somebody who waits for the
+        mean: steps over their seconds, the median of the repeats: what a reader of the
             whole answer gets. It is below ``speed`` where some steps wait for the disk.
         steps: fewest measured steps of a repeat.
         first: seconds to the first token of a prompt of ``prompt`` tokens.

@@ -1,21 +1,53 @@
-"""The calls of the package: ``plan``, ``fit``, ``load``, ``evaluate``, ``evaluate_tasks``, ``export``.
+"""The calls of the package, one file a call, and their reports. They join the layers below; nothing is printed here.
 
-They join the layers below, one file a call. Nothing is printed here.
+A call is imported when it is first asked for: ``doctor`` has to run where another one's needs are missing.
 """
 
-from conmoe_edge.api.evaluating import evaluate
-from conmoe_edge.api.exporting import export
-from conmoe_edge.api.fitting import FitReport, fit
-from conmoe_edge.api.planning import PlanReport, plan
-from conmoe_edge.api.running import evaluate_tasks, load
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conmoe_edge.api.benching import bench
+    from conmoe_edge.api.diagnosing import doctor
+    from conmoe_edge.api.evaluating import evaluate
+    from conmoe_edge.api.exporting import export
+    from conmoe_edge.api.fitting import FitReport, fit
+    from conmoe_edge.api.listing import models
+    from conmoe_edge.api.planning import PlanReport, plan
+    from conmoe_edge.api.running import evaluate_tasks, load
 
 __all__ = [
     "FitReport",
     "PlanReport",
+    "bench",
+    "doctor",
     "evaluate",
     "evaluate_tasks",
     "export",
     "fit",
     "load",
+    "models",
     "plan",
 ]
+
+_PLACES = {
+    "FitReport": "fitting",
+    "PlanReport": "planning",
+    "bench": "benching",
+    "doctor": "diagnosing",
+    "evaluate": "evaluating",
+    "evaluate_tasks": "running",
+    "export": "exporting",
+    "fit": "fitting",
+    "load": "running",
+    "models": "listing",
+    "plan": "planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -6,17 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from conmoe_edge.api.shared import (
-    CALIBRATION_TOKENS,
-    HELD_OUT_SHARE,
-    SEQUENCE_LENGTH,
-    anatomy_of,
-    tokenizer_of,
-)
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import UsageError
+from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.plan.request import CALIBRATION_TOKENS, HELD_OUT_SHARE, SEQUENCE_LENGTH
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.quality.metrics import Cost, EvaluationReport
@@ -89,10 +83,10 @@ def evaluate(
     ours = locate(str(model), revision=revision, offline=offline)
     manifest = manifest_of(ours.path)
     theirs, is_origin, alone = _reference(manifest, against, offline=offline)
-    one = Folder(ours.name, ours.path, tokenizer_of(ours.path))
+    one = Folder(ours.name, ours.path, load_tokenizer(ours.path))
     other = None
     if theirs is not None:
-        other = Folder(theirs.name, theirs.path, tokenizer_of(theirs.path))
+        other = Folder(theirs.name, theirs.path, load_tokenizer(theirs.path))
     where = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     free = (
         torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else measure_machine().ram_usable
@@ -160,12 +154,14 @@ def _reference(
 
 def _experts_bytes(folder: Path) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
+    from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
     from conmoe_edge.compress.quality.evaluate import manifest_of
     from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.model.probe import TensorFacts, probe
 
     manifest = manifest_of(folder)
     if manifest is not None and manifest.method != UNCHANGED:
         return 0
     index = CheckpointIndex.open(folder)
-    headers = {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
-    return anatomy_of(read_config(str(folder)), headers).experts_bytes
+    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    return probe(read_config(str(folder)), headers).experts_bytes

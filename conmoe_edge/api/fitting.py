@@ -6,33 +6,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
 from conmoe_edge import __version__
-from conmoe_edge.api.planning import Levers, PlanReport, outcomes_of
-from conmoe_edge.api.shared import (
-    CALIBRATION_TOKENS,
-    HELD_OUT_SHARE,
-    SEQUENCE_LENGTH,
-    anatomy_of,
-    tokenizer_of,
-)
+from conmoe_edge.api.planning import PlanReport, report_on, resolve_request
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.fs.disk import require_space
 from conmoe_edge.checkpoint.package.linked import link_model
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.package.staged import StagedFolder
-from conmoe_edge.checkpoint.sources.locate import Source, locate
-from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.checkpoint.sources.locate import locate
 from conmoe_edge.memory.outcomes import Outcome, remember
+from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.plan.dense_precision import stored
-from conmoe_edge.plan.plan import Plan, Preference
+from conmoe_edge.plan.plan import Plan
+from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH, Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
-from conmoe_edge.plan.width_levers import Widths, check_widths
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.run.job import OnProgress
+    from conmoe_edge.model.opened import OpenedModel
 
 PLAN_FILE = "plan.json"
 
@@ -67,35 +60,24 @@ class FitReport:
 def fit(
     model: str,
     out: str | Path,
+    request: PlanRequest | None = None,
     *,
-    budget: str = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    context: int | None = None,
-    rate: float | Literal["auto"] = "auto",
-    scope: int | Literal["auto"] = "auto",
-    precision: str = "auto",
-    dense_precision: str = "source",
-    prefer: Preference = "quality",
-    min_resident: float | None = None,
     revision: str | None = None,
     offline: bool = False,
-    method: str | None = None,
-    widths: Widths = "free",
     calibration: str | Path | None = None,
-    calibration_tokens: int | None = None,
     seed: int = 0,
     fresh: bool = False,
     overwrite: bool = False,
     on_plan: Callable[[PlanReport], None] | None = None,
     progress: OnProgress | None = None,
+    **levers: Unpack[Levers],
 ) -> FitReport:
-    """Consolidate a model so that it fits, and write the package ``out``. The levers are those of ``plan``.
+    """Consolidate a model so that it fits, and write the package ``out``.
 
     Args:
+        model, request, revision, offline, levers: as of ``plan``.
         out: the output folder; it is whole or absent at any moment.
-        method, widths: as of ``plan``.
         calibration: UTF-8 text to calibrate on; the text that comes with the package by default.
-        calibration_tokens: how much of it.
         seed: which windows of the calibration text are used: 0 spreads them evenly over it, any other seed draws
             them. What is held out is the same for every seed.
         fresh: throw away an unfinished run instead of going on with it.
@@ -108,111 +90,50 @@ def fit(
     """
     import torch
 
-    from conmoe_edge.compress.methods.resolve_method import asked_method
+    from conmoe_edge.compress.methods.feasibility import check_reach
     from conmoe_edge.compress.pipeline import Consolidation
     from conmoe_edge.compress.run.job import Job, Progress
-    from conmoe_edge.compress.solvers.feasibility import check_reach
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
     from conmoe_edge.compress.stream.layer_stream import compute_dtype
-    from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.model.opened import open_model
     from conmoe_edge.offload.simulate.planned_caching import planned_caching
 
-    asked = asked_method(method, scope, precision)
+    asked = resolve_request(request, levers)
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
-    levers = Levers(
-        budget,
-        device,
-        context,
-        rate,
-        scope,
-        asked.precision,
-        dense_precision,
-        prefer,
-        min_resident,
-        asked.method.trims,
-        check_widths(widths) == "equal",
-    )
     tell(Progress("locate", 0, 1, model))
-    source = locate(model, revision=revision, offline=offline)
-    index = CheckpointIndex.open(source.path)
-    config = read_config(str(source.path))
-    anatomy = anatomy_of(
-        config, {name: (e.torch_name, e.nbytes) for name, e in index.tensors.items()}
-    )
-    tokens = calibration_tokens or CALIBRATION_TOKENS
-    report = PlanReport(
-        source.hub_id or source.name,
-        anatomy,
-        levers.plan(anatomy, Path(out), tokens),
-        asked.method.name,
-        asked.note,
-        outcomes_of(source.path),
-    )
+    source = open_model(locate(model, revision=revision, offline=offline))
+    anatomy = source.anatomy
+    report = report_on(source.name, anatomy, asked, Path(out), source.identity)
     if on_plan is not None:
         on_plan(report)
-    if report.plan.unchanged and rate == "auto":
-        return _fit_unchanged(source, index, Path(out), report, overwrite=overwrite, fresh=fresh)
+    if report.plan.unchanged and asked.request.rate == "auto":
+        return _fit_unchanged(source, Path(out), report, overwrite=overwrite, fresh=fresh)
     planned = report.plan.chosen
-    check_reach(config, anatomy, asked.method, planned.rate, planned.scope)
-    identity = fingerprint(index, (source.path / "config.json").read_bytes())
-    target = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
-    length = min(SEQUENCE_LENGTH, anatomy.max_context)
+    check_reach(source.config, anatomy, asked.method, planned.rate, planned.scope)
+    target = torch.device(
+        "cuda" if torch.cuda.is_available() and asked.request.device != "cpu" else "cpu"
+    )
     settings = {
-        "model": identity["id"],
-        "budget": budget,
-        "device": device,
-        "context": context,
-        "rate": rate,
-        "scope": scope,
-        "precision": asked.precision,
-        "dense_precision": dense_precision,
-        "prefer": prefer,
-        "min_resident": min_resident,
-        "method": asked.method.name,
-        "widths": widths,
+        **asked.request.to_json(),
+        "model": source.identity["id"],
         "calibration": text.sha256,
-        "calibration_tokens": tokens,
         "seed": seed,
         "computed_in": str(compute_dtype(target, getattr(torch, anatomy.dtype))),
         "version": __version__,
     }
     require_space(Path(out), report.plan.disk_bytes + report.plan.scratch_bytes)
-    tokenizer = tokenizer_of(source.path)
     train, held_out = token_sets(
         text,
-        tokenizer,
-        length=length,
-        tokens=tokens,
-        held_out_tokens=tokens // HELD_OUT_SHARE,
+        load_tokenizer(source.index.folder),
+        length=min(SEQUENCE_LENGTH, anatomy.max_context),
+        tokens=asked.request.tokens,
+        held_out_tokens=asked.request.tokens // HELD_OUT_SHARE,
         seed=seed,
     )
     with StagedFolder(Path(out), settings, overwrite=overwrite, fresh=fresh) as staged:
         report = _same_plan(staged.work / PLAN_FILE, report)
-        chosen = report.plan.chosen
-        job = Job(
-            index=index,
-            config=config,
-            anatomy=anatomy,
-            method=asked.method.name,
-            rate=chosen.rate,
-            scope=chosen.scope,
-            precision=chosen.precision,
-            dense_precision=report.plan.dense_precision,
-            wide_prototypes=chosen.wide_prototypes,
-            train=train,
-            held_out=held_out,
-            device=target,
-            plan=plan_to_json(report.plan),
-            source={
-                "name": report.source_name,
-                "revision": source.revision,
-                "fingerprint": identity,
-            },
-            tool_version=__version__,
-            predict=chosen.slots < chosen.prototypes,
-            equal=levers.equal,
-        )
+        job = Job(source, asked.request, report.plan, train, held_out, target, __version__)
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):
@@ -231,7 +152,7 @@ def fit(
         staged.commit()
         run.state.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
-        _remember(identity["id"], report.plan, manifest, text.sha256)
+        _remember(source.identity["id"], report.plan, manifest, text.sha256)
         return FitReport(
             staged.target,
             report,
@@ -255,26 +176,14 @@ def _same_plan(path: Path, report: PlanReport) -> PlanReport:
 
 
 def _fit_unchanged(
-    source: Source,
-    index: CheckpointIndex,
-    out: Path,
-    report: PlanReport,
-    *,
-    overwrite: bool,
-    fresh: bool,
+    source: OpenedModel, out: Path, report: PlanReport, *, overwrite: bool, fresh: bool
 ) -> FitReport:
     """The model fits as it is: link it, say so, and change nothing."""
-    identity = fingerprint(index, (source.path / "config.json").read_bytes())
-    with StagedFolder(
-        out, {"unchanged": identity["id"]}, overwrite=overwrite, fresh=fresh
-    ) as staged:
-        written = link_model(index, staged.path)
+    settings = {"unchanged": source.identity["id"]}
+    with StagedFolder(out, settings, overwrite=overwrite, fresh=fresh) as staged:
+        written = link_model(source.index, staged.path)
         manifest = Manifest(
-            source={
-                "name": report.source_name,
-                "revision": source.revision,
-                "fingerprint": identity,
-            },
+            source=source.to_json(),
             method=UNCHANGED,
             rate=0.0,
             scope=1,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
-from conmoe_edge.api.shared import CALIBRATION_TOKENS, anatomy_of
 from conmoe_edge.checkpoint.sources.locate import describe
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
@@ -16,13 +16,13 @@ from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.advice import advise
-from conmoe_edge.plan.plan import Plan, Preference
+from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
-from conmoe_edge.plan.width_levers import Widths, check_widths
 
 if TYPE_CHECKING:
-    pass
+    from conmoe_edge.compress.methods.interface import Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,111 +71,93 @@ class PlanReport:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Levers:
-    """What the caller asked of the plan; ``trims``: the method removes neurons as well, ``equal``: from all
-    prototypes alike.
-    """
-
-    budget: str
-    device: Literal["auto", "cpu", "cuda"]
-    context: int | None
-    rate: float | Literal["auto"]
-    scope: int | Literal["auto"]
-    precision: str
-    dense_precision: str
-    prefer: Preference
-    min_resident: float | None
-    trims: bool = False
-    equal: bool = False
-
-    def plan(self, anatomy: ModelAnatomy, folder: Path, tokens: int = CALIBRATION_TOKENS) -> Plan:
-        """Decide for a model whose package will lie in ``folder``, or on the same disk."""
-        return make_plan(
-            anatomy,
-            resolve_budget(self.budget, self.device, meter=Meter(folder)),
-            context=self.context,
-            rate=self.rate,
-            scope=self.scope,
-            precision=self.precision,
-            dense_precision=self.dense_precision,
-            prefer=self.prefer,
-            min_resident=self.min_resident,
-            calibration_tokens=tokens,
-            trims=self.trims,
-            equal=self.equal,
-        )
-
-
 def plan(
     model: str,
+    request: PlanRequest | None = None,
     *,
-    budget: str = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    context: int | None = None,
-    rate: float | Literal["auto"] = "auto",
-    scope: int | Literal["auto"] = "auto",
-    precision: str = "auto",
-    dense_precision: str = "source",
-    prefer: Preference = "quality",
-    min_resident: float | None = None,
-    method: str | None = None,
-    widths: Widths = "free",
     revision: str | None = None,
     offline: bool = False,
+    **levers: Unpack[Levers],
 ) -> PlanReport:
     """What ``fit`` would do. Reads ``config.json`` and the headers of the weights, for a hub model without a download.
 
     Args:
         model: alias, hub id or folder.
-        budget: a size (``24GB``, ``7.5GiB``), a profile (``rtx-4090``) or ``auto``.
-        device: where the package will run; ``auto`` takes the GPU if this machine has one.
-        context: tokens that the key-value cache must hold.
-        rate, scope, precision: force a lever instead of leaving it to the plan.
-        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
-            routers keep their numbers.
-        prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
-        min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
-        widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
-        method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
+        request: what is asked, as one object.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
+        levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
+            ``scope``, ``precision``, ``dense_precision``, ``prefer``, ``min_resident``, ``method``, ``widths``,
+            ``calibration_tokens``. They win over those of ``request``.
 
     Raises:
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.compress.methods.resolve_method import asked_method
     from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.model.probe import TensorFacts, probe
 
-    asked = asked_method(method, scope, precision)
-    levers = Levers(
-        budget,
-        device,
-        context,
-        rate,
-        scope,
-        asked.precision,
-        dense_precision,
-        prefer,
-        min_resident,
-        asked.method.trims,
-        check_widths(widths) == "equal",
-    )
+    asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
-    headers = {name: (header.dtype, header.nbytes) for name, header in found.tensors.items()}
-    anatomy = anatomy_of(read_config(str(found.path)), headers)
-    name = found.hub_id or found.name
-    decided = levers.plan(anatomy, Path())
+    headers = {name: TensorFacts(one.dtype, one.nbytes) for name, one in found.tensors.items()}
+    anatomy = probe(read_config(str(found.path)), headers)
+    return report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A request that names its method.
+
+    Attributes:
+        request: with the method's name, and the precision that the method needs.
+        method: itself.
+        note: why it is that one, where the default gave way; else empty.
+    """
+
+    request: PlanRequest
+    method: Method
+    note: str
+
+
+def resolve_request(request: PlanRequest | None, levers: Levers) -> Resolved:
+    """The request with ``levers`` in it.
+
+    Raises:
+        UsageError: a lever has a value that makes no sense, or the method cannot be had with the others.
+    """
+    from conmoe_edge.compress.methods.resolve_method import asked_method
+
+    request = replace(request or PlanRequest(), **levers)
+    asked = asked_method(request.method, request.scope, request.precision)
+    named = replace(request, method=asked.method.name, precision=asked.precision)
+    return Resolved(named, asked.method, asked.note)
+
+
+def report_on(
+    name: str,
+    anatomy: ModelAnatomy,
+    asked: Resolved,
+    folder: Path,
+    identity: Mapping[str, Any] | None,
+) -> PlanReport:
+    """Decide for a model whose package will lie in ``folder``, or on the same disk; ``identity`` is the model's
+    fingerprint where it is known.
+    """
+    request = asked.request
+    budget = resolve_budget(request.budget, request.device, meter=Meter(folder))
     return PlanReport(
-        name, anatomy, decided, asked.method.name, asked.note, outcomes_of(found.path)
+        source_name=name,
+        anatomy=anatomy,
+        plan=make_plan(anatomy, budget, request, trims=asked.method.trims),
+        method=asked.method.name,
+        method_note=asked.note,
+        outcomes=() if identity is None else recall(identity["id"]),
     )
 
 
-def outcomes_of(folder: Path) -> tuple[Outcome, ...]:
-    """What earlier fits of the model in ``folder`` cost; nothing where its weights are not there."""
+def _identity(index: CheckpointIndex | None) -> Mapping[str, Any] | None:
+    """The fingerprint of a model; ``None`` where its weights are not there or cannot be read."""
     try:
-        index = CheckpointIndex.open(folder)
-        return recall(fingerprint(index, (folder / "config.json").read_bytes())["id"])
+        return None if index is None else fingerprint(index)
     except (ConmoeError, OSError):
-        return ()
+        return None

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conmoe_edge.api.shared import tokenizer_of
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.resolve import resolve_budget
+from conmoe_edge.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from conmoe_edge.integrations.harness import TaskReport
+    from conmoe_edge.offload.generation.session import ChatSession
 
 
 def load(
@@ -54,6 +55,26 @@ def load(
     )
 
 
+def open_session(
+    path: str | Path,
+    budget: str | Budget | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    cache_policy: str | None = None,
+    misses: str = "copy",
+) -> ChatSession:
+    """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
+
+    Raises:
+        PackageError, DoesNotFit: as ``load``.
+        CalibrationError: it has no tokenizer.
+    """
+    from conmoe_edge.offload.generation.session import ChatSession
+
+    model = load(path, budget, device, context, cache_policy, misses)
+    return ChatSession(model, load_tokenizer(Path(path)), context)
+
+
 def evaluate_tasks(
     path: str | Path,
     tasks: Sequence[str],
@@ -88,7 +109,7 @@ def evaluate_tasks(
     model = load(path, budget=budget, device=device, context=context)
     return run_tasks(
         model,
-        tokenizer_of(Path(path)),
+        load_tokenizer(Path(path)),
         tasks,
         tasks_path=None if tasks_path is None else Path(tasks_path),
         limit=limit,

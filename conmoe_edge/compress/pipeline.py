@@ -1,19 +1,23 @@
 """The whole consolidation of one model: from a checked checkpoint to the files of a package.
 
-Order: dense tensors and side files (``prepare``); where layers get numbers of their own, a look at
-what each is worth (``survey``); then layer by layer over the calibration and held-out sequences,
-deciding and writing the prototypes of each scope as soon as its last layer has run (``calibrate``,
-``decide``); then the written package once more over the held-out sequences (``measure``); then the
-manifest (``describe``). After each layer the journal makes the state durable, so a run that was
-killed goes on with the layer it was in, and ends with the same bytes.
+    prepare     dense weights and side files                            -> files
+    survey      what each layer is worth, where layers get numbers of their own  -> prototypes of every layer
+    calibrate   layer by layer over the calibration text; a scope is decided and written as soon as its
+                last layer has run (``decide``)                         -> prototypes, router slots, routing trace
+    measure     the written package over the held-out text              -> receipt
+    describe    all of this                                             -> manifest
 
-Peak memory of the device: one decoder layer, one of its fused parameters a second time, and one
-batch of activations. On the host: the hidden states of all sequences. Raises the errors of
-``CheckpointError``, ``NoSpace``, ``UnsupportedModel``.
+After each layer the journal makes the state durable, so a run that was killed goes on with the layer it was in, and
+ends with the same bytes.
+
+Peak memory of the device: one decoder layer, one of its fused parameters a second time, and one batch of activations.
+On the host: the hidden states of all sequences. Raises the errors of ``CheckpointError``, ``NoSpace``,
+``UnsupportedModel``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,12 +25,12 @@ import torch
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.compress.phases.calibrate import Calibration
+from conmoe_edge.compress.phases.calibrate import Trace, calibrate
 from conmoe_edge.compress.phases.measure_receipt import measure
 from conmoe_edge.compress.phases.prepare import prepare
 from conmoe_edge.compress.phases.survey import survey
 from conmoe_edge.compress.phases.write_manifest import describe
-from conmoe_edge.compress.run.job import Job, OnProgress
+from conmoe_edge.compress.run.job import Job, OnProgress, Progress
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.expert_hooks import register
 from conmoe_edge.plan.trace import Predictions
@@ -37,24 +41,40 @@ class Consolidation:
 
     def __init__(self, job: Job, package: Path, work: Path, progress: OnProgress) -> None:
         register()
-        self.state = Run(job, package, work, progress)
-        self._calibration = Calibration(self.state)
+        self.state = Run.open(job, package, work, progress)
+        self._trace = Trace.of(job, work)
 
     def run(self) -> Manifest:
         """Do what is left to do and return the manifest, not yet written."""
-        run = self.state
-        with torch.no_grad(), disk_errors(run.package), ShardReader(run.job.index) as reader:
-            if run.journal.phase == "prepare":
-                prepare(run, reader)
-            if run.journal.phase == "calibrate":
-                model = run.streamed(reader)
-                if run.shares_out() and not run.journal.budgets:
-                    survey(run, model)
-                self._calibration.through(model)
-            if run.journal.phase == "receipt":
-                measure(run)
-        return describe(run)
+        run, job, journal = self.state, self.state.job, self.state.journal
+        with torch.no_grad(), disk_errors(run.package), ShardReader(job.index) as reader:
+            if journal.phase in ("prepare", "calibrate"):
+                model = run.original(reader)
+                if journal.phase == "prepare":
+                    run.meter.progress(Progress("write", 0, run.layers, "dense weights"))
+                    with run.clock.part("write"):
+                        journal.add_files(prepare(model, reader, run.package, job.dense_precision))
+                    run.save("calibrate")
+                if run.sizes.shares_out and not journal.budgets:
+                    shares = survey(run, model)
+                    journal.budgets = {str(layer): count for layer, count in shares.items()}
+                    run.save("calibrate")
+                journal.add_files(calibrate(run, model, self._trace))
+                run.save("receipt")
+                run.meter.phase_done()
+                self._trace.drop(run.sizes.moe_layers)
+                run.work.drop_hidden("calibrate", run.layers)
+            manifest = describe(job, run.sizes, journal)
+            if journal.phase == "receipt":
+                journal.receipt = measure(run, manifest, reader)
+                run.save("done")
+                run.work.drop_hidden("receipt", run.layers)
+        return replace(manifest, receipt=journal.receipt)
 
     def predictions(self) -> Predictions | None:
         """After ``run``: what the package's predictor says about tokens that it was not fitted on."""
-        return self._calibration.predictions()
+        if self._trace.predictor is None:
+            return None
+        return self._trace.predictor.predictions(
+            self.state.journal.slot_maps(self.state.sizes.moe_layers)
+        )

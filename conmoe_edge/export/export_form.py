@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES
-from conmoe_edge.checkpoint.format.manifest import Manifest, RecordLayout
+from conmoe_edge.checkpoint.format.layout import expert_width, neurons
+from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.export.config_fields import SizeChange, experts_field, set_field, width_field
 
@@ -106,8 +106,10 @@ def decide(
             f"Saves no memory: {len(manifest.prototypes)} prototypes are written as "
             f"{sum(map(len, kept.values()))} experts, because a plain checkpoint has one for every router slot."
         )
-    full = _width(next(iter(experts.values())))
-    width = max((_neurons(layout, experts) for layout in manifest.layouts), default=full)
+    module: Any = next(iter(experts.values()))
+    transposed = bool(module.is_transposed)
+    full = neurons(module.down_proj.shape, transposed)
+    width = max((expert_width(layout, transposed) for layout in manifest.layouts), default=full)
     if width < full:
         narrow = width_field(config, full, width)
         if narrow is None:
@@ -183,18 +185,3 @@ def _gates_grow(config: PretrainedConfig, sliced: Mapping[str, int]) -> bool:
         "correction_bias" in name for name in sliced
     )
     return getattr(text, "norm_topk_prob", True) is False and not sigmoid
-
-
-def _width(module: nn.Module) -> int:
-    down: Any = module.down_proj
-    return down.shape[1 if module.is_transposed else 2]
-
-
-def _neurons(layout: RecordLayout, experts: Mapping[int, nn.Module]) -> int:
-    """Neurons of the experts that have this layout."""
-    part = next(part for part in layout.parts if part.name == "down_proj")
-    kind = KIND_OF_VALUES.get(part.dtype)
-    if kind is not None:  # a quantised weight is [out, in] always
-        return part.shape[1] * (2 if kind == "int4" else 1)
-    transposed = bool(next(iter(experts.values())).is_transposed)
-    return part.shape[0 if transposed else 1]

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, SlotRecord
 from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
 from conmoe_edge.errors import UnsupportedModel
@@ -72,7 +73,7 @@ def layer_experts(
     """
     transposed = bool(module.is_transposed)
     names = part_names(module)
-    full = _width(module)
+    full = neurons(module.down_proj.shape, transposed)  # type: ignore[union-attr]
     fused = {
         name: torch.zeros(
             len(kept),
@@ -102,11 +103,6 @@ def layer_experts(
             bias = fused["down_proj_bias"][place]
             bias.copy_(bias.float() + constants[constant])
     return fused
-
-
-def _width(module: nn.Module) -> int:
-    down: Tensor = module.down_proj  # type: ignore[assignment]
-    return down.shape[1 if module.is_transposed else 2]
 
 
 def _put(target: Tensor, part: Tensor, concatenated: bool, name: str, transposed: bool) -> None:

@@ -1,9 +1,7 @@
-"""Open a package as a transformers model: the door behind ``conmoe_edge.load``.
+"""Open a package as a transformers model; ``conmoe_edge.load`` calls this.
 
-In: a folder that ``fit`` wrote. Out: a model whose ``generate`` works, with its runtime as
-``model.conmoe``. Opens no socket. Peak memory: the dense weights, the cache slots and the plan's
-other terms. Raises ``PackageError`` for a package that is damaged, ``DoesNotFit`` where the budget
-holds no prototype, ``UsageError`` for a device that is not there.
+In: a folder that ``fit`` wrote. Out: a model whose ``generate`` works, with its runtime as ``model.conmoe``. Opens no
+socket. Peak memory: the dense weights, the cache slots and the plan's other terms.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.compute.miss_split import check_misses
-from conmoe_edge.offload.simulate.policy_search import check_policy
+from conmoe_edge.offload.residency.policies import check_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +43,7 @@ def load_package(
     """Load the package in ``path``.
 
     Args:
-        path: the folder.
+        path: folder of the package.
         budget: what may be used; by default what the package was planned for.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the budget's, else a GPU where there is
             one.
@@ -56,6 +54,12 @@ def load_package(
         misses: with a GPU, what becomes of prototypes that are not there: ``copy``, or ``auto`` to let the processor
             compute some of them where they lie, which may change a result's last bits.
         progress: called with (records read, records to read) while the slots are filled.
+
+    Raises:
+        PackageError: the package is damaged.
+        DoesNotFit: the budget holds no prototype.
+        UsageError: the device is not there.
+        UnsupportedModel: the context cannot be counted with this release of transformers.
     """
     folder = Path(path)
     check_policy(cache_policy)

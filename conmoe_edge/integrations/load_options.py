@@ -1,8 +1,7 @@
-"""What a load may use: options that travel beside ``from_pretrained``, which has no room for them.
+"""Options of a load that ``from_pretrained`` has no arguments for.
 
-``with loading(LoadOptions(...)): AutoModelForCausalLM.from_pretrained(folder)``. The options belong
-to the running context (thread or task) and are gone after the block. Without them the package's own
-plan and the caller's ``device_map`` decide.
+``with loading(LoadOptions(...)): AutoModelForCausalLM.from_pretrained(folder)``. They belong to the running context
+(thread or task) and end with the block. Without them the package's plan and the caller's ``device_map`` decide.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class LoadOptions:
     budget: what may be used; ``None`` for what the package was planned for.
     context: tokens of key-value cache to keep room for; ``None`` for what was planned.
     slots: cache slots of every record layout instead of what the budget gives.
-    cache_policy: who goes when a cache slot is wanted; ``None`` for what the package's trace finds best.
-    misses: what becomes of prototypes that are not on the GPU.
+    cache_policy: which prototype is evicted; ``None`` for the best on the package's trace.
+    misses: how prototypes that are not on the GPU are computed.
     progress: called with (records read, records to read).
     """
 

@@ -1,11 +1,10 @@
 """How much of the budget goes to cache slots when a package is opened.
 
-The same arithmetic as the plan's, with two figures that are known better now: the dense weights are
-there and are measured, and the cache is weighed in the dtype that was loaded.
+The plan's arithmetic with two measured figures: the dense weights, and the key-value cache in the loaded dtype.
 
-The prefill chunk is the package's, not the budget's: the number of tokens in one forward is the one
-thing that could change the last bit of a sum, so that a smaller budget has fewer slots rather than
-a smaller chunk. Only where not even one slot a layer would be left does the chunk shrink.
+The prefill chunk is the package's, not the budget's, because the number of tokens in one forward can change the last
+bit of a sum. A smaller budget has fewer cache slots. Only where less than one slot a layer would be left, the chunk
+shrinks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
-from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, fixed_terms, workspace_bytes
+from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.units import gib
@@ -39,8 +38,13 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The budget that holds, the slots of every record layout, the prefill chunk, and what the
-    key-value cache takes at so many tokens, where the slots were counted by it.
+    """How the budget is divided.
+
+    Attributes:
+        budget: the one that holds.
+        slots: cache slots of every record layout.
+        prefill_chunk: most tokens of one forward.
+        cache_bytes: bytes of the key-value cache at so many tokens; ``None`` where the caller chose the slots.
     """
 
     budget: Budget
@@ -75,15 +79,16 @@ def plan_memory(
         (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
     ]
     largest = max((nbytes for nbytes, _ in records), default=0)
-    fixed = sum(term.nbytes for term in fixed_terms(anatomy, kind, context, largest))
+    needs = needs_of(anatomy, kind, context)
+    fixed = needs.fixed(largest)
     floor = min(sum(counts), len(anatomy.moe_layers)) * largest
     fixed += prefetch_bytes(manifest)
     chunk = min(wished, context)
     while chunk > MIN_CHUNK:
-        if fixed + workspace_bytes(anatomy, kind, context, chunk) + floor <= budget.device_bytes:
+        if fixed + needs.workspace(chunk) + floor <= budget.device_bytes:
             break
         chunk = max(MIN_CHUNK, chunk // 2)
-    fixed += workspace_bytes(anatomy, kind, context, chunk)
+    fixed += needs.workspace(chunk)
     if not records and fixed > budget.device_bytes:
         raise _too_small(fixed, budget)
     return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk, anatomy.kv_bytes)
@@ -99,23 +104,18 @@ def _too_small(needed: int, budget: Budget) -> DoesNotFit:
 
 
 def planned_by(manifest: Manifest) -> Plan | None:
-    """The plan that the package was made by; ``None`` where there is none that this version
-    reads.
-    """
+    """The plan that the package was made by; ``None`` where this version reads none."""
     if not manifest.plan:
         return None
     try:
         return plan_from_json(manifest.plan)
     except PackageError:
-        # For readers, says the manifest's contract: a plan from another version is no reason not to
-        # run.
+        # A plan is there for readers; one from another version does not keep a package from running.
         return None
 
 
 def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
-    """What the package was planned for where that is this kind of device and there is as much;
-    else what is free here.
-    """
+    """What the package was planned for, where this is that kind of device and has as much; else what is free here."""
     here = resolve_budget("auto", kind)
     if (
         planned is None
@@ -127,7 +127,7 @@ def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
 
 
 def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
-    """The planned context; else a usual one, as far as the model goes."""
+    """The planned context; else ``DEFAULT_CONTEXT``, or the model's own limit where that is less."""
     planned = planned_by(manifest)
     if planned is not None:
         return planned.context
@@ -136,9 +136,7 @@ def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
 
 
 def loaded_anatomy(model: PreTrainedModel) -> ModelAnatomy:
-    """The anatomy of a loaded model: from its config in the dtype it was loaded with, dense bytes
-    as they are.
-    """
+    """The anatomy of a loaded model: its config in the dtype that was loaded, its dense bytes as measured."""
     config = copy.deepcopy(model.config)
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
         if hasattr(one, "quantization_config"):

@@ -1,13 +1,7 @@
 """The quantizer ``conmoe``: how ``from_pretrained`` opens a package.
 
-Before weights are loaded it takes the fused parameters of the routed experts out of the (meta)
-model, so that transformers neither expects nor initialises them, and hangs a ``LayerHandle`` on
-each experts module; afterwards it builds the runtime, ``model.conmoe``. Everything else, the dense
-weights above all, is transformers' own loading.
-
-transformers imports this file while it is being imported itself, so at the top there are its two
-base classes and nothing that needs more of it. Raises ``PackageError`` where package and model
-disagree, ``DoesNotFit`` where the budget is too small.
+``attach.py`` does the work, before and after transformers loads the dense weights. transformers imports this file while
+it is being imported itself, so the top has its two base classes and nothing that needs more of it.
 """
 
 from __future__ import annotations
@@ -33,24 +27,20 @@ class ConmoeConfig(QuantizationConfigMixin):
     def __init__(
         self, quant_method: str = "conmoe", format_version: int = 1, **unknown: Any
     ) -> None:
-        """``unknown`` are fields of later formats; the manifest's version decides whether the
-        package can be read.
-        """
+        """``unknown`` are fields of later formats. The manifest's version decides whether the package can be read."""
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
 
 
 class ConmoeQuantizer(HfQuantizer):
-    """Opens a package. Budget, device and context come from ``load_options``; without them the
-    package's own plan.
-    """
+    """Opens a package. Budget, device and context come from ``load_options``, or from the package's plan."""
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading: Any = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what a package is not: something to make on the fly out of a plain checkpoint."""
+        """Refuse a plain checkpoint: packages are not made while they are loaded."""
         if not self.pre_quantized:
             raise UsageError(
                 "A plain checkpoint cannot be consolidated while it is loaded.",
@@ -59,7 +49,7 @@ class ConmoeQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
-        """One device: the prototypes are where the router is."""
+        """One device, because prototypes are where the router is."""
         from conmoe_edge.integrations.load_options import one_device
 
         return one_device(device_map)

@@ -1,8 +1,7 @@
 """Make transformers know packages, without importing transformers.
 
-``watch_transformers`` is called by ``import conmoe_edge``. Whether transformers was imported before
-or comes later, once the modules with its registries are there, the quantizer ``conmoe`` and the
-DeepSeek V1 classes are in them. Importing this file costs no torch. Nothing is registered twice.
+``import conmoe_edge`` calls ``watch_transformers``. Whether transformers was imported before or is imported later, its
+registries then have the quantizer ``conmoe`` and the DeepSeek V1 classes, once. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -46,5 +45,5 @@ def _register_deepseek(auto: ModuleType) -> None:
         return
     from conmoe_edge.model import deepseek
 
-    if hasattr(deepseek, "register_config"):  # not there where our own import set off transformers'
+    if hasattr(deepseek, "register_config"):  # missing while ``deepseek`` itself is being imported
         deepseek.register_config()

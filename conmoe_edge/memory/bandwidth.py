@@ -2,14 +2,13 @@
 
 The memory figure is a streaming read over 256 MiB with one thread a core (the C library looks for a
 byte that is not there): what a kernel that does nothing but read can reach, the ceiling that decode
-speed is held against. The disk figure is
-reads of whole blocks at places spread over a file, past the page cache where the system allows it,
-with as many readers as the runtime has. Both take the best of what they see in a part of a second:
-another process can only make them slower.
+speed is held against. The disk figure is reads of whole blocks at places spread over a file,
+past the page cache where the system allows it, with as many readers as the runtime has. Both take
+the best of what they see in a part of a second: another process can only make them slower.
 
 Peak memory: 256 MiB for the one, a block a reader for the other, given back at once. On the disk
 64 MiB for a moment, where the folder has no file to read from, nameless where the system allows
-that. Raises nothing: what cannot be measured is ``None``.
+that. What cannot be measured is ``None``.
 """
 
 from __future__ import annotations

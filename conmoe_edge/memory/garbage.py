@@ -4,7 +4,7 @@ A full pass looks at every object of torch and transformers, a quarter of a seco
 after a model was opened: it would fall into the first answer. ``settle`` has it now, and has later passes look only at
 what is made from then on. For a process that exists to run one model; a library must not decide that for its caller.
 
-Memory: what is there now and becomes garbage in a cycle later stays. Raises nothing.
+Memory: what is there now and becomes garbage in a cycle later stays.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Nothing is timed here, only read: the plan becomes part of a package, and a plan that follows the
 mood of a stopwatch would differ between a run and its resumption.
-Out: a frozen ``MachineFacts``. Raises nothing: what cannot be read is ``None``, and ``gpu_problem``
+Out: a frozen ``MachineFacts``. What cannot be read is ``None``, and ``gpu_problem``
 says why no GPU was found.
 """
 
@@ -86,6 +86,14 @@ def disk_free(folder: Path) -> int:
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def disk_free_if_readable(folder: Path) -> int | None:
+    """The same, ``None`` where it cannot be read."""
+    try:
+        return disk_free(folder)
+    except OSError:
+        return None
 
 
 def _first_gpu() -> tuple[GpuFacts | None, str]:

@@ -2,8 +2,8 @@
 
 Every ``fit`` that ends with a receipt leaves one entry; a later ``plan`` or ``fit`` of the same model
 shows it beside the setting that it belongs to (``plan/advice.py``). The newest entry of a setting
-takes the place of the older one. Raises nothing: a cache that cannot be read is an empty one, and
-one that cannot be written forgets.
+takes the place of the older one. A cache that cannot be read is empty, and one that
+cannot be written forgets.
 """
 
 from __future__ import annotations

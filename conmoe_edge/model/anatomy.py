@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from conmoe_edge.checkpoint.format.forms import DOWN
+from conmoe_edge.checkpoint.format.layout import neurons
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
@@ -46,8 +49,8 @@ class ExpertsAnatomy:
     @property
     def width(self) -> int:
         """Neurons of one expert: the inputs of its down projection."""
-        shape = next(part.shape for part in self.parts if part.name == "down_proj")
-        return shape[0] if self.transposed else shape[1]
+        shape = next(part.shape for part in self.parts if part.name == DOWN)
+        return neurons(shape, self.transposed)
 
     def narrowed(self, width: int) -> ExpertsAnatomy:
         """The same experts with ``width`` neurons each."""

@@ -1,8 +1,8 @@
 """The one file that touches transformers' semi-private loading functions.
 
 It builds a model on the meta device, says which checkpoint tensor ends up in which parameter, and loads a *subset* of a
-checkpoint with transformers' own renames and expert fusing. The tested range of transformers is pinned in
-``pyproject.toml``; when it moves, this file is what to look at.
+checkpoint with transformers' own renames and expert fusing. When the range of transformers in ``pyproject.toml`` moves,
+this file and ``compat.py`` are what to look at.
 
 Peak memory of ``load_subset``: the tensors of the subset once as read and once as fused.
 """
@@ -76,7 +76,7 @@ def read_config(folder: str) -> PretrainedConfig:
 
 
 def _one_line(error: BaseException) -> str:
-    """A library's message in one line of bearable length."""
+    """A library's message in one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from conmoe_edge.compat import cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.anatomy import (
@@ -217,7 +218,13 @@ def _weigh_cache(model: PreTrainedModel) -> tuple[KVLayer, ...]:
 def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
     with torch.no_grad():
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        return model(input_ids=ids, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=ids, use_cache=True))
+    if cache is None:
+        raise UnsupportedModel(
+            f"The memory that {type(model).__name__} needs cannot be counted.",
+            "it gives back no key-value cache under a known name",
+        )
+    return cache
 
 
 def _nbytes(*values: Any) -> int:

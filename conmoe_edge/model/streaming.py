@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
@@ -157,7 +158,7 @@ class StreamedModel:
                 bridge.check_loaded(module, path)
 
     def drop_outside(self) -> None:
-        """Give back what ``load_outside`` loaded; between prologue and epilogue nobody needs it."""
+        """Give back what ``load_outside`` loaded; between prologue and epilogue it is not needed."""
         nn.Module.to(self.model, "meta")
 
     @contextmanager
@@ -214,7 +215,7 @@ class StreamedModel:
         with suppress(_Captured):
             self._run(batch, stub, use_cache=batch.use_cache, cache=batch.cache)
         if batch.use_cache:
-            batch.cache = batch.calls[0][1].get("past_key_values")
+            batch.cache = cache_of(batch.calls[0][1])
         return first[0]
 
     def epilogue(self, batch: Batch, hidden: Tensor) -> Tensor:
@@ -260,8 +261,8 @@ class StreamedModel:
                     attention_mask=None
                     if batch.attention_mask is None
                     else batch.attention_mask.to(self.device),
-                    past_key_values=cache,
                     use_cache=use_cache,
+                    **cache_argument(self.model, cache),
                 )
         finally:
             for layer, forward in zip(self.layers, self._own_forwards, strict=True):

@@ -1,9 +1,8 @@
 """The runtime of a loaded package: ``model.conmoe``.
 
-It owns everything that the experts function needs: the files, the cache slots, the transfer, the
-arithmetic; it knows the budget, counts what happens and can give memory back. Memory on
-the device: the slot pools, one expert of scratch. Raises ``PackageError`` for damaged records and
-``OutOfMemory`` where the slots cannot be had.
+It owns the files, the cache slots, the transfer and the backend that the layers compute with; it knows the budget,
+counts what happens and can give memory back. Memory on the device: the slot pools, one weight matrix of scratch.
+Raises ``PackageError`` for damaged records and ``OutOfMemory`` where the slots cannot be had.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
-from conmoe_edge.offload.compute.cpu_fallback import HostCompute
+from conmoe_edge.offload.compute.backend import ExpertBackend, backend_maker
 from conmoe_edge.offload.compute.experts_forward import LayerHandle
 from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
-from conmoe_edge.offload.kernels.triton.launch import GpuTable, gpu_operator
-from conmoe_edge.offload.residency.address_table import Addresses, HostAddresses
 from conmoe_edge.offload.residency.kv_lending import Lending
 from conmoe_edge.offload.residency.prefetch import Prefetcher, reads_ahead
 from conmoe_edge.offload.residency.quota import halved
@@ -51,18 +48,16 @@ class RuntimeStats:
         prototypes: how many the package has.
         resident: how many of them the slots hold at once.
         slots, slot_bytes: the cache slots and their memory.
-        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on
-            a GPU).
+        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on a GPU).
         memory_budget: the budget's ceiling; ``None`` where none was given.
         device: ``cpu``, ``cuda:0``.
-        disk_bytes, host_bytes: the parts of ``bytes_read`` that came from the disk, and from the
-            tier in host memory.
+        disk_bytes, host_bytes: the parts of ``bytes_read`` that came from the disk, and from the tier in host memory.
         waited_seconds: that computing stood still for records.
         read_mode: how the disk is read: ``buffered`` or ``direct``.
         policy: who stays in the slots, by name.
         kernel: what computes a few rows.
-        prefetched, prefetch_used: prototypes that were read ahead of the layer that might ask for
-            them, and those of them that were asked for while they were there.
+        prefetched, prefetch_used: prototypes that were read ahead of the layer that might ask for them, and those of
+            them that were asked for while they were there.
         host_computed: of the ``misses``, those that the processor computed instead of copying them to a GPU.
     """
 
@@ -99,9 +94,16 @@ class RuntimeStats:
 
 
 class Runtime:
-    """What the experts function computes with. Built once a model, after its dense weights are
-    loaded.
+    """Built once a model, after its dense weights are loaded.
+
+    Attributes:
+        residency: the prototypes that are on the device; another one after a retreat.
+        backend: what the layers compute with, for this residency.
+        closed: whether memory, threads and files were given back.
     """
+
+    residency: Residency
+    backend: ExpertBackend
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class Runtime:
         Args:
             folder: the package.
             manifest: its manifest, verified.
-            handles: one a layer; their tables move to ``device`` and they learn of this runtime.
+            handles: one a layer; they get the backend.
             device: where the compute happens.
             budget: what may be used, for the account and for the tier in host memory.
             context: tokens that the key-value cache is planned for.
@@ -132,8 +134,8 @@ class Runtime:
             slots: cache slots of every record layout.
             cache_policy: instead of what the package's trace finds best.
             misses: with a GPU, whether the processor may compute what is not there (``miss_split.py``).
-            cache_bytes: of the key-value cache at so many tokens, where the room that is kept for
-                it may serve as slots until it is needed.
+            cache_bytes: of the key-value cache at so many tokens, where the room that is kept for it may serve as cache
+                slots until it is needed.
             progress: called with (records read, records to read) at start.
         """
         self.folder = folder
@@ -144,11 +146,10 @@ class Runtime:
         self.prefill_chunk = prefill_chunk
         if device.type == "cpu":
             return_large_blocks()
-        self.arithmetic = Arithmetic(device)
-        self.gpu = gpu_operator(device)
         self._process = psutil.Process()
         self.closed = False
         self.cache_bytes = cache_bytes
+        self._handles = tuple(handles)
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)
         self._cache_policy = cache_policy
@@ -168,8 +169,7 @@ class Runtime:
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))
-        # On a CPU the page cache lives in the memory that the budget is about: do not keep a second
-        # copy there.
+        # On a CPU the page cache lies in the memory that the budget is about: no second copy there.
         self._store = RecordStore(
             folder,
             manifest.prototypes,
@@ -177,19 +177,20 @@ class Runtime:
             keep_cached=device.type != "cpu" or not everything,
         )
         self._host: HostTier | None = None
-        self.host_compute: HostCompute | None = None
-        self.prefetcher: Prefetcher | None = None
         try:
             self._transfer = self._make_transfer()
-            if misses == "auto" and self._host is not None and self._host.nbytes:
-                self.host_compute = HostCompute(self._host, manifest)
-            self.residency = self._make_residency(progress)
+            self._make_backend = backend_maker(
+                device, self._host if misses == "auto" else None, manifest
+            )
+            self._fill_slots(progress)
         except BaseException:
             self._store.close()
             raise
-        for handle in handles:
-            handle.to(device)
-            handle.runtime = self
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What computes single experts on this device."""
+        return self.backend.arithmetic
 
     def stats(self) -> RuntimeStats:
         """The counters and what is held now."""
@@ -211,27 +212,24 @@ class Runtime:
             waited_seconds=moved.waited_seconds,
             read_mode=self._store.mode,
             policy=", ".join(sorted({one.policy for one in self.residency.settings})),
-            kernel=self.arithmetic.name if self.gpu is None else self.gpu.name,
+            kernel=self.backend.name,
             prefetched=prefetched,
             prefetch_used=used,
-            host_computed=0 if self.host_compute is None else self.host_compute.computed,
+            host_computed=self.backend.uncounted()[1],
         )
 
     def reset_stats(self) -> None:
         """Count from zero."""
         self._before = (0,) * 5
         self.residency.reset_counts()
-        if isinstance(self.addresses, GpuTable):
-            self.addresses.asked.zero_()
-        if self.host_compute is not None:
-            self.host_compute.computed = 0
+        self.backend.reset_counts()
         self._transfer.counts.reset()
 
     def make_room(self, tokens: int) -> None:
         """Before the key-value cache grows to ``tokens`` tokens: give back the slots in its room."""
         if self._lending is not None and self._lending.allow(tokens):
             self.residency.shrink(self._all_slots())
-            self.prefetcher = self._prefetcher_for(self.residency)
+            self._decide_prefetch(self.residency)
 
     def retreat(self) -> bool:
         """After memory ran out: go on with half the slots. False where nothing can be given up.
@@ -243,13 +241,12 @@ class Runtime:
             return False
         self._lending = None
         self._before = self._counts()
-        if self.host_compute is not None:
-            self.host_compute.computed = 0  # they are in ``_before``
-        self.residency.close()
+        self.backend.reset_counts()
+        self._close_residency()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._slots = fewer
-        self.residency = self._make_residency(None)
+        self._fill_slots(None)
         return True
 
     def close(self) -> None:
@@ -257,7 +254,7 @@ class Runtime:
         if self.closed:
             return
         self.closed = True
-        self.residency.close()
+        self._close_residency()
         self._transfer.close()
         if self._host is not None:
             self._host.close()
@@ -265,10 +262,8 @@ class Runtime:
 
     def _counts(self) -> tuple[int, ...]:
         """Hits, misses, bytes read, prefetched, prefetches that were used; since the last reset."""
-        now, table = self.residency, self.addresses
-        hits = now.hits + (int(table.asked) if isinstance(table, GpuTable) else 0)
-        aside = 0 if self.host_compute is None else self.host_compute.computed
-        counts = (hits, now.misses + aside, now.bytes_read, *now.prefetched)
+        now, (hits, aside) = self.residency, self.backend.uncounted()
+        counts = (now.hits + hits, now.misses + aside, now.bytes_read, *now.prefetched)
         return tuple(before + one for before, one in zip(self._before, counts, strict=True))
 
     def _make_transfer(self) -> Transfer:
@@ -284,14 +279,36 @@ class Runtime:
             self._host = HostTier(self._store, by_weight, host_bytes)
         return StagedTransfer(self._store, self.device, largest, self._host)
 
-    def _make_residency(self, progress: Progress | None) -> Residency:
+    def _fill_slots(self, progress: Progress | None) -> None:
+        """A residency and its backend, for the layers to compute with."""
+        pools = self._make_pools()
+        settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
+        residency = Residency(self.manifest, pools, self._transfer, settings)
+        self._decide_prefetch(residency)
+        choose_read_mode(
+            self._store,
+            stays=residency.resident_count == residency.count,
+            spare_bytes=free_memory(),
+        )
+        residency.preload(progress)
+        self.residency = residency
+        self.backend = self._make_backend(residency)
+        for handle in self._handles:
+            handle.use(self.backend)
+
+    def _close_residency(self) -> None:
+        for handle in self._handles:
+            handle.use(None)
+        self.residency.close()
+
+    def _make_pools(self) -> list[SlotPool]:
         """Pools of the present number of slots, or of fewer where even those cannot be had."""
         while True:
             pools: list[SlotPool] = []
             try:
                 for layout, count in zip(self.manifest.layouts, self._all_slots(), strict=True):
                     pools.append(SlotPool(layout, count, self.device))
-                break
+                return pools
             except OutOfMemory:
                 for pool in pools:
                     pool.close()
@@ -302,33 +319,16 @@ class Runtime:
                 if fewer is None:
                     raise
                 self._slots = fewer
-        settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
-        self.addresses = self._make_addresses()
-        residency = Residency(self.manifest, pools, self._transfer, settings, self.addresses)
-        self.prefetcher = self._prefetcher_for(residency)
+
+    def _decide_prefetch(self, residency: Residency) -> None:
+        """Whether to read ahead depends on how many prototypes are there now, in lent slots too."""
+        share = residency.resident_count / residency.count if residency.count else 1.0
+        if not reads_ahead(self.manifest, share):
+            residency.prefetcher = None
+        elif residency.prefetcher is None:
+            residency.prefetcher = Prefetcher(self.folder, self.manifest, self.device)
         if self.manifest.prefetch is not None:
             residency.most_ahead = self.manifest.prefetch.depth
-        choose_read_mode(
-            self._store,
-            stays=residency.resident_count == len(self.manifest.prototypes),
-            spare_bytes=free_memory(),
-        )
-        residency.preload(progress)
-        return residency
-
-    def _make_addresses(self) -> Addresses | None:
-        layouts = [entry.layout for entry in self.manifest.prototypes]
-        if self.gpu is not None:
-            return GpuTable(self.manifest.layouts, layouts, self.device)
-        return HostAddresses(len(layouts)) if self.device.type == "cpu" else None
-
-    def _prefetcher_for(self, residency: Residency) -> Prefetcher | None:
-        """Whether to read ahead depends on how many prototypes are there now, in lent slots too."""
-        count = len(self.manifest.prototypes)
-        share = residency.resident_count / count if count else 1.0
-        if not reads_ahead(self.manifest, share):
-            return None
-        return self.prefetcher or Prefetcher(self.folder, self.manifest, self.device)
 
     def _all_slots(self) -> tuple[int, ...]:
         """The planned slots of every layout, and those that are lent."""

@@ -1,4 +1,4 @@
-"""One combination of the levers, counted: its bytes, its slots, its speed, whether every wish is met.
+"""One combination of the levers, counted: its bytes, its slots, its speed, whether it meets what was asked.
 
 In a mixed precision as many prototypes have the wider kind as leave every prototype resident,
 beside the workspace that a resident model gets; where not even the narrow ones all fit, none has it.
@@ -12,29 +12,12 @@ from dataclasses import dataclass
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes, scopes, spread
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import Placement, place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.speed import tokens_per_second
 from conmoe_edge.plan.width_levers import alike, pool_kept, trimmed
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What decides between combinations; ``rate`` and ``precision`` are ``None`` where the plan may
-    choose. ``trims``: the method removes neurons as well as experts (``plan/width_levers.py``); ``equal``:
-    from all prototypes alike.
-    """
-
-    rate: float | None
-    precision: str | None
-    min_resident: float
-    speed_floor: float | None
-    trims: bool = False
-    equal: bool = False
-
-    def fast_enough(self, speed: float | None) -> bool:
-        """Whether an estimated speed reaches the floor; an unknown one is not held against it."""
-        return self.speed_floor is None or speed is None or speed >= self.speed_floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +39,18 @@ def count_option(
     anatomy: ModelAnatomy,
     budget: Budget,
     context: int,
-    scope: int,
     precision: str,
     rate: float,
-    wishes: Wishes,
+    request: PlanRequest,
+    *,
+    trims: bool,
 ) -> Option:
-    """Count one combination. ``verdict`` and ``reason`` stay empty."""
-    pools = scopes(anatomy, scope)
+    """Count one combination. ``trims``: the method removes neurons as well as experts. ``verdict`` and ``reason``
+    stay empty.
+    """
+    pools = scopes(anatomy, request.scope_layers)
     # Where widths differ, what they come to is not known yet: counted are the bytes of whole experts.
-    trims = wishes.trims and alike(precision, equal=wishes.equal)
+    trims = trims and alike(precision, equal=request.equal)
     counts = [pool_kept(anatomy, layers, rate, precision, trims=trims) for layers in pools]
     if trims:
         anatomy = trimmed(anatomy, rate, precision)
@@ -80,23 +66,20 @@ def count_option(
     def pool_bytes(wide: int) -> int:
         return _pool_bytes(counts, sizes[0], sizes[1], wide)
 
+    needs = needs_of(anatomy, budget.device, context)
     prototypes = sum(counts)
     wide = 0
     if len(kinds) == 2:
-        room = room_beside_workspace(
-            anatomy, budget.device, budget.device_bytes, context, max(sizes[0])
-        )
+        room = room_beside_workspace(needs, budget.device_bytes, max(sizes[0]))
         wide = _most(pool_bytes, prototypes, room)
     record = max(sizes[0]) if wide else max(sizes[1])
     placement = place(
-        anatomy,
-        budget.device,
+        needs,
         budget.device_bytes,
-        context=context,
         prototypes=prototypes,
         record_bytes=record,
         pool_bytes=pool_bytes(wide),
-        wanted_share=wishes.min_resident,
+        wanted_share=request.least_resident,
     )
     slots = placement.slots if placement.fits else 0
     share = slots / prototypes
@@ -113,7 +96,7 @@ def count_option(
     candidate = Candidate(
         precision=precision,
         rate=rate,
-        scope=scope,
+        scope=request.scope_layers,
         prototypes=prototypes,
         record_bytes=record,
         pool_bytes=pool_bytes(wide),
@@ -124,9 +107,9 @@ def count_option(
         reason="",
         wide_prototypes=wide,
     )
-    pointless = len(kinds) == 2 and wide == 0 and wishes.precision is None
-    meets = placement.fits and share >= wishes.min_resident - 1e-9 and wishes.fast_enough(speed)
-    allowed = wishes.rate is None or rate == wishes.rate
+    pointless = len(kinds) == 2 and wide == 0 and request.precision == "auto"
+    meets = placement.fits and share >= request.least_resident - 1e-9
+    allowed = request.forced_rate in (None, rate)
     return Option(candidate, placement, allowed, pointless, meets and not pointless)
 
 

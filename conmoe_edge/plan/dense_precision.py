@@ -1,18 +1,16 @@
 """How many bytes the model has outside the routed experts when its linear layers are stored in fewer bits.
 
 ``stored`` gives the anatomy that the plan counts with, to the byte as it is written. Embeddings, norms and routers
-keep the checkpoint's numbers (``model/linears.py`` says what counts). Raises ``UsageError`` for an unknown precision.
+keep the checkpoint's numbers (``model/linears.py`` says what counts).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 
+from conmoe_edge.checkpoint.format.dtypes import nbytes_of
 from conmoe_edge.checkpoint.format.forms import quantised_parts
-from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
-from conmoe_edge.plan.levers import BYTES
 
 DENSE_PRECISIONS = ("source", "int8")
 
@@ -20,11 +18,7 @@ DENSE_PRECISIONS = ("source", "int8")
 def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:
     """``anatomy`` with its dense bytes in ``precision``."""
     if precision not in DENSE_PRECISIONS:
-        raise UsageError(
-            f"{precision!r} is not a precision for the dense part.",
-            f"there are {', '.join(DENSE_PRECISIONS)}",
-            "--dense-precision int8",
-        )
+        raise ValueError(f"{precision!r} is none of {DENSE_PRECISIONS}")
     if precision == anatomy.dense_precision:
         return anatomy
     saved: dict[int | None, int] = {}
@@ -41,4 +35,4 @@ def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:
 
 def _int8_bytes(matrix: DenseMatrix) -> int:
     parts = quantised_parts("weight", matrix.rows, matrix.columns, "int8")
-    return sum(prod(shape) * BYTES[dtype] for _, shape, dtype in parts)
+    return sum(nbytes_of(dtype, shape) for _, shape, dtype in parts)

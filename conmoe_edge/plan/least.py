@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.needs import Needs, needs_of
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.units import GIB, MIB, parse_size
@@ -23,9 +24,9 @@ def does_not_fit(
     anatomy: ModelAnatomy, budget: Budget, context: int, candidates: Sequence[Candidate]
 ) -> DoesNotFit:
     """The error for a budget that none of ``candidates`` meets, not even with one slot a layer."""
+    needs = needs_of(anatomy, budget.device, context)
     smallest = min(
-        (_at_least(anatomy, budget, context, one) for one in candidates),
-        key=lambda p: p.least_bytes,
+        (_at_least(needs, one) for one in candidates), key=lambda placed: placed.least_bytes
     )
     unit = "GiB" if smallest.least_bytes >= GIB else "MiB"
     parts = [f"{term.name} {_number(term.nbytes, unit)}" for term in smallest.terms]
@@ -68,15 +69,11 @@ def longest_context(
     """
 
     def fits(tokens: int) -> bool:
-        return any(
-            _at_least(anatomy, budget, tokens, one).least_bytes <= budget.device_bytes
-            for one in candidates
-        )
+        needs = needs_of(anatomy, budget.device, tokens)
+        return any(_placed(needs, one, budget.device_bytes).fits for one in candidates)
 
-    low, high = (
-        0,
-        (context - 1) // _CONTEXT_STEP,
-    )  # the need grows with the context: search by halves
+    # The need grows with the context: search by halves.
+    low, high = 0, (context - 1) // _CONTEXT_STEP
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * _CONTEXT_STEP) else (low, middle - 1)
@@ -84,24 +81,15 @@ def longest_context(
     return tokens if tokens >= _SHORTEST_CONTEXT else None
 
 
-def _at_least(
-    anatomy: ModelAnatomy, budget: Budget, context: int, candidate: Candidate
-) -> Placement:
+def _at_least(needs: Needs, candidate: Candidate) -> Placement:
     """The placement of a candidate at exactly the least budget that holds it."""
-    least = place(
-        anatomy,
-        budget.device,
-        budget.device_bytes,
-        context=context,
-        prototypes=candidate.prototypes,
-        record_bytes=candidate.record_bytes,
-        pool_bytes=candidate.pool_bytes,
-    ).least_bytes
+    return _placed(needs, candidate, _placed(needs, candidate, 0).least_bytes)
+
+
+def _placed(needs: Needs, candidate: Candidate, device_bytes: int) -> Placement:
     return place(
-        anatomy,
-        budget.device,
-        least,
-        context=context,
+        needs,
+        device_bytes,
         prototypes=candidate.prototypes,
         record_bytes=candidate.record_bytes,
         pool_bytes=candidate.pool_bytes,

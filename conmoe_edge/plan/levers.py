@@ -2,46 +2,22 @@
 
 ``record_parts``, ``scopes``, ``kept`` and ``spread`` are the one definition of these quantities: the
 plan counts with them, the consolidation selects with them and the package is written with them.
-Raises ``UsageError`` for a lever set to nonsense.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from conmoe_edge.checkpoint.format.forms import Part, best_kind, factored_parts, quantised_parts
-from conmoe_edge.errors import UsageError
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
-from conmoe_edge.units import round_up
-
-# A part starts on a cache line, as CPU kernels want it; a record is whole pages, so that it can be
-# read past the cache.
-PART_ALIGNMENT = 64
-RECORD_ALIGNMENT = 4096
 
 RATE_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # Half of the experts is the most that is removed unasked: beyond it the published losses outweigh
 # the speed.
 AUTO_RATE_LIMIT = 0.5
-# Larger scopes bring nothing that could be measured (docs/algorithm-conmoe.md: layer-local does as well), so
-# they are opt-in.
-AUTO_SCOPE = 1
-
-BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-}
-
 
 LOW_RANK = "lowrank"
 """Matrices as low rank and a few columns, in the checkpoint's own numbers: what ``mc-smoe`` writes, and only that."""
@@ -78,11 +54,6 @@ def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
     Of those, one that makes no record smaller than the milder ones do is left out.
     """
     if asked != "auto":
-        if asked not in PRECISIONS:
-            names = ", ".join(PRECISIONS)
-            raise UsageError(
-                f"{asked!r} is not a precision.", f"there are auto, {names}", "--precision auto"
-            )
         return (asked,)
     found = ["source"]
     before = _record_sizes(anatomy, "source")
@@ -130,11 +101,8 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
 
 
 def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:
-    """Bytes of one record: the parts in order, starts 64-aligned, the whole a multiple of 4096."""
-    end = 0
-    for _, shape, dtype in record_parts(experts, kind):
-        end = round_up(end, PART_ALIGNMENT) + math.prod(shape) * BYTES[dtype]
-    return round_up(end, RECORD_ALIGNMENT)
+    """Bytes of one record."""
+    return make_layout(record_parts(experts, kind)).nbytes
 
 
 def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
@@ -181,26 +149,6 @@ def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
 def kept(pool: int, rate: float) -> int:
     """Prototypes that stay of a pool: ``max(1, round((1 - rate) * pool))``."""
     return max(1, round((1.0 - rate) * pool))
-
-
-def check_rate(rate: float) -> float:
-    """The rate itself, if it is one."""
-    if not 0.0 <= rate < 1.0:
-        raise UsageError(
-            f"--rate {rate:g} is not a reduction rate.",
-            "it is the share of the routed experts that is removed: at least 0, less than 1",
-            f"--rate {rate / 100:g}" if 1.0 < rate < 100.0 else "--rate 0.25, or --rate auto",
-        )
-    return rate
-
-
-def check_scope(scope: int) -> int:
-    """The scope itself, if it is one."""
-    if scope < 1:
-        raise UsageError(
-            f"--scope {scope} is not a scope.", "it is a number of layers, from 1", "--scope auto"
-        )
-    return scope
 
 
 def _record_sizes(anatomy: ModelAnatomy, kind: str) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ than 2·H·b a token; they bound ``heads * head_dim`` by 2·H, as wide as known 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from conmoe_edge.memory.budget import DeviceKind
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
@@ -50,24 +51,88 @@ MIN_CHUNK = 32
 MAX_CHUNK = 512
 
 
-def fixed_terms(
-    anatomy: ModelAnatomy, device: DeviceKind, context: int, record_bytes: int
-) -> tuple[Term, ...]:
-    """The terms that do not depend on the prefill chunk: all but the workspace."""
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What one conversation of a model needs on a device, in numbers; the model itself is not looked at again.
+
+    Attributes:
+        context: tokens of the conversation.
+        moe_layers: layers with routed experts.
+        runtime, dense, cache: the terms that are the same for all records and chunks.
+        chunk_bytes: workspace of one token of a chunk.
+        base_bytes: workspace beside that.
+    """
+
+    context: int
+    moe_layers: int
+    runtime: Term
+    dense: Term
+    cache: Term
+    chunk_bytes: int
+    base_bytes: int
+
+    def workspace(self, chunk: int) -> int:
+        """The most that one forward of ``chunk`` tokens holds at once beyond weights and cache: the table above."""
+        return chunk * self.chunk_bytes + self.base_bytes
+
+    @property
+    def smallest(self) -> int:
+        """Workspace of the smallest chunk."""
+        return self.workspace(min(MIN_CHUNK, self.context))
+
+    @property
+    def largest(self) -> int:
+        """Workspace of the largest chunk."""
+        return self.workspace(min(MAX_CHUNK, self.context))
+
+    def largest_chunk(self, workspace: int) -> int:
+        """The most tokens, in steps of the smallest chunk, whose workspace is inside ``workspace`` bytes."""
+        for chunk in range(MAX_CHUNK, 0, -MIN_CHUNK):
+            if chunk <= self.context and self.workspace(chunk) <= workspace:
+                return chunk
+        return min(MIN_CHUNK, self.context)
+
+    def fixed(self, record_bytes: int) -> int:
+        """Bytes of all terms but the workspace."""
+        terms = (self.runtime, self.dense, self.cache, _transfer(record_bytes))
+        return sum(term.nbytes for term in terms)
+
+    def terms(self, record_bytes: int, workspace: int, chunk: int) -> tuple[Term, ...]:
+        """All terms in the order in which they are shown; ``workspace`` bytes are set aside for chunks of ``chunk``."""
+        work = Term("Workspace", workspace, f"{chunk} tokens at a time")
+        return (self.runtime, self.dense, self.cache, work, _transfer(record_bytes))
+
+
+def needs_of(anatomy: ModelAnatomy, device: DeviceKind, context: int) -> Needs:
+    """The needs of a model for a conversation of ``context`` tokens."""
     if device == "cpu":
         runtime = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
     else:
         runtime = Term("CUDA context and allocator", CUDA_BYTES, "driver, cuBLAS, kernels")
-    return (
-        runtime,
-        Term("Dense weights", anatomy.dense_bytes, _dense_note(anatomy)),
-        Term(f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), "one conversation"),
-        Term(
-            "Transfer buffers",
-            TRANSFER_RECORDS * record_bytes,
-            f"{TRANSFER_RECORDS} records on their way",
-        ),
+    size = 4 if anatomy.dtype in ("float32", "float64") else 2
+    hidden = anatomy.hidden_size
+    experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
+    routed = max(one.top_k * (_inner_widths(one, hidden) + hidden) for one in experts)
+    router = max(one.count for one in experts) * 3 * 4
+    base = _attention_bytes(anatomy, context, size) + anatomy.vocab_size * (4 + size)
+    if device == "cpu":
+        base += 4 * max(one.expert_numel for one in experts)
+    if size == 2 or anatomy.dense_precision != "source":
+        base += DENSE_BLOCK_BYTES
+    return Needs(
+        context=context,
+        moe_layers=len(experts),
+        runtime=runtime,
+        dense=Term("Dense weights", anatomy.dense_bytes, _dense_note(anatomy)),
+        cache=Term(f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), "one conversation"),
+        chunk_bytes=10 * hidden * size + routed * size + router + 4 * context,
+        base_bytes=base,
     )
+
+
+def _transfer(record_bytes: int) -> Term:
+    note = f"{TRANSFER_RECORDS} records on their way"
+    return Term("Transfer buffers", TRANSFER_RECORDS * record_bytes, note)
 
 
 def _dense_note(anatomy: ModelAnatomy) -> str:
@@ -75,47 +140,6 @@ def _dense_note(anatomy: ModelAnatomy) -> str:
     if anatomy.dense_precision == "source":
         return note
     return f"{note}, linear layers in {anatomy.dense_precision}"
-
-
-def device_terms(
-    anatomy: ModelAnatomy,
-    device: DeviceKind,
-    context: int,
-    record_bytes: int,
-    workspace: int,
-    chunk: int,
-) -> tuple[Term, ...]:
-    """All terms in the order in which they are shown; ``workspace`` bytes are set aside for chunks
-    of ``chunk``.
-    """
-    runtime, dense, cache, transfer = fixed_terms(anatomy, device, context, record_bytes)
-    return (
-        runtime,
-        dense,
-        cache,
-        Term("Workspace", workspace, f"{chunk} tokens at a time"),
-        transfer,
-    )
-
-
-def workspace_bytes(anatomy: ModelAnatomy, device: DeviceKind, context: int, chunk: int) -> int:
-    """The most that one forward of ``chunk`` tokens holds at once beyond weights and cache (see the
-    table above).
-    """
-    size = 4 if anatomy.dtype in ("float32", "float64") else 2
-    hidden = anatomy.hidden_size
-    experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
-    routed = max(one.top_k * (_inner_widths(one, hidden) + hidden) for one in experts)
-    router = max(one.count for one in experts) * 3 * 4
-    total = chunk * (10 * hidden * size + routed * size + router)
-    total += _attention_bytes(anatomy, context, size)
-    total += 4 * chunk * context
-    total += anatomy.vocab_size * (4 + size)
-    if device == "cpu":
-        total += 4 * max(one.expert_numel for one in experts)
-    if size == 2 or anatomy.dense_precision != "source":
-        total += DENSE_BLOCK_BYTES
-    return total
 
 
 def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:

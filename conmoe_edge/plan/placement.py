@@ -15,15 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from conmoe_edge.memory.budget import DeviceKind
-from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.needs import (
-    MAX_CHUNK,
-    MIN_CHUNK,
-    device_terms,
-    fixed_terms,
-    workspace_bytes,
-)
+from conmoe_edge.plan.needs import Needs
 from conmoe_edge.plan.plan import Term
 
 _WORKSPACE_DIVISOR = 8
@@ -46,11 +38,9 @@ class Placement:
 
 
 def place(
-    anatomy: ModelAnatomy,
-    device: DeviceKind,
+    needs: Needs,
     device_bytes: int,
     *,
-    context: int,
     prototypes: int,
     record_bytes: int,
     pool_bytes: int,
@@ -67,25 +57,22 @@ def place(
     def nbytes(slots: int) -> int:
         return pool_bytes if slots == prototypes else min(slots * record_bytes, pool_bytes)
 
-    floor = min(prototypes, len(anatomy.moe_layers))
-    fixed = sum(term.nbytes for term in fixed_terms(anatomy, device, context, record_bytes))
-    smallest_chunk = min(MIN_CHUNK, context)
-    smallest = workspace_bytes(anatomy, device, context, smallest_chunk)
-    largest = workspace_bytes(anatomy, device, context, min(MAX_CHUNK, context))
+    floor = min(prototypes, needs.moe_layers)
+    fixed = needs.fixed(record_bytes)
     left = device_bytes - fixed
-    least = fixed + smallest + nbytes(floor)
+    least = fixed + needs.smallest + nbytes(floor)
 
     wanted = max(floor, wanted_slots(prototypes, wanted_share))
-    workspace = _workspace(left, smallest, largest)
+    workspace = _workspace(needs, left)
     for slots in (prototypes, wanted, floor):
         spare = left - nbytes(slots)
-        if spare >= smallest:
+        if spare >= needs.smallest:
             workspace = min(workspace, spare)
             break
-    chunk = _largest_chunk(anatomy, device, context, workspace)
+    chunk = needs.largest_chunk(workspace)
     remaining = left - workspace
     return Placement(
-        terms=device_terms(anatomy, device, context, record_bytes, workspace, chunk),
+        terms=needs.terms(record_bytes, workspace, chunk),
         prefill_chunk=chunk,
         left_for_prototypes=remaining,
         slots=prototypes if remaining >= pool_bytes else max(0, remaining // record_bytes),
@@ -94,21 +81,16 @@ def place(
     )
 
 
-def room_beside_workspace(
-    anatomy: ModelAnatomy, device: DeviceKind, device_bytes: int, context: int, record_bytes: int
-) -> int:
+def room_beside_workspace(needs: Needs, device_bytes: int, record_bytes: int) -> int:
     """Bytes for prototypes where none of them has to give way to the workspace nor it to them; below
     0 where there is no room.
     """
-    fixed = sum(term.nbytes for term in fixed_terms(anatomy, device, context, record_bytes))
-    smallest = workspace_bytes(anatomy, device, context, min(MIN_CHUNK, context))
-    largest = workspace_bytes(anatomy, device, context, min(MAX_CHUNK, context))
-    left = device_bytes - fixed
-    return left - _workspace(left, smallest, largest)
+    left = device_bytes - needs.fixed(record_bytes)
+    return left - _workspace(needs, left)
 
 
-def _workspace(left: int, smallest: int, largest: int) -> int:
-    return min(max(left // _WORKSPACE_DIVISOR, smallest), largest)
+def _workspace(needs: Needs, left: int) -> int:
+    return min(max(left // _WORKSPACE_DIVISOR, needs.smallest), needs.largest)
 
 
 def wanted_slots(prototypes: int, share: float) -> int:
@@ -116,11 +98,3 @@ def wanted_slots(prototypes: int, share: float) -> int:
     slot.
     """
     return math.ceil(share * prototypes - 1e-9)
-
-
-def _largest_chunk(anatomy: ModelAnatomy, device: DeviceKind, context: int, workspace: int) -> int:
-    """The most tokens, in steps of the smallest chunk, whose workspace is inside ``workspace``."""
-    for chunk in range(MAX_CHUNK, 0, -MIN_CHUNK):
-        if chunk <= context and workspace_bytes(anatomy, device, context, chunk) <= workspace:
-            return chunk
-    return min(MIN_CHUNK, context)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.candidate import Option, Wishes
+from conmoe_edge.plan.candidate import Option
 from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
 from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import human_size
 
 _KIND_WORDS = {
@@ -21,7 +22,7 @@ _KIND_WORDS = {
 
 
 def explain(
-    anatomy: ModelAnatomy, budget: Budget, option: Option, chosen: Option, wishes: Wishes
+    anatomy: ModelAnatomy, budget: Budget, option: Option, chosen: Option, request: PlanRequest
 ) -> Candidate:
     """Give a candidate its verdict and the sentence behind it."""
     candidate = option.candidate
@@ -32,15 +33,15 @@ def explain(
         )
     if option is chosen:
         return replace(
-            candidate, verdict="chosen", reason=_why_chosen(anatomy, budget, option, wishes)
+            candidate, verdict="chosen", reason=_why_chosen(anatomy, budget, option, request)
         )
-    enough = candidate.resident_share >= wishes.min_resident - 1e-9
-    if option.pointless and enough and wishes.fast_enough(candidate.tokens_per_second):
+    enough = candidate.resident_share >= request.least_resident - 1e-9
+    if option.pointless and enough:
         wide, narrow = PRECISIONS[candidate.precision].kinds
         reason = f"leaves no room for a prototype {_KIND_WORDS[wide]}, so it is {narrow}"
         return replace(candidate, verdict="fits", reason=reason)
     if not option.meets:
-        return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate, wishes))
+        return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate))
     if not option.allowed:
         reason = f"would do, but you asked for {percent(chosen.candidate.rate)}"
     elif candidate.rate > chosen.candidate.rate:
@@ -75,11 +76,11 @@ def stored_words(candidate: Candidate) -> str:
     )
 
 
-def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, wishes: Wishes) -> str:
+def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: PlanRequest) -> str:
     candidate = option.candidate
-    if wishes.rate is not None and wishes.rate > 0:
+    if request.forced_rate:
         asked = f"you asked for {percent(candidate.rate)}"
-        return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate, wishes)}"
+        return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate)}"
     if is_unchanged(anatomy, candidate):
         terms = sum(term.nbytes for term in option.placement.terms)
         used = human_size(terms + candidate.resident_bytes)
@@ -87,25 +88,17 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, wishes: W
     if option.meets and candidate.rate == 0.0 and candidate.slots == candidate.prototypes:
         return f"fits {stored_words(candidate)}, nothing is removed"
     if option.meets:
-        share = wishes.min_resident
+        share = request.least_resident
         wish = f"at least {percent(share)} resident" if share < 1 else "every prototype resident"
-        if wishes.speed_floor is not None:
-            floor = f"{wishes.speed_floor:g} tokens/s within reach"
-            wish = floor if wishes.min_resident == 0 else f"{wish} and {floor}"
         return f"the mildest with {wish}"
-    if wishes.rate is not None:
-        return f"you asked for {percent(candidate.rate)}; {_shortcoming(budget, candidate, wishes)}"
-    return f"the most that is removed unasked; {_shortcoming(budget, candidate, wishes)}"
+    if request.forced_rate is not None:
+        return f"you asked for {percent(candidate.rate)}; {_shortcoming(budget, candidate)}"
+    return f"the most that is removed unasked; {_shortcoming(budget, candidate)}"
 
 
-def _shortcoming(budget: Budget, candidate: Candidate, wishes: Wishes) -> str:
+def _shortcoming(budget: Budget, candidate: Candidate) -> str:
     """Why a candidate that fits is called slow."""
     share = candidate.resident_share
-    if share < wishes.min_resident - 1e-9:
-        origin = "from the disk" if budget.device == "cpu" else "over PCIe"
-        rest = "most experts come" if share < 0.5 else "the rest comes"
-        return f"{percent(share)} resident: {rest} {origin}"
-    return (
-        f"about {candidate.tokens_per_second or 0:.1f} tokens/s by the bandwidths, "
-        f"below the {wishes.speed_floor or 0:g} asked for"
-    )
+    origin = "from the disk" if budget.device == "cpu" else "over PCIe"
+    rest = "most experts come" if share < 0.5 else "the rest comes"
+    return f"{percent(share)} resident: {rest} {origin}"

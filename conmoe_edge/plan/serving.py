@@ -9,9 +9,11 @@ Arithmetic only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.plan.request import PlanRequest
 
 ENGINES = ("vllm",)
 
@@ -40,19 +42,15 @@ _WHY = {
 }
 
 
-def levers_for(engine: str, levers: Mapping[str, Any]) -> dict[str, Any]:
-    """The levers with what ``engine`` needs.
-
-    Args:
-        engine: one of ``ENGINES``.
-        levers: what was asked, by the names that ``conmoe_edge.plan`` has for them.
+def request_for(engine: str, request: PlanRequest) -> PlanRequest:
+    """The request with what ``engine``, one of ``ENGINES``, needs.
 
     Raises:
         UsageError: something else was asked of a lever that is forced.
     """
-    found = dict(levers)
+    changed = {}
     for name, forced in _FORCED[engine].items():
-        asked = levers[name]
+        asked = getattr(request, name)
         if asked != forced and asked not in _FREE[name]:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
@@ -61,5 +59,5 @@ def levers_for(engine: str, levers: Mapping[str, Any]) -> dict[str, Any]:
                 f"leave out {flag}, or leave out --for {engine}",
             )
         if asked != "bf16":
-            found[name] = forced
-    return found
+            changed[name] = forced
+    return replace(request, **changed)

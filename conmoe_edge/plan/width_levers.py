@@ -15,7 +15,7 @@ and never more bytes are kept than without trimming, counted in records of the p
 written. Where records are so small that their pages or their tiles eat up what trimming gives, a
 width next to it is taken, or experts alone go. As prototypes are narrower, a token also reads less.
 
-Arithmetic only. Raises ``UsageError`` for a lever set to nonsense.
+Arithmetic only.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
-from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
 
@@ -41,21 +39,6 @@ _MOST_UNEVEN = 1 / 3
 """Share of the reduction, as a power of q, that either side gets at the least."""
 _LEAST_NEURONS = 0.9
 """A division that keeps fewer neurons than this share of what removing experts alone keeps is none."""
-
-
-Widths = Literal["free", "equal"]
-WIDTHS: tuple[Widths, ...] = get_args(Widths)
-
-
-def check_widths(widths: str) -> str:
-    """The lever itself, if it is one."""
-    if widths not in WIDTHS:
-        raise UsageError(
-            f"--widths {widths} is not known.",
-            "prototypes have free or equal widths",
-            "--widths free",
-        )
-    return widths
 
 
 def alike(precision: str, *, equal: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.report.heat_map import describe
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import SlotFact
 
 _HIGH = 100.0
@@ -17,7 +17,7 @@ _BASE = 92.0
 _STEPS = 4
 
 
-def arcs(facts: PackageFacts) -> Markup:
+def arcs(facts: PackageSummary) -> Markup:
     """The whole section; nothing where no slot leads elsewhere."""
     if not facts.counts()["alias"]:
         return Markup("")
@@ -38,7 +38,7 @@ def arcs(facts: PackageFacts) -> Markup:
     )
 
 
-def _panel(facts: PackageFacts, layers: tuple[int, ...]) -> Markup:
+def _panel(facts: PackageSummary, layers: tuple[int, ...]) -> Markup:
     place: dict[ExpertId, float] = {}
     starts: list[tuple[int, int]] = []
     for layer in layers:

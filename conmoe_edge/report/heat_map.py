@@ -7,7 +7,7 @@ dropped slot a dot: that reads without colour. Cells of wide models scroll sidew
 from __future__ import annotations
 
 from conmoe_edge.report.markup import Markup, figure, join, key, stretched, tag, text
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import Kind, SlotFact
 
 _HIGH = 20.0
@@ -27,7 +27,7 @@ MOST_SHADE = 4.0
 """Equal shares from which on a cell is as strong as it gets."""
 
 
-def heat_map(facts: PackageFacts) -> Markup:
+def heat_map(facts: PackageSummary) -> Markup:
     """The whole section."""
     counts = facts.counts()
     longest = max(len(row) for row in facts.slots.values())
@@ -142,7 +142,7 @@ def _ticks(count: int) -> Markup:
     return tag("span", join(*marks), class_="ticks")
 
 
-def _lead(facts: PackageFacts) -> str:
+def _lead(facts: PackageSummary) -> str:
     counts = facts.counts()
     total = len(facts.every_slot)
     said = f"{counts['prototype']:,} of {total:,} router slots keep their own expert"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from conmoe_edge.report.hits import HitCurve
 from conmoe_edge.report.markup import Markup, figure, join, key, stretched, table, tag
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 
 _FULL = 100.0
 
 
-def hit_charts(facts: PackageFacts) -> Markup:
+def hit_charts(facts: PackageSummary) -> Markup:
     """The whole section; nothing where there is no trace."""
     if not facts.curves:
         return Markup("")

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.offload.residency.policies import tables
 from conmoe_edge.offload.simulate.load_settings import prototype_trace
-from conmoe_edge.offload.simulate.policy_search import choose, tables
+from conmoe_edge.offload.simulate.policy_search import choose
 from conmoe_edge.plan.trace import RoutingTrace
 
 POINTS = 10

@@ -1,4 +1,4 @@
-"""What ``bench --json`` measured of a package, read back. The file is somebody's, so it is checked.
+"""What ``bench --json`` measured of a package, read back. The file is foreign, so it is checked.
 
 Raises ``UsageError``: not such a file, or one about another package.
 """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
-from conmoe_edge.report.package_summary import MemoryTerm, PackageFacts, memory_terms
+from conmoe_edge.report.package_summary import MemoryTerm, PackageSummary, memory_terms
 from conmoe_edge.units import GIB, MIB, human_size
 
 _FULL = 100.0
 
 
-def memory_bars(facts: PackageFacts) -> Markup:
+def memory_bars(facts: PackageSummary) -> Markup:
     """The whole section; nothing without a plan."""
     terms = memory_terms(facts)
     if facts.plan is None or not terms:

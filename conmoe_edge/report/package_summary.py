@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
@@ -25,7 +26,6 @@ from conmoe_edge.report.slot_shares import (
     PrototypeFact,
     SlotFact,
     Usage,
-    layer_groups,
     prototype_facts,
     quantile,
     slot_facts,
@@ -55,7 +55,7 @@ class MemoryTerm:
 
 
 @dataclass(frozen=True, slots=True)
-class PackageFacts:
+class PackageSummary:
     """A package, looked at.
 
     Attributes:
@@ -133,14 +133,14 @@ class PackageFacts:
         return tuple(sorted(self.prototypes, key=lambda p: (p.weight, p.id))[:count])
 
 
-def gather(
+def summarise(
     folder: Path,
     *,
     verify: bool = False,
     bench: Path | None = None,
     curves: bool = False,
     tell: Callable[[int, int], None] = lambda done, of: None,
-) -> PackageFacts:
+) -> PackageSummary:
     """Look at the package in ``folder``.
 
     Args:
@@ -156,7 +156,7 @@ def gather(
     trace = read_trace(folder, manifest) if manifest.slots else None
     usage = usage_of(manifest, trace)
     config = read_json_object(folder / CONFIG_FILE)
-    found = PackageFacts(
+    found = PackageSummary(
         folder=folder,
         manifest=manifest,
         model_type=str(config.get("model_type") or ""),
@@ -165,7 +165,7 @@ def gather(
         sizes=_sizes(folder, manifest),
         slots=slot_facts(manifest, usage),
         prototypes=prototype_facts(manifest),
-        scopes=layer_groups(manifest),
+        scopes=sharing_layers(SlotMap.of_manifest(manifest)),
         usage=usage,
         measured=None if bench is None else read_measured(bench, manifest),
         verified=verify,
@@ -175,7 +175,7 @@ def gather(
     return found
 
 
-def memory_terms(facts: PackageFacts) -> tuple[MemoryTerm, ...]:
+def memory_terms(facts: PackageSummary) -> tuple[MemoryTerm, ...]:
     """The plan's terms and its slots; empty without a plan. ``found`` is what lies on the disk for it."""
     plan = facts.plan
     if plan is None:
@@ -196,7 +196,7 @@ def memory_terms(facts: PackageFacts) -> tuple[MemoryTerm, ...]:
     return tuple(terms)
 
 
-def to_json(facts: PackageFacts) -> dict[str, Any]:
+def to_json(facts: PackageSummary) -> dict[str, Any]:
     """Plain JSON: sizes in bytes, shares between 0 and 1, experts as ``[layer, expert]``."""
     manifest, plan, sizes = facts.manifest, facts.plan, facts.sizes
     distances = facts.distances

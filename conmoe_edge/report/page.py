@@ -1,7 +1,7 @@
 """The page about a package: one self-contained HTML file.
 
-Everything in it comes from ``PackageFacts`` and is escaped; there is no reference to anything outside. Written whole or
-not at all. Peak memory: the page, some 300 bytes a router slot.
+Everything in it comes from ``PackageSummary`` and is escaped; there is no reference to anything outside. Written whole
+or not at all. Peak memory: the page, some 300 bytes a router slot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from conmoe_edge.report.heat_map import heat_map
 from conmoe_edge.report.hit_chart import hit_charts
 from conmoe_edge.report.markup import Markup, join, table, tag
 from conmoe_edge.report.memory_bars import memory_bars
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.prototypes_section import prototypes
 from conmoe_edge.report.quality_section import quality
 from conmoe_edge.report.style import SCRIPT, STYLE
@@ -23,7 +23,7 @@ from conmoe_edge.units import human_size
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write_page(facts: PackageFacts, path: Path) -> None:
+def write_page(facts: PackageSummary, path: Path) -> None:
     """Put the page where ``path`` is.
 
     Raises:
@@ -32,7 +32,7 @@ def write_page(facts: PackageFacts, path: Path) -> None:
     write_bytes(path, page(facts).encode(), "--html FILE in another folder")
 
 
-def page(facts: PackageFacts) -> str:
+def page(facts: PackageSummary) -> str:
     """The whole file."""
     sections = [memory_bars(facts)]
     if facts.unchanged:
@@ -69,7 +69,7 @@ def page(facts: PackageFacts) -> str:
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _header(facts: PackageFacts) -> Markup:
+def _header(facts: PackageSummary) -> Markup:
     manifest = facts.manifest
     parts = [facts.model_type] if facts.model_type else []
     if facts.slots:
@@ -95,7 +95,7 @@ def _header(facts: PackageFacts) -> Markup:
     )
 
 
-def _figures(facts: PackageFacts) -> list[tuple[str, str]]:
+def _figures(facts: PackageSummary) -> list[tuple[str, str]]:
     """The few numbers that a reader wants first."""
     manifest, sizes = facts.manifest, facts.sizes
     total = human_size(sizes.dense + sizes.prototypes)
@@ -121,7 +121,7 @@ def _figures(facts: PackageFacts) -> list[tuple[str, str]]:
     return figures
 
 
-def _files(facts: PackageFacts) -> Markup:
+def _files(facts: PackageSummary) -> Markup:
     manifest = facts.manifest
     rows: list[tuple[str, ...]] = [
         (name, human_size(entry["size"]), tag("code", entry["sha256"][:16]))
@@ -149,5 +149,5 @@ def _files(facts: PackageFacts) -> Markup:
     )
 
 
-def _footer(facts: PackageFacts) -> Markup:
+def _footer(facts: PackageSummary) -> Markup:
     return tag("footer", join("Made by ", tag("code", "conmoe-edge inspect --html"), "."))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from conmoe_edge.report.markup import Markup, figure, join, stretched, table, tag
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import PrototypeFact, quantile
 
 _SHOWN = 6
 _BINS = 24
 
 
-def prototypes(facts: PackageFacts) -> Markup:
+def prototypes(facts: PackageSummary) -> Markup:
     """The whole section; nothing where there are none."""
     ranked = facts.busiest(len(facts.prototypes))
     if not ranked:
@@ -101,7 +101,7 @@ def _list(title: str, chosen: tuple[PrototypeFact, ...], count: int) -> Markup:
     return table(headers, rows, frozenset({4}))
 
 
-def _histogram(facts: PackageFacts) -> Markup:
+def _histogram(facts: PackageSummary) -> Markup:
     distances = facts.distances
     low, high = distances[0], distances[-1]
     counts = [0] * _BINS

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.report.markup import Markup, figure, stretched, table, tag, text
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 
 _HEADERS = ("text", "tokens", "loss before", "after", "rise", "perplexity", "KL", "same top")
 _WIDE = frozenset({1, 2, 3})
 
 
-def quality(facts: PackageFacts) -> Markup:
+def quality(facts: PackageSummary) -> Markup:
     """The whole section; nothing where nothing was measured."""
     receipt = facts.manifest.receipt
     if not receipt:

@@ -147,17 +147,6 @@ def prototype_facts(manifest: Manifest) -> tuple[PrototypeFact, ...]:
     )
 
 
-def layer_groups(manifest: Manifest) -> tuple[tuple[int, ...], ...]:
-    """Runs of layers that share prototypes, ascending: the scopes, as far as they were made use of."""
-    group = {layer: {layer} for layer in manifest.slots}
-    for layer, row in manifest.slots.items():
-        for slot in row:
-            if slot.prototype is not None and slot.prototype.layer not in group[layer]:
-                joined = group[layer] | group[slot.prototype.layer]
-                group.update(dict.fromkeys(joined, joined))
-    return tuple(sorted({tuple(sorted(one)) for one in group.values()}))
-
-
 def quantile(values: Sequence[float], share: float) -> float:
     """The smallest of ``values`` that at least ``share`` of them do not exceed."""
     ordered = sorted(values)

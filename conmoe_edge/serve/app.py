@@ -1,8 +1,8 @@
 """The routes: from a checked request to a job of the engine, and its events back to the client.
 
 ``GET /`` the page, ``/health``, ``/stats``, ``/metrics``, ``/v1/models``;
-``POST /v1/chat/completions``, ``/v1/completions``. Everything that can go wrong leaves as OpenAI's error
-object. A client that is gone cancels its job, wherever that stands.
+``POST /v1/chat/completions``, ``/v1/completions``. Every error leaves as OpenAI's error object. A client
+that disconnects cancels its job.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,17 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.prompt import prompt_tokens
-from conmoe_edge.offload.generation.sampling import Draw
-from conmoe_edge.offload.generation.session import LONGEST_ANSWER
-from conmoe_edge.serve.answer import Ask
-from conmoe_edge.serve.engine import Busy, Done, Engine, Event, Failed, Job, Loaded, Piece
-from conmoe_edge.serve.errors import ApiError, as_api_error
-from conmoe_edge.serve.metrics import CONTENT_TYPE, Metrics
+from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
+from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.http_errors import ApiError, as_api_error
+from conmoe_edge.serve.jobs import Busy, Done, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.page_stats import page_stats
+from conmoe_edge.serve.prometheus import CONTENT_TYPE, Metrics
 from conmoe_edge.serve.replies import STILL_HERE, Reply, event, model_json, models
 from conmoe_edge.serve.requests import ChatRequest, CompletionRequest, read_request
 from conmoe_edge.serve.settings import Settings
 
 SIGN_OF_LIFE_SECONDS = 15.0
-GREEDY_BELOW = 1e-4  # dividing by less gives infinities
-SMALLEST_TOP_P = 1e-6
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 
@@ -163,10 +161,11 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
         def tell(one: Event) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, one)
-            except RuntimeError:  # the loop is closed: nobody is left to be told
+            except RuntimeError:  # the loop is closed, so no client is left
                 engine.cancel(job)
 
-        job = Job(_ask(asked, tokens, engine, settings), _client(request, asked), tell)
+        sampling = _sampling(asked, tokens, engine, settings)
+        job = Job(tuple(tokens), sampling, _client(request, asked), tell)
         try:
             engine.submit(job)
         except Busy as busy:
@@ -248,10 +247,10 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _ask(
+def _sampling(
     asked: ChatRequest | CompletionRequest, tokens: list[int], engine: Engine, settings: Settings
-) -> Ask:
-    """What the engine is to do, within the limits.
+) -> SamplingSettings:
+    """How the engine is to answer ``tokens``, within the limits.
 
     Raises:
         ApiError: the prompt leaves no room for an answer, or the answer may not be that long.
@@ -268,18 +267,11 @@ def _ask(
         raise ApiError(
             400, f"At most {most} tokens an answer, not {asked.limit}.", param="max_tokens"
         )
-    own = loaded.model.generation_config
-    usual = min(own.max_new_tokens or LONGEST_ANSWER, most or LONGEST_ANSWER)
-    room = context - len(tokens) + 1  # the last token is never read again
-    drawn = Draw.of(own, asked.temperature, asked.top_p, asked.seed)
-    draw = Draw(
-        temperature=drawn.temperature if drawn.temperature >= GREEDY_BELOW else 0.0,
-        top_p=max(drawn.top_p, SMALLEST_TOP_P) if asked.top_p != 0 else SMALLEST_TOP_P,
-        top_k=drawn.top_k if asked.top_k is None else asked.top_k,
-        repetition_penalty=drawn.repetition_penalty,
-        seed=asked.seed,
-    )
-    return Ask(tuple(tokens), draw, min(asked.limit or usual, room), asked.stops)
+    sampling = asked.sampling.filled(loaded.model.generation_config)
+    if asked.limit is None:
+        usual = min(sampling.max_tokens or LONGEST_ANSWER, most or LONGEST_ANSWER)
+        sampling = replace(sampling, max_tokens=usual)
+    return sampling
 
 
 def _checked(tokens: list[int], loaded: Loaded) -> list[int]:

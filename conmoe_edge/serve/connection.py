@@ -1,9 +1,8 @@
-"""A connection that does not wait for ever for a request's head.
+"""A connection with a time limit for a request's head.
 
-uvicorn bounds the head's size and how long a connection may lie idle between requests, not how long a
-head may take: a client that sends a byte a minute would keep its connection. Here a connection that has
-no request under way for ``header_seconds`` is closed, whatever trickles in. (Bodies have their time in
-``guard.py``.) Memory: one timer a connection.
+uvicorn limits the head's size and the idle time between requests, not how long a head may take: a
+client that sends a byte a minute would keep its connection. Here a connection without a complete head
+for ``header_seconds`` is closed. (``guard.py`` times bodies.) Memory: one timer a connection.
 """
 
 from __future__ import annotations

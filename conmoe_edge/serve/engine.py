@@ -1,14 +1,14 @@
-"""The thread that owns the model: who is answered, in what order, in which memory.
+"""The thread that owns the model: which answers run, in what order, in which memory.
 
 All forwards happen here, one at a time. Answers that run take turns; a turn is one chunk of a prompt or
 a few tokens. Each has a key-value cache of its own inside the memory that was planned for one
 conversation (``Room``), and its forwards are those of a conversation alone, so its tokens are the same as
-alone. Who finds no room waits in a bounded queue (``FairQueue``).
+alone. What finds no room waits in a bounded queue (``FairQueue``).
 
-An answer that nobody wants any more ends before its next turn and gives back what it held. The cache of
-an answer that is over is cut to its prompt's whole chunks and kept while nobody else needs the room.
+A cancelled answer ends before its next turn and gives back what it held. The cache of an answer that
+is over is kept for a next prompt while the room is not needed (``KeptPrompts``).
 
-Memory: what was planned. ``submit`` raises ``Busy``; the engine's own end is told by ``on_end``.
+Memory: what was planned.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.context_limit import longest_context
 from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.runtime import Runtime
-from conmoe_edge.serve.answer import Answer, Ask, Finish, Usage, reusable
-from conmoe_edge.serve.metrics import Metrics, Outcome, Snapshot, State
+from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
+from conmoe_edge.serve.kept_prompts import KeptPrompts
+from conmoe_edge.serve.prometheus import Metrics, Outcome, Snapshot, State
 from conmoe_edge.serve.room import Room
 from conmoe_edge.serve.waiting import FairQueue
 
@@ -36,72 +37,6 @@ same prototypes, those of two answers do not. With everything resident a turn is
 """
 SPEED_WINDOW = 5.0
 PUBLISH_SECONDS = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The answer is over."""
-
-    finish: Finish
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The answer could not be made."""
-
-    error: BaseException
-
-
-Event = Piece | Done | Failed
-
-
-class Busy(Exception):
-    """No more can be taken in: the queue is full, or the engine is not (or no longer) there."""
-
-    def __init__(
-        self, reason: Literal["full", "loading", "stopping"], retry_after: int = 1
-    ) -> None:
-        self.reason = reason
-        self.retry_after = retry_after
-        super().__init__(reason)
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request. ``tell`` is called from the engine's thread and must not block."""
-
-    ask: Ask
-    client: str
-    tell: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    started: float = 0.0
-    reserved: int = 0
-    answer: Answer | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What the engine computes with."""
-
-    model: Any
-    tokenizer: Any
-
-
-@dataclass(slots=True)
-class _Kept:
-    """The cache of a prompt whose answer is over."""
-
-    cached: CachedTokens
-    reserved: int
 
 
 class Engine:
@@ -134,7 +69,6 @@ class Engine:
         self._most = queue + parallel
         self._waiting: FairQueue[Job] = FairQueue(self._most)
         self._running: deque[Job] = deque()
-        self._kept: list[_Kept] = []  # the least recently used first
         self._state: State = "loading"
         self._made: deque[tuple[float, int]] = deque()
         self._seconds_per_answer = 1.0
@@ -170,7 +104,7 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody wants this answer any more. Does nothing where it is over."""
+        """The client is gone. Does nothing where the answer is over."""
         with self._wake:
             job.cancelled = True
             if self._waiting.remove(job):
@@ -214,8 +148,8 @@ class Engine:
                 self._running.clear()
             for job in left:
                 job.tell(Failed(error or Busy("stopping")))
-            self._kept.clear()
             if self.loaded is not None:
+                self._kept.drop_all()
                 self.loaded.model.conmoe.close()
             self._publish(force=True)
             self._on_end(error)
@@ -226,6 +160,7 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._room = Room(self._runtime.context, STEP_TOKENS, self._runtime.cache_bytes)
         self._chunk = max(1, min(self._runtime.prefill_chunk, self._runtime.context))
+        self._kept = KeptPrompts(self._room, self._chunk)
         with self._wake:
             self.loaded = loaded
             if self._state == "loading":
@@ -233,7 +168,7 @@ class Engine:
             self._publish(force=True)
 
     def _next_round(self) -> bool:
-        """Let in who has room; sleep where there is nothing to do. False at the end."""
+        """Start the jobs that have room; sleep where there are none. False at the end."""
         with self._wake:
             while True:
                 while (job := self._waiting.first()) is not None and self._may_start(job):
@@ -252,50 +187,39 @@ class Engine:
         """
         if len(self._running) >= self._parallel:
             return False
-        wanted = self._room.tokens(len(job.ask.tokens) + job.ask.max_tokens)
-        nbytes = self._room.nbytes(wanted)
-        best = max(self._kept, key=lambda one: self._shared(one.cached, job), default=None)
-        if best is not None and self._shared(best.cached, job):
-            self._drop(best)
-            nbytes = max(nbytes, best.reserved)  # its buffers are that long
-        else:
-            best = None
+        assert self.loaded is not None, "the engine runs"
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        longest = job.settings.filled(model.generation_config).max_tokens or 0
+        nbytes = self._room.nbytes(self._room.tokens(len(job.tokens) + longest))
+        kept = self._kept.take(job.tokens)
+        if kept is not None:
+            nbytes = max(nbytes, kept.reserved)  # its buffers are that long
         while not self._room.fits(nbytes) and self._kept:
-            self._drop(self._kept[0])
+            self._kept.drop_oldest()
         if not self._room.fits(nbytes):
-            if best is not None:  # it was there before, so it fits
-                self._room.take(best.reserved)
-                self._kept.append(best)
+            if kept is not None:  # it was there before, so it fits
+                self._kept.put_back(kept)
             return False
         self._room.take(nbytes)
         self._runtime.make_room(self._room.worth())
         job.reserved = nbytes
-        job.started = time.monotonic()
-        assert self.loaded is not None, "the engine runs"
-        cached = best.cached if best is not None else self._new_cache()
-        cached.keep(self._shared(cached, job))
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        job.answer = Answer(job.ask, cached, model, tokenizer, self._ends)
+        job.started = time.perf_counter()
+        cached = CachedTokens(model, self._chunk, self._retreat) if kept is None else kept.cached
+        cached.keep(self._kept.shared(cached, job.tokens))
+        job.answer = Answer(
+            model,
+            tokenizer,
+            cached,
+            job.tokens,
+            job.settings,
+            context=self.context,
+            ends=self._ends,
+        )
         return True
 
-    def _new_cache(self) -> CachedTokens:
-        assert self.loaded is not None, "the engine runs"
-        return CachedTokens(self.loaded.model, self._chunk, self._retreat)
-
-    def _shared(self, cached: CachedTokens, job: Job) -> int:
-        return reusable(cached.held, job.ask.tokens, self._chunk)
-
-    def _drop(self, kept: _Kept) -> None:
-        self._kept.remove(kept)
-        self._room.give_back(kept.reserved)
-
     def _retreat(self) -> bool:
-        """Memory ran out: give up kept prompts first, then slots."""
-        if self._kept:
-            for kept in list(self._kept):
-                self._drop(kept)
-            return True
-        return self._runtime.retreat()
+        """Memory ran out: give up kept prompts first, then cache slots."""
+        return self._kept.drop_all() or self._runtime.retreat()
 
     def _turn(self, job: Job) -> bool:
         """A chunk of the prompt or a few tokens of the answer; whether it goes on."""
@@ -308,15 +232,16 @@ class Engine:
                 if job.cancelled:
                     self._over(job, "cancelled")
                     return False
-                first = answer.first_token_at is None
+                first = answer.first_at is None
                 piece = answer.step()
-                if first and answer.first_token_at is not None:
-                    self._metrics.first_token(answer.first_token_at - job.arrived)
+                if first and answer.first_at is not None:
+                    self._metrics.first_token(answer.first_at - job.arrived)
                 if piece:
                     job.tell(Piece(piece))
                 if answer.finish is not None:
-                    self._over(job, answer.finish)
-                    job.tell(Done(answer.finish, answer.usage))
+                    finish = "stop" if answer.finish == "stop" else "length"
+                    self._over(job, finish)
+                    job.tell(Done(finish, _usage(answer)))
                     return False
                 if first:
                     break
@@ -330,31 +255,25 @@ class Engine:
         return True
 
     def _over(self, job: Job, outcome: Outcome) -> None:
-        """Give back the room, or keep the prompt for who asks next."""
+        """Give back the room, or keep the prompt for a next request."""
         answer = job.answer
         assert answer is not None, "it was started"
-        usage = answer.usage
+        usage = _usage(answer)
         self._metrics.answer(outcome, usage.prompt, usage.cached, usage.completion)
-        spent = time.monotonic() - job.started
+        spent = time.perf_counter() - job.started
         self._seconds_per_answer += 0.2 * (spent - self._seconds_per_answer)
-        answer.cached.keep(answer.whole_chunks(self._chunk))
-        whole = answer.cached.chunk == self._chunk and answer.cached.in_chunks
-        if answer.cached.held and whole:
-            self._kept.append(_Kept(answer.cached, job.reserved))
-        else:
-            answer.cached.forget()
-            self._room.give_back(job.reserved)
+        self._kept.add(answer.cached, answer.prompt_length, job.reserved)
         self._publish(force=True)
 
     def _count(self, tokens: int) -> None:
-        now = time.monotonic()
+        now = time.perf_counter()
         if tokens:
             self._made.append((now, tokens))
         while self._made and now - self._made[0][0] > SPEED_WINDOW:
             self._made.popleft()
 
     def _speed(self) -> float:
-        now = time.monotonic()
+        now = time.perf_counter()
         recent = [(at, tokens) for at, tokens in list(self._made) if now - at <= SPEED_WINDOW]
         if len(recent) < 2:
             return 0.0
@@ -373,13 +292,13 @@ class Engine:
             state=self._state,
             queued=len(self._waiting),
             running=len(self._running) + self._in_turn,
-            kept=len(self._kept),
+            kept=0 if self.loaded is None else len(self._kept),
             tokens_per_second=self._speed(),
         )
 
     def _publish(self, force: bool = False) -> None:
         """Note the runtime's figures for readers on other threads, now and then. On the engine's thread."""
-        now = time.monotonic()
+        now = time.perf_counter()
         if self.loaded is None or (not force and now - self._published < PUBLISH_SECONDS):
             return
         self._published = now
@@ -387,4 +306,9 @@ class Engine:
             cache_bytes=self._room.used,
             cache_total_bytes=self._room.total,
             runtime=self._runtime.stats(),
+            fast_path=getattr(self._runtime, "fast_path", None),
         )
+
+
+def _usage(answer: Answer) -> Usage:
+    return Usage(answer.prompt_length, answer.made, answer.reused)

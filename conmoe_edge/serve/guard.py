@@ -1,12 +1,12 @@
-"""In front of every request: is it meant for us, may it come in, and is it of a bearable size?
+"""The check in front of every request: host, origin, key, size and time.
 
 Pure ASGI. What is refused here never reaches a route. The body is read here, up to its limit and
 within its time, so that routes get it whole.
 
-- ``Host`` has to be ours (DNS rebinding), ``Origin`` too where a browser sends one: pages of other
-  sites cannot even start an answer. No CORS header is ever sent.
-- With a key, all of it but the page and ``/health`` asks for ``Authorization: Bearer KEY``. Keys are
-  compared in constant time.
+- ``Host`` has to be a name of this server (DNS rebinding), and so has ``Origin`` where a browser sends
+  one: pages of other sites cannot start an answer. No CORS header is ever sent.
+- Where there is a key, everything but the page and ``/health`` needs ``Authorization: Bearer KEY``.
+  Keys are compared in constant time.
 - A ``POST`` has to be JSON.
 """
 
@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from conmoe_edge.serve.errors import ApiError
+from conmoe_edge.serve.http_errors import ApiError
 from conmoe_edge.serve.settings import Settings, host_is_allowed
 
 Scope = dict[str, Any]

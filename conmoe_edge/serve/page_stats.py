@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from conmoe_edge.serve.engine import Engine
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 SCHEMA_VERSION = 1
 
 
 def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str, Any]:
-    """Sizes in bytes. ``memory`` and ``cache`` are ``null`` before the model is there."""
+    """Sizes in bytes. ``memory``, ``compute`` and ``cache`` are ``null`` before the model is there."""
     now = engine.snapshot
     value: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -24,6 +24,7 @@ def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str
         "tokens_per_second": round(now.tokens_per_second, 2),
         "totals": metrics.totals(),
         "memory": None,
+        "compute": None,
         "cache": None,
     }
     if now.runtime is None or engine.loaded is None:
@@ -37,6 +38,10 @@ def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str
         "slots": stats.slot_bytes,
         "conversations": now.cache_bytes,
         "conversations_planned": now.cache_total_bytes,
+    }
+    value["compute"] = {
+        "kernel": stats.kernel,
+        "fast_path": None if now.fast_path is None else now.fast_path.to_json(),
     }
     value["cache"] = {
         "prototypes": stats.prototypes,

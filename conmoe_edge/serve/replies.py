@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from conmoe_edge.serve.answer import Finish, Usage
+from conmoe_edge.serve.jobs import Finish, Usage
 
 DONE = b"data: [DONE]\n\n"
 STILL_HERE = b": waiting\n\n"

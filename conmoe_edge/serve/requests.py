@@ -1,9 +1,9 @@
 """What clients may ask, checked: JSON bytes to ``ChatRequest`` or ``CompletionRequest``.
 
-Every field that OpenAI's API has is one of three: *honoured*; *harmless* (it does not change the answer:
-``user``, ``metadata``, ...), accepted and left alone; or *refused*, unless it has the value that asks for
-nothing (``n=1``, ``tools=[]``, ``logprobs=false``). A name that is none of them is refused too, as OpenAI
-does: a misspelt ``temprature`` that is silently ignored costs an afternoon. Raises ``ApiError`` 400.
+Every field of OpenAI's API is one of three: *honoured*; *harmless* (``metadata``, say: it does not
+change the answer), accepted and left alone; or *refused*, unless it has the value that asks for nothing
+(``n=1``, ``tools=[]``, ``logprobs=false``). Unknown names are refused, as OpenAI does, so that a
+misspelt ``temprature`` is not silently ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from conmoe_edge.serve.errors import ApiError
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.serve.http_errors import ApiError
 
 MOST_STOPS = 4
 LONGEST_STOP = 256
@@ -115,9 +116,21 @@ class _Request(BaseModel):
         return value
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def limit(self) -> int | None:
+        """Most tokens of the answer."""
+        return self.max_tokens
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """What was asked for; the rest is the model's own."""
+        return SamplingSettings(
+            max_tokens=self.limit,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+        )
 
     @property
     def wants_usage(self) -> bool:
@@ -150,11 +163,6 @@ class CompletionRequest(_Request):
         ):
             raise ValueError("one prompt a request, as a string or as a list of tokens")
         return value
-
-    @property
-    def limit(self) -> int | None:
-        """Most tokens of the answer."""
-        return self.max_tokens
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)

@@ -5,8 +5,8 @@ The plan keeps room for the cache of one conversation of ``context`` tokens. Her
     sum over conversations of cache bytes at their reserved tokens <= cache bytes at the context
 
 Each reserves when it starts what it may come to, prompt and longest answer, in the steps in which the
-buffers grow; so nobody has to be stopped half-way for want of room. Bytes rather than tokens are
-added up: a sliding window or a recurrent state costs each conversation the same from its first token.
+buffers grow, so no answer is stopped half-way for want of room. Bytes are added up and not tokens: a
+sliding window or a recurrent state costs each conversation the same from its first token.
 """
 
 from __future__ import annotations

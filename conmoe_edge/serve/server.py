@@ -22,11 +22,13 @@ import uvicorn
 from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
-from conmoe_edge.serve.engine import Engine, Loaded
+from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import Guard
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 _ROUTES = frozenset(
@@ -127,20 +129,20 @@ class Server:
         self._web.should_exit = True
 
     def _count(self, path: str, status: int) -> None:
-        """Other paths count together: a label for whatever anybody asks for would never end."""
+        """Other paths count together, so that requests cannot make labels without end."""
         known = path if path in _ROUTES else "other"
         self.metrics.request(known, status)
 
 
 class _Web(uvicorn.Server):
-    """uvicorn, told when stopping begins; a signal is a wish to stop and not an error."""
+    """uvicorn with a callback when it begins to stop; a signal is no error."""
 
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_stop = on_stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Nothing more is taken in; then as uvicorn does."""
+        """Take in nothing more; then as uvicorn does."""
         self._on_stop()
         await super().shutdown(sockets)
 
@@ -168,8 +170,6 @@ def package_loader(
     """What opens a package for a server: the model inside its budget, and its tokenizer."""
 
     def load(progress: Callable[[int, int], None]) -> Loaded:
-        from transformers import AutoTokenizer
-
         model: Any = load_package(
             folder,
             budget=budget,
@@ -179,10 +179,7 @@ def package_loader(
             misses=misses,
             progress=progress,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        return Loaded(model, tokenizer)
+        return Loaded(model, load_tokenizer(folder))
 
     return load
 

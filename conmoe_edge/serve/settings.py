@@ -93,10 +93,10 @@ def is_loopback(host: str) -> bool:
 
 
 def host_is_allowed(header: str, names: tuple[str, ...]) -> bool:
-    """Whether a request's ``Host`` is one under which this server is meant.
+    """Whether a request's ``Host`` is a name of this server.
 
-    A page of somebody else's can let its own *name* point here (DNS rebinding), and its requests then
-    carry that name. An address cannot be rebound, so any address will do.
+    A page of another site can let its own *name* point here (DNS rebinding), and its requests then
+    carry that name. An address cannot be rebound, so any address is allowed.
     """
     name, bracket, _ = header.rpartition("]")
     host = name.removeprefix("[") if bracket else header.partition(":")[0]

@@ -1,4 +1,4 @@
-"""Who is next: a bounded queue that is first come first served for each client, and round-robin
+"""A bounded queue that is first come first served for each client, and round-robin
 between clients. No threads, no clock.
 """
 
@@ -25,7 +25,7 @@ class FairQueue(Generic[T]):
 
     @property
     def full(self) -> bool:
-        """Whether nobody else may come in."""
+        """Whether nothing more is taken in."""
         return self._count >= self.longest
 
     def add(self, client: str, item: T) -> None:
@@ -35,7 +35,7 @@ class FairQueue(Generic[T]):
         self._count += 1
 
     def first(self) -> T | None:
-        """Who is next; stays where it is."""
+        """The next one, which stays where it is; ``None`` where there is none."""
         for line in self._lines.values():
             return line[0]
         return None
@@ -52,7 +52,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, item: T) -> bool:
-        """Take one out of the middle; False where it is not here."""
+        """Take one out, wherever it stands; False where it is not here."""
         for client, line in self._lines.items():
             if item in line:
                 line.remove(item)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.forms import KIND_OF_VALUES, SCALE
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, matrix_of, view
+from conmoe_edge.checkpoint.format.records import decode, encode, matrix_of, view
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
@@ -31,6 +32,7 @@ from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.plan.levers import record_parts, spread
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 
 # Wide enough that int8 and int4 records differ by whole pages.
 SIZES = {
@@ -85,7 +87,7 @@ def mixed_budget(source: Path, wide: int) -> str:
         middle = (low + high) // 2
         budget = Budget("cpu", middle, f"{middle}B", "test")
         try:
-            plan = make_plan(anatomy, budget, rate=0.0, scope=2, precision="int8+int4")
+            plan = make_plan(anatomy, budget, PlanRequest(rate=0.0, scope=2, precision="int8+int4"))
             enough = plan.chosen.wide_prototypes >= wide
         except DoesNotFit:
             enough = False

@@ -21,6 +21,7 @@ from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_pac
 from conmoe_edge.errors import DoesNotFit, OutputExists, ResumeMismatch
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the test forks, so that torch is imported once"
@@ -239,7 +240,7 @@ def test_mixed_precision_killed_inside_a_scope_gives_the_same_bytes(tmp_path: Pa
 
     def mixed(nbytes: int) -> int:
         try:
-            plan = make_plan(anatomy, Budget("cpu", nbytes, "", "test"), **levers)
+            plan = make_plan(anatomy, Budget("cpu", nbytes, "", "test"), PlanRequest(**levers))
         except DoesNotFit:
             return 0
         return plan.chosen.wide_prototypes

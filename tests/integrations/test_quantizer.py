@@ -13,17 +13,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest
-from conmoe_edge.errors import CheckpointError, ContextFull, DoesNotFit, PackageError, UsageError
+from conmoe_edge.errors import (
+    CheckpointError,
+    ContextFull,
+    DoesNotFit,
+    PackageError,
+    UnsupportedModel,
+    UsageError,
+)
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.integrations.load_options import LoadOptions, loading, one_device
 from conmoe_edge.integrations.memory_plan import default_budget, planned_by
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.probe import probe
-from conmoe_edge.plan.needs import MIN_CHUNK, fixed_terms, workspace_bytes
+from conmoe_edge.plan.needs import MIN_CHUNK, needs_of
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
@@ -112,12 +121,9 @@ def _needs(context: int, chunk: int) -> tuple[int, int]:
     dense = sum(t.numel() * 4 for n, t in plain.state_dict().items() if "experts" not in n)
     dense += sum(t.numel() * t.element_size() for t in plain.buffers())
     record = 20480
-    fixed = (
-        sum(term.nbytes for term in fixed_terms(anatomy, "cpu", context, record))
-        - anatomy.dense_bytes
-        + dense
-    )
-    return fixed + workspace_bytes(anatomy, "cpu", context, chunk), record
+    needs = needs_of(anatomy, "cpu", context)
+    fixed = needs.fixed(record) - anatomy.dense_bytes + dense
+    return fixed + needs.workspace(chunk), record
 
 
 def test_slots_are_what_the_budget_leaves(folder: Path) -> None:
@@ -150,7 +156,9 @@ def test_a_budget_for_nothing(folder: Path) -> None:
 
 def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(600_000_000), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(600_000_000), PlanRequest(context=96)
+    )
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     model = load_package(folder)
     assert model.conmoe.budget is not None and model.conmoe.budget.device_bytes == 600_000_000
@@ -163,7 +171,9 @@ def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) ->
 
 def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(10**15), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(10**15), PlanRequest(context=96)
+    )
     folder = write_package(plain, tmp_path, identity(plain), plan=plan_to_json(planned))
     read = planned_by(load_package(folder).conmoe.manifest)
     assert read is not None and read.budget.device_bytes == 10**15
@@ -173,7 +183,9 @@ def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
 def test_a_model_that_was_left_unchanged(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
     plain.save_pretrained(tmp_path)
-    planned = make_plan(probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), context=96)
+    planned = make_plan(
+        probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), PlanRequest(context=96)
+    )
     manifest = Manifest(
         source={"name": "tiny", "revision": None, "fingerprint": "0"},
         method=UNCHANGED,
@@ -218,6 +230,15 @@ def _edit(folder: Path, change: Any) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def test_a_release_that_names_the_cache_anew_is_refused_at_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "CACHE_ARGUMENTS", ("what_it_was_called",))
+    with pytest.raises(UnsupportedModel, match="OlmoeForCausalLM") as caught:
+        load_package(folder)
+    assert compat.TRANSFORMERS in caught.value.fix
 
 
 def test_no_manifest(folder: Path, tmp_path: Path) -> None:

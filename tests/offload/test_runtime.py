@@ -153,7 +153,23 @@ def test_progress_counts_records(folder: Path) -> None:
 
 def test_slots_are_aligned(folder: Path) -> None:
     model = load_package(folder)
-    pool = model.conmoe.residency._pools[0]
+    pool = model.conmoe.residency.pools[0]
     for slot in range(pool.slots):
         assert pool.record(slot).data_ptr() % 4096 == 0
         assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())
+
+
+def test_a_retreat_that_fails_leaves_a_runtime_that_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(layout: Any, slots: int, device: torch.device) -> SlotPool:
+        raise OutOfMemory("no memory")
+
+    model = load_package(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_module, "SlotPool", none)
+        with pytest.raises(OutOfMemory):
+            model.conmoe.retreat()
+    with pytest.raises(UsageError, match="not loaded"):
+        _logits(model)
+    model.conmoe.close()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from conmoe_edge.memory.outcomes import Outcome
 from conmoe_edge.plan.advice import advise, frontier, measured
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 
 MIB = 1 << 20
 
@@ -57,7 +58,7 @@ def test_an_outcome_belongs_to_its_setting(olmoe, budget) -> None:
 
 def test_the_advice_names_the_frontier_and_a_better_setting_that_fits(olmoe, budget) -> None:
     assert advise(make_plan(olmoe, budget("8GB")), (), "auto") == ""
-    plan = make_plan(olmoe, budget("9GB"), rate=0.5, precision="source", trims=True)
+    plan = make_plan(olmoe, budget("9GB"), PlanRequest(rate=0.5, precision="source"), trims=True)
     text = advise(plan, (INT4, HALF), "auto")
     assert "int4 (3.42 GiB, +0.1000 nats)" in text and "50 % auto bf16" in text
     assert "also fits" not in text, "nothing is known about the chosen one"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from conmoe_edge.errors import UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 from conmoe_edge.units import MIB
 
@@ -37,15 +37,10 @@ def test_int8_bytes_by_hand(with_matrices) -> None:
     assert stored(small, "int8") is small
 
 
-def test_unknown_word(with_matrices) -> None:
-    with pytest.raises(UsageError, match="int3"):
-        stored(with_matrices, "int3")
-
-
 def test_plan_shows_and_counts_it(with_matrices) -> None:
     budget = Budget("cpu", 8 * 10**9, "8GB", "test")
     plain = make_plan(with_matrices, budget)
-    small = make_plan(with_matrices, budget, dense_precision="int8")
+    small = make_plan(with_matrices, budget, PlanRequest(dense_precision="int8"))
     terms = {term.name: term for term in small.terms}
     assert terms["Dense weights"].nbytes == stored(with_matrices, "int8").dense_bytes
     assert "int8" in terms["Dense weights"].note
@@ -65,6 +60,6 @@ def test_a_plan_written_before_there_was_a_choice(with_matrices) -> None:
 def test_a_model_with_quantised_layers_is_not_unchanged(with_matrices) -> None:
     budget = Budget("cpu", 64 * 10**9, "64GB", "test")
     assert make_plan(with_matrices, budget).unchanged
-    plan = make_plan(with_matrices, budget, dense_precision="int8")
+    plan = make_plan(with_matrices, budget, PlanRequest(dense_precision="int8"))
     assert not plan.unchanged and plan.chosen.rate == 0
     assert "unchanged" not in plan.chosen.reason

@@ -11,9 +11,7 @@ from conmoe_edge.plan.needs import (
     CUDA_BYTES,
     DENSE_BLOCK_BYTES,
     PYTHON_BYTES,
-    device_terms,
-    fixed_terms,
-    workspace_bytes,
+    needs_of,
 )
 from conmoe_edge.units import GIB, KIB
 
@@ -27,11 +25,10 @@ def test_olmoe_against_known_sums(olmoe):
 
 @pytest.mark.parametrize(("device", "first"), [("cpu", PYTHON_BYTES), ("cuda", CUDA_BYTES)])
 def test_terms_of_olmoe(olmoe, device, first):
-    terms = device_terms(olmoe, device, 4096, 12 << 20, 1000, 32)
+    needs = needs_of(olmoe, device, 4096)
+    terms = needs.terms(12 << 20, 1000, 32)
     assert [term.nbytes for term in terms] == [first, olmoe.dense_bytes, GIB // 2, 1000, 24 << 20]
-    assert [term for term in terms if term.name != "Workspace"] == list(
-        fixed_terms(olmoe, device, 4096, 12 << 20)
-    )
+    assert sum(term.nbytes for term in terms) == needs.fixed(12 << 20) + 1000
     assert terms[2].name == "KV cache (4,096 tokens)"
 
 
@@ -45,26 +42,26 @@ def test_workspace_by_hand(olmoe):
     expected += 4 * tokens * context
     expected += 50304 * (4 + 2)
     expected += DENSE_BLOCK_BYTES
-    assert workspace_bytes(olmoe, "cuda", context, tokens) == expected
-    assert workspace_bytes(olmoe, "cpu", context, tokens) == expected + 3 * hidden * width * 4
+    assert needs_of(olmoe, "cuda", context).workspace(tokens) == expected
+    assert needs_of(olmoe, "cpu", context).workspace(tokens) == expected + 3 * hidden * width * 4
 
 
 def test_grouped_heads_count_repeated(olmoe):
     grouped = replace(olmoe, kv=tuple(KVLayer(per_token=2048) for _ in olmoe.layers))
-    many = workspace_bytes(olmoe, "cuda", 4096, 32) - 8192 * 4096
-    assert workspace_bytes(grouped, "cuda", 4096, 32) == many + 4096 * (2048 + 4 * 2048 * 2)
+    many = needs_of(olmoe, "cuda", 4096).workspace(32) - 8192 * 4096
+    assert needs_of(grouped, "cuda", 4096).workspace(32) == many + 4096 * (2048 + 4 * 2048 * 2)
 
 
 def test_windows_and_linear_attention_bound_the_copy(olmoe):
-    whole = workspace_bytes(olmoe, "cuda", 4096, 32)
+    whole = needs_of(olmoe, "cuda", 4096).workspace(32)
     windowed = replace(olmoe, kv=tuple(KVLayer(per_token=8192, window=128) for _ in olmoe.layers))
-    assert workspace_bytes(windowed, "cuda", 4096, 32) == whole - 8192 * (4096 - 128)
+    assert needs_of(windowed, "cuda", 4096).workspace(32) == whole - 8192 * (4096 - 128)
     linear = replace(olmoe, kv=tuple(KVLayer(per_token=0, constant=9999) for _ in olmoe.layers))
-    assert workspace_bytes(linear, "cuda", 4096, 32) == whole - 8192 * 4096
+    assert needs_of(linear, "cuda", 4096).workspace(32) == whole - 8192 * 4096
 
 
 def test_workspace_grows_with_chunk_and_context(olmoe):
-    sizes = [workspace_bytes(olmoe, "cpu", 4096, chunk) for chunk in range(32, 513, 32)]
+    sizes = [needs_of(olmoe, "cpu", 4096).workspace(chunk) for chunk in range(32, 513, 32)]
     assert sizes == sorted(set(sizes))
-    sizes = [workspace_bytes(olmoe, "cpu", context, 32) for context in (128, 1024, 4096)]
+    sizes = [needs_of(olmoe, "cpu", context).workspace(32) for context in (128, 1024, 4096)]
     assert sizes == sorted(set(sizes))

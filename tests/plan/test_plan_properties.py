@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.plan.least import least_size
-from conmoe_edge.plan.needs import workspace_bytes
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import parse_size
 
 _DEVICES = st.sampled_from(("cpu", "cuda"))
@@ -50,7 +51,7 @@ def _budget(nbytes: int, device: str) -> Budget:
 def test_a_plan_adds_up_and_stays_inside(model, shape, levers, device, nbytes):
     anatomy = model(**shape)
     try:
-        plan = make_plan(anatomy, _budget(nbytes, device), **levers)
+        plan = make_plan(anatomy, _budget(nbytes, device), PlanRequest(**levers))
     except DoesNotFit:
         return
     chosen = plan.chosen
@@ -66,7 +67,7 @@ def test_a_plan_adds_up_and_stays_inside(model, shape, levers, device, nbytes):
     assert all(one.reason for one in plan.candidates)
     assert 1 <= plan.prefill_chunk <= min(512, plan.context)
     (workspace,) = (term.nbytes for term in plan.terms if term.name == "Workspace")
-    assert workspace_bytes(anatomy, device, plan.context, plan.prefill_chunk) <= workspace
+    assert needs_of(anatomy, device, plan.context).workspace(plan.prefill_chunk) <= workspace
     assert plan.unchanged <= (chosen.rate == 0 and chosen.slots == chosen.prototypes)
 
 
@@ -75,10 +76,10 @@ def test_a_plan_adds_up_and_stays_inside(model, shape, levers, device, nbytes):
 def test_more_memory_is_never_worse(model, shape, levers, device, nbytes, more):
     anatomy = model(**shape)
     try:
-        small = make_plan(anatomy, _budget(nbytes, device), **levers)
+        small = make_plan(anatomy, _budget(nbytes, device), PlanRequest(**levers))
     except DoesNotFit:
         return
-    large = make_plan(anatomy, _budget(nbytes + more, device), **levers)
+    large = make_plan(anatomy, _budget(nbytes + more, device), PlanRequest(**levers))
     assert large.chosen.rate <= small.chosen.rate
     for before, after in zip(small.candidates, large.candidates, strict=True):
         assert after.slots >= before.slots
@@ -91,7 +92,7 @@ def test_more_memory_is_never_worse(model, shape, levers, device, nbytes, more):
 def test_the_suggested_changes_work_and_are_the_smallest(model, shape, levers, device, nbytes):
     anatomy = model(**shape)
     try:
-        make_plan(anatomy, _budget(nbytes, device), **levers)
+        make_plan(anatomy, _budget(nbytes, device), PlanRequest(**levers))
         return
     except DoesNotFit as error:
         fix = error.fix
@@ -100,16 +101,18 @@ def test_the_suggested_changes_work_and_are_the_smallest(model, shape, levers, d
     assert match is not None
     least = parse_size(match[1])
     assert least is not None
-    make_plan(anatomy, _budget(least, device), **levers)
+    make_plan(anatomy, _budget(least, device), PlanRequest(**levers))
     with pytest.raises(DoesNotFit):
-        make_plan(anatomy, _budget(least * 99 // 100, device), **levers)
+        make_plan(anatomy, _budget(least * 99 // 100, device), PlanRequest(**levers))
     shorter = re.search(r"--context (\d+)", fix)
     if shorter is not None:
         tokens = int(shorter[1])
-        make_plan(anatomy, _budget(nbytes, device), context=tokens, **levers)
+        make_plan(anatomy, _budget(nbytes, device), PlanRequest(context=tokens, **levers))
         if tokens + 64 <= shape["max_context"]:
             with pytest.raises(DoesNotFit):
-                make_plan(anatomy, _budget(nbytes, device), context=tokens + 64, **levers)
+                make_plan(
+                    anatomy, _budget(nbytes, device), PlanRequest(context=tokens + 64, **levers)
+                )
 
 
 @given(st.integers(1, 10**13))
@@ -134,10 +137,12 @@ def test_olmoe_in_2_gb_says_what_would_do(olmoe):
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_one_slot_a_layer_runs(olmoe, device):
     with pytest.raises(DoesNotFit) as caught:
-        make_plan(olmoe, Budget(device, 10**9, "1GB", "test"), precision="source")
+        make_plan(olmoe, Budget(device, 10**9, "1GB", "test"), PlanRequest(precision="source"))
     match = re.match(r"--gpu (\S+) ", caught.value.fix)
     assert match is not None
     least = parse_size(match[1])
     assert least is not None
-    plan = make_plan(olmoe, Budget(device, least, match[1], "test"), precision="source")
+    plan = make_plan(
+        olmoe, Budget(device, least, match[1], "test"), PlanRequest(precision="source")
+    )
     assert plan.chosen.slots == 16 and plan.prefill_chunk == 32

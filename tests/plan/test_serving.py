@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.plan.serving import levers_for
+from conmoe_edge.plan.request import PlanRequest
+from conmoe_edge.plan.serving import request_for
 
-ASKED: dict[str, Any] = {
-    "rate": "auto",
-    "scope": "auto",
-    "precision": "auto",
-    "dense_precision": "source",
-    "min_resident": None,
-    "widths": "free",
-    "prefer": "quality",
-}
+ASKED = PlanRequest(budget="24GB", rate=0.25)
 
 
 def test_what_is_left_open_is_forced_and_all_else_is_as_it_was() -> None:
-    assert levers_for("vllm", ASKED) == {
-        **ASKED,
-        "scope": 1,
-        "precision": "source",
-        "min_resident": 1.0,
-        "widths": "equal",
-    }
+    assert request_for("vllm", ASKED) == replace(
+        ASKED, scope=1, precision="source", min_resident=1.0, widths="equal"
+    )
 
 
 def test_equal_widths_may_be_asked_for() -> None:
-    assert levers_for("vllm", {**ASKED, "widths": "equal"})["widths"] == "equal"
+    assert request_for("vllm", replace(ASKED, widths="equal")).widths == "equal"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "source"])
 def test_sixteen_bits_may_be_asked_for(precision: str) -> None:
-    assert levers_for("vllm", {**ASKED, "precision": precision})["precision"] == precision
+    assert request_for("vllm", replace(ASKED, precision=precision)).precision == precision
 
 
 @pytest.mark.parametrize(
@@ -50,5 +40,5 @@ def test_sixteen_bits_may_be_asked_for(precision: str) -> None:
 )
 def test_anything_else_is_refused_with_the_flag(lever: str, value: Any, flag: str) -> None:
     with pytest.raises(UsageError, match=flag) as caught:
-        levers_for("vllm", {**ASKED, lever: value})
+        request_for("vllm", replace(ASKED, **{lever: value}))
     assert caught.value.fix.startswith("leave out")

@@ -8,8 +8,9 @@ import pytest
 
 from conmoe_edge.checkpoint.format.manifest import CacheSettings
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.offload.residency.policies import tables
 from conmoe_edge.offload.simulate.load_settings import prototype_trace, read_trace
-from conmoe_edge.offload.simulate.policy_search import replay, tables
+from conmoe_edge.offload.simulate.policy_search import replay
 from conmoe_edge.report import hits
 from conmoe_edge.report.hits import HitCurve, hit_curves, planned_slots, sampled
 

@@ -14,7 +14,7 @@ from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.report import page as page_module
 from conmoe_edge.report.markup import Markup, tag, text
-from conmoe_edge.report.package_summary import PackageFacts, gather
+from conmoe_edge.report.package_summary import PackageSummary, summarise
 from conmoe_edge.report.page import page, write_page
 from conmoe_edge.report.style import SCRIPT, STYLE
 
@@ -25,8 +25,8 @@ HOSTILE = '</title><script>alert("1")</script><img src=x onerror=y>&amp;\x1b[31m
 
 
 @pytest.fixture(scope="module")
-def facts(request: pytest.FixtureRequest) -> PackageFacts:
-    return gather(request.getfixturevalue(request.param), curves=True)
+def facts(request: pytest.FixtureRequest) -> PackageSummary:
+    return summarise(request.getfixturevalue(request.param), curves=True)
 
 
 def tree(html: str) -> ElementTree.Element:
@@ -43,7 +43,7 @@ def title(element: ElementTree.Element) -> str:
 
 
 @pytest.mark.parametrize("facts", PACKAGES, indirect=True)
-def test_the_page_is_well_formed_and_needs_nothing_else(facts: PackageFacts) -> None:
+def test_the_page_is_well_formed_and_needs_nothing_else(facts: PackageSummary) -> None:
     html = page(facts)
     root = tree(html)
     names = {one.tag for one in root.iter()}
@@ -80,14 +80,14 @@ class Balanced(HTMLParser):
 
 
 @pytest.mark.parametrize("facts", PACKAGES, indirect=True)
-def test_a_browser_reads_the_same(facts: PackageFacts) -> None:
+def test_a_browser_reads_the_same(facts: PackageSummary) -> None:
     parser = Balanced()
     parser.feed(page(facts))
     assert parser.open == []
 
 
 @pytest.mark.parametrize("facts", ["scoped", "auto", "mixed", "by_hand"], indirect=True)
-def test_one_arc_for_every_alias_and_one_cell_for_every_slot(facts: PackageFacts) -> None:
+def test_one_arc_for_every_alias_and_one_cell_for_every_slot(facts: PackageSummary) -> None:
     root = tree(page(facts))
     manifest = load_manifest(facts.folder)
     wanted = {
@@ -108,7 +108,7 @@ def test_one_arc_for_every_alias_and_one_cell_for_every_slot(facts: PackageFacts
 
 
 @pytest.mark.parametrize("facts", ["scoped"], indirect=True)
-def test_arcs_and_cells_say_their_distance_and_weight(facts: PackageFacts) -> None:
+def test_arcs_and_cells_say_their_distance_and_weight(facts: PackageSummary) -> None:
     root = tree(page(facts))
     for arc in marks(root, "g", "arc"):
         assert re.search(r"; [\d.]+ % of the weight, .* distance 1\.\d{3}$", title(arc))
@@ -120,7 +120,7 @@ def test_arcs_and_cells_say_their_distance_and_weight(facts: PackageFacts) -> No
 
 
 @pytest.mark.parametrize("facts", ["mixed"], indirect=True)
-def test_the_chart_draws_the_curve(facts: PackageFacts) -> None:
+def test_the_chart_draws_the_curve(facts: PackageSummary) -> None:
     root = tree(page(facts))
     lines = marks(root, "polyline", "best")
     assert len(lines) == len(facts.curves) == 2
@@ -132,7 +132,7 @@ def test_the_chart_draws_the_curve(facts: PackageFacts) -> None:
 
 
 @pytest.mark.parametrize("facts", ["scoped"], indirect=True)
-def test_shapes_stay_inside_their_pictures(facts: PackageFacts) -> None:
+def test_shapes_stay_inside_their_pictures(facts: PackageSummary) -> None:
     for svg in tree(page(facts)).iter("svg"):
         wide, high = map(float, svg.attrib["viewBox"].split()[2:])
         for box in svg.iter("rect"):
@@ -144,7 +144,7 @@ def test_shapes_stay_inside_their_pictures(facts: PackageFacts) -> None:
 
 
 @pytest.mark.parametrize("facts", ["scoped", "auto"], indirect=True)
-def test_arcs_stand_on_their_slots_and_stay_below_the_edge(facts: PackageFacts) -> None:
+def test_arcs_stand_on_their_slots_and_stay_below_the_edge(facts: PackageSummary) -> None:
     for arc in marks(tree(page(facts)), "path", "line"):
         numbers = [float(one) for one in re.findall(r"-?[\d.]+", arc.attrib["d"])]
         x0, y0, x1, top, x2, other, x3, y3 = numbers
@@ -157,14 +157,14 @@ def test_arcs_stand_on_their_slots_and_stay_below_the_edge(facts: PackageFacts) 
 def test_a_hostile_name_is_only_a_name(scoped: Path, tmp_path: Path) -> None:
     # Half a character cannot even be written into a manifest.
     name = HOSTILE.replace("\ud800", "")
-    root = tree(page(gather(renamed(scoped, tmp_path / "hostile", name))))
+    root = tree(page(summarise(renamed(scoped, tmp_path / "hostile", name))))
     shown = name.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
     assert root.findtext(".//h1") == shown
     assert len(list(root.iter("script"))) == 1 and not list(root.iter("img"))
 
 
 @pytest.mark.parametrize("facts", ["scoped"], indirect=True)
-def test_hostile_texts_anywhere_else(facts: PackageFacts) -> None:
+def test_hostile_texts_anywhere_else(facts: PackageSummary) -> None:
     manifest = facts.manifest
     evil = replace(
         manifest,
@@ -190,14 +190,14 @@ def test_text_is_escaped_unless_it_is_markup() -> None:
 
 
 def test_an_older_package_has_its_page_as_well(scoped: Path, tmp_path: Path) -> None:
-    html = page(gather(without_overview(scoped, tmp_path / "old")))
+    html = page(summarise(without_overview(scoped, tmp_path / "old")))
     assert "the router chose it in the package" in html
     assert "distance" not in " ".join(title(one) for one in marks(tree(html), "g", "arc"))
 
 
 @pytest.mark.parametrize("facts", ["scoped"], indirect=True)
 def test_the_page_is_written_whole_or_not_at_all(
-    facts: PackageFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: PackageSummary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"
     write_page(facts, path)
@@ -206,7 +206,7 @@ def test_the_page_is_written_whole_or_not_at_all(
     with pytest.raises(ConmoeError, match="Cannot write"):
         write_page(facts, tmp_path / "no" / "such" / "report.html")
 
-    def broken(facts: PackageFacts) -> str:
+    def broken(facts: PackageSummary) -> str:
         raise MemoryError
 
     monkeypatch.setattr(page_module, "page", broken)

@@ -29,7 +29,8 @@ START_SECONDS = 120.0
 def environment(**more: str) -> dict[str, str]:
     """A server's environment: this source tree, one thread, no key of the user's own."""
     own = {k: v for k, v in os.environ.items() if k != "CONMOE_API_KEY"}
-    return {**own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])
+    return {**own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def command(*words: str) -> list[str]:

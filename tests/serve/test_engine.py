@@ -13,11 +13,11 @@ import pytest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.generation.prompt import prompt_tokens
-from conmoe_edge.offload.generation.sampling import Draw
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
-from conmoe_edge.serve.answer import Ask
-from conmoe_edge.serve.engine import Busy, Done, Engine, Event, Failed, Job, Loaded, Piece
-from conmoe_edge.serve.metrics import Metrics
+from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.jobs import Busy, Done, Event, Failed, Job, Loaded, Piece
+from conmoe_edge.serve.prometheus import Metrics
 from tests.families import tiny_model
 from tests.hand_packages import thirds, write_package
 
@@ -28,6 +28,10 @@ QUESTIONS = tuple(
 )
 CONTEXT = 512
 TOKENS = 12
+
+
+def greedy(tokens: int) -> SamplingSettings:
+    return SamplingSettings(temperature=0, max_tokens=tokens)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def alone(folder: Path, tokenizer: Any) -> dict[str, str]:
     said = {
         question: "".join(
             ChatSession(model, tokenizer).reply(
-                [{"role": "user", "content": question}], max_tokens=TOKENS, temperature=0
+                [{"role": "user", "content": question}], greedy(TOKENS)
             )
         )
         for question in QUESTIONS
@@ -93,7 +97,7 @@ class Driven:
     def ask(self, question: str, tokens: int = TOKENS, client: str = "") -> tuple[Job, Any]:
         told: queue.Queue[Event] = queue.Queue()
         prompt = prompt_tokens(self.tokenizer, [{"role": "user", "content": question}])
-        job = Job(Ask(tuple(prompt), Draw(0.0), tokens), client, told.put)
+        job = Job(tuple(prompt), greedy(tokens), client, told.put)
         self.engine.submit(job)
         return job, told
 
@@ -142,7 +146,7 @@ def test_a_prompt_that_was_kept_changes_nothing_either(driven: Driven) -> None:
     assert done.usage.cached == (done.usage.prompt - 1) // chunk * chunk > 0
     other, done = finished(driven.ask(long + " Then?")[1])
     assert done.usage.cached > 0
-    driven.engine._kept.clear()  # what the room still counts is not asked for here
+    driven.engine._kept.drop_all()
     assert finished(driven.ask(long + " Then?")[1])[0] == other
 
 
@@ -181,7 +185,7 @@ def test_cancelled_is_freed(driven: Driven, alone: dict[str, str], when: str) ->
     if blocker is not None:
         driven.engine.cancel(blocker)
     driven.idle()
-    assert room.used == sum(kept.reserved for kept in driven.engine._kept)
+    assert room.used == driven.engine._kept.reserved
     assert all(not isinstance(event, Done) for event in list(told.queue))
     assert finished(driven.ask(QUESTIONS[2])[1])[0] == alone[QUESTIONS[2]]
 

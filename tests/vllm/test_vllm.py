@@ -22,7 +22,7 @@ from vllm_cases import BY_NAME, CASES, OPTIONS, REMOVED, TOKENS, Case, everythin
 import conmoe_edge
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.export.hf import export_hf
-from conmoe_edge.integrations.vllm.layer_tables import layer_tables
+from conmoe_edge.integrations.vllm.layer_stacks import layer_stacks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(3600)]
 HERE = Path(__file__).resolve().parent
@@ -139,7 +139,7 @@ def test_greedy_tokens_are_those_of_this_runtime(case: Case, made: Callable[[str
 )
 def test_memory_is_that_of_the_prototypes(case: Case, made: Callable[[str], Made]) -> None:
     package, result = made(case.name)
-    tables = layer_tables(load_manifest(package))
+    tables = layer_stacks(load_manifest(package))
     ranks = case.options.get("tensor_parallel_size", 1)
     expert_parallel = "enable_expert_parallel" in case.options
     config = json.loads((package / "config.json").read_text())
@@ -155,7 +155,7 @@ def test_memory_is_that_of_the_prototypes(case: Case, made: Callable[[str], Made
             width = -(-width // ranks)
         width = -(-width // 32) * 32  # what the kernel for processors fills up to
         wanted += count * 3 * width * config["hidden_size"] * 4
-    slots = sum(len(table.target) for table in tables.values())
+    slots = sum(len(table.slots) for table in tables.values())
     kept = sum(len(t.stack) for t in tables.values() if t.leader == t.layer)
     print(
         f"\n{case.name}: {result['architecture']}, {kept} prototypes for {slots} router slots, "

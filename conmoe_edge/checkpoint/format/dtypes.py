@@ -1,19 +1,11 @@
-"""Names of number formats: the code in a safetensors header, the name in torch, the width in bits.
-No torch here.
-
-``torch_dtype`` is the one function that needs torch, and imports it when it is called.
+"""Names of number formats: the code in a safetensors header, the name in torch, the width in bits. No torch here
+(``torch_dtype.py`` has the way there).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from conmoe_edge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 BITS = {
     "BOOL": 8,
@@ -76,21 +68,3 @@ def itemsize(torch_name: str) -> int:
 def nbytes_of(torch_name: str, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor; ``KeyError`` as in ``itemsize``."""
     return math.prod(shape) * itemsize(torch_name)
-
-
-def torch_dtype(code: str, tensor: str = "") -> torch.dtype:
-    """The ``torch.dtype`` of a code in a header.
-
-    Raises:
-        CheckpointError: torch has no such format; ``tensor`` is named in the message.
-    """
-    import torch
-
-    dtype = getattr(torch, TORCH_NAMES.get(code, ""), None)
-    if dtype is None:
-        raise CheckpointError(
-            f"The tensor {tensor!r} is stored as {code}.",
-            f"This version of torch ({torch.__version__}) has no such number format.",
-            "Use the checkpoint in bf16, fp16 or fp32.",
-        )
-    return dtype

@@ -18,6 +18,9 @@ GROUPS = (64, 32)
 TILES = (64, 32, 16)
 """Rows of a tile in int4: the first of these that divides the rows."""
 
+UP, DOWN = "gate_up_proj", "down_proj"
+"""The two weight matrices of a gated expert: gate and up rows together, and down rows."""
+
 SCALE = ".scale"
 """What the name of a quantised weight's scales has behind the name of the weight."""
 

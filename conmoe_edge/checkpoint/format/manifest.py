@@ -133,7 +133,7 @@ class LayerOverview:
         weights: share of the routing weight of all layers that went to the slot, before anything was changed.
         tokens: calibration tokens that chose it.
         distances: weight distance between the slot's pretrained expert and that of its prototype, 0 where they are
-            the same, at most 2 (``compress/solvers/distance.py``); ``None`` where it has no prototype.
+            the same, at most 2 (``compress/solvers/weight_distance.py``); ``None`` where it has no prototype.
     """
 
     weights: tuple[float, ...]
@@ -159,7 +159,7 @@ class Manifest:
         prefetch: ``None`` where there is no predictor.
         notes: sentences of the method for the reader, such as a fallback that was taken.
         overview: decoder layer -> what calibration saw of its router slots; empty where nothing was kept of it.
-        plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/stream/receipt_tracker.py``).
+        plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/quality/receipt.py``).
     """
 
     source: dict[str, Any]

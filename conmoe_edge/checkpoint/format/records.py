@@ -1,47 +1,26 @@
 """Records: one expert as one run of bytes, so that it is one read, one copy and one cache slot.
 
-``make_layout`` decides where each part lies; ``encode`` brings an expert into the forms of a layout
-and ``decode`` brings it back; ``pack`` writes tensors into a record; ``view`` and
-``pool_views`` look at the bytes of one record, or of a pool of them, as typed tensors without
-copying. Parts start 64-aligned (vector loads), records are multiples of 4096 bytes (direct reads,
-page-sized copies). Padding is zero, so equal experts give equal bytes.
+``layout.py`` says where each part lies; here ``encode`` brings an expert into the forms of a layout
+and ``decode`` brings it back, ``pack`` writes tensors into a record, and ``view`` looks at the bytes
+of one as typed tensors without copying. Padding is zero, so equal experts give equal bytes.
 
-Peak memory: the record itself; one expert in the form or dtype asked for. Raises ``ValueError``
-for tensors that do not match the layout,
-which is a mistake of the caller; damaged layouts on disk are caught by ``manifest_io``.
+Peak memory: the record itself; one expert in the form or dtype asked for. Raises ``ValueError`` for
+tensors that do not match the layout, which is a mistake of the caller; damaged layouts on disk are
+caught by ``manifest_io``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from conmoe_edge.checkpoint.format.dtypes import CODES, nbytes_of, torch_dtype
+from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.format.factored import factors_of
 from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, KIND_OF_VALUES, LEFT, RIGHT, SCALE
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
-from conmoe_edge.units import round_up
-
-PART_ALIGNMENT = 64
-RECORD_ALIGNMENT = 4096
-
-
-def make_layout(
-    parts: Sequence[tuple[str, Sequence[int], str]], precision: str = "source"
-) -> RecordLayout:
-    """Lay out ``(name, shape, torch dtype name)`` parts one after another, in the order given."""
-    if len({name for name, _, _ in parts}) != len(parts):
-        raise ValueError("two parts of a record have the same name")
-    placed: list[RecordPart] = []
-    end = 0
-    for name, shape, dtype in parts:
-        offset = round_up(end, PART_ALIGNMENT)
-        nbytes = nbytes_of(dtype, shape)
-        placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
-        end = offset + nbytes
-    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
 
 
 def encode(
@@ -134,28 +113,15 @@ def pack(
 
 
 def view(layout: RecordLayout, record: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a record uint8 ``[nbytes]`` as tensors that share its memory."""
-    if record.shape != (layout.nbytes,):
-        raise ValueError(f"a record has {layout.nbytes} bytes, got {list(record.shape)}")
-    return {name: pool[0] for name, pool in pool_views(layout, record.unsqueeze(0)).items()}
-
-
-def pool_views(layout: RecordLayout, pool: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a pool uint8 ``[slots, nbytes]`` as strided views ``[slots, *shape]`` that share
-    its memory.
-
-    Only the leading axis is strided: every slot's own part is contiguous.
-    """
-    if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.shape[1] != layout.nbytes:
+    """The parts of a record uint8 ``[nbytes]`` as contiguous tensors that share its memory."""
+    if record.dtype != torch.uint8 or record.shape != (layout.nbytes,):
         raise ValueError(
-            f"a pool is uint8 [slots, {layout.nbytes}], got {pool.dtype} {list(pool.shape)}"
+            f"a record is uint8 [{layout.nbytes}], got {record.dtype} {list(record.shape)}"
         )
     return {
-        part.name: pool[:, part.offset : part.offset + part.nbytes]  # [slots, part bytes]
+        part.name: record[part.offset : part.offset + part.nbytes]
         .view(_dtype(part))
-        .unflatten(1, part.shape)
-        if part.shape
-        else pool[:, part.offset : part.offset + part.nbytes].view(_dtype(part)).squeeze(1)
+        .view(part.shape)
         for part in layout.parts
     }
 

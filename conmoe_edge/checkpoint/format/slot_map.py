@@ -7,10 +7,10 @@ For a token t with router slots i and gates g_i, a consolidated layer computes (
 
 ``SlotMap`` holds m, s and the rows of the constants c, once and frozen. Every backend renders it for itself:
 ``model/slot_tensors.py`` for torch, ``offload/kernels/cpu/structs.py`` for the C++ operator,
-``offload/kernels/triton/gpu_tables.py`` for Triton, ``integrations/vllm/layer_tables.py`` for a stack of vLLM.
+``offload/kernels/triton/gpu_tables.py`` for Triton, ``integrations/vllm/layer_stacks.py`` for a stack of vLLM.
 ``merge`` and ``gated_constants`` are the plain reference that each of them is tested against.
 
-Torch-free.
+No torch here.
 """
 
 from __future__ import annotations
@@ -108,3 +108,21 @@ class SlotMap:
             for slot, gate in zip(slots, gates, strict=True)
             if 0 <= slot < len(self.constants) and self.constants[slot] != NONE
         ]
+
+
+def sharing_layers(maps: Mapping[int, SlotMap]) -> tuple[tuple[int, ...], ...]:
+    """The layers of ``maps`` in groups: layers that share a prototype, directly or through others, are in one group.
+
+    Layers ascend inside a group; groups are in the order of their first layers.
+    """
+    groups: list[tuple[set[int], set[int]]] = []  # layers, prototypes
+    for layer, one in maps.items():
+        layers, numbers, apart = {layer}, set(one.prototypes), []
+        for group in groups:
+            if numbers.isdisjoint(group[1]):
+                apart.append(group)
+            else:
+                layers |= group[0]
+                numbers |= group[1]
+        groups = [*apart, (layers, numbers)]
+    return tuple(sorted(tuple(sorted(layers)) for layers, _ in groups))

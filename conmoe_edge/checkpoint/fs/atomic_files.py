@@ -1,6 +1,6 @@
 """Whole files or none: a file grows under another name, is synced, and gets its name at the end.
 
-``write_bytes``, ``write_json`` and ``atomic_json`` for small files; ``temporary_name`` and
+``write_bytes`` and ``write_json`` for small files; ``temporary_name`` and
 ``finish`` for writers of large ones. No torch here.
 
 Peak memory: the data. Raises ``NoSpace`` when the disk is full, ``ConmoeError`` when it cannot be
@@ -52,11 +52,6 @@ def write_json(path: Path, value: Any) -> WrittenFile:
     return write_bytes(path, text.encode())
 
 
-def atomic_json(path: Path, value: Any) -> None:
-    """``write_json`` for those who do not want to know more."""
-    write_json(path, value)
-
-
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
     """The name under which ``path`` grows; gone again when the block fails, which also frees a disk
@@ -71,7 +66,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 
 
 def finish(temporary: Path, path: Path) -> None:
-    """Content first, then the name: whoever sees the name sees everything."""
+    """Content first, then the name: a name that is there has all of its content."""
     durable.fsync_file(temporary)
     _drop_from_cache(temporary)
     durable.replace(temporary, path)

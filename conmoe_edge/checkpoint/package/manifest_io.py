@@ -1,6 +1,6 @@
 """``conmoe.json`` to and from ``Manifest``, and the check of a whole package. No torch here.
 
-A manifest comes from somebody else's disk: every number, name and reference in it is checked
+A manifest may come from another machine: every number, name and reference in it is checked
 before anything is opened by it (``manifest_schema`` has the shape, this file what must agree with
 what). The same manifest always gives the same bytes.
 
@@ -49,8 +49,8 @@ def save_manifest(path: Path, manifest: Manifest) -> WrittenFile:
         PackageError: the manifest is not one that ``load_manifest`` would take.
     """
     data = to_json(manifest)
-    # What cannot be read back must not be written: a mistake is cheaper here than in somebody's
-    # chat.
+    # What cannot be read back must not be written: a mistake is cheaper here than when the
+    # package is run.
     from_json(data)
     return write_bytes(path / MANIFEST_NAME if path.is_dir() else path, data)
 

@@ -1,7 +1,7 @@
 """The prototypes of a package by their ids, one at a time, for readers outside the runtime.
 
-The runtime reads records into cache slots (``offload/storage/record_store.py``); whoever turns a package into something
-else wants one expert's tensors in a floating-point format. Peak memory: one record, and the expert expanded. Raises
+The runtime reads records into cache slots (``offload/storage/record_store.py``); an export wants one expert's tensors
+in a floating-point format. Peak memory: one record, and the expert expanded. Raises
 ``PackageError`` for a package whose files do not hold what its manifest says, ``CheckpointError`` where a read fails.
 """
 

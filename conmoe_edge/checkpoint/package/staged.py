@@ -158,8 +158,8 @@ class StagedFolder:
 
     def _release(self) -> None:
         if self._lock.is_locked:
-            # While it is held: whoever opened the old file meanwhile sees that its name is gone and
-            # tries again.
+            # While it is held: another process that opened the old file meanwhile sees that its name
+            # is gone, and tries again.
             with suppress(OSError):
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
@@ -184,7 +184,7 @@ class StagedFolder:
                 "",
                 "Add --overwrite to replace it, or choose another --out.",
             )
-        # An --out that was mistyped must not cost somebody their documents.
+        # An --out that was mistyped must not cost documents.
         if not _replaceable(self.target, self._marker):
             raise OutputExists(
                 f"{self.target} exists and is no package of conmoe-edge.",

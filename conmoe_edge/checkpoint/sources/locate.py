@@ -59,7 +59,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A model before any download of weights: ``path`` holds at least ``config.json``."""
+    """A model before any download of weights: ``path`` holds at least ``config.json``.
+
+    ``index`` is ``None`` where the weights are not on this disk.
+    """
 
     name: str
     kind: Kind
@@ -67,6 +70,7 @@ class Description:
     revision: str | None
     hub_id: str | None
     tensors: Mapping[str, Header]
+    index: CheckpointIndex | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -129,7 +133,7 @@ def _local(meaning: Meaning, folder: Path, revision: str | None) -> Description:
         name: Header(entry.torch_name, entry.shape, entry.nbytes, entry.file)
         for name, entry in index.tensors.items()
     }
-    return Description(meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors)
+    return Description(meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors, index)
 
 
 def _commit(folder: Path) -> str | None:

@@ -41,8 +41,7 @@ def find_origin(manifest: Manifest) -> Source | None:
 
 def fingerprint_of(source: Source) -> dict[str, Any]:
     """The identity of a model in a folder."""
-    index = CheckpointIndex.open(source.path)
-    return fingerprint(index, (source.path / "config.json").read_bytes())
+    return fingerprint(CheckpointIndex.open(source.path))
 
 
 def differs(wanted: Any, found: Mapping[str, Any]) -> str:

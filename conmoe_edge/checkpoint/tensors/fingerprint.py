@@ -16,19 +16,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, ShardFile
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, ShardFile, require_config
 from conmoe_edge.errors import CheckpointError
 
 _SAMPLE = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(index: CheckpointIndex, config: bytes) -> dict[str, Any]:
+def fingerprint(index: CheckpointIndex) -> dict[str, Any]:
     """The identity of a source model: ``{"config", "files": {name: {"size", "sha256" | "sampled"}},
     "id"}``.
 
-    ``config`` are the bytes of ``config.json``. ``id`` is a hash over the rest.
+    ``config`` is the hash of ``config.json``, ``id`` one over the rest.
     """
+    config = require_config(index.folder)
     files = {name: _file(shard) for name, shard in sorted(index.files.items())}
     result: dict[str, Any] = {"config": hashlib.sha256(config).hexdigest(), "files": files}
     result["id"] = settings_fingerprint(result)

@@ -92,8 +92,8 @@ class CheckpointIndex:
             files[name], entries = read_header(folder, name)
             for entry in entries:
                 if weight_map is not None and weight_map.get(entry.name) != name:
-                    # A tensor that another shard, or nobody, claims: transformers would load it by
-                    # luck of the order.
+                    # The index has this tensor in another shard or not at all: which one transformers
+                    # loads would depend on the order.
                     where = weight_map.get(entry.name, "no file at all")
                     raise CheckpointError(
                         f"{name} holds the tensor {entry.name!r}, which the index has not there.",

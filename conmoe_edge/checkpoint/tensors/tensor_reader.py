@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from conmoe_edge.checkpoint.format.dtypes import torch_dtype
+from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import CheckpointError
 

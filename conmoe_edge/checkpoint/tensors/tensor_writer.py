@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize, nbytes_of
-from conmoe_edge.checkpoint.format.records import RECORD_ALIGNMENT
+from conmoe_edge.checkpoint.format.layout import RECORD_ALIGNMENT
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, finish, temporary_name, write_json
 from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.checkpoint.tensors.tensor_index import INDEX_FILE

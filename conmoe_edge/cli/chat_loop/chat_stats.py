@@ -24,7 +24,8 @@ class ChatStats:
     ``answered`` is false before the first answer; the figures of an answer are 0 then. ``tier`` is
     what the device memory is called. ``hit_rate`` is the share of prototypes that were in memory
     when the last answer needed them, ``None`` where it needed none. ``finish`` is the word of
-    ``TurnStats``.
+    ``TurnStats``. ``kernel`` computes the experts; ``fast_path`` says how single tokens are computed,
+    empty where the runtime does not say.
     """
 
     answered: bool
@@ -43,6 +44,8 @@ class ChatStats:
     slots: int
     context_used: int
     context: int
+    kernel: str
+    fast_path: str
 
     @property
     def resident_share(self) -> float:
@@ -87,7 +90,7 @@ def _cache_text(stats: ChatStats) -> str:
 def stats_rows(stats: ChatStats) -> list[tuple[str, str]]:
     """``/stats``: the last answer, a figure a line."""
     if not stats.answered:
-        return [("no answer yet", ""), ("memory", memory_text(stats))]
+        return [("no answer yet", ""), ("memory", memory_text(stats)), *_compute_rows(stats)]
     below = "the disk" if stats.tier == "RAM" else "RAM or the disk"
     return [
         ("answer", f"{counted(stats.tokens, 'token')}, ended by {_ENDED_BY[stats.finish]}"),
@@ -96,7 +99,13 @@ def stats_rows(stats: ChatStats) -> list[tuple[str, str]]:
         ("first token", f"after {duration(stats.first_token_seconds)}"),
         ("memory", memory_text(stats)),
         ("experts read", f"{human_size(stats.bytes_read)} from {below}"),
+        *_compute_rows(stats),
     ]
+
+
+def _compute_rows(stats: ChatStats) -> list[tuple[str, str]]:
+    rows = [("kernel", stats.kernel if stats.prototypes else ""), ("fast path", stats.fast_path)]
+    return [(name, value) for name, value in rows if value]
 
 
 _ENDED_BY = {
@@ -140,6 +149,7 @@ def stats_json(stats: ChatStats) -> dict[str, Any]:
 def read_stats(session: ChatSession) -> ChatStats:
     """The figures of now."""
     turn, runtime = session.last, session.runtime.stats()
+    path = getattr(session.runtime, "fast_path", None)
     asked = turn is not None and turn.hits + turn.misses > 0
     return ChatStats(
         answered=turn is not None,
@@ -158,4 +168,6 @@ def read_stats(session: ChatSession) -> ChatStats:
         slots=runtime.slots,
         context_used=session.context_used,
         context=session.context,
+        kernel=runtime.kernel,
+        fast_path="" if path is None else path.summary,
     )

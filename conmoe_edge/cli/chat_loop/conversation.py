@@ -1,13 +1,11 @@
-"""What a chat consists of: the system text, the messages, the sampling settings; and its file. No
-terminal, no model.
-"""
+"""What a chat consists of: the system text and the messages; and its file. No terminal, no model."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -23,55 +21,6 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 is greedy; ``seed`` ``None`` draws anew each
-    time.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def with_setting(self, name: str, value: str) -> Sampling:
-        """A copy with one setting changed; the value as it was typed, ``default`` takes it back.
-
-        Raises:
-            UsageError: no such setting, or not a value of it.
-        """
-        key = name.strip().lower().replace("-", "_")
-        if key not in _SETTINGS:
-            raise UsageError(
-                f"There is no setting {name!r}.", "", f"/set {'|'.join(_SETTINGS)} VALUE"
-            )
-        convert, low, high, example = _SETTINGS[key]
-        if value.strip().lower() == "default":
-            return replace(self, **{key: None})
-        try:
-            number = convert(value)
-        except ValueError:
-            number = None
-        if number is None or not low <= number <= high:
-            raise UsageError(f"{value!r} is no value for {key}.", "", f"/set {key} {example}")
-        return replace(self, **{key: number})
-
-    def describe(self) -> list[tuple[str, str]]:
-        """Every setting and its value."""
-        return [
-            (name, "default" if getattr(self, name) is None else str(getattr(self, name)))
-            for name in _SETTINGS
-        ]
-
-
-_SETTINGS: dict[str, tuple[Any, float, float, str]] = {
-    "temperature": (float, 0.0, 10.0, "0.6"),
-    "top_p": (float, 0.01, 1.0, "0.95"),
-    "max_tokens": (int, 1, 1 << 24, "512"),
-    "seed": (int, 0, 2**63 - 1, "7"),
-}
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The conversation loop: read a message, answer it or obey its command, until the user leaves.
 
-Knows neither the terminal (``_prompt.Reader`` or anything with ``read``) nor torch (``ChatSession``
+Knows neither the terminal (``prompt_input.Reader`` or anything with ``read``) nor torch (``ChatSession``
 or anything with its methods), so that tests drive it with a list of lines.
 """
 
@@ -20,12 +20,14 @@ from conmoe_edge.cli.chat_loop.chat_stats import (
     read_stats,
     stats_rows,
 )
-from conmoe_edge.cli.chat_loop.conversation import Conversation, Sampling
+from conmoe_edge.cli.chat_loop.conversation import Conversation
+from conmoe_edge.cli.chat_loop.set_command import setting_rows, with_setting
 from conmoe_edge.cli.chat_loop.turn import run_turn
 from conmoe_edge.cli.ui.error_text import describe
 from conmoe_edge.cli.ui.text import counted, printable, without_controls
 from conmoe_edge.cli.views.plan_views import table_view
 from conmoe_edge.errors import ConmoeError, ContextFull, UsageError
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -68,16 +70,16 @@ class Repl:
         *,
         name: str,
         conversation: Conversation | None = None,
-        sampling: Sampling | None = None,
+        sampling: SamplingSettings | None = None,
     ) -> None:
         self.session = session
         self.output = output
         self.name = name
         self.conversation = conversation or Conversation()
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling or SamplingSettings()
 
     def run(self, reader: MessageReader) -> None:
-        """Until the user leaves. Only errors that nobody foresaw come out of it."""
+        """Until the user leaves. Errors on purpose are shown; others are raised."""
         leaving = False
         while True:
             try:
@@ -184,11 +186,11 @@ class Repl:
         """Show the sampling settings or change one."""
         words = rest.replace("=", " ").split()
         if not words:
-            self.output.note(table_view(("setting", "value"), self.sampling.describe()))
+            self.output.note(table_view(("setting", "value"), setting_rows(self.sampling)))
             return
         if len(words) != 2:
             raise UsageError("/set takes a name and a value.", "", "/set temperature 0.6")
-        self.sampling = self.sampling.with_setting(*words)
+        self.sampling = with_setting(self.sampling, *words)
         self.output.note(f"{words[0]} is {words[1]}.")
 
     def save(self, rest: str) -> None:

@@ -8,13 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from conmoe_edge.cli.chat_loop.conversation import Message, Sampling
+from conmoe_edge.cli.chat_loop.conversation import Message
 from conmoe_edge.errors import ContextFull
 
 if TYPE_CHECKING:
+    from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
     from conmoe_edge.offload.generation.session import ChatSession
 
 
@@ -33,7 +34,7 @@ class Turn:
 def run_turn(
     session: ChatSession,
     messages: Sequence[Message],
-    sampling: Sampling,
+    sampling: SamplingSettings,
     show: Callable[[str], None],
 ) -> Turn:
     """Ask, and hand every piece of the answer to ``show`` as it comes.
@@ -47,7 +48,7 @@ def run_turn(
     full = None
     with stop_on_interrupt() as stop:
         try:
-            for piece in session.reply(plain, stop_event=stop, **asdict(sampling)):
+            for piece in session.reply(plain, sampling, stop_event=stop):
                 pieces.append(piece)
                 show(piece)
         except ContextFull as error:

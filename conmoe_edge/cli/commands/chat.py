@@ -18,8 +18,8 @@ from conmoe_edge.cli.ui.cli_options import (
 from conmoe_edge.errors import PackageError, UsageError
 
 if TYPE_CHECKING:
-    from conmoe_edge.cli.chat_loop.conversation import Sampling
     from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
     from conmoe_edge.offload.generation.session import ChatSession
 
 
@@ -84,7 +84,8 @@ def chat(
       conmoe-edge chat ./out --gpu 4GB --prompt "Name three rivers." --max-tokens 100
       cat letter.txt | conmoe-edge chat ./out --system "Answer in one sentence." --json
     """
-    from conmoe_edge.cli.chat_loop.conversation import Sampling
+    from conmoe_edge.cli.ui.text import path_text
+    from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
     check_package(folder)
     question = prompt if prompt is not None else _piped()
@@ -96,8 +97,14 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
-    session = open_session(folder, gpu, device, context, output, cache_policy, misses)
-    drawn = Sampling(**sampling)
+    output.note(f"Loading {path_text(folder)} ...")
+    from conmoe_edge.api.running import open_session
+    from conmoe_edge.memory.garbage import settle
+
+    where = None if device == "auto" else device
+    session = open_session(folder, gpu, where, context, cache_policy, misses)
+    settle()
+    drawn = SamplingSettings(**sampling)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
     else:
@@ -130,43 +137,11 @@ def _piped() -> str | None:
     return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
 
 
-def open_session(
-    folder: Path,
-    gpu: str | None,
-    device: str,
-    context: int | None,
-    output: Output,
-    cache_policy: str | None = None,
-    misses: str = "copy",
-) -> ChatSession:
-    """Load the package inside the budget."""
-    from conmoe_edge.cli.ui.text import path_text
-
-    output.note(f"Loading {path_text(folder)} ...")
-    from transformers import AutoTokenizer
-
-    from conmoe_edge import api
-    from conmoe_edge.memory.garbage import settle
-    from conmoe_edge.offload.generation.session import ChatSession
-
-    model = api.load(
-        folder,
-        budget=gpu,
-        device=None if device == "auto" else device,
-        context=context,
-        cache_policy=cache_policy,
-        misses=misses,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    settle()
-    return ChatSession(model, tokenizer, context)
-
-
 def _converse(
     session: ChatSession,
     folder: Path,
     system: str,
-    sampling: Sampling,
+    sampling: SamplingSettings,
     output: Output,
     *,
     keep_history: bool,
@@ -188,7 +163,7 @@ def _converse(
 
 
 def _answer_once(
-    session: ChatSession, question: str, system: str, sampling: Sampling, output: Output
+    session: ChatSession, question: str, system: str, sampling: SamplingSettings, output: Output
 ) -> None:
     from conmoe_edge.cli.chat_loop.chat_stats import footer, read_stats, stats_json
     from conmoe_edge.cli.chat_loop.conversation import Conversation

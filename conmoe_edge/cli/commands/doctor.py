@@ -40,16 +40,16 @@ def doctor(ctx: click.Context, folder: Path, disk_speed: bool, output: Output) -
       conmoe-edge doctor --folder /mnt/models --disk-speed
       conmoe-edge doctor --json
     """
-    from conmoe_edge.cli.views.checks import all_checks
-    from conmoe_edge.cli.views.plan_views import check_view
+    from conmoe_edge.api.diagnosing import findings
+    from conmoe_edge.cli.views.plan_views import finding_view
 
-    findings = []
-    for check in all_checks(folder, disk_speed=disk_speed):
-        findings.append(check)
-        output.result(check_view(check))
-    failed = sum(check.status == "fail" for check in findings)
-    warned = sum(check.status == "warn" for check in findings)
-    output.value({"ok": failed == 0, "checks": [check.to_json() for check in findings]})
+    found = []
+    for finding in findings(folder, disk_speed=disk_speed):
+        found.append(finding)
+        output.result(finding_view(finding))
+    failed = sum(one.status == "fail" for one in found)
+    warned = sum(one.status == "warn" for one in found)
+    output.value({"ok": failed == 0, "checks": [one.to_json() for one in found]})
     output.note()
     output.note(_verdict(failed, warned))
     if failed:

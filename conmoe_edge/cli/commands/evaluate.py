@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conmoe_edge.cli.ui.cli_options import (
-    Tokens,
     common_options,
+    file_option,
+    number_option,
     package_budget_option,
     run_device_option,
+    tokens_option,
 )
 from conmoe_edge.errors import UsageError
 
@@ -41,52 +43,29 @@ _TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context")
     help="Compare with this package or model; `none` for nothing.  [default: the model that the "
     "package was made from, if it is on this machine]",
 )
-@click.option(
+@file_option(
     "--text",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Text to measure on, which no calibration should have seen; lines <|document domain=NAME|> "
+    "Text to measure on, which no calibration should have seen; lines <|document domain=NAME|> "
     "divide it.  [default: a held-out text that comes along]",
 )
-@click.option(
-    "--tokens",
-    metavar="N",
-    type=Tokens(),
-    default=8192,
-    show_default=True,
-    help="How much of the text.",
-)
-@click.option(
-    "--sequence-length",
-    metavar="N",
-    type=Tokens(),
-    default=512,
-    show_default=True,
-    help="Tokens of one sequence.",
-)
-@click.option(
+@tokens_option("--tokens", "How much of the text.", default=8192)
+@tokens_option("--sequence-length", "Tokens of one sequence.", default=512)
+@number_option(
     "--seed",
-    metavar="N",
-    type=click.IntRange(0),
+    "Which parts of the text: 0 spreads them evenly, others draw them.",
+    least=0,
     default=0,
-    show_default=True,
-    help="Which parts of the text: 0 spreads them evenly, others draw them.",
 )
-@click.option(
+@number_option(
     "--continuations",
-    metavar="N",
-    type=click.IntRange(0),
+    "Beginnings of the text that are continued greedily, to see repetition; 0 for none.",
+    least=0,
     default=6,
-    show_default=True,
-    help="Beginnings of the text that are continued greedily, to see repetition; 0 for none.",
 )
-@click.option(
+@tokens_option(
     "--continuation-tokens",
-    metavar="N",
-    type=Tokens(),
+    "Length of each continuation. Every token runs every layer.",
     default=48,
-    show_default=True,
-    help="Length of each continuation. Every token runs every layer.",
 )
 @click.option(
     "--tasks",
@@ -99,15 +78,12 @@ _TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context")
     type=click.Path(path_type=Path, file_okay=False),
     help="Task files of your own, for --tasks.",
 )
-@click.option("--limit", metavar="N", type=click.IntRange(1), help="Examples of each task at most.")
-@click.option(
-    "--fewshot",
-    metavar="N",
-    type=click.IntRange(0),
-    help="Examples before each question of a task.  [default: the task's]",
+@number_option("--limit", "Examples of each task at most.", least=1)
+@number_option(
+    "--fewshot", "Examples before each question of a task.  [default: the task's]", least=0
 )
 @package_budget_option
-@click.option("--context", metavar="N", type=Tokens(), help="Context to load for, with --tasks.")
+@tokens_option("--context", "Context to load for, with --tasks.")
 @run_device_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a MODEL on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket.")

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import common_options
+from conmoe_edge.cli.ui.cli_options import (
+    common_options,
+    file_option,
+)
 from conmoe_edge.cli.ui.text import path_text
 
 if TYPE_CHECKING:
@@ -31,11 +34,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Clone of llama.cpp whose convert_hf_to_gguf.py is used.  [default: the one on PATH]",
 )
-@click.option(
-    "--converter-python",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Python that has the converter's requirements.  [default: this one]",
+@file_option(
+    "--converter-python", "Python that has the converter's requirements.  [default: this one]"
 )
 @click.option(
     "--outtype",

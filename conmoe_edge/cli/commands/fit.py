@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import Tokens, common_options, lever_options, levers
+from conmoe_edge.cli.ui.cli_options import (
+    common_options,
+    file_option,
+    lever_options,
+    number_option,
+    plan_request,
+    tokens_option,
+)
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.cli.ui.name_completion import complete_model
 from conmoe_edge.cli.ui.text import path_text
@@ -31,26 +38,17 @@ if TYPE_CHECKING:
     help="Folder to write; it is whole or absent, never half there.",
 )
 @lever_options
-@click.option(
+@file_option(
     "--calibration",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Plain text to calibrate on; best is text like what you will ask.  [default: a text that "
+    "Plain text to calibrate on; best is text like what you will ask.  [default: a text that "
     "comes along]",
 )
-@click.option(
-    "--calibration-tokens",
-    metavar="N",
-    type=Tokens(),
-    help="How many tokens of it to use; more is slower and steadier.",
-)
-@click.option(
+@tokens_option("--calibration-tokens", "How many tokens of it to use; more is slower and steadier.")
+@number_option(
     "--seed",
-    metavar="N",
-    type=click.IntRange(0),
+    "Which parts of the calibration text are used: 0 spreads them evenly, others draw them.",
+    least=0,
     default=0,
-    show_default=True,
-    help="Which parts of the calibration text are used: 0 spreads them evenly, others draw them.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on where a run stopped.")
@@ -75,20 +73,22 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge import api
     from conmoe_edge.cli.ui.progress import ProgressView
 
+    request = plan_request(parameters)
+    place = {"revision": parameters["revision"], "offline": parameters["offline"]}
     if dry_run:
         from conmoe_edge.cli.commands.plan import show_plan
 
-        report = api.plan(model, **levers(parameters))
+        report = api.plan(model, request, **place)
         show_plan(output, report, out)
         output.note("Dry run: nothing was written.")
         return
     overwrite = _may_replace(out, output, overwrite=parameters["overwrite"], yes=yes)
 
     def on_plan(report: PlanReport) -> None:
-        from conmoe_edge.cli.commands.plan import free_disk
         from conmoe_edge.cli.views.plan_views import plan_view
+        from conmoe_edge.memory.machine import disk_free_if_readable
 
-        output.note(plan_view(report, out, free_disk(out)))
+        output.note(plan_view(report, out, disk_free_if_readable(out)))
         output.note()
 
     view = ProgressView(output)
@@ -97,9 +97,9 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
             report = api.fit(
                 model,
                 out,
-                **levers(parameters),
+                request,
+                **place,
                 calibration=parameters["calibration"],
-                calibration_tokens=parameters["calibration_tokens"],
                 seed=parameters["seed"],
                 fresh=parameters["fresh"],
                 overwrite=overwrite,
@@ -115,7 +115,7 @@ def _may_replace(out: Path, output: Output, *, overwrite: bool, yes: bool) -> bo
     """Whether a package at ``out`` may be replaced; on a terminal that is asked, before any work.
 
     Raises:
-        OutputExists: it is there, and nobody said that it may go.
+        OutputExists: it is there, and was not released for replacement.
     """
     if overwrite or not (out / "conmoe.json").exists():
         return overwrite

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import common_options
+from conmoe_edge.cli.ui.cli_options import (
+    common_options,
+    file_option,
+)
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -19,17 +22,12 @@ _PIPED_WIDTH = 80
 @click.command(short_help="Show what was done to the experts of a package.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
-@click.option(
-    "--html",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a page with pictures: one file, opens in any browser, needs no network.",
+@file_option(
+    "--html", "Write a page with pictures: one file, opens in any browser, needs no network."
 )
-@click.option(
+@file_option(
     "--bench",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="What `bench DIR --json` printed: puts measured speed and memory beside the planned ones.",
+    "What `bench DIR --json` printed: puts measured speed and memory beside the planned ones.",
 )
 @common_options
 def inspect(
@@ -52,7 +50,7 @@ def inspect(
     from conmoe_edge.cli.commands.chat import check_package
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.inspect_view import inspect_view
-    from conmoe_edge.report.package_summary import gather, to_json
+    from conmoe_edge.report.package_summary import summarise, to_json
 
     check_package(folder)
     if verify:
@@ -67,7 +65,7 @@ def inspect(
             output.note("Replaying the routing trace ...")
         told = True
 
-    facts = gather(folder, verify=verify, bench=bench, curves=curves, tell=tell)
+    facts = summarise(folder, verify=verify, bench=bench, curves=curves, tell=tell)
     output.value(to_json(facts))
     width = shutil.get_terminal_size().columns if output.stdout_is_terminal else _PIPED_WIDTH
     output.result(inspect_view(facts, width))

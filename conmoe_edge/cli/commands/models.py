@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,10 +11,7 @@ from conmoe_edge.cli.ui.lazy import SuggestingGroup
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_model, complete_own_alias
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from conmoe_edge.cli.ui.output import Output
-    from conmoe_edge.cli.views.models_facts import ModelRow
 
 
 @click.group(
@@ -49,21 +45,16 @@ def models(ctx: click.Context, gpu: str | None, online: bool, output: Output) ->
     """
     if ctx.invoked_subcommand is not None:
         return
+    from conmoe_edge import api
     from conmoe_edge.checkpoint.sources.user_aliases import alias_file
     from conmoe_edge.cli.ui.text import counted, path_text
-    from conmoe_edge.cli.views.models_facts import gather_models, to_json, with_plans
-    from conmoe_edge.errors import UsageError
+    from conmoe_edge.cli.views.models_view import models_view
 
-    if online and gpu is None:
-        raise UsageError("--online has nothing to ask.", "", "--online --gpu SIZE")
-    rows = gather_models()
-    if gpu is not None:
-        rows = with_plans(
-            rows, gpu, online=online, tell=lambda name: output.note(f"Planning {name} ...")
-        )
-    output.value({"models": to_json(rows), "aliases_file": str(alias_file()), "budget": gpu})
+    rows = api.models(gpu, online=online, on_plan=lambda name: output.note(f"Planning {name} ..."))
+    listed = [row.to_json() for row in rows]
+    output.value({"models": listed, "aliases_file": str(alias_file()), "budget": gpu})
     shown = rows if gpu is None else tuple(row for row in rows if row.report or row.problem)
-    output.result(_view(shown, planned=gpu is not None))
+    output.result(models_view(shown, planned=gpu is not None))
     output.note()
     where = path_text(alias_file())
     output.note(f"Your own names are in {where}: conmoe-edge models alias NAME TARGET.")
@@ -116,52 +107,3 @@ def _said(text: str) -> str:
     from conmoe_edge.cli.ui.text import printable
 
     return printable(text)
-
-
-def _view(rows: tuple[ModelRow, ...], *, planned: bool) -> RenderableType:
-    from conmoe_edge.cli.views.plan_views import table_view
-    from conmoe_edge.units import human_size
-
-    headers = ("name", "on this disk", "how it would fit" if planned else "model")
-    table = []
-    for row in rows:
-        size = "" if row.nbytes is None else human_size(row.nbytes)
-        here = "partly" if row.here == "partly" else size
-        last = _fits(row) if planned else _target(row)
-        table.append((row.name + (" (yours)" if row.own else ""), here, last))
-    return table_view(headers, table, numbers=frozenset({1}))
-
-
-def _target(row: ModelRow) -> str:
-    if row.problem is not None:
-        return f"{row.target}: not there"
-    if row.target.startswith("package:"):
-        return "comes along"
-    return "" if row.target == row.name else _short(row.target)
-
-
-def _short(target: str) -> str:
-    from conmoe_edge.cli.ui.text import path_text
-
-    return path_text(target) if Path(target).is_absolute() else target
-
-
-def _fits(row: ModelRow) -> str:
-    """``25 % removed, int4, 87 % resident, ~12 tok/s``."""
-    from conmoe_edge.cli.ui.text import percent, percent_whole
-    from conmoe_edge.cli.views.plan_views import precision_name
-
-    if row.problem is not None:
-        return row.problem.what
-    if row.report is None:
-        return "–"
-    plan = row.report.plan
-    chosen = plan.chosen
-    parts = ["fits unchanged"] if plan.unchanged else [f"in {precision_name(chosen.precision)}"]
-    if chosen.rate:
-        parts.append(f"{percent(chosen.rate)} removed")
-    if chosen.resident_share < 1:
-        parts.append(f"{percent_whole(chosen.resident_share)} resident")
-    if chosen.tokens_per_second is not None:
-        parts.append(f"~{chosen.tokens_per_second:.3g} tok/s")
-    return ", ".join(parts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import common_options, lever_options, levers
+from conmoe_edge.cli.ui.cli_options import common_options, lever_options, plan_request
 from conmoe_edge.cli.ui.name_completion import complete_model
 
 if TYPE_CHECKING:
@@ -34,23 +34,19 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
     """
     from conmoe_edge import api
 
-    report = api.plan(model, **levers(parameters))
+    report = api.plan(
+        model,
+        plan_request(parameters),
+        revision=parameters["revision"],
+        offline=parameters["offline"],
+    )
     show_plan(output, report, Path("out"))
 
 
 def show_plan(output: Output, report: PlanReport, out: Path) -> None:
     """The plan as the command's result."""
     from conmoe_edge.cli.views.plan_views import plan_view
+    from conmoe_edge.memory.machine import disk_free_if_readable
 
     output.value(report.to_json())
-    output.result(plan_view(report, out, free_disk(out)))
-
-
-def free_disk(out: Path) -> int | None:
-    """Free bytes on the disk where ``out`` will be, ``None`` where that cannot be read."""
-    from conmoe_edge.memory.machine import disk_free
-
-    try:
-        return disk_free(out)
-    except OSError:
-        return None
+    output.result(plan_view(report, out, disk_free_if_readable(out)))

@@ -7,7 +7,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,11 +16,8 @@ import click
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
-from conmoe_edge.plan.serving import ENGINES, levers_for
-from conmoe_edge.plan.width_levers import WIDTHS
-
-DEVICES = ("auto", "cpu", "cuda")
-PREFERENCES = ("quality", "speed")
+from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
+from conmoe_edge.plan.serving import ENGINES, request_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +103,26 @@ class Tokens(click.ParamType):
         return int(digits) * factor
 
 
+def tokens_option(flag: str, help: str, default: int | None = None) -> Callable[..., Any]:
+    """A flag that takes a number of tokens; without a ``default``, ``help`` says what happens without it."""
+    shown = {} if default is None else {"default": default, "show_default": True}
+    return click.option(flag, metavar="N", type=Tokens(), help=help, **shown)
+
+
+def number_option(
+    flag: str, help: str, *, least: int, default: int | None = None
+) -> Callable[..., Any]:
+    """A flag that takes a whole number of at least ``least``; as ``tokens_option``."""
+    shown = {} if default is None else {"default": default, "show_default": True}
+    return click.option(flag, metavar="N", type=click.IntRange(least), help=help, **shown)
+
+
+def file_option(flag: str, help: str) -> Callable[..., Any]:
+    """A flag that takes the path of a file."""
+    kind = click.Path(path_type=Path, dir_okay=False)
+    return click.option(flag, metavar="FILE", type=kind, help=help)
+
+
 package_budget_option = click.option(
     "--gpu",
     metavar="SIZE|PROFILE|auto",
@@ -112,6 +130,12 @@ package_budget_option = click.option(
     help="Memory to stay within.  [default: what the package was planned for]",
 )
 """``--gpu`` of the commands that run a package."""
+
+planned_context_option = tokens_option(
+    "--context",
+    "Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
+)
+"""``--context`` where a plan decides without it."""
 
 run_device_option = click.option(
     "--device",
@@ -212,12 +236,7 @@ _LEVERS = (
         help="Number format of attention, shared experts and head; source keeps the checkpoint's "
         "own.",
     ),
-    click.option(
-        "--context",
-        metavar="N",
-        type=Tokens(),
-        help="Tokens of conversation to keep room for, 4096 or 32k.  [default: the plan's]",
-    ),
+    planned_context_option,
     click.option(
         "--device",
         type=click.Choice(DEVICES),
@@ -257,25 +276,13 @@ def lever_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def levers(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The lever flags among a command's parameters, under the names that ``conmoe_edge.api`` has
-    for them.
+def plan_request(parameters: dict[str, Any]) -> PlanRequest:
+    """What the lever flags among a command's parameters ask for.
+
+    Raises:
+        UsageError: a flag does not go with ``--for``.
     """
-    names = (
-        "device",
-        "context",
-        "rate",
-        "scope",
-        "precision",
-        "dense_precision",
-        "prefer",
-        "min_resident",
-        "method",
-        "widths",
-        "revision",
-        "offline",
-    )
-    found = {name: parameters[name] for name in names}
-    if parameters["engine"] is not None:
-        found = levers_for(parameters["engine"], found)
-    return {"budget": parameters["gpu"], **found}
+    names = {field.name for field in fields(PlanRequest)} & parameters.keys()
+    request = PlanRequest(budget=parameters["gpu"], **{name: parameters[name] for name in names})
+    engine = parameters["engine"]
+    return request if engine is None else request_for(engine, request)

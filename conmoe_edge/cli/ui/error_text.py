@@ -42,7 +42,7 @@ class ErrorText:
 
 
 def describe(error: BaseException) -> ErrorText:
-    """The text of any exception; one that nobody foresaw gets a single line and the way to its
+    """The text of any exception; one that was not foreseen gets a single line and the way to its
     traceback.
     """
     name = type(error).__name__

@@ -138,7 +138,7 @@ def _console(stream: IO[str]) -> Console:
 
 
 def _print(console: Console, renderable: RenderableType) -> None:
-    """Print; without the blanks that fill a table's last column where nobody sees colours."""
+    """Print; without the blanks that fill a table's last column where there are no colours."""
     if console.is_terminal:
         console.print(renderable)
         return

@@ -91,7 +91,7 @@ def add_to_rc(where: Place) -> bool:
     if where.lines in before:
         return False
     gap = "" if not before or before.endswith("\n") else "\n"
-    # A link (of somebody who keeps such files elsewhere) stays a link.
+    # A link stays a link: some keep such files elsewhere.
     target = where.rc.resolve()
     mode = target.stat().st_mode & 0o777 if target.is_file() else None
     _write(target, f"{before}{gap}\n{_MARK}\n{where.lines}\n")

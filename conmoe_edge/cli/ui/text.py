@@ -1,12 +1,22 @@
-"""Pure functions on text: numbers, durations, model output that is safe on a terminal. No imports
-from the package.
-"""
+"""Pure functions on text: numbers, durations, model output that is safe on a terminal."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
+
+from conmoe_edge.units import path_text, printable
+
+__all__ = [
+    "counted",
+    "duration",
+    "path_text",
+    "percent",
+    "percent_whole",
+    "printable",
+    "span",
+    "to_ascii",
+    "without_controls",
+]
 
 # What a console without UTF-8 gets instead; characters that are not listed become "?".
 _ASCII = str.maketrans(
@@ -64,11 +74,6 @@ def _is_control(character: str) -> bool:
     return 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
 
 
-def printable(text: str) -> str:
-    """One line that is safe to show: names of files and models may hold anything."""
-    return "".join(c if c.isprintable() and unicodedata.category(c) != "Cf" else "?" for c in text)
-
-
 def percent(share: float) -> str:
     """``0.25`` as ``25 %``; tenths only where they are not zero."""
     value = round(100 * share, 1)
@@ -103,20 +108,3 @@ def span(values: Iterable[int]) -> str:
     if not seen:
         return "0"
     return f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,}–{seen[-1]:,}"
-
-
-def path_text(path: Path | str) -> str:
-    """A path as one would type it: ``./out`` below the current folder, the whole path elsewhere;
-    quoted where needed.
-    """
-    import shlex
-
-    full = Path(path).expanduser().absolute()
-    here = Path.cwd()
-    if full == here:
-        text = "."
-    elif full.is_relative_to(here):
-        text = f"./{full.relative_to(here).as_posix()}"
-    else:
-        text = str(full)
-    return shlex.quote(printable(text))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from conmoe_edge.cli.views.bench_report import PhaseReport, Report
+from conmoe_edge.api.bench_report import BenchReport, PhaseReport
 from conmoe_edge.cli.views.bench_table import (
     machine_line,
     number,
@@ -50,7 +50,7 @@ class _Row:
     mark: float | None = None
 
 
-def bench_svg(report: Report) -> str:
+def bench_svg(report: BenchReport) -> str:
     """The whole file."""
     body: list[str] = []
     y = 34
@@ -82,7 +82,7 @@ def bench_svg(report: Report) -> str:
 _Block = tuple[str, tuple[tuple[str, str], ...], Sequence[_Row]]
 
 
-def _blocks(report: Report) -> list[_Block]:
+def _blocks(report: BenchReport) -> list[_Block]:
     decode, prefill = report.decode, report.prefill
     speeds = [_speed("decode", decode), _speed("prefill", prefill)]
     tiers = (("memory", "memory"), ("host", "host"), ("disk", "disk"))
@@ -106,7 +106,7 @@ def _speed(label: str, phase: PhaseReport) -> _Row:
     return _Row(label, (("done", reached),), max(bound, reached), note, mark=bound)
 
 
-def _bytes(report: Report) -> list[_Row]:
+def _bytes(report: BenchReport) -> list[_Row]:
     rows = []
     most = 0.0
     for label, phase in (("decode", report.decode), ("prefill", report.prefill)):

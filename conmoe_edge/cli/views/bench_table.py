@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from conmoe_edge.api.bench_report import BenchReport, PhaseReport, Spread
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole
-from conmoe_edge.cli.views.bench_report import PhaseReport, Report, Spread
 from conmoe_edge.cli.views.plan_views import precision_name, tier_name
 from conmoe_edge.units import GIB, MIB, human_size
 
@@ -19,12 +19,13 @@ _LEGEND = (
 )
 
 
-def bench_view(report: Report) -> RenderableType:
+def bench_view(report: BenchReport) -> RenderableType:
     """Package, machine, the figures of decode and prefill side by side, what they mean."""
     return Group(
         _head("Package", package_line(report)),
         _head("Machine", machine_line(report)),
         _head("Runtime", runtime_line(report)),
+        *([_head("Tokens", report.facts.fast_path)] if report.facts.fast_path else []),
         Text(),
         _figures(report),
         Text(),
@@ -32,7 +33,7 @@ def bench_view(report: Report) -> RenderableType:
     )
 
 
-def package_line(report: Report) -> str:
+def package_line(report: BenchReport) -> str:
     """``./out · 25 % removed · bf16 · 144 prototypes, 52 % resident``."""
     package = report.facts.package
     parts = [path_text(package["path"])]
@@ -45,7 +46,7 @@ def package_line(report: Report) -> str:
     return " · ".join([*parts, f"{package['prototypes']:,} prototypes, {share} resident"])
 
 
-def machine_line(report: Report) -> str:
+def machine_line(report: BenchReport) -> str:
     """``2 threads · memory 18.2 GB/s · disk 0.61 GB/s · 95 GFLOP/s``."""
     facts, budget = report.facts, report.facts.budget
     parts = ["GPU" if budget.device == "cuda" else counted(facts.threads, "thread")]
@@ -56,7 +57,7 @@ def machine_line(report: Report) -> str:
     return " · ".join([*parts, f"{facts.flops_per_second / 1e9:,.0f} GFLOP/s"])
 
 
-def runtime_line(report: Report) -> str:
+def runtime_line(report: BenchReport) -> str:
     """Kernel, cache policy and way of reading, as far as they matter and have names."""
     package, runtime = report.facts.package, report.facts.runtime
     if not package["prototypes"]:
@@ -70,7 +71,7 @@ def _head(label: str, value: str) -> Text:
     return Text.assemble((f"{label:<9}", "bold"), value)
 
 
-def _figures(report: Report) -> Table:
+def _figures(report: BenchReport) -> Table:
     prompt = report.facts.settings["prompt_tokens"]
     tokens = report.facts.settings["tokens"]
     table = Table.grid(padding=(0, 3, 0, 0))
@@ -103,7 +104,7 @@ def _figures(report: Report) -> Table:
     return table
 
 
-def _notes(report: Report) -> list[tuple[str, str]]:
+def _notes(report: BenchReport) -> list[tuple[str, str]]:
     facts, lines = report.facts, []
     ratio = report.expected_ratio
     if facts.expected is not None and ratio is not None:

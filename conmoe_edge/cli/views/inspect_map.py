@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import SlotFact
 
 _LEVELS = ((2.0, "█"), (1.0, "▓"), (0.5, "▒"), (0.25, "░"), (0.0, " "))
@@ -21,7 +21,7 @@ _LABEL = 7
 _STEP = 8
 
 
-def slot_map(facts: PackageFacts, width: int) -> RenderableType:
+def slot_map(facts: PackageSummary, width: int) -> RenderableType:
     """The whole map, in lines of at most ``width`` characters."""
     longest = max(len(row) for row in facts.slots.values())
     per_line = min(longest, max(_STEP, (width - _LABEL) // 2 // _STEP * _STEP))
@@ -57,7 +57,7 @@ def _numbers(count: int) -> Text:
     return Text(text.rstrip(), style="dim")
 
 
-def _legend(facts: PackageFacts) -> Text:
+def _legend(facts: PackageSummary) -> Text:
     counts = facts.counts()
     words = {"prototype": "its own expert", "constant": "a constant", "dropped": "nothing"}
     marks = [f"{_MARKS[kind]} {word}" for kind, word in words.items() if counts[kind]]

@@ -9,7 +9,7 @@ from rich.text import Text
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole, printable, span
 from conmoe_edge.cli.views.inspect_map import slot_map
 from conmoe_edge.cli.views.plan_views import precision_name, receipt_view, table_view, tier_name
-from conmoe_edge.report.package_summary import PackageFacts
+from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import PrototypeFact, quantile
 from conmoe_edge.units import human_size
 
@@ -17,7 +17,7 @@ _SHOWN = 5
 _NONE = "–"
 
 
-def inspect_view(facts: PackageFacts, width: int) -> RenderableType:
+def inspect_view(facts: PackageSummary, width: int) -> RenderableType:
     """Everything that a terminal has room for."""
     parts: list[RenderableType] = [
         _head("Package", package_line(facts)),
@@ -40,7 +40,7 @@ def inspect_view(facts: PackageFacts, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def package_line(facts: PackageFacts) -> str:
+def package_line(facts: PackageSummary) -> str:
     """``./out · demo (olmoe) · 6 MoE layers of 32 router slots · top-4``."""
     kind = f" ({facts.model_type})" if facts.model_type else ""
     parts = [path_text(facts.folder), printable(facts.name + kind)]
@@ -52,7 +52,7 @@ def package_line(facts: PackageFacts) -> str:
     return " · ".join(parts)
 
 
-def method_line(facts: PackageFacts) -> str:
+def method_line(facts: PackageSummary) -> str:
     """``auto · 50 % removed · scope 1 · bf16 · by conmoe-edge 0.1.0``."""
     manifest = facts.manifest
     parts = [printable(manifest.method)]
@@ -67,7 +67,7 @@ def method_line(facts: PackageFacts) -> str:
     return " · ".join(parts)
 
 
-def files_line(facts: PackageFacts) -> str:
+def files_line(facts: PackageSummary) -> str:
     """How large it is, and how far that was checked."""
     sizes = facts.sizes
     total = human_size(sizes.dense + sizes.prototypes + sizes.other)
@@ -77,7 +77,7 @@ def files_line(facts: PackageFacts) -> str:
     return f"{total} · {count} there in full; --verify hashes them"
 
 
-def cache_line(facts: PackageFacts) -> str:
+def cache_line(facts: PackageSummary) -> str:
     """The settings that the replay chose for the planned slots."""
     parts = []
     for layout, one in zip(facts.manifest.layouts, facts.manifest.cache, strict=True):
@@ -87,7 +87,7 @@ def cache_line(facts: PackageFacts) -> str:
     return " · ".join(parts)
 
 
-def slots_line(facts: PackageFacts) -> str:
+def slots_line(facts: PackageSummary) -> str:
     """``Router slots: 96 keep their expert, 96 share another's``."""
     counts = facts.counts()
     words = (
@@ -107,7 +107,7 @@ def _head(label: str, value: str) -> Text:
     return Text.assemble((f"{label:<9}", "bold"), value)
 
 
-def _against_plan(facts: PackageFacts) -> RenderableType:
+def _against_plan(facts: PackageSummary) -> RenderableType:
     plan, sizes, measured = facts.plan, facts.sizes, facts.measured
     assert plan is not None
     weights = sizes.dense + sizes.prototypes
@@ -140,13 +140,13 @@ def _against_plan(facts: PackageFacts) -> RenderableType:
     return Group(table, Text(hint, style="dim"))
 
 
-def _resident(facts: PackageFacts) -> str | None:
+def _resident(facts: PackageSummary) -> str | None:
     if facts.measured is None or not facts.prototypes:
         return None
     return percent_whole(min(1.0, facts.measured.package.slots / len(facts.prototypes)))
 
 
-def _prototypes(facts: PackageFacts) -> list[RenderableType]:
+def _prototypes(facts: PackageSummary) -> list[RenderableType]:
     if not facts.prototypes:
         return []
     shown = min(_SHOWN, len(facts.prototypes) // 2)

@@ -19,7 +19,7 @@ from conmoe_edge.units import GIB, MIB, gib, human_size
 
 if TYPE_CHECKING:
     from conmoe_edge.api import PlanReport
-    from conmoe_edge.cli.views.checks import Check
+    from conmoe_edge.api.finding import Finding
     from conmoe_edge.memory.budget import Budget
     from conmoe_edge.model.anatomy import ModelAnatomy
     from conmoe_edge.plan.plan import Candidate, Plan
@@ -253,16 +253,18 @@ def _grid(padding: tuple[int, int, int, int] = (0, 3, 0, 0)) -> Table:
 _STATUS_STYLE = {"ok": "green", "info": "cyan", "warn": "bold yellow", "fail": "bold red"}
 
 
-def check_view(check: Check) -> Table:
+def finding_view(finding: Finding) -> Table:
     """One finding of ``doctor``, with its fix on a line of its own."""
     table = _grid()
     table.add_column(width=4)
     table.add_column(width=13)
     table.add_column(overflow="fold")
-    style = _STATUS_STYLE[check.status]
+    style = _STATUS_STYLE[finding.status]
     table.add_row(
-        Text(check.status, style=style), Text(check.name, style="bold"), Text(printable(check.text))
+        Text(finding.status, style=style),
+        Text(finding.name, style="bold"),
+        Text(printable(finding.text)),
     )
-    if check.fix:
-        table.add_row("", "", Text(f"fix: {check.fix}"))
+    if finding.fix:
+        table.add_row("", "", Text(f"fix: {finding.fix}"))
     return table

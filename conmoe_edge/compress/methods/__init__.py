@@ -1,22 +1,15 @@
-"""Consolidation methods behind one interface: what a scope looked like in, who is kept and who stands for whom out.
-
-One file a method. ``METHODS`` is the table that ``fit --method`` chooses from.
+"""Consolidation methods behind one interface (``interface.py``). ``METHODS`` is the table that ``fit --method``
+chooses from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from conmoe_edge.compress.method_interface import (
-    Decision,
-    LayerView,
-    Method,
-    Needs,
-    ScopeView,
-)
 from conmoe_edge.compress.methods.auto import AUTO
 from conmoe_edge.compress.methods.conmoe import CONMOE
 from conmoe_edge.compress.methods.hc_smoe import HC_SMOE
+from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.compress.methods.m_smoe import M_SMOE
 from conmoe_edge.compress.methods.mc_smoe import MC_SMOE
 from conmoe_edge.compress.methods.mergemoe import MERGEMOE
@@ -35,5 +28,3 @@ _ALL: tuple[Method, ...] = (
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
-
-__all__ = ["METHODS", "Decision", "LayerView", "Method", "Needs", "ScopeView"]

@@ -1,23 +1,21 @@
 """``auto``: neurons and experts kept where they are worth most, refitted layer after layer.
 
-The layers are taken one after another on the stream of the model as it has become so far, and every
-layer aims at what the *original* residual stream was behind it, so that it also makes up for what
-the layers before it lost:
+The layers are taken one after another on the stream of the package so far. Every layer aims at the *original* residual
+stream behind it, so that it also makes up for what the layers before it lost:
 
 1. Part of the reduction is neurons instead of experts. For every expert it is measured what removing
-   neurons costs when the others make up for it (``neurons.py``), and the bytes of the layer go to
+   neurons costs when the others make up for it (``narrowing.py``), and the bytes of the layer go to
    those experts where they save most (``widths.py``): prototypes have different widths, and an expert
    that is hardly worth a neuron goes. Super experts and the first of every domain keep at least half.
 2. A slot whose expert has gone becomes prototype x scale + constant, or a constant alone, by the error
-   that is measured in closed form (``closed_form.py``). The router stays.
+   that is measured in closed form (``slot_errors.py``). The router stays.
 3. ``rebuild`` solves the down projections of all prototypes and the constants of all slots together.
 
-Where all prototypes must have the same number of neurons, who stays is decided between candidates:
-facility location on the measured errors, the energy of outputs and REAP's criterion each say who; what
-they come to is fitted on some of the calibration sequences and measured on others, and the one with
-the least error (ties to the first) is fitted on all.
+Where all prototypes must have the same number of neurons, there are three candidates for who stays: by facility
+location on the measured errors, by the energy of outputs, by REAP's criterion. Each is fitted on some of the
+calibration sequences and measured on others, and the one with the least error (ties to the first) is fitted on all.
 
-Weights of prototypes change, other than with ConMoE. Parts of this are known: facility location and
+Unlike with ConMoE, weights of prototypes change. Parts of this are known: facility location and
 replaceability from ConMoE (arXiv 2605.29350), constants from MoNE (2507.00390), least squares for the
 down projection from MergeMoE (2510.14436), working on the compressed stream from REAM (2604.04356),
 neurons as the unit from CAMERA-P and MoE-Slimming (2606.18304), the cost of a neuron from the optimal
@@ -33,22 +31,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import Decision, Method, Needs, ScopeView, identity
-from conmoe_edge.compress.solvers.closed_form import (
-    SAMPLE_TOKENS,
-    SlotErrors,
-    routed_outputs,
-    slot_errors,
-)
-from conmoe_edge.compress.solvers.facility import assign, must_stay, select, strongest
-from conmoe_edge.compress.solvers.neurons import narrowings
-from conmoe_edge.compress.solvers.rebuild import (
+from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
+from conmoe_edge.compress.methods.narrowing import narrowings
+from conmoe_edge.compress.methods.rebuild import (
     StandIns,
     error_on,
     gates_of,
     rebuild,
     whole_parts,
     whole_width,
+)
+from conmoe_edge.compress.solvers.facility import assign, must_stay, select, slot_map_of, strongest
+from conmoe_edge.compress.solvers.slot_errors import (
+    SAMPLE_TOKENS,
+    SlotErrors,
+    routed_outputs,
+    slot_errors,
 )
 from conmoe_edge.compress.solvers.widths import choose
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
@@ -92,14 +90,15 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     grams, narrowed = narrowings(scope, tokens, gates_of(tokens, count))
     chosen = choose([one.errors for one in narrowed], (0, *scope.sizes), scope.room, least)
     kept = [expert for expert in range(count) if chosen[expert]]
-    slots: list[tuple[int | None, float]] = [(expert, 1.0) for expert in range(count)]
+    layer = scope.layers[0].layer
+    slot_map = slot_map_of(layer, range(count))
     if len(kept) < count:
         gone = [expert for expert in range(count) if not chosen[expert]]
         sample = _about(tokens, torch.tensor(gone))
         errors = slot_errors(sample, count, forward, kept, gone)
-        slots = assign(errors, kept)
+        slot_map = assign(errors, kept, layer)
     neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
-    return rebuild(scope, tokens, StandIns(tuple(kept), tuple(slots), neurons), grams)
+    return rebuild(scope, tokens, StandIns(slot_map, neurons), grams)
 
 
 def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:
@@ -120,7 +119,7 @@ def _alike(scope: ScopeView, tokens: LayerTokens, keep: int) -> Decision:
     held = torch.zeros(len(tokens), dtype=torch.bool) if tokens.held is None else tokens.held
     seen = tokens.rows((~held).nonzero().squeeze(1))
     errors = slot_errors(seen.sample(SAMPLE_TOKENS), len(scope.pool), forward)
-    choices = candidates(errors, layer.statistics.contribution(), keep)
+    choices = candidates(errors, layer.statistics.contribution(), keep, layer.layer)
     chosen = choices[0]
     if len(choices) > 1 and bool(held.any()):
         fitted, measured = seen.sample(FITTED), tokens.rows(held.nonzero().squeeze(1))
@@ -138,13 +137,16 @@ def _forward(scope: ScopeView) -> Callable[[int, Tensor], Tensor]:
     return forward
 
 
-def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[StandIns, ...]:
+def candidates(
+    errors: SlotErrors, contribution: Tensor, keep: int, layer: int = 0
+) -> tuple[StandIns, ...]:
     """Who could stay, each set once: by what stands in for what, by energy, by REAP's criterion.
 
     Args:
         errors: of the layer.
         contribution: [E], the mean of g |f| over a slot's tokens (arXiv 2510.13999).
         keep: prototypes.
+        layer: its number, for the map.
     """
     forced = must_stay(errors.seen.energy, errors.seen.peak, keep)
     sets = (
@@ -152,7 +154,7 @@ def candidates(errors: SlotErrors, contribution: Tensor, keep: int) -> tuple[Sta
         strongest(errors.seen.energy.sum(0), keep, forced),
         strongest(contribution, keep, forced),
     )
-    return tuple(StandIns(one, tuple(assign(errors, one))) for one in dict.fromkeys(sets))
+    return tuple(StandIns(assign(errors, one, layer)) for one in dict.fromkeys(sets))
 
 
 AUTO = Method(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import Decision, Parts, ScopeView
+from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.grouping import Groups
 
 
@@ -19,18 +19,16 @@ def usage_of(scope: ScopeView) -> tuple[int, ...]:
 def grouped(
     scope: ScopeView,
     groups: Groups,
-    usage: Sequence[int],
     merge: Callable[[tuple[int, ...]], Parts],
     notes: Sequence[str] = (),
 ) -> Decision:
-    """Every slot of a group leads to one prototype, which has the name of the group's core.
+    """Every router slot of a group leads to one prototype, which has the name of the group's core.
 
     Args:
-        scope: whose pool the numbers in ``groups`` and ``usage`` refer to.
+        scope: whose pool the numbers in ``groups`` refer to.
         groups: of experts by their place in the pool.
-        usage: tokens of every expert.
         merge: the weights of a group of at least two; an expert alone stays as it was, bit for bit.
-        notes: for the decision, before what is said about groups that nobody used.
+        notes: for the decision.
     """
     places = {scope.pool[core]: core for core in groups.cores}
 
@@ -38,20 +36,29 @@ def grouped(
         members = groups.members(places[prototype])
         return scope.weights.parts(prototype) if len(members) == 1 else merge(members)
 
-    together = [members for core in groups.cores if len(members := groups.members(core)) > 1]
-    unused = sum(not any(usage[one] for one in members) for members in together)
-    said = tuple(notes)
-    if unused:
-        said += (
-            f"{layers_of(scope)}: no calibration token came to {unused} of {len(together)} merged "
-            "groups; their experts are averaged equally.",
-        )
     return Decision(
         tuple(scope.pool[core] for core in groups.cores),
         tuple(SlotRecord(scope.pool[core]) for core in groups.core_of),
         parts=parts,
-        notes=said,
+        notes=tuple(notes),
     )
+
+
+def unused_note(scope: ScopeView, groups: Groups, usage: Sequence[int]) -> tuple[str, ...]:
+    """A note on merged groups that no calibration token came to."""
+    together = merged_groups(groups)
+    unused = sum(not any(usage[one] for one in members) for members in together)
+    if not unused:
+        return ()
+    return (
+        f"{layers_of(scope)}: no calibration token came to {unused} of {len(together)} merged "
+        "groups; their experts are averaged equally.",
+    )
+
+
+def merged_groups(groups: Groups) -> list[tuple[int, ...]]:
+    """The members of every group of at least two."""
+    return [members for core in groups.cores if len(members := groups.members(core)) > 1]
 
 
 def forced_dtype(scope: ScopeView) -> torch.dtype:

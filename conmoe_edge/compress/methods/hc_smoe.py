@@ -3,8 +3,8 @@
 1. An expert is represented by its mean output over the calibration tokens, all of them, not only
    those that the router sent to it:  o_e = 1/T * sum over t of f_e(h_t).
 2. Agglomerative clustering of the o_e by Euclidean distance with average linkage, down to K clusters
-   (``clustering``).
-3. A cluster becomes the mean of its experts, weighted by how many tokens chose them (``merge``). All
+   (``solvers/grouping.py``).
+3. A cluster becomes the mean of its experts, weighted by how many tokens chose them (``solvers/merge.py``). All
    its slots lead there, the router stays, so that the gates of a cluster add up.
 
 As published but for this: the mean is taken over at most ``SAMPLE_TOKENS`` of the tokens, evenly spread
@@ -25,7 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, unused_note, usage_of
+from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
     Needs,
@@ -33,9 +34,7 @@ from conmoe_edge.compress.method_interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, usage_of
-from conmoe_edge.compress.solvers.clustering import average_linkage
-from conmoe_edge.compress.solvers.grouping import Groups
+from conmoe_edge.compress.solvers.grouping import Groups, average_linkage
 from conmoe_edge.compress.solvers.merge import weighted_mean
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.experts import expert_forward, inner_activations
@@ -66,7 +65,8 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         parts = (scope.weights.parts(scope.pool[one]) for one in members)
         return weighted_mean(parts, [usage[one] for one in members])
 
-    return grouped(scope, _named(clusters, usage), usage, merge)
+    groups = _named(clusters, usage)
+    return grouped(scope, groups, merge, unused_note(scope, groups, usage))
 
 
 def _named(clusters: tuple[tuple[int, ...], ...], usage: tuple[int, ...]) -> Groups:

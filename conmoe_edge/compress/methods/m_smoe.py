@@ -1,9 +1,9 @@
 """M-SMoE (arXiv 2310.01334, section 3): experts merged into the ones that are used most.
 
 1. The K experts of a layer with the most calibration tokens are dominant; each of the others joins
-   the one whose router logits are most like its own (``grouping``).
-2. The neurons of every expert are brought into the order of the layer's expert 0 (``align``).
-3. A group becomes the mean of its experts, weighted by their tokens (``merge``). Its slots all lead
+   the one whose router logits are most like its own (``solvers/grouping.py``).
+2. The neurons of every expert are brought into the order of the layer's expert 0 (``solvers/merge.py``).
+3. A group becomes the mean of its experts, weighted by their tokens (``solvers/merge.py``). Its slots all lead
    there; the router stays, so that their gates add up.
 
 As published but for this: every layer keeps the same number of experts, where the authors' code
@@ -16,10 +16,8 @@ Peak memory: the logits in fp64, and three experts in fp32 (one in fp64) while a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.grouped import grouped
+from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
     Needs,
@@ -27,19 +25,13 @@ from conmoe_edge.compress.method_interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.solvers.align import aligned
 from conmoe_edge.compress.solvers.grouping import Groups, around_dominant, router_likeness
-from conmoe_edge.compress.solvers.merge import weighted_mean
+from conmoe_edge.compress.solvers.merge import aligned, weighted_mean
 
 
 def decide(scope: ScopeView, keep: int) -> Decision:
     """``keep`` merged experts for one layer."""
-    if keep >= len(scope.pool):
-        return identity(scope)
-    groups = groups_of(scope, keep)
-    merge = merged(scope, groups)
-    cores, slots, notes = described(scope, groups)
-    return Decision(cores, slots, parts=merge, notes=notes)
+    return identity(scope) if keep >= len(scope.pool) else merged(scope, groups_of(scope, keep))
 
 
 def groups_of(scope: ScopeView, keep: int) -> Groups:
@@ -53,41 +45,25 @@ def groups_of(scope: ScopeView, keep: int) -> Groups:
     return around_dominant(layer.statistics.counts, router_likeness(tokens.logits), keep)
 
 
-def merged(scope: ScopeView, groups: Groups) -> Callable[[ExpertId], Parts]:
-    """The merged weights of a group by its core, computed when asked for. Alone, an expert is as it was."""
+def merged(scope: ScopeView, groups: Groups) -> Decision:
+    """Every group as the mean of its aligned experts, computed when asked for."""
     (layer,) = scope.layers
+    usage = layer.statistics.counts
+    reference = scope.weights.parts(scope.pool[0])
 
-    def merge(core: ExpertId) -> Parts:
-        members = [scope.pool[one] for one in groups.members(scope.pool.index(core))]
-        if len(members) == 1:
-            return scope.weights.parts(core)
-        reference = scope.weights.parts(scope.pool[0])
+    def merge(members: tuple[int, ...]) -> Parts:
+        parts = (scope.weights.parts(scope.pool[one]) for one in members)
         return weighted_mean(
-            (aligned(scope.module, reference, scope.weights.parts(one)) for one in members),
-            [layer.statistics.counts[one.expert] for one in members],
+            (aligned(scope.module, reference, one) for one in parts),
+            [usage[one] for one in members],
         )
 
-    return merge
-
-
-def described(
-    scope: ScopeView, groups: Groups
-) -> tuple[tuple[ExpertId, ...], tuple[SlotRecord, ...], tuple[str, ...]]:
-    """Groups as prototypes and slots, and a note where nobody used some of them."""
-    (layer,) = scope.layers
-    unused = sum(
-        not any(layer.statistics.counts[one] for one in groups.members(core))
-        for core in groups.cores
-    )
+    unused = sum(not any(usage[one] for one in groups.members(core)) for core in groups.cores)
     note = (
         f"Layer {layer.layer}: no calibration token came to {unused} of the groups; "
         "their experts are averaged equally."
     )
-    return (
-        tuple(scope.pool[core] for core in groups.cores),
-        tuple(SlotRecord(scope.pool[core]) for core in groups.core_of),
-        (note,) if unused else (),
-    )
+    return grouped(scope, groups, merge, (note,) if unused else ())
 
 
 M_SMOE = Method(

@@ -1,7 +1,7 @@
 """MC-SMoE (arXiv 2310.01334): M-SMoE, and every merged matrix as low rank plus a few columns.
 
 1. The experts are merged as in ``m_smoe``.
-2. Each matrix of a merged expert becomes  left right + kept columns  (``low_rank``), fitted to the
+2. Each matrix of a merged expert becomes  left right + kept columns  (``solvers/low_rank.py``), fitted to the
    inputs that the slots of the group get, weighted by their gates: what enters the layer for gate and
    up, and what the merged expert's own gate and up make of it for down. Biases stay.
 
@@ -18,15 +18,16 @@ Peak memory: what ``m_smoe`` and ``low_rank`` take, and the Gram matrix of one p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import factored_sizes
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.method_interface import Decision, Method, Needs, Parts, ScopeView
-from conmoe_edge.compress.methods.m_smoe import described, groups_of, merged
-from conmoe_edge.compress.solvers.facility import weights_of
+from conmoe_edge.compress.methods.interface import Decision, Method, Needs, Parts, ScopeView
+from conmoe_edge.compress.methods.m_smoe import groups_of, merged
+from conmoe_edge.compress.solvers.facility import slot_map_of, weights_of
 from conmoe_edge.compress.solvers.low_rank import factor
 from conmoe_edge.model.experts import inner_activations
 from conmoe_edge.plan.levers import LOW_RANK
@@ -37,19 +38,18 @@ _BATCH = 4096
 def decide(scope: ScopeView, keep: int) -> Decision:
     """``keep`` merged and factored experts for one layer."""
     groups = groups_of(scope, keep)
-    merge = merged(scope, groups)
-    cores, slots, notes = described(scope, groups)
+    decision = merged(scope, groups)
     (layer,) = scope.layers
     tokens = layer.tokens
-    assert tokens is not None, "MC-SMoE needs the tokens"
-    mapping: list[tuple[int | None, float]] = [(core, 1.0) for core in groups.core_of]
-    alpha = weights_of(tokens.slots, tokens.gates, mapping, groups.cores)
+    assert tokens is not None and decision.parts is not None, "MC-SMoE needs the tokens"
+    merge, slot_map = decision.parts, slot_map_of(layer.layer, groups.core_of)
+    alpha = weights_of(slot_map, tokens.slots, tokens.gates)
 
     def parts(core: ExpertId) -> Parts:
-        gates = alpha[:, cores.index(core)]
+        gates = alpha[:, decision.prototypes.index(core)]
         return factored(scope, merge(core), tokens.hidden, gates)
 
-    return Decision(cores, slots, parts=parts, notes=notes)
+    return replace(decision, parts=parts)
 
 
 def factored(scope: ScopeView, parts: Parts, hidden: Tensor, gates: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.grouped import (
+    forced_dtype,
+    grouped,
+    layers_of,
+    merged_groups,
+    unused_note,
+    usage_of,
+)
+from conmoe_edge.compress.methods.interface import (
     Decision,
     Method,
     Needs,
@@ -39,7 +47,6 @@ from conmoe_edge.compress.method_interface import (
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.methods.grouped import forced_dtype, grouped, layers_of, usage_of
 from conmoe_edge.compress.solvers.grouping import Groups, around_dominant
 from conmoe_edge.compress.solvers.least_squares import LeastSquares
 from conmoe_edge.compress.solvers.merge import shares, weighted_mean
@@ -75,7 +82,8 @@ def decide(scope: ScopeView, keep: int) -> Decision:
             return mean
         return {**mean, "down_proj": fitted_down(scope, whole, weights, mean, hidden[rows])}
 
-    return grouped(scope, groups, usage, merge, _notes(scope, groups, slots))
+    notes = _notes(scope, groups, slots) + unused_note(scope, groups, usage)
+    return grouped(scope, groups, merge, notes)
 
 
 def input_likeness(scope: ScopeView) -> Tensor:
@@ -155,7 +163,7 @@ def _needed(scope: ScopeView, parts: Parts) -> int:
 
 def _notes(scope: ScopeView, groups: Groups, slots: Tensor) -> tuple[str, ...]:
     """Where down projections are not fitted, and why."""
-    together = [members for core in groups.cores if len(members := groups.members(core)) > 1]
+    together = merged_groups(groups)
     if not together:
         return ()
     if scope.module.has_post_expert_norm:

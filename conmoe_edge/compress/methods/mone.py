@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import SlotRecord
-from conmoe_edge.compress.method_interface import Decision, LayerView, Method, Needs, ScopeView
-from conmoe_edge.compress.method_interface import identity as whole
-from conmoe_edge.compress.solvers.survivors import survivors
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
+from conmoe_edge.compress.methods.interface import Decision, LayerView, Method, Needs, ScopeView
+from conmoe_edge.compress.methods.interface import identity as whole
+from conmoe_edge.compress.solvers.ranking import survivors
+from conmoe_edge.compress.stats.statistics import OutputVectors
 
 
 def score(layer: LayerView) -> Tensor:

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import SlotRecord
-from conmoe_edge.compress.method_interface import (
+from conmoe_edge.compress.methods.interface import (
     Decision,
     LayerView,
     Method,
     ScopeView,
     identity,
 )
-from conmoe_edge.compress.solvers.survivors import survivors
+from conmoe_edge.compress.solvers.ranking import survivors
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.model.rerouting import least_open
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from conmoe_edge.compress.method_interface import Method
 from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.errors import UsageError
 
 DEFAULT_METHOD = "auto"

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.checkpoint.format.records import make_layout
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
-from conmoe_edge.compress.method_interface import Decision, LayerView, ScopeView
-from conmoe_edge.compress.methods.scope_pool import pool_of
+from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
 from conmoe_edge.compress.quality.slot_overview import slot_distances
+from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.solvers.distance import distances
-from conmoe_edge.compress.stats.importance import RowSample, gains, load_sample, widest
+from conmoe_edge.compress.solvers.weight_distance import distances
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.compress.stats.output_vectors import OutputVectors
+from conmoe_edge.compress.stats.mixed_precision import gains, load_sample, widest
+from conmoe_edge.compress.stats.statistics import OutputVectors
 from conmoe_edge.compress.stream.scope_weights import (
     LayerWeights,
     LoadedLayer,
@@ -32,9 +31,8 @@ from conmoe_edge.compress.stream.scope_weights import (
     record_name,
     write_experts,
 )
-from conmoe_edge.model.anatomy import ExpertsAnatomy
-from conmoe_edge.model.router import Router, Selection
-from conmoe_edge.plan.levers import record_parts, scopes, spread
+from conmoe_edge.model.router import Router
+from conmoe_edge.plan.levers import record_parts
 
 
 def decide(
@@ -43,149 +41,120 @@ def decide(
     index: int,
     tokens: LayerTokens | None,
     routers: Callable[[], Mapping[int, Router]],
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts.
 
-    ``routers`` is asked where the method changes what they may choose. Returns ``Decision.left`` where it
-    holds for what was written, too: records in the checkpoint's own numbers round so little.
+    Args:
+        run: its journal and work folder get what is decided.
+        module: the layer's loaded experts.
+        index: the decoder layer.
+        tokens: of the layer, where the method needs them.
+        routers: asked where the method changes what they may choose.
+
+    Returns:
+        ``Decision.left`` where it holds for what was written, too: records in the checkpoint's own numbers round so
+        little.
     """
-    scope = run.scope_of[index]
-    source = make_layout(record_parts(run.experts(index), "source"), "source")
-    transposed = run.experts(index).transposed
+    scope, experts = run.sizes.scope_of(index), run.sizes.experts(index)
+    source = make_layout(record_parts(experts, "source"), "source")
     here = LoadedLayer(module)
-    pool = pool_of(run.job.anatomy, scope)
     if index != scope[-1]:
-        own = [expert for expert in pool if expert.layer == index]
         with run.clock.part("write"):
             write_experts(
-                run.scratch(index),
-                [(expert, source) for expert in own],
+                run.work.experts(index),
+                [(expert, source) for expert in run.sizes.pool((index,))],
                 ScopeWeights({index: here}, matrix_views(module)).parts,
-                transposed=transposed,
+                transposed=experts.transposed,
             )
             if tokens is not None:
-                tokens.save(run.tokens_file(index))
+                tokens.save(run.work.tokens(index))
         return None
-    layers: dict[int, LayerWeights] = {index: here}
-    earlier = [ScratchLayer(run.scratch(layer), source) for layer in scope[:-1]]
-    layers.update(zip(scope[:-1], earlier, strict=True))
+    earlier = [ScratchLayer(run.work.experts(layer), source) for layer in scope[:-1]]
+    layers: dict[int, LayerWeights] = {index: here, **dict(zip(scope[:-1], earlier, strict=True))}
     weights = ScopeWeights(layers, matrix_views(module))
-    selections = {}
-    if run.method.reroutes:
-        selections = {layer: router.selection for layer, router in routers().items()}
-    decision = _decision(run, pool, scope, weights, module, tokens, selections)
+    view = _view(run, scope, weights, module, tokens, routers)
+    with run.clock.part("method"):
+        decision = run.method.decide(view, run.sizes.count(scope, run.journal.budgets))
     parts = weights.parts if decision.parts is None else decision.parts
     with run.clock.part("precision"):
-        kinds = _kinds_of(run, module, scope, pool, decision, parts)
-    most = run.widths(index)[-1]
-    widths = {expert: decision.widths.get(expert, most) for expert in kinds}
-    with run.clock.part("write"):
-        path = run.package / f"prototypes-{scope[0]:05d}.safetensors"
-        records = [
-            (expert, run.layout(index, kind, widths[expert])) for expert, kind in kinds.items()
-        ]
-        written = write_experts(path, records, parts, transposed=transposed)
-    run.note(written)
-    for expert, kind in kinds.items():
-        name = record_name(expert)
-        run.journal.records[name] = [written.name, written.offsets[name], kind, widths[expert]]
-    _keep(run, pool, decision, weights)
+        kinds = _kinds_of(run, scope, view, decision, parts)
+    _write(run, scope, decision, kinds, parts)
+    with run.clock.part("distance"):
+        run.journal.distances.update(slot_distances(view.pool, decision.slots, weights))
+    _keep(run, scope, view.pool, decision)
     for layer in earlier:
         layer.close()
     return decision.left if set(kinds.values()) == {"source"} else None
 
 
-def _keep(run: Run, pool: Sequence[ExpertId], decision: Decision, weights: ScopeWeights) -> None:
-    """Slots, their distances and notes into the journal, constants beside it."""
-    with run.clock.part("distance"):
-        run.journal.distances.update(slot_distances(pool, decision.slots, weights))
-    for layer, constants in sorted(decision.constants.items()):
-        file = run.constants_file(layer)
-        write_constants(file, {layer: constants})
-    for layer in sorted({expert.layer for expert in pool}):
-        run.journal.decisions[str(layer)] = [
-            [
-                list(record.prototype) if record.prototype else None,
-                record.scale,
-                record.constant,
-            ]
-            for expert, record in zip(pool, decision.slots, strict=True)
-            if expert.layer == layer
-        ]
-    for layer in sorted(decision.rerouted):
-        run.journal.rerouted[str(layer)] = True
-    run.journal.notes += [note for note in decision.notes if note not in run.journal.notes]
-
-
-def _decision(
+def _view(
     run: Run,
-    pool: Sequence[ExpertId],
-    layers: Sequence[int],
+    scope: Sequence[int],
     weights: ScopeWeights,
     module: nn.Module,
     tokens: LayerTokens | None,
-    selections: Mapping[int, Selection],
-) -> Decision:
-    def measure() -> torch.Tensor:
+    routers: Callable[[], Mapping[int, Router]],
+) -> ScopeView:
+    """What the method sees of a scope."""
+    needs, last, sizes = run.method.needs, scope[-1], run.sizes
+    statistics = run.journal.statistics_of(scope)
+    selections = {}
+    if run.method.reroutes:
+        selections = {layer: router.selection for layer, router in routers().items()}
+
+    def measure() -> Tensor:
         with run.clock.part("distance"):
             return distances(weights)
 
-    def view_of(layer: int) -> LayerView:
-        seen = tokens
-        if layer != layers[-1] and run.method.needs.tokens:
-            seen = LayerTokens.load(run.tokens_file(layer))
+    def layer_view(layer: int) -> LayerView:
+        earlier = layer != last and needs.tokens
         return LayerView(
             layer,
-            run.experts(layer).count,
-            run.top_k(layer),
-            run.statistics_of(layer),
-            seen,
-            OutputVectors.load(run.vectors_file(layer)) if run.method.needs.vectors else None,
+            sizes.experts(layer).count,
+            sizes.experts(layer).top_k,
+            statistics[layer],
+            LayerTokens.load(run.work.tokens(layer)) if earlier else tokens,
+            OutputVectors.load(run.work.vectors(layer)) if needs.vectors else None,
             selections.get(layer),
         )
 
-    scope = ScopeView(
-        tuple(pool),
-        tuple(view_of(layer) for layer in layers),
+    return ScopeView(
+        sizes.pool(scope),
+        tuple(layer_view(layer) for layer in scope),
         weights,
         measure,
         module,
-        run.widths(layers[-1]),
-        run.sizes(layers[-1]),
-        run.room(layers) if run.differs else 0,
+        sizes.widths(last),
+        sizes.sizes(last),
+        sizes.room(scope, run.journal.budgets, run.journal.stored()) if sizes.differs else 0,
         run.dtype,
         run.job.device,
     )
-    with run.clock.part("method"):
-        return run.method.decide(scope, run.count(layers))
 
 
 def _kinds_of(
     run: Run,
-    module: nn.Module,
     scope: Sequence[int],
-    pool: Sequence[ExpertId],
+    view: ScopeView,
     decision: Decision,
-    parts: Callable[[ExpertId], Mapping[str, torch.Tensor]],
+    parts: Callable[[ExpertId], Parts],
 ) -> dict[ExpertId, str]:
     """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
-    if len(run.kinds) == 1:
-        return dict.fromkeys(decision.prototypes, run.kinds[0])
-    wide, narrow = run.kinds
-    every = scopes(run.job.anatomy, run.job.scope)
-    counts = [run.count(one) for one in every]
-    count = spread(run.job.wide_prototypes, counts)[every.index(tuple(scope))]
+    if len(run.sizes.kinds) == 1:
+        return dict.fromkeys(decision.prototypes, run.sizes.kinds[0])
+    wide, narrow = run.sizes.kinds
+    count = run.sizes.wide_count(scope, run.journal.budgets)
     if count in (0, len(decision.prototypes)):
         return dict.fromkeys(decision.prototypes, wide if count else narrow)
-    width = run.widths(scope[0])[-1]
+    layout_of, width = run.sizes.layout, view.widths[-1]
     found = gains(
-        module,
+        view.module,
         decision.prototypes,
         decision.slots,
-        pool,
-        {layer: load_sample(run.sample_file(layer)) for layer in scope},
+        view.pool,
+        {layer: load_sample(run.work.sample(layer)) for layer in scope},
         parts,
-        (run.layout(scope[0], wide, width), run.layout(scope[0], narrow, width)),
+        (layout_of(scope[0], wide, width), layout_of(scope[0], narrow, width)),
         run.dtype,
         run.job.device,
     )
@@ -196,8 +165,41 @@ def _kinds_of(
     }
 
 
-def row_sample(run: Run, experts: ExpertsAnatomy) -> RowSample | None:
-    """Where the precision is mixed: hidden rows to measure it on."""
-    if len(run.kinds) == 1:
-        return None
-    return RowSample(experts.count, run.job.anatomy.hidden_size)
+def _write(
+    run: Run,
+    scope: Sequence[int],
+    decision: Decision,
+    kinds: Mapping[ExpertId, str],
+    parts: Callable[[ExpertId], Parts],
+) -> None:
+    """The prototypes of a scope as records of the package."""
+    last, sizes = scope[-1], run.sizes
+    widths = {one: decision.widths.get(one, sizes.widths(last)[-1]) for one in kinds}
+    with run.clock.part("write"):
+        written = write_experts(
+            run.package / prototypes_file(scope[0]),
+            [(one, sizes.layout(last, kind, widths[one])) for one, kind in kinds.items()],
+            parts,
+            transposed=sizes.experts(last).transposed,
+        )
+    run.journal.add_files([written])
+    for one, kind in kinds.items():
+        offset = written.offsets[record_name(one)]
+        run.journal.store(one, StoredRecord(written.name, offset, kind, widths[one]))
+
+
+def _keep(run: Run, scope: Sequence[int], pool: Sequence[ExpertId], decision: Decision) -> None:
+    """Router slots and notes into the journal, constants beside it."""
+    for layer, constants in sorted(decision.constants.items()):
+        write_constants(run.work.constants(layer), {layer: constants})
+    for layer in scope:
+        slots = zip(pool, decision.slots, strict=True)
+        run.journal.decide(layer, [slot for expert, slot in slots if expert.layer == layer])
+    for layer in sorted(decision.rerouted):
+        run.journal.rerouted[str(layer)] = True
+    run.journal.notes += [note for note in decision.notes if note not in run.journal.notes]
+
+
+def prototypes_file(layer: int) -> str:
+    """The package's file with the prototypes of the scope that begins with ``layer``."""
+    return f"prototypes-{layer:05d}.safetensors"

@@ -5,36 +5,35 @@ Peak memory: one tensor. Raises ``NoSpace``; ``CheckpointError`` for a tensor th
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
-from conmoe_edge.checkpoint.fs.atomic_files import write_json
+from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_json
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.tensors.tensor_index import read_json_object
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_dense
-from conmoe_edge.compress.run.job import Progress
-from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.dense_conversion import dense_sources
+from conmoe_edge.model.bridge import targets_of
+from conmoe_edge.model.linears import quantisable_weights
+from conmoe_edge.model.streaming import StreamedModel
 
 
-def prepare(run: Run, reader: ShardReader) -> None:
-    run.progress(Progress("write", 0, run.layers, "dense weights"))
-    model = run.streamed(reader)
-    dense = [
-        key
-        for layer in (None, *range(run.layers))
-        for key in (model.outside_keys if layer is None else model.layer_keys(layer))
-        if key not in model.expert_keys
-    ]
-    with run.clock.part("write"):
-        for written in write_dense(run.package, dense_sources(reader, dense, run.in_int8(model))):
-            run.note(written)
-        for written in copy_side_files(run.job.index.folder, run.package):
-            run.note(written)
-        config = read_json_object(run.job.index.folder / "config.json")
-        config.pop("auto_map", None)  # names of code that is never run
-        config["quantization_config"] = {
-            "quant_method": "conmoe",
-            "format_version": FORMAT_VERSION,
-        }
-        run.note(write_json(run.package / "config.json", config))
-    run.save("calibrate", 0)
+def prepare(
+    model: StreamedModel, reader: ShardReader, package: Path, dense_precision: str
+) -> list[WrittenFile]:
+    """Write dense weights, side files and ``config.json`` of ``model`` into ``package``."""
+    keys = [*model.outside_keys]
+    for layer in range(len(model.layers)):
+        keys += model.layer_keys(layer)
+    dense = [key for key in keys if key not in model.expert_keys]
+    in_int8: frozenset[str] = frozenset()
+    if dense_precision != "source":
+        targets = targets_of(model.model, reader.index.tensors)
+        in_int8 = frozenset(quantisable_weights(model.model, targets))
+    written = [*write_dense(package, dense_sources(reader, dense, in_int8))]
+    written += copy_side_files(reader.index.folder, package)
+    config = read_json_object(reader.index.folder / "config.json")
+    config.pop("auto_map", None)  # names of code that is never run
+    config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
+    return [*written, write_json(package / "config.json", config)]

@@ -1,7 +1,7 @@
-"""The stream of the package as it has become so far, beside that of the original.
+"""The stream of the package so far, beside that of the original.
 
-Methods that work on it take each layer's tokens from it and aim at what the original's residual
-stream is behind the layer; once the layer is written, the stream goes through it.
+Methods with ``Needs.target`` take each layer's tokens from the package's stream and aim at the original's residual
+stream behind the layer (``aim``). Once the layer is written, the package's stream goes through it (``propagate``).
 
 Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
 """
@@ -9,19 +9,30 @@ Peak memory: the hidden states of the calibration set twice more, and the layer'
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
+from conmoe_edge.checkpoint.package.slot_constants import read_constants
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.phases.decide import prototypes_file
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.compress.stream.expert_hooks import RoutedTap, SilentTap, attach, expert_sum
+from conmoe_edge.compress.stream.expert_hooks import (
+    MappedTap,
+    RoutedTap,
+    SilentTap,
+    attach,
+    expert_sum,
+)
 from conmoe_edge.compress.stream.layer_stream import Stream, run_layer
 from conmoe_edge.compress.stream.predictor_fit import held_sequences
+from conmoe_edge.compress.stream.scope_weights import record_name
+from conmoe_edge.compress.stream.streamed_model import mapped_tap
+from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.router import logits_to
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -35,7 +46,7 @@ def aim(
     """The tokens of the package's stream at this layer, each with what its experts should give.
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to
-    the original's stream, and the stream without the experts is returned, for ``follow``.
+    the original's stream, and the stream without the experts is returned, for ``propagate``.
     Elsewhere (a norm comes after the experts) it is what the original experts give here.
     """
     module = model.experts[index][1]
@@ -95,7 +106,7 @@ def _marks(run: Run, stream: Stream) -> dict[str, torch.Tensor]:
     }
 
 
-def follow(
+def propagate(
     run: Run,
     model: StreamedModel,
     index: int,
@@ -114,19 +125,36 @@ def follow(
         stream.hidden = before
         stream.add_rows(tokens.target - left / tokens.weights.unsqueeze(1))
     elif index in model.experts:
-        file = f"prototypes-{index:05d}.safetensors"
-        with ShardReader(index_files(run.package, [file])) as reader:
-            tap = run.mapped(index, reader)
-            module = model.experts[index][1]
+        is_open, module = run.journal.open_slots(index), model.experts[index][1]
+        with ShardReader(index_files(run.package, [prototypes_file(index)])) as reader:
+            tap = _written_tap(run, index, reader, is_open)
             if before is not None:
                 assert tokens is not None
                 stream.hidden = before
                 stream.add_rows(expert_sum(module, tap, tokens, model.device))
             else:
                 attach(module, tap)
-                with run.rerouting(model, index):
+                rerouting = nullcontext()
+                if is_open is not None:
+                    rerouting = rerouted(model.routers()[index], is_open)
+                with rerouting:
                     run_layer(model, index, stream, tap)
                 attach(module, RoutedTap())  # the tap holds on to the prototypes
     else:
         run_layer(model, index, stream, None)
     run.clock.add("experts", time.perf_counter() - start)
+
+
+def _written_tap(
+    run: Run, layer: int, reader: ShardReader, is_open: Sequence[bool] | None
+) -> MappedTap:
+    """The layer as it is in the package."""
+    records = {
+        number: (record_name(expert), run.sizes.layout(layer, record.kind, record.width))
+        for number, (expert, record) in enumerate(run.journal.stored().items())
+        if expert.layer == layer
+    }
+    constants = run.work.constants(layer)
+    rows = read_constants(constants)[layer] if constants.is_file() else None
+    slot_map = run.journal.slot_maps([layer])[layer]
+    return mapped_tap(slot_map, records, reader, rows, run.job.device, is_open)

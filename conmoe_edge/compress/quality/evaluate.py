@@ -23,6 +23,13 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.compress.quality.continuation import (
+    common_start,
+    continue_greedily,
+    cut,
+    prompts_of,
+    repetition,
+)
 from conmoe_edge.compress.quality.metrics import (
     Continuations,
     Cost,
@@ -30,25 +37,17 @@ from conmoe_edge.compress.quality.metrics import (
     EvaluationReport,
     Quality,
 )
+from conmoe_edge.compress.quality.receipt import LossTracker, compare_heads
 from conmoe_edge.compress.run.job import OnProgress, Progress
-from conmoe_edge.compress.stats.part_clock import Clock
 from conmoe_edge.compress.stream.calibration_text import CalibrationText, TokenSet, evaluation_set
-from conmoe_edge.compress.stream.continuation import (
-    common_start,
-    continue_greedily,
-    cut,
-    prompts_of,
-    repetition,
-)
 from conmoe_edge.compress.stream.layer_stream import Stream, open_stream, sequence_logits
-from conmoe_edge.compress.stream.receipt_tracker import LossTracker
 from conmoe_edge.compress.stream.streamed_model import (
     Subject,
-    compare_heads,
     is_package,
     open_subject,
     prototype_bytes,
 )
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import UsageError
 
 _HOLD_SHARE = 0.5

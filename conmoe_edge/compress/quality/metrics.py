@@ -54,7 +54,7 @@ class Quality:
 
     @classmethod
     def of_receipt(cls, row: Mapping[str, Any]) -> Quality:
-        """From a row of a receipt (``receipt_tracker.py``)."""
+        """From a row of a receipt (``receipt.py``)."""
         before, after = row["loss_original"], row["loss_consolidated"]
         return cls(
             tokens=row["tokens"],

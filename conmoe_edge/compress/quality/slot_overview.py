@@ -1,7 +1,7 @@
-"""What a package tells its owner about the router slots: how much went to each, and how far its prototype is.
+"""The router slots as ``inspect`` shows them: how much went to each, and how far its prototype is from its expert.
 
-For ``inspect`` alone; nothing at run time reads it. Distances are those of ``distance.py``, of the pretrained weights,
-for the pairs that the reassignment map has, whatever the method decided by: one more pass over the experts of a scope.
+Nothing at run time reads it. Distances are those of ``weight_distance.py`` on the pretrained weights, for the pairs of
+the reassignment map, with every method: one more pass over the experts of a scope.
 
 Peak memory: one matrix of two experts, and their difference in fp32.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, LayerOverview, SlotRecord
-from conmoe_edge.compress.solvers.distance import EPSILON, ExpertWeights
+from conmoe_edge.compress.solvers.weight_distance import EPSILON, ExpertWeights
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 
 _DIGITS = 6  # of a number for readers
@@ -56,7 +56,7 @@ def overview_of(
 
 
 def _distance(weights: ExpertWeights, one: int, other: int) -> float:
-    """d(e, e') of ``distance.py`` for one pair."""
+    """d(e, e') of ``weight_distance.py`` for one pair."""
     if one == other:
         return 0.0
     total = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,34 +12,98 @@ from transformers import PretrainedConfig
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.opened import OpenedModel
+from conmoe_edge.plan.plan import Plan
+from conmoe_edge.plan.request import PlanRequest
+from conmoe_edge.plan.serialise import plan_to_json
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is to be done; everything that decides the bytes of the package.
 
-    ``plan`` and ``source`` are plain JSON and go into the manifest as they are. ``predict``: fit a predictor of the
-    next layer's prototypes, for packages that will not be all resident. ``equal``: prototypes of a method that trims
-    all get the same number of neurons.
+    Attributes:
+        model: what is consolidated.
+        request: what was asked, with ``method`` the name of a method.
+        decided: the plan.
+        train, held_out: tokens to calibrate on and to measure on.
+        device: where to compute.
+        tool_version: of this program.
     """
 
-    index: CheckpointIndex
-    config: PretrainedConfig
-    anatomy: ModelAnatomy
-    method: str
-    rate: float
-    scope: int
-    precision: str
-    wide_prototypes: int
-    dense_precision: str
+    model: OpenedModel
+    request: PlanRequest
+    decided: Plan
     train: TokenSet
     held_out: TokenSet
     device: torch.device
-    plan: Mapping[str, Any]
-    source: Mapping[str, Any]
     tool_version: str
-    predict: bool = False
-    equal: bool = False
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The model's tensors."""
+        return self.model.index
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def anatomy(self) -> ModelAnatomy:
+        """The model in numbers."""
+        return self.model.anatomy
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Which model that is, as the manifest says it."""
+        return self.model.to_json()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan as the manifest says it."""
+        return plan_to_json(self.decided)
+
+    @property
+    def method(self) -> str:
+        """Name of the consolidation method."""
+        assert self.request.method is not None, "a job's request names its method"
+        return self.request.method
+
+    @property
+    def rate(self) -> float:
+        """Share of the routed experts that goes."""
+        return self.decided.chosen.rate
+
+    @property
+    def scope(self) -> int:
+        """Neighbouring MoE layers that share prototypes."""
+        return self.decided.chosen.scope
+
+    @property
+    def precision(self) -> str:
+        """Number format of the prototypes."""
+        return self.decided.chosen.precision
+
+    @property
+    def wide_prototypes(self) -> int:
+        """Prototypes that get the wider kind of a mixed precision."""
+        return self.decided.chosen.wide_prototypes
+
+    @property
+    def dense_precision(self) -> str:
+        """Number format of the linear layers outside the routed experts."""
+        return self.decided.dense_precision
+
+    @property
+    def equal(self) -> bool:
+        """Whether all prototypes of a method that trims get the same number of neurons."""
+        return self.request.equal
+
+    @property
+    def predict(self) -> bool:
+        """Whether a predictor of the next layer's prototypes is fitted: not all of them will be resident."""
+        return self.decided.chosen.slots < self.decided.chosen.prototypes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,34 @@
 """What an unfinished run needs to go on: which layer is done, what was decided, which files are whole.
 
-The journal names only files that were synced before it was replaced, so whatever it says is on the disk. Hidden states
-are kept for the last finished layer only: ``hidden-<phase>-<layer>.safetensors`` beside it.
-
-Disk: the hidden states twice while one takes the place of the other. Raises ``NoSpace``;
-``CheckpointError`` when a file of an earlier run is damaged.
+The journal names only files that were synced before it was replaced, so whatever it says is on the disk. It is JSON;
+typed readers are beside the fields. Raises ``NoSpace``; ``CheckpointError`` where that of an earlier run is damaged.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from conmoe_edge.checkpoint.fs.atomic_files import write_json
-from conmoe_edge.compress.stats.work_file import load_tensors, save_tensors
+from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
+from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_json
+from conmoe_edge.compress.stats.statistics import LayerStatistics
+from conmoe_edge.compress.stream.scope_weights import expert_of, record_name
 from conmoe_edge.errors import CheckpointError
 
 NAME = "journal.json"
+
+
+class StoredRecord(NamedTuple):
+    """Where a prototype was written, and in which form."""
+
+    file: str
+    offset: int
+    kind: str
+    width: int
 
 
 @dataclass(slots=True)
@@ -33,14 +40,14 @@ class Journal:
         done: layers finished in this phase.
         statistics: layer -> ``LayerStatistics`` as JSON.
         decisions: layer -> slot records as JSON.
-        distances: layer -> distance of every slot to its prototype (``slot_overview.py``).
+        distances: layer -> distance of every router slot to its prototype (``slot_overview.py``).
         files: file of the package -> size and checksum.
-        records: record -> (file, offset, kind of layout, neurons).
+        records: record -> ``StoredRecord``.
         receipt: the quality receipt, once it is there.
         rerouted: layer -> whether its router may choose slots with something behind them only.
         notes: what the method had to say.
-        budgets: layer -> prototypes, or parts of them where their widths differ, where layers do not get
-            the same number.
+        budgets: layer -> prototypes, or parts of them where their widths differ, where layers do not get the same
+            number.
         seconds: time by part over all runs.
     """
 
@@ -75,35 +82,50 @@ class Journal:
 
     def save(self) -> None:
         """Make the state durable."""
-        names = (
-            "phase",
-            "done",
-            "statistics",
-            "decisions",
-            "distances",
-            "files",
-            "records",
-            "receipt",
-            "rerouted",
-            "notes",
-            "budgets",
-            "seconds",
-        )
+        names = [one.name for one in fields(self) if one.name != "work"]
         write_json(self.work / NAME, {name: getattr(self, name) for name in names})
 
-    def save_hidden(self, phase: str, layer: int, hidden: Mapping[str, Tensor]) -> None:
-        """Keep the hidden states that enter ``layer``."""
-        save_tensors(self._hidden(phase, layer), hidden)
+    def add_files(self, written: Iterable[WrittenFile]) -> None:
+        """Files of the package that are whole now."""
+        for file in written:
+            self.files[file.name] = file.entry()
 
-    def load_hidden(self, phase: str, layer: int) -> dict[str, Tensor]:
-        """Bring them back, exactly as they were."""
-        # Cloned, so that no memory map of a file that will be deleted stays behind.
-        found = load_tensors(self._hidden(phase, layer))
-        return {name: tensor.clone() for name, tensor in found.items()}
+    def decide(self, layer: int, slots: Iterable[SlotRecord]) -> None:
+        """What the router slots of a layer became."""
+        self.decisions[str(layer)] = [
+            [list(one.prototype) if one.prototype else None, one.scale, one.constant]
+            for one in slots
+        ]
 
-    def drop_hidden(self, phase: str, layer: int) -> None:
-        """Delete what is not needed any more."""
-        self._hidden(phase, layer).unlink(missing_ok=True)
+    def slots(self, layer: int) -> tuple[SlotRecord, ...]:
+        """What ``decide`` kept."""
+        return tuple(
+            SlotRecord(ExpertId(*prototype) if prototype else None, scale, constant)
+            for prototype, scale, constant in self.decisions[str(layer)]
+        )
 
-    def _hidden(self, phase: str, layer: int) -> Path:
-        return self.work / f"hidden-{phase}-{layer}.safetensors"
+    def store(self, expert: ExpertId, record: StoredRecord) -> None:
+        """Where a prototype was written."""
+        self.records[record_name(expert)] = list(record)
+
+    def stored(self) -> dict[ExpertId, StoredRecord]:
+        """All prototypes that were written, ascending; the position is the prototype number."""
+        return {
+            expert: StoredRecord(*self.records[record_name(expert)])
+            for expert in sorted(map(expert_of, self.records))
+        }
+
+    def slot_maps(self, layers: Iterable[int]) -> dict[int, SlotMap]:
+        """MoE layer -> its map, with the prototype numbers of ``stored``."""
+        numbers = {expert: number for number, expert in enumerate(self.stored())}
+        return {layer: SlotMap.of(layer, self.slots(layer), numbers) for layer in layers}
+
+    def open_slots(self, layer: int) -> list[bool] | None:
+        """Which slots the router of the package's layer may choose; ``None`` where it is as it was."""
+        if not self.rerouted.get(str(layer), False):
+            return None
+        return [not slot.dropped for slot in self.slots(layer)]
+
+    def statistics_of(self, layers: Iterable[int]) -> Mapping[int, LayerStatistics]:
+        """What calibration saw of every layer."""
+        return {layer: LayerStatistics.from_json(self.statistics[str(layer)]) for layer in layers}

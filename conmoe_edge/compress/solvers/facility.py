@@ -1,4 +1,4 @@
-"""Prototypes by greedy facility location on measured errors, and the slot records that follow. Pure.
+"""Prototypes by greedy facility location on measured errors, and the map that follows. Pure.
 
     minimise over P, |P| = K:   sum over e of min(R(e), min over p in P of R(e, p))
 
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.solvers.closed_form import SlotErrors
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.compress.solvers.slot_errors import SlotErrors
 
 OUTLIER = 10.0
 """An expert whose largest output is this many times the median expert's is a super expert."""
@@ -21,7 +22,17 @@ OUTLIER = 10.0
 
 def select(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
     """``keep`` experts, ascending, those of ``forced`` among them (of too many the first)."""
-    return tuple(sorted(_greedy(errors, keep, forced)))
+    left = errors.constant.clone()
+    chosen: list[int] = []
+    free = torch.ones(len(left), dtype=torch.bool)
+    for _ in range(keep):
+        gain = (left.unsqueeze(1) - errors.error).clamp(min=0).sum(0)
+        gain[~free] = -1.0
+        best = forced[len(chosen)] if len(chosen) < len(forced) else int(gain.argmax())
+        chosen.append(best)
+        free[best] = False
+        left = torch.minimum(left, errors.error[:, best])
+    return tuple(sorted(chosen))
 
 
 def strongest(values: Tensor, keep: int, forced: Sequence[int] = ()) -> tuple[int, ...]:
@@ -48,48 +59,39 @@ def must_stay(energy: Tensor, peaks: Tensor, keep: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))[:most]
 
 
-def _greedy(errors: SlotErrors, keep: int, forced: Sequence[int] = ()) -> list[int]:
-    left = errors.constant.clone()
-    chosen: list[int] = []
-    free = torch.ones(len(left), dtype=torch.bool)
-    for _ in range(keep):
-        gain = (left.unsqueeze(1) - errors.error).clamp(min=0).sum(0)
-        gain[~free] = -1.0
-        best = forced[len(chosen)] if len(chosen) < len(forced) else int(gain.argmax())
-        chosen.append(best)
-        free[best] = False
-        left = torch.minimum(left, errors.error[:, best])
-    return chosen
-
-
-def assign(errors: SlotErrors, prototypes: Sequence[int]) -> list[tuple[int | None, float]]:
-    """For every slot its prototype (``None``: a constant does as well) and scale."""
+def assign(errors: SlotErrors, prototypes: Sequence[int], layer: int = 0) -> SlotMap:
+    """Every router slot to its best prototype and scale, or to none where a constant does as well; prototypes go by
+    their expert numbers.
+    """
     columns = torch.tensor(list(prototypes))
     least, position = errors.error[:, columns].min(1)  # the first of equals
-    found: list[tuple[int | None, float]] = []
+    targets, scales = [], []
     for slot in range(len(errors.constant)):
         prototype = int(columns[position[slot]])
         if slot in prototypes:
-            found.append((slot, 1.0))
+            target, scale = slot, 1.0
         elif least[slot] >= errors.constant[slot]:
-            found.append((None, 1.0))
+            target, scale = NONE, 1.0
         else:
-            found.append((prototype, float(errors.scale[slot, prototype])))
-    return found
+            target, scale = prototype, float(errors.scale[slot, prototype])
+        targets.append(target)
+        scales.append(scale)
+    return slot_map_of(layer, targets, scales)
 
 
-def weights_of(
-    slots: Tensor,
-    gates: Tensor,
-    mapping: Sequence[tuple[int | None, float]],
-    prototypes: Sequence[int],
-) -> Tensor:
-    """alpha_p(t) = sum of g_i(t) s_i over the chosen slots i that lead to p: [T, K] -> [T, P] fp32."""
-    number = {prototype: position for position, prototype in enumerate(prototypes)}
-    nothing = len(prototypes)
-    target = torch.tensor([nothing if p is None else number[p] for p, _ in mapping] + [nothing])
-    factor = torch.tensor([s for _, s in mapping] + [0.0], dtype=torch.float32)
-    inside = torch.where((slots >= 0) & (slots < len(mapping)), slots, len(mapping))
+def slot_map_of(layer: int, targets: Sequence[int], scales: Sequence[float] = ()) -> SlotMap:
+    """The map of a layer without constants; all scales 1 by default."""
+    count = len(targets)
+    return SlotMap(layer, tuple(targets), tuple(scales) or (1.0,) * count, (NONE,) * count)
+
+
+def weights_of(slot_map: SlotMap, slots: Tensor, gates: Tensor) -> Tensor:
+    """alpha_p(t) of the map's prototypes, ascending: [T, K] router slots and gates -> [T, P] fp32."""
+    column = {number: place for place, number in enumerate(slot_map.prototypes)}
+    nothing, count = len(column), len(slot_map)
+    target = torch.tensor([column.get(number, nothing) for number in slot_map.targets] + [nothing])
+    factor = torch.tensor([*slot_map.scales, 0.0], dtype=torch.float32)
+    inside = torch.where((slots >= 0) & (slots < count), slots, count)
     alpha = torch.zeros(len(slots), nothing + 1)
     alpha.scatter_add_(1, target[inside], gates.float() * factor[inside])
     return alpha[:, :nothing]

@@ -1,12 +1,21 @@
-"""Experts in groups around those that are used most, by how alike the router treats them. Pure.
+"""Experts in groups that become one expert each. Pure; the same groups on every run.
 
-M-SMoE (arXiv 2310.01334, section 3.2): the K experts with the most tokens are dominant; each of the
-others joins the dominant one that is most like it, where the likeness of two experts is that of
-their columns r in the router's logits over all calibration tokens,
+Around the most used (M-SMoE, arXiv 2310.01334, section 3.2): the K experts with the most tokens are dominant; each of
+the others joins the dominant one that is most like it. Where the router's logits say what is alike, that is
 
-    (1 + <r_i, r_j> / (|r_i| |r_j|)) / 2.
+    (1 + <r_i, r_j> / (|r_i| |r_j|)) / 2
 
-Ties go to the lowest index. Peak memory: the logits in fp64.
+for the columns r of the logits over all calibration tokens. Ties go to the lowest index.
+
+Agglomerative with average linkage: every point begins alone; again and again the two clusters with the least mean
+distance between their points,
+
+    d(A, B) = 1 / (|A| |B|) * sum over a in A, b in B of |a - b|_2,
+
+become one. The tree is scipy's. It is cut by its first merges and not at a height, which would give fewer clusters than
+asked for where two merges are equally high.
+
+Peak memory: the logits, or the points and their distances, in fp64.
 """
 
 from __future__ import annotations
@@ -15,9 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from conmoe_edge.compress.solvers.select_experts import top_k
+from conmoe_edge.compress.solvers.ranking import top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +63,18 @@ def around_dominant(usage: Sequence[int], likeness: Tensor, keep: int) -> Groups
     nearest = likeness[:, list(cores)].argmax(1).tolist()  # the first of equals
     joined = (expert if expert in cores else cores[nearest[expert]] for expert in range(len(usage)))
     return Groups(cores, tuple(joined))
+
+
+def average_linkage(points: Tensor, clusters: int) -> tuple[tuple[int, ...], ...]:
+    """Clusters of the rows of ``points`` [P, d], finite: each ascending, in the order of their first.
+
+    Exactly ``clusters`` of them, or one for each point where there are not more.
+    """
+    count = len(points)
+    members: dict[int, tuple[int, ...]] = {point: (point,) for point in range(count)}
+    if clusters < count:
+        tree = linkage(pdist(points.double().numpy()), method="average")
+        for step, (one, other, _, _) in enumerate(tree[: count - clusters]):
+            joined = members.pop(int(one)) + members.pop(int(other))
+            members[count + step] = tuple(sorted(joined))
+    return tuple(sorted(members.values()))

@@ -1,6 +1,6 @@
 """How much each layer gets, from what a layer is worth to the model's output. Pure.
 
-What is given is counted in units: prototypes, or parts of one where their widths differ. The error
+Counted in units: prototypes, or parts of one where their widths differ. The error
 e_l(K) that is left with K units is known for every K (``widths.layer_curve``), but not what
 it does to the output. That is measured once, with the uniform number K_u in layer l alone: a
 divergence d_l of the final distributions. Small disturbances add up about as their squares do, so

@@ -24,7 +24,7 @@ ROUNDS = 8
 """In how many rounds neurons go, from all to none."""
 _RIDGE = 0.01
 _NOTHING = 1e-30
-"""Activations whose mean square is less are none: one by it is no number in fp32 any more."""
+"""Activations with a smaller mean square count as none: its inverse overflows fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def cuts(gram: Tensor, down: Tensor, widths: Sequence[int], ridge: float = _RIDG
     whole = down.shape[1]
     weight, gram = down.float(), gram.float()
     mean = gram.diagonal().mean()
-    if not float(mean) > _NOTHING:  # nobody came: the largest columns stay
+    if not float(mean) > _NOTHING:  # no token came: the largest columns stay
         order = weight.square().sum(0).argsort(descending=True, stable=True)
         return [Cut(order[:width].sort().values, 0.0) for width in widths]
     ridged = gram + torch.eye(whole) * (ridge * mean)

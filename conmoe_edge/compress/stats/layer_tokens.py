@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conmoe_edge.compress.stats.work_file import damaged, load_tensors, save_tensors
+from conmoe_edge.compress.work.work_folder import load_as, save_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,7 @@ class LayerTokens:
     @classmethod
     def load(cls, path: Path) -> LayerTokens:
         """What ``save`` kept; mapped, not read at once."""
-        try:
-            return cls(**load_tensors(path))
-        except TypeError as error:
-            raise damaged(path, str(error)) from error
+        return load_as(cls, path)
 
 
 class TokenRecorder:

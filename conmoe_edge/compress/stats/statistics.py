@@ -1,4 +1,4 @@
-"""What calibration saw: per routed expert, how much it contributed.
+"""What calibration saw of the routed experts of a layer: sums of numbers, and of output vectors, per expert.
 
 ConMoE, section 3.2, "contribution":
 
@@ -7,18 +7,23 @@ ConMoE, section 3.2, "contribution":
 with D_e the tokens whose router chose e, N_e their number, g_e(t) the coefficient with which the model multiplies the
 expert's output (after top-k, renormalisation, scaling), f_e(h_t) the output before it. Padding is not counted.
 
-The other sums are for the one-shot pruning scores (``methods/one_shot.py``).
+The other sums are for the one-shot pruning scores (``methods/pruning.py``). ``OutputVectors`` are for methods that need
+means and deviations of the outputs themselves, unweighted; they wait in the work folder until the scope is decided.
 
-Accumulators are float64 on the host: 6 numbers an expert.
+Accumulators are float64 on the host: 6 numbers an expert, and 2 * H where vectors are wanted. Raises ``NoSpace``;
+``CheckpointError`` where a file of an earlier run is damaged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from conmoe_edge.compress.work.work_folder import load_as, save_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +109,56 @@ class StatisticsTracker:
             tuple(self._squared.tolist()),
             tuple(self._energies.tolist()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputVectors:
+    """``sums`` [E, H] and ``squares`` [E, H] float64: sum of f and of f * f over ``counts`` [E] tokens."""
+
+    sums: Tensor
+    squares: Tensor
+    counts: Tensor
+
+    def means(self) -> Tensor:
+        """[E, H] float64; zeros for an expert that no token chose."""
+        return self.sums / self._divisor()
+
+    def deviations(self) -> Tensor:
+        """[E, H] float64: the standard deviation of every output dimension; zeros for an expert without tokens."""
+        variance = self.squares / self._divisor() - self.means().square()
+        return variance.clamp(min=0.0).sqrt()
+
+    def _divisor(self) -> Tensor:
+        return self.counts.clamp(min=1).unsqueeze(1).double()
+
+    def save(self, path: Path) -> None:
+        """Keep them in the work folder."""
+        named = {"counts": self.counts, "squares": self.squares, "sums": self.sums}
+        save_tensors(path, named)
+
+    @classmethod
+    def load(cls, path: Path) -> OutputVectors:
+        """What ``save`` kept."""
+        return load_as(cls, path)
+
+
+class VectorTracker:
+    """Accumulates ``OutputVectors`` while a layer runs."""
+
+    def __init__(self, experts: int, hidden: int) -> None:
+        self._sums = torch.zeros(experts, hidden, dtype=torch.float64)
+        self._squares = torch.zeros(experts, hidden, dtype=torch.float64)
+        self._counts = torch.zeros(experts, dtype=torch.int64)
+
+    def add(self, expert: int, outputs: Tensor, keep: Tensor | None) -> None:
+        """outputs [n, H] of one expert, not yet weighted; ``keep`` [n] marks real tokens."""
+        if keep is not None:
+            outputs = outputs[keep]
+        values = outputs.double()
+        self._sums[expert] += values.sum(0).cpu()
+        self._squares[expert] += values.square().sum(0).cpu()
+        self._counts[expert] += len(outputs)
+
+    def result(self) -> OutputVectors:
+        """What was seen so far."""
+        return OutputVectors(self._sums, self._squares, self._counts)

@@ -1,6 +1,6 @@
 """The weights outside the routed experts on their way into the package: as they are, or linear layers in int8.
 
-``dense_sources`` says what is written, ``Dequantised`` reads it back as if nothing had happened, so that the receipt
+``dense_sources`` says what is written; ``Dequantised`` reads it back under the model's own names, so that the receipt
 judges the numbers that will run. Peak memory: one matrix as the checkpoint has it and in int8 (writing), in int8 and
 in fp32 (reading). Raises ``CheckpointError`` where a tensor cannot be read.
 """

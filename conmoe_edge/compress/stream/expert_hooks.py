@@ -1,10 +1,9 @@
 """What runs in place of a layer's experts while a model is streamed.
 
-One function is registered with transformers (``conmoe_fit``); it hands over to the tap that hangs
-on the experts module: ``RoutedTap`` computes the layer's own experts and gathers statistics,
-``MappedTap`` computes prototypes through the slot records of a written package. Both go expert by
-expert in ascending order, so sums are the same on every run, and convert one expert at a time where
-the weights have another dtype than the activations.
+One function is registered with transformers (``conmoe_fit``). It calls the tap that is attached to the experts module:
+``RoutedTap`` computes the layer's own experts and gathers statistics, ``MappedTap`` computes prototypes through a
+reassignment map. Both go expert by expert in ascending order, so sums are the same on every run, and convert one expert
+at a time where the weights have another dtype than the activations.
 """
 
 from __future__ import annotations
@@ -18,19 +17,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.records import decode
-from conmoe_edge.compress.stats.importance import RowSample
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
-from conmoe_edge.compress.stats.output_vectors import VectorTracker
-from conmoe_edge.compress.stats.statistics import StatisticsTracker
+from conmoe_edge.compress.stats.mixed_precision import RowSample
+from conmoe_edge.compress.stats.statistics import StatisticsTracker, VectorTracker
 from conmoe_edge.compress.stream.trace_recorder import RoutingRecorder
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.experts import (
-    add_constants,
-    expert_forward,
-    merge_routes,
-    part_names,
-    sum_dtype,
-)
+from conmoe_edge.model.experts import expert_forward, part_names, sum_dtype
+from conmoe_edge.model.slot_tensors import SlotTensors
 
 IMPLEMENTATION = "conmoe_fit"
 
@@ -74,7 +68,8 @@ class RoutedTap(Tap):
             self.routing.add(index, experts, hidden if self.keep_hidden else None)
         if self.tokens is not None:
             self.tokens.add(hidden, index, weights, self.keep)
-        out = torch.zeros_like(hidden)
+        # Summed as MappedTap does: where a processor computes in bf16, another rounding would be taken for a loss.
+        out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1).tolist()
@@ -89,18 +84,15 @@ class RoutedTap(Tap):
             value = expert_forward(
                 module, hidden[rows], {name: getattr(module, name)[expert] for name in names}
             )
+            keep = None if self.keep is None else self.keep[rows]
             if self.tracker is not None:
-                self.tracker.add(
-                    expert, gates, value, None if self.keep is None else self.keep[rows]
-                )
+                self.tracker.add(expert, gates, value, keep)
             if self.vectors is not None:
-                self.vectors.add(expert, value, None if self.keep is None else self.keep[rows])
+                self.vectors.add(expert, value, keep)
             if self.sample is not None:
-                self.sample.add(
-                    expert, gates, hidden[rows], None if self.keep is None else self.keep[rows]
-                )
-            out.index_add_(0, rows, (value * gates.unsqueeze(-1)).to(out.dtype))
-        return out
+                self.sample.add(expert, gates, hidden[rows], keep)
+            out.index_add_(0, rows, value.to(out.dtype) * gates.unsqueeze(-1).to(out.dtype))
+        return out.to(hidden.dtype)
 
 
 class SilentTap(Tap):
@@ -121,63 +113,61 @@ class SilentTap(Tap):
 
 
 class MappedTap(Tap):
-    """Prototypes in place of experts, as the slot records of one layer say.
+    """Prototypes in place of experts, as the map of one layer says.
 
     Args:
-        slots: one record a router slot.
-        prototypes: the parts of every prototype that the layer uses, as their records hold them; quantised ones are
-            expanded one at a time.
-        constants: [n, H] fp32, or ``None``.
-        rerouted: the router must not choose slots with nothing behind them.
+        slots: the layer's map.
+        prototypes: prototype number -> its parts as a record holds them; quantised ones are expanded one at a time.
+        is_open: one flag a router slot: whether the router may choose it; ``None`` where it may choose all.
     """
 
     def __init__(
         self,
+        slots: SlotTensors,
+        prototypes: Mapping[int, Mapping[str, Tensor]],
+        is_open: Sequence[bool] | None = None,
+    ) -> None:
+        super().__init__()
+        self._slots = slots
+        self._prototypes = prototypes
+        self._closed = None if is_open is None else torch.tensor([not one for one in is_open])
+
+    @classmethod
+    def of(
+        cls,
         slots: Sequence[SlotRecord],
         prototypes: Mapping[ExpertId, Mapping[str, Tensor]],
         constants: Tensor | None,
-        rerouted: bool = False,
-    ) -> None:
-        super().__init__()
-        self._closed = torch.tensor([rerouted and slot.dropped for slot in slots])
-        self._order = sorted(prototypes)
-        number = {expert: position for position, expert in enumerate(self._order)}
-        self._parts = prototypes
-        self._map = torch.tensor(
-            [-1 if s.prototype is None else number[s.prototype] for s in slots]
-        )
-        self._scales = torch.tensor([s.scale for s in slots], dtype=torch.float32)
-        self._constant_of = torch.tensor([-1 if s.constant is None else s.constant for s in slots])
-        self._constants = constants
+        layer: int = 0,
+    ) -> MappedTap:
+        """From the records of a layer; ``prototypes`` has every one that they name."""
+        names = sorted(prototypes)
+        slot_map = SlotMap.of(layer, slots, {name: number for number, name in enumerate(names)})
+        tensors = SlotTensors.of(slot_map, constants, torch.device("cpu"))
+        return cls(tensors, {number: prototypes[name] for number, name in enumerate(names)})
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """sum over p of alpha_p p(h), plus the gated constants."""
-        device = hidden.device
-        self._check(index)
-        routes = merge_routes(index, weights, self._map.to(device), self._scales.to(device))
-        out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=device)
+        if self._closed is not None:
+            self._check(index, self._closed)
+        self._slots = self._slots.to(hidden.device)
+        routes = self._slots.routes(index, weights)
+        out = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
         for position, number in enumerate(routes.prototypes):
             span = slice(routes.starts[position], routes.starts[position + 1])
             rows = routes.rows[span]
-            parts = decode(
-                self._parts[self._order[number]], hidden.dtype, bool(module.is_transposed)
-            )
+            parts = decode(self._prototypes[number], hidden.dtype, bool(module.is_transposed))
             value = expert_forward(module, hidden[rows], parts)
             out.index_add_(
                 0, rows, value.to(out.dtype) * routes.weights[span].unsqueeze(-1).to(out.dtype)
             )
-        if self._constants is not None:
-            add_constants(
-                out, index, weights, self._constants.to(device), self._constant_of.to(device)
-            )
+        self._slots.add_constants(out, index, weights)
         return out.to(hidden.dtype)
 
-    def _check(self, index: Tensor) -> None:
+    def _check(self, index: Tensor, closed: Tensor) -> None:
         """Whatever a router does, a package whose receipt is taken is what its manifest says."""
-        if not bool(self._closed.any()):
-            return
-        inside = (index >= 0) & (index < len(self._closed))
-        if bool(self._closed.to(index.device)[index[inside]].any()):
+        inside = (index >= 0) & (index < len(closed))
+        if bool(closed.to(index.device)[index[inside]].any()):
             raise UnsupportedModel(
                 "The router of this model cannot be kept from choosing an expert that was removed.",
                 "it does not choose by topk, max or argmax alone",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conmoe_edge.compat import native_bf16
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.expert_hooks import Tap
 from conmoe_edge.errors import CheckpointError
@@ -29,14 +30,9 @@ def compute_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
     """
     if device.type != "cpu" or source == torch.float32:
         return source
-    if source == torch.bfloat16 and _native_bf16():
+    if source == torch.bfloat16 and native_bf16():
         return source
     return torch.float32
-
-
-def _native_bf16() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name)()) for name in checks if hasattr(torch.cpu, name))
 
 
 @dataclass(slots=True)

@@ -26,14 +26,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
-from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.compress.work.work_folder import load_tensors, save_tensors
 from conmoe_edge.plan.trace import Predictions
 
 RIDGE = 1.5
@@ -89,36 +87,36 @@ class PredictorFit:
         """
         for path in self._work.glob("rows-*.safetensors"):
             if before is None or path != self._rows(before):
-                path.unlink()  # from before that layer: whatever happens now, nobody asks for it again
+                path.unlink()  # of an earlier layer: not read again
         if before is not None:
-            x = _load(self._rows(before))["rows"].to(self._device).float()
+            x = load_tensors(self._rows(before))["rows"].to(self._device).float()
             y = torch.zeros(len(slots), experts + 1, device=self._device)
             y.scatter_(1, slots.to(self._device).long().clamp(0, experts), 1.0)
             held = self._held.to(self._device)
             weights = ridge(x[~held], y[~held, :experts])
             found = {"weights": weights.cpu(), "scores": scores(x[held], weights).cpu()}
-            _write(self._part(index), found)
-        _write(self._rows(index), {"rows": hidden.to(torch.bfloat16)})
+            save_tensors(self._part(index), found)
+        save_tensors(self._rows(index), {"rows": hidden.to(torch.bfloat16)})
 
-    def write(self, package: Path, numbers: Mapping[int, Sequence[int]]) -> WrittenFile:
-        """The file of the package. ``numbers``: MoE layer -> prototype number of every router slot, -1 for none."""
+    def write(self, package: Path, maps: Mapping[int, SlotMap]) -> WrittenFile:
+        """The file of the package, from the map of every MoE layer."""
         tensors = {}
-        for layer in sorted(numbers)[1:]:
-            columns = _columns(numbers[layer])
-            weights = _load(self._part(layer))["weights"] @ columns
+        for layer in sorted(maps)[1:]:
+            columns = _columns(maps[layer])
+            weights = load_tensors(self._part(layer))["weights"] @ columns
             tensors[f"predictor.{layer}"] = weights.to(torch.bfloat16)
-        return _write(package / PREDICTOR_FILE, tensors)
+        return save_tensors(package / PREDICTOR_FILE, tensors)
 
-    def predictions(self, numbers: Mapping[int, Sequence[int]]) -> Predictions:
-        """What the predictor says about the tokens that it was not fitted on."""
+    def predictions(self, maps: Mapping[int, SlotMap]) -> Predictions:
+        """What the predictor says about the tokens that it was not fitted on, from the map of every MoE layer."""
         tokens = tuple(self._held.nonzero().squeeze(1).tolist())
         ranked: list[tuple[tuple[int, ...], ...]] = []
-        for position, layer in enumerate(sorted(numbers)):
+        for position, layer in enumerate(sorted(maps)):
             if position == 0:
                 ranked.append(((),) * len(tokens))
                 continue
-            known = sorted({number for number in numbers[layer] if number >= 0})
-            found = _load(self._part(layer))["scores"] @ _columns(numbers[layer])
+            known = maps[layer].prototypes
+            found = load_tensors(self._part(layer))["scores"] @ _columns(maps[layer])
             order = found.sort(dim=1, descending=True, stable=True).indices.tolist()
             ranked.append(tuple(tuple(known[column] for column in row) for row in order))
         return Predictions(tokens, tuple(ranked))
@@ -130,32 +128,11 @@ class PredictorFit:
         return self._work / f"predictor-{layer:05d}.safetensors"
 
 
-def _columns(numbers: Sequence[int]) -> Tensor:
-    """[E, P] fp32: which slot leads to which of the layer's prototypes."""
-    known = sorted({number for number in numbers if number >= 0})
-    columns = torch.zeros(len(numbers), len(known))
-    for slot, number in enumerate(numbers):
-        if number >= 0:
-            columns[slot, known.index(number)] = 1.0
+def _columns(slot_map: SlotMap) -> Tensor:
+    """[E, P] fp32: which router slot leads to which of the layer's prototypes."""
+    places = {number: column for column, number in enumerate(slot_map.prototypes)}
+    columns = torch.zeros(len(slot_map), len(places))
+    for slot, number in enumerate(slot_map.targets):
+        if number in places:
+            columns[slot, places[number]] = 1.0
     return columns
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path.name} of the unfinished run is damaged.",
-            str(error)[:200],
-            "start over with --fresh",
-        ) from error
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-    return write_tensors(
-        path,
-        [
-            TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t)
-            for name, t in tensors.items()
-        ],
-    )

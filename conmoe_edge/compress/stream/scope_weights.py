@@ -1,8 +1,8 @@
 """The weights of a scope's experts while it is being consolidated.
 
 The layer that has just run is in memory; the earlier layers of a scope lie as records in the run's work folder, so that
-never more than one layer is held. ``ScopeWeights`` lets ``distance.py`` read both in runs of rows, and gives single
-experts back for the prototype file.
+never more than one layer is held. ``ScopeWeights`` reads both in runs of rows for ``weight_distance.py``, and gives
+single experts back for the prototype file.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ScratchLayer:
 
 
 class ScopeWeights:
-    """The experts of a whole scope in the order (layer, expert); the ``ExpertWeights`` that ``distance.py`` reads."""
+    """The experts of a whole scope in the order (layer, expert), as ``weight_distance.py`` reads them."""
 
     def __init__(self, layers: Mapping[int, LayerWeights], views: Mapping[str, MatrixView]) -> None:
         self._layers = dict(sorted(layers.items()))
@@ -190,6 +190,12 @@ class ScopeWeights:
 def record_name(expert: ExpertId) -> str:
     """The name of an expert's record inside a prototypes file."""
     return f"prototypes.{expert.layer}.{expert.expert}"
+
+
+def expert_of(name: str) -> ExpertId:
+    """The expert whose record has this name."""
+    _, layer, expert = name.split(".")
+    return ExpertId(int(layer), int(expert))
 
 
 def write_experts(

@@ -1,7 +1,7 @@
-"""A model whose quality is measured: a checkpoint with its own experts, or a package with its prototypes.
+"""A checkpoint with its own experts or a package with its prototypes, streamed layer by layer in the same way.
 
-Both are streamed in the same way: a decoder layer is loaded without or with its experts, a tap
-computes them, the layer is dropped. ``open_subject`` opens either from a folder.
+A decoder layer is loaded with or without its experts, a tap computes them, the layer is dropped. ``open_subject`` opens
+either from a folder, ``package_subject`` a package whose manifest is at hand.
 
 Peak memory: what ``StreamedModel`` says; a package's layer has its prototypes in place of experts.
 Raises ``PackageError``, ``CheckpointError``, ``UnsupportedModel``.
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest, RecordLayout, SlotRecord
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest, RecordLayout
 from conmoe_edge.checkpoint.format.records import view
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.compress.stats.part_clock import Clock
-from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.compress.stream.expert_hooks import (
     IMPLEMENTATION,
@@ -38,15 +38,16 @@ from conmoe_edge.compress.stream.layer_stream import (
     Stream,
     compute_dtype,
     run_layer,
-    sequence_logits,
 )
-from conmoe_edge.compress.stream.receipt_tracker import ReceiptTracker
 from conmoe_edge.compress.stream.scope_weights import record_name
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
+from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import quantization_of, read_config
 from conmoe_edge.model.probe import TensorFacts, probe
 from conmoe_edge.model.rerouting import rerouted
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.streaming import StreamedModel
 
 _AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
@@ -144,43 +145,49 @@ def timed_layer(
 
 
 def mapped_tap(
-    slots: tuple[SlotRecord, ...],
+    slot_map: SlotMap,
+    records: Mapping[int, tuple[str, RecordLayout]],
     reader: ShardReader,
-    layout_of: Callable[[str], RecordLayout],
     constants: Tensor | None,
     device: torch.device,
-    is_rerouted: bool = False,
+    is_open: Sequence[bool] | None = None,
 ) -> MappedTap:
     """The tap of one layer of a package; its prototypes are read from ``reader`` now.
 
-    ``layout_of`` gives the layout of a record by the record's name.
+    Args:
+        slot_map: of the layer.
+        records: prototype number -> name and layout of its record.
+        reader: of the files with these records.
+        constants: [C, H] of the layer, or ``None``.
+        device: where the layer runs.
+        is_open: as of ``MappedTap``.
     """
     parts = {}
-    for expert in sorted({slot.prototype for slot in slots if slot.prototype is not None}):
-        name = record_name(expert)
-        record = reader[name][...]
-        parts[expert] = {
-            part: tensor.to(device) for part, tensor in view(layout_of(name), record).items()
-        }
-    return MappedTap(slots, parts, constants, is_rerouted)
+    for number in slot_map.prototypes:
+        name, layout = records[number]
+        record = view(layout, reader[name][...])
+        parts[number] = {part: tensor.to(device) for part, tensor in record.items()}
+    return MappedTap(SlotTensors.of(slot_map, constants, device), parts, is_open)
 
 
-def compare_heads(
-    reference: StreamedModel,
-    before: Tensor,
-    model: StreamedModel,
-    after: Tensor,
-    tokens: TokenSet,
-) -> dict[str, Any]:
-    """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
-
-    What is outside the decoder layers must be loaded in both.
-    """
-    tracker = ReceiptTracker(tokens)
-    for row in range(tokens.ids.shape[0]):
-        wanted = sequence_logits(reference, tokens, before, row)
-        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
-    return tracker.result()
+def stream_model(
+    config: PretrainedConfig,
+    anatomy: ModelAnatomy,
+    tensors: Mapping[str, Any],
+    device: torch.device,
+) -> StreamedModel:
+    """A checkpoint whose experts are computed by taps; nothing is loaded yet. ``tensors``: lazily read, by name."""
+    experts = anatomy.moe_layers[0].experts
+    assert experts is not None
+    return StreamedModel(
+        config,
+        list(tensors),
+        lambda keys: {key: tensors[key] for key in keys},
+        dtype=compute_dtype(device, getattr(torch, anatomy.dtype)),
+        experts_dtype=getattr(torch, experts.parts[0].dtype),
+        device=device,
+        experts_implementation=IMPLEMENTATION,
+    )
 
 
 @contextmanager
@@ -197,62 +204,57 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
                 delattr(one, "quantization_config")
     headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
     anatomy = probe(config, headers)
-    experts = anatomy.moe_layers[0].experts
-    assert experts is not None
-    with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(index))
-        tensors: Mapping[str, Any] = Dequantised(reader) if packed else reader
-        model = StreamedModel(
-            config,
-            list(tensors),
-            lambda keys: {key: tensors[key] for key in keys},
-            dtype=compute_dtype(device, getattr(torch, anatomy.dtype)),
-            experts_dtype=getattr(torch, experts.parts[0].dtype),
-            device=device,
-            experts_implementation=IMPLEMENTATION,
-        )
-        if not packed:
-            yield Subject(model, None, str(folder))
-            return
+    if packed:
         assert manifest is not None
-        if sorted(model.experts) != sorted(manifest.slots):
+        with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
+            yield subject
+        return
+    with ShardReader(index) as reader:
+        yield Subject(stream_model(config, anatomy, reader, device), None, str(folder))
+
+
+@contextmanager
+def package_subject(
+    index: CheckpointIndex,
+    manifest: Manifest,
+    config: PretrainedConfig,
+    anatomy: ModelAnatomy,
+    device: torch.device,
+    name: str,
+) -> Iterator[Subject]:
+    """A package as its manifest says, nothing of it loaded yet.
+
+    Args:
+        index: of the package's folder.
+        manifest: of the package.
+        config, anatomy: of the model that it was made from.
+        device: where layers run.
+        name: for errors.
+    """
+    files = sorted({entry.file for entry in manifest.prototypes})
+    records = {
+        number: (record_name(entry.id), manifest.layouts[entry.layout])
+        for number, entry in enumerate(manifest.prototypes)
+    }
+    constants: Mapping[int, Tensor] = {}
+    if CONSTANTS_FILE in manifest.files:
+        constants = read_constants(index.folder / CONSTANTS_FILE)
+    closed = {layer: manifest.open_slots(layer) for layer in manifest.rerouted}
+    slot_maps = SlotMap.of_manifest(manifest)
+    with ShardReader(index) as dense, ShardReader(index_files(index.folder, files)) as prototypes:
+        model = stream_model(config, anatomy, Dequantised(dense), device)
+        if sorted(model.experts) != sorted(slot_maps):
             raise PackageError(
-                f"The package in {folder} does not match its config.json.",
+                f"The package in {index.folder} does not match its config.json.",
                 "model and manifest have routed experts in different layers",
                 _AGAIN,
             )
-        files = sorted({entry.file for entry in manifest.prototypes})
-        records = stack.enter_context(ShardReader(index_files(folder, files)))
-        yield Subject(
-            model,
-            _taps(folder, manifest, records, device),
-            str(folder),
-            prototype_bytes(manifest),
-            {layer: manifest.open_slots(layer) for layer in manifest.rerouted},
-        )
 
+        def tap(layer: int) -> Tap:
+            rows, is_open = constants.get(layer), closed.get(layer)
+            return mapped_tap(slot_maps[layer], records, prototypes, rows, device, is_open)
 
-def _taps(
-    folder: Path, manifest: Manifest, records: ShardReader, device: torch.device
-) -> Callable[[int], Tap]:
-    layouts = {
-        record_name(entry.id): manifest.layouts[entry.layout] for entry in manifest.prototypes
-    }
-    constants = {}
-    if CONSTANTS_FILE in manifest.files:
-        constants = read_constants(folder / CONSTANTS_FILE)
-
-    def tap(layer: int) -> Tap:
-        return mapped_tap(
-            manifest.slots[layer],
-            records,
-            layouts.__getitem__,
-            constants.get(layer),
-            device,
-            layer in manifest.rerouted,
-        )
-
-    return tap
+        yield Subject(model, tap, name, prototype_bytes(manifest), closed)
 
 
 def is_package(folder: Path) -> bool:

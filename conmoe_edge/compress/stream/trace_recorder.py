@@ -18,15 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
-from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
 from conmoe_edge.compress.stream.calibration_text import TokenSet
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.compress.work.work_folder import load_tensors, save_tensors
 from conmoe_edge.plan.trace import MOST_TOKENS
 
 
@@ -97,7 +94,7 @@ class RoutingRecorder:
         """Make the layer's choices durable in the work folder."""
         pieces = [piece for name in self._order for piece in self._taken[name]]
         if pieces:
-            _write(_part(work, layer), {f"routing.{layer}": torch.cat(pieces)})
+            save_tensors(_part(work, layer), {f"routing.{layer}": torch.cat(pieces)})
 
     def write(self, work: Path, package: Path, layers: tuple[int, ...]) -> WrittenFile | None:
         """Put the layers of the work folder together; ``None`` where no sequence was short enough."""
@@ -105,15 +102,8 @@ class RoutingRecorder:
             return None
         tensors = {"sequences": self._lengths}
         for layer in layers:
-            try:
-                tensors.update(load_file(_part(work, layer)))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{_part(work, layer).name} of the unfinished run is damaged.",
-                    str(error)[:200],
-                    "start over with --fresh",
-                ) from error
-        return _write(package / ROUTING_FILE, tensors)
+            tensors.update(load_tensors(_part(work, layer)))
+        return save_tensors(package / ROUTING_FILE, tensors)
 
     def drop(self, work: Path, layers: tuple[int, ...]) -> None:
         """Delete the layers' files; they are in the package now."""
@@ -131,13 +121,3 @@ def _narrowest(experts: int) -> torch.dtype:
 
 def _part(work: Path, layer: int) -> Path:
     return work / f"routing-{layer:05d}.safetensors"
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
-    return write_tensors(
-        path,
-        [
-            TensorSource(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t)
-            for name, t in tensors.items()
-        ],
-    )

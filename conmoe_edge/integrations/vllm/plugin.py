@@ -44,8 +44,16 @@ from vllm.model_executor.models.utils import (  # pyright: ignore[reportMissingI
 )
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
-from conmoe_edge.integrations.vllm.layer_tables import LayerTable, NotServable, share_of
-from conmoe_edge.integrations.vllm.stacked_weights import Package, fill, open_package
+from conmoe_edge.integrations.vllm.layer_stacks import LayerStack, NotServable, share_of
+from conmoe_edge.integrations.vllm.stacked_weights import (
+    Package,
+    RankSlots,
+    fill,
+    gated_sum,
+    map_choice,
+    open_package,
+    padded_constants,
+)
 
 QUANT_METHOD = "conmoe"
 
@@ -113,13 +121,13 @@ class PrototypesConfig(QuantizationConfig):
             assert self._folder is not None
             package = open_package(self._folder)
             index = extract_layer_index(prefix)
-            if index not in package.tables:
+            if index not in package.stacks:
                 raise NotServable(
                     f"The package has no prototypes for layer {index}.",
                     "experts of a draft head are no part of a package",
                     "start vLLM without speculative decoding by the model's own head",
                 )
-            return PrototypesMethod(layer.moe_config, layer, package, package.tables[index])
+            return PrototypesMethod(layer.moe_config, layer, package, package.stacks[index])
         if isinstance(layer, LinearBase):
             return _LoadedLinear(prefix)
         if isinstance(layer, VocabParallelEmbedding):
@@ -180,26 +188,26 @@ def _check_came(layer: Any, prefix: str) -> None:
 class PrototypesMethod(UnquantizedFusedMoEMethod):
     """A layer's prototypes in place of one expert a router slot."""
 
-    def __init__(self, moe: Any, layer: Any, package: Package, table: LayerTable) -> None:
+    def __init__(self, moe: Any, layer: Any, package: Package, stack: LayerStack) -> None:
         _check_layer(moe, layer)
         if not current_platform.is_cpu():
             # Reads the number of experts off the weights, and never routes by itself.
             moe.moe_backend = "triton"
         super().__init__(moe)
         self._package = package
-        self._table = table
+        self._stack = stack
         self._parallel = moe.moe_parallel_config
-        self._held = share_of(table.stack, self._parallel.ep_rank, self._parallel.ep_size)
+        self._held = share_of(stack.stack, self._parallel.ep_rank, self._parallel.ep_size)
         if not self._held:
             raise NotServable(
-                f"Layer {table.layer} has {len(table.stack)} prototypes for {self._parallel.ep_size} ranks.",
+                f"Layer {stack.layer} has {len(stack.stack)} prototypes for {self._parallel.ep_size} ranks.",
                 "vLLM's kernels want at least one expert on every rank",
                 "start vLLM without --enable-expert-parallel",
             )
 
-    def holds(self, table: LayerTable) -> bool:
-        """Whether this layer has the weights for a table."""
-        return self._holder and self._table.leader == table.leader
+    def holds(self, stack: LayerStack) -> bool:
+        """Whether this layer has the weights of ``stack``."""
+        return self._holder and self._stack.leader == stack.leader
 
     @property
     def supports_eplb(self) -> bool:
@@ -210,7 +218,7 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         self, hidden_size: int, intermediate_size_per_partition: int, *rest: Any
     ) -> tuple[int, int]:
         """Prototypes may have fewer neurons than the model's experts."""
-        part = -(-self._table.width // self._parallel.tp_size)
+        part = -(-self._stack.width // self._parallel.tp_size)
         return super().maybe_roundup_sizes(hidden_size, part, *rest)
 
     def create_weights(
@@ -225,7 +233,7 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         """Room for this rank's prototypes, whatever ``num_experts`` says; none where another layer of the scope has
         them already.
         """
-        found = _holder_of(self._table)
+        found = _holder_of(self._stack)
         self._holder = found is None
         self._shared = [found]  # in a list: it is no submodule of this
         held = len(self._held) if self._holder else 0
@@ -240,28 +248,23 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
 
     def _tables(self, layer: Any) -> None:
         """Buffers that map the router's choice; the last row of the constants is zero."""
-        table, first = self._table, self._held.start
-        local = [place - first if place in self._held else -1 for place in table.target]
-        layer.register_buffer("conmoe_target", torch.tensor(local), persistent=False)
-        factors = [
-            scale if place >= 0 else 0.0 for place, scale in zip(local, table.scales, strict=True)
-        ]
-        self._weighs = any(factor != 1.0 for factor in factors)
-        layer.register_buffer(
-            "conmoe_scale", torch.tensor(factors, dtype=torch.float32), persistent=False
-        )
-        self._adds = False
+        slots = self._stack.slots
+        rank = RankSlots.of(slots, self._held)
+        layer.register_buffer("conmoe_target", rank.target, persistent=False)
+        layer.register_buffer("conmoe_scale", rank.factor, persistent=False)
+        self._weighs = rank.weighs
         # Ranks are added up behind this, so one of them brings the constants.
-        if table.has_constants and self._parallel.tp_rank == 0 and self._parallel.ep_rank == 0:
-            rows = self._package.constants(table.layer)
+        self._adds = (
+            slots.has_constants and self._parallel.tp_rank == 0 and self._parallel.ep_rank == 0
+        )
+        if self._adds:
+            rows = self._package.constants(slots.layer)
             assert rows is not None
-            self._adds = True
-            padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            padded, row_of = padded_constants(slots, rows)
             layer.register_buffer(
                 "conmoe_constants", padded.to(layer.conmoe_scale.device), persistent=False
             )
-            row_of = [row if row >= 0 else len(rows) for row in table.constants]
-            layer.register_buffer("conmoe_constant_of", torch.tensor(row_of), persistent=False)
+            layer.register_buffer("conmoe_constant_of", row_of, persistent=False)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Read the prototypes, and bring them into the kernel's form; or take both from the scope's first layer."""
@@ -275,12 +278,12 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         with torch.device("cpu"):  # where records are read to, whatever the default is
             fill(
                 self._package,
-                [self._table.stack[place] for place in self._held],
+                [self._stack.stack[place] for place in self._held],
                 layer.w13_weight.data,
                 layer.w2_weight.data,
                 rank=self._parallel.tp_rank,
                 ranks=self._parallel.tp_size,
-                width=self._table.width,
+                width=self._stack.width,
             )
         super().process_weights_after_loading(layer)
 
@@ -296,14 +299,14 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         """[T, H], gates and slots [T, K] -> [T, H]."""
         assert self.moe_kernel is not None
         slots = topk_ids.long()
-        weights = topk_weights * layer.conmoe_scale[slots] if self._weighs else topk_weights
-        chosen = layer.conmoe_target[slots].clamp(min=0).to(topk_ids.dtype)
+        factor = layer.conmoe_scale if self._weighs else None
+        chosen, weights = map_choice(layer.conmoe_target, factor, slots, topk_weights)
         out = self.moe_kernel.apply(
             hidden_states=x,
             w1=layer.w13_weight,
             w2=layer.w2_weight,
             topk_weights=weights,
-            topk_ids=chosen,
+            topk_ids=chosen.to(topk_ids.dtype),
             activation=layer.activation,
             apply_router_weight_on_input=False,
             global_num_experts=len(self._held),
@@ -313,19 +316,17 @@ class PrototypesMethod(UnquantizedFusedMoEMethod):
         )
         if not self._adds:
             return out
-        rows = layer.conmoe_constants
-        gates = topk_weights.new_zeros(len(x), len(rows))
-        gates.scatter_add_(1, layer.conmoe_constant_of[slots], topk_weights)
-        return out + (gates.to(rows.dtype) @ rows).to(out.dtype)
+        constants = gated_sum(layer.conmoe_constants, layer.conmoe_constant_of, slots, topk_weights)
+        return out + constants.to(out.dtype)
 
 
-def _holder_of(table: LayerTable) -> Any:
+def _holder_of(stack: LayerStack) -> Any:
     """The layer of the model that is being built which holds the same stack already, where there is one."""
     layers = get_current_vllm_config().compilation_config.static_forward_context
     for runner in layers.values():
         experts = getattr(runner, "routed_experts", None)
         method = getattr(experts, "quant_method", None)
-        if isinstance(method, PrototypesMethod) and method.holds(table):
+        if isinstance(method, PrototypesMethod) and method.holds(stack):
             return experts
     return None
 

@@ -13,6 +13,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,20 +21,21 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.integrations.vllm.layer_tables import LayerTable, check_servable, layer_tables
+from conmoe_edge.integrations.vllm.layer_stacks import LayerStack, check_servable, layer_stacks
 
 
 class Package:
-    """An opened package: its tables, and its prototypes one at a time."""
+    """An opened package: its stacks, and its prototypes one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = verify_package(folder)
         check_servable(folder, self.manifest)
-        self.tables: dict[int, LayerTable] = layer_tables(self.manifest)
+        self.stacks: dict[int, LayerStack] = layer_stacks(self.manifest)
         self._prototypes = PrototypeReader(folder, self.manifest)
         self._constants: dict[int, Tensor] | None = None
 
@@ -43,11 +45,64 @@ class Package:
 
     def constants(self, layer: int) -> Tensor | None:
         """[n, H] fp32, or ``None`` where no slot of the layer has one."""
-        if not self.tables[layer].has_constants:
+        if not self.stacks[layer].slots.has_constants:
             return None
         if self._constants is None:
             self._constants = read_constants(self.folder / CONSTANTS_FILE)
         return self._constants[layer]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSlots:
+    """A layer's map for the part of its stack that one rank holds.
+
+    Attributes:
+        target: [E] int64, position in the rank's part; -1 where the slot's prototype is not in it.
+        factor: [E] fp32, of a slot's gate; 0 where ``target`` is -1.
+        weighs: whether any factor is other than 1.
+    """
+
+    target: Tensor
+    factor: Tensor
+    weighs: bool
+
+    @classmethod
+    def of(cls, slots: SlotMap, held: range) -> RankSlots:
+        """Render ``slots``, whose prototype numbers are positions in the stack; ``held`` are those of the rank."""
+        mine = slots.renumbered({place: number for number, place in enumerate(held)})
+        factors = [
+            0.0 if number == NONE else scale
+            for number, scale in zip(mine.targets, mine.scales, strict=True)
+        ]
+        return cls(
+            torch.tensor(mine.targets, dtype=torch.int64),
+            torch.tensor(factors, dtype=torch.float32),
+            any(factor != 1.0 for factor in factors),
+        )
+
+
+def padded_constants(slots: SlotMap, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's constants [C + 1, H], the last of which is zero, and the row of every slot [E] int64."""
+    row_of = [len(rows) if row == NONE else row for row in slots.constants]
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), torch.tensor(row_of)
+
+
+def map_choice(
+    target: Tensor, factor: Tensor | None, slots: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[T, K] router slots and gates -> positions in the rank's part (int64) and weights.
+
+    Slots of a token that lead to one prototype stay apart: the kernel's outputs add up. ``factor`` of ``None``: all 1.
+    """
+    weights = gates if factor is None else gates * factor[slots]
+    return target[slots].clamp(min=0), weights
+
+
+def gated_sum(constants: Tensor, constant_of: Tensor, slots: Tensor, gates: Tensor) -> Tensor:
+    """[T, K] router slots and gates -> [T, H], the constants of ``padded_constants`` times their gates."""
+    weights = gates.new_zeros(len(gates), len(constants))
+    weights.scatter_add_(1, constant_of[slots], gates)
+    return weights.to(constants.dtype) @ constants
 
 
 @lru_cache(maxsize=4)

@@ -3,8 +3,8 @@
 ``HostCompute.choose`` says which of the missing ones (``miss_split.py``), ``outputs`` computes them. Only records that
 ``HostTier`` holds: one that is on the disk has to be read anyway, and is copied.
 
-What a copy and a product cost is measured once, when the tier is there: medians over some records, so that none of them
-comes from a cache. Memory: one token's activations and outputs. Raises nothing.
+What a copy and a product cost is measured once, at the first choice: medians over some records, so that none of them
+comes from a cache. Memory: one token's activations and outputs.
 """
 
 from __future__ import annotations
@@ -67,10 +67,15 @@ class HostCompute:
     def _expert(self, number: int) -> StoredExpert:
         found = self._experts.get(number)
         if found is None:
-            record = self._host.record(number)
-            assert record is not None, "it is held"
-            found = self._experts[number] = StoredExpert(view(self._layouts[number], record))
+            found = StoredExpert(view(self._layouts[number], self._record(number)))
+            self._experts[number] = found
         return found
+
+    def _record(self, number: int) -> Tensor:
+        record = self._host.record(number)
+        if record is None:
+            raise RuntimeError(f"the record of prototype {number} is not in the host's memory")
+        return record
 
     def _measure(self, module: nn.Module, hidden: Tensor) -> MissCosts:
         numbers = self._host.numbers[:_TRIALS]
@@ -79,8 +84,7 @@ class HostCompute:
         on_host = hidden.cpu()
 
         def copy(number: int) -> None:
-            record = self._host.record(number)
-            assert record is not None, "it is held"
+            record = self._record(number)
             there[: record.numel()].copy_(record, non_blocking=True)
 
         def compute(number: int) -> None:

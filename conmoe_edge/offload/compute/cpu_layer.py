@@ -1,95 +1,100 @@
-"""A layer's experts, for one token in one call of the operator wherever all that it asks for is there.
+"""A layer's experts for one token on a CPU, in one call of the operator wherever all that it asks for is there.
 
-Between two tokens a layer's weights push everything else out of the processor's caches, so every step
-in Python and every small tensor operation costs many times what it costs in a loop: one call takes
-the router's choice, adds up what meets on a prototype, looks up where the prototypes lie, computes,
-and adds the constants. It does nothing where one of them has to be read first; then the caller takes
-the way through the cache. What was computed with is told to the cache afterwards, and what the next
-layer will probably ask for is read ahead then. In a layer whose prototypes all stay nobody has to
-know.
+Between two tokens a layer's weights push everything else out of the processor's caches, so every step in Python and
+every small tensor operation costs many times what it costs in a loop. One call takes the router's choice, adds up what
+meets on a prototype, looks up where the prototypes lie, computes, and adds the constants. It does nothing where one of
+them has to be read first: then ``forward_with_misses`` merges a handful of numbers in Python, and all prototypes that
+are there compute in one call while the others are being read. The bits are the same.
 
-Memory: a few addresses a slot. Raises nothing.
+What was computed with is told to the residency afterwards, and what the next layer will probably ask for is read ahead
+then. In a layer whose prototypes all stay, only their number is.
+
+Memory: a few addresses a router slot; the outputs of one token's prototypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.offload.compute.torch_backend import gates_in_one_call
+from conmoe_edge.model.experts import sum_dtype
+from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute.torch_backend import Arithmetic, gates_in_one_call
+from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
     Cached,
     LayerTable,
+    MlpTable,
     Operator,
     Positions,
+    PrototypeTable,
     RouterTable,
     operator,
 )
-from conmoe_edge.offload.residency.address_table import HostAddresses
-
-if TYPE_CHECKING:
-    from conmoe_edge.offload.residency.residency import Residency
-    from conmoe_edge.offload.runtime import Runtime
+from conmoe_edge.offload.residency.address_table import Place
+from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 _FORMATS = (torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class WholeLayer:
-    """``table`` is ``None`` where the layer is not for this; it is right as long as ``residency`` is the runtime's.
+class HostAddresses:
+    """A view of the address table for the operator.
 
-    ``formats``: of the activations that it takes. ``stays``: whether all its prototypes are there for good.
-    ``layer``: the decoder layer's number.
+    ``table``: the present prototypes that one call takes (``StoredExpert.matrices``).
     """
 
-    runtime: Runtime
-    residency: Residency
-    table: LayerTable | None = None
-    engine: Operator | None = None
-    formats: tuple[torch.dtype, ...] = ()
-    stays: bool = False
-    layer: int = 0
+    def __init__(self, residency: Residency) -> None:
+        self.table = PrototypeTable(residency.count)
+        self._pools = residency.pools  # not the residency, which would never be dropped
+        residency.table.watch(self)
 
-    @classmethod
-    def of(
-        cls,
-        layer: int,
-        module: nn.Module,
-        runtime: Runtime,
-        targets: Sequence[int],
-        factors: Sequence[float],
-        constants: Sequence[Tensor | None],
-    ) -> WholeLayer:
-        """``layer`` with the prototype numbers ``targets``, factors and constants (empty for none) of its slots."""
-        residency, engine = runtime.residency, operator()
-        numbers = {target for target in targets if target >= 0}
-        addresses = runtime.addresses
-        if engine is None or not isinstance(addresses, HostAddresses) or not numbers:
-            return cls(runtime, residency)
-        kinds = residency.kinds(numbers)
-        formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
-        matrices = kinds[0].matrices
-        if not formats or matrices is None:
-            return cls(runtime, residency)
-        table = LayerTable(
-            addresses.table,
-            (matrices[0].form, matrices[1].form),
-            targets,
-            factors or None,
-            constants or None,
-        )
-        return cls(runtime, residency, table, engine, formats, residency.stay(numbers), layer)
+    def put(self, number: int, place: Place) -> None:
+        matrices = self._pools[place[0]].parts(place[1]).matrices
+        if matrices is not None:
+            self.table.put(number, *matrices)
+
+    def remove(self, number: int) -> None:
+        self.table.remove(number)
+
+
+class CpuLayer(TorchLayer):
+    """``LayerExperts`` by the operator.
+
+    Attributes:
+        table: the layer as the operator reads it; ``None`` where it does not take the layer in one call.
+        formats: of the activations that it takes.
+        stays: whether all its prototypes are there for good.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        arithmetic: Arithmetic,
+        slots: SlotTensors,
+        engine: Operator | None,
+        table: LayerTable | None,
+        formats: tuple[torch.dtype, ...],
+    ) -> None:
+        super().__init__(residency, arithmetic, slots)
+        self.engine, self.table, self.formats = engine, table, formats
+        self.stays = residency.table.stay(slots.slot_map.prototypes)
+        self._constants = () if slots.constants is None else slots.constants.unbind()
+
+    def one_token(
+        self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
+    ) -> Tensor | None:
+        found = self.output(hidden, slots, gates)
+        return self.forward_with_misses(module, hidden, slots, gates) if found is None else found
 
     def output(
         self, hidden: Tensor, slots: Tensor, gates: Tensor, residual: Tensor | None = None
     ) -> Tensor | None:
-        """[1, H], [1, K], [1, K] -> [1, H], added to ``residual`` (H values) where there is one; ``None`` where this is
-        not the way, or a prototype is not there.
+        """[1, H], [1, K], [1, K] -> [1, H], added to ``residual`` (H values) where there is one; ``None`` where the
+        operator does not take it, or a prototype is not there.
         """
         if self.table is None or self.engine is None or hidden.dtype not in self.formats:
             return None
@@ -106,29 +111,84 @@ class WholeLayer:
         block: BlockTable,
         router: RouterTable,
         x: Tensor,
-        positions: Positions,
+        positions: Positions | None,
         cached: Cached,
+        dense: MlpTable | None = None,
     ) -> Tensor | None:
-        """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``."""
-        assert self.table is not None and self.engine is not None
+        """The whole decoder layer around these experts; arguments and result as of ``Operator.decoder``.
+
+        Raises:
+            RuntimeError: there is no ``table``.
+        """
+        if self.table is None or self.engine is None:
+            raise RuntimeError("the operator does not take this layer")
         self._notice()
-        found = self.engine.decoder(block, router, self.table, x, positions, cached)
+        found = self.engine.decoder(block, router, self.table, x, positions, cached, dense)
         return self._counted(found, router.between.normed)
 
+    def forward_with_misses(
+        self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
+    ) -> Tensor:
+        """[1, H], [1, K], [1, K] -> [1, H], prototypes being read where they are not there: the same bits as of
+        ``output``.
+        """
+        chosen, given = slots[0].tolist(), gates[0].tolist()
+        merged = self.slots.slot_map.merge(chosen, given)
+        numbers = list(merged)
+        residency, arithmetic = self.residency, self.arithmetic
+        ahead = residency.likely_next(self.number, hidden)
+        experts = residency.resident(numbers)
+        if not numbers:
+            out = torch.empty(0, hidden.shape[1], dtype=sum_dtype(hidden))
+        elif experts is not None:
+            if ahead:
+                residency.prefetch(ahead, keep=numbers)
+            out = arithmetic.one_token(module, experts, hidden)  # [n, H]
+        else:
+            out = torch.empty(len(numbers), hidden.shape[1], dtype=sum_dtype(hidden))
+
+            def compute(positions: Sequence[int], some: Sequence[StoredExpert]) -> None:
+                out[list(positions)] = arithmetic.one_token(module, some, hidden)
+
+            residency.visit(numbers, compute, ahead=ahead)
+        constants: Sequence[tuple[Tensor, float]] = ()
+        if self._constants:
+            pairs = self.slots.slot_map.gated_constants(chosen, given)
+            constants = [(self._constants[row], gate) for row, gate in pairs]
+        return arithmetic.combine(out, list(merged.values()), hidden.dtype, constants)
+
     def _notice(self) -> None:
-        if self.runtime.prefetcher is not None:
+        if self.residency.prefetcher is not None:
             self.residency.collect()
 
     def _counted(self, found: tuple[Tensor, int] | None, hidden: Tensor) -> Tensor | None:
-        if found is None:
+        if found is None or self.table is None:
             return None
         out, count = found
         if self.stays:
             self.residency.used(count)
         else:
-            assert self.table is not None
             self.residency.asked(self.table.asked(count))
-        prefetcher = self.runtime.prefetcher
-        if prefetcher is not None:
-            self.residency.prefetch(prefetcher.next(self.layer, hidden))
+        if self.residency.prefetcher is not None:
+            self.residency.prefetch(self.residency.likely_next(self.number, hidden))
         return out
+
+
+class CpuBackend(TorchBackend):
+    """``ExpertBackend`` by the operator; where there is no compiler, by torch one expert after the other."""
+
+    def __init__(self, device: torch.device, residency: Residency, arithmetic: Arithmetic) -> None:
+        super().__init__(device, residency, arithmetic)
+        self._engine = operator()
+        self._addresses = HostAddresses(residency)
+
+    def layer(self, slots: SlotTensors, module: nn.Module) -> CpuLayer:
+        formats, table = (), None
+        kinds = self.residency.kinds(slots.slot_map.prototypes)
+        matrices = kinds[0].matrices if kinds else None
+        if self._engine is not None and matrices is not None:
+            formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
+        if formats and matrices is not None:
+            forms = (matrices[0].form, matrices[1].form)
+            table = LayerTable(self._addresses.table, forms, slots.slot_map, slots.constants)
+        return CpuLayer(self.residency, self.arithmetic, slots, self._engine, table, formats)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.quantise import Matrix, stored
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine, Scratch
@@ -74,8 +75,9 @@ class DenseProducts:
             wide = x if bias is None and x.dtype != torch.float16 else x.float()
             y = self.operator.few_rows([prepared], wide.contiguous().unsqueeze(0))[0]
         elif matrix.scales is not None:
-            scales = matrix.scales.to(x.dtype)
-            y = torch._weight_int8pack_mm(x.contiguous(), matrix.values, scales)  # pyright: ignore[reportPrivateImportUsage]
+            if compat.INT8_PRODUCT is None:
+                return self._in_blocks(matrix, x, bias)
+            y = compat.INT8_PRODUCT(x.contiguous(), matrix.values, matrix.scales.to(x.dtype))
         elif len(x) == 1 and bias is None:
             y = torch.mv(matrix.values, x[0]).unsqueeze(0)
         else:

@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.factored import factors_of
-from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, TILES
+from conmoe_edge.checkpoint.format.forms import COLUMNS, DOWN, KEPT, LEFT, RIGHT, SCALE, TILES
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.storage.stored_expert import DOWN, StoredExpert
+from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""
@@ -59,11 +60,7 @@ class Machine:
         """The machine that runs."""
         if device.type != "cpu":
             return cls(device.type, True)
-        probes = (
-            getattr(torch.cpu, name, None)
-            for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-        return cls("cpu", any(probe() for probe in probes if probe is not None))
+        return cls("cpu", compat.native_bf16())
 
 
 def compute_dtype(
@@ -272,12 +269,11 @@ class Arithmetic:
 
         def project(name: str, x: Tensor) -> Tensor:
             matrix = matrix_of(expert.parts, name)
-            assert matrix.scales is not None
+            # ``_torch_takes`` has looked whether there is a kernel.
             if matrix.kind == "int8":
-                y = torch.ops.aten._weight_int8pack_mm(x, matrix.values, matrix.scales)
+                y = compat.INT8_PRODUCT(x, matrix.values, matrix.scales)  # pyright: ignore[reportOptionalCall]
             else:
-                kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
-                y = kernel(x, matrix.values, matrix.group, matrix.scales)
+                y = compat.INT4_PRODUCT(x, matrix.values, matrix.group, matrix.scales)  # pyright: ignore[reportOptionalCall]
             bias = expert.parts.get(f"{name}_bias")
             return y if bias is None else y + bias.to(y.dtype)
 
@@ -328,6 +324,7 @@ def _weights(expert: StoredExpert) -> list[str]:
 def _torch_takes(matrix: Matrix) -> bool:
     """Whether torch has a CPU kernel that reads this form as it is."""
     if matrix.kind == "int8":
-        return True
+        return compat.INT8_PRODUCT is not None
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return matrix.kind == "int4" and wide and matrix.rows % TILES[0] == 0
+    whole = matrix.kind == "int4" and matrix.rows % TILES[0] == 0
+    return whole and wide and compat.INT4_PRODUCT is not None

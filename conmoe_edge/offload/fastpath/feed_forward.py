@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
-from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, through_cache
+from conmoe_edge.offload.compute.cpu_layer import CpuLayer
+from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
 from conmoe_edge.offload.fastpath.attention import unchanged
 from conmoe_edge.offload.fastpath.dense_mlp import DenseMlp, dense_mlp
 from conmoe_edge.offload.fastpath.router import FusedRouter
@@ -31,7 +31,7 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
 class Prepared:
     """For one token: the experts where there are any, and the dense layer where there is one."""
 
-    whole: WholeLayer | None
+    whole: CpuLayer | None
     dense: MlpTable | None
 
 
@@ -94,35 +94,34 @@ class FeedForward:
         if whole is None or router is None:
             found = engine.decoder(table, None, None, x, positions, cached, ready.dense)
             return None if found is None else found[0]
-        whole._notice()
-        found = engine.decoder(table, router, whole.table, x, positions, cached, ready.dense)
-        return whole._counted(found, router.between.normed)
+        return whole.decoder(table, router, x, positions, cached, ready.dense)
 
     def output(
         self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator
     ) -> Tensor:
-        """[1, H], [1, K], [1, K] -> [1, H]: experts, read where they are not there, and the dense layer."""
+        """[1, H], [1, K], [1, K] -> [1, H]: experts, missing prototypes being read, and the dense layer."""
         assert ready.whole is not None and self._experts is not None
         out = ready.whole.output(hidden, slots, gates)
         if out is None:
-            out = through_cache(self._experts, hidden, slots, gates)
+            out = ready.whole.forward_with_misses(self._experts, hidden, slots, gates)
         return out if ready.dense is None else out + engine.dense(ready.dense, hidden)
 
     def _correction(self) -> Tensor | None:
         name = "" if self._spec is None else self._spec.correction
         return getattr(self._module, name, None) if name else None
 
-    def _whole(self, spec: Block) -> WholeLayer | None:
+    def _whole(self, spec: Block) -> CpuLayer | None:
         """The experts, where the operator takes them."""
         experts = self._parts[spec.experts]
         handle: LayerHandle = getattr(experts, HANDLE)
-        runtime = handle.runtime
-        if runtime is None or runtime.closed:
+        if handle.backend is None:
             return None
         if not unchanged(self._module, self._parts, called=(spec.router,)):
             return None
-        found = handle.whole(experts, runtime)
-        return found if found.table is not None and torch.bfloat16 in found.formats else None
+        found = handle.experts(experts)
+        if not isinstance(found, CpuLayer) or found.table is None:
+            return None
+        return found if torch.bfloat16 in found.formats else None
 
 
 def feed_forward(

@@ -6,9 +6,8 @@ that a buffer is copied once every ``STEP_TOKENS`` tokens. Only the plain full-a
 replaced; sliding windows, linear attention and what a model brings itself stay transformers' own.
 Attention sees the same values, so its result is the same to the bit.
 
-``keep_cache_growing`` swaps the layers of an ordinary ``DynamicCache`` in place, in front of every
-forward. The cache keeps its class, and whatever looks at it goes on as before: crop, beam search,
-``generate``.
+``grow_in_steps`` swaps the layers of an ordinary ``DynamicCache`` in place. The cache keeps its class, so cropping,
+beam search and ``generate`` work as before.
 
 Memory: the buffers, no longer than the planned context; while one layer grows, that layer's old and
 new buffers at once (the plan's workspace has that term).
@@ -22,20 +21,21 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 STEP_TOKENS = 256
-"""How far ahead of the conversation the buffers are. A longer step copies less often and takes more
-memory early; at 256 copying is already below a hundredth of what attention itself reads.
+"""Tokens that the buffers are ahead of the conversation. A longer step copies less often and takes more memory early;
+at 256 copying is below a hundredth of what attention reads.
 """
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, tokens, width], each a view of a buffer [B, heads, room, width].
 
-    ``keys`` and ``values`` are the whole state, as in every cache layer. A buffer only serves as
-    long as the view still begins in it: what replaces the views (beam search, a reset) needs to
-    know nothing of buffers, and what is cropped leaves room that is written over.
+    ``keys`` and ``values`` are the whole state, as in every cache layer. A buffer is used only while the view begins in
+    it, so what replaces the views (beam search, a reset) need not know of buffers. What is cropped leaves room that is
+    written over.
     """
 
     def __init__(self, limit: int) -> None:
@@ -116,10 +116,14 @@ class GrowingLayer(DynamicLayer):
 def keep_cache_growing(model: nn.Module, context: int) -> None:
     """From now on the plain layers of every cache that ``model`` is called with grow in steps, up to
     ``context`` tokens; beyond that, as far as each call needs.
+
+    Raises:
+        UnsupportedModel: the model's ``forward`` takes no cache under a known name.
     """
+    arguments = Arguments.of(model)
 
     def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grow_in_steps(kwargs.get("past_key_values"), context)
+        grow_in_steps(cache_of(arguments.named(args, kwargs)), context)
 
     model.register_forward_pre_hook(swap, with_kwargs=True)
 

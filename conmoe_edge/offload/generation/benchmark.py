@@ -1,13 +1,11 @@
 """How fast a loaded package runs: prompts and greedy tokens through a ``ChatSession``, timed, with
-the runtime's counters taken at the borders of the phases.
+the runtime's counters taken between the phases.
 
-``measure`` is the loop; ``dense_read_bytes``, ``dense_weights`` and ``matrix_rate`` say what the
-bounds are made of (``plan/speed.py``). Nothing is printed; ``on_round`` is called on the way. The
-tokens are those that a chat gives: the same forward, the same cache, only the end mark is not
-obeyed, so that every round has the same length.
+``measure`` runs them; ``dense_read_bytes``, ``dense_weights`` and ``matrix_rate`` say what the
+bounds are made of (``plan/speed.py``). The tokens are those of a chat's loop, without text and
+without an end mark, so that every round has the same length.
 
-Peak memory: what a chat takes; ``matrix_rate`` 24 MiB beside it. Raises what
-``ChatSession.scores`` raises, ``ContextFull`` above all.
+Peak memory: what a chat takes; ``matrix_rate`` 24 MiB beside it.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.session import ChatSession
 from conmoe_edge.offload.runtime import RuntimeStats
 
@@ -80,37 +79,40 @@ def measure(
     """A round for each of ``prompts`` (token ids): the prompt, then ``tokens`` greedy tokens.
 
     A short round that does not count comes first, for what happens once: kernels that are built,
-    memory that is touched for the first time.
+    memory that is touched for the first time. ``on_round`` is called after each round that counts.
+
+    Raises:
+        ContextFull: a prompt and its tokens are longer than the session's context.
+        OutOfMemory: memory ran out and nothing was left to give up.
     """
-    _round(session, list(prompts[0][:_WARM_PROMPT]), min(tokens, _WARM_TOKENS))
+    _round(session, prompts[0][:_WARM_PROMPT], min(tokens, _WARM_TOKENS))
     rounds = []
     for number, prompt in enumerate(prompts):
-        rounds.append(_round(session, list(prompt), tokens))
+        rounds.append(_round(session, prompt, tokens))
         if on_round is not None:
             on_round(number, rounds[-1])
     return tuple(rounds)
 
 
-def _round(session: ChatSession, sequence: list[int], tokens: int) -> Round:
+def _round(session: ChatSession, prompt: Sequence[int], tokens: int) -> Round:
     session.forget()
-    length = len(sequence)
+    generation = session.greedy(prompt, 1 + tokens)
     before, start = session.runtime.stats(), time.perf_counter()
-    sequence.append(_greedy(session.scores(sequence)))
+    while not generation.made:
+        generation.advance()
     middle, first = session.runtime.stats(), time.perf_counter()
-    for _ in range(tokens):
-        sequence.append(_greedy(session.scores(sequence)))
+    while generation.finish is None:
+        generation.advance()
     end = time.perf_counter()
+    if generation.finish == "context":
+        longest = longest_context(session.model)
+        raise context_full(len(generation.tokens), session.context, longest)
     after = session.runtime.stats()
     return Round(
-        _phase(length, first - start, before, middle),
+        _phase(len(prompt), first - start, before, middle),
         _phase(tokens, end - first, middle, after),
         max(middle.memory_used, after.memory_used),
     )
-
-
-def _greedy(scores: Tensor) -> int:
-    """The likeliest token; asking for it waits until a GPU is done."""
-    return int(scores[0].argmax())
 
 
 def _phase(tokens: int, seconds: float, before: RuntimeStats, after: RuntimeStats) -> Phase:

@@ -1,42 +1,46 @@
-"""The context that the memory was planned for is a hard limit: nobody's cache grows beyond it
-unnoticed.
+"""The context that the memory was planned for is a hard limit.
 
-``guard_context`` adds a check in front of every forward of a model. It raises ``ContextFull``
-before a forward whose key-value cache would hold more tokens (over all sequences of a batch) than
-were planned; nothing is cut.
+``guard_context`` puts a check in front of every forward of a model. It raises ``ContextFull`` before the key-value
+cache holds more tokens, over all sequences of a batch, than were planned. Nothing is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from conmoe_edge.errors import ContextFull
+from conmoe_edge.compat import Arguments, cache_of
+from conmoe_edge.errors import ContextFull, UnsupportedModel
 
 
 def guard_context(
     model: nn.Module, context: int, make_room: Callable[[int], None] | None = None
 ) -> None:
-    """Check every forward of ``model`` that uses a cache against ``context`` tokens.
+    """Check every forward of ``model`` that fills a cache against ``context`` tokens.
 
-    ``make_room`` is told, before each, how many tokens of the context the cache will hold after it.
-    A batch counts as a full context: each of its sequences has windows of its own.
+    ``make_room`` is told before each how many tokens of the context the cache will hold after it. A batch counts as a
+    full context, because each of its sequences has windows of its own.
+
+    Raises:
+        UnsupportedModel: the arguments of the model's ``forward`` are not known, so that nothing could be counted.
     """
+    arguments = Arguments.of(model)
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("use_cache") is False:
-            return
-        tokens = kwargs.get("input_ids")
+        named = arguments.named(args, kwargs)
+        cache = cache_of(named)
+        if cache is None:
+            _refuse_unknown_names(named)
+            if named.get("use_cache") is False:
+                return
+        tokens = named.get("input_ids")
         if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            tokens = args[0] if args else None
+            tokens = named.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            return
-        cache = kwargs.get("past_key_values")
-        held = 0 if cache is None else int(cache.get_seq_length())
+            return  # the model refuses such a call itself
+        held = 0 if cache is None else _held_tokens(cache)
         needed = tokens.shape[0] * (held + tokens.shape[1])
         if needed > context:
             raise context_full(needed, context, longest_context(model))
@@ -46,15 +50,34 @@ def guard_context(
     model.register_forward_pre_hook(check, with_kwargs=True)
 
 
+def _held_tokens(cache: Any) -> int:
+    """Tokens of one sequence in ``cache``. It answers for its first layer, which holds none where that layer keeps its
+    state elsewhere (MiniMax).
+    """
+    held = int(cache.get_seq_length())
+    if held:
+        return held
+    lengths = [getattr(layer, "get_seq_length", None) for layer in getattr(cache, "layers", ())]
+    return max((int(length()) for length in lengths if length is not None), default=0)
+
+
+def _refuse_unknown_names(named: Mapping[str, Any]) -> None:
+    """A cache under a name that is not known would be counted as none."""
+    for name, value in named.items():
+        if hasattr(value, "get_seq_length"):
+            raise UnsupportedModel(
+                f"A key-value cache came in as {name}.",
+                "its tokens could not be counted, so the memory could not be kept within its budget",
+            )
+
+
 def longest_context(model: Any) -> int | None:
-    """Tokens that the model itself goes to; ``None`` where its config does not say."""
+    """Tokens that the model itself goes to; ``None`` where its config names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def context_full(needed: int, context: int, longest: int | None) -> ContextFull:
-    """The error for ``needed`` tokens where ``context`` were planned and the model goes to
-    ``longest``.
-    """
+    """The error for ``needed`` tokens where ``context`` were planned and the model goes to ``longest``."""
     why, fix = "nothing was cut", "Start a new conversation, or send a shorter message"
     if longest is not None and needed > longest:
         why += f"; the model itself goes no further than {longest}"

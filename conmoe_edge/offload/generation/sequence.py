@@ -10,13 +10,13 @@ Memory: the cache, and the activations of one chunk. Not for several threads at 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.offload.runtime import Runtime
 
@@ -41,20 +41,20 @@ class CachedTokens:
         self._runtime: Runtime = model.conmoe
         self._retreat = retreat or self._runtime.retreat
         self._cache: Any = None
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        accepted = Arguments.of(model)
+        self._cache_name = accepted.cache
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted.positional else {}
 
     def forget(self) -> None:
         """Drop the cache; the next step starts from the first token."""
         self._cache = None
         self.held = []
 
-    def rewind(self, tokens: Sequence[int]) -> int:
+    def rewind(self, tokens: Sequence[int]) -> None:
         """Take the cache back to what it has in common with ``tokens``, but for the last of them: one
-        token at least has to be computed. How many tokens that are.
+        token at least has to be computed.
         """
         self.keep(common_length(self.held, tokens[:-1]))
-        return len(self.held)
 
     def keep(self, count: int) -> None:
         """Take the cache back to its first ``count`` tokens; to none, where it cannot be taken back."""
@@ -108,14 +108,15 @@ class CachedTokens:
         self.forget()
         out = self._model(
             input_ids=torch.tensor([list(tokens[start:end])], device=self._model.device),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
             **self._last_only,
         )
-        if self.in_chunks and end < len(tokens) and not is_plain(out.past_key_values):
+        grown = cache_of(out)
+        if self.in_chunks and end < len(tokens) and not is_plain(grown):
             self.in_chunks = False  # a model with a cache of its own wants the prompt in one piece
             return None
-        self._cache, self.held = out.past_key_values, [*held, *tokens[start:end]]
+        self._cache, self.held = grown, [*held, *tokens[start:end]]
         return out.logits[:, -1] if end == len(tokens) else None
 
 

@@ -1,76 +1,110 @@
-"""Which record lies whole in which cache slot, for an operator to look up by itself.
+"""Where every prototype lies: the one table that the cache, the residency and the operators read.
 
-The cache policy knows where a prototype has a place; whether it has come there is another matter: between the two lie
-reads that are under way, and reads that have failed. A slot's record is ``arrived`` from when it was waited for until
-something else is read into the slot. ``Residency`` says both.
+A prototype is *absent*, or has a place and is *arriving* there, or *present*: its record
+was waited for, and nothing else has been read into its place since. ``SlotCache`` assigns places and takes them away,
+``Residency`` says when a record is there.
 
-Memory: some addresses a prototype. Raises nothing.
+Who needs the table in a form of its own (the pointer tables of the operators) is a *view*: it is told of every
+prototype that becomes present, and of every one that ceases to be, before anything else is read into its place. Nothing
+else writes to a view, so it cannot disagree with the table.
+
+Plain numbers. Memory: some numbers a cache slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
-from conmoe_edge.offload.kernels.cpu.bindings import PrototypeTable
-from conmoe_edge.offload.storage.slot_pool import SlotPool
+from conmoe_edge.offload.storage.transfer import Place
 
 
-class Addresses(Protocol):
-    """Where prototypes lie, by their numbers, in the form that an operator reads."""
+class AddressView(Protocol):
+    """Where the present prototypes lie, in another form."""
 
-    def put(self, number: int, pool: SlotPool, slot: int) -> None:
-        """The prototype's record is in ``slot``."""
+    def put(self, number: int, place: Place) -> None:
+        """The prototype is present."""
 
     def remove(self, number: int) -> None:
-        """It is there no more."""
+        """It is not any more."""
 
 
-class HostAddresses:
-    """``Addresses`` for the operator of the processor.
+class AddressTable:
+    """Places of prototypes by their numbers.
 
-    ``table``: of the prototypes that are there and that one call takes (``StoredExpert.matrices``).
+    Attributes:
+        arriving: the prototypes whose place does not have their record yet. To be read only.
+        pinned: those that are never given up.
     """
 
-    def __init__(self, count: int) -> None:
-        """Numbers below ``count``, none of them there."""
-        self.table = PrototypeTable(count)
+    def __init__(self) -> None:
+        """Nothing has a place."""
+        self.arriving: set[int] = set()
+        self.pinned: frozenset[int] = frozenset()
+        self._places: dict[int, Place] = {}
+        self._holders: dict[Place, int] = {}
+        self._views: list[AddressView] = []
 
-    def put(self, number: int, pool: SlotPool, slot: int) -> None:
-        matrices = pool.parts(slot).matrices
-        if matrices is not None:
-            self.table.put(number, *matrices)
+    def place(self, number: int) -> Place | None:
+        """The place of a prototype, arriving or present; ``None`` where it is absent."""
+        return self._places.get(number)
 
-    def remove(self, number: int) -> None:
-        self.table.remove(number)
+    def present(self, numbers: Iterable[int]) -> bool:
+        """Whether all of them are present."""
+        places, arriving = self._places, self.arriving
+        return all(number in places and number not in arriving for number in numbers)
 
+    def stay(self, numbers: Iterable[int]) -> bool:
+        """Whether all of them are present and pinned."""
+        return self.present(numbers) and self.pinned.issuperset(numbers)
 
-class Presence:
-    """The prototypes in the slots of ``pools``, told to ``addresses``."""
+    def placed(self, layout: int) -> frozenset[int]:
+        """The prototypes with a place of this layout."""
+        return frozenset(number for number, place in self._places.items() if place[0] == layout)
 
-    def __init__(self, pools: Sequence[SlotPool], addresses: Addresses) -> None:
-        """Nothing is there."""
-        self.addresses = addresses
-        self._pools = pools
-        self._holders: list[list[int | None]] = [[None] * pool.slots for pool in pools]
+    def watch(self, view: AddressView) -> None:
+        """Tell ``view`` what is present, and of every change from now on."""
+        for number, place in self._places.items():
+            if number not in self.arriving:
+                view.put(number, place)
+        self._views.append(view)
 
-    def arrived(self, number: int, layout: int, slot: int) -> None:
-        """The slot has the record of prototype ``number``, whole."""
-        if self._holders[layout][slot] == number:
-            return
-        self._holders[layout][slot] = number
-        self.addresses.put(number, self._pools[layout], slot)
+    def pin(self, numbers: Iterable[int]) -> None:
+        """These are never given up."""
+        self.pinned |= frozenset(numbers)
 
-    def gone(self, layout: int, slot: int) -> None:
-        """What the slot has is about to be overwritten."""
-        number = self._holders[layout][slot]
-        if number is not None:
-            self._holders[layout][slot] = None
-            self.addresses.remove(number)
+    def assign(self, number: int, place: Place) -> None:
+        """An absent prototype is arriving at a place that nothing else has.
 
-    def keep(self, slot_of: Callable[[int], int | None]) -> None:
-        """Forget all that do not have the slot that ``slot_of`` says."""
-        for layout, holders in enumerate(self._holders):
-            for slot, number in enumerate(holders):
-                if number is not None and slot_of(number) != slot:
-                    self.gone(layout, slot)
+        Raises:
+            RuntimeError: it has a place, or the place is another's.
+        """
+        if number in self._places or place in self._holders:
+            raise RuntimeError(f"prototype {number} cannot have the place {place}")
+        self._places[number] = place
+        self._holders[place] = number
+        self.arriving.add(number)
+
+    def arrived(self, number: int) -> None:
+        """The place of an arriving prototype has its record; nothing happens where it was present."""
+        if number in self.arriving:
+            self.arriving.remove(number)
+            for view in self._views:
+                view.put(number, self._places[number])
+
+    def free(self, number: int) -> Place:
+        """A prototype with a place is absent from now on; returns the place."""
+        place = self._places.pop(number)
+        del self._holders[place]
+        if number in self.arriving:
+            self.arriving.remove(number)
+        else:
+            for view in self._views:
+                view.remove(number)
+        return place
+
+    def clear(self) -> None:
+        """Everything is absent."""
+        self.pinned = frozenset()
+        for number in list(self._places):
+            self.free(number)

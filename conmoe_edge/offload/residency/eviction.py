@@ -1,4 +1,4 @@
-"""Who goes when a cache slot is wanted: one small object a policy, over ints. No torch, no slots, no files.
+"""Which prototype goes when a cache slot is wanted: one small object a policy, over ints. No torch, no files.
 
 A policy knows the unpinned items that hold a slot, in some order of value, and names the least valuable one:
 
@@ -9,8 +9,8 @@ A policy knows the unpinned items that hold a slot, in some order of value, and 
   Computers 50(12), 2001, with the weight of a use halved every ``half_life`` uses). Items that are gone keep their
   history.
 
-``SlotCache`` holds the slots, the pins and the locks. All decisions are integer arithmetic, so a replay of a trace
-makes the same ones as the runtime.
+``SlotCache`` gives out the slots, and knows pins and locks. All decisions are integer arithmetic, so a replay of a
+trace makes the same ones as the runtime.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Policy(Protocol):
     """The unpinned resident items in order of value."""
 
     def enter(self, item: int) -> None:
-        """The item has got a slot, and is the most recent now; nobody has asked for it yet."""
+        """The item has got a slot, and is the most recent now; it has not been asked for yet."""
 
     def touch(self, items: Iterable[int]) -> None:
         """The items, which have slots, were asked for in this order."""
@@ -73,7 +73,7 @@ class LayerLru:
     """Least recently used inside each group of layers.
 
     A group at its quota gives from its own; below its quota it takes from the groups above theirs. Where the rule
-    names nobody (all locked, or the quotas leave a group nothing), the least recently used of all goes.
+    names none (all locked, or the quotas leave a group nothing), the least recently used of all goes.
     """
 
     def __init__(self, group_of: Sequence[int], quotas: Sequence[int]) -> None:

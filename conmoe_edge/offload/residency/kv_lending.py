@@ -1,12 +1,12 @@
 """Cache slots in the room that the key-value cache does not need yet. Arithmetic only, no torch.
 
-The plan keeps room for the cache of a whole context. Until a conversation is that long, part of it
-serves as further cache slots; before the cache grows they are given back, so that slots and cache
-together never take more than was planned for them:
+The plan keeps room for the cache of a whole context. Until a conversation is that long, part of it serves as further
+cache slots; before the cache grows they are given back, so that slots and cache together never take more than was
+planned for them:
 
     bytes of lent slots + cache bytes at the tokens there are <= cache bytes at the planned context
 
-What was given back stays given back: another cache may be alive, and nobody here would know.
+What was given back stays given back: another key-value cache may be alive, which is not known here.
 """
 
 from __future__ import annotations

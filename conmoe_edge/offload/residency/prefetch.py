@@ -24,18 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.errors import PackageError
 
 _NEAR = 0.10
-
-
-def layer_numbers(manifest: Manifest) -> dict[int, list[int]]:
-    """MoE layer -> the prototypes that its router slots lead to, ascending."""
-    number = {entry.id: n for n, entry in enumerate(manifest.prototypes)}
-    return {
-        layer: sorted({number[slot.prototype] for slot in row if slot.prototype is not None})
-        for layer, row in sorted(manifest.slots.items())
-    }
 
 
 def prefetch_bytes(manifest: Manifest) -> int:
@@ -49,7 +41,9 @@ class Prefetcher:
     """The maps of a package, on the device."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
-        assert manifest.prefetch is not None, "there is a predictor"
+        """Raises ``PackageError`` where the manifest names no predictor, or the file is another's."""
+        if manifest.prefetch is None:
+            raise _damaged(folder, "the manifest names no predictor")
         self._window = manifest.prefetch.window
         self._maps: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
         try:
@@ -57,10 +51,10 @@ class Prefetcher:
                 tensors = load_file(folder / PREDICTOR_FILE)
         except (OSError, SafetensorError) as error:
             raise _damaged(folder, str(error)[:200]) from error
-        numbers = layer_numbers(manifest)
+        maps = SlotMap.of_manifest(manifest)
         heights = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim == 2}
-        for layer, after in pairwise(numbers):
-            known = numbers[after]
+        for layer, after in pairwise(maps):
+            known = list(maps[after].prototypes)
             found = tensors.get(f"predictor.{after}")
             if found is None or len(heights) != 1 or found.shape[1:] != (len(known),):
                 raise _damaged(folder, f"it does not predict the prototypes of layer {after}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.units import gib
 
@@ -59,27 +60,16 @@ def halved(slots: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def groups_of(manifest: Manifest) -> tuple[int, ...]:
-    """Group of every prototype: layers that share a prototype are one group, numbered by their first layers."""
-    number = {entry.id: n for n, entry in enumerate(manifest.prototypes)}
-    first = {
-        layer: layer for layer in manifest.slots
-    }  # layer -> a lower layer of its group, or itself
+    """Group of every prototype: layers that share a prototype are one group, numbered by their first layers.
 
-    def lowest(layer: int) -> int:
-        while first[layer] != layer:
-            layer = first[layer]
-        return layer
-
-    user: dict[int, int] = {}  # prototype -> a layer that asks for it
-    for layer in sorted(manifest.slots):
-        for slot in manifest.slots[layer]:
-            if slot.prototype is not None:
-                other = lowest(user.setdefault(number[slot.prototype], layer))
-                mine = lowest(layer)
-                first[max(mine, other)] = min(mine, other)
-    layers = [user.get(n, entry.id.layer) for n, entry in enumerate(manifest.prototypes)]
-    order = sorted({lowest(layer) for layer in layers})
-    return tuple(order.index(lowest(layer)) for layer in layers)
+    A prototype that no layer uses belongs to the layer that it comes from.
+    """
+    maps = SlotMap.of_manifest(manifest)
+    first = {layer: group[0] for group in sharing_layers(maps) for layer in group}
+    user = {number: layer for layer, one in maps.items() for number in one.prototypes}
+    found = [first[user.get(n, entry.id.layer)] for n, entry in enumerate(manifest.prototypes)]
+    order = sorted(set(found))
+    return tuple(order.index(layer) for layer in found)
 
 
 def miss_curve(rows: Sequence[Sequence[int]], size: int) -> list[int]:

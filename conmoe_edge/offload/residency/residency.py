@@ -1,21 +1,18 @@
-"""Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put
-together.
+"""Brings prototypes to the compute: the cache policy, the slot pools and the transfer, put together.
 
-``Residency.visit(numbers, compute)`` calls ``compute(positions, experts)`` until it has given each
-prototype once, whether all of them are resident or only one slot exists. Reads of what is missing
-start before anything computes and run on while what is there computes.
+``Residency.visit(numbers, compute)`` calls ``compute(positions, experts)`` until it has given each prototype once,
+whether all of them are resident or only one slot exists. Reads of what is missing start before anything computes and
+run on while what is there computes.
 
-- A decode (``scan=False``) computes what is there first, all together, then what was missing in the
-  order of its reads, each together with those behind it that have come by then. So the order and the
-  company depend on what is resident: the caller keeps the outputs by position and adds them in a
-  fixed order.
-- A scan (a chunk of a prompt) computes one by one in the order of ``numbers`` at any budget, and
-  leaves what decode uses where it is.
+- A decode (``scan=False``) computes what is there first, all together, then what was missing in the order of its reads,
+  each together with those behind it that have come by then. So the order and the company depend on what is resident:
+  the caller keeps the outputs by position and adds them in a fixed order.
+- A scan (a chunk of a prompt) computes one by one in the order of ``numbers`` at any budget, and leaves what decode
+  uses where it is.
 
-``resident`` is the short way where nothing has to move. Shorter are ``addresses``: there an operator
-sees by itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads
-ahead while no demand read is pending. Each record layout has a pool and a policy of its own: one
-where all prototypes are alike.
+``resident`` is the short way where nothing has to move. Shorter is a view of ``table``: there an operator sees by
+itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads ahead while no demand read is
+pending. Each record layout has a pool and a policy of its own: one where all prototypes are alike.
 
 Device memory: the pools, which the caller allocated. Raises ``PackageError`` from reads.
 """
@@ -25,20 +22,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
+from torch import Tensor
+
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest
 from conmoe_edge.errors import ConmoeError
-from conmoe_edge.offload.residency.address_table import Addresses, Presence
+from conmoe_edge.offload.residency.address_table import AddressTable, Place
+from conmoe_edge.offload.residency.policies import make_policy, pins_of, tables, warm_order
+from conmoe_edge.offload.residency.prefetch import Prefetcher
 from conmoe_edge.offload.residency.slot_cache import CacheCounts, Load, Pass, SlotCache
-from conmoe_edge.offload.simulate.policy_search import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
-from conmoe_edge.offload.storage.transfer import Slot, Transfer
+from conmoe_edge.offload.storage.transfer import Transfer
 
 Compute = Callable[[Sequence[int], Sequence[StoredExpert]], None]
 
 
+class _Staying:
+    """A view of the table: the pinned prototypes that are present, as compute takes them."""
+
+    def __init__(self, pools: Sequence[SlotPool], pinned: frozenset[int], count: int) -> None:
+        self.experts: list[StoredExpert | None] = [None] * count
+        self._pools, self._pinned = pools, pinned
+
+    def put(self, number: int, place: Place) -> None:
+        if number in self._pinned:
+            self.experts[number] = self._pools[place[0]].parts(place[1])
+
+    def remove(self, number: int) -> None:
+        self.experts[number] = None
+
+
 class Residency:
-    """Prototypes by number, on the device or on the way there."""
+    """Prototypes by number, on the device or on the way there.
+
+    Attributes:
+        table: where they lie.
+        pools: the cache slots, by layout.
+        settings: of the caches, by layout.
+        layout_of: the layout of every prototype.
+        bytes_read: bytes of records whose reads were begun.
+        most_ahead: prototypes that a prefetch reads; ``None`` for no limit.
+        prefetcher: predicts what to read ahead; ``None`` where nothing is.
+        all_resident: whether every prototype is pinned, once the records are there.
+    """
 
     def __init__(
         self,
@@ -46,104 +72,96 @@ class Residency:
         pools: Sequence[SlotPool],
         transfer: Transfer,
         settings: Sequence[CacheSettings],
-        addresses: Addresses | None = None,
     ) -> None:
-        """``pools`` and ``settings`` are indexed by layout number; a layout that no prototype uses
-        has a pool without slots. ``addresses`` is kept up to date: what is there, and where.
+        """``pools`` and ``settings`` are indexed by layout number; a layout that no prototype uses has a pool without
+        slots.
+
+        Raises:
+            ValueError: settings for more slots than a pool has.
         """
-        self._pool_of = [entry.layout for entry in manifest.prototypes]
-        self._pools = tuple(pools)
-        self._transfer = transfer
-        self.settings = tuple(settings)
-        self._ready: list[StoredExpert | None] = [None] * len(self._pool_of)
-        self._resident_hits = 0
-        self._record_bytes = [pools[layout].layout.nbytes for layout in self._pool_of]
+        self.table = AddressTable()
+        self.pools, self.settings = tuple(pools), tuple(settings)
         self.bytes_read = 0
-        self._demand: set[tuple[int, int]] = set()  # slots that a running visit waits for
+        self.most_ahead: int | None = None
+        self.prefetcher: Prefetcher | None = None
+        self.layout_of = [entry.layout for entry in manifest.prototypes]
+        self._transfer = transfer
+        self._resident_hits = 0
+        self._demand: set[Place] = set()  # what a running visit waits for
         self._wanted: list[int] = []  # a prefetch that waits for the demand reads
-        self.most_ahead: int | None = None  # prototypes that a prefetch reads; no limit
         # Compute that has returned is over on a CPU only; elsewhere a slot may be given away while it is read.
-        self._direct = all(pool.device.type == "cpu" for pool in self._pools)
-        self._caches: list[SlotCache | None] = []
-        self._warm: list[tuple[int, ...]] = []
-        for pool, one, table in zip(self._pools, self.settings, tables(manifest), strict=True):
-            assert one.slots <= pool.slots, "the settings are for these pools"
-            self._warm.append(warm_order(one, table))
-            self._caches.append(
-                SlotCache(one.slots, pins_of(one, table), make_policy(one, table))
-                if table.members
-                else None
-            )
-            cache = self._caches[-1]
-            if cache is not None:
-                cache.lend(pool.slots - one.slots)
-        self._presence = None if addresses is None else Presence(self._pools, addresses)
-        self.all_resident = not self._pool_of  # once the records are there
+        self._direct = all(pool.device.type == "cpu" for pool in self.pools)
+        self._caches: dict[int, SlotCache] = {}  # by layout, where a prototype has it
+        self._warm: dict[int, tuple[int, ...]] = {}
+        for layout, one in enumerate(tables(manifest)):
+            pool, mine = self.pools[layout], self.settings[layout]
+            if mine.slots > pool.slots:
+                raise ValueError(f"{mine.slots} cache slots, and a pool of {pool.slots}")
+            if one.members:
+                policy, self._warm[layout] = make_policy(mine, one), warm_order(mine, one)
+                cache = SlotCache(mine.slots, pins_of(mine, one), policy, self.table, layout)
+                cache.lend(pool.slots - mine.slots)
+                self._caches[layout] = cache
+        staying = _Staying(self.pools, self.table.pinned, self.count)
+        self._staying_experts = staying.experts
+        self.table.watch(staying)
+        self.all_resident = not self.layout_of
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the pins, then the heaviest of what else has a place; each record is read once.
 
         ``progress(done, total)`` counts records.
         """
-        loads: list[tuple[int, Load]] = []
-        for layout, cache in enumerate(self._caches):
-            if cache is not None:
-                loads += [(layout, load) for load in cache.fill(self._warm[layout])]
-        loads.sort(key=lambda item: item[1].item)  # file order, near enough
+        loads = [
+            load
+            for layout, cache in self._caches.items()
+            for load in cache.fill(self._warm[layout])
+        ]
+        loads.sort(key=lambda load: load.item)  # file order, near enough
         self._begin(loads)
-        for done, (layout, load) in enumerate(loads, start=1):
-            self._transfer.wait((layout, load.slot))
+        for done, load in enumerate(loads, start=1):
+            self._transfer.wait(load.place)
             if progress is not None:
                 progress(done, len(loads))
-        self._transfer.drain()  # whatever stream computes later: the pins are there
-        for cache in filter(None, self._caches):
-            for number in sorted(cache.resident):
-                self._arrived(number)
-            for number in sorted(cache.pinned):
-                self._ready[number] = self._stored(number)
-        self.all_resident = all(expert is not None for expert in self._ready)
+        self._transfer.drain()  # whatever stream computes later: the records are there
+        for load in loads:
+            self.table.arrived(load.item)
+        self.all_resident = self.table.stay(range(len(self.layout_of)))
 
     def kinds(self, numbers: Iterable[int]) -> list[StoredExpert]:
         """One stored expert of each layout that ``numbers`` have, whatever it holds now: for its forms."""
         return [
-            self._pools[layout].parts(0) for layout in sorted({self._pool_of[n] for n in numbers})
+            self.pools[layout].parts(0) for layout in sorted({self.layout_of[n] for n in numbers})
         ]
 
-    def stay(self, numbers: Iterable[int]) -> bool:
-        """Whether all of these prototypes are there for as long as this object is in use."""
-        return all(self._ready[number] is not None for number in numbers)
-
     def used(self, count: int) -> None:
-        """So many prototypes that ``stay`` were computed with."""
+        """So many prototypes that stay (``AddressTable.stay``) were computed with."""
         self._resident_hits += count
-
-    def placed(self, number: int) -> bool:
-        """Whether the prototype is there, or on its way."""
-        return self._slot_of(number) is not None
-
-    def has(self, numbers: Sequence[int]) -> bool:
-        """Whether these prototypes are there."""
-        return all(cache.has(mine) for _, cache, mine in self._shares(numbers))
 
     def asked(self, numbers: Sequence[int]) -> None:
         """These prototypes, which are there, were computed with for one token."""
-        for _, cache, mine in self._shares(numbers):
-            cache.ask(mine)
+        for layout, mine in self._shares(numbers):
+            self._caches[layout].ask(mine)
+
+    @property
+    def count(self) -> int:
+        """How many prototypes there are."""
+        return len(self.layout_of)
 
     @property
     def resident_count(self) -> int:
         """How many prototypes the slots hold at once, at most."""
-        return sum(min(pool.slots, self._pool_of.count(i)) for i, pool in enumerate(self._pools))
+        return sum(min(pool.slots, self.layout_of.count(i)) for i, pool in enumerate(self.pools))
 
     @property
     def nbytes(self) -> int:
         """Device memory of the pools."""
-        return sum(pool.nbytes for pool in self._pools)
+        return sum(pool.nbytes for pool in self.pools)
 
     @property
     def slots(self) -> int:
         """Slots over all pools."""
-        return sum(pool.slots for pool in self._pools)
+        return sum(pool.slots for pool in self.pools)
 
     def resident(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
         """The prototypes of ``numbers`` where none of them has to be read; else ``None``, and ``visit`` is the way.
@@ -156,10 +174,10 @@ class Residency:
         if found is not None or not self._direct:
             return found
         self.collect()
-        if not self.has(numbers):
+        if not self.table.present(numbers):
             return None
         self.asked(numbers)
-        return [self._stored(number) for number in numbers]
+        return [self._stored(self._place(number)) for number in numbers]
 
     def visit(
         self,
@@ -190,12 +208,14 @@ class Residency:
             self._transfer.drain()
             self._demand.clear()
             self._wanted = []
-            for cache in self._caches:
-                for item in sorted(cache.arriving) if cache is not None else ():
-                    cache.lost(item)  # type: ignore[union-attr]
-            if self._presence is not None:
-                self._presence.keep(self._slot_of)
+            self._lose_prefetches()
             raise
+
+    def likely_next(self, layer: int, hidden: Tensor) -> Sequence[int]:
+        """What the MoE layer after ``layer`` will probably ask for, where it is read ahead; ``hidden`` is [1, H], what
+        the experts of ``layer`` get.
+        """
+        return () if self.prefetcher is None else self.prefetcher.next(layer, hidden)
 
     def prefetch(self, numbers: Sequence[int], keep: Sequence[int] = ()) -> None:
         """Read what will probably be asked for next, the likeliest first, as far as slots can be given up for it.
@@ -212,66 +232,56 @@ class Residency:
     def collect(self) -> None:
         """Notice prefetches that are over, and take back those that have not begun: a demand read is quicker.
 
-        One that failed is forgotten: whoever asks for it will be told.
+        One that failed is forgotten: a visit that asks for it reads it again, and reports the error.
         """
-        for layout, cache in enumerate(self._caches):
-            for number in sorted(cache.arriving) if cache is not None else ():
-                assert cache is not None
-                place = self._place(number)
-                if not self._transfer.ready(place):
-                    if self._transfer.cancel(number, place, self._pools[layout].record(place[1])):
-                        self.bytes_read -= self._record_bytes[number]
-                        cache.counts.prefetched -= 1
-                        cache.lost(number)
-                    continue
-                try:
-                    self._transfer.wait(place)
-                except ConmoeError:
+        for number in sorted(self.table.arriving):
+            place, cache = self._place(number), self._caches[self.layout_of[number]]
+            if not self._transfer.ready(place):
+                if self._transfer.cancel(number, place, self._record(place)):
+                    self.bytes_read -= self.pools[place[0]].layout.nbytes
+                    cache.counts.prefetched -= 1
                     cache.lost(number)
-                else:
-                    self._arrived(number)
+                continue
+            try:
+                self._transfer.wait(place)
+            except ConmoeError:
+                cache.lost(number)
+            else:
+                self.table.arrived(number)
 
     def _staying(self, numbers: Sequence[int]) -> list[StoredExpert] | None:
         """These prototypes, where all of them stay; it counts as use."""
-        found = []
+        found, experts = [], self._staying_experts
         for number in numbers:
-            expert = self._ready[number]
+            expert = experts[number]
             if expert is None:
                 return None
             found.append(expert)
         self.used(len(found))
         return found
 
-    def _arrived(self, number: int) -> None:
-        """The prototype's slot has its record: compute may read it from now on."""
-        layout, slot = self._place(number)
-        cache = self._caches[layout]
-        assert cache is not None, "it has a slot"
-        cache.arrived(number)
-        if self._presence is not None:
-            self._presence.arrived(number, layout, slot)
+    def _lose_prefetches(self) -> None:
+        """After the transfer was drained: whether a read went well is not known any more."""
+        for number in sorted(self.table.arriving):
+            self._caches[self.layout_of[number]].lost(number)
 
-    def _shares(self, numbers: Sequence[int]) -> list[tuple[int, SlotCache, list[int]]]:
-        """(layout, its cache, what it has to give of ``numbers``), for the caches that have a share."""
-        if len(self._caches) == 1 and self._caches[0] is not None:
-            return [(0, self._caches[0], list(numbers))]
-        shares = []
-        for layout, cache in enumerate(self._caches):
-            mine = [number for number in numbers if self._pool_of[number] == layout]
-            if cache is not None and mine:
-                shares.append((layout, cache, mine))
-        return shares
+    def _shares(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """(layout, those of ``numbers`` that have it, in their order), for the layouts that occur."""
+        if len(self._caches) == 1:
+            return [(layout, list(numbers)) for layout in self._caches]
+        mine: dict[int, list[int]] = {}
+        for number in numbers:
+            mine.setdefault(self.layout_of[number], []).append(number)
+        return sorted(mine.items())
 
     def _turns(self, numbers: Sequence[int]) -> list[int]:
         """Positions in the order of a decode: what is there, what a prefetch is bringing, what is missing."""
 
         def rank(position: int) -> int:
             number = numbers[position]
-            cache = self._caches[self._pool_of[number]]
-            assert cache is not None, "every prototype has a cache"
-            if cache.slot_of(number) is None:
+            if self.table.place(number) is None:
                 return 2
-            return 1 if number in cache.arriving else 0
+            return 1 if number in self.table.arriving else 0
 
         return sorted(range(len(numbers)), key=rank)
 
@@ -279,11 +289,11 @@ class Residency:
         left = list(range(len(numbers))) if scan else self._turns(numbers)
         with ExitStack() as stack:
             passes: dict[int, Pass] = {}
-            for layout, cache, mine in self._shares([numbers[position] for position in left]):
-                passes[layout] = stack.enter_context(cache.begin(mine, scan=scan))
+            for layout, mine in self._shares([numbers[position] for position in left]):
+                passes[layout] = stack.enter_context(self._caches[layout].begin(mine, scan=scan))
             while left:
-                for layout, one in passes.items():
-                    self._begin([(layout, load) for load in one.loads()], demand=True)
+                for one in passes.values():
+                    self._begin(one.loads(), demand=True)
                 places = [self._place(numbers[left[0]])]
                 if not scan:
                     places += self._ready_after(numbers, left)
@@ -291,31 +301,35 @@ class Residency:
                 for position, place in zip(turn, places, strict=True):
                     self._transfer.wait(place)
                     self._demand.discard(place)
-                    self._arrived(numbers[position])
+                    self.table.arrived(numbers[position])
                 if self._wanted and all(one.complete for one in passes.values()):
                     self._start_prefetch()
-                compute(turn, [self._pools[layout].parts(slot) for layout, slot in places])
+                compute(turn, [self._stored(place) for place in places])
                 for position, place in zip(turn, places, strict=True):
                     self._transfer.used(place)
                     passes[place[0]].finish(numbers[position])
 
-    def _place(self, number: int) -> Slot:
-        """The slot of a prototype that has one, whatever is in it."""
-        slot = self._slot_of(number)
-        assert slot is not None, "a pass gives the next one a slot"
-        return self._pool_of[number], slot
+    def _place(self, number: int) -> Place:
+        """The place of a prototype that has one, whatever is in it."""
+        place = self.table.place(number)
+        if place is None:
+            raise RuntimeError(f"prototype {number} has no cache slot")
+        return place
 
-    def _stored(self, number: int) -> StoredExpert:
-        layout, slot = self._place(number)
-        return self._pools[layout].parts(slot)
+    def _record(self, place: Place) -> Tensor:
+        """The bytes of a cache slot."""
+        return self.pools[place[0]].record(place[1])
 
-    def _ready_after(self, numbers: Sequence[int], left: Sequence[int]) -> list[Slot]:
-        """The slots of those behind the first of ``left`` that need not be waited for, as far as they follow it."""
+    def _stored(self, place: Place) -> StoredExpert:
+        """What is in a cache slot, as compute takes it."""
+        return self.pools[place[0]].parts(place[1])
+
+    def _ready_after(self, numbers: Sequence[int], left: Sequence[int]) -> list[Place]:
+        """The places of those behind the first of ``left`` that need not be waited for, as far as they follow it."""
         places = []
         for position in left[1:]:
-            slot = self._slot_of(numbers[position])
-            place = (self._pool_of[numbers[position]], slot or 0)
-            if slot is None or not self._transfer.ready(place):
+            place = self.table.place(numbers[position])
+            if place is None or not self._transfer.ready(place):
                 break
             places.append(place)
         return places
@@ -323,70 +337,54 @@ class Residency:
     def _start_prefetch(self, keep: Sequence[int] = ()) -> None:
         if self._demand:
             return
-        wanted = [number for number in self._wanted if self._slot_of(number) is None]
+        wanted = [number for number in self._wanted if self.table.place(number) is None]
         self._wanted = []
-        for layout, cache, mine in self._shares(wanted[: self.most_ahead]):
-            loads = [(layout, load) for load in cache.prefetch(mine, keep)]
-            self._begin(loads, ahead=True)
+        for layout, mine in self._shares(wanted[: self.most_ahead]):
+            self._begin(self._caches[layout].prefetch(mine, keep), ahead=True)
 
-    def _slot_of(self, number: int) -> int | None:
-        cache = self._caches[self._pool_of[number]]
-        return None if cache is None else cache.slot_of(number)
-
-    def _begin(
-        self, loads: Iterable[tuple[int, Load]], *, demand: bool = False, ahead: bool = False
-    ) -> None:
-        for layout, load in loads:
-            self.bytes_read += self._record_bytes[load.item]
-            place = (layout, load.slot)
-            if self._presence is not None:
-                self._presence.gone(*place)
+    def _begin(self, loads: Iterable[Load], *, demand: bool = False, ahead: bool = False) -> None:
+        for load in loads:
+            self.bytes_read += self.pools[load.place[0]].layout.nbytes
             if demand:
-                self._demand.add(place)
-            target = self._pools[layout].record(load.slot)
-            self._transfer.load(load.item, place, target, ahead=ahead)
+                self._demand.add(load.place)
+            self._transfer.load(load.item, load.place, self._record(load.place), ahead=ahead)
 
     @property
     def hits(self) -> int:
         """Prototypes that were there when a layer asked for them."""
-        return self._resident_hits + sum(cache.counts.hits for cache in self._caches if cache)
+        return self._resident_hits + sum(one.counts.hits for one in self._caches.values())
 
     @property
     def misses(self) -> int:
         """Prototypes that had to be read first."""
-        return sum(cache.counts.misses for cache in self._caches if cache)
+        return sum(one.counts.misses for one in self._caches.values())
 
     @property
     def prefetched(self) -> tuple[int, int]:
         """(prototypes read ahead, how many of them were asked for while they were there)."""
-        counts = [cache.counts for cache in self._caches if cache]
+        counts = [one.counts for one in self._caches.values()]
         return sum(one.prefetched for one in counts), sum(one.useful for one in counts)
 
     def shrink(self, slots: Sequence[int]) -> None:
         """Between visits: give back every pool's slots from number ``slots[layout]`` on. Pins stay."""
         self._transfer.drain()
         self._wanted = []
-        for cache, pool, count in zip(self._caches, self._pools, slots, strict=True):
-            if cache is not None and count < pool.slots:
-                for item in sorted(cache.arriving):
-                    cache.lost(item)  # drained: whether its read went well is not known
-                cache.shrink(count)
-                if self._presence is not None:
-                    self._presence.keep(self._slot_of)
-                pool.shrink(count)
+        self._lose_prefetches()
+        for layout, cache in self._caches.items():
+            if slots[layout] < self.pools[layout].slots:
+                cache.shrink(slots[layout])
+                self.pools[layout].shrink(slots[layout])
 
     def reset_counts(self) -> None:
         """Hits, misses, prefetches and bytes read start at zero again."""
         self._resident_hits = self.bytes_read = 0
-        for cache in self._caches:
-            if cache is not None:
-                cache.counts = CacheCounts()
+        for cache in self._caches.values():
+            cache.counts = CacheCounts()
 
     def close(self) -> None:
-        """Let the device memory go. The transfer belongs to the caller."""
+        """Let the device memory go; nothing can be visited afterwards. The transfer belongs to the caller."""
         self._transfer.drain()
-        self._ready = []
-        if self._presence is not None:
-            self._presence.keep(lambda number: None)
-        for pool in self._pools:
+        self.prefetcher = None
+        self.table.clear()
+        for pool in self.pools:
             pool.close()

@@ -1,6 +1,6 @@
 """The routing trace of a package, and the cache settings that follow from it at load.
 
-Read from somebody else's disk, so all of it is checked. Peak memory: the trace (``plan/trace.py``). Raises
+A package may come from anywhere, so all of its trace is checked. Peak memory: the trace (``plan/trace.py``). Raises
 ``PackageError`` for a trace that is damaged or belongs to another package.
 """
 
@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.errors import PackageError
+from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.quota import groups_of, slots_for
-from conmoe_edge.offload.simulate.policy_search import POLICIES, choose, default_settings
+from conmoe_edge.offload.simulate.policy_search import choose
 from conmoe_edge.plan.trace import MOST_TOKENS, PrototypeTrace, RoutingTrace, to_prototypes
 
 
@@ -62,16 +64,8 @@ def planned_cache(
 
 def prototype_trace(trace: RoutingTrace, manifest: Manifest) -> PrototypeTrace:
     """The trace in the package's prototype numbers."""
-    number = {entry.id: n for n, entry in enumerate(manifest.prototypes)}
-    return to_prototypes(
-        trace,
-        {
-            layer: [
-                -1 if s.prototype is None else number[s.prototype] for s in manifest.slots[layer]
-            ]
-            for layer in trace.layers
-        },
-    )
+    maps = SlotMap.of_manifest(manifest)
+    return to_prototypes(trace, {layer: maps[layer].targets for layer in trace.layers})
 
 
 def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:

@@ -12,80 +12,28 @@ Memory: 4 bytes for each (token, prototype) of one group of layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest
-from conmoe_edge.errors import UsageError
-from conmoe_edge.offload.residency.eviction import LayerLru, Lfru, Lru, Policy
-from conmoe_edge.offload.residency.quota import allot, groups_of, miss_curve
-from conmoe_edge.offload.residency.slot_cache import pin_order
+from conmoe_edge.offload.residency.policies import (
+    POLICIES,
+    LayoutTable,
+    check_policy,
+    make_policy,
+    pins_of,
+    tables,
+    warm_order,
+)
+from conmoe_edge.offload.residency.quota import allot, miss_curve
 from conmoe_edge.plan.trace import PrototypeTrace, Row
 
-POLICIES = ("lru", "layer-lru", "lfru", "pins")
 PIN_SHARES = (0.25, 0.5)
-DEFAULT_PIN_SHARE = 0.5
-_HALF_LIFE = 8  # uses a slot
 _MOST_REQUESTS = 1 << 18  # of a replay; a longer trace gives some of its sequences
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The prototypes of one record layout, by their numbers in the package.
-
-    Attributes:
-        members: prototype numbers, ascending.
-        weights: share of the routing weight of every prototype of the package.
-        group_of: group of layers of every prototype of the package (``quota.groups_of``).
-    """
-
-    members: tuple[int, ...]
-    weights: tuple[float, ...]
-    group_of: tuple[int, ...]
-
-
-def tables(manifest: Manifest) -> tuple[Table, ...]:
-    """One table a record layout."""
-    weights = tuple(entry.weight for entry in manifest.prototypes)
-    groups = groups_of(manifest)
-    layouts = [entry.layout for entry in manifest.prototypes]
-    return tuple(
-        Table(tuple(n for n, of in enumerate(layouts) if of == layout), weights, groups)
-        for layout in range(len(manifest.layouts))
-    )
-
-
-def pins_of(settings: CacheSettings, table: Table) -> tuple[int, ...]:
-    """The prototypes that the settings pin; all of them where every one has a slot."""
-    order = pin_order([table.weights[n] for n in table.members], settings.slots, settings.pin_share)
-    return tuple(table.members[i] for i in order)
-
-
-def make_policy(settings: CacheSettings, table: Table) -> Policy:
-    """The policy for what is not pinned."""
-    if settings.policy == "layer-lru":
-        return LayerLru(table.group_of, settings.quotas)
-    if settings.policy == "lfru":
-        return Lfru(_HALF_LIFE * settings.slots)
-    return Lru()
-
-
-def warm_order(settings: CacheSettings, table: Table) -> tuple[int, ...]:
-    """What the slots hold at the start, most valuable first: the heaviest within the quotas, then the heaviest."""
-    by_weight = sorted(table.members, key=lambda n: (-table.weights[n], n))
-    if not settings.quotas:
-        return tuple(by_weight[: settings.slots])
-    left = list(settings.quotas)
-    within, beyond = [], []
-    for number in by_weight:
-        group = table.group_of[number]
-        (within if left[group] > 0 else beyond).append(number)
-        left[group] -= 1
-    return tuple([*within, *beyond][: settings.slots])
-
-
 def replay(
-    rows: Iterable[Row], settings: CacheSettings, table: Table, count_from: int = 0
+    rows: Iterable[Row], settings: CacheSettings, table: LayoutTable, count_from: int = 0
 ) -> tuple[int, int]:
     """(hits, requests) of the passes ``rows`` in order, from the pass ``count_from`` on.
 
@@ -101,7 +49,7 @@ def replay(
     hits = asked = 0
     enter, touch, evict, all_there = policy.enter, policy.touch, policy.evict, resident.issuperset
     for position, asking in enumerate(rows):
-        # Pins are always there and nobody's business here.
+        # Pins are always there.
         row = asking if not pins else [n for n in asking if n not in pins]
         counted = position >= count_from
         asked += len(asking) if counted else 0
@@ -151,36 +99,8 @@ def choose(
     )
 
 
-def default_settings(
-    manifest: Manifest, slots: Sequence[int], only: str | None = None
-) -> tuple[CacheSettings, ...]:
-    """What holds without a trace: pins and least recently used, or the policy ``only``."""
-    check_policy(only)
-    settings = []
-    for table, count in zip(tables(manifest), slots, strict=True):
-        one = CacheSettings(count, only or "pins")
-        if one.policy == "pins":
-            one = replace(one, pin_share=DEFAULT_PIN_SHARE)
-        elif one.policy == "layer-lru":
-            # Without a history every prototype of a group is worth the same.
-            sizes = _sizes(table)
-            one = replace(one, quotas=allot([[1] * size for size in sizes], count))
-        settings.append(one)
-    return tuple(settings)
-
-
-def check_policy(name: str | None) -> None:
-    """Raises ``UsageError`` for a name that is no policy."""
-    if name is not None and name not in POLICIES:
-        raise UsageError(
-            f"{name!r} is no cache policy.",
-            f"there are: {', '.join(POLICIES)}",
-            "--cache-policy lru, or leave it out to use what the replay found best",
-        )
-
-
 def _choose_one(
-    trace: PrototypeTrace, table: Table, slots: int, only: str | None, *, mixed: bool
+    trace: PrototypeTrace, table: LayoutTable, slots: int, only: str | None, *, mixed: bool
 ) -> CacheSettings:
     if slots >= len(table.members):
         return CacheSettings(slots, only or "lru")
@@ -206,7 +126,7 @@ def _choose_one(
 
 
 def _candidates(
-    trace: PrototypeTrace, table: Table, slots: int, stop: int, only: str | None
+    trace: PrototypeTrace, table: LayoutTable, slots: int, stop: int, only: str | None
 ) -> list[tuple[str, CacheSettings]]:
     found = []
     for policy in POLICIES if only is None else (only,):
@@ -222,9 +142,9 @@ def _candidates(
     return found
 
 
-def _quotas(trace: PrototypeTrace, table: Table, slots: int, stop: int) -> tuple[int, ...]:
+def _quotas(trace: PrototypeTrace, table: LayoutTable, slots: int, stop: int) -> tuple[int, ...]:
     """Quotas by the miss curves of the first ``stop`` tokens; every group gets what a token asks of it at once."""
-    sizes = _sizes(table)
+    sizes = table.group_sizes
     passes: list[list[Row]] = [[] for _ in sizes]
     for _, row in trace.decode(stop=stop):
         passes[table.group_of[row[0]]].append(row)
@@ -234,11 +154,3 @@ def _quotas(trace: PrototypeTrace, table: Table, slots: int, stop: int) -> tuple
         gains.append([before - after for before, after in pairwise(curve)])
         least.append(max((len(row) for row in rows), default=0))
     return allot(gains, slots, least)
-
-
-def _sizes(table: Table) -> list[int]:
-    """Prototypes of every group."""
-    sizes = [0] * (max(table.group_of, default=-1) + 1)
-    for number in table.members:
-        sizes[table.group_of[number]] += 1
-    return sizes

@@ -23,7 +23,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest, PrefetchSettings
 from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.storage.slot_pool import SlotPool
-from conmoe_edge.offload.storage.transfer import Slot, TransferCounts
+from conmoe_edge.offload.storage.transfer import Place, TransferCounts
 from conmoe_edge.plan.pace import Pace
 from conmoe_edge.plan.trace import Predictions, PrototypeTrace
 
@@ -41,27 +41,27 @@ class ClockedTransfer:
         self._begin = begin
         self.counts = TransferCounts()
         self._seconds = seconds
-        self._reads: dict[Slot, tuple[float, float]] = {}  # start, end
+        self._reads: dict[Place, tuple[float, float]] = {}  # start, end
 
-    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
+    def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
         self.now += self._begin
         start = max([self.now, *(end for _, end in self._reads.values())])
-        self._reads[slot] = (start, start + self._seconds[target.numel()])
+        self._reads[place] = (start, start + self._seconds[target.numel()])
 
-    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
-        if self._reads[slot][0] <= self.now:
+    def cancel(self, number: int, place: Place, target: Tensor) -> bool:
+        if self._reads[place][0] <= self.now:
             return False
-        del self._reads[slot]
+        del self._reads[place]
         return True
 
-    def ready(self, slot: Slot) -> bool:
-        return slot not in self._reads or self._reads[slot][1] <= self.now
+    def ready(self, place: Place) -> bool:
+        return place not in self._reads or self._reads[place][1] <= self.now
 
-    def wait(self, slot: Slot) -> None:
-        if slot in self._reads:
-            self.now = max(self.now, self._reads.pop(slot)[1])
+    def wait(self, place: Place) -> None:
+        if place in self._reads:
+            self.now = max(self.now, self._reads.pop(place)[1])
 
-    def used(self, slot: Slot) -> None:
+    def used(self, place: Place) -> None:
         """Nothing is kept."""
 
     def drain(self) -> None:
@@ -111,7 +111,9 @@ def token_seconds(
                 transfer.now += sum(compute_seconds[numbers[at]] for at in turn)
 
             residency.collect()
-            if residency.has(numbers):  # one call, whereafter there is time for the next layer
+            if residency.table.present(
+                numbers
+            ):  # one call, whereafter there is time for the next layer
                 compute(range(len(numbers)))
                 residency.asked(numbers)
                 residency.prefetch(ahead)

@@ -1,14 +1,12 @@
-"""RAM as a tier between disk and GPU: whole records in page-locked host memory, so that a copy
-needs no detour.
+"""RAM as a tier between disk and GPU: whole records in page-locked host memory, so that a copy needs no detour.
 
-Host memory that is merely read once already lives in the system's page cache, which costs nothing
-to keep and is given up under pressure; this tier is only worth its memory because it is registered
-with CUDA, so that the GPU fetches from it directly. Registered with ``cudaHostRegister`` on plain
-mappings: torch's own pinned allocator rounds to powers of two.
+Host memory that is merely read once already lies in the system's page cache, which costs nothing to keep and is given
+up under pressure; this tier is only worth its memory because it is registered with CUDA, so that the GPU fetches from
+it directly. Registered with ``cudaHostRegister`` on plain mappings: torch's own pinned allocator rounds to powers of
+two.
 
-Records are taken in the order of their calibration weight until ``host_bytes`` are used. Where the
-system refuses to lock memory (limits, some desktop drivers) there is no tier, and the page cache
-serves.
+Records are taken in the order that the caller gives until ``host_bytes`` are used. Where the system refuses to lock
+memory (limits, some desktop drivers) there is no tier, and the page cache serves.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ class HostTier:
 
     @property
     def numbers(self) -> list[int]:
-        """Whose records are held, the heaviest first."""
+        """The prototypes whose records are held, in the order that was given."""
         return list(self._records)
 
     def record(self, number: int) -> Tensor | None:

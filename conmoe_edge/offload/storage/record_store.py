@@ -1,18 +1,17 @@
 """Records from disk: one record is one positioned read into memory that is already there.
 
-``RecordStore`` opens the prototype files of a package once and reads whole records into buffers
-that the caller owns (a cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing
-beside those buffers. Safe to call from several threads. Raises ``PackageError`` for a missing,
-short or unreadable file.
+``RecordStore`` opens the prototype files of a package once and reads whole records into buffers that the caller owns (a
+cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing beside those buffers. Safe to call from several
+threads. Raises ``PackageError`` for a missing, short or unreadable file.
 
 There are two ways to read, with the same bytes as the result:
 
-- *buffered*, through the page cache of the system, which works as a tier of its own: what was read
-  once is often still there. Where the budget is the whole machine that copy competes with the
-  slots; ``keep_cached=False`` tells the system to forget a record once it is read.
-- *direct* (O_DIRECT), from the disk into the buffer: no copy by the processor and no page cache. It
-  needs offsets, lengths and addresses that are multiples of 4096, which records and slots are. A
-  read that is not aligned, or that the file system refuses, is buffered.
+- *buffered*, through the page cache of the system, which works as a tier of its own: what was read once is often still
+  there. Where the budget is the whole machine that copy competes with the cache slots; ``keep_cached=False`` tells the
+  system to forget a record once it is read.
+- *direct* (O_DIRECT), from the disk into the buffer: no copy by the processor and no page cache. It needs offsets,
+  lengths and addresses that are multiples of 4096, which records and cache slots are. A read that is not aligned, or
+  that the file system refuses, is buffered.
 
 ``read_mode`` decides between them.
 """
@@ -73,10 +72,16 @@ class RecordStore:
         return self._layouts[self._prototypes[number].layout].nbytes
 
     def read_into(self, number: int, target: Tensor) -> None:
-        """Read one whole record into ``target``: uint8 [record bytes] on the host."""
+        """Read one whole record into ``target``: uint8 [record bytes] on the host.
+
+        Raises:
+            PackageError: the file is missing, short or unreadable.
+            ValueError: ``target`` has another size.
+        """
         entry = self._prototypes[number]
         nbytes = self.record_bytes(number)
-        assert target.numel() == nbytes, "the buffer has the size of the record"
+        if target.numel() != nbytes:
+            raise ValueError(f"a record of {nbytes} bytes into {target.numel()}")
         buffer: Any = memoryview(target.numpy())  # type: ignore[arg-type]
         handle = self._files[entry.file]
         direct = self._direct.get(entry.file) if self._mode == "direct" else None

@@ -1,14 +1,12 @@
-"""The device memory of the runtime: one uint8 pool per record layout, cut into cache slots of one
-record each.
+"""The device memory of the runtime: one uint8 pool per record layout, cut into cache slots of one record each.
 
-A pool is allocated once, before anything else competes for the memory, and never grows, so the
-budget is known to the byte and nothing fragments; on Linux its end can be given back (``shrink``).
-On the CPU the pool is an anonymous mapping: page-aligned, so that a record can be read from disk
-straight into its slot, and touched at once, so that missing memory shows at start and not in the
-middle of an answer. On a GPU it is one tensor of torch's allocator.
+A pool is allocated once, before anything else competes for the memory, and never grows, so the budget is known to the
+byte and nothing fragments; on Linux its end can be given back (``shrink``). On the CPU the pool is an anonymous
+mapping: page-aligned, so that a record can be read from disk straight into its slot, and touched at once, so that
+missing memory shows at start and not in the middle of an answer. On a GPU it is one tensor of torch's allocator.
 
-Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned
-as well. Raises ``OutOfMemory`` where the pool cannot be had.
+Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned as well. Raises
+``OutOfMemory`` where the pool cannot be had.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _HUGE_FROM = 64 << 20  # below this, whole huge pages waste more than they save
 
 
 class SlotPool:
-    """``slots`` buffers of one record each on ``device``."""
+    """``slots`` buffers of one record each on ``device``; ``nbytes`` of memory."""
 
     def __init__(self, layout: RecordLayout, slots: int, device: torch.device) -> None:
         self.layout = layout
@@ -47,8 +45,13 @@ class SlotPool:
         self._experts: list[StoredExpert | None] = [None] * slots
 
     def record(self, slot: int) -> Tensor:
-        """The raw bytes of a slot: uint8 [record bytes]."""
-        assert self._memory is not None, "the pool is closed"
+        """The raw bytes of a slot: uint8 [record bytes].
+
+        Raises:
+            RuntimeError: the pool is closed, or does not have the slot.
+        """
+        if self._memory is None or not 0 <= slot < self.slots:
+            raise RuntimeError(f"cache slot {slot} of {self.slots} is not there")
         start = slot * self.layout.nbytes
         return self._memory[start : start + self.layout.nbytes]
 
@@ -60,10 +63,16 @@ class SlotPool:
         return expert
 
     def shrink(self, slots: int) -> None:
-        """Give the memory of the slots from number ``slots`` on back to the system; their views must
-        not be used any more.
+        """Give the memory of the slots from number ``slots`` on back to the system; their views must not be used any
+        more.
+
+        Raises:
+            RuntimeError: the device cannot (``can_shrink``), or there are fewer slots.
         """
-        assert can_shrink(self.device) and slots <= self.slots, "there is an end to give back"
+        if not can_shrink(self.device) or slots > self.slots:
+            raise RuntimeError(
+                f"{self.slots} cache slots on {self.device} do not shrink to {slots}"
+            )
         end, self.nbytes = self.nbytes, slots * self.layout.nbytes
         self.slots = slots
         del self._experts[slots:]
@@ -95,8 +104,8 @@ def can_shrink(device: torch.device) -> bool:
 
 
 def host_buffer(nbytes: int, *, touch: bool = True) -> Tensor:
-    """Page-aligned uint8 memory on the host, outside the C heap: what is given back goes back to
-    the system. Without ``touch`` it takes memory only as it is written to.
+    """Page-aligned uint8 memory on the host, outside the C heap: what is given back goes back to the system. Without
+    ``touch`` it takes memory only as it is written to.
     """
     return _mapped(nbytes, touch=touch)[1]
 

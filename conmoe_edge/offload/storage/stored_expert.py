@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.format.forms import COLUMNS, LEFT, SCALE
+from conmoe_edge.checkpoint.format.forms import COLUMNS, DOWN, LEFT, SCALE, UP
 from conmoe_edge.checkpoint.format.records import matrix_of
 from conmoe_edge.offload.kernels.cpu.bindings import Form, Prepared, operator
 
-UP, DOWN = "gate_up_proj", "down_proj"
 _BIAS = "_bias"
 
 

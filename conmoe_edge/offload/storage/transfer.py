@@ -2,19 +2,19 @@
 
 Two ways with one interface:
 
-- ``DirectTransfer`` (CPU): worker threads read from disk straight into the slot.
-- ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy
-  stream moves them to the slot. Events order it all: compute waits for *loaded*, the next copy into
-  a slot waits for *free*. Records that ``HostTier`` holds in registered host memory skip disk,
-  ring and threads: the caller issues their copies, unless they are read ahead.
+- ``DirectTransfer`` (CPU): worker threads read from disk straight into the cache slot.
+- ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy stream moves them
+  to the cache slot. Events order it all: compute waits for *loaded*, the next copy into a cache slot waits for *free*.
+  Records that ``HostTier`` holds in registered host memory skip disk, ring and threads: the caller issues their copies,
+  unless they are read ahead.
 
-Reads ``ahead`` of any demand have a thread of their own and go one at a time, so that no more than the rest of one
-of them stands in the way of a demand read; those that have not begun can be taken back with ``cancel``.
+Reads ``ahead`` of any demand have a thread of their own and go one at a time, so that no more than the rest of one of
+them stands in the way of a demand read; those that have not begun can be taken back with ``cancel``.
 
-A caller says ``load`` when the policy gave a slot, ``wait`` before the compute that reads it,
-``used`` after that compute was issued. ``counts`` says what was brought from which tier, and how
-long the caller stood in ``wait``. Memory: the ring, ``RING_RECORDS`` records of pinned host
-memory on CUDA, nothing on the CPU. Errors of a read surface in ``wait``.
+A caller says ``load`` when the policy gave a place, ``wait`` before the compute that reads it, ``used`` after that
+compute was issued. ``counts`` says what was brought from which tier, and how long the caller stood in ``wait``. Memory:
+the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, nothing on the CPU. Errors of a read surface in
+``wait``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ three are the fastest. Reading one record in pieces by several readers took as l
 """
 RING_RECORDS = 4
 
-Slot = tuple[int, int]  # pool, slot
+Place = tuple[int, int]
+"""Record layout, and cache slot in the pool of that layout."""
 
 
 @dataclass(slots=True)
@@ -71,22 +72,22 @@ class Transfer(Protocol):
         """What was brought, and the time spent in ``wait``."""
         ...
 
-    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
-        """Begin to bring prototype ``number`` into ``target``, the bytes of ``slot``."""
+    def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
+        """Begin to bring prototype ``number`` into ``target``, the bytes of ``place``."""
 
-    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
+    def cancel(self, number: int, place: Place, target: Tensor) -> bool:
         """Take back a load that has not begun; False where it has."""
         ...
 
-    def ready(self, slot: Slot) -> bool:
+    def ready(self, place: Place) -> bool:
         """Whether compute that is issued now would wait for nothing."""
         ...
 
-    def wait(self, slot: Slot) -> None:
-        """Return once compute that is issued from now on will see the slot's record."""
+    def wait(self, place: Place) -> None:
+        """Return once compute that is issued from now on will see the place's record."""
 
-    def used(self, slot: Slot) -> None:
-        """Compute that reads the slot has been issued; the slot may be given to another record
+    def used(self, place: Place) -> None:
+        """Compute that reads the place has been issued; the place may be given to another record
         after it.
         """
 
@@ -97,33 +98,22 @@ class Transfer(Protocol):
         """Drain and let the threads go."""
 
 
-class _Pending:
-    """Loads under way by slot."""
+class _ThreadedTransfer:
+    """What both ways have in common: reads by threads, under way by place."""
 
-    def __init__(self, readers: int) -> None:
+    def __init__(self, store: RecordStore, readers: int) -> None:
+        self.counts = TransferCounts()
+        self._store = store
         self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
         self._ahead: ThreadPoolExecutor | None = None  # made when it is first needed
-        self._futures: dict[Slot, Future[None]] = {}
-        self.counts = TransferCounts()
+        self._futures: dict[Place, Future[None]] = {}
 
-    def start(self, slot: Slot, job: Callable[[], None], *, ahead: bool) -> None:
-        if ahead and self._ahead is None:
-            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
-        threads = self._ahead if ahead and self._ahead is not None else self._threads
-        self._futures[slot] = threads.submit(job)
-
-    def cancel(self, slot: Slot) -> bool:
-        if not self._futures[slot].cancel():
-            return False
-        del self._futures[slot]
-        return True
-
-    def ready(self, slot: Slot) -> bool:
-        future = self._futures.get(slot)
+    def ready(self, place: Place) -> bool:
+        future = self._futures.get(place)
         return future is None or future.done()
 
-    def wait(self, slot: Slot) -> None:
-        future = self._futures.pop(slot, None)
+    def wait(self, place: Place) -> None:
+        future = self._futures.pop(place, None)
         if future is None:
             return
         if not future.done():
@@ -131,6 +121,9 @@ class _Pending:
             wait_for_futures((future,))
             self.counts.waited_seconds += time.perf_counter() - before
         future.result()
+
+    def used(self, place: Place) -> None:
+        """Nothing to do: on a CPU the compute is over when the call returns."""
 
     def drain(self) -> None:
         wait_for_futures(self._futures.values())
@@ -141,46 +134,39 @@ class _Pending:
         if self._ahead is not None:
             self._ahead.shutdown(wait=True, cancel_futures=True)
 
+    def _start(self, place: Place, job: Callable[[], None], *, ahead: bool) -> None:
+        if ahead and self._ahead is None:
+            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
+        threads = self._ahead if ahead and self._ahead is not None else self._threads
+        self._futures[place] = threads.submit(job)
 
-class DirectTransfer:
-    """CPU: disk to slot."""
+    def _take_back(self, place: Place) -> bool:
+        """Whether the read had not begun; then it does not."""
+        if not self._futures[place].cancel():
+            return False
+        del self._futures[place]
+        return True
+
+
+class DirectTransfer(_ThreadedTransfer):
+    """CPU: disk to cache slot."""
 
     def __init__(self, store: RecordStore, readers: int = READERS) -> None:
-        self._store = store
-        self._pending = _Pending(readers)
+        super().__init__(store, readers)
 
-    @property
-    def counts(self) -> TransferCounts:
-        return self._pending.counts
-
-    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
+    def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
         self.counts.disk_bytes += target.numel()
-        self._pending.start(slot, lambda: self._store.read_into(number, target), ahead=ahead)
+        self._start(place, lambda: self._store.read_into(number, target), ahead=ahead)
 
-    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
-        cancelled = self._pending.cancel(slot)
+    def cancel(self, number: int, place: Place, target: Tensor) -> bool:
+        cancelled = self._take_back(place)
         if cancelled:
             self.counts.disk_bytes -= target.numel()
         return cancelled
 
-    def ready(self, slot: Slot) -> bool:
-        return self._pending.ready(slot)
 
-    def wait(self, slot: Slot) -> None:
-        self._pending.wait(slot)
-
-    def used(self, slot: Slot) -> None:
-        """Nothing to do: on a CPU the compute is over when the call returns."""
-
-    def drain(self) -> None:
-        self._pending.drain()
-
-    def close(self) -> None:
-        self._pending.close()
-
-
-class StagedTransfer:
-    """CUDA: disk or host memory to slot by way of a copy stream."""
+class StagedTransfer(_ThreadedTransfer):
+    """CUDA: disk or host memory to cache slot by way of a copy stream."""
 
     def __init__(
         self,
@@ -190,45 +176,38 @@ class StagedTransfer:
         host: HostTier | None = None,
         readers: int = READERS,
     ) -> None:
-        self._store = store
+        super().__init__(store, readers)
         self._device = device
         self._host = host
-        self._pending = _Pending(readers)
         self._stream = torch.cuda.Stream(device)
-        self._loaded: dict[Slot, torch.cuda.Event] = {}
-        self._free: dict[Slot, torch.cuda.Event] = {}
+        self._loaded: dict[Place, torch.cuda.Event] = {}
+        self._free: dict[Place, torch.cuda.Event] = {}
         # Free events that loads ahead have taken: the next load waits for them if this one is taken back.
-        self._taken: dict[Slot, torch.cuda.Event] = {}
+        self._taken: dict[Place, torch.cuda.Event] = {}
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(RING_RECORDS):
             self._ring.put((torch.empty(largest_record, dtype=torch.uint8, pin_memory=True), None))
 
-    @property
-    def counts(self) -> TransferCounts:
-        return self._pending.counts
-
-    def load(self, number: int, slot: Slot, target: Tensor, *, ahead: bool = False) -> None:
+    def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
         held = None if self._host is None else self._host.record(number)
         self._count(held, target.numel())
-        # Taken here, on the caller's thread: the compute that still reads the slot was issued
+        # Taken here, on the caller's thread: the compute that still reads the place was issued
         # before this load.
-        free = self._free.pop(slot, None)
+        free = self._free.pop(place, None)
         if ahead and free is not None:
-            self._taken[slot] = free
+            self._taken[place] = free
         if held is not None and not ahead:
             # Issuing a copy takes no longer than handing it to a thread, and nothing is waited for.
-            self._loaded[slot] = self._copy(held, target, free)
+            self._loaded[place] = self._copy(held, target, free)
             return
-        self._pending.start(
-            slot, lambda: self._bring(number, slot, target, held, free), ahead=ahead
-        )
+        self._start(place, lambda: self._bring(number, place, target, held, free), ahead=ahead)
 
-    def cancel(self, number: int, slot: Slot, target: Tensor) -> bool:
-        cancelled = self._pending.cancel(slot)
-        free = self._taken.pop(slot, None)
+    def cancel(self, number: int, place: Place, target: Tensor) -> bool:
+        cancelled = self._take_back(place)
+        free = self._taken.pop(place, None)
         if cancelled:
             if free is not None:
-                self._free[slot] = free
+                self._free[place] = free
             held = None if self._host is None else self._host.record(number)
             self._count(held, -target.numel())
         return cancelled
@@ -239,52 +218,52 @@ class StagedTransfer:
         else:
             self.counts.host_bytes += nbytes
 
-    def ready(self, slot: Slot) -> bool:
-        if not self._pending.ready(slot):
+    def ready(self, place: Place) -> bool:
+        if not super().ready(place):
             return False
-        loaded = self._loaded.get(slot)
+        loaded = self._loaded.get(place)
         return loaded is None or loaded.query()
 
-    def wait(self, slot: Slot) -> None:
-        self._pending.wait(slot)
-        loaded = self._loaded.pop(slot, None)
+    def wait(self, place: Place) -> None:
+        super().wait(place)
+        loaded = self._loaded.pop(place, None)
         if loaded is not None:
             torch.cuda.current_stream(self._device).wait_event(loaded)
 
-    def used(self, slot: Slot) -> None:
+    def used(self, place: Place) -> None:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
-        self._free[slot] = event
+        self._free[place] = event
 
     def drain(self) -> None:
-        self._pending.drain()
+        super().drain()
         self._stream.synchronize()
         self._loaded.clear()
 
     def close(self) -> None:
-        self._pending.close()
+        super().close()
         self._stream.synchronize()
 
     def _bring(
         self,
         number: int,
-        slot: Slot,
+        place: Place,
         target: Tensor,
         held: Tensor | None,
         free: torch.cuda.Event | None,
     ) -> None:
         if held is not None:
-            self._loaded[slot] = self._copy(held, target, free)
+            self._loaded[place] = self._copy(held, target, free)
             return
         buffer, last_copy = self._ring.get()
         event = last_copy
         try:
             if last_copy is not None:
-                last_copy.synchronize()  # the ring's buffer may still be on its way to another slot
+                last_copy.synchronize()  # the ring's buffer may still be on its way to another place
             staged = buffer[: target.numel()]
             self._store.read_into(number, staged)
             event = self._copy(staged, target, free)
-            self._loaded[slot] = event
+            self._loaded[place] = event
         finally:
             self._ring.put((buffer, event))
 

@@ -248,6 +248,10 @@ function figures(stats) {
   $("now").textContent = `${stats.running} of ${stats.parallel} answers being made${others}; `
     + `${stats.totals.completion_tokens.toLocaleString("en")} tokens written since the start`;
   if (stats.memory) memoryFigure(stats.memory);
+  if (stats.compute) {
+    const path = stats.compute.fast_path ? `; fast path: ${stats.compute.fast_path.summary}` : "";
+    $("compute-note").textContent = `kernel: ${stats.compute.kernel}${path}`;
+  }
   if (stats.cache) cacheFigure(stats.cache);
 }
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
-from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap, sharing_layers
 from conmoe_edge.model.slot_tensors import SlotTensors
 
 CPU = torch.device("cpu")
@@ -86,3 +86,32 @@ def test_torch_computes_what_the_reference_says(data: st.DataObject) -> None:
         for place, gate in found.gated_constants(chosen_slots, own):
             wanted += constants[place] * gate
         assert torch.allclose(total[token], wanted, atol=1e-5)
+
+
+def layers_of(*targets: tuple[int, ...]) -> dict[int, SlotMap]:
+    return {
+        layer: SlotMap(layer, row, (1.0,) * len(row), (NONE,) * len(row))
+        for layer, row in enumerate(targets)
+    }
+
+
+def test_layers_that_share_prototypes_are_one_group() -> None:
+    assert sharing_layers(layers_of((0,), (1,), (2, NONE), (NONE,))) == ((0,), (1,), (2,), (3,))
+    assert sharing_layers(layers_of((0, 1), (2,), (1, 3), (4, 2))) == ((0, 2), (1, 3))
+    assert sharing_layers(layers_of((0,), (1,), (2,), (2, 0))) == ((0, 2, 3), (1,))
+    assert sharing_layers({}) == ()
+
+
+@given(st.lists(st.lists(st.integers(NONE, 5), min_size=1, max_size=3), max_size=6))
+def test_groups_are_those_of_a_search(rows: list[list[int]]) -> None:
+    """Layers that can be reached from one another, layer by layer."""
+    maps = layers_of(*map(tuple, rows))
+    shared = {layer: set(one.prototypes) for layer, one in maps.items()}
+    wanted = set()
+    for layer in maps:
+        reached, before = {layer}, set()
+        while reached != before:
+            before = set(reached)
+            reached |= {n for n in maps for one in before if shared[n] & shared[one]}
+        wanted.add(tuple(sorted(reached)))
+    assert sharing_layers(maps) == tuple(sorted(wanted))

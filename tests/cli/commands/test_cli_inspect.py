@@ -21,7 +21,7 @@ from conmoe_edge.cli.main import main
 from conmoe_edge.cli.ui.text import to_ascii
 from conmoe_edge.cli.views.inspect_map import level, slot_map
 from conmoe_edge.cli.views.inspect_view import inspect_view
-from conmoe_edge.report.package_summary import gather
+from conmoe_edge.report.package_summary import summarise
 
 
 def run(*arguments: str) -> Result:
@@ -62,7 +62,7 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(folder: Path, width: int = 80) -> str:
     console = Console(file=StringIO(), width=width, markup=False, emoji=False, highlight=False)
-    console.print(inspect_view(gather(folder), width))
+    console.print(inspect_view(summarise(folder), width))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -89,7 +89,7 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
 
 
 def test_the_map_has_a_cell_for_every_slot(scoped: Path) -> None:
-    facts = gather(scoped)
+    facts = summarise(scoped)
     lines = shown(scoped).splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("layer  0 "))
     rows = [line for line in lines[start + 1 :] if line.strip()][:6]
@@ -125,7 +125,7 @@ def test_wide_layers_are_folded_and_every_kind_has_its_mark(by_hand: Path) -> No
     lines = [line for line in text.splitlines() if line.startswith("  +32  ")]
     assert [line[7:] for line in lines] == [" ● ~ ● ~ ● ~ x -"] * 3
     wide = Console(file=StringIO(), width=120, markup=False)
-    wide.print(slot_map(gather(by_hand), 120))
+    wide.print(slot_map(summarise(by_hand), 120))
     assert isinstance(wide.file, StringIO) and "+32" not in wide.file.getvalue()
 
 

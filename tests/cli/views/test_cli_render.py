@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from conmoe_edge.api import PlanReport
-from conmoe_edge.cli.views.checks import Check
+from conmoe_edge.api.finding import Finding
 from conmoe_edge.cli.views.plan_views import (
     budget_line,
-    check_view,
+    finding_view,
     model_line,
     plan_view,
     receipt_view,
@@ -30,6 +30,7 @@ from conmoe_edge.model.anatomy import (
 )
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import GIB, MIB, gib, parse_size
 
 _HIDDEN, _WIDTH = 2048, 1024
@@ -54,7 +55,7 @@ def olmoe() -> ModelAnatomy:
 def planned(asked: str, **levers: Any) -> Plan:
     size = parse_size(asked)
     assert size is not None
-    return make_plan(olmoe(), Budget("cpu", size, asked, "a test"), **levers)
+    return make_plan(olmoe(), Budget("cpu", size, asked, "a test"), PlanRequest(**levers))
 
 
 def text(view: RenderableType) -> str:
@@ -179,7 +180,7 @@ def test_a_receipt_with_gaps_and_none_at_all() -> None:
 
 
 def test_a_finding_with_its_fix() -> None:
-    lines = text(check_view(Check("disk", "warn", "2 GiB free", "free some"))).splitlines()
+    lines = text(finding_view(Finding("disk", "warn", "2 GiB free", "free some"))).splitlines()
     assert lines[0].split() == ["warn", "disk", "2", "GiB", "free"]
     assert lines[1].strip() == "fix: free some"
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
-from conmoe_edge.compress.methods import METHODS, LayerView, ScopeView
-from conmoe_edge.compress.methods.conmoe_reassign import nearest_prototype
-from conmoe_edge.compress.methods.conmoe_score import min_max, replaceability
-from conmoe_edge.compress.solvers import distance as distance_module
-from conmoe_edge.compress.solvers.distance import distances
-from conmoe_edge.compress.solvers.select_experts import top_k
+from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.methods.conmoe import min_max, nearest_prototype, replaceability
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
+from conmoe_edge.compress.solvers import weight_distance as distance_module
+from conmoe_edge.compress.solvers.ranking import top_k
+from conmoe_edge.compress.solvers.weight_distance import distances
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.plan.levers import kept

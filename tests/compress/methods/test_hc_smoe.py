@@ -23,8 +23,9 @@ from scopes import (
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
-from conmoe_edge.compress.methods import METHODS, ScopeView, hc_smoe
-from conmoe_edge.compress.solvers.clustering import average_linkage
+from conmoe_edge.compress.methods import METHODS, hc_smoe
+from conmoe_edge.compress.methods.interface import ScopeView
+from conmoe_edge.compress.solvers.grouping import average_linkage
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package

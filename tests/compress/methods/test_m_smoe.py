@@ -22,7 +22,8 @@ from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.format.records import decode
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.cli.main import main
-from conmoe_edge.compress.methods import METHODS, LayerView, ScopeView
+from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
 from conmoe_edge.compress.solvers.grouping import around_dominant, router_likeness
 from conmoe_edge.compress.solvers.low_rank import factor
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons

@@ -17,12 +17,17 @@ from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import ExpertId
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.compress.methods import METHODS, LayerView, ScopeView
+from conmoe_edge.compress.methods import METHODS
+from conmoe_edge.compress.methods.interface import LayerView, ScopeView
 from conmoe_edge.compress.methods.mone import score as mone_score
 from conmoe_edge.compress.methods.pruning import POINTS, Point, score
-from conmoe_edge.compress.solvers.survivors import best_of, survivors
-from conmoe_edge.compress.stats.output_vectors import OutputVectors, VectorTracker
-from conmoe_edge.compress.stats.statistics import LayerStatistics, StatisticsTracker
+from conmoe_edge.compress.solvers.ranking import best_of, survivors
+from conmoe_edge.compress.stats.statistics import (
+    LayerStatistics,
+    OutputVectors,
+    StatisticsTracker,
+    VectorTracker,
+)
 from conmoe_edge.errors import CheckpointError, UsageError
 from conmoe_edge.model.bridge import build_meta, read_config
 from conmoe_edge.model.rerouting import reroute

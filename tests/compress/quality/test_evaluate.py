@@ -14,14 +14,14 @@ from families import FAMILIES, save_tiny, save_tokenizer
 
 import conmoe_edge
 from conmoe_edge.checkpoint.sources.origin import differs
-from conmoe_edge.compress.stats.part_clock import Clock
-from conmoe_edge.compress.stream.continuation import (
+from conmoe_edge.compress.quality.continuation import (
     common_start,
     continue_greedily,
     cut,
     repetition,
 )
 from conmoe_edge.compress.stream.streamed_model import open_subject
+from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import CalibrationError, CheckpointError, ModelNotFound, UsageError
 
 CPU = torch.device("cpu")

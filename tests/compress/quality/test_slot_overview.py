@@ -7,7 +7,7 @@ from families import tiny_model
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.compress.quality.slot_overview import overview_of, slot_distances
-from conmoe_edge.compress.solvers.distance import distances
+from conmoe_edge.compress.solvers.weight_distance import distances
 from conmoe_edge.compress.stats.statistics import LayerStatistics
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.model.experts import find_experts

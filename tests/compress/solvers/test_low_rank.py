@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.dtypes import itemsize
 from conmoe_edge.checkpoint.format.factored import factors_of
 from conmoe_edge.checkpoint.format.forms import factored_parts, factored_sizes
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.layout import make_layout
+from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 from conmoe_edge.compress.solvers.low_rank import factor, ridged
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy
-from conmoe_edge.plan.levers import BYTES, LOW_RANK, record_bytes, record_parts
+from conmoe_edge.plan.levers import LOW_RANK, record_bytes, record_parts
 
 
 def case(rows: int, columns: int, seed: int = 0, tokens: int = 40) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def test_rank_and_columns_are_those_of_the_paper_at_its_widths() -> None:
     assert factored_sizes(1, 1) == (1, 1)
     for rows, columns, share in [(3072, 768, 0.153), (1536, 2048, 0.173), (2048, 768, 0.158)]:
         stored = sum(
-            BYTES[dtype] * torch.Size(shape).numel()
+            itemsize(dtype) * torch.Size(shape).numel()
             for _, shape, dtype in factored_parts("w", rows, columns, "bfloat16")
         )
         assert stored / (2 * rows * columns) == pytest.approx(share, abs=0.003)

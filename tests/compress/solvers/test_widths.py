@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conmoe_edge.compress.solvers.widths import choose, layer_curve
-from conmoe_edge.errors import UsageError
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy
 from conmoe_edge.model.probe import probe
 from conmoe_edge.plan.levers import record_bytes
-from conmoe_edge.plan.width_levers import alike, check_widths, steps
+from conmoe_edge.plan.width_levers import alike, steps
 
 Curves = list[tuple[float, ...]]
 
@@ -195,7 +194,3 @@ def test_records_of_a_page_have_one_width() -> None:
 def test_widths_are_alike_where_they_must_be() -> None:
     assert alike("source", equal=True) and alike("int8+int4", equal=False)
     assert not alike("source", equal=False) and not alike("int4", equal=False)
-    assert check_widths("free") == "free" and check_widths("equal") == "equal"
-    with pytest.raises(UsageError, match="--widths narrow is not known") as caught:
-        check_widths("narrow")
-    assert "--widths free" in caught.value.fix

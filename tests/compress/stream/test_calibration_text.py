@@ -10,6 +10,7 @@ import torch
 from conmoe_edge.compress.stream.calibration_text import (
     CalibrationText,
     Document,
+    TokenSet,
     bundled_text,
     read_text,
     token_sets,
@@ -149,3 +150,11 @@ def test_a_text_that_is_used_up_is_the_same_for_every_seed() -> None:
         )[0].ids
 
     assert torch.equal(ids(0), ids(3))
+
+
+def test_other_sequences_are_others_where_there_are_enough() -> None:
+    names = tuple(str(n) for n in range(16))
+    whole = TokenSet(torch.arange(16).unsqueeze(1), torch.ones(16, 1, dtype=torch.bool), names)
+    first, second = whole.some(4), whole.some(4, after=1)
+    assert first.domains == ("0", "4", "8", "12") and second.domains == ("1", "5", "9", "13")
+    assert len(whole.some(2).some(4, after=1).domains) == 2

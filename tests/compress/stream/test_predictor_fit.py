@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.compress.stream.predictor_fit import RIDGE, PredictorFit, held_sequences, ridge
 from conmoe_edge.errors import DoesNotFit
@@ -58,15 +59,21 @@ def _planted(tmp_path: Path) -> tuple[PredictorFit, torch.Tensor, list[int]]:
     return fit, hidden, lengths
 
 
+def _map(layer: int, targets: list[int]) -> SlotMap:
+    count = len(targets)
+    return SlotMap(layer, tuple(targets), (1.0,) * count, (NONE,) * count)
+
+
 def test_it_predicts_what_depends_on_the_state_and_adds_up_slots(tmp_path: Path) -> None:
     fit, hidden, lengths = _planted(tmp_path)
     numbers = {3: [0, 0, 1, 1, -1, 0, 0, 0], 5: [9, 4, 4, 6, -1, 9, 8, 6]}
-    written = fit.write(tmp_path, numbers)
+    maps = {layer: _map(layer, targets) for layer, targets in numbers.items()}
+    written = fit.write(tmp_path, maps)
     tensors = load_file(tmp_path / written.name)
     assert written.name == PREDICTOR_FILE and list(tensors) == ["predictor.5"]
     weights = tensors["predictor.5"]
     assert weights.dtype == torch.bfloat16 and weights.shape == (9, 4)  # of 4, 6, 8, 9
-    predictions = fit.predictions(numbers)
+    predictions = fit.predictions(maps)
     assert predictions.tokens == tuple(i for i, held in enumerate(held_sequences(lengths)) if held)
     assert predictions.ranked[0] == ((),) * 200
     rows = hidden[list(predictions.tokens)].float()
@@ -86,7 +93,7 @@ def test_slots_that_are_none_are_left_out(tmp_path: Path) -> None:
     fit = PredictorFit(tmp_path, [4, 4], torch.device("cpu"))
     fit.layer(0, None, torch.zeros(8, 3), torch.zeros(8, 2, dtype=torch.uint8), 2)
     fit.layer(1, 0, torch.zeros(8, 3), torch.tensor([[1, 2]] * 8, dtype=torch.uint8), 2)
-    fit.write(tmp_path, {0: [0, 1], 1: [2, 3]})
+    fit.write(tmp_path, {0: _map(0, [0, 1]), 1: _map(1, [2, 3])})
     found = load_file(tmp_path / PREDICTOR_FILE)["predictor.1"]
     assert torch.equal(found[-1].float(), torch.tensor([0.0, 1.0]))
 

@@ -14,10 +14,11 @@ import torch
 from conmoe_edge.checkpoint.format.manifest import SlotRecord
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
+from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute.cpu_layer import CpuBackend, CpuLayer
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.simulate.policy_search import POLICIES
+from conmoe_edge.offload.residency.policies import POLICIES
 from tests.families import tiny_model
 from tests.hand_packages import identity, predict, slots_of, write_package
 from tests.offload.fastpath.single_tokens import steps
@@ -46,21 +47,29 @@ def layer_of(model: Any) -> tuple[Any, LayerHandle]:
     return module, getattr(module, HANDLE)
 
 
+def one_call(handle: LayerHandle, module: Any) -> CpuLayer:
+    found = handle.experts(module)
+    assert isinstance(found, CpuLayer)
+    return found
+
+
 def by_hand(
     module: Any, handle: LayerHandle, x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
     """Merged in Python, computed expert by expert, combined."""
-    runtime = handle.runtime
-    assert runtime is not None
-    merged = handle.merge_one(slots[0].tolist(), gates[0].tolist())
-    constants = handle.constants_of(slots[0].tolist(), gates[0].tolist())
+    backend = handle.backend
+    assert isinstance(backend, CpuBackend)
+    known = handle.slots
+    merged = known.slot_map.merge(slots[0].tolist(), gates[0].tolist())
+    pairs = known.slot_map.gated_constants(slots[0].tolist(), gates[0].tolist())
+    constants = [(known.constants[row], gate) for row, gate in pairs]  # type: ignore[index]
     parts = []
     for number in merged:
-        experts = runtime.residency.resident([number])
+        experts = backend.residency.resident([number])
         assert experts is not None
-        parts.append(runtime.arithmetic.one_token(module, experts, x))
+        parts.append(backend.arithmetic.one_token(module, experts, x))
     out = torch.cat(parts) if parts else torch.empty(0, x.shape[1])
-    return runtime.arithmetic.combine(out, list(merged.values()), x.dtype, constants)
+    return backend.arithmetic.combine(out, list(merged.values()), x.dtype, constants)
 
 
 @pytest.mark.parametrize("with_constants", [False, True])
@@ -70,13 +79,15 @@ def test_the_same_bits_as_expert_by_expert(
 ) -> None:
     model: Any = load_package(package_of(tmp_path))
     module, handle = layer_of(model)
-    width, experts = model.config.hidden_size, len(handle.slot_map)
+    width, experts = model.config.hidden_size, len(handle.slots.slot_map)
     if with_constants:
         generator = torch.Generator().manual_seed(5)
-        handle.constants = torch.randn(experts, width, generator=generator)
-        handle.constant_of = torch.tensor([i if i % 3 else -1 for i in range(experts)])
-        handle.__post_init__()
-        handle._whole = None  # loading has looked at the layer as it was
+        rows = tuple(i if i % 3 else -1 for i in range(experts))
+        handle.slots = SlotTensors.of(
+            replace(handle.slots.slot_map, constants=rows),
+            torch.randn(experts, width, generator=generator),
+            torch.device("cpu"),
+        )
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, width, generator=generator).to(dtype)
@@ -86,7 +97,7 @@ def test_the_same_bits_as_expert_by_expert(
         if seed == 1:
             slots = torch.tensor([[3, 7, 3, 7]])  # nothing but dropped ones
         gates = torch.rand(1, 4, generator=generator).to(dtype)
-        whole = handle.whole(module, model.conmoe)
+        whole = one_call(handle, module)
         found = whole.output(x, slots, gates)
         if dtype not in whole.formats:
             assert found is None and dtype == torch.float32
@@ -101,7 +112,7 @@ def test_what_was_asked_for_is_counted(tmp_path: Path) -> None:
     before = model.conmoe.stats().hits
     slots, gates = torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4).bfloat16()
     x = torch.ones(1, model.config.hidden_size).bfloat16()
-    handle.whole(module, model.conmoe).output(x, slots, gates)
+    one_call(handle, module).output(x, slots, gates)
     assert model.conmoe.stats().hits - before == 1, "three slots lead to one prototype, one to none"
 
 
@@ -111,18 +122,20 @@ def test_nothing_is_done_where_a_prototype_is_absent(tmp_path: Path) -> None:
     few: Any = load_package(folder, slots=(2,), cache_policy="lru")
     for model, stays in ((whole, True), (few, False)):
         module, handle = layer_of(model)
-        assert handle.whole(module, model.conmoe).stays == stays
+        assert one_call(handle, module).stays == stays
     module, handle = layer_of(few)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1, few.config.hidden_size, generator=generator).bfloat16()
     gates = torch.rand(1, 2, generator=generator).bfloat16()
-    behind = {slot: number for slot, number in enumerate(handle.slot_map.tolist()) if number >= 0}
+    behind = {
+        slot: number for slot, number in enumerate(handle.slots.slot_map.targets) if number >= 0
+    }
     # The other layers' prototypes push this layer's out.
     others = sorted(set(range(len(few.conmoe.manifest.prototypes))) - set(behind.values()))
     few.conmoe.residency.visit(others[:2], lambda positions, experts: None)
     slots = torch.tensor([[min(behind), max(behind)]])
     asked = few.conmoe.stats()
-    one = handle.whole(module, few.conmoe)
+    one = one_call(handle, module)
     assert one.output(x, slots, gates) is None
     assert few.conmoe.stats() == replace(asked, memory_used=few.conmoe.stats().memory_used)
     wanted = module(x, slots, gates)
@@ -136,11 +149,11 @@ def test_a_retreat_leaves_nothing_behind(tmp_path: Path) -> None:
     """The layer's table knows what is there now, and does not hold on to the memory of before."""
     model: Any = load_package(package_of(tmp_path))
     module, handle = layer_of(model)
-    before = handle.whole(module, model.conmoe)
-    memory = weakref.ref(model.conmoe.residency._pools[0]._memory.untyped_storage())
+    before = one_call(handle, module)
+    memory = weakref.ref(model.conmoe.residency.pools[0]._memory.untyped_storage())
     assert model.conmoe.retreat()
     gc.collect()
-    assert before.stays and not handle.whole(module, model.conmoe).stays
+    assert before.stays and not one_call(handle, module).stays
     assert memory() is None
 
 
@@ -157,11 +170,11 @@ def test_the_cache_decides_the_same_in_one_call(
     seen = []
     for looks_up in (True, False):
         model: Any = load_package(folder, slots=(4,), cache_policy=policy)
-        assert (model.conmoe.prefetcher is not None) == ahead
+        assert (model.conmoe.residency.prefetcher is not None) == ahead
         _, cache = steps(model, tokens[:5])  # layers try themselves, which asks the cache once more
         if not looks_up:
             for _, module in find_experts(model).values():
-                getattr(module, HANDLE)._whole = WholeLayer(model.conmoe, model.conmoe.residency)
+                one_call(getattr(module, HANDLE), module).table = None
         model.conmoe.reset_stats()
         logits, _ = steps(model, tokens[5:], cache)
         stats = model.conmoe.stats()
@@ -189,7 +202,7 @@ def test_other_gates_are_not_for_it(tmp_path: Path) -> None:
     model = tiny_model("gpt_oss", dtype=torch.bfloat16)
     packed: Any = load_package(write_package(model, tmp_path, identity(model)))
     module, handle = layer_of(packed)
-    assert find_experts(model) and handle.whole(module, packed.conmoe).table is None
+    assert find_experts(model) and one_call(handle, module).table is None
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 700])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import expert_forward, find_experts, part_names
 from tests.families import tiny_model
@@ -207,3 +209,18 @@ def test_keeps_no_graph(tmp_path: Path) -> None:
     _, module = next(iter(find_experts(packed).values()))
     hidden = torch.randn(2, plain.config.hidden_size, requires_grad=True)
     assert not module(hidden, torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((1, 32), "fewer constants"), ((2, 31), r"shape \[2, 31\]"), ((64,), r"shape \[64\]")],
+)
+def test_constants_that_do_not_fit_the_model_are_refused(
+    shape: tuple[int, ...], why: str, tmp_path: Path
+) -> None:
+    plain = tiny_model("olmoe")
+    slots = slots_of(plain, lambda layer, e: SlotRecord(ExpertId(layer, 0), 1.0, 1 if e else None))
+    constants = {layer: torch.zeros(shape) for layer in slots}
+    with pytest.raises(PackageError, match="constants") as caught:
+        load_package(write_package(plain, tmp_path, slots, constants))
+    assert re.search(why, caught.value.why)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload import runtime
+from conmoe_edge.offload.compute import backend
 from conmoe_edge.offload.compute.cpu_fallback import HostCompute
 from conmoe_edge.offload.compute.experts_forward import HANDLE
 from conmoe_edge.offload.compute.miss_split import MissCosts
@@ -71,14 +71,14 @@ def with_host_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, records: int, costs: MissCosts
 ) -> Any:
     """A package with an interpreted operator, few slots, and a tier in memory that is not page-locked."""
-    monkeypatch.setattr(runtime, "gpu_operator", lambda device: interpreted_operator())
+    monkeypatch.setattr(backend, "gpu_operator", lambda device: interpreted_operator())
     monkeypatch.setattr(host_tier, "_register", lambda memory: True)
     model: Any = load_package(folder, slots=(3,), cache_policy="lru")
     one = model.conmoe
     nbytes = records * one.manifest.layouts[0].nbytes
     numbers = list(range(len(one.manifest.prototypes)))
-    one.host_compute = HostCompute(HostTier(one._store, numbers, nbytes), one.manifest)
-    one.host_compute.costs = costs
+    one.backend.host = HostCompute(HostTier(one._store, numbers, nbytes), one.manifest)
+    one.backend.host.costs = costs
     return model
 
 
@@ -107,7 +107,9 @@ def test_some_are_computed_where_they_lie(package: Path, monkeypatch: pytest.Mon
     stats = one.stats()
     assert (stats.host_computed, stats.misses, stats.hits) == (2, 4, 0)
     assert stats.bytes_read == 2 * one.manifest.layouts[0].nbytes, "two were brought"
-    assert not one.residency.placed(0) and one.residency.placed(3), "the numbers break ties"
+    assert one.residency.table.place(0) is None and one.residency.table.present([3]), (
+        "the numbers break ties"
+    )
     # What was brought is there for the next token.
     again = output_of(model, [2, 3, 2, 3])
     assert one.stats().host_computed == 2 and one.stats().hits == 2
@@ -137,12 +139,12 @@ def test_what_is_on_the_disk_is_brought(package: Path, monkeypatch: pytest.Monke
     model.conmoe.reset_stats()
     output_of(model, [0, 1, 2, 3])
     assert model.conmoe.stats().host_computed == 2
-    assert model.conmoe.residency.placed(2) and model.conmoe.residency.placed(3)
+    assert model.conmoe.residency.table.present([2, 3])
 
 
 def test_costs_are_measured_once(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_host_memory(package, monkeypatch, records=24, costs=HALF)
-    host = model.conmoe.host_compute
+    host = model.conmoe.backend.host
     host.costs = None
     _, module = next(iter(find_experts(model).values()))
     x = torch.ones(1, 64).bfloat16()
@@ -158,7 +160,7 @@ def test_costs_are_measured_once(package: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_heavier_ones_are_brought(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_host_memory(package, monkeypatch, records=24, costs=HALF)
     _, module = next(iter(find_experts(model).values()))
-    assert getattr(module, HANDLE).layer == 0
+    assert getattr(module, HANDLE).slots.slot_map.layer == 0
     # Layer by layer the prototypes of this package weigh more.
-    chosen = model.conmoe.host_compute.choose(module, [17, 3, 9, 1], torch.ones(1, 64).bfloat16())
+    chosen = model.conmoe.backend.host.choose(module, [17, 3, 9, 1], torch.ones(1, 64).bfloat16())
     assert chosen == [1, 3]

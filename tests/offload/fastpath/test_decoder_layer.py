@@ -10,7 +10,7 @@ import torch
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
-from conmoe_edge.offload.compute.cpu_layer import WholeLayer
+from conmoe_edge.offload.compute.cpu_layer import CpuLayer
 from conmoe_edge.offload.fastpath import kv_cache
 from conmoe_edge.offload.fastpath.decoder_layer import FusedLayer
 from conmoe_edge.offload.kernels.cpu.bindings import operator
@@ -142,8 +142,8 @@ def test_prototypes_that_are_not_all_resident(
         for layer in layers:
             layer.mlp.gate.register_forward_hook(lambda *call: None)
     answers: list[bool] = []
-    where, call = (WholeLayer, "output") if watched else (type(operator()), "decoder")
-    own = getattr(where, call)
+    call = "output" if watched else "decoder"
+    own = getattr(CpuLayer, call)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         answers.append((found := own(*args, **kwargs)) is not None)
@@ -151,7 +151,7 @@ def test_prototypes_that_are_not_all_resident(
 
     found, cache = steps(model, tokens[:5])
     assert [one.verified for one in layers_of(model)] == [True] * 3
-    monkeypatch.setattr(where, call, noted)
+    monkeypatch.setattr(CpuLayer, call, noted)
     for layer in layers:  # the model's own block is not asked
         monkeypatch.setattr(layer.mlp, "forward", None)
     rest, _ = steps(model, tokens[5:], cache)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.fastpath import kv_cache
-from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer, grow_in_steps, keep_cache_growing
+from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer, grow_in_steps
 from tests.families import BY_NAME, tiny_model
 
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9, 41, 27], [2, 71, 33, 8, 12, 4, 90, 9, 1, 27]])
@@ -120,13 +121,21 @@ def test_only_the_plain_kind_is_replaced() -> None:
     assert type(cache) is DynamicCache
 
 
+def _grow(model: Any) -> None:
+    """Let the caches that ``model`` is called with grow in steps."""
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: grow_in_steps(cache_of(kwargs), 64), with_kwargs=True
+    )
+
+
 def _run(model: Any, cuts: list[int]) -> tuple[list[torch.Tensor], Any]:
     """Logits of a prompt in pieces, then token by token."""
     cache, out, start = None, [], 0
+    name = Arguments.of(model).cache
     with torch.no_grad():
         for end in [*cuts, *range(cuts[-1] + 1, IDS.shape[1] + 1)]:
-            got = model(IDS[:1, start:end], past_key_values=cache, use_cache=True)
-            cache, start = got.past_key_values, end
+            got = model(IDS[:1, start:end], **{name: cache}, use_cache=True)
+            cache, start = cache_of(got), end
             out.append(got.logits)
     return out, cache
 
@@ -137,7 +146,7 @@ def test_every_family_computes_the_same(name: str) -> None:
     # Linear attention takes a prompt whole and then single tokens; that is the model's business.
     expected, _ = _run(plain, [3])
     tokens = plain.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    keep_cache_growing(plain, 64)
+    _grow(plain)
     found, cache = _run(plain, [3])
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     again = plain.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -148,7 +157,7 @@ def test_every_family_computes_the_same(name: str) -> None:
 
 def test_beams_and_chunks_and_crop() -> None:
     plain, growing = tiny_model("olmoe"), tiny_model("olmoe")
-    keep_cache_growing(growing, 64)
+    _grow(growing)
     settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "num_beams": 3}
     assert torch.equal(plain.generate(IDS, **settings), growing.generate(IDS, **settings))
     expected, _ = _run(plain, [4, 7])
@@ -156,7 +165,8 @@ def test_beams_and_chunks_and_crop() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     cache.crop(-4)
     with torch.no_grad():
-        again = growing(IDS[:1, 6:7], past_key_values=cache, use_cache=True).logits
+        name = Arguments.of(plain).cache
+        again = growing(IDS[:1, 6:7], **{name: cache}, use_cache=True).logits
         _, fresh = _run(plain, [4, 7])
         fresh.crop(-4)
-        assert torch.equal(again, plain(IDS[:1, 6:7], past_key_values=fresh, use_cache=True).logits)
+        assert torch.equal(again, plain(IDS[:1, 6:7], **{name: fresh}, use_cache=True).logits)

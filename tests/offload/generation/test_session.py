@@ -12,6 +12,7 @@ import torch
 
 from conmoe_edge.errors import ContextFull, OutOfMemory, UsageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
 from tests.families import tiny_model
 from tests.hand_packages import thirds, write_package
@@ -42,7 +43,9 @@ def model(folder: Path) -> Any:
 
 
 def _reply(session: ChatSession, messages: list[dict[str, str]], **settings: Any) -> str:
-    return "".join(session.reply(messages, **{"max_tokens": 12, "temperature": 0, **settings}))
+    stop_event = settings.pop("stop_event", None)
+    drawn = SamplingSettings(**{"max_tokens": 12, "temperature": 0, **settings})
+    return "".join(session.reply(messages, drawn, stop_event=stop_event))
 
 
 def _generated(model: Any, tokenizer: Any, messages: list[dict[str, str]], count: int = 12) -> str:
@@ -55,7 +58,7 @@ def _generated(model: Any, tokenizer: Any, messages: list[dict[str, str]], count
 
 def test_streamed_text_is_what_generate_says(model: Any, tokenizer: Any) -> None:
     session = ChatSession(model, tokenizer)
-    pieces = list(session.reply(HELLO, max_tokens=12, temperature=0))
+    pieces = list(session.reply(HELLO, SamplingSettings(max_tokens=12, temperature=0)))
     assert "".join(pieces) == _generated(model, tokenizer, HELLO)
     assert len(pieces) > 3
     last = session.last
@@ -140,7 +143,9 @@ def test_a_stop_takes_effect_within_a_token(model: Any, tokenizer: Any) -> None:
     session = ChatSession(model, tokenizer)
     stop = threading.Event()
     pieces = []
-    for piece in session.reply(HELLO, max_tokens=50, temperature=0, stop_event=stop):
+    for piece in session.reply(
+        HELLO, SamplingSettings(max_tokens=50, temperature=0), stop_event=stop
+    ):
         pieces.append(piece)
         if len(pieces) == 3:
             stop.set()
@@ -163,7 +168,7 @@ def test_a_stop_before_the_first_token(model: Any, tokenizer: Any) -> None:
 
 def test_leaving_the_stream_ends_the_turn(model: Any, tokenizer: Any) -> None:
     session = ChatSession(model, tokenizer)
-    stream: Any = session.reply(HELLO, max_tokens=50, temperature=0)
+    stream: Any = session.reply(HELLO, SamplingSettings(max_tokens=50, temperature=0))
     next(stream)
     stream.close()
     assert session.last is not None and session.last.finish == "interrupted"
@@ -186,7 +191,7 @@ def test_an_answer_that_fills_the_context_says_so(model: Any, tokenizer: Any) ->
     session = ChatSession(model, tokenizer, context=prompt + 6)
     seen: list[str] = []
     with pytest.raises(ContextFull):
-        for piece in session.reply(HELLO, max_tokens=50, temperature=0):
+        for piece in session.reply(HELLO, SamplingSettings(max_tokens=50, temperature=0)):
             seen.append(piece)
     assert session.last is not None and session.last.finish == "context"
     assert session.context_used == prompt + 6
@@ -286,6 +291,36 @@ def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
         )
     residency.visit = visit
     assert _reply(session, HELLO) == expected, "the half-grown cache was dropped"
+
+
+@pytest.mark.parametrize("where", [3, 20])
+def test_a_stop_string_ends_the_answer(model: Any, tokenizer: Any, where: int) -> None:
+    session = ChatSession(model, tokenizer)
+    whole = _reply(session, HELLO)
+    stop = whole[where : where + 3]
+    assert _reply(session, HELLO, stop=("never said", stop)) == whole[: whole.index(stop)]
+    assert session.last is not None and session.last.finish == "stop"
+    assert session.last.tokens < 12
+    assert _reply(session, HELLO) == whole
+
+
+def test_greedy_tokens_obey_no_end_mark(model: Any, tokenizer: Any) -> None:
+    ids = torch.arange(10, 30)[None]
+    wanted = model.generate(
+        ids, max_new_tokens=9, min_new_tokens=9, do_sample=False, eos_token_id=[]
+    )
+    model.generation_config.eos_token_id = [int(wanted[0, 23])]
+    model.generation_config.repetition_penalty = 1.7
+    generation = ChatSession(model, tokenizer).greedy(range(10, 30), 9)
+    forwards = 0
+    while generation.finish is None:
+        generation.advance()
+        forwards += 1
+    assert generation.tokens == wanted[0].tolist()
+    assert (generation.finish, generation.made, generation.prompt_length) == ("length", 9, 20)
+    assert forwards == 9
+    with pytest.raises(ContextFull, match="201 tokens"):
+        ChatSession(model, tokenizer).greedy([7] * 201, 1)
 
 
 def test_a_model_without_template_completes(model: Any, tokenizer: Any) -> None:

@@ -88,7 +88,7 @@ def test_the_processor_takes_a_share_of_what_is_missing(tmp_path: Path) -> None:
     folder = write_package(plain, tmp_path, identity(plain))
     copied = load_package(folder, budget=_budget(1 << 30), device="cuda", slots=(5,))
     shared = load_package(folder, budget=_budget(1 << 30), device="cuda", slots=(5,), misses="auto")
-    host = shared.conmoe.host_compute
+    host = shared.conmoe.backend.host
     assert host is not None, "the system lets no memory be page-locked"
     found = [
         model(IDS[:, :1].cuda()).logits.float().cpu()

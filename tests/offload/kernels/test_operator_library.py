@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,21 @@ def test_clang_is_passed_over_where_there_is_another(
     assert build.library() == cache and not compiled
 
 
+def test_a_compiler_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
+    slow, child = tmp_path / "slow", tmp_path / "child"
+    slow.write_text(f'#!/bin/sh\nsleep 600 &\necho $! > "{child}"\nwait\n')
+    slow.chmod(0o755)
+    with pytest.raises(build.Unavailable, match="took longer than 1 s"):
+        build._run([str(slow)], 1)
+    pid = child.read_text().strip()
+    for _ in range(100):  # it is gone, or waits to be collected
+        status = Path(f"/proc/{pid}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{pid} still runs")
+
+
 def state_with(monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[bindings.Operator | None, str]:
     monkeypatch.setattr(bindings, "library", lambda: path)
     bindings._state.cache_clear()
@@ -188,8 +204,6 @@ def test_a_function_that_computes_something_else_is_found(name: str) -> None:
 
 
 def test_the_check_is_quick() -> None:
-    import time
-
     made = Operator(ctypes.CDLL(str(build.library())))
     check(made)
     start = time.process_time()

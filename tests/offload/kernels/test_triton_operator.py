@@ -15,16 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import Kind
+from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind
+from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, SlotRecord
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload import runtime
-from conmoe_edge.offload.compute.experts_forward import LayerHandle
+from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute import backend
 from conmoe_edge.offload.kernels.triton import launch as gpu
 from conmoe_edge.offload.kernels.triton.launch import GpuForm, GpuLayer, GpuTable
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 from tests.families import tiny_model
 from tests.hand_packages import identity, slots_of, write_package
 from tests.offload.fastpath.single_tokens import steps
@@ -59,7 +60,7 @@ class Lying:
             record = pack(layout, encode(layout, given, False))
             self.records.append(record)
             self.experts.append(decode(view(layout, record), torch.float64, False))
-            self.table.base[number].fill_(record.data_ptr())
+            self.table.put(number, record.data_ptr())
 
     def expected(self, number: int, x: Tensor) -> Tensor:
         """[1, H] -> [1, H] in fp64."""
@@ -71,20 +72,19 @@ class Lying:
 def layer_of(
     table: GpuTable,
     targets: Sequence[int],
-    factors: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
     constants: Tensor | None = None,
     constant_of: Sequence[int] | None = None,
-) -> tuple[GpuLayer, LayerHandle]:
-    handle = LayerHandle(
+) -> tuple[GpuLayer, SlotMap]:
+    slots = SlotMap(
         0,
-        torch.tensor(targets),
-        None if factors is None else torch.tensor(factors),
-        constants,
-        None if constant_of is None else torch.tensor(constant_of),
+        tuple(targets),
+        tuple(scales or [1.0] * len(targets)),
+        tuple(constant_of or [NONE] * len(targets)),
     )
-    layer = GpuLayer.of(table, handle.slot_map, handle.scales, handle.constants, handle.constant_of)
+    layer = GpuLayer.of(table, SlotTensors.of(slots, constants, CPU))
     assert layer is not None
-    return layer, handle
+    return layer, slots
 
 
 def test_it_finds_itself_right() -> None:
@@ -114,7 +114,7 @@ def test_merging_is_that_of_plain_numbers(dtype: torch.dtype, scaled: bool) -> N
     lying = Lying("plain", [32] * 5)
     targets = [4, 0, 0, -1, 2, 1, 1, 3]
     factors = [1.0, 0.5, 2.0, 1.0, 0.25, 1.0, 3.0, 1.0] if scaled else None
-    layer, handle = layer_of(lying.table, targets, factors)
+    layer, known = layer_of(lying.table, targets, factors)
     generator = torch.Generator().manual_seed(3)
     asked = 0
     for count in (1, 3, 6, 8):
@@ -122,7 +122,7 @@ def test_merging_is_that_of_plain_numbers(dtype: torch.dtype, scaled: bool) -> N
             slots = torch.randint(-1, 9, (1, count), generator=generator)
             gates = torch.rand(1, count, generator=generator).to(dtype)
             chosen = engine.merge(layer, slots, gates, counted=True)
-            wanted = handle.merge_one(slots[0].tolist(), gates[0].tolist())
+            wanted = known.merge(slots[0].tolist(), gates[0].tolist())
             found = [number for number in chosen.numbers.tolist() if number >= 0]
             assert chosen.numbers.tolist() == [*wanted, *[-1] * (count - len(wanted))]
             assert torch.allclose(
@@ -161,7 +161,7 @@ def test_the_sum_of_prototypes_and_constants() -> None:
     lying = Lying("plain", [32, 32, 32])
     generator = torch.Generator().manual_seed(4)
     constants = torch.randn(2, HIDDEN, generator=generator)
-    layer, handle = layer_of(
+    layer, known = layer_of(
         lying.table, [2, 0, -1, 0], [1.0, 0.5, 1.0, 2.0], constants, [-1, 0, 1, 1]
     )
     x = torch.randn(1, HIDDEN, generator=generator).bfloat16()
@@ -171,10 +171,10 @@ def test_the_sum_of_prototypes_and_constants() -> None:
         engine.experts(layer, chosen, 0b1111, x)
         found = engine.combine(layer, chosen, slots, gates, torch.float32)
         wanted = torch.zeros(1, HIDDEN, dtype=torch.float64)
-        for number, weight in handle.merge_one(row, gates[0].tolist()).items():
+        for number, weight in known.merge(row, gates[0].tolist()).items():
             wanted += weight * lying.expected(number, x)
-        for constant, gate in handle.constants_of(row, gates[0].tolist()):
-            wanted += gate * constant.double()
+        for place, gate in known.gated_constants(row, gates[0].tolist()):
+            wanted += gate * constants[place].double()
         assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-4)
         assert engine.combine(layer, chosen, slots, gates, torch.bfloat16).dtype == torch.bfloat16
 
@@ -188,8 +188,20 @@ def test_what_the_kernels_do_not_take() -> None:
     assert GpuForm.of(make_layout([*biased, (UP + "_bias", (64,), "bfloat16")])) is None
     layouts = [layout_of("plain", 32), layout_of("int8", 32)]
     mixed = GpuTable(layouts, [0, 1], CPU)
-    assert GpuLayer.of(mixed, torch.tensor([0, 1]), None, None, None) is None
-    assert GpuLayer.of(mixed, torch.tensor([1, -1]), None, None, None) is not None
+
+    def slots(*targets: int) -> SlotTensors:
+        return SlotTensors.of(SlotMap(0, targets, (1.0, 1.0), (NONE, NONE)), None, CPU)
+
+    assert GpuLayer.of(mixed, slots(0, 1)) is None
+    assert GpuLayer.of(mixed, slots(1, NONE)) is not None
+    with pytest.raises(ValueError, match="not there"):
+        GpuLayer.of(mixed, slots(1, 2))
+
+
+def test_constants_of_another_width_are_refused() -> None:
+    lying = Lying("plain", [32])
+    with pytest.raises(ValueError, match="width"):
+        layer_of(lying.table, [0, NONE], None, torch.zeros(1, HIDDEN + 1), [NONE, 0])
 
 
 # -- through a package ---------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ def package_of(tmp_path: Path, kind: Kind) -> Path:
 
 def on_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "gpu_operator", lambda device: interpreted_operator())
+        patch.setattr(backend, "gpu_operator", lambda device: interpreted_operator())
         return load_package(folder, **options)
 
 

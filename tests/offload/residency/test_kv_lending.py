@@ -75,7 +75,8 @@ def test_a_cache_that_shrinks_forgets_the_places_above() -> None:
                 with cache.begin(rng.sample(range(20), 4), scan=rng.random() < 0.3) as one:
                     for item in list(one.needed):
                         one.loads()
-                        assert one.slot(item) < cache.slots
+                        slot = cache.slot_of(item)
+                        assert slot is not None and slot < cache.slots
                         one.finish(item)
             kept = {i: cache.slot_of(i) for i in cache.resident}
             cache.shrink(count)
@@ -187,7 +188,7 @@ def test_reading_ahead_begins_when_the_lent_slots_are_gone(
     predict(folder, 2, 5 / 24)
     few, whole = _loaded(folder, 5, monkeypatch)
     runtime = few.conmoe
-    assert runtime.prefetcher is None, "it was decided for fewer slots"
+    assert runtime.residency.prefetcher is None, "it was decided for fewer slots"
     cache, other = None, None
     with torch.no_grad():
         for ids in (*([torch.arange(2, 302)[None]] * 6), *([torch.tensor([[7]])] * 8)):
@@ -195,5 +196,5 @@ def test_reading_ahead_begins_when_the_lent_slots_are_gone(
             expected = whole(ids, past_key_values=other, use_cache=True)
             cache, other = got.past_key_values, expected.past_key_values
             assert torch.equal(got.logits, expected.logits)
-    assert runtime.stats().slots == 5 and runtime.prefetcher is not None
+    assert runtime.stats().slots == 5 and runtime.residency.prefetcher is not None
     assert runtime.stats().prefetched > 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, Manifest, PrefetchSettings
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import (
     from_json,
     load_manifest,
@@ -21,8 +22,8 @@ from conmoe_edge.checkpoint.package.manifest_io import (
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.residency.prefetch import Prefetcher, layer_numbers, prefetch_bytes
-from conmoe_edge.offload.simulate.policy_search import default_settings
+from conmoe_edge.offload.residency.policies import default_settings
+from conmoe_edge.offload.residency.prefetch import Prefetcher, prefetch_bytes
 from conmoe_edge.offload.simulate.prefetch_search import choose_prefetch, recall, token_seconds
 from conmoe_edge.offload.storage.transfer import DirectTransfer
 from conmoe_edge.plan.pace import Pace
@@ -57,7 +58,7 @@ def test_the_result_is_the_same(folder: Path, slots: int, policy: str) -> None:
     whole = decode(load_package(folder))
     predict(folder, 2, slots / 24)
     model = load_package(folder, slots=(slots,), cache_policy=policy)
-    assert model.conmoe.prefetcher is not None
+    assert model.conmoe.residency.prefetcher is not None
     for _ in range(2):
         assert torch.equal(decode(model), whole)
     stats = model.conmoe.stats()
@@ -75,8 +76,8 @@ def test_a_retreat_decides_again(folder: Path) -> None:
     model = load_package(folder, slots=(12,))
     whole = decode(model)
     counted = model.conmoe.stats().prefetched
-    assert model.conmoe.prefetcher is not None and counted > 0
-    assert model.conmoe.retreat() and model.conmoe.prefetcher is None
+    assert model.conmoe.residency.prefetcher is not None and counted > 0
+    assert model.conmoe.retreat() and model.conmoe.residency.prefetcher is None
     assert torch.equal(decode(model), whole)
     assert model.conmoe.stats().prefetched == counted, "counters go on"
 
@@ -84,9 +85,13 @@ def test_a_retreat_decides_again(folder: Path) -> None:
 def test_it_is_off_where_it_was_not_decided_for(folder: Path) -> None:
     for depth, share, slots in [(0, 0.5, 12), (2, 0.5, 9), (2, 1.0, 24)]:
         manifest = predict(folder, depth, share)
-        assert load_package(folder, slots=(slots,)).conmoe.prefetcher is None
+        assert load_package(folder, slots=(slots,)).conmoe.residency.prefetcher is None
         size = manifest.files[PREDICTOR_FILE]["size"]
         assert prefetch_bytes(manifest) == (2 * size if depth else 0)
+
+
+def layer_numbers(manifest: Manifest) -> dict[int, tuple[int, ...]]:
+    return {layer: one.prototypes for layer, one in SlotMap.of_manifest(manifest).items()}
 
 
 def test_next_is_the_ranking_of_the_map(folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import torch
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.compute.cpu_layer import CpuBackend, HostAddresses
+from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.residency.address_table import HostAddresses
+from conmoe_edge.offload.residency.policies import POLICIES
 from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.simulate.load_settings import settings_for
-from conmoe_edge.offload.simulate.policy_search import POLICIES
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.transfer import DirectTransfer
@@ -44,8 +47,8 @@ class Bench:
         self.transfer = DirectTransfer(self.store)
         pools = [SlotPool(layout, slots, CPU) for layout in manifest.layouts]
         settings = settings_for(folder, manifest, (slots,), policy)
-        self.addresses = HostAddresses(len(manifest.prototypes))
-        self.residency = Residency(manifest, pools, self.transfer, settings, self.addresses)
+        self.residency = Residency(manifest, pools, self.transfer, settings)
+        self.addresses = HostAddresses(self.residency)
         self.residency.preload()
         self.cache: Any = self.residency._caches[0]
         self.count = len(manifest.prototypes)
@@ -240,3 +243,25 @@ def test_every_policy_gives_the_same_bits(folder: Path, policy: str | None) -> N
         for ids in IDS[0]:
             assert torch.equal(some(ids.view(1, 1)).logits, everything(ids.view(1, 1)).logits)
     assert some.conmoe.residency.settings[0].policy == (policy or "pins")
+
+
+def test_a_residency_that_is_dropped_gives_its_memory_back_at_once(folder: Path) -> None:
+    """Neither its views nor a backend keep it alive in a circle."""
+    manifest = load_manifest(folder)
+    store = RecordStore(folder, manifest.prototypes, manifest.layouts)
+    transfer = DirectTransfer(store)
+    pools = [SlotPool(layout, 6, CPU) for layout in manifest.layouts]
+    memory = weakref.ref(pools[0]._memory.untyped_storage())  # type: ignore[union-attr]
+    settings = settings_for(folder, manifest, (6,), "pins")
+    residency = Residency(manifest, pools, transfer, settings)
+    backend: Any = CpuBackend(CPU, residency, Arithmetic(CPU))
+    residency.preload()
+    gc.collect()
+    gc.disable()
+    try:
+        del pools, residency, backend
+        assert memory() is None
+    finally:
+        gc.enable()
+    transfer.close()
+    store.close()

@@ -74,11 +74,11 @@ def test_same_decisions_as_the_rules(case: tuple[int, tuple[int, ...], list[list
         with cache.begin(order) as one:
             for item in order:
                 for load in one.loads():
-                    assert load.slot not in in_flight, (
+                    assert load.place[1] not in in_flight, (
                         "a slot whose record is being read was given away"
                     )
-                    in_flight[load.slot] = load.item
-                slot = one.slot(item)
+                    in_flight[load.place[1]] = load.item
+                slot = cache.slot_of(item)
                 seen.append((item, slot not in in_flight))
                 in_flight.pop(slot, None)
                 one.finish(item)
@@ -97,7 +97,7 @@ def test_one_slot_serves_any_pass() -> None:
     with cache.begin(order) as one:
         for item in order:
             (load,) = one.loads()
-            assert (load.item, load.slot) == (item, 0)
+            assert (load.item, load.place[1]) == (item, 0)
             one.finish(item)
     assert (cache.counts.hits, cache.counts.misses) == (0, 3)
 
@@ -107,7 +107,7 @@ def test_reads_start_ahead_of_the_computation() -> None:
     with cache.begin([0, 1, 2, 3]) as one:
         assert [load.item for load in one.loads()] == [0, 1, 2]
         one.finish(0)
-        assert [(load.item, load.slot) for load in one.loads()] == [(3, 0)]
+        assert [(load.item, load.place[1]) for load in one.loads()] == [(3, 0)]
 
 
 def test_a_pass_that_fails_forgets_what_it_began_to_read() -> None:
@@ -178,8 +178,8 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
 
     def begun(loads: list[Load]) -> None:
         for load in loads:
-            assert load.slot not in reading, "a slot that is being read into was given away"
-            reading[load.slot] = load.item
+            assert load.place[1] not in reading, "a slot that is being read into was given away"
+            reading[load.place[1]] = load.item
 
     for order, scan, ahead in passes:
         loaded: list[int] = []
@@ -193,8 +193,8 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
                 if data.draw(st.booleans()):
                     begun(cache.prefetch(ahead))
                     assert all(cache.slot_of(i) is not None for i in held), "a locked item went"
-                reading.pop(one.slot(item), None)
-                cache.arrived(item)
+                reading.pop(cache.slot_of(item), None)
+                cache.table.arrived(item)
                 one.finish(item)
         assert len(loaded) == len(set(loaded)), "a pass reads a record once at the most"
         assert set(loaded) >= set(order) - there - cache.resident - set(ahead)
@@ -207,7 +207,7 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
             slot = cache.slot_of(item)
             assert slot is not None and reading[slot] == item
             if data.draw(st.booleans()):
-                cache.arrived(item)
+                cache.table.arrived(item)
                 del reading[slot]
     assert cache.counts.useful <= cache.counts.prefetched
     assert cache.counts.hits + cache.counts.misses == sum(len(order) for order, _, _ in passes)
@@ -280,7 +280,7 @@ def test_prefetch_takes_no_locked_slot_and_never_the_last() -> None:
     assert cache.resident == {5} | (cache.resident - {6})
     with cache.begin([5, 9]) as one:
         assert [load.item for load in one.loads()] == [9]
-        cache.arrived(5)
+        cache.table.arrived(5)
         one.finish(5)
         one.finish(9)
     assert (cache.counts.prefetched, cache.counts.useful) == (2, 1)

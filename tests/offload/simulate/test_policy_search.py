@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,24 +17,21 @@ from conmoe_edge.checkpoint.format.manifest import (
     RecordLayout,
     SlotRecord,
 )
-from conmoe_edge.errors import UsageError
-from conmoe_edge.offload.residency.quota import allot, groups_of, miss_curve
-from conmoe_edge.offload.residency.slot_cache import SlotCache
-from conmoe_edge.offload.simulate.policy_search import (
+from conmoe_edge.offload.residency.policies import (
     POLICIES,
-    Table,
-    choose,
-    default_settings,
+    LayoutTable,
     make_policy,
     pins_of,
-    replay,
     warm_order,
 )
+from conmoe_edge.offload.residency.quota import allot, groups_of, miss_curve
+from conmoe_edge.offload.residency.slot_cache import SlotCache
+from conmoe_edge.offload.simulate.policy_search import choose, replay
 from conmoe_edge.plan.trace import PrototypeTrace, RoutingTrace, to_prototypes
 
 LAYERS, EACH = 3, 5
 COUNT = LAYERS * EACH
-TABLE = Table(
+TABLE = LayoutTable(
     tuple(range(COUNT)),
     tuple((n * 7 % COUNT) / 100 for n in range(COUNT)),
     tuple(n // EACH for n in range(COUNT)),
@@ -188,15 +184,6 @@ def test_layouts_are_chosen_for_apart() -> None:
     first, second = choose(_skewed(64), mixed, [1, 2])
     assert first.slots == 1 and second.slots == 2
     assert second.predicted_hit == 1.0, "two of layer 0 take turns, and have a slot each"
-
-
-def test_defaults_without_a_trace() -> None:
-    (one,) = default_settings(TWO_LAYERS, [4])
-    assert (one.policy, one.pin_share, one.predicted_hit) == ("pins", 0.5, None)
-    (one,) = default_settings(TWO_LAYERS, [5], "layer-lru")
-    assert one.quotas == (3, 2)
-    with pytest.raises(UsageError, match="fifo"):
-        default_settings(TWO_LAYERS, [4], "fifo")
 
 
 def test_part_of_a_trace_is_whole_sequences() -> None:

@@ -65,6 +65,7 @@ __all__ = [
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _SILU = ExpertGate()
+_SILU_STRUCT = _SILU.struct
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _TOKEN = (
@@ -240,11 +241,12 @@ class Operator:
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)
         narrow = _narrow(x, up.columns)
+        kind, columns, group = up.code, up.columns, up.group
         for one, other in zip(ups, downs, strict=True):
             mine, its = one.form, other.form
-            if (mine.code, mine.columns, mine.group) != (up.code, up.columns, up.group):
+            if mine.code != kind or mine.columns != columns or mine.group != group:
                 _refuse("gate and up matrices of several forms in one call")
-            if (its.code, its.rows, 2 * its.columns) != (down.code, down.rows, mine.rows):
+            if its.code != down.code or its.rows != down.rows or 2 * its.columns != mine.rows:
                 _refuse("a down matrix that does not go with the others or with its up matrix")
         if down.rows != up.columns:
             _refuse(f"experts of {up.columns} inputs and {down.rows} outputs")
@@ -254,7 +256,7 @@ class Operator:
         if biases is not None:
             sides = zip(zip(*biases, strict=True), (ups, downs), strict=True)
             added = [table(*_addresses(side, matrices)) for side, matrices in sides]
-        how = gate.struct
+        how = _SILU_STRUCT if gate is _SILU else gate.struct
         failed = self._gated(
             up.code,
             down.code,

@@ -28,6 +28,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -48,8 +49,8 @@ _LINK = (
     "-shared",
     "-Wl,-z,defs",
 )  # what is undefined is an error now, not a crash at the first call
-_SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
-_SECONDS = 120
+_SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
+_SECONDS, _SANITIZED_SECONDS = 120, 900
 _DIGEST_BYTES = 32
 
 
@@ -167,19 +168,9 @@ def _compile(compiler: str, sanitizers: tuple[str, ...], openmp: Path, path: Pat
         text, code = Path(folder) / "checked.cpp", Path(folder) / "operator.o"
         built = Path(folder) / "operator.so"
         text.write_text(_assertions(), "utf-8")
-        _run(
-            [
-                compiler,
-                *_FLAGS,
-                *sanitizers,
-                "-include",
-                str(SOURCE),
-                "-c",
-                str(text),
-                "-o",
-                str(code),
-            ]
-        )
+        options = [*_FLAGS, *sanitizers, "-include", str(SOURCE)]
+        seconds = _SANITIZED_SECONDS if sanitizers else _SECONDS
+        _run([compiler, *options, "-c", str(text), "-o", str(code)], seconds)
         # Without -fopenmp here: that would link the system's runtime beside torch's.
         _run([compiler, *_LINK, *sanitizers, str(code), str(openmp), "-o", str(built)])
         content = built.read_bytes()
@@ -188,14 +179,28 @@ def _compile(compiler: str, sanitizers: tuple[str, ...], openmp: Path, path: Pat
         built.replace(path)  # whole or absent, also where two processes compile at a time
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], seconds: int = _SECONDS) -> str:
+    """What it prints. The compiler is a driver with children, so it gets a process group, which ends with it."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise Unavailable(f"{command[0]} does not run: {error}") from error
-    if done.returncode != 0:
-        first = next((line for line in done.stderr.splitlines() if "error" in line), "")
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Unavailable(f"{command[0]} took longer than {seconds} s") from error
+        raise
+    if process.returncode != 0:
+        first = next((line for line in errors.splitlines() if "error" in line), "")
         raise Unavailable(f"{Path(command[0]).name} failed: {first[:160]}")
-    return done.stdout
+    return output

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.offload.kernels.cpu import reference
 from conmoe_edge.offload.kernels.cpu.build import Unavailable
 from conmoe_edge.offload.kernels.cpu.structs import (
@@ -270,8 +271,10 @@ class _Check:
 
 
 def _layer(prototypes: PrototypeTable, forms: tuple[Form, Form], targets: list[int]) -> LayerTable:
-    """A layer whose slots have no factors and no constants."""
-    return LayerTable(prototypes, forms, targets, None, None)
+    """A layer whose router slots have no scales and no constants."""
+    count = len(targets)
+    slots = SlotMap(0, tuple(targets), (1.0,) * count, (NONE,) * count)
+    return LayerTable(prototypes, forms, slots, None)
 
 
 def _same(name: str, found: Tensor, wanted: Tensor, near: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import TILES
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 
 PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 CODES: dict[Kind, int] = {"int8": 3, "int4": 4}
@@ -53,7 +54,7 @@ class _Prototypes(ctypes.Structure):
 
 
 class PrototypeTable:
-    """Where the prototypes of a package lie that are in memory now, by their numbers."""
+    """Where the prototypes lie that are in memory now, by their numbers: a view of the residency's table."""
 
     def __init__(self, count: int) -> None:
         """None of ``count`` is there."""
@@ -68,6 +69,10 @@ class PrototypeTable:
         arrays = (*self._up, *self._down, self._widths, self._groups, *self._biases)
         self._struct = _Prototypes(*[ctypes.addressof(array) for array in arrays])
         self.address = ctypes.addressof(self._struct)
+
+    def __len__(self) -> int:
+        """Numbers are below this."""
+        return len(self._kept)
 
     def __contains__(self, number: int) -> bool:
         return self._kept[number] is not None
@@ -136,42 +141,37 @@ class _Layer(ctypes.Structure):
 
 
 class LayerTable:
-    """A layer's slots and what is behind them, for ``Operator.layer``."""
+    """A layer's map for ``Operator.layer``."""
 
     def __init__(
         self,
         prototypes: PrototypeTable,
         forms: tuple[Form, Form],
-        targets: Sequence[int],
-        factors: Sequence[float] | None,
-        constants: Sequence[Tensor | None] | None,
+        slots: SlotMap,
+        constants: Tensor | None,
     ) -> None:
-        """Every argument is kept alive.
+        """Render ``slots``. The table and the constants are kept alive.
 
         Args:
             prototypes: of the package.
-            forms: of the two matrices of the layer's prototypes, which ``gated_experts`` takes together; the number of
-                neurons, and the groups that it allows, are the table's business.
-            targets: the number of the prototype behind each slot, -1 for none.
-            factors: of every slot; ``None`` for all one.
-            constants: fp32 [H] of every slot that has one; ``None`` where no slot has.
+            forms: of the two matrices of the layer's prototypes, which ``gated_experts`` takes together. Their number
+                of neurons, and the groups that it allows, are looked up in the table.
+            slots: the layer's map.
+            constants: fp32 [C, H], contiguous; ignored where no slot has one.
+
+        Raises:
+            ValueError: a prototype or a constant that is not there, or a constant of another width or format.
         """
-        slots = len(targets)
         up, down = forms
-        rows = None
-        if constants is not None:
-            rows = (ctypes.c_void_p * slots)(
-                *[None if row is None else row.data_ptr() for row in constants]
-            )
-        arrays = (
-            (ctypes.c_int64 * slots)(*targets),
-            None if factors is None else (ctypes.c_float * slots)(*factors),
-            rows,
-        )
-        self._asked = (ctypes.c_int64 * slots)()
+        if not all(-1 <= number < len(prototypes) for number in slots.targets):
+            raise ValueError(f"layer {slots.layer} names a prototype beyond {len(prototypes)}")
+        factors = (ctypes.c_float * len(slots))(*slots.scales) if slots.is_scaled else None
+        rows = _rows(slots, constants, up.columns) if slots.has_constants else None
+        arrays = ((ctypes.c_int64 * len(slots))(*slots.targets), factors, rows)
+        self._asked = (ctypes.c_int64 * len(slots))()
         self._kept = (prototypes, constants, arrays)
         self._struct = _Layer(
-            *(up.code, down.code, slots, up.columns, up.group, prototypes.address),
+            *(up.code, down.code, len(slots), up.columns, up.group, prototypes.address),
             *[None if array is None else ctypes.addressof(array) for array in arrays],
             ctypes.addressof(self._asked),
         )
@@ -186,6 +186,20 @@ class LayerTable:
     def asked(self, count: int) -> list[int]:
         """The numbers of the ``count`` prototypes that the last call computed, ascending."""
         return self._asked[:count]
+
+
+def _rows(slots: SlotMap, constants: Tensor | None, width: int) -> ctypes.Array[ctypes.c_void_p]:
+    """The address of every slot's constant, null where it has none."""
+    given = () if constants is None else tuple(constants.shape)
+    if constants is None or len(given) != 2 or given[0] < slots.constant_rows or given[1] != width:
+        raise ValueError(
+            f"layer {slots.layer} needs {slots.constant_rows} constants of {width} numbers"
+        )
+    if constants.dtype != torch.float32 or not constants.is_contiguous():
+        raise ValueError("constants are fp32 and contiguous")
+    first, step = constants.data_ptr(), width * constants.element_size()
+    places = [None if row == NONE else first + row * step for row in slots.constants]
+    return (ctypes.c_void_p * len(slots))(*places)
 
 
 class _Norm(ctypes.Structure):

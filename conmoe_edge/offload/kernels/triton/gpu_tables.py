@@ -1,6 +1,6 @@
-"""What the kernels are told of prototypes and layers: tensors on the device, written once, but for where records lie.
+"""What the kernels read of prototypes and layers: tensors on the device, written once, but for where records lie.
 
-Memory: eight numbers a prototype, a few a router slot. Raises nothing.
+Memory: eight numbers a prototype, a few a router slot.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import SCALE
+from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, UP
 from conmoe_edge.checkpoint.format.manifest import RecordLayout
-from conmoe_edge.offload.storage.slot_pool import SlotPool
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
+from conmoe_edge.model.slot_tensors import SlotTensors
 
 KINDS = {"bfloat16": 0, "float16": 1, "int8": 3, "uint8": 4}
 """Number format of a weight's values -> what the kernels call it. fp32 is left to torch."""
@@ -113,23 +112,18 @@ class GpuTable:
         self.base = torch.zeros(len(each), dtype=torch.int64, device=device)
         self.asked = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def put(self, number: int, pool: SlotPool, slot: int) -> None:
-        """The prototype's record is in ``slot``, for what is issued from now on."""
-        self.base[number].fill_(pool.record(slot).data_ptr())
-
-    def remove(self, number: int) -> None:
-        """Nothing: whoever launches a kernel knows what is there."""
+    def put(self, number: int, address: int) -> None:
+        """The prototype's record is at ``address``, for what is issued from now on."""
+        self.base[number].fill_(address)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """A layer's slots and what is behind them.
+    """A layer's map and what its prototypes have in common.
 
     Attributes:
         table: of the package.
-        target: int64 [E], prototype numbers, -1 for none.
-        factor: fp32 [E], or ``None`` for all one.
-        constants, constant_of: fp32 [C, H] and the row of each slot, -1 for none; or ``None``.
+        slots: the layer's map, on the device.
         kinds: of its prototypes' matrices.
         hidden: numbers of a token.
         width: neurons of its widest prototype.
@@ -137,10 +131,7 @@ class GpuLayer:
     """
 
     table: GpuTable
-    target: Tensor
-    factor: Tensor | None
-    constants: Tensor | None
-    constant_of: Tensor | None
+    slots: SlotTensors
     kinds: tuple[int, int]
     hidden: int
     width: int
@@ -152,27 +143,25 @@ class GpuLayer:
         return self.kinds[0] in (KINDS["int8"], INT4)
 
     @classmethod
-    def of(
-        cls,
-        table: GpuTable,
-        target: Tensor,
-        factor: Tensor | None,
-        constants: Tensor | None,
-        constant_of: Tensor | None,
-    ) -> GpuLayer | None:
-        """``None`` where its prototypes are not all of one kind that the kernels take."""
-        numbers = sorted({number for number in target.tolist() if number >= 0})
+    def of(cls, table: GpuTable, slots: SlotTensors) -> GpuLayer | None:
+        """``None`` where its prototypes are not all of one kind that the kernels take.
+
+        Raises:
+            ValueError: a prototype that is not in the table, or constants of another width.
+        """
+        numbers = slots.slot_map.prototypes
+        if not all(number < len(table.forms) for number in numbers):
+            raise ValueError(f"layer {slots.slot_map.layer} names a prototype that is not there")
         forms = [form for number in numbers if (form := table.forms[number]) is not None]
         alike = len({(form.kinds, form.hidden) for form in forms}) == 1
         if len(forms) != len(numbers) or not alike:
             return None
+        if slots.constants is not None and slots.constants.shape[1] != forms[0].hidden:
+            raise ValueError(f"a constant of layer {slots.slot_map.layer} has another width")
         steps = [min(form.groups[side] for form in forms) for side in (0, 1)]
         return cls(
             table=table,
-            target=target,
-            factor=factor,
-            constants=constants,
-            constant_of=constant_of,
+            slots=slots,
             kinds=forms[0].kinds,
             hidden=forms[0].hidden,
             width=max(form.width for form in forms),

@@ -1,5 +1,7 @@
 """The operator on a GPU: one token through a layer's prototypes, where they lie and in the form in which they lie.
 
+Experimental: it was checked in Triton's interpreter and by its compiler, and has not run on a card yet.
+
 ``gpu_operator(device)`` is the one way in: a ``GpuOperator``, or ``None`` where there is no Triton or its kernels do
 not compute what they should (``why_not`` says why); callers then use torch. Weights in bf16, fp16, 8 and 4 bits are
 widened to fp32 as they are read and summed in fp32.
@@ -8,7 +10,7 @@ A layer is four launches, and nothing is read back: what the router has chosen i
 device. Where prototypes come and go the host reads ``Chosen.numbers``, brings what is missing, and says which of them
 ``experts`` is to compute now; every prototype's output is the same bits in any company.
 
-Memory: outputs of one token's prototypes, once a shape. Raises nothing.
+Memory: outputs of one token's prototypes, once a shape.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
-from conmoe_edge.checkpoint.format.records import decode, encode, make_layout, pack, view
+from conmoe_edge.checkpoint.format.forms import DOWN, UP, Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.layout import make_layout
+from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
+from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable
-from conmoe_edge.offload.storage.stored_expert import DOWN, UP
 
 __all__ = ["Chosen", "GpuForm", "GpuLayer", "GpuOperator", "GpuTable", "gpu_operator", "why_not"]
 
@@ -54,7 +58,7 @@ class GpuOperator:
     """The compiled operator of one device."""
 
     def __init__(self, kernels: Any, device: torch.device) -> None:
-        """``kernels``: the module ``gpu/kernels.py``."""
+        """``kernels``: the module ``triton_kernels.py``."""
         self._kernels, self.device = kernels, device
         # Triton launches on the current device, whichever its tensors are on.
         self._here = (lambda: torch.cuda.device(device)) if device.type == "cuda" else nullcontext
@@ -70,13 +74,13 @@ class GpuOperator:
             gates: theirs, contiguous.
             counted: whether ``layer.table.asked`` grows by how many prototypes there are.
         """
-        count = slots.numel()
+        count, known = slots.numel(), layer.slots
         room = self._room(count, layer.width, layer.hidden)
         with self._here():
             self._kernels.merge[(1,)](
-                *(slots, gates, layer.target, layer.factor, room.numbers, room.weights),
-                *(layer.table.asked, count, layer.target.numel()),
-                SCALED=layer.factor is not None,
+                *(slots, gates, known.targets, known.scales, room.numbers, room.weights),
+                *(layer.table.asked, count, known.targets.numel()),
+                SCALED=known.scales is not None,
                 COUNTED=counted,
                 ROOM=_power_of_two(count),
             )
@@ -121,13 +125,13 @@ class GpuOperator:
         self, layer: GpuLayer, chosen: Chosen, slots: Tensor, gates: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The routed experts' output [1, H] in ``dtype``; ``slots`` and ``gates`` as of ``merge``."""
-        hidden = layer.hidden
+        hidden, known = layer.hidden, layer.slots
         out = torch.empty(1, hidden, dtype=dtype, device=self.device)
         with self._here():
             self._kernels.combine[(-(-hidden // _BLOCK),)](
                 *(chosen.numbers, chosen.weights, chosen.outputs, hidden, slots, gates),
-                *(layer.constant_of, layer.constants, out, slots.numel(), layer.target.numel()),
-                CONSTANTS=layer.constants is not None,
+                *(known.constant_of, known.constants, out, slots.numel(), known.targets.numel()),
+                CONSTANTS=known.constants is not None,
                 BLOCK=_BLOCK,
             )
         return out
@@ -201,9 +205,9 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
         decoded = decode(view(layout, record), torch.float32, False)
         experts.append({name: part.float() for name, part in decoded.items()})
         records.append(record.to(device))
-        table.base[number].fill_(records[number].data_ptr())
-    target = torch.tensor([1, -1, 0, 1], dtype=torch.int64, device=device)
-    layer = GpuLayer.of(table, target, None, None, None)
+        table.put(number, records[number].data_ptr())
+    some = SlotMap(0, targets=(1, NONE, 0, 1), scales=(1.0,) * 4, constants=(NONE,) * 4)
+    layer = GpuLayer.of(table, SlotTensors.of(some, None, device))
     if layer is None:
         return f"{kind}: the kernels do not take it"
     x = random(1, hidden).bfloat16()

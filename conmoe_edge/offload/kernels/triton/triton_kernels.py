@@ -1,7 +1,8 @@
 """Kernels for one token on a GPU, in Triton: they read the prototypes where they lie, in the form in which they lie.
 
-Only ``__init__.py`` calls them; importing this needs Triton. ``base`` has the address of every prototype's record, and
-the other tables what lies where in it, so a kernel finds a prototype by its number and nothing is gathered before.
+Experimental (see ``launch.py``, which alone calls them); importing this needs Triton. ``base`` has the address of every
+prototype's record, and the other tables what lies where in it, so a kernel finds a prototype by its number and nothing
+is gathered before.
 
 An expert is two launches: its gate and up rows, and its down rows, which make silu(gate) * up of what the first has
 written as they read it. Programs are (block of rows, prototype); a prototype that is not wanted ends at once. Every row

@@ -332,6 +332,16 @@ struct Gated {
   const uint16_t* bias_of(int64_t which) const { return bias ? bias[which] : nullptr; }
 };
 
+// 2 * count numbers that take turns: the first of each pair come before the second ones.
+inline void apart(float* x, int64_t count) {
+  float seconds[MOST];
+  for (int64_t r = 0; r < count; ++r) {
+    seconds[r] = x[2 * r + 1];
+    x[r] = x[2 * r];
+  }
+  std::copy_n(seconds, count, x + count);
+}
+
 // h_i[j] = what the gate makes of both rows j of expert i times x: widths[i] numbers each.
 template <class Way>
 void gated_rows(const Gated& experts, const typename Way::Input& x, float* const* h, int64_t columns) {
@@ -349,19 +359,17 @@ void gated_rows(const Gated& experts, const typename Way::Input& x, float* const
     const int64_t height = std::min(width - row, high), step = experts.gate.interleaved ? 2 : 1;
     // Two runs of rows: of the gate and of the other, or, where they take turns, one half of all and the next.
     const int64_t start = step * row, next = step == 2 ? start + height : width + row;
-    float both[2 * MOST], first[MOST], second[MOST];
+    float both[2 * MOST];
     block_of_rows<Way>(w + start * columns, scale ? scale + start : nullptr, columns, x.token(0), height, both);
     block_of_rows<Way>(w + next * columns, scale ? scale + next : nullptr, columns, x.token(0), height, both + height);
-    for (int64_t r = 0; r < height; ++r) {
-      first[r] = both[step * r];
-      second[r] = both[step == 2 ? 2 * r + 1 : height + r];
-      if (bias) {
-        first[r] += from_bf16(bias[start + step * r]);
-        second[r] += from_bf16(bias[step == 2 ? start + 2 * r + 1 : width + row + r]);
+    if (bias)
+      for (int64_t r = 0; r < height; ++r) {
+        both[r] += from_bf16(bias[start + r]);
+        both[height + r] += from_bf16(bias[next + r]);
       }
-    }
-    gate(first, second, height, experts.gate);
-    std::copy_n(second, height, h[which] + row);
+    if (step == 2) apart(both, height);
+    gate(both, both + height, height, experts.gate);
+    std::copy_n(both + height, height, h[which] + row);
   }
 }
 
@@ -563,15 +571,21 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
       int64_t place = number;
       const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
       const int64_t stop = width - start < TILE ? width : start + TILE;
-      float* const from = rows.data() + before[size_t(which)];
+      const float* const from = rows.data() + before[size_t(which)];
       const uint16_t* const bias = experts.bias_of(which);
-      const int64_t step = experts.gate.interleaved ? 2 : 1, other = step == 2 ? 1 : width;
-      float first[TILE];
-      for (int64_t j = start; j < stop; ++j) {
-        first[j - start] = from[step * j] + (bias ? from_bf16(bias[step * j]) : 0.0f);
-        h[which][j] = from[step * j + other] + (bias ? from_bf16(bias[step * j + other]) : 0.0f);
-      }
-      gate(first, h[which] + start, stop - start, experts.gate);
+      const int64_t height = stop - start, step = experts.gate.interleaved ? 2 : 1;
+      const int64_t first = step * start, next = step == 2 ? first + height : width + start;
+      float both[2 * TILE];
+      std::copy_n(from + first, height, both);
+      std::copy_n(from + next, height, both + height);
+      if (bias)
+        for (int64_t r = 0; r < height; ++r) {
+          both[r] += from_bf16(bias[first + r]);
+          both[height + r] += from_bf16(bias[next + r]);
+        }
+      if (step == 2) apart(both, height);
+      gate(both, both + height, height, experts.gate);
+      std::copy_n(both + height, height, h[which] + start);
     }
   }
 }

@@ -1,0 +1,59 @@
+"""One expert as one run of bytes: where each of its tensors begins, and how long the whole is. No torch here.
+
+The plan counts with what packages are written with: ``forms.py`` for a matrix, this file for a record. Parts start
+64-aligned (vector loads, a cache line), records are multiples of 4096 bytes (direct reads, page-sized copies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conmoe_edge.checkpoint.format.dtypes import nbytes_of
+from conmoe_edge.checkpoint.format.forms import DOWN, KIND_OF_VALUES, RIGHT, Part
+from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
+from conmoe_edge.units import round_up
+
+PART_ALIGNMENT = 64
+RECORD_ALIGNMENT = 4096
+
+
+def make_layout(parts: Sequence[Part], precision: str = "source") -> RecordLayout:
+    """Lay out the parts one after another, in the order given.
+
+    Raises:
+        ValueError: two parts have the same name.
+    """
+    if len({name for name, _, _ in parts}) != len(parts):
+        raise ValueError("two parts of a record have the same name")
+    placed: list[RecordPart] = []
+    end = 0
+    for name, shape, dtype in parts:
+        offset = round_up(end, PART_ALIGNMENT)
+        nbytes = nbytes_of(dtype, shape)
+        placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
+        end = offset + nbytes
+    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+
+
+def neurons(down: Sequence[int], transposed: bool) -> int:
+    """Neurons of an expert: the inputs of its down projection, whose shape ends in [out, in], or in [in, out] where
+    it is ``transposed``.
+    """
+    return down[-2 if transposed else -1]
+
+
+def expert_width(layout: RecordLayout, transposed: bool = False) -> int:
+    """Neurons of the experts in records of this layout; 0 where its parts do not tell.
+
+    ``transposed`` is the module's; a quantised or factored weight is [out, in] always.
+    """
+    parts = {part.name: part for part in layout.parts if len(part.shape) == 2}
+    if DOWN + RIGHT in parts:
+        return neurons(parts[DOWN + RIGHT].shape, False)
+    if DOWN not in parts:
+        return 0
+    part = parts[DOWN]
+    kind = KIND_OF_VALUES.get(part.dtype)
+    if kind is None:
+        return neurons(part.shape, transposed)
+    return neurons(part.shape, False) * (2 if kind == "int4" else 1)

@@ -1,0 +1,156 @@
+"""The quality receipt: what consolidation cost, measured on held-out text.
+
+Original and written package give logits for the same sequences; per domain and over all:
+
+- ``loss_original``, ``loss_consolidated``: mean negative log-likelihood, nats a token
+- ``perplexity_ratio``: exp(loss_consolidated - loss_original)
+- ``kl``: mean over positions of KL(original || consolidated), nats
+- ``top1_agreement``: share of positions with the same most likely token
+- ``overlap``: mean over positions of the sum of min(p, q)
+
+Padding, and the position after it, are not counted. Peak memory: the logits of one sequence, twice,
+and a few blocks of 64 positions in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.compress.stream.calibration_text import TokenSet
+from conmoe_edge.compress.stream.layer_stream import sequence_logits
+from conmoe_edge.model.streaming import StreamedModel
+
+_POSITIONS = 64
+
+
+@dataclass(slots=True)
+class _Sums:
+    positions: int = 0
+    original: float = 0.0
+    consolidated: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    overlap: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        for name in _Sums.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def result(self) -> dict[str, Any]:
+        count = max(1, self.positions)
+        before, after = self.original / count, self.consolidated / count
+        return {
+            "tokens": self.positions,
+            "loss_original": before,
+            "loss_consolidated": after,
+            "perplexity_ratio": math.exp(min(50.0, after - before)),
+            "kl": self.kl / count,
+            "top1_agreement": self.agreed / count,
+            "overlap": self.overlap / count,
+        }
+
+
+class ReceiptTracker:
+    """Adds up the comparison sequence by sequence."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self._tokens = tokens
+        self._sums: dict[str, _Sums] = {}
+
+    def add(self, row: int, original: Tensor, consolidated: Tensor) -> None:
+        """Compare the logits [T, V] of one sequence."""
+        sums = self._sums.setdefault(self._tokens.domains[row], _Sums())
+        targets, (before, after) = _predicted(self._tokens, row, original, consolidated)
+        for start in range(0, targets.numel(), _POSITIONS):
+            block = slice(start, start + _POSITIONS)
+            sums.add(_compare(targets[block], before[block], after[block]))
+
+    def result(self) -> dict[str, Any]:
+        """The receipt."""
+        total = _Sums()
+        for sums in self._sums.values():
+            total.add(sums)
+        by_domain: Mapping[str, Any] = {
+            name: sums.result() for name, sums in sorted(self._sums.items())
+        }
+        return {**total.result(), "per_domain": by_domain}
+
+
+def compare_heads(
+    reference: StreamedModel,
+    before: Tensor,
+    model: StreamedModel,
+    after: Tensor,
+    tokens: TokenSet,
+) -> dict[str, Any]:
+    """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
+
+    What is outside the decoder layers must be loaded in both.
+    """
+    tracker = ReceiptTracker(tokens)
+    for row in range(tokens.ids.shape[0]):
+        wanted = sequence_logits(reference, tokens, before, row)
+        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
+    return tracker.result()
+
+
+class LossTracker:
+    """The loss of one model alone, sequence by sequence."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self._tokens = tokens
+        self._sums: dict[str, tuple[int, float]] = {}
+
+    def add(self, row: int, logits: Tensor) -> None:
+        """Add the logits [T, V] of one sequence."""
+        count, loss = self._sums.get(self._tokens.domains[row], (0, 0.0))
+        targets, (found,) = _predicted(self._tokens, row, logits)
+        for start in range(0, targets.numel(), _POSITIONS):
+            block = slice(start, start + _POSITIONS)
+            q = torch.log_softmax(found[block].float(), dim=-1)
+            loss -= _likelihood(q, targets[block])
+        self._sums[self._tokens.domains[row]] = (count + targets.numel(), loss)
+
+    def result(self) -> tuple[tuple[int, float], dict[str, tuple[int, float]]]:
+        """(tokens, mean loss) over all and by domain."""
+        by_domain = {
+            name: (count, loss / max(1, count))
+            for name, (count, loss) in sorted(self._sums.items())
+        }
+        count = sum(count for count, _ in self._sums.values())
+        loss = sum(loss for _, loss in self._sums.values())
+        return (count, loss / max(1, count)), by_domain
+
+
+def _predicted(tokens: TokenSet, row: int, *logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The tokens [n] of a sequence that count, and for each of the logits [T, V] those that say them."""
+    mask = tokens.mask[row]
+    valid = mask[1:] & mask[:-1]
+    return tokens.ids[row][1:][valid], tuple(one[:-1][valid.to(one.device)] for one in logits)
+
+
+def _likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    """Sum of the targets' log-probabilities; [n, V] and [n]."""
+    rows = torch.arange(targets.numel(), device=log_probabilities.device)
+    return float(log_probabilities[rows, targets.to(rows.device)].double().sum())
+
+
+def _compare(targets: Tensor, original: Tensor, consolidated: Tensor) -> _Sums:
+    """targets [n], logits [n, V] each."""
+    p = torch.log_softmax(original.float(), dim=-1)
+    q = torch.log_softmax(consolidated.float(), dim=-1)
+    weights = p.exp()
+    return _Sums(
+        positions=targets.numel(),
+        original=-_likelihood(p, targets),
+        consolidated=-_likelihood(q, targets),
+        kl=max(0.0, float((weights * (p - q)).sum(-1).double().sum())),
+        agreed=int((p.argmax(-1) == q.argmax(-1)).sum()),
+        overlap=float(torch.minimum(weights, q.exp()).sum(-1).double().sum()),
+    )

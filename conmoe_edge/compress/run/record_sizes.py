@@ -1,0 +1,147 @@
+"""What the plan's levers mean for one model: scopes and their pools, how many prototypes, in which records.
+
+The plan's arithmetic (``plan/levers.py``, ``plan/width_levers.py``) for the model and levers of a job. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from conmoe_edge.checkpoint.format.layout import make_layout
+from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
+from conmoe_edge.compress.methods.interface import Method
+from conmoe_edge.compress.run.job import Job
+from conmoe_edge.compress.run.journal import StoredRecord
+from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes, spread
+from conmoe_edge.plan.width_levers import PARTS, alike, pool_kept, steps, trimmed
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSizes:
+    """Counts, widths and layouts of the prototypes of one job.
+
+    Attributes:
+        anatomy: of the model.
+        narrow: of the model with the experts' width that all prototypes have, where they have the same.
+        rate, precision: as planned.
+        kinds: the kinds of record that the precision allows, the widest first.
+        scopes: the layers of every scope; a layer stands in one.
+        trims: whether prototypes may have fewer neurons than experts, all of them the same number.
+        differs: whether the prototypes of a layer have different numbers of neurons.
+        shares_out: whether layers get numbers of their own. In a mixed precision the plan counts with equal ones.
+        wide: prototypes of the package in the wider kind, where there are two.
+    """
+
+    anatomy: ModelAnatomy
+    narrow: ModelAnatomy
+    rate: float
+    precision: str
+    kinds: tuple[str, ...]
+    scopes: tuple[tuple[int, ...], ...]
+    trims: bool
+    differs: bool
+    shares_out: bool
+    wide: int
+
+    @classmethod
+    def of(cls, job: Job, method: Method) -> RecordSizes:
+        """For a job and its method."""
+        kinds = PRECISIONS[job.precision].kinds
+        differs = method.trims and not alike(job.precision, equal=job.equal)
+        trims = method.trims and not differs
+        return cls(
+            anatomy=job.anatomy,
+            narrow=trimmed(job.anatomy, job.rate, job.precision) if trims else job.anatomy,
+            rate=job.rate,
+            precision=job.precision,
+            kinds=kinds,
+            scopes=tuple(scopes(job.anatomy, job.scope)),
+            trims=trims,
+            differs=differs,
+            shares_out=method.budgets and job.rate > 0.0 and len(kinds) == 1,
+            wide=job.wide_prototypes,
+        )
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Decoder layers with routed experts, ascending."""
+        return [layer.index for layer in self.anatomy.moe_layers]
+
+    def scope_of(self, layer: int) -> tuple[int, ...]:
+        """The layers that share prototypes with a MoE layer, itself among them."""
+        return next(scope for scope in self.scopes if layer in scope)
+
+    def pool(self, scope: Sequence[int]) -> tuple[ExpertId, ...]:
+        """The routed experts of a scope, by layer, then expert (ConMoE, section 3.1)."""
+        return tuple(
+            ExpertId(layer, expert)
+            for layer in scope
+            for expert in range(self.experts(layer).count)
+        )
+
+    def experts(self, layer: int) -> ExpertsAnatomy:
+        """The routed experts of a MoE layer."""
+        return _experts(self.anatomy, layer)
+
+    def widths(self, layer: int) -> tuple[int, ...]:
+        """Numbers of neurons that a prototype of the package may have, ascending."""
+        if self.differs:
+            return steps(self.experts(layer), self.precision)
+        return (_experts(self.narrow, layer).width,)
+
+    def sizes(self, layer: int) -> tuple[int, ...]:
+        """Bytes of the smallest record of every width."""
+        experts = self.experts(layer)
+        return tuple(
+            record_bytes(experts.narrowed(width), self.kinds[-1]) for width in self.widths(layer)
+        )
+
+    def layout(self, layer: int, kind: str, width: int) -> RecordLayout:
+        """Of a record with so many neurons."""
+        return make_layout(record_parts(self.experts(layer).narrowed(width), kind), kind)
+
+    def unit(self, layer: int) -> int:
+        """Bytes of what ``count`` counts: a prototype, or a part of one where widths differ."""
+        return self.sizes(layer)[-1] // (PARTS if self.differs else 1)
+
+    def uniform(self, scope: Sequence[int]) -> int:
+        """Units of a scope where all scopes get the same."""
+        count = pool_kept(self.anatomy, scope, self.rate, self.precision, trims=self.trims)
+        return count * PARTS if self.differs else count
+
+    def count(self, scope: Sequence[int], budgets: Mapping[str, int]) -> int:
+        """Units of a scope, by ``Journal.budgets`` where layers have numbers of their own."""
+        given = budgets.get(str(scope[0]))
+        return self.uniform(scope) if given is None else given
+
+    def wide_count(self, scope: Sequence[int], budgets: Mapping[str, int]) -> int:
+        """Prototypes of a scope in the wider of two kinds."""
+        counts = [self.count(one, budgets) for one in self.scopes]
+        return spread(self.wide, counts)[self.scopes.index(tuple(scope))]
+
+    def room(
+        self,
+        scope: Sequence[int],
+        budgets: Mapping[str, int],
+        stored: Mapping[ExpertId, StoredRecord],
+    ) -> int:
+        """Bytes for the prototypes of a scope: its own, and what scopes before it have left."""
+        given = sum(
+            self.count(one, budgets) * self.unit(one[0])
+            for one in self.scopes
+            if one <= tuple(scope)
+        )
+        taken = sum(
+            self.layout(expert.layer, record.kind, record.width).nbytes
+            for expert, record in stored.items()
+            if expert.layer < scope[0]
+        )
+        return given - taken
+
+
+def _experts(anatomy: ModelAnatomy, layer: int) -> ExpertsAnatomy:
+    experts = anatomy.layers[layer].experts
+    assert experts is not None
+    return experts

@@ -1,0 +1,60 @@
+"""A model whose weights are on this disk, opened once. It is handed on in the place of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from conmoe_edge.checkpoint.sources.locate import Source
+from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.bridge import read_config
+from conmoe_edge.model.probe import TensorFacts, probe
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checked model, no weight of it read.
+
+    Attributes:
+        name: as plans and packages call it: the hub's id, or what was asked for.
+        revision: commit of a model from the hub.
+        index: the checked headers of its weights.
+        config, anatomy: what it is.
+        identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
+    """
+
+    name: str
+    revision: str | None
+    index: CheckpointIndex
+    config: PretrainedConfig
+    anatomy: ModelAnatomy
+    identity: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a package remembers of it."""
+        return {"name": self.name, "revision": self.revision, "fingerprint": dict(self.identity)}
+
+
+def open_model(source: Source) -> OpenedModel:
+    """Read and check the headers and the config; no weight is read.
+
+    Raises:
+        CheckpointError: the model is damaged.
+        UnsupportedModel: its experts cannot be reached.
+    """
+    index = CheckpointIndex.open(source.path)
+    config = read_config(str(source.path))
+    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    return OpenedModel(
+        name=source.hub_id or source.name,
+        revision=source.revision,
+        index=index,
+        config=config,
+        anatomy=probe(config, headers),
+        identity=fingerprint(index),
+    )

@@ -1,0 +1,145 @@
+"""The one loop that generates: a forward a step, so that several answers can take turns.
+
+``Generation`` makes tokens, ``Answer`` their text as well. Chat steps one to its end, serve several
+in turns, bench one without text. Each new token goes through the model alone, so the tokens do not
+depend on the turns. Memory: the cache, and one chunk's activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from conmoe_edge.offload.generation.context_limit import context_full, longest_context
+from conmoe_edge.offload.generation.detokenize import TextStream
+from conmoe_edge.offload.generation.sampling import Sampler
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.offload.generation.sequence import CachedTokens
+from conmoe_edge.offload.generation.stop_strings import StopFilter
+
+Finish = Literal["stop", "length", "context", "interrupted"]
+"""The model was done or a stop string came, ``max_tokens`` came, the context is full, or the caller
+asked to stop.
+"""
+
+
+class Generation:
+    """The tokens that follow a prompt.
+
+    Attributes:
+        tokens: the prompt and what was made, without an end mark.
+        prompt_length: tokens of the prompt; ``reused`` of them were in the cache at the start.
+        made: tokens made, the end mark included.
+        finish: ``None`` while it goes on.
+        first_at, latest_at: when the first and the latest token came (``time.perf_counter``).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cached: CachedTokens,
+        tokens: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        context: int,
+        ends: frozenset[int],
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: what ``load`` gives.
+            cached: holds nothing, or a beginning of ``tokens`` that is shorter than they are.
+            tokens: the prompt.
+            settings: filled here with the model's generation config.
+            context: most tokens of prompt and answer; the last token of an answer is never read
+                again and may be one more.
+            ends: tokens that end it.
+
+        Raises:
+            ContextFull: the prompt is longer than the context.
+        """
+        if len(tokens) > context:
+            raise context_full(len(tokens), context, longest_context(model))
+        settings = settings.filled(model.generation_config)
+        self.cached = cached
+        self.tokens = list(tokens)
+        self.prompt_length = len(tokens)
+        self.reused = len(cached.held)
+        self.made = 0
+        self.finish: Finish | None = None
+        self.first_at: float | None = None
+        self.latest_at: float | None = None
+        self._settings = settings
+        self._context = context
+        self._ends = ends
+        self._sampler = Sampler(settings, model.device)
+
+    def advance(self) -> int | None:
+        """One forward: the next token, or ``None`` after a chunk of the prompt. Not once ``finish``
+        is set.
+
+        Raises:
+            OutOfMemory: memory ran out and nothing was left to give up.
+        """
+        assert self.finish is None, "there is nothing to come"
+        logits = self.cached.step(self.tokens)
+        if logits is None:
+            return None
+        token = self._sampler.next(self.tokens, logits)
+        self.latest_at = time.perf_counter()
+        self.first_at = self.first_at or self.latest_at
+        self.made += 1
+        if token in self._ends:
+            self.finish = "stop"
+            return token
+        self.tokens.append(token)
+        if self.made == self._settings.max_tokens:
+            self.finish = "length"
+        elif len(self.tokens) > self._context:
+            self.finish = "context"
+        return token
+
+
+class Answer(Generation):
+    """A generation with its text; stop strings end it."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        cached: CachedTokens,
+        tokens: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        context: int,
+        ends: frozenset[int],
+    ) -> None:
+        """As for ``Generation``."""
+        super().__init__(model, cached, tokens, settings, context=context, ends=ends)
+        self._text = TextStream(tokenizer)
+        self._stops = StopFilter(settings.stop)
+
+    def step(self) -> str:
+        """One forward, as ``advance``; the text that became certain."""
+        token = self.advance()
+        if token is None:
+            return ""
+        piece = "" if token in self._ends else self._stops.add(self._text.add(token))
+        if self._stops.hit:
+            self.finish = "stop"
+        elif self.finish is not None:
+            piece += self._rest()
+        return piece
+
+    def interrupt(self) -> str:
+        """End it here; the text that was held back."""
+        rest = self._rest()
+        self.finish = "interrupted"
+        return rest
+
+    def _rest(self) -> str:
+        rest = self._stops.add(self._text.finish()) + self._stops.finish()
+        if self._stops.hit:
+            self.finish = "stop"
+        return rest

@@ -1,0 +1,180 @@
+"""What is asked of a plan, as one object.
+
+A ``PlanRequest`` is made from the flags of a command or the keywords of a call, decides the plan together with the
+model and the machine, goes into the ``Job`` of a consolidation, and is part of what an unfinished run is recognised
+by. No torch, no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypedDict, get_args
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
+from conmoe_edge.plan.levers import PRECISIONS
+from conmoe_edge.plan.plan import Preference
+
+Device = Literal["auto", "cpu", "cuda"]
+Widths = Literal["free", "equal"]
+Rate = float | Literal["auto"]
+Scope = int | Literal["auto"]
+
+DEVICES: tuple[Device, ...] = get_args(Device)
+PREFERENCES: tuple[Preference, ...] = get_args(Preference)
+WIDTHS: tuple[Widths, ...] = get_args(Widths)
+
+DEFAULT_CONTEXT = 4096
+SEQUENCE_LENGTH = 512
+"""Tokens of one calibration sequence."""
+CALIBRATION_TOKENS = 64 * SEQUENCE_LENGTH
+HELD_OUT_SHARE = 4
+"""There is one held-out token for so many calibration tokens."""
+
+_LEAST_RESIDENT: dict[Preference, float] = {"quality": 0.8, "speed": 1.0}
+_AUTO_SCOPE = 1
+"""Larger scopes brought nothing that could be measured (docs/algorithm-conmoe.md), so they are opt-in."""
+
+
+class Levers(TypedDict, total=False):
+    """The fields of ``PlanRequest`` as keywords of a call."""
+
+    budget: str
+    device: Device
+    context: int | None
+    rate: Rate
+    scope: Scope
+    precision: str
+    dense_precision: str
+    prefer: Preference
+    min_resident: float | None
+    method: str | None
+    widths: Widths
+    calibration_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """Everything that a user may say about a plan; each field has the flag of the same name (``budget``: ``--gpu``).
+
+    Attributes:
+        budget: a size (``24GB``, ``7.5GiB``), a profile (``rtx-4090``) or ``auto``, this machine.
+        device: where the package will run; ``auto`` takes the GPU if this machine has one.
+        context: tokens that the key-value cache must hold; by default 4096, or the model's longest.
+        rate: share of the routed experts that is removed, from 0 and below 1.
+        scope: neighbouring MoE layers that share prototypes.
+        precision: number format of the prototypes, one of ``levers.PRECISIONS``.
+        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
+            routers keep their numbers.
+        prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
+        min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
+            Its name is checked where the methods are (``compress/methods/resolve_method.py``).
+        widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
+        calibration_tokens: tokens of text to calibrate on; by default 64 sequences of 512.
+
+    Raises:
+        UsageError: a field has a value that makes no sense for any model.
+    """
+
+    budget: str = "auto"
+    device: Device = "auto"
+    context: int | None = None
+    rate: Rate = "auto"
+    scope: Scope = "auto"
+    precision: str = "auto"
+    dense_precision: str = "source"
+    prefer: Preference = "quality"
+    min_resident: float | None = None
+    method: str | None = None
+    widths: Widths = "free"
+    calibration_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(
+                f"--device {self.device} is not known.",
+                f"there are {', '.join(DEVICES)}",
+                "--device auto",
+            )
+        if self.context is not None and self.context < 1:
+            raise UsageError(
+                f"--context {self.context} is no length.", "", f"--context {DEFAULT_CONTEXT}"
+            )
+        if self.rate != "auto" and not 0.0 <= self.rate < 1.0:
+            raise UsageError(
+                f"--rate {self.rate:g} is not a reduction rate.",
+                "it is the share of the routed experts that is removed: at least 0, less than 1",
+                f"--rate {self.rate / 100:g}"
+                if 1.0 < self.rate < 100.0
+                else "--rate 0.25, or --rate auto",
+            )
+        if self.scope != "auto" and self.scope < 1:
+            raise UsageError(
+                f"--scope {self.scope} is not a scope.",
+                "it is a number of layers, from 1",
+                "--scope auto",
+            )
+        if self.precision not in ("auto", *PRECISIONS):
+            raise UsageError(
+                f"{self.precision!r} is not a precision.",
+                f"there are auto, {', '.join(PRECISIONS)}",
+                "--precision auto",
+            )
+        if self.dense_precision not in DENSE_PRECISIONS:
+            raise UsageError(
+                f"{self.dense_precision!r} is not a precision for the dense part.",
+                f"there are {', '.join(DENSE_PRECISIONS)}",
+                "--dense-precision int8",
+            )
+        if self.prefer not in PREFERENCES:
+            raise UsageError(
+                f"--prefer {self.prefer} is not known.", "", "--prefer quality, or --prefer speed"
+            )
+        if self.min_resident is not None and not 0.0 <= self.min_resident <= 1.0:
+            raise UsageError(
+                f"--min-resident {self.min_resident:g} is not a share.",
+                "it lies between 0 and 1",
+                "--min-resident 0.8",
+            )
+        if self.widths not in WIDTHS:
+            raise UsageError(
+                f"--widths {self.widths} is not known.",
+                "prototypes have free or equal widths",
+                "--widths free",
+            )
+        if self.calibration_tokens is not None and self.calibration_tokens < 1:
+            raise UsageError(
+                f"--calibration-tokens {self.calibration_tokens} leaves no text to calibrate on.",
+                "",
+                f"--calibration-tokens {CALIBRATION_TOKENS}",
+            )
+
+    @property
+    def forced_rate(self) -> float | None:
+        """The rate that was asked for; ``None`` where the plan chooses."""
+        return None if self.rate == "auto" else self.rate
+
+    @property
+    def scope_layers(self) -> int:
+        """Neighbouring MoE layers that share prototypes."""
+        return _AUTO_SCOPE if self.scope == "auto" else self.scope
+
+    @property
+    def least_resident(self) -> float:
+        """The share of the prototypes that should be resident."""
+        return _LEAST_RESIDENT[self.prefer] if self.min_resident is None else self.min_resident
+
+    @property
+    def equal(self) -> bool:
+        """Whether all prototypes of a method that trims get the same number of neurons."""
+        return self.widths == "equal"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text to calibrate on."""
+        return self.calibration_tokens or CALIBRATION_TOKENS
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, the same for requests that mean the same number of calibration tokens."""
+        return {**asdict(self), "calibration_tokens": self.tokens}

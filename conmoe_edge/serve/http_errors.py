@@ -1,0 +1,94 @@
+"""Errors as OpenAI's clients know them: ``{"error": {"message", "type", "param", "code"}}``.
+
+The one place that turns an exception into a status and a body. A mistake of the client is 4xx; 500 is
+a bug of the server, and its body tells nothing of the inside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from conmoe_edge.errors import ConmoeError, ContextFull, OutOfMemory, UsageError
+from conmoe_edge.serve.jobs import Busy
+
+log = logging.getLogger("conmoe_edge.serve")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+        super().__init__(message)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON value of the response."""
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, usual),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of any exception. The rest goes to the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Busy):
+        return _busy(error)
+    if isinstance(error, ContextFull):
+        return ApiError(400, _sentences(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, UsageError):
+        return ApiError(400, _sentences(error))
+    if isinstance(error, OutOfMemory):
+        return ApiError(
+            503,
+            "Memory ran out while the model was computing.",
+            code="out_of_memory",
+            headers={"Retry-After": "10"},
+        )
+    log.error("an answer failed", exc_info=error)
+    what = "The model could not be read" if isinstance(error, ConmoeError) else "Something failed"
+    return ApiError(500, f"{what} inside the server; its log says more.", code="internal_error")
+
+
+def _busy(error: Busy) -> ApiError:
+    headers = {"Retry-After": str(error.retry_after)}
+    if error.reason == "full":
+        message = f"Too many requests are waiting. Try again in about {error.retry_after} s."
+        return ApiError(429, message, code="queue_full", headers=headers)
+    if error.reason == "loading":
+        return ApiError(503, "The model is still loading.", code="loading", headers=headers)
+    return ApiError(503, "The server is stopping.", code="stopping", headers=headers)
+
+
+def _sentences(error: ConmoeError) -> str:
+    return f"{error.what} {error.why[:1].upper()}{error.why[1:]}.".removesuffix(" .")

@@ -1,0 +1,91 @@
+"""What passes between the routes and the engine: a job in, events back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from conmoe_edge.offload.generation.answer import Answer
+from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+
+Finish = Literal["stop", "length"]
+"""OpenAI's words; an answer that fills the context ends by ``length``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer; ``cached`` ones of the prompt did not have to be computed."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is over."""
+
+    finish: Finish
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The answer could not be made."""
+
+    error: BaseException
+
+
+Event = Piece | Done | Failed
+
+
+class Busy(Exception):
+    """No more can be taken in: the queue is full, or the engine is not (or no longer) there."""
+
+    def __init__(
+        self, reason: Literal["full", "loading", "stopping"], retry_after: int = 1
+    ) -> None:
+        self.reason = reason
+        self.retry_after = retry_after
+        super().__init__(reason)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request.
+
+    Attributes:
+        tokens: the prompt.
+        settings: how the answer is drawn and where it ends.
+        client: whose line it waits in.
+        tell: gets the events; called from the engine's thread and must not block.
+        arrived: ``time.perf_counter``, as everything the engine times.
+        cancelled, started, reserved, answer: the engine's own; ``reserved`` in bytes of cache.
+    """
+
+    tokens: tuple[int, ...]
+    settings: SamplingSettings
+    client: str
+    tell: Callable[[Event], None]
+    arrived: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    started: float = 0.0
+    reserved: int = 0
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the engine computes with."""
+
+    model: Any
+    tokenizer: Any

@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.offload.kernels.cpu.bindings import Operator
-from conmoe_edge.offload.kernels.cpu.structs import (
+from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
-    BlockTable,
     Cached,
+    LatentTable,
+    Positions,
+)
+from conmoe_edge.offload.kernels.cpu.bindings import Operator
+from conmoe_edge.offload.kernels.cpu.decoder_tables import (
+    BlockTable,
+    RouterTable,
+)
+from conmoe_edge.offload.kernels.cpu.structs import (
     ExpertGate,
     Form,
-    LatentTable,
     LayerTable,
     MlpTable,
-    Positions,
     Prepared,
     PrototypeTable,
     RmsNorm,
-    RouterTable,
 )
 
 ROOM = 64

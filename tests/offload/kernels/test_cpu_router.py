@@ -23,7 +23,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.kernels.cpu.structs import RouterTable
+from conmoe_edge.offload.kernels.cpu.decoder_tables import RouterTable
 
 ENGINE = operator()
 pytestmark = pytest.mark.skipif(ENGINE is None, reason="no compiler here")

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.offload.kernels.cpu import bindings, build, structs
+from conmoe_edge.offload.kernels.cpu import (
+    attention_tables,
+    bindings,
+    build,
+    decoder_tables,
+    structs,
+)
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
@@ -120,15 +126,16 @@ def test_a_structure_that_c_has_otherwise_does_not_compile(
         _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "STRUCTURES", (*structs.STRUCTURES, _Norm))
+    monkeypatch.setattr(build, "STRUCTURES", (*decoder_tables.STRUCTURES, _Norm))
     with pytest.raises(build.Unavailable, match=r"failed: .*static assertion"):
         build.library()
 
 
 def test_every_structure_is_compared() -> None:
-    own = {one for one in vars(structs).values() if isinstance(one, type)}
+    tables = (structs, attention_tables, decoder_tables)
+    own = {one for module in tables for one in vars(module).values() if isinstance(one, type)}
     mirrored = {one for one in own if issubclass(one, ctypes.Structure)} - {ctypes.Structure}
-    assert mirrored == set(structs.STRUCTURES)
+    assert mirrored == set(decoder_tables.STRUCTURES)
 
 
 def test_clang_is_no_compiler_for_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,9 +272,9 @@ def test_wrong_tensors_are_refused_without_assertions_too() -> None:
 def test_a_cache_without_room_is_refused() -> None:
     keys = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="room"):
-        structs.Cached.of(keys, keys, 4)
+        attention_tables.Cached.of(keys, keys, 4)
     with pytest.raises(ValueError, match="cache"):
-        structs.Cached.of(keys, keys.transpose(2, 3), 0)
+        attention_tables.Cached.of(keys, keys.transpose(2, 3), 0)
 
 
 def test_forms_with_parts_of_the_wrong_kind_are_not_prepared() -> None:

@@ -23,25 +23,29 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.quantise import Matrix
+from conmoe_edge.offload.kernels.cpu.attention_tables import (
+    AttentionTable,
+    Cached,
+    LatentTable,
+    Positions,
+)
 from conmoe_edge.offload.kernels.cpu.build import Unavailable, library
+from conmoe_edge.offload.kernels.cpu.decoder_tables import (
+    BlockTable,
+    RouterTable,
+)
 from conmoe_edge.offload.kernels.cpu.self_test import check
 from conmoe_edge.offload.kernels.cpu.structs import (
     CODES,
     PLAIN,
     TILE,
-    AttentionTable,
-    BlockTable,
-    Cached,
     ExpertGate,
     Form,
-    LatentTable,
     LayerTable,
     MlpTable,
-    Positions,
     Prepared,
     PrototypeTable,
     RmsNorm,
-    RouterTable,
 )
 
 __all__ = [

@@ -4,8 +4,9 @@
 (about two seconds) and found there afterwards. Its name is a digest of everything that went into it: source, flags,
 layout of the structures, compiler, processor, C library, torch. Nothing is compiled out of a model folder.
 
-The structures of ``structs.py`` are the one description of their layout: their sizes and offsets go into the compiled
-text as static assertions, so a C++ structure that differs does not compile.
+The ``ctypes`` structures (``structs.py``, ``attention_tables.py``, ``decoder_tables.py``) are the one description of
+their layout: sizes and offsets go into the compiled text as static assertions, so a C++ structure that differs does not
+compile.
 
 A library from the cache is opened only if the user alone can have written it, and if it ends with the SHA-256 digest
 of what comes before (``dlopen`` does not look behind the sections). One that was cut off or changed is compiled anew.
@@ -22,6 +23,7 @@ Peak memory: the compiler's, in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -36,7 +38,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
-from conmoe_edge.offload.kernels.cpu.structs import STRUCTURES
+from conmoe_edge.offload.kernels.cpu.decoder_tables import STRUCTURES
 
 SOURCE = Path(__file__).with_name("csrc") / "operator.cpp"
 SWITCH = "CONMOE_OPERATOR"
@@ -140,7 +142,7 @@ def _assertions() -> str:
             at = getattr(structure, field)
             lines.append(f"offsetof({name}, {field}) == {at.offset}")
             lines.append(f"sizeof({name}::{field}) == {at.size}")
-    return "".join(f'static_assert({one}, "as in structs.py");\n' for one in lines)
+    return "".join(f'static_assert({one}, "as in the tables in Python");\n' for one in lines)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -195,7 +197,8 @@ def _run(command: list[str], seconds: int = _SECONDS) -> str:
     try:
         output, errors = process.communicate(timeout=seconds)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended in this moment
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise Unavailable(f"{command[0]} took longer than {seconds} s") from error

@@ -14,21 +14,25 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.offload.kernels.cpu import reference
-from conmoe_edge.offload.kernels.cpu.build import Unavailable
-from conmoe_edge.offload.kernels.cpu.structs import (
+from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
-    BlockTable,
     Cached,
+    LatentTable,
+    Positions,
+)
+from conmoe_edge.offload.kernels.cpu.build import Unavailable
+from conmoe_edge.offload.kernels.cpu.decoder_tables import (
+    BlockTable,
+    RouterTable,
+)
+from conmoe_edge.offload.kernels.cpu.structs import (
     ExpertGate,
     Form,
-    LatentTable,
     LayerTable,
     MlpTable,
-    Positions,
     Prepared,
     PrototypeTable,
     RmsNorm,
-    RouterTable,
 )
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
@@ -35,6 +35,9 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
 
     Its weights are where they stay, and its linear layers are ``FusedLinear``. The order below is the only one: an
     attention wants fused norms, and a layer a fused attention and a fused router.
+
+    Raises:
+        UnsupportedModel: the model's ``forward`` takes no cache under a known name.
     """
     served, checked, refused = Served(), Checked(), _Refused()
     engine = operator() if machine.device == "cpu" else None
@@ -54,7 +57,7 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
         ):
             _put_in_front(model, make, refused)
     layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
-    steps = _Steps(context, layers, served)
+    steps = _Steps(Arguments.of(model), context, layers, served)
     model.register_forward_pre_hook(steps.before, with_kwargs=True)
     if layers:
         model.register_forward_hook(steps.behind, always_call=True)
@@ -69,16 +72,18 @@ class _Steps:
     between two layers' weights every line of it is cold, and costs ten times as much.
     """
 
-    def __init__(self, context: int, layers: Sequence[FusedLayer], served: Served) -> None:
-        """``layers`` in any order."""
+    def __init__(
+        self, arguments: Arguments, context: int, layers: Sequence[FusedLayer], served: Served
+    ) -> None:
+        """``arguments`` of the model; ``layers`` in any order."""
+        self._arguments = arguments
         self._context, self._layers, self._served = context, layers, served
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of it: the cache first, as the layers look at its buffers."""
-        held, ids = cache_of(kwargs), kwargs.get("input_ids")
+        named = self._arguments.named(args, kwargs)
+        held, ids = cache_of(named), named.get("input_ids")
         grow_in_steps(held, self._context)
-        if ids is None:
-            ids = next(iter(args), None)
         single = isinstance(ids, Tensor) and ids.shape == (1, 1)
         self._served.tokens += single
         for layer in self._layers:

@@ -49,8 +49,8 @@ class Attention:
         turn: how positions turn a head (``AttentionTable``).
         half_angles: cosines and sines are given for one half of a head.
         doubled: the projection to queries gives a gate as well.
-        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class; every
-            token comes with a mask, and a cache layer may have a window.
+        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class;
+            every token comes with a mask, and a cache layer may have a window.
         sinks: name of the logits without values; empty for none.
         unset: settings of the configuration that must be ``None``.
     """

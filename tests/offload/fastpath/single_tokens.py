@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.integrations.dense_weights import finish_dense, products_for
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention
@@ -69,12 +68,6 @@ def transformers_only() -> Iterator[None]:
         yield
 
 
-def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """``cache`` as an argument of ``model``."""
-    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
-
-
 def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
     """Logits of a prompt (where there is no cache yet) and of single tokens after it, and the cache."""
     rows = []
@@ -84,6 +77,6 @@ def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tenso
             cache = cache_of(out)
             rows.append(out.logits[0, -1])
         for token in tokens:
-            out = model(torch.tensor([[token]]), **with_cache(model, cache))
+            out = model(torch.tensor([[token]]), **cache_argument(model, cache))
             rows.append(out.logits[0, -1])
     return torch.stack(rows), cache

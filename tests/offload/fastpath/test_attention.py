@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.olmoe import modeling_olmoe
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.offload.fastpath.attention import FusedAttention
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.fastpath.report import FastPathWarning, warn_once
@@ -20,7 +20,6 @@ from tests.offload.fastpath.single_tokens import (
     of_family,
     steps,
     transformers_only,
-    with_cache,
 )
 
 USUAL = (
@@ -164,7 +163,7 @@ def test_batches_and_masks_go_to_transformers() -> None:
             out = model(two, attention_mask=mask, use_cache=True)
             more = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
             token = torch.tensor([[3], [4]])
-            out = model(token, attention_mask=more, **with_cache(model, cache_of(out)))
+            out = model(token, attention_mask=more, **cache_argument(model, cache_of(out)))
             results.append(out.logits)
     assert torch.equal(*results)
 

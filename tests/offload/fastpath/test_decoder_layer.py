@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conmoe_edge.compat import cache_argument
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.compute.cpu_layer import CpuLayer
@@ -22,7 +23,6 @@ from tests.offload.fastpath.single_tokens import (
     modules_behind,
     of_family,
     steps,
-    with_cache,
 )
 
 USUAL = (
@@ -220,7 +220,7 @@ def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
     with torch.inference_mode():
         out = package(
             torch.tensor([[2]]),
-            **with_cache(package, cache),
+            **cache_argument(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )
@@ -229,7 +229,7 @@ def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
     with layers_of_transformers(), torch.inference_mode():
         wanted = package(
             torch.tensor([[2]]),
-            **with_cache(package, cache),
+            **cache_argument(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )

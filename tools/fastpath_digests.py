@@ -12,7 +12,7 @@ import importlib
 
 import transformers
 
-from conmoe_edge.offload.fastpath.source_digest import source_digest
+from conmoe_edge.model.source_digest import source_digest
 from conmoe_edge.offload.fastpath.supported import LISTED, OWN
 
 

@@ -68,7 +68,9 @@ class FeedForward:
     def router(self) -> RouterTable | None:
         """The router, where it is the operator's and has no hooks; a forward may begin with setting some."""
         gate = self.gate
-        fused = None if gate is None else gate.__dict__.get("forward")
+        if gate is None:
+            return None
+        fused = gate.__dict__.get("forward")
         if type(fused) is not FusedRouter or gate._forward_hooks or gate._forward_pre_hooks:
             return None
         return fused.current(self._correction())

@@ -45,7 +45,7 @@ class FusedNorm(nn.Module):
     def current(self) -> RmsNorm | None:
         """The norm, as long as its weight lies where it lay."""
         place = self._parameters["weight"].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
-        if self._shift and self.bias.data_ptr() != self._shift:
+        if self._shift and self.bias.data_ptr() != self._shift:  # pyright: ignore[reportOptionalMemberAccess]
             return None
         return self._norm if place == self._norm.place else None
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import transformers
 from torch import nn
 
-from conmoe_edge.offload.fastpath.source_digest import source_digest
+from conmoe_edge.model.source_digest import source_digest
 from conmoe_edge.offload.kernels.cpu.structs import Scores, Turn
 
 

@@ -96,9 +96,11 @@ def write_package(
         parts: list[Part] = []
         for n, t in tensors[one].items():
             plain: Part = (n, tuple(t.shape), str(t.dtype).removeprefix("torch."))
-            parts += [plain] if kind == "plain" else quantised_parts(n, *t.shape, kind)
+            shape = t.shape[::-1] if module.is_transposed else t.shape
+            whole = kind == "plain" or t.ndim != 2
+            parts += [plain] if whole else quantised_parts(n, *shape, kind)
         layout = make_layout(parts, "source" if kind == "plain" else kind)
-        tensors[one] = encode(layout, tensors[one], transposed=False)
+        tensors[one] = encode(layout, tensors[one], transposed=bool(module.is_transposed))
         if layout not in layouts:
             layouts.append(layout)
         layout_of[one] = layouts.index(layout)

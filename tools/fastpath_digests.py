@@ -12,8 +12,8 @@ import importlib
 
 import transformers
 
-from conmoe_edge.offload.fastpath.source_digest import source_digest
-from conmoe_edge.offload.fastpath.supported import LISTED
+from conmoe_edge.model.source_digest import source_digest
+from conmoe_edge.offload.fastpath.supported import LISTED, OWN
 
 
 def lines() -> list[str]:
@@ -21,8 +21,11 @@ def lines() -> list[str]:
     found = []
     for name, (_, digests) in sorted(LISTED.items()):
         family, _, kind = name.partition(".")
+        place = f"transformers.models.{family}.modeling_{family}"
+        if family == "torch":
+            continue
         try:
-            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            module = importlib.import_module(OWN if family == "deepseek" else place)
             digest = source_digest(getattr(module, kind))
         except (ImportError, AttributeError):
             found.append(f"{name:48} absent")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.model.experts import sum_dtype
 from conmoe_edge.model.slot_tensors import SlotTensors
-from conmoe_edge.offload.compute.torch_backend import Arithmetic, gates_in_one_call
+from conmoe_edge.offload.compute.torch_backend import Arithmetic, expert_gate, gates_in_one_call
 from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
@@ -53,9 +53,9 @@ class HostAddresses:
         residency.table.watch(self)
 
     def put(self, number: int, place: Place) -> None:
-        matrices = self._pools[place[0]].parts(place[1]).matrices
-        if matrices is not None:
-            self.table.put(number, *matrices)
+        expert = self._pools[place[0]].parts(place[1])
+        if expert.matrices is not None:
+            self.table.put(number, *expert.matrices, expert.biases)
 
     def remove(self, number: int) -> None:
         self.table.remove(number)
@@ -191,4 +191,7 @@ class CpuBackend(TorchBackend):
         if formats and matrices is not None:
             forms = (matrices[0].form, matrices[1].form)
             table = LayerTable(self._addresses.table, forms, slots.slot_map, slots.constants)
+            gate = expert_gate(module)
+            assert gate is not None, "gates_in_one_call has looked"
+            table.with_gate(gate)
         return CpuLayer(self.residency, self.arithmetic, slots, self._engine, table, formats)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ from conmoe_edge.checkpoint.format.forms import COLUMNS, DOWN, KEPT, LEFT, RIGHT
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
-from conmoe_edge.offload.kernels.cpu.bindings import operator
+from conmoe_edge.model.source_digest import source_digest
+from conmoe_edge.offload.kernels.cpu.bindings import ExpertGate, operator
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 MANY_ROWS = 16
@@ -131,12 +133,12 @@ class Arithmetic:
         Returns:
             [n, H] in fp32 (fp64 for activations in fp64); each row is the same bits in any company.
         """
-        usual = usual_gate(module)
+        known = expert_gate(module) is not None
         groups: dict[tuple[Way, object], list[int]] = {}
         for position, one in enumerate(experts):  # by what each is, never by its company
             if not one.suits_operator(module, hidden.dtype):
                 key = (self._alone, position)
-            elif usual and one.matrices is not None:
+            elif known and one.matrices is not None:
                 key = (self._gated, one.kin)
             else:
                 alike = _gates_together(module, one, len(experts))
@@ -189,7 +191,10 @@ class Arithmetic:
         x = hidden if hidden.dtype != torch.float16 else hidden.float()
         matrices = [one.matrices for one in experts if one.matrices is not None]
         ups, downs = zip(*matrices, strict=True)
-        return engine.gated_experts(ups, downs, x.contiguous())
+        biases = [one.biases for one in experts if one.biases is not None]
+        gate = expert_gate(module)
+        assert gate is not None, "one_token has looked"
+        return engine.gated_experts(ups, downs, x.contiguous(), gate, biases or None)
 
     def _ungated(
         self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
@@ -286,14 +291,40 @@ def gates_in_one_call(
     """Whether the operator computes all these experts of ``module`` together, for activations in ``hidden``."""
     alike = len({one.kin for one in experts}) == 1
     suited = all(one.suits_operator(module, hidden) and one.matrices is not None for one in experts)
-    return alike and suited and usual_gate(module)
+    return alike and suited and expert_gate(module) is not None
+
+
+_SILU = ExpertGate()
+_GPT_OSS = "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts"
+_GPT_OSS_DIGESTS = ("51f0c8e1449251a2",)
+
+
+def expert_gate(module: nn.Module) -> ExpertGate | None:
+    """The gate of the experts ``module`` for the operator; ``None`` for one that it does not compute."""
+    if usual_gate(module):
+        return _SILU
+    if not _is_gpt_oss(type(module)) or "_apply_gate" in vars(module):
+        return None
+    return ExpertGate(float(module.alpha), float(module.limit), interleaved=True)  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def _is_gpt_oss(kind: type) -> bool:
+    """Whether ``kind`` is gpt_oss's, with the code that was looked at (``model/source_digest.py``)."""
+    if f"{kind.__module__}.{kind.__qualname__}" != _GPT_OSS:
+        return False
+    try:
+        return source_digest(kind) in _GPT_OSS_DIGESTS
+    except OSError:
+        return False
 
 
 def usual_gate(module: nn.Module) -> bool:
     """silu(gate) * up, gate before up, and nothing around it: what the operator computes itself."""
     function = getattr(type(module), "_apply_gate", None)
     usual = getattr(function, "__name__", "") == "_default_apply_gate"
-    silu = isinstance(getattr(module, "act_fn", None), (nn.SiLU, SiLUActivation))
+    function = getattr(module, "act_fn", None)
+    silu = function is nn.functional.silu or isinstance(function, (nn.SiLU, SiLUActivation))
     return usual and silu and bool(module.has_gate) and not module.has_post_expert_norm
 
 

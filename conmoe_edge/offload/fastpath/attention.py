@@ -6,8 +6,8 @@ push everything else out of the processor's caches, so each of them is cold. ``F
 positions, the cache, softmax, the output projection; or the same over compressed keys and values.
 
 Before the operator answers for a layer it has computed one token of that layer beside transformers, and every bit of
-the output and of the cache was the same (close to it where keys and values are compressed). That check is not the
-proof; the tests of the listed classes are.
+the output and of the cache was the same; close where the operator rounds otherwise (``Attention.exact``). That check
+is not the proof; the tests of the listed classes are.
 
 Memory: one token's activations; for the first token a copy of the layer's keys and values.
 """
@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.attention_function import SUITED
 from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
-from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Attention, Latent, Refusal, look_up
+from conmoe_edge.offload.fastpath.window_cache import has_one_more, room_in_window
 from conmoe_edge.offload.kernels.cpu.bindings import (
     AttentionTable,
     Cached,
@@ -48,7 +49,7 @@ _KNOWN = frozenset(
 )
 """Arguments of a ``forward`` that are looked at, or may have any value."""
 _CLOSE = 2.0**-5
-"""Of the greatest number of an output: what compressed attention may differ by, which is summed in another order."""
+"""Of the greatest number of an output: what it may differ by where the operator rounds otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,41 @@ class Place:
     """A layer's weights as they lie now, and where the next token goes in a cache."""
 
     table: AttentionTable | LatentTable
-    layer: GrowingLayer
+    layer: GrowingLayer | DynamicSlidingWindowLayer
     cached: Cached
+
+    def has_one_more(self) -> None:
+        """The token has been written."""
+        if isinstance(self.layer, GrowingLayer):
+            self.layer.has_one_more()
+        else:
+            has_one_more(self.layer)
+
+
+class Rehearsal:
+    """A copy of what a layer holds, for a token that transformers computes as well."""
+
+    def __init__(self, layer: Any) -> None:
+        """Before that token."""
+        self._layer, self._held = layer, layer.keys.shape[-2]
+        self._copies = [_with_room(one) for one in (layer.keys, layer.values)]
+
+    def agrees(self, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
+        """Whether ``compute`` gives what is ``wanted``, and writes the keys and values that transformers has written:
+        the same bits where ``exact``, else close.
+        """
+        found = compute(Cached.of(self._copies[0], self._copies[1], self._held))
+        same = torch.equal if exact else _close
+        own = (self._layer.keys, self._layer.values)
+        return same(found, wanted) and all(
+            same(copy[:, :, -1], one[:, :, -1]) for copy, one in zip(self._copies, own, strict=True)
+        )
+
+
+def _with_room(held: Tensor) -> Tensor:
+    longer = held.new_zeros((*held.shape[:-2], held.shape[-2] + 1, held.shape[-1]))
+    longer[:, :, :-1] = held
+    return longer
 
 
 class FusedAttention:
@@ -77,7 +111,7 @@ class FusedAttention:
     ) -> None:
         """For a module that ``fused_attention`` takes; names of its projections and norms, empty for none."""
         self.verified: bool | None = None
-        self.spec, self.exact = spec, isinstance(spec, Attention)
+        self.spec, self.exact = spec, spec.exact
         self._own = weakref.WeakMethod(module.forward)
         self._engine, self._served = engine, served
         self._parts = parts = dict(module.named_children())
@@ -108,16 +142,17 @@ class FusedAttention:
         if positions is None:
             return own(**kwargs)
         if self.verified is None:
-            found = own(**kwargs)
-            self.verified = found[1] is None and agree(
-                place,
+            rehearsal, found = Rehearsal(place.layer), own(**kwargs)
+            self.verified = found[1] is None and rehearsal.agrees(
                 lambda cached: self._engine.attention(place.table, x, positions, cached),
                 found[0],
                 self.exact,
             )
+            if self.verified is False:
+                warn_of_another_result(own.__self__)
             return found
         out = self._engine.attention(place.table, x, positions, place.cached)
-        place.layer.has_one_more()
+        place.has_one_more()
         self._served.attention += 1
         return out, None
 
@@ -159,9 +194,14 @@ class FusedAttention:
         if type(cache) is not DynamicCache or self._index >= len(cache.layers):
             return None
         layer, table = cache.layers[self._index], self._current()
-        if table is None or type(layer) is not GrowingLayer:
+        if table is None:
             return None
-        cached = layer.room_for_one(*table.cache)
+        if type(layer) is GrowingLayer:
+            cached = layer.room_for_one(*table.cache)
+        elif type(layer) is DynamicSlidingWindowLayer and self._eager:
+            cached = room_in_window(layer, *table.cache)
+        else:
+            return None
         return None if cached is None else Place(table, layer, cached)
 
     def _current(self) -> AttentionTable | LatentTable | None:
@@ -261,21 +301,6 @@ def unchanged(module: nn.Module, parts: dict[str, nn.Module], called: Collection
         if children.get(name) is not part or (hooked and name not in called):
             return False
     return True
-
-
-def agree(place: Place, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
-    """Whether ``compute`` gives what is ``wanted``, and writes the same keys and values as the token has in the cache
-    already: the same bits where ``exact``, else close.
-    """
-    keys: Any = place.layer.keys
-    values: Any = place.layer.values
-    own = [one.clone(memory_format=torch.contiguous_format) for one in (keys, values)]
-    for one in own:
-        one[:, :, -1] = 0
-    first, second = own
-    found = compute(Cached.of(first, second, keys.shape[2] - 1))
-    same = torch.equal if exact else _close
-    return same(found, wanted) and same(first, keys) and same(second, values)
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

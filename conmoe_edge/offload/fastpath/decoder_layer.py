@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.compat import cache_of
-from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, agree, unchanged
+from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, Rehearsal, unchanged
 from conmoe_edge.offload.fastpath.feed_forward import Prepared, feed_forward
-from conmoe_edge.offload.fastpath.report import Served
+from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Layer, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
@@ -47,31 +47,28 @@ class _Ready:
 
 
 class Checked:
-    """Arguments of a layer that were looked at, and taken: a model gives all its layers the same."""
+    """Arguments of layers that were looked at, and taken: a model gives layers of one kind the same."""
 
     def __init__(self) -> None:
         self._embeddings: Any = None
-        self._mask: Any = None
-        self._spec: Any = None
-        self._count = 0
-        self.positions: Positions | None = None
+        self._taken: list[tuple[Any, Any, int, Positions]] = []
 
-    def same(self, arguments: Mapping[str, Any], spec: Any) -> bool:
-        """Whether ``arguments`` are those that were looked at last, for an attention of the same kind."""
-        embeddings = arguments.get("position_embeddings")
-        return (
-            embeddings is not None
-            and embeddings is self._embeddings
-            and len(arguments) == self._count
-            and arguments.get("attention_mask") is self._mask
-            and spec is self._spec
-        )
+    def find(self, arguments: Mapping[str, Any], spec: Any) -> Positions | None:
+        """The position, where ``arguments`` were taken before for an attention of the kind ``spec``."""
+        if arguments.get("position_embeddings") is not self._embeddings:
+            return None
+        mask, count = arguments.get("attention_mask"), len(arguments)
+        for other_mask, other_spec, other_count, positions in self._taken:
+            if mask is other_mask and spec is other_spec and count == other_count:
+                return positions
+        return None
 
     def keep(self, arguments: Mapping[str, Any], spec: Any, positions: Positions) -> None:
         """``arguments`` were taken."""
-        self._embeddings, self._count = arguments["position_embeddings"], len(arguments)
-        self._mask, self._spec = arguments.get("attention_mask"), spec
-        self.positions = positions
+        embeddings = arguments["position_embeddings"]
+        if embeddings is not self._embeddings:
+            self._embeddings, self._taken = embeddings, []
+        self._taken.append((arguments.get("attention_mask"), spec, len(arguments), positions))
 
 
 class FusedLayer:
@@ -97,6 +94,8 @@ class FusedLayer:
         self._beside = parts.get(spec.shared)
         self._multiplier = float(getattr(module, spec.multiplier)) if spec.multiplier else 1.0
         self._behind = feed_forward(self._mlp, self._beside, engine)
+        dense = not isinstance(self._behind, Refusal) and self._behind.dense
+        self._exact = self._attention.exact and not dense
         self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
         self._written: _Ready | None = None
@@ -145,7 +144,7 @@ class FusedLayer:
     def finish(self, through: bool) -> None:
         """The forward has ended. Where the token went ``through`` the whole model, it is in the cache."""
         if through and self._written is not None:
-            self._written.place.layer.has_one_more()
+            self._written.place.has_one_more()
         self._ready = self._written = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,10 +156,10 @@ class FusedLayer:
             return own(*args, **kwargs)
         x: Tensor = args[0]
         attention = self._attention
-        if not self._checked.same(kwargs, attention.spec):
-            positions = (
-                attention.positions(kwargs, ready.place) if attention.takes(x, kwargs) else None
-            )
+        positions = self._checked.find(kwargs, attention.spec)
+        if positions is None:
+            if attention.takes(x, kwargs):
+                positions = attention.positions(kwargs, ready.place)
             if positions is None:
                 return own(*args, **kwargs)
             self._checked.keep(kwargs, attention.spec, positions)
@@ -168,10 +167,8 @@ class FusedLayer:
             return own(*args, **kwargs)
         if self._attending.__dict__.get("forward") is not attention:
             return own(*args, **kwargs)  # its forward was replaced after loading
-        positions = self._checked.positions
-        assert positions is not None
         if self.verified is None:
-            return self._try(lambda: own(*args, **kwargs), x, positions, ready)
+            return self._try(own.__self__, lambda: own(*args, **kwargs), x, positions, ready)
         out = self._compute(x.contiguous(), positions, ready, ready.place.cached)
         self._written = ready
         if self._one_call:
@@ -180,7 +177,14 @@ class FusedLayer:
             self._served.blocks += 1
         return out
 
-    def _try(self, own: Callable[[], Any], x: Tensor, positions: Positions, ready: _Ready) -> Any:
+    def _try(
+        self,
+        module: nn.Module,
+        own: Callable[[], Any],
+        x: Tensor,
+        positions: Positions,
+        ready: _Ready,
+    ) -> Any:
         """The token by transformers, and beside it by the operator with what the router said (or with what stands in
         the experts' place gave), to see whether they are the same.
         """
@@ -189,6 +193,7 @@ class FusedLayer:
         gate = None if isinstance(behind, Refusal) or ready.behind is None else behind.gate
         known = self._mlp if gate is None else gate
         hook = known.register_forward_hook(lambda *call: routed.append(call[2]))
+        rehearsal = Rehearsal(ready.place.layer)
         try:
             wanted = own()
         finally:
@@ -196,13 +201,14 @@ class FusedLayer:
         self.verified = (
             isinstance(wanted, Tensor)
             and len(routed) == 1
-            and agree(
-                ready.place,
+            and rehearsal.agrees(
                 lambda cached: self._compute(x.contiguous(), positions, ready, cached, routed[0]),
                 wanted,
-                self._attention.exact,
+                self._exact,
             )
         )
+        if not self.verified:
+            warn_of_another_result(module)
         return wanted
 
     def _compute(

@@ -39,7 +39,11 @@ class FeedForward:
     """The mlp of a decoder layer, and a shared expert that the layer has beside it."""
 
     def __init__(self, module: nn.Module, spec: Block | None, dense: DenseMlp | None) -> None:
-        """For what ``feed_forward`` takes; without ``spec`` the dense layer is all there is."""
+        """For what ``feed_forward`` takes; without ``spec`` the dense layer is all there is.
+
+        ``dense``: whether there is a dense layer.
+        """
+        self.dense = dense is not None
         self._module, self._spec, self._dense = module, spec, dense
         self._parts = dict(module.named_children())
         self.gate = None if spec is None else self._parts[spec.router]
@@ -64,7 +68,9 @@ class FeedForward:
     def router(self) -> RouterTable | None:
         """The router, where it is the operator's and has no hooks; a forward may begin with setting some."""
         gate = self.gate
-        fused = None if gate is None else gate.__dict__.get("forward")
+        if gate is None:
+            return None
+        fused = gate.__dict__.get("forward")
         if type(fused) is not FusedRouter or gate._forward_hooks or gate._forward_pre_hooks:
             return None
         return fused.current(self._correction())

@@ -9,30 +9,24 @@ Memory: what the modules say.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
 from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
 from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
-from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served
+from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
 from conmoe_edge.offload.fastpath.router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
-
-
-class FastPathWarning(UserWarning):
-    """A model could have the fast path, and has not."""
 
 
 def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathReport:
@@ -41,6 +35,9 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
 
     Its weights are where they stay, and its linear layers are ``FusedLinear``. The order below is the only one: an
     attention wants fused norms, and a layer a fused attention and a fused router.
+
+    Raises:
+        UnsupportedModel: the model's ``forward`` takes no cache under a known name.
     """
     served, checked, refused = Served(), Checked(), _Refused()
     engine = operator() if machine.device == "cpu" else None
@@ -60,12 +57,12 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
         ):
             _put_in_front(model, make, refused)
     layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
-    steps = _Steps(context, layers, served)
+    steps = _Steps(Arguments.of(model), context, layers, served)
     model.register_forward_pre_hook(steps.before, with_kwargs=True)
     if layers:
         model.register_forward_hook(steps.behind, always_call=True)
     for text in refused.changed:
-        _warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
+        warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
     paths = [_path(i, one, refused) for i, one in enumerate(_decoder_layers(model))]
     return FastPathReport(tuple(paths), reason, served)
 
@@ -75,16 +72,18 @@ class _Steps:
     between two layers' weights every line of it is cold, and costs ten times as much.
     """
 
-    def __init__(self, context: int, layers: Sequence[FusedLayer], served: Served) -> None:
-        """``layers`` in any order."""
+    def __init__(
+        self, arguments: Arguments, context: int, layers: Sequence[FusedLayer], served: Served
+    ) -> None:
+        """``arguments`` of the model; ``layers`` in any order."""
+        self._arguments = arguments
         self._context, self._layers, self._served = context, layers, served
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of it: the cache first, as the layers look at its buffers."""
-        held, ids = cache_of(kwargs), kwargs.get("input_ids")
+        named = self._arguments.named(args, kwargs)
+        held, ids = cache_of(named), named.get("input_ids")
         grow_in_steps(held, self._context)
-        if ids is None:
-            ids = next(iter(args), None)
         single = isinstance(ids, Tensor) and ids.shape == (1, 1)
         self._served.tokens += single
         for layer in self._layers:
@@ -159,8 +158,3 @@ def _path(index: int, layer: nn.Module, refused: _Refused) -> LayerPath:
         one for one in layer.children() if type(one).__name__.endswith(("Attention", "Net", "Conv"))
     ]
     return LayerPath(index, "none", router, next(map(refused.reason, mixers), "") or reasons[0])
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, FastPathWarning, stacklevel=3)

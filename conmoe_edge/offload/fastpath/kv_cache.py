@@ -18,10 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 STEP_TOKENS = 256
@@ -111,21 +110,6 @@ class GrowingLayer(DynamicLayer):
         assert self._key_buffer is not None and self._value_buffer is not None
         self.keys = self._key_buffer.narrow(-2, 0, held)
         self.values = self._value_buffer.narrow(-2, 0, held)
-
-
-def keep_cache_growing(model: nn.Module, context: int) -> None:
-    """From now on the plain layers of every cache that ``model`` is called with grow in steps, up to
-    ``context`` tokens; beyond that, as far as each call needs.
-
-    Raises:
-        UnsupportedModel: the model's ``forward`` takes no cache under a known name.
-    """
-    arguments = Arguments.of(model)
-
-    def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grow_in_steps(cache_of(arguments.named(args, kwargs)), context)
-
-    model.register_forward_pre_hook(swap, with_kwargs=True)
 
 
 def grow_in_steps(cache: Any, limit: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
+
+from torch import nn
 
 Live = Literal["layer", "block", "attention", "none"]
 _WORDS = {
@@ -12,6 +16,24 @@ _WORDS = {
     "block": "in two calls",
     "attention": "with attention in one call",
 }
+
+
+class FastPathWarning(UserWarning):
+    """A model could have the fast path, and has not."""
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Give the warning ``text``, the first time that there is reason to."""
+    warnings.warn(text, FastPathWarning, stacklevel=3)
+
+
+def warn_of_another_result(module: nn.Module) -> None:
+    """``module`` is left to transformers, because the operator has computed something else for a token."""
+    name = type(module).__name__
+    warn_once(
+        f"{name}: the operator's result is not transformers', so single tokens take transformers' steps"
+    )
 
 
 @dataclass(frozen=True, slots=True)

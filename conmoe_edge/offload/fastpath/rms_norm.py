@@ -26,8 +26,9 @@ class FusedNorm(nn.Module):
     def __init__(self, like: nn.Module, norm: RmsNorm, engine: Operator) -> None:
         """Take the place of ``like``, which computes ``norm``."""
         super().__init__()
-        self.weight = like.weight
+        self.weight, self.bias = like.weight, getattr(like, "bias", None)
         self._engine, self._norm = engine, norm
+        self._shift = 0 if self.bias is None else self.bias.data_ptr()
         self._like = (like,)  # in a tuple, so that it is not a submodule
 
     __call__ = call_at_once
@@ -44,6 +45,8 @@ class FusedNorm(nn.Module):
     def current(self) -> RmsNorm | None:
         """The norm, as long as its weight lies where it lay."""
         place = self._parameters["weight"].data_ptr()  # pyright: ignore[reportOptionalMemberAccess]
+        if self._shift and self.bias.data_ptr() != self._shift:  # pyright: ignore[reportOptionalMemberAccess]
+            return None
         return self._norm if place == self._norm.place else None
 
 
@@ -55,6 +58,11 @@ def fused_norm(module: nn.Module, engine: Operator) -> FusedNorm | Refusal:
     weight = module._parameters.get("weight")
     if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return Refusal(f"the weight of {type(module).__name__} is not bf16 on the CPU")
-    epsilon = float(getattr(module, spec.epsilon))
-    norm = RmsNorm(weight.detach(), epsilon, spec.plus_one, spec.early)
+    epsilon, bias = float(getattr(module, spec.epsilon)), module._parameters.get("bias")
+    if spec.shift and (bias is None or bias.dtype != weight.dtype):
+        return Refusal(f"{type(module).__name__} without a bias")
+    if weight.ndim != 1:
+        return Refusal(f"{type(module).__name__} over several axes")
+    shift = None if bias is None else bias.detach()
+    norm = RmsNorm(weight.detach(), epsilon, spec.plus_one, spec.early, shift)
     return FusedNorm(module, norm, engine)

@@ -82,8 +82,8 @@ def _table(
     if weight is None or weight.dtype not in formats or weight.device.type != "cpu":
         return Refusal(f"the weight of {name} is not in a format for this on the CPU")
     matrix = engine.prepare(stored("plain", weight.detach(), None))
-    chosen: Any = getattr(module, "top_k", None)
-    if matrix is None or not isinstance(chosen, int) or spec.chosen not in (0, chosen):
+    chosen: Any = spec.chosen or getattr(module, "top_k", None)
+    if matrix is None or not isinstance(chosen, int):
         return Refusal(f"{name} has sizes that the operator does not take")
     if spec.correction:
         correction = attrgetter(spec.correction)(module)

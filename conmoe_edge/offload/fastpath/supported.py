@@ -17,13 +17,13 @@ from typing import TypeVar
 import transformers
 from torch import nn
 
-from conmoe_edge.offload.fastpath.source_digest import source_digest
+from conmoe_edge.model.source_digest import source_digest
 from conmoe_edge.offload.kernels.cpu.structs import Scores, Turn
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis; with ``shift`` of x less its mean, plus a bias.
 
     Attributes:
         epsilon: its attribute's name.
@@ -34,6 +34,7 @@ class Norm:
     epsilon: str = "variance_epsilon"
     early: bool = True
     plus_one: bool = False
+    shift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Attention:
         turn: how positions turn a head (``AttentionTable``).
         half_angles: cosines and sines are given for one half of a head.
         doubled: the projection to queries gives a gate as well.
-        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class.
+        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class;
+            every token comes with a mask, and a cache layer may have a window.
         sinks: name of the logits without values; empty for none.
         unset: settings of the configuration that must be ``None``.
     """
@@ -64,6 +66,13 @@ class Attention:
     sinks: str = ""
     unset: tuple[str, ...] = ()
 
+    @property
+    def exact(self) -> bool:
+        """Whether the operator gives the same bits as transformers' steps with native products and norms, always. Else
+        a sum in fp32 or an exponential may be rounded to the other side.
+        """
+        return self.turn == "halves" and not self.doubled and not self.eager
+
 
 @dataclass(frozen=True, slots=True)
 class Latent:
@@ -76,6 +85,7 @@ class Latent:
 
     turn: Turn
     turn_if: str = ""
+    exact = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +100,7 @@ class Router:
         wide_logits: logits are given out in fp32, of the values in bf16.
         linear: the module inside that has the weight.
         wide_weight: only with a weight in fp32.
-        chosen: how many slots a token must get; 0 for any number.
+        chosen: how many slots a token gets, whatever the configuration says; 0 for as many as that says.
         groups: slots are chosen by groups; ``groups_if``: where an attribute has that value, and refused with any but
             "greedy" elsewhere.
     """
@@ -199,6 +209,7 @@ _GROUPED = Router(
 
 # "family.Class" stands for transformers.models.<family>.modeling_<family>.Class; deepseek's are this package's own.
 LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
+    "torch.LayerNorm": (Norm("eps", early=False, shift=True), ()),
     "afmoe.AfmoeMLP": (Mlp(), ("d2204b2781199cc7",)),
     "afmoe.AfmoeRMSNorm": (Norm(early=False), ("ccdf1e4e4b8bece9",)),
     "deepseek.DeepseekMoe": (Block(shared="shared_experts"), ("05b52dd8846a63f6",)),
@@ -392,6 +403,7 @@ LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
     "olmoe.OlmoeSparseMoeBlock": (Block(), ("999a587be719916f",)),
     "olmoe.OlmoeTopKRouter": (Router("norm_topk_prob"), ("06e9fa13525dc2e8",)),
     "phimoe.PhimoeAttention": (Attention(), ("b5de3aea02e2e122", "011fec7333bde501")),
+    "phimoe.PhimoeDecoderLayer": (Layer(), ("32f2900502be6061", "0f06ef10094806fa")),
     "phimoe.PhimoeSparseMoeBlock": (Block(router="router"), ("fb400ee88fb92908",)),
     "phimoe.PhimoeTopKRouter": (
         Router(normed=False, scores="sparsemixer", chosen=2, jitter="router_jitter_noise"),
@@ -466,7 +478,7 @@ class Refusal:
 
 
 P = TypeVar("P", Norm, Attention, Latent, Router, Part, Mlp, Block, Layer)
-_OWN = "conmoe_edge.model.deepseek_modeling"
+OWN = "conmoe_edge.model.deepseek_modeling"
 _NAME = re.compile(r"transformers\.models\.(\w+)\.modeling_\1$")
 
 
@@ -486,7 +498,9 @@ def look_up(module: nn.Module, kind: type[P]) -> P | Refusal:
 
 def listed_name(kind: type) -> str | None:
     """ "family.Class" of a class of transformers, listed or not; ``None`` for any other class."""
-    if kind.__module__ == _OWN:
+    if kind is nn.LayerNorm:
+        return "torch.LayerNorm"
+    if kind.__module__ == OWN:
         return f"deepseek.{kind.__qualname__}"
     found = _NAME.match(kind.__module__)
     return f"{found[1]}.{kind.__qualname__}" if found else None
@@ -504,7 +518,7 @@ def _listed(kind: type) -> Piece | Refusal:
         return _unlisted(kind)
     piece, digests = LISTED[name]
     try:
-        same = source_digest(kind) in digests
+        same = kind is nn.LayerNorm or source_digest(kind) in digests
     except OSError as error:
         return Refusal(f"the source of {kind.__name__} cannot be read: {error}", changed=True)
     if same:

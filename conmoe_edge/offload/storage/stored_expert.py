@@ -27,11 +27,13 @@ class StoredExpert:
         quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
         factored: whether they are low rank and a few columns, [out, in] as well.
         forms: what two experts must have in common for a product in one call; ``None`` without the operator.
-        matrices: both matrices, where they and nothing else make up the expert, for ``gated_experts``; else ``None``.
+        matrices: both matrices, where they, perhaps with ``biases``, make up the expert, for ``gated_experts``; else
+            ``None``.
+        biases: of both, bf16; ``None`` for none.
         kin: what two experts must have in common there, where they may have different numbers of neurons.
     """
 
-    __slots__ = ("factored", "forms", "kin", "matrices", "parts", "prepared", "quantised")
+    __slots__ = ("biases", "factored", "forms", "kin", "matrices", "parts", "prepared", "quantised")
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
@@ -50,12 +52,15 @@ class StoredExpert:
             tuple(one.form for one in self.prepared.values()) if whole else None
         )
         up, down = self.prepared.get(UP), self.prepared.get(DOWN)
-        biased = any(name.endswith(_BIAS) for name in parts)
+        biased = sum(name.endswith(_BIAS) for name in parts)
+        self.biases: tuple[Tensor, Tensor] | None = None
         self.matrices: tuple[Prepared, Prepared] | None = None
         self.kin: tuple[int, ...] = ()
-        if up is not None and down is not None and not biased:
-            self.matrices = up, down
-            self.kin = (up.form.code, up.form.group, down.form.code)
+        if up is not None and down is not None:
+            self.biases = _biases(parts, up, down)
+            if biased == (0 if self.biases is None else 2):
+                self.matrices = up, down
+                self.kin = (up.form.code, up.form.group, down.form.code, biased)
 
     def suits_operator(self, module: nn.Module, hidden: torch.dtype) -> bool:
         """Whether the operator computes this expert of ``module`` for activations in ``hidden``.
@@ -66,3 +71,15 @@ class StoredExpert:
             return False
         own = self.quantised or self.factored
         return own or (hidden != torch.float32 and not module.is_transposed)
+
+
+def _biases(
+    parts: Mapping[str, Tensor], up: Prepared, down: Prepared
+) -> tuple[Tensor, Tensor] | None:
+    """Both biases in bf16; ``None`` where they are not there, or go with matrices that lie the other way round."""
+    first, second = parts.get(UP + _BIAS), parts.get(DOWN + _BIAS)
+    if first is None or second is None:
+        return None
+    fits = first.numel() == up.form.rows and second.numel() == down.form.rows
+    narrow = first.dtype == second.dtype == torch.bfloat16
+    return (first, second) if fits and narrow else None

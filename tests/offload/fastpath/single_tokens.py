@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.integrations.dense_weights import finish_dense, products_for
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention
@@ -36,6 +35,18 @@ def installed(name: str, **changes: Any) -> tuple[Any, FastPathReport]:
     return model, install(model, Machine("cpu", native_bf16=False), 2 * STEP_TOKENS)
 
 
+def random_parts(model: Any) -> Any:
+    """``model`` with norms, biases, sinks and corrections that are not what they are made with."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, one in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in name and one.ndim == 1 and name.endswith("weight"):
+                one.add_(torch.randn(one.shape, generator=generator) * 0.2)
+            elif name.endswith(("bias", "sinks")):
+                one.copy_(torch.randn(one.shape, generator=generator) * 0.3)
+    return model
+
+
 def modules_behind(model: Any, kind: type) -> list[Any]:
     """The modules whose ``forward`` has a ``kind`` in front of it."""
     return [module for module in model.modules() if isinstance(vars(module).get("forward"), kind)]
@@ -57,12 +68,6 @@ def transformers_only() -> Iterator[None]:
         yield
 
 
-def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """``cache`` as an argument of ``model``."""
-    names = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
-
-
 def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
     """Logits of a prompt (where there is no cache yet) and of single tokens after it, and the cache."""
     rows = []
@@ -72,6 +77,6 @@ def steps(model: Any, tokens: list[int], cache: Any = None) -> tuple[torch.Tenso
             cache = cache_of(out)
             rows.append(out.logits[0, -1])
         for token in tokens:
-            out = model(torch.tensor([[token]]), **with_cache(model, cache))
+            out = model(torch.tensor([[token]]), **cache_argument(model, cache))
             rows.append(out.logits[0, -1])
     return torch.stack(rows), cache

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention_function import (
@@ -19,7 +19,6 @@ from conmoe_edge.offload.fastpath.attention_function import (
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import identity, write_package
-from tests.offload.fastpath.single_tokens import with_cache
 
 SLOW, FAST = Machine("cpu", native_bf16=False), Machine("cpu", native_bf16=True)
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9]])
@@ -54,7 +53,7 @@ def test_every_family_says_the_same(name: str) -> None:
             if suited and not suit_attention(model, SLOW):
                 pytest.skip("this family brings an attention of its own")
             first = model(IDS, use_cache=True)
-            later = model(torch.tensor([[3]]), **with_cache(model, cache_of(first)))
+            later = model(torch.tensor([[3]]), **cache_argument(model, cache_of(first)))
             results.append((first.logits, later.logits))
     assert torch.equal(results[0][0], results[1][0])  # a prompt is left alone
     before, after = results[0][1].float(), results[1][1].float()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conmoe_edge.compat import cache_argument
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.offload.compute.cpu_layer import CpuLayer
@@ -22,14 +23,13 @@ from tests.offload.fastpath.single_tokens import (
     modules_behind,
     of_family,
     steps,
-    with_cache,
 )
 
 USUAL = (
-    *("deepseek", "dots1", "glm4_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
-    "solar_open",
+    *("deepseek", "dots1", "glm4_moe", "granitemoe", "granitemoeshared", "hunyuan_v1_moe"),
+    *("minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
 )
-OTHERS = ("flex_olmo", "granitemoe", "phimoe", "deepseek_v3", "qwen3_next")
+OTHERS = ("afmoe", "exaone_moe", "mimo_v2_flash", "minimax")
 
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
@@ -220,7 +220,7 @@ def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
     with torch.inference_mode():
         out = package(
             torch.tensor([[2]]),
-            **with_cache(package, cache),
+            **cache_argument(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )
@@ -229,7 +229,7 @@ def test_router_logits_and_hidden_states_are_handed_out(package: Any) -> None:
     with layers_of_transformers(), torch.inference_mode():
         wanted = package(
             torch.tensor([[2]]),
-            **with_cache(package, cache),
+            **cache_argument(package, cache),
             output_router_logits=True,
             output_hidden_states=True,
         )

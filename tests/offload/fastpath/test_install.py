@@ -14,7 +14,8 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath import install as module_of_install
 from conmoe_edge.offload.fastpath import supported
-from conmoe_edge.offload.fastpath.install import FastPathWarning, install
+from conmoe_edge.offload.fastpath.install import install
+from conmoe_edge.offload.fastpath.report import FastPathWarning, warn_once
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
@@ -32,22 +33,16 @@ def package(name: str, folder: Path, **changes: Any) -> Any:
     ("name", "summary"),
     [
         ("olmoe", "native, 3 of 3 layers in one call"),
+        ("deepseek_v3", "native, 3 of 3 layers in one call"),
         (
-            "qwen2_moe",
-            "native, 3 of 3 layers in two calls: Qwen2MoeSparseMoeBlock is not on the list",
+            "gpt_oss",
+            "native, 3 of 3 layers in two calls: the operator does not take its experts",
         ),
         (
-            "qwen3_moe",
-            "native, 2 of 3 layers in one call, 1 of 3 layers in two calls: "
-            "Qwen3MoeMLP is not on the list",
+            "qwen3_next",
+            "native, 1 of 3 layers in one call: Qwen3NextGatedDeltaNet is not on the list",
         ),
-        (
-            "granitemoe",
-            "native, 3 of 3 layers with attention in one call: "
-            "GraniteMoeDecoderLayer is not on the list",
-        ),
-        ("deepseek_v3", "native products only: DeepseekV3Attention is not on the list"),
-        ("gpt_oss", "native products only: its attention is eager"),
+        ("afmoe", "native products only: AfmoeAttention is not on the list"),
     ],
 )
 def test_summaries(name: str, summary: str, tmp_path: Path) -> None:
@@ -99,7 +94,7 @@ def test_counts_show_what_has_answered(tmp_path: Path) -> None:
 def test_a_listed_class_with_other_code_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "olmoe.OlmoeDecoderLayer"
     monkeypatch.setitem(supported.LISTED, name, (supported.LISTED[name][0], ("0" * 16,)))
-    module_of_install._warn_once.cache_clear()
+    warn_once.cache_clear()
     with pytest.warns(FastPathWarning, match="OlmoeDecoderLayer of transformers") as seen:
         _, report = installed("olmoe")
         installed("olmoe")

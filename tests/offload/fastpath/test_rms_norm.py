@@ -29,6 +29,8 @@ def norm_of(kind: type[nn.Module], width: int) -> nn.Module:
     module: Any = kind(width, eps=1e-5).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(width)
     module.weight.data.copy_(torch.randn(width, generator=generator))
+    if getattr(module, "bias", None) is not None:
+        module.bias.data.copy_(torch.randn(width, generator=generator))
     return module
 
 
@@ -62,6 +64,8 @@ def test_against_the_formula_and_the_module(
 
 def class_of(name: str) -> type[nn.Module]:
     family, _, kind = name.partition(".")
+    if family == "torch":
+        return nn.LayerNorm
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     return getattr(module, kind)
 
@@ -101,7 +105,8 @@ def test_weights_in_fp32_are_left_alone() -> None:
 
 def test_other_modules_are_left_alone() -> None:
     assert ENGINE is not None
-    for module in (nn.LayerNorm(8), nn.Linear(8, 8), nn.Identity()):
+    plain = nn.LayerNorm(8, bias=False), nn.LayerNorm((2, 8)), nn.Linear(8, 8), nn.Identity()
+    for module in plain:
         assert isinstance(fused_norm(module.to(torch.bfloat16), ENGINE), Refusal)
 
 
@@ -128,7 +133,11 @@ def test_a_loaded_package_has_them_and_says_the_same(name: str, tmp_path: Path) 
     model: Any = tiny_model(name, dtype=torch.bfloat16)
     packed: Any = load_package(write_package(model, tmp_path, identity(model)))
     fast = {path for path, one in packed.named_modules() if isinstance(one, FusedNorm)}
-    own = {path for path, one in model.named_modules() if re.search("RMSNorm$", type(one).__name__)}
+    own = {
+        path
+        for path, one in model.named_modules()
+        if re.search("RMSNorm$|^LayerNorm$", type(one).__name__)
+    }
     assert fast <= own and (fast or not own)
     assert packed.state_dict().keys() >= {f"{path}.weight" for path in fast}
     ids = torch.tensor([[5, 17, 33]])

@@ -15,11 +15,13 @@ import torch
 from transformers.models.olmoe import modeling_olmoe
 
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.fastpath.source_digest import source_digest
+from conmoe_edge.model.source_digest import source_digest
+from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
 from conmoe_edge.offload.fastpath.supported import (
     LISTED,
     Attention,
     Block,
+    Latent,
     Layer,
     Refusal,
     forget_digests,
@@ -29,104 +31,114 @@ from conmoe_edge.offload.fastpath.supported import (
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import identity, write_package
-from tests.offload.fastpath.single_tokens import (
-    installed,
-    layers_of_transformers,
-    steps,
-    transformers_only,
-)
+from tests.offload.fastpath.single_tokens import random_parts, steps, transformers_only
 
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 TOKENS = [3 + 7 * i % 90 for i in range(72)]
-WINDOW = 24
-ATTENTIONS: list[tuple[str, dict[str, Any]]] = [
+WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("deepseek", {}),
-    ("deepseek", {"attention_bias": True}),
+    ("deepseek", {"attention_bias": True, "mlp_bias": True}),
+    ("deepseek_v2", {}),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True}),
     ("dots1", {}),
-    ("dots1", {"attention_bias": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    ("glm4_moe", {}),
-    ("glm4_moe", {"attention_bias": True, "use_qk_norm": True}),
-    ("granitemoe", {"attention_multiplier": 0.25}),
+    ("dots1", {"attention_bias": True, "norm_topk_prob": False, **WINDOW}),
+    ("ernie4_5_moe", {}),
+    ("ernie4_5_moe", {"use_bias": True, "moe_num_shared_experts": 0}),
+    ("flex_olmo", {}),
+    ("flex_olmo", {"attention_bias": True, "norm_topk_prob": True}),
+    ("glm4_moe", {"use_qk_norm": False}),
+    ("glm4_moe", {"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
+    ("gpt_oss", {}),
+    ("gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3}),
+    ("gpt_oss", {"kind": "int8"}),
+    ("granitemoe", {"attention_multiplier": 0.25, "residual_multiplier": 0.7}),
     ("granitemoe", {"attention_bias": True}),
-    ("granitemoeshared", {"attention_multiplier": 0.25}),
+    ("granitemoeshared", {"attention_multiplier": 0.25, "residual_multiplier": 0.7}),
+    ("granitemoeshared", {"shared_intermediate_size": 0}),
+    ("hunyuan_v1_moe", {}),
+    ("hunyuan_v1_moe", {"attention_bias": True}),
+    ("lfm2_moe", {}),
+    ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 2.0}),
     ("minimax_m2", {}),
     ("minimax_m2", {"rotary_dim": 4}),
     ("mixtral", {}),
-    ("mixtral", {"sliding_window": WINDOW}),
-    ("olmoe", {}),
+    ("mixtral", WINDOW),
+    ("olmoe", {"norm_topk_prob": True}),
     ("olmoe", {"attention_bias": True, "num_key_value_heads": 4}),
     ("phimoe", {}),
-    ("phimoe", {"attention_bias": True, "sliding_window": WINDOW}),
+    ("phimoe", {"attention_bias": True, **WINDOW}),
     ("qwen2_moe", {}),
-    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [0], **WINDOW}),
+    ("qwen3_5_moe_text", {}),
     ("qwen3_moe", {}),
-    ("qwen3_moe", {"attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW}),
+    ("qwen3_moe", {"attention_bias": True, "norm_topk_prob": False, **WINDOW}),
+    ("qwen3_next", {}),
+    ("qwen3_next", {"mlp_only_layers": [1]}),
     ("solar_open", {}),
-    ("solar_open", {"attention_bias": True}),
+    ("solar_open", {"attention_bias": True, "routed_scaling_factor": 2.5}),
 ]
-LAYERS: list[tuple[str, dict[str, Any]]] = [
-    ("mixtral", {}),
-    ("olmoe", {"norm_topk_prob": True}),
-    ("qwen3_moe", {"mlp_only_layers": []}),
-]
+CLOSE = ("deepseek_v2", "deepseek_v3", "ernie4_5_moe", "flex_olmo")
+"""Where the operator rounds otherwise: compressed attention, and angles in fp32."""
+WAYS = {("gpt_oss", "plain"): "block"}
+"""How far a layer gets, where not into one call: gpt_oss's experts in bf16 lie the other way round."""
 
 
 def same_caches(ours: Any, theirs: Any) -> bool:
-    pairs = zip(ours.layers, theirs.layers, strict=True)
-    return all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in pairs)
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        if getattr(a, "keys", None) is not None and not (
+            torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+        ):
+            return False
+    return True
 
 
-@pytest.mark.parametrize(("name", "changes"), ATTENTIONS)
-def test_attentions_and_layers(name: str, changes: dict[str, Any]) -> None:
-    model, report = installed(name, **changes)
-    plain: Any = tiny_model(name, dtype=torch.bfloat16, **changes)
+def no_further(found: Any, theirs: Any, exact: Any) -> bool:
+    """Whether ``found`` is no further from the numbers in fp32 than ``theirs``, over all tokens and the last ones."""
+    return all(
+        (found[part].float() - exact[part]).abs().mean()
+        <= 1.5 * (theirs[part].float() - exact[part]).abs().mean() + 1e-3
+        for part in (slice(None), slice(-16, None))
+    )
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_many_tokens(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    kind = changes.get("kind", "plain")
+    changes = {key: value for key, value in changes.items() if key != "kind"}
+    plain = random_parts(tiny_model(name, dtype=torch.bfloat16, **changes))
+    folder = write_package(plain, tmp_path / "package", identity(plain), kind=kind)
+    model: Any = load_package(folder)
     exact, _ = steps(copy.deepcopy(plain).float(), TOKENS)
     theirs, _ = steps(plain, TOKENS)
     with transformers_only():
         wanted, held = steps(model, TOKENS)
+    report = model.conmoe.fast_path
     before = report.live()
     found, cache = steps(model, TOKENS)
-    after = report.live()
-    assert torch.equal(found, wanted) and same_caches(cache, held)
-    for part in (slice(None), slice(-16, None)):
-        usual = (theirs[part].float() - exact[part]).abs().mean()
-        assert (found[part].float() - exact[part]).abs().mean() <= 1.5 * usual + 1e-3
-    served = {way: after[way] - before[way] for way in after}
-    sliding = sum(hasattr(one, "sliding_window") for one in cache.layers)
-    full = len(cache.layers) - sliding
-    way = "block" if any(one.live == "block" for one in report.layers) else "attention"
-    assert served[way] == full * (len(TOKENS) - 1)  # the first token is compared
+    served = {way: count - before[way] for way, count in report.live().items()}
+    # The first token is compared. Of caches with a window only those of eager attention are served.
+    full = sum(type(one) is GrowingLayer for one in cache.layers)
+    full = len(cache.layers) if name == "gpt_oss" else full
+    assert served[WAYS.get((name, kind), "layer")] == full * (len(TOKENS) - 1)
     assert served["tokens"] == len(TOKENS)
-
-
-@pytest.mark.parametrize(("name", "changes"), LAYERS)
-def test_whole_layers(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    plain = tiny_model(name, dtype=torch.bfloat16, **changes)
-    exact, _ = steps(copy.deepcopy(plain).float(), TOKENS)
-    theirs, _ = steps(plain, TOKENS)
-    model: Any = load_package(write_package(plain, tmp_path / "package", identity(plain)))
-    with layers_of_transformers():
-        wanted, held = steps(model, TOKENS)
-    report = model.conmoe.fast_path
-    before = report.live()["layer"]
-    found, cache = steps(model, TOKENS)
-    count = len(report.layers)
-    assert report.summary == f"native, {count} of {count} layers in one call"
-    assert report.live()["layer"] - before == count * (len(TOKENS) - 1)
-    assert torch.equal(found, wanted) and same_caches(cache, held)
-    usual = (theirs.float() - exact).abs().mean()
-    assert (found.float() - exact).abs().mean() <= 1.5 * usual + 1e-3
+    assert no_further(found, theirs if kind == "plain" else wanted, exact)
+    if name in CLOSE:
+        assert no_further(found, wanted, exact)
+    else:
+        assert torch.equal(found, wanted) and same_caches(cache, held)
 
 
 def test_every_class_on_the_list_is_in_a_tested_family() -> None:
-    """Norms and routers have tests of their own (``test_rms_norm.py``, ``test_router.py``)."""
-    names = {name for name, _ in (*ATTENTIONS, *LAYERS)}
-    found = {listed_name(type(module)) for name in names for module in tiny_model(name).modules()}
-    proven = {
-        name for name, (piece, _) in LISTED.items() if isinstance(piece, Attention | Block | Layer)
+    """Norms and routers have tests of their own too (``test_rms_norm.py``, ``test_router.py``)."""
+    found = {
+        listed_name(type(module)) for name, _ in CASES for module in tiny_model(name).modules()
     }
-    assert proven <= found
+    proven = Attention | Latent | Block | Layer
+    assert {name for name, (piece, _) in LISTED.items() if isinstance(piece, proven)} <= found
 
 
 @pytest.mark.parametrize("name", sorted(BY_NAME))
@@ -134,7 +146,7 @@ def test_the_installed_release_is_known(name: str) -> None:
     kinds = {type(module) for module in tiny_model(name).modules()}
     for kind in kinds:
         listed = listed_name(kind)
-        if listed in LISTED:
+        if listed in LISTED and kind is not torch.nn.LayerNorm:
             assert source_digest(kind) in LISTED[listed][1], listed
 
 
@@ -159,7 +171,7 @@ def test_a_branch_that_shows_late_is_another_digest(monkeypatch: pytest.MonkeyPa
     own = modeling_olmoe.OlmoeAttention.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out, weights = own(self, *args, **kwargs)
+        out, weights, *_ = own(self, *args, **kwargs)
         return out * (1.0 if self.layer_idx < 11 else 3.0), weights
 
     monkeypatch.setattr(modeling_olmoe.OlmoeAttention, "forward", forward)

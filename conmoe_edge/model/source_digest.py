@@ -1,7 +1,7 @@
 """A digest of the Python source that a class of transformers computes with.
 
-``supported.py`` lists classes with the digests of the code that the operator reproduces. A class whose code has changed
-has another digest, and is left to transformers.
+``offload/fastpath/supported.py`` lists classes with the digests of the code that the operator reproduces. A class whose
+code has changed has another digest, and is left to transformers.
 
 Pure, but for reading source files.
 """

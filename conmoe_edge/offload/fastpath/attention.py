@@ -124,6 +124,7 @@ class FusedAttention:
         self._table: AttentionTable | LatentTable | None = None
         self._prepared: list[Prepared | None] = []
         self._eager = isinstance(spec, Attention) and spec.eager
+        self._unset = spec.unset if isinstance(spec, Attention) else ()
         sinks = spec.sinks if isinstance(spec, Attention) else ""
         self._sinks: Tensor | None = getattr(module, sinks) if sinks else None
         self._sinks_place = 0 if self._sinks is None else self._sinks.data_ptr()
@@ -209,19 +210,19 @@ class FusedAttention:
         own = self._own()
         if own is None or own.__self__.training or not unchanged(own.__self__, self._parts):
             return None
-        unset = self.spec.unset if isinstance(self.spec, Attention) else ()
-        if any(self._settings.get(name) is not None for name in unset):
-            return None
+        for name in self._unset:
+            if self._settings.get(name) is not None:
+                return None
         if self._sinks is not None and self._sinks.data_ptr() != self._sinks_place:
             return None
-        norms = [None if one is None else one.current() for one in self._norms]
-        for norm, one in zip(norms, self._norms, strict=True):
-            if norm is None and one is not None:
+        for one in self._norms:
+            if one is not None and one.current() is None:
                 return None
         prepared = [one.prepared_for(torch.bfloat16) for one in self._linears]
         if self._table is None or any(
             one is not other for one, other in zip(prepared, self._prepared, strict=True)
         ):
+            norms = [None if one is None else one.current() for one in self._norms]
             self._prepared = prepared
             self._table = self._tabled(own.__self__, prepared, norms)
         return self._table

@@ -80,7 +80,6 @@ def gather(
     seconds = expected_seconds(step, budget)
     inner, last = dense_weights(model)
     through = inner + sum(asked[index] * one.expert_numel for index, one in weights.items())
-    fast_path = getattr(model.conmoe, "fast_path", None)
     planned = planned_by(manifest)
     same = planned is not None and planned.budget.device_bytes == budget.device_bytes
     return BenchFacts(
@@ -106,8 +105,6 @@ def gather(
         layers=len(anatomy.layers),
         expected=None if seconds is None else 1.0 / seconds,
         planned=planned.chosen.tokens_per_second if planned is not None and same else None,
-        fast_path="" if fast_path is None else fast_path.summary,
-        fast_path_json=None if fast_path is None else fast_path.to_json(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,7 +79,11 @@ def bench(
     }
     facts = bench_facts.gather(session, folder, rates, settings)
     stage("run")
-    return make_report(facts, measure(session, prompts, tokens, on_round))
+    rounds = measure(session, prompts, tokens, on_round)
+    fast_path = getattr(session.runtime, "fast_path", None)
+    if fast_path is not None:  # read afterwards: it counts the tokens that it has served
+        facts = replace(facts, fast_path=fast_path.summary, fast_path_json=fast_path.to_json())
+    return make_report(facts, rounds)
 
 
 def _text(path: Path | None) -> str:

@@ -262,19 +262,18 @@ class Cached:
         """
         _, heads, room, width = keys.shape
         _, others, other_room, value_width = values.shape
-        for one in (keys, values):
-            if one.dtype is not torch.bfloat16 or not one.is_cpu:
-                raise ValueError(f"a cache in {one.dtype} on {one.device}")
-        if keys.stride()[2:] != (width, 1) or values.stride()[2:] != (value_width, 1):
-            raise ValueError(
-                f"a cache whose rows are not contiguous: {keys.stride()}, {values.stride()}"
-            )
-        if not 0 <= held < min(room, other_room) or heads != others:
+        _, key_step, key_row, key_unit = keys.stride()
+        _, value_step, value_row, value_unit = values.stride()
+        if keys.dtype is not torch.bfloat16 or values.dtype is not torch.bfloat16:
+            raise ValueError(f"a cache in {keys.dtype} and {values.dtype}")
+        if not keys.is_cpu or not values.is_cpu or key_unit != 1 or value_unit != 1:
+            raise ValueError(f"a cache on {keys.device}, strides {keys.stride()}")
+        if key_row != width or value_row != value_width:
+            raise ValueError(f"a cache whose rows are not contiguous: {keys.stride()}")
+        if held < 0 or held >= room or held >= other_room or heads != others:
             raise ValueError(f"a cache with {held} of {room} tokens has no room")
         sizes = (heads, width, value_width)
-        return cls(
-            *(keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1), held, sizes)
-        )
+        return cls(keys.data_ptr(), values.data_ptr(), key_step, value_step, held, sizes)
 
 
 class Positions:

@@ -124,6 +124,7 @@ class FusedAttention:
         self._table: AttentionTable | LatentTable | None = None
         self._prepared: list[Prepared | None] = []
         self._eager = isinstance(spec, Attention) and spec.eager
+        self._windows = isinstance(spec, Attention) and spec.windows
         self._unset = spec.unset if isinstance(spec, Attention) else ()
         sinks = spec.sinks if isinstance(spec, Attention) else ""
         self._sinks: Tensor | None = getattr(module, sinks) if sinks else None
@@ -169,7 +170,7 @@ class FusedAttention:
             if name not in _KNOWN and value is not None and value is not False:
                 return False
         mask = arguments.get("attention_mask")
-        return mask is None or (self._eager and _hides_nothing(mask))
+        return mask is None or (self._windows and _hides_nothing(mask))
 
     def positions(self, arguments: Mapping[str, Any], place: Place) -> Positions | None:
         """The token's position among the ``arguments``; ``None`` where it is not what the table takes."""
@@ -199,7 +200,7 @@ class FusedAttention:
             return None
         if type(layer) is GrowingLayer:
             cached = layer.room_for_one(*table.cache)
-        elif type(layer) is DynamicSlidingWindowLayer and self._eager:
+        elif type(layer) is DynamicSlidingWindowLayer and self._windows:
             cached = room_in_window(layer, *table.cache)
         else:
             return None
@@ -249,17 +250,26 @@ def _plain(
     linears: list[tuple[Prepared, Tensor | None]],
     norms: list[RmsNorm | None],
 ) -> AttentionTable:
+    sinks = getattr(module, spec.sinks) if spec.sinks else None
     return AttentionTable(
         linears,
         norms or [None, None],
         int(module.head_dim),
         float(module.scaling),
-        turn=spec.turn,
+        turn=spec.turn if _turns(module, spec) else "not",
         late=spec.late,
+        value_width=int(getattr(module, spec.value_width)) if spec.value_width else None,
+        value_scale=float(getattr(module, spec.value_scale)) if spec.value_scale else 1.0,
         doubled=spec.doubled,
         eager=spec.eager,
-        sinks=getattr(module, spec.sinks).detach() if spec.sinks else None,
+        sinks=None if sinks is None else sinks.detach(),
     )
+
+
+def _turns(module: Any, spec: Attention) -> bool:
+    if spec.turn_unless and getattr(module, spec.turn_unless) is None:
+        return True
+    return bool(getattr(module, spec.turn_if)) if spec.turn_if else True
 
 
 def _latent(

@@ -251,8 +251,11 @@ def _plain(
     norms: list[RmsNorm | None],
 ) -> AttentionTable:
     sinks = getattr(module, spec.sinks) if spec.sinks else None
+    gates = [matrix for matrix, bias in linears[4:] if bias is None]
+    if len(gates) != len(linears[4:]):
+        raise ValueError("a gate with a bias")
     return AttentionTable(
-        linears,
+        linears[:4],
         norms or [None, None],
         int(module.head_dim),
         float(module.scaling),
@@ -261,6 +264,7 @@ def _plain(
         value_width=int(getattr(module, spec.value_width)) if spec.value_width else None,
         value_scale=float(getattr(module, spec.value_scale)) if spec.value_scale else 1.0,
         doubled=spec.doubled,
+        gate=gates[0] if gates else None,
         eager=spec.eager,
         sinks=None if sinks is None else sinks.detach(),
     )
@@ -333,7 +337,8 @@ def fused_attention(
         if getattr(module.config, setting) is not None:
             return Refusal(f"{type(module).__name__} with {setting}")
     norms = spec.norms if not spec.norms_if or getattr(module, spec.norms_if) else ()
-    return _fused(module, spec, list(spec.linears), list(norms), engine, served)
+    linears = [*spec.linears, *([spec.gate] if spec.gate else [])]
+    return _fused(module, spec, linears, list(norms), engine, served)
 
 
 def _latent_parts(module: nn.Module) -> tuple[list[str], list[str]]:

@@ -49,6 +49,7 @@ class Attention:
         turn: how positions turn a head (``AttentionTable``).
         half_angles: cosines and sines are given for one half of a head.
         doubled: the projection to queries gives a gate as well.
+        gate: name of a projection that gives such a gate; empty for none.
         turn_if: the module's attribute that says whether positions turn a head at all; empty where they do.
         turn_unless: or the attribute that says so by being ``None``.
         eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class.
@@ -66,6 +67,7 @@ class Attention:
     turn: Turn = "halves"
     half_angles: bool = False
     doubled: bool = False
+    gate: str = ""
     turn_if: str = ""
     turn_unless: str = ""
     eager: bool = False
@@ -80,7 +82,9 @@ class Attention:
         """Whether the operator gives the same bits as transformers' steps with native products and norms, always. Else
         a sum in fp32 or an exponential may be rounded to the other side.
         """
-        return self.turn == "halves" and not (self.doubled or self.eager or self.windows)
+        return self.turn == "halves" and not (
+            self.doubled or self.gate or self.eager or self.windows
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,7 @@ class Block:
         share: the projection whose sigmoid its output is times.
         correction: the block's buffer that the router is called with.
         first: the block gives a tuple, the first of which counts.
+        whole: the router takes [1, 1, H], not [1, H].
     """
 
     router: str = "gate"
@@ -169,6 +174,7 @@ class Block:
     share: str = ""
     correction: str = ""
     first: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +225,38 @@ _GROUPED = Router(
 # "family.Class" stands for transformers.models.<family>.modeling_<family>.Class; deepseek's are this package's own.
 LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
     "torch.LayerNorm": (Norm("eps", early=False, shift=True), ()),
+    "afmoe.AfmoeAttention": (
+        Attention(norms=_QK, turn_if="is_local_attention", gate="gate_proj", windows=True),
+        ("312bd80b338ab738", "33f618ecc87deea6"),
+    ),
+    "afmoe.AfmoeDecoderLayer": (
+        Layer(
+            "input_layernorm",
+            "self_attn",
+            "pre_mlp_layernorm",
+            attended="post_attention_layernorm",
+            given="post_mlp_layernorm",
+        ),
+        ("94a159cc3899bc73", "f2f9c085e466711e", "83fb06b2b4e54e3b"),
+    ),
     "afmoe.AfmoeMLP": (Mlp(), ("d2204b2781199cc7",)),
     "afmoe.AfmoeRMSNorm": (Norm(early=False), ("ccdf1e4e4b8bece9",)),
+    "afmoe.AfmoeSparseMoeBlock": (
+        Block(router="router", shared="shared_experts", correction="expert_bias", whole=True),
+        ("d6203a483f9510d0", "94c2f0d3fa376372"),
+    ),
+    "afmoe.AfmoeTokenChoiceRouter": (
+        Router(
+            normed=True,
+            wide_gates=True,
+            wide_logits=True,
+            linear="gate",
+            scores="sigmoid",
+            scaling="route_scale",
+            epsilon=1e-20,
+        ),
+        ("62ec039c032d4898",),
+    ),
     "deepseek.DeepseekMoe": (Block(shared="shared_experts"), ("05b52dd8846a63f6",)),
     "deepseek_v2.DeepseekV2Attention": (
         Latent("pairs-wide"),

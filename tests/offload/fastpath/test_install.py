@@ -42,7 +42,11 @@ def package(name: str, folder: Path, **changes: Any) -> Any:
             "qwen3_next",
             "native, 1 of 3 layers in one call: Qwen3NextGatedDeltaNet is not on the list",
         ),
-        ("afmoe", "native products only: AfmoeAttention is not on the list"),
+        (
+            "minimax",
+            "native products only: MiniMaxLightningAttention is not on the list; "
+            "MiniMaxAttention is not on the list",
+        ),
     ],
 )
 def test_summaries(name: str, summary: str, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ class FusedAttention:
     """Stands in front of the ``forward`` of an attention module of a loaded model, for inference only.
 
     ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
+    ``windows``: whether it takes cache layers with a window.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class FusedAttention:
         self._table: AttentionTable | LatentTable | None = None
         self._prepared: list[Prepared | None] = []
         self._eager = isinstance(spec, Attention) and spec.eager
-        self._windows = isinstance(spec, Attention) and spec.windows
+        self.windows = isinstance(spec, Attention) and spec.windows
         self._unset = spec.unset if isinstance(spec, Attention) else ()
         sinks = spec.sinks if isinstance(spec, Attention) else ""
         self._sinks: Tensor | None = getattr(module, sinks) if sinks else None
@@ -170,7 +171,7 @@ class FusedAttention:
             if name not in _KNOWN and value is not None and value is not False:
                 return False
         mask = arguments.get("attention_mask")
-        return mask is None or (self._windows and _hides_nothing(mask))
+        return mask is None or (self.windows and _hides_nothing(mask))
 
     def positions(self, arguments: Mapping[str, Any], place: Place) -> Positions | None:
         """The token's position among the ``arguments``; ``None`` where it is not what the table takes."""
@@ -200,7 +201,7 @@ class FusedAttention:
             return None
         if type(layer) is GrowingLayer:
             cached = layer.room_for_one(*table.cache)
-        elif type(layer) is DynamicSlidingWindowLayer and self._windows:
+        elif type(layer) is DynamicSlidingWindowLayer and self.windows:
             cached = room_in_window(layer, *table.cache)
         else:
             return None

@@ -80,6 +80,14 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.summary == "torch's own kernels: there is no compiler"
 
 
+def test_a_cache_with_a_window_is_said(tmp_path: Path) -> None:
+    model = package("mixtral", tmp_path / "one", sliding_window=8)
+    assert model.conmoe.fast_path.summary == "native products only: its cache has a window"
+    steps(model, [3, 1, 4])
+    assert model.conmoe.fast_path.live()["transformers"] == 9
+    assert package("exaone_moe", tmp_path / "two").conmoe.fast_path.summary.endswith("in one call")
+
+
 def test_counts_show_what_has_answered(tmp_path: Path) -> None:
     model = package("olmoe", tmp_path)
     live = model.conmoe.fast_path.live

@@ -98,6 +98,7 @@ class FusedAttention:
     """Stands in front of the ``forward`` of an attention module of a loaded model, for inference only.
 
     ``verified``: whether the operator computed the same as transformers; ``None`` before there was a token to try.
+    ``windows``: whether it takes cache layers with a window.
     """
 
     def __init__(
@@ -124,6 +125,8 @@ class FusedAttention:
         self._table: AttentionTable | LatentTable | None = None
         self._prepared: list[Prepared | None] = []
         self._eager = isinstance(spec, Attention) and spec.eager
+        self.windows = isinstance(spec, Attention) and spec.windows
+        self._unset = spec.unset if isinstance(spec, Attention) else ()
         sinks = spec.sinks if isinstance(spec, Attention) else ""
         self._sinks: Tensor | None = getattr(module, sinks) if sinks else None
         self._sinks_place = 0 if self._sinks is None else self._sinks.data_ptr()
@@ -168,7 +171,7 @@ class FusedAttention:
             if name not in _KNOWN and value is not None and value is not False:
                 return False
         mask = arguments.get("attention_mask")
-        return mask is None or (self._eager and _hides_nothing(mask))
+        return mask is None or (self.windows and _hides_nothing(mask))
 
     def positions(self, arguments: Mapping[str, Any], place: Place) -> Positions | None:
         """The token's position among the ``arguments``; ``None`` where it is not what the table takes."""
@@ -198,7 +201,7 @@ class FusedAttention:
             return None
         if type(layer) is GrowingLayer:
             cached = layer.room_for_one(*table.cache)
-        elif type(layer) is DynamicSlidingWindowLayer and self._eager:
+        elif type(layer) is DynamicSlidingWindowLayer and self.windows:
             cached = room_in_window(layer, *table.cache)
         else:
             return None
@@ -209,19 +212,19 @@ class FusedAttention:
         own = self._own()
         if own is None or own.__self__.training or not unchanged(own.__self__, self._parts):
             return None
-        unset = self.spec.unset if isinstance(self.spec, Attention) else ()
-        if any(self._settings.get(name) is not None for name in unset):
-            return None
+        for name in self._unset:
+            if self._settings.get(name) is not None:
+                return None
         if self._sinks is not None and self._sinks.data_ptr() != self._sinks_place:
             return None
-        norms = [None if one is None else one.current() for one in self._norms]
-        for norm, one in zip(norms, self._norms, strict=True):
-            if norm is None and one is not None:
+        for one in self._norms:
+            if one is not None and one.current() is None:
                 return None
         prepared = [one.prepared_for(torch.bfloat16) for one in self._linears]
         if self._table is None or any(
             one is not other for one, other in zip(prepared, self._prepared, strict=True)
         ):
+            norms = [None if one is None else one.current() for one in self._norms]
             self._prepared = prepared
             self._table = self._tabled(own.__self__, prepared, norms)
         return self._table
@@ -248,17 +251,30 @@ def _plain(
     linears: list[tuple[Prepared, Tensor | None]],
     norms: list[RmsNorm | None],
 ) -> AttentionTable:
+    sinks = getattr(module, spec.sinks) if spec.sinks else None
+    gates = [matrix for matrix, bias in linears[4:] if bias is None]
+    if len(gates) != len(linears[4:]):
+        raise ValueError("a gate with a bias")
     return AttentionTable(
-        linears,
+        linears[:4],
         norms or [None, None],
         int(module.head_dim),
         float(module.scaling),
-        turn=spec.turn,
+        turn=spec.turn if _turns(module, spec) else "not",
         late=spec.late,
+        value_width=int(getattr(module, spec.value_width)) if spec.value_width else None,
+        value_scale=float(getattr(module, spec.value_scale)) if spec.value_scale else 1.0,
         doubled=spec.doubled,
+        gate=gates[0] if gates else None,
         eager=spec.eager,
-        sinks=getattr(module, spec.sinks).detach() if spec.sinks else None,
+        sinks=None if sinks is None else sinks.detach(),
     )
+
+
+def _turns(module: Any, spec: Attention) -> bool:
+    if spec.turn_unless and getattr(module, spec.turn_unless) is None:
+        return True
+    return bool(getattr(module, spec.turn_if)) if spec.turn_if else True
 
 
 def _latent(
@@ -322,7 +338,8 @@ def fused_attention(
         if getattr(module.config, setting) is not None:
             return Refusal(f"{type(module).__name__} with {setting}")
     norms = spec.norms if not spec.norms_if or getattr(module, spec.norms_if) else ()
-    return _fused(module, spec, list(spec.linears), list(norms), engine, served)
+    linears = [*spec.linears, *([spec.gate] if spec.gate else [])]
+    return _fused(module, spec, linears, list(norms), engine, served)
 
 
 def _latent_parts(module: nn.Module) -> tuple[list[str], list[str]]:

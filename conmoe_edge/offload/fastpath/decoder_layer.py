@@ -32,7 +32,6 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     Cached,
     Operator,
     Positions,
-    RmsNorm,
 )
 
 
@@ -110,14 +109,13 @@ class FusedLayer:
         own = self._own()
         if cache is None or own is None or False in (self.verified, self._attention.verified):
             return
-        norms = [None if one is None else one.current() for one in self._norms]
-        for norm, one in zip(norms, self._norms, strict=True):
-            if norm is None and one is not None:
+        for one in self._norms:
+            if one is not None and one.current() is None:
                 return
         place = self._attention.place(cache)
         if place is None or not unchanged(own.__self__, self._parts):
             return
-        table = self._block_table(place, norms)
+        table = self._block_table(place)
         if table is None:
             return
         behind = None if isinstance(self._behind, Refusal) else self._behind.prepare()
@@ -125,8 +123,9 @@ class FusedLayer:
             self._tried_all, self.verified = behind is not None, None
         self._ready = _Ready(cache, place, table, behind)
 
-    def _block_table(self, place: Place, norms: list[RmsNorm | None]) -> BlockTable | None:
+    def _block_table(self, place: Place) -> BlockTable | None:
         if self._table is None or self._table[0] is not place.table:
+            norms = [None if one is None else one.current() for one in self._norms]
             before, attended, after, given = norms
             try:
                 made = BlockTable(

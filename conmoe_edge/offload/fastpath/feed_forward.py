@@ -79,6 +79,8 @@ class FeedForward:
         """What the router's module gives for [1, H]."""
         correction = self._correction()
         assert self.gate is not None, "a feed forward with experts has a router"
+        if self._spec is not None and self._spec.whole:
+            hidden = hidden.view(1, 1, -1)
         return self.gate(hidden) if correction is None else self.gate(hidden, correction)
 
     def decoder(

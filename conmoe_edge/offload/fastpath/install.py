@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.offload.compute.torch_backend import Machine
@@ -63,7 +64,8 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
         model.register_forward_hook(steps.behind, always_call=True)
     for text in refused.changed:
         warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
-    paths = [_path(i, one, refused) for i, one in enumerate(_decoder_layers(model))]
+    windows = _windows(model)
+    paths = [_path(i, one, refused, i in windows) for i, one in enumerate(_decoder_layers(model))]
     return FastPathReport(tuple(paths), reason, served)
 
 
@@ -143,18 +145,28 @@ def _decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     return getattr(model.get_decoder(), "layers", ())
 
 
-def _path(index: int, layer: nn.Module, refused: _Refused) -> LayerPath:
-    """What decoder layer ``layer`` has got."""
+def _path(index: int, layer: nn.Module, refused: _Refused, window: bool) -> LayerPath:
+    """What decoder layer ``layer`` has got, whose cache has a ``window`` or not."""
     parts = list(layer.modules())
     router = any(isinstance(_forward_of(one), FusedRouter) for one in parts)
+    attention = next(
+        (_forward_of(one) for one in parts if isinstance(_forward_of(one), FusedAttention)), None
+    )
+    if attention is None:
+        names = ("Attention", "Net", "Conv")  # of what stands in its place; only for the reason
+        mixers = [one for one in layer.children() if type(one).__name__.endswith(names)]
+        reason = next(map(refused.reason, mixers), "") or refused.reason(layer)
+        return LayerPath(index, "none", router, reason)
+    if window and not attention.windows:
+        return LayerPath(index, "none", router, "its cache has a window")
     fused = _forward_of(layer)
-    if isinstance(fused, FusedLayer):
-        reason = fused.why_not_one_call()
-        return LayerPath(index, "block" if reason else "layer", router, reason)
-    reasons = [refused.reason(layer)]
-    if any(isinstance(_forward_of(one), FusedAttention) for one in parts):
-        return LayerPath(index, "attention", router, reasons[0])
-    mixers = [
-        one for one in layer.children() if type(one).__name__.endswith(("Attention", "Net", "Conv"))
-    ]
-    return LayerPath(index, "none", router, next(map(refused.reason, mixers), "") or reasons[0])
+    if not isinstance(fused, FusedLayer):
+        return LayerPath(index, "attention", router, refused.reason(layer))
+    reason = fused.why_not_one_call()
+    return LayerPath(index, "block" if reason else "layer", router, reason)
+
+
+def _windows(model: PreTrainedModel) -> set[int]:
+    """The layers whose part of a cache has a window."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return {i for i, one in enumerate(layers) if isinstance(one, DynamicSlidingWindowLayer)}

@@ -49,9 +49,14 @@ class Attention:
         turn: how positions turn a head (``AttentionTable``).
         half_angles: cosines and sines are given for one half of a head.
         doubled: the projection to queries gives a gate as well.
-        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class;
-            every token comes with a mask, and a cache layer may have a window.
-        sinks: name of the logits without values; empty for none.
+        gate: name of a projection that gives such a gate; empty for none.
+        turn_if: the module's attribute that says whether positions turn a head at all; empty where they do.
+        turn_unless: or the attribute that says so by being ``None``.
+        eager: scores and probabilities are rounded as ``eager_attention_forward`` does, the only way of the class.
+        windows: cache layers may have a window, and tokens a mask that hides nothing.
+        sinks: name of the logits without values, which may be ``None``; empty for none.
+        value_width, value_scale: attributes with the width of a value and what values are times; empty for those of
+            keys, and for 1.
         unset: settings of the configuration that must be ``None``.
     """
 
@@ -62,8 +67,14 @@ class Attention:
     turn: Turn = "halves"
     half_angles: bool = False
     doubled: bool = False
+    gate: str = ""
+    turn_if: str = ""
+    turn_unless: str = ""
     eager: bool = False
+    windows: bool = False
     sinks: str = ""
+    value_width: str = ""
+    value_scale: str = ""
     unset: tuple[str, ...] = ()
 
     @property
@@ -71,7 +82,9 @@ class Attention:
         """Whether the operator gives the same bits as transformers' steps with native products and norms, always. Else
         a sum in fp32 or an exponential may be rounded to the other side.
         """
-        return self.turn == "halves" and not self.doubled and not self.eager
+        return self.turn == "halves" and not (
+            self.doubled or self.gate or self.eager or self.windows
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +165,7 @@ class Block:
         share: the projection whose sigmoid its output is times.
         correction: the block's buffer that the router is called with.
         first: the block gives a tuple, the first of which counts.
+        whole: the router takes [1, 1, H], not [1, H].
     """
 
     router: str = "gate"
@@ -160,6 +174,7 @@ class Block:
     share: str = ""
     correction: str = ""
     first: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +225,38 @@ _GROUPED = Router(
 # "family.Class" stands for transformers.models.<family>.modeling_<family>.Class; deepseek's are this package's own.
 LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
     "torch.LayerNorm": (Norm("eps", early=False, shift=True), ()),
+    "afmoe.AfmoeAttention": (
+        Attention(norms=_QK, turn_if="is_local_attention", gate="gate_proj", windows=True),
+        ("312bd80b338ab738", "33f618ecc87deea6"),
+    ),
+    "afmoe.AfmoeDecoderLayer": (
+        Layer(
+            "input_layernorm",
+            "self_attn",
+            "pre_mlp_layernorm",
+            attended="post_attention_layernorm",
+            given="post_mlp_layernorm",
+        ),
+        ("94a159cc3899bc73", "f2f9c085e466711e", "83fb06b2b4e54e3b"),
+    ),
     "afmoe.AfmoeMLP": (Mlp(), ("d2204b2781199cc7",)),
     "afmoe.AfmoeRMSNorm": (Norm(early=False), ("ccdf1e4e4b8bece9",)),
+    "afmoe.AfmoeSparseMoeBlock": (
+        Block(router="router", shared="shared_experts", correction="expert_bias", whole=True),
+        ("d6203a483f9510d0", "94c2f0d3fa376372"),
+    ),
+    "afmoe.AfmoeTokenChoiceRouter": (
+        Router(
+            normed=True,
+            wide_gates=True,
+            wide_logits=True,
+            linear="gate",
+            scores="sigmoid",
+            scaling="route_scale",
+            epsilon=1e-20,
+        ),
+        ("62ec039c032d4898",),
+    ),
     "deepseek.DeepseekMoe": (Block(shared="shared_experts"), ("05b52dd8846a63f6",)),
     "deepseek_v2.DeepseekV2Attention": (
         Latent("pairs-wide"),
@@ -267,8 +312,14 @@ LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
         ),
         ("d0fcaa59ff59ff79",),
     ),
+    "exaone_moe.ExaoneMoeAttention": (
+        Attention(norms=_QK, turn_if="is_sliding", turn_unless="sliding_window", windows=True),
+        ("06d48c7bd339a0b1", "5239f379baa72d0e"),
+    ),
+    "exaone_moe.ExaoneMoeDecoderLayer": (Layer(), ("d98c4f536bdea495", "d06de07b98d33928")),
     "exaone_moe.ExaoneMoeMLP": (Mlp(), ("a6c7a7b989473983",)),
     "exaone_moe.ExaoneMoeRMSNorm": (Norm(), ("6fab087b98a7bf01",)),
+    "exaone_moe.ExaoneMoeSparseMoEBlock": (Block(shared="shared_experts"), ("6e4e80b2520a5501",)),
     "exaone_moe.ExaoneMoeTopkRouter": (_GROUPED, ("a1e44b3395bd6b6c", "d69126eddc676c87")),
     "flex_olmo.FlexOlmoAttention": (
         Attention(norms=_QK, turn="halves-wide"),
@@ -297,7 +348,7 @@ LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
     "glm4_moe.Glm4MoeRMSNorm": (Norm(), ("634ca8bf3c298a6b",)),
     "glm4_moe.Glm4MoeTopkRouter": (_GROUPED, ("04d085717f40b7f8", "3ad91e9dc272bf16")),
     "gpt_oss.GptOssAttention": (
-        Attention(half_angles=True, eager=True, sinks="sinks"),
+        Attention(half_angles=True, eager=True, windows=True, sinks="sinks"),
         ("4609bc8e1ba0be94", "277d7b86e4f015d7"),
     ),
     "gpt_oss.GptOssDecoderLayer": (Layer(), ("f8df24a6e27bdf79", "983c10e1a48429b5")),
@@ -370,7 +421,15 @@ LISTED: dict[str, tuple[Piece, tuple[str, ...]]] = {
     "llama.LlamaDecoderLayer": (Layer(), ("e4907650e1d9a7b2", "b283fb402a8b5bed")),
     "llama.LlamaMLP": (Mlp(), ("a0cd7b26869c694f",)),
     "llama.LlamaRMSNorm": (Norm(), ("60518c76050cf6f5",)),
+    "mimo_v2_flash.MiMoV2FlashAttention": (
+        Attention(
+            eager=True, windows=True, sinks="sinks", value_width="v_head_dim", value_scale="v_scale"
+        ),
+        ("15153c71423dbc52", "b3ac937ce5056f54"),
+    ),
+    "mimo_v2_flash.MiMoV2FlashDecoderLayer": (Layer(), ("41021e71a2f1847a", "f4e3b2f8fae52418")),
     "mimo_v2_flash.MiMoV2FlashMLP": (Mlp(), ("15f5ce95343099cc",)),
+    "mimo_v2_flash.MiMoV2FlashMoE": (Block(), ("e9ffc8d6fee5dd56",)),
     "mimo_v2_flash.MiMoV2FlashRMSNorm": (Norm(), ("202582669a1b6749",)),
     "mimo_v2_flash.MiMoV2FlashTopkRouter": (_GROUPED, ("360080e020c4e67d", "90ed6b3cf180e613")),
     "minimax.MiniMaxRMSNorm": (Norm(), ("6fb619f66c888aa7",)),

@@ -26,7 +26,7 @@ USUAL = (
     *("deepseek", "dots1", "glm4_moe", "granitemoe", "granitemoeshared", "minimax_m2", "mixtral"),
     *("hunyuan_v1_moe", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open"),
 )
-OTHERS = ("afmoe", "exaone_moe", "mimo_v2_flash", "minimax")
+OTHERS = ("minimax",)
 
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 

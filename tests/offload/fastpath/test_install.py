@@ -42,7 +42,11 @@ def package(name: str, folder: Path, **changes: Any) -> Any:
             "qwen3_next",
             "native, 1 of 3 layers in one call: Qwen3NextGatedDeltaNet is not on the list",
         ),
-        ("afmoe", "native products only: AfmoeAttention is not on the list"),
+        (
+            "minimax",
+            "native products only: MiniMaxLightningAttention is not on the list; "
+            "MiniMaxAttention is not on the list",
+        ),
     ],
 )
 def test_summaries(name: str, summary: str, tmp_path: Path) -> None:
@@ -74,6 +78,14 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_of_install, "why_not", lambda: "there is no compiler")
     report = install(tiny_model("olmoe", dtype=torch.bfloat16), Machine("cpu", True), 64)
     assert report.summary == "torch's own kernels: there is no compiler"
+
+
+def test_a_cache_with_a_window_is_said(tmp_path: Path) -> None:
+    model = package("mixtral", tmp_path / "one", sliding_window=8)
+    assert model.conmoe.fast_path.summary == "native products only: its cache has a window"
+    steps(model, [3, 1, 4])
+    assert model.conmoe.fast_path.live()["transformers"] == 9
+    assert package("exaone_moe", tmp_path / "two").conmoe.fast_path.summary.endswith("in one call")
 
 
 def test_counts_show_what_has_answered(tmp_path: Path) -> None:

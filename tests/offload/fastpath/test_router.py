@@ -150,13 +150,15 @@ def test_every_router_on_the_list(name: str, changed: bool) -> None:
     changes = {"norm_topk_prob": True, **CHANGES.get(name, {})} if changed else {}
     generator, missed = torch.Generator().manual_seed(5), 0
     for module in routers_of(name, **changes):
+        inner = {"hunyuan_v1_moe": "wg", "afmoe": "gate"}.get(name, "")
+        count, hidden = module.get_submodule(inner).weight.shape
         extra: tuple[Any, ...] = ()
-        if name in ("minimax_m2", "lfm2_moe"):  # their blocks give it to them
-            extra = (torch.randn(module.weight.shape[0], generator=generator) * 0.1,)
+        if name in ("afmoe", "lfm2_moe", "minimax_m2"):  # their blocks give it to them
+            extra = (torch.randn(count, generator=generator) * 0.1,)
         edge = fused(module)
-        hidden = (module.wg if name == "hunyuan_v1_moe" else module).weight.shape[1]
         for _ in range(64):
-            x = torch.randn(1, hidden, generator=generator).bfloat16() * 3
+            shape = (1, 1, hidden) if name == "afmoe" else (1, hidden)
+            x = torch.randn(shape, generator=generator).bfloat16() * 3
             with torch.no_grad():
                 (logits, gates, slots), wanted = edge(x, *extra), module(x, *extra)
             assert [one.dtype for one in (logits, gates)] == [one.dtype for one in wanted[:2]]

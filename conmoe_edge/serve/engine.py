@@ -263,6 +263,9 @@ class Engine:
         spent = time.perf_counter() - job.started
         self._seconds_per_answer += 0.2 * (spent - self._seconds_per_answer)
         self._kept.add(answer.cached, answer.prompt_length, job.reserved)
+        job.answer = (
+            None  # a job may live on in a cycle of its client's coroutine; its cache must not
+        )
         self._publish(force=True)
 
     def _count(self, tokens: int) -> None:

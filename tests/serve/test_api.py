@@ -291,10 +291,11 @@ def test_who_leaves_frees_the_place(server: Running, alone: dict[str, str], stag
             server.wait_until({"conmoe_running": 1})
         stream.close()
     for blocker in blockers:
-        server.wait_until({"conmoe_queue_length": 0, "conmoe_running": 1})
+        server.wait_until({"conmoe_queue_length": 0})
         blocker.close()
     server.idle()
-    server.wait_until({cancelled: before + expected})
+    # A fast machine may have come to the end of what blocks.
+    assert expected - len(blockers) <= server.metrics()[cancelled] - before <= expected
     assert text_of(ask(server.client())) == alone[QUESTION]
 
 

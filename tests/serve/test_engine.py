@@ -105,6 +105,17 @@ class Driven:
         self.until(lambda: self.engine.snapshot.running == self.engine.snapshot.queued == 0)
 
 
+def test_a_job_that_is_over_lets_go_of_its_cache(folder: Path, tokenizer: Any) -> None:
+    """A client's coroutine may keep its job alive in a cycle, which Python collects late or never."""
+    driven = Driven(folder, tokenizer)
+    job, told = driven.ask(QUESTIONS[0])
+    finished(told)
+    driven.idle()
+    assert job.answer is None
+    driven.engine.stop()
+    assert driven.engine.join(30)
+
+
 def finished(told: Any) -> tuple[str, Done]:
     text = ""
     while True:

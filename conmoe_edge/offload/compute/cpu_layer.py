@@ -34,8 +34,8 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     RouterTable,
     operator,
 )
-from conmoe_edge.offload.residency.address_table import Place
 from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 _FORMATS = (torch.bfloat16, torch.float32)

@@ -21,8 +21,8 @@ from conmoe_edge.offload.compute.cpu_fallback import HostCompute
 from conmoe_edge.offload.compute.torch_backend import Arithmetic, usual_gate
 from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.triton.launch import MOST_SLOTS, GpuLayer, GpuOperator, GpuTable
-from conmoe_edge.offload.residency.address_table import Place
 from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from conmoe_edge.offload.storage.transfer import Place
+from conmoe_edge.offload.storage.place import Place
 
 
 class AddressView(Protocol):

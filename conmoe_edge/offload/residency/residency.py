@@ -26,10 +26,11 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest
 from conmoe_edge.errors import ConmoeError
-from conmoe_edge.offload.residency.address_table import AddressTable, Place
+from conmoe_edge.offload.residency.address_table import AddressTable
 from conmoe_edge.offload.residency.policies import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.residency.prefetch import Prefetcher
 from conmoe_edge.offload.residency.slot_cache import CacheCounts, Load, Pass, SlotCache
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 from conmoe_edge.offload.storage.transfer import Transfer

@@ -26,8 +26,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from conmoe_edge.offload.residency.address_table import AddressTable, Place
+from conmoe_edge.offload.residency.address_table import AddressTable
 from conmoe_edge.offload.residency.eviction import Lru, Policy
+from conmoe_edge.offload.storage.place import Place
 
 _SMALL_RING, _LARGE_RING = 2, 8
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest, PrefetchSettings
 from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.slot_pool import SlotPool
-from conmoe_edge.offload.storage.transfer import Place, TransferCounts
+from conmoe_edge.offload.storage.transfer import TransferCounts
 from conmoe_edge.plan.pace import Pace
 from conmoe_edge.plan.trace import Predictions, PrototypeTrace
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.offload.storage.pinned_tier import HostTier
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.record_store import RecordStore
 
 READERS = 3
@@ -39,9 +40,6 @@ reader reaches 1.2 GB/s, two 1.5, three and four no more; buffered, where the re
 three are the fastest. Reading one record in pieces by several readers took as long as by one.
 """
 RING_RECORDS = 4
-
-Place = tuple[int, int]
-"""Record layout, and cache slot in the pool of that layout."""
 
 
 @dataclass(slots=True)

@@ -18,9 +18,10 @@ from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.compute.cpu_layer import HostAddresses
 from conmoe_edge.offload.compute.gpu_layer import GpuAddresses
 from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.residency.address_table import AddressTable, Place
+from conmoe_edge.offload.residency.address_table import AddressTable
 from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.residency import Residency
+from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import SlotPool, can_shrink
 from conmoe_edge.offload.storage.transfer import DirectTransfer

@@ -27,6 +27,9 @@ def cache_of(named: Mapping[str, Any]) -> Any:
     """The key-value cache among the keyword arguments of a model's, layer's or attention's ``forward``, or in a
     model's output; ``None`` where there is none.
     """
+    if type(named) is dict:
+        first = named.get(CACHE_ARGUMENTS[0])
+        return named.get(CACHE_ARGUMENTS[1]) if first is None else first
     # By iteration, because an output of 5.24 warns where it is asked for the old name.
     for name, value in named.items():
         if value is not None and name in CACHE_ARGUMENTS:

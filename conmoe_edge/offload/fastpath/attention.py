@@ -309,14 +309,17 @@ def _hides_nothing(mask: Tensor) -> bool:
 
 def unchanged(module: nn.Module, parts: dict[str, nn.Module], called: Collection[str] = ()) -> bool:
     """Whether the children of ``module`` are still ``parts``, and none has a hook but those ``called`` anyway."""
-    children = module._modules
-    if len(children) != len(parts):
+    if module._modules != parts:
         return False
-    for name, part in parts.items():
-        hooked = part._forward_hooks or part._forward_pre_hooks
-        if children.get(name) is not part or (hooked and name not in called):
-            return False
-    return True
+    for part in parts.values():
+        if part._forward_hooks or part._forward_pre_hooks:
+            break
+    else:
+        return True
+    return not any(
+        name not in called and (part._forward_hooks or part._forward_pre_hooks)
+        for name, part in parts.items()
+    )
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

@@ -80,7 +80,7 @@ def bench(
     facts = bench_facts.gather(session, folder, rates, settings)
     stage("run")
     rounds = measure(session, prompts, tokens, on_round)
-    fast_path = getattr(session.runtime, "fast_path", None)
+    fast_path = session.runtime.fast_path
     if fast_path is not None:  # read afterwards: it counts the tokens that it has served
         facts = replace(facts, fast_path=fast_path.summary, fast_path_json=fast_path.to_json())
     return make_report(facts, rounds)

@@ -284,12 +284,16 @@ def _operator(name: str, made: str | None, why_not: str, fix: str) -> Finding:
     if made:
         return Finding(name, "ok", made)
     reason = why_not.strip().partition("\n")[0]
+    # A reason that knows its own fix says it in brackets at its end.
+    why, bracket, own = reason.rpartition(" (")
+    if bracket and own.endswith(")"):
+        reason, fix = why, own[:-1]
     return Finding(name, "warn", f"torch's kernels instead, which are slower ({reason})", fix)
 
 
 def fast_path_findings(model: PreTrainedModel) -> Iterator[Finding]:
     """Which way single tokens take through a loaded package; nothing where that is not known."""
-    fast_path = getattr(model.conmoe, "fast_path", None)
+    fast_path = model.conmoe.fast_path
     if fast_path is not None:
         yield Finding("fast path", "info", fast_path.summary)
 

@@ -137,7 +137,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
-    runtime.fast_path = install(model, runtime.arithmetic.machine, context)  # pyright: ignore[reportAttributeAccessIssue]
+    runtime.fast_path = install(model, runtime.arithmetic.machine, context)
 
 
 def attach_unchanged(

@@ -24,6 +24,7 @@ from conmoe_edge.offload.compute.backend import ExpertBackend, backend_maker
 from conmoe_edge.offload.compute.experts_forward import LayerHandle
 from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
+from conmoe_edge.offload.fastpath.report import FastPathReport
 from conmoe_edge.offload.residency.kv_lending import Lending
 from conmoe_edge.offload.residency.prefetch import Prefetcher, reads_ahead
 from conmoe_edge.offload.residency.quota import halved
@@ -100,10 +101,12 @@ class Runtime:
         residency: the prototypes that are on the device; another one after a retreat.
         backend: what the layers compute with, for this residency.
         closed: whether memory, threads and files were given back.
+        fast_path: which way single tokens take, layer by layer; ``None`` before it was installed.
     """
 
     residency: Residency
     backend: ExpertBackend
+    fast_path: FastPathReport | None = None
 
     def __init__(
         self,

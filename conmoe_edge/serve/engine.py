@@ -309,7 +309,7 @@ class Engine:
             cache_bytes=self._room.used,
             cache_total_bytes=self._room.total,
             runtime=self._runtime.stats(),
-            fast_path=getattr(self._runtime, "fast_path", None),
+            fast_path=self._runtime.fast_path,
         )
 
 

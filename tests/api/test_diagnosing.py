@@ -122,7 +122,6 @@ def test_the_way_of_single_tokens_is_said_where_it_is_known() -> None:
     def loaded(**known: Any) -> Any:
         return SimpleNamespace(conmoe=SimpleNamespace(**known))
 
-    assert list(diagnosing.fast_path_findings(loaded())) == []
     assert list(diagnosing.fast_path_findings(loaded(fast_path=None))) == []
     live = loaded(fast_path=SimpleNamespace(summary="3 of 3 layers"))
     (found,) = diagnosing.fast_path_findings(live)

@@ -149,7 +149,7 @@ def stats_json(stats: ChatStats) -> dict[str, Any]:
 def read_stats(session: ChatSession) -> ChatStats:
     """The figures of now."""
     turn, runtime = session.last, session.runtime.stats()
-    path = getattr(session.runtime, "fast_path", None)
+    path = session.runtime.fast_path
     asked = turn is not None and turn.hits + turn.misses > 0
     return ChatStats(
         answered=turn is not None,

@@ -270,8 +270,8 @@ def test_numbers_before_and_after_the_first_answer(talk: Any) -> None:
     assert err.count("native, AVX2") == err.count("no layer: a reason") == 2
 
 
-def test_a_runtime_that_names_no_fast_path_shows_none(talk: Any) -> None:
+def test_a_runtime_without_a_fast_path_shows_none(talk: Any) -> None:
     session = Session()
-    del session.runtime.fast_path
+    session.runtime.fast_path = None
     err = talk(session, "/stats")[2]
     assert "native, AVX2" in err and "fast path" not in err

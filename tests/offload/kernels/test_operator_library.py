@@ -82,16 +82,23 @@ def test_a_damaged_library_is_built_once(
     assert build.library() == cache and compiled == [cache]
 
 
-@pytest.mark.parametrize("which", ["file", "folder"])
 @pytest.mark.parametrize("bit", [0o020, 0o002])
-def test_what_others_can_write_is_refused_with_the_command_that_mends_it(
-    cache: Path, compiled: list[Path], which: str, bit: int
+def test_a_folder_that_others_can_write_is_closed_and_what_lay_there_is_built_again(
+    cache: Path, compiled: list[Path], bit: int
 ) -> None:
-    path = cache if which == "file" else cache.parent
-    path.chmod(path.stat().st_mode | bit)
+    cache.parent.chmod(cache.parent.stat().st_mode | bit)
+    assert build.library() == cache and compiled == [cache]
+    assert cache.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("bit", [0o020, 0o002])
+def test_a_file_that_others_can_write_is_refused_with_the_command_that_mends_it(
+    cache: Path, compiled: list[Path], bit: int
+) -> None:
+    cache.chmod(cache.stat().st_mode | bit)
     with pytest.raises(build.Unavailable, match="chmod go-w") as refused:
         build.library()
-    assert str(path) in str(refused.value)
+    assert str(cache) in str(refused.value)
     command = str(refused.value).rpartition("(")[2].rstrip(")")
     subprocess.run(command.split(), check=True)
     assert build.library() == cache and not compiled

@@ -78,7 +78,7 @@ def library() -> Path:
     path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _refuse_foreign(path.parent)
+        _close_to_others(path.parent)
         if path.is_file():
             _refuse_foreign(path)
         if not (path.is_file() and _is_whole(path)):
@@ -145,13 +145,27 @@ def _assertions() -> str:
     return "".join(f'static_assert({one}, "as in the tables in Python");\n' for one in lines)
 
 
-def _refuse_foreign(path: Path) -> None:
-    found = path.stat()
-    if found.st_uid != os.geteuid():
+def _close_to_others(folder: Path) -> None:
+    """A folder of the user's that others may write, as where new folders are made for a group, is closed to them, and
+    what lies in it is built again.
+    """
+    _refuse_another_owner(folder)
+    if folder.stat().st_mode & 0o022:
+        folder.chmod(0o700)
+        for found in folder.glob("*.so"):
+            found.unlink()
+
+
+def _refuse_another_owner(path: Path) -> None:
+    if path.stat().st_uid != os.geteuid():
         raise Unavailable(
             f"{path} belongs to another user (set XDG_CACHE_HOME to a folder of yours)"
         )
-    if found.st_mode & 0o022:
+
+
+def _refuse_foreign(path: Path) -> None:
+    _refuse_another_owner(path)
+    if path.stat().st_mode & 0o022:
         raise Unavailable(
             f"{path} can be written by other users (chmod go-w {shlex.quote(str(path))})"
         )

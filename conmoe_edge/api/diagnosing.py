@@ -293,7 +293,8 @@ def _operator(name: str, made: str | None, why_not: str, fix: str) -> Finding:
 
 def fast_path_findings(model: PreTrainedModel) -> Iterator[Finding]:
     """Which way single tokens take through a loaded package; nothing where that is not known."""
-    fast_path = model.conmoe.fast_path
+    runtime: Any = model.conmoe
+    fast_path = runtime.fast_path
     if fast_path is not None:
         yield Finding("fast path", "info", fast_path.summary)
 

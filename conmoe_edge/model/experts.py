@@ -34,36 +34,44 @@ def part_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Decoder layer -> (module path, experts module), in layer order.
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Where a model keeps its decoder layers.
 
-    The decoder layers are the ``ModuleList`` that holds the first experts module found; experts elsewhere (heads for
-    multi-token prediction, say) are no decoder layer's and are left out.
+    Attributes:
+        prefix: path of the ``ModuleList`` that holds them (``model.layers``).
+        experts: decoder layer -> (module path, experts module), layers ascending.
     """
-    prefix = decoder_prefix(model)
-    if prefix is None:
-        return {}
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in model.named_modules():
-        if is_experts_module(module) and path.startswith(f"{prefix}."):
-            found[int(path[len(prefix) + 1 :].split(".", 1)[0])] = (path, module)
-    return dict(sorted(found.items()))
+
+    prefix: str
+    experts: Mapping[int, tuple[str, nn.Module]]
 
 
-def decoder_prefix(model: nn.Module) -> str | None:
-    """Path of the ``ModuleList`` of decoder layers (``model.layers``), or ``None`` in a model
-    without routed experts.
+def find_decoder(model: nn.Module) -> Decoder | None:
+    """The decoder of a model with routed experts; ``None`` for one without.
+
+    Its layers are the ``ModuleList`` that holds the first experts module found. Experts elsewhere (heads for
+    multi-token prediction, say) belong to no decoder layer and are left out.
     """
-    for path, module in model.named_modules():
-        if not is_experts_module(module):
-            continue
+    modules = [(path, one) for path, one in model.named_modules() if is_experts_module(one)]
+    for path, _ in modules:
         pieces = path.split(".")
         for end, piece in enumerate(pieces):
-            if piece.isdigit() and isinstance(
-                model.get_submodule(".".join(pieces[:end])), nn.ModuleList
-            ):
-                return ".".join(pieces[:end])
+            prefix = ".".join(pieces[:end])
+            if piece.isdigit() and isinstance(model.get_submodule(prefix), nn.ModuleList):
+                layers = {
+                    int(other[len(prefix) + 1 :].split(".", 1)[0]): (other, module)
+                    for other, module in modules
+                    if other.startswith(f"{prefix}.")
+                }
+                return Decoder(prefix, dict(sorted(layers.items())))
     return None
+
+
+def find_experts(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """``Decoder.experts`` of a model; empty for one without."""
+    found = find_decoder(model)
+    return {} if found is None else dict(found.experts)
 
 
 Project = Callable[[str, Tensor], Tensor]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.experts import Decoder, find_decoder, part_names
 
 LEAST_SIDE = 16
 """Rows and columns from which on a matrix is worth a scale for each of its rows."""
@@ -27,7 +27,9 @@ class Shape(NamedTuple):
 
 
 def quantisable_weights(
-    model: PreTrainedModel, targets: Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    targets: Mapping[str, str] | None = None,
+    decoder: Decoder | None = None,
 ) -> dict[str, Shape]:
     """Checkpoint name -> shape, sorted by name.
 
@@ -37,11 +39,12 @@ def quantisable_weights(
     Args:
         model: a causal LM before its experts were taken out; may be on the meta device.
         targets: checkpoint tensor -> parameter, as ``bridge.targets_of`` has it; by default every parameter's own name.
+        decoder: of the model, where the caller has found it already.
     """
     own = None if targets is None else _under_own_name(targets)
     return {
         name: Shape(linear.out_features, linear.in_features)
-        for name, linear in sorted(_linears(model))
+        for name, linear in sorted(_linears(model, decoder or find_decoder(model)))
         if own is None or name in own
     }
 
@@ -53,15 +56,15 @@ def _under_own_name(targets: Mapping[str, str]) -> set[str]:
     return {key for key, target in targets.items() if key == target and counts[target] == 1}
 
 
-def _linears(model: PreTrainedModel) -> Iterable[tuple[str, nn.Linear]]:
+def _linears(model: PreTrainedModel, decoder: Decoder | None) -> Iterable[tuple[str, nn.Linear]]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     shared = {*tied.keys(), *tied.values()}
-    prefix = decoder_prefix(model)
-    experts = find_experts(model)
+    experts = {} if decoder is None else decoder.experts
     inside = tuple(f"{path}." for path, _ in experts.values())
     router_rows = {
-        f"{prefix}.{layer}.": getattr(module, part_names(module)[0]).shape[0]
+        f"{decoder.prefix}.{layer}.": getattr(module, part_names(module)[0]).shape[0]
         for layer, (_, module) in experts.items()
+        if decoder is not None
     }
     for path, module in model.named_modules():
         # A subclass may do more than multiply.

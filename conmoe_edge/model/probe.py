@@ -27,7 +27,7 @@ from conmoe_edge.model.anatomy import (
     LayerAnatomy,
     ModelAnatomy,
 )
-from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.experts import Decoder, find_decoder, part_names
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import no_experts
 
@@ -66,8 +66,8 @@ def probe(
         )
     config = copy.deepcopy(config)  # the experts function is set on it below
     model = bridge.build_meta(config, _main_dtype(config, headers))
-    prefix = decoder_prefix(model)
-    if prefix is None:
+    decoder = find_decoder(model)
+    if decoder is None:
         raise no_experts(config)
     if headers is None:
         facts = {
@@ -78,19 +78,19 @@ def probe(
     else:
         facts = dict(headers)
         targets = bridge.targets_of(model, facts)
-    return _assemble(config, model, prefix, facts, targets)
+    return _assemble(config, model, decoder, facts, targets)
 
 
 def _assemble(
     config: PretrainedConfig,
     model: PreTrainedModel,
-    prefix: str,
+    decoder: Decoder,
     facts: Mapping[str, TensorFacts],
     targets: Mapping[str, str],
 ) -> ModelAnatomy:
     text = config.get_text_config()
+    prefix, experts = decoder.prefix, decoder.experts
     layers: nn.ModuleList = model.get_submodule(prefix)  # type: ignore[assignment]
-    experts = find_experts(model)
     fused = {
         f"{path}.{name}": index
         for index, (path, module) in experts.items()
@@ -123,10 +123,10 @@ def _assemble(
         max_context=int(getattr(text, "max_position_embeddings", 0) or 1 << 20),
         layers=tuple(anatomy),
         outside_bytes=outside,
-        kv=_weigh_cache(model),
+        kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
             DenseMatrix(_layer_of(key, prefix), *shape, facts[key].nbytes)
-            for key, shape in quantisable_weights(model, targets).items()
+            for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
     )
 
@@ -192,9 +192,9 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
-def _weigh_cache(model: PreTrainedModel) -> tuple[KVLayer, ...]:
+def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...]:
     ALL_EXPERTS_FUNCTIONS.register(_SHAPES_ONLY, _shapes_only)
-    for _, module in find_experts(model).values():
+    for _, module in decoder.experts.values():
         module.config._experts_implementation = _SHAPES_ONLY  # type: ignore[union-attr]
     short, long = 12, 24
     before, after = _cache_after(model, short), _cache_after(model, long)

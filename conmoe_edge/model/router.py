@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.experts import find_decoder, find_experts, part_names
 
 CHOOSING = ("topk", "max", "argmax")
 """Names of the torch functions by which routers choose."""
@@ -127,8 +127,10 @@ def logits_to(router: Router, take: Callable[[Tensor], None]) -> Iterator[None]:
 
 def _watch(model: PreTrainedModel) -> dict[int, _Call]:
     """Layer -> the call that made the slots of its experts, in one forward on the meta device."""
-    prefix = decoder_prefix(model)
-    experts = find_experts(model)
+    decoder = find_decoder(model)
+    if decoder is None:
+        return {}
+    experts = decoder.experts
     layer_of = {id(module): layer for layer, (_, module) in experts.items()}
     recent: list[_Call] = []
     found: dict[int, _Call] = {}
@@ -155,7 +157,7 @@ def _watch(model: PreTrainedModel) -> dict[int, _Call]:
     before = [getattr(config, "_experts_implementation", None) for config in configs]
     try:
         for path, module in model.named_modules():
-            if path.startswith(f"{prefix}."):
+            if path.startswith(f"{decoder.prefix}."):
                 handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
         for config in configs:
             config._experts_implementation = _LOOK

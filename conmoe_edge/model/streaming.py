@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
-from conmoe_edge.model.experts import decoder_prefix, find_experts, part_names
+from conmoe_edge.model.experts import find_decoder, part_names
 from conmoe_edge.model.router import Router, find_routers
 
 ReadTensors = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -84,12 +84,12 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self._read = read
-        prefix = decoder_prefix(self.model)
-        if prefix is None:
+        decoder = find_decoder(self.model)
+        if decoder is None:
             raise no_experts(config)
-        self.prefix = prefix
-        self.layers: nn.ModuleList = self.model.get_submodule(prefix)  # type: ignore[assignment]
-        self.experts = find_experts(self.model)
+        self.prefix = decoder.prefix
+        self.layers: nn.ModuleList = self.model.get_submodule(decoder.prefix)  # type: ignore[assignment]
+        self.experts = decoder.experts
         for _, module in self.experts.values():
             for name in part_names(module):
                 old = getattr(module, name)

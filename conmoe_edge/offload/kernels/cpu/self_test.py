@@ -6,8 +6,6 @@ is a chain of other functions (``block``, ``decoder``) has to give the bits of t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from conmoe_edge.offload.kernels.cpu.decoder_tables import (
     BlockTable,
     RouterTable,
 )
+from conmoe_edge.offload.kernels.cpu.operator import Operator
 from conmoe_edge.offload.kernels.cpu.structs import (
     ExpertGate,
     Form,
@@ -34,9 +33,6 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     PrototypeTable,
     RmsNorm,
 )
-
-if TYPE_CHECKING:
-    from conmoe_edge.offload.kernels.cpu.bindings import Operator
 
 _BF16 = torch.bfloat16
 _HIDDEN, _WIDTH, _HEADS, _GROUPS, _HEAD, _HELD, _EXPERTS, _CHOSEN = 96, 64, 4, 2, 24, 5, 6, 3

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from conmoe_edge.compat import cache_argument, cache_of
+
 PROMPT, TOKENS, TRIED = 6, 32, 96
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -71,8 +73,8 @@ def greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], float]
     step, cache = torch.tensor([prompt]), None
     with torch.no_grad():
         for _ in range(count):
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, scores = out.past_key_values, out.logits[0, -1].float()
+            out = model(input_ids=step, **cache_argument(model, cache), use_cache=True)
+            cache, scores = cache_of(out), out.logits[0, -1].float()
             best = scores.topk(2).values
             margin = min(margin, float((best[0] - best[1]) / scores.std()))
             tokens.append(int(scores.argmax()))

@@ -21,7 +21,7 @@ from conmoe_edge.offload.kernels.cpu import (
     decoder_tables,
     structs,
 )
-from conmoe_edge.offload.kernels.cpu.bindings import Operator
+from conmoe_edge.offload.kernels.cpu.operator import _FUNCTIONS, Operator
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
 try:
@@ -202,7 +202,7 @@ def test_a_missing_function_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
     assert made is None and "conmoe_few_rows" in reason
 
 
-FUNCTIONS = sorted(set(bindings._FUNCTIONS))
+FUNCTIONS = sorted(set(_FUNCTIONS))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

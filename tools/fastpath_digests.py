@@ -8,30 +8,17 @@ new release, look at what changed in the classes that are marked, and add their 
 
 from __future__ import annotations
 
-import importlib
-
 import transformers
 
-from conmoe_edge.model.source_digest import source_digest
-from conmoe_edge.offload.fastpath.supported import LISTED, OWN
+from conmoe_edge.offload.fastpath.supported import installed_digests
 
 
 def lines() -> list[str]:
     """One for each class on the list."""
-    found = []
-    for name, (_, digests) in sorted(LISTED.items()):
-        family, _, kind = name.partition(".")
-        place = f"transformers.models.{family}.modeling_{family}"
-        if family == "torch":
-            continue
-        try:
-            module = importlib.import_module(OWN if family == "deepseek" else place)
-            digest = source_digest(getattr(module, kind))
-        except (ImportError, AttributeError):
-            found.append(f"{name:48} absent")
-            continue
-        found.append(f"{name:48} {digest}{'' if digest in digests else '  NOT ON THE LIST'}")
-    return found
+    return [
+        f"{name:48} {digest or 'absent'}{'' if known or digest is None else '  NOT ON THE LIST'}"
+        for name, (digest, known) in installed_digests().items()
+    ]
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def findings(
     yield bitsandbytes_finding()
     yield hub_finding()
     yield operator_finding()
+    yield listed_finding()
     if _cuda_is_there():
         yield gpu_operator_finding()
     if model is not None:
@@ -269,6 +270,27 @@ def operator_finding() -> Finding:
     return _operator("cpu operator", made and made.name, why_not(), fix)
 
 
+def listed_finding() -> Finding:
+    """Whether the classes that the fast path serves are, in the installed transformers, the code that was checked."""
+    import transformers
+
+    from conmoe_edge.compat import TRANSFORMERS
+    from conmoe_edge.offload.fastpath.supported import installed_digests
+
+    found = installed_digests()
+    others = [name for name, (_, known) in found.items() if not known]
+    text = f"{len(found) - len(others)} of {len(found)} classes of transformers {transformers.__version__}"
+    if not others:
+        return Finding("fast path", "ok", f"{text} are the code that was checked")
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return Finding(
+        "fast path",
+        "warn",
+        f"{text} are the code that was checked; slower: {', '.join(others[:3])}{more}",
+        f"pip install 'transformers{TRANSFORMERS}'",
+    )
+
+
 def gpu_operator_finding() -> Finding:
     """The same of the operator for one token on a GPU."""
     import torch
@@ -296,7 +318,7 @@ def fast_path_findings(model: PreTrainedModel) -> Iterator[Finding]:
     runtime: Any = model.conmoe
     fast_path = runtime.fast_path
     if fast_path is not None:
-        yield Finding("fast path", "info", fast_path.summary)
+        yield Finding("this model", "info", fast_path.summary)
 
 
 def config_finding() -> Finding:

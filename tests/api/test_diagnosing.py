@@ -132,3 +132,17 @@ def test_from_python(tmp_path: Path) -> None:
     found = {one.name: one for one in conmoe_edge.doctor(tmp_path)}
     assert {"python", "cpu", "ram", "disk", "profiles"} <= set(found)
     assert all(one.fix for one in found.values() if one.status in ("warn", "fail"))
+
+
+def test_a_class_that_changed_is_named_with_the_command_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from conmoe_edge.offload.fastpath import supported
+
+    found = diagnosing.listed_finding()
+    assert found.status == "ok" and f"of {len(supported.LISTED) - 1} classes" in found.text
+    piece, _ = supported.LISTED["olmoe.OlmoeAttention"]
+    monkeypatch.setitem(supported.LISTED, "olmoe.OlmoeAttention", (piece, ("0" * 16,)))
+    found = diagnosing.listed_finding()
+    assert found.status == "warn" and "olmoe.OlmoeAttention" in found.text
+    assert found.fix.startswith("pip install 'transformers")

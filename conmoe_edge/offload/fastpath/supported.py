@@ -9,6 +9,7 @@ transformers' way. Each entry has a test that takes 64 tokens and more both ways
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -563,6 +564,25 @@ def listed_name(kind: type) -> str | None:
         return f"deepseek.{kind.__qualname__}"
     found = _NAME.match(kind.__module__)
     return f"{found[1]}.{kind.__qualname__}" if found else None
+
+
+def installed_digests() -> dict[str, tuple[str | None, bool]]:
+    """Class on the list -> its digest in the installed transformers, ``None`` where that has no such class, and whether
+    the list has it. Imports every family.
+    """
+    found: dict[str, tuple[str | None, bool]] = {}
+    for name, (_, known) in sorted(LISTED.items()):
+        family, _, kind = name.partition(".")
+        if family == "torch":
+            continue
+        place = OWN if family == "deepseek" else f"transformers.models.{family}.modeling_{family}"
+        try:
+            digest = source_digest(getattr(importlib.import_module(place), kind))
+        except (ImportError, AttributeError, OSError):
+            found[name] = (None, False)
+        else:
+            found[name] = (digest, digest in known)
+    return found
 
 
 def forget_digests() -> None:

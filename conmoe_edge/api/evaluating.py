@@ -63,8 +63,8 @@ def evaluate(
     """
     import torch
 
-    from conmoe_edge.compress.quality.evaluate import Folder, Settings, described, manifest_of
-    from conmoe_edge.compress.quality.evaluate import evaluate as measured
+    from conmoe_edge.compress.quality.evaluation import Folder, Settings, described, manifest_of
+    from conmoe_edge.compress.quality.evaluation import evaluate as measured
     from conmoe_edge.compress.quality.metrics import EvaluationReport
     from conmoe_edge.compress.run.job import Progress
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text
@@ -134,7 +134,7 @@ def _reference(
 ) -> tuple[Source | None, bool | None, str]:
     """What a model is compared with, whether a package was made from it, and if nothing, why."""
     from conmoe_edge.checkpoint.sources.origin import differs, find_origin, fingerprint_of
-    from conmoe_edge.compress.quality.evaluate import manifest_of
+    from conmoe_edge.compress.quality.evaluation import manifest_of
 
     if against is not None and str(against) != "none":
         found = locate(str(against), offline=offline)
@@ -155,7 +155,7 @@ def _reference(
 def _experts_bytes(folder: Path) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-    from conmoe_edge.compress.quality.evaluate import manifest_of
+    from conmoe_edge.compress.quality.evaluation import manifest_of
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.model.probe import TensorFacts, probe
 

@@ -1,10 +1,10 @@
 """A decoder layer for one new token, in one call of the operator wherever all its prototypes are there.
 
-That is norm, attention, sum, norm, router (``router.py``), experts and dense layers (``feed_forward.py``), sum. Where
-the router has chosen a prototype that is not there, the call ends before the experts, and they go through the cache.
-Where the router is another one, or has hooks, it is called as the model has it, between two calls of the operator; and
-so is what else may stand behind the second norm: experts that the operator does not take, say. Every step in Python and
-every small tensor operation that is saved is a cold one (``attention.py``).
+That is norm, attention, sum, norm, router (``fused_router.py``), experts and dense layers (``feed_forward.py``), sum.
+Where the router has chosen a prototype that is not there, the call ends before the experts, and they go through the
+cache. Where the router is another one, or has hooks, it is called as the model has it, between two calls of the
+operator; and so is what else may stand behind the second norm: experts that the operator does not take, say. Every step
+in Python and every small tensor operation that is saved is a cold one (``attention.py``).
 
 As there, a layer has computed a token both ways, to the same bits, before the operator answers.
 

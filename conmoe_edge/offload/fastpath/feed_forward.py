@@ -15,7 +15,7 @@ from conmoe_edge.offload.compute.cpu_layer import CpuLayer
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
 from conmoe_edge.offload.fastpath.attention import unchanged
 from conmoe_edge.offload.fastpath.dense_mlp import DenseMlp, dense_mlp
-from conmoe_edge.offload.fastpath.router import FusedRouter
+from conmoe_edge.offload.fastpath.fused_router import FusedRouter
 from conmoe_edge.offload.fastpath.supported import Block, Mlp, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,

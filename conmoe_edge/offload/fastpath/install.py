@@ -22,10 +22,10 @@ from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
 from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
+from conmoe_edge.offload.fastpath.fused_router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
 from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
-from conmoe_edge.offload.fastpath.router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 

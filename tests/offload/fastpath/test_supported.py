@@ -16,8 +16,8 @@ from transformers.models.olmoe import modeling_olmoe
 
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.source_digest import source_digest
+from conmoe_edge.offload.fastpath.fused_router import FusedRouter
 from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
-from conmoe_edge.offload.fastpath.router import FusedRouter
 from conmoe_edge.offload.fastpath.supported import (
     LISTED,
     Attention,

@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from conmoe_edge.offload.fastpath.router import FusedRouter, fused_router
+from conmoe_edge.offload.fastpath.fused_router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.supported import LISTED, Refusal, Router, listed_name
 from conmoe_edge.offload.kernels.cpu.bindings import RouterTable, operator
 from tests.families import BY_NAME, tiny_model

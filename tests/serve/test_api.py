@@ -270,11 +270,10 @@ def test_who_leaves_frees_the_place(server: Running, alone: dict[str, str], stag
     before = server.metrics()[cancelled]
     blockers, expected = [], 1
     if stage == "queued":
-        # Each asks for the whole context, so the second waits for room. Greedy, because the model then
-        # repeats itself to the end of the context; a drawn answer may be over too soon.
-        blockers.append(ask(server.client(), max_tokens=context, stream=True))
-        server.wait_until({"conmoe_running": 1})
-        expected = 2
+        # Each asks for the whole context, so one runs and the others wait for room. Several, because a fast machine
+        # comes to the end of one within the time that it takes to ask again.
+        blockers += [ask(server.client(), max_tokens=context, stream=True) for _ in range(4)]
+        expected = 1 + len(blockers)
     long = "word " * (context - 300)
     if stage == "not streaming":
         _leave_while_it_runs(server, long)
@@ -286,15 +285,14 @@ def test_who_leaves_frees_the_place(server: Running, alone: dict[str, str], stag
             for _ in range(4):
                 next(chunks)
         elif stage == "queued":
-            server.wait_until({"conmoe_queue_length": 1})
+            assert server.metrics()["conmoe_queue_length"] >= 1
         else:
             server.wait_until({"conmoe_running": 1})
         stream.close()
     for blocker in blockers:
-        server.wait_until({"conmoe_queue_length": 0})
         blocker.close()
     server.idle()
-    # A fast machine may have come to the end of what blocks.
+    # Some of what blocks may have come to its end.
     assert expected - len(blockers) <= server.metrics()[cancelled] - before <= expected
     assert text_of(ask(server.client())) == alone[QUESTION]
 

@@ -1,6 +1,6 @@
 """This version beside another one: ``bench`` of the same packages, in turns.
 
-    git worktree add ../before v0.1.0
+    git worktree add ../before REVISION
     python -m benchmarks.against_version --before ../before --packages out-a out-b:4GB --turns 5
 
 Each package is benched by both checkouts alternately, in a process of its own each time and with the same Python. The

@@ -42,7 +42,7 @@ def add_alias(name: str, target: str) -> str:
     wanted = name.strip().lower()
     if not _NAME.fullmatch(wanted) or parse_size(wanted) is not None or wanted == "auto":
         raise UsageError(
-            f"{name!r} is no name for a model.",
+            f"{name!r} cannot be the name of a model.",
             "a name has small letters, digits, dots, dashes and underscores, and reads like no size",
             f"models alias my-model {target}",
         )

@@ -7,7 +7,7 @@ and values) times one row, which is what the operator is for (``offload/kernels/
 batches, sinks and whatever else a model asks for stay with transformers.
 
 ``suit_attention`` looks at the processor and the model's format, never at a stopwatch. Memory: the scores of one
-token. Raises nothing.
+token.
 """
 
 from __future__ import annotations

@@ -59,12 +59,11 @@ def _under_own_name(targets: Mapping[str, str]) -> set[str]:
 def _linears(model: PreTrainedModel, decoder: Decoder | None) -> Iterable[tuple[str, nn.Linear]]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     shared = {*tied.keys(), *tied.values()}
-    experts = {} if decoder is None else decoder.experts
+    prefix, experts = ("", {}) if decoder is None else (decoder.prefix, decoder.experts)
     inside = tuple(f"{path}." for path, _ in experts.values())
     router_rows = {
-        f"{decoder.prefix}.{layer}.": getattr(module, part_names(module)[0]).shape[0]
+        f"{prefix}.{layer}.": getattr(module, part_names(module)[0]).shape[0]
         for layer, (_, module) in experts.items()
-        if decoder is not None
     }
     for path, module in model.named_modules():
         # A subclass may do more than multiply.

@@ -10,6 +10,7 @@ import click
 
 from conmoe_edge.cli.ui.cli_options import (
     Tokens,
+    cache_policy_option,
     common_options,
     misses_option,
     package_budget_option,
@@ -51,11 +52,7 @@ if TYPE_CHECKING:
     help="Tokens of conversation to keep room for, 4096 or 32k.",
 )
 @run_device_option
-@click.option(
-    "--cache-policy",
-    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
-    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
-)
+@cache_policy_option
 @misses_option
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options

@@ -11,6 +11,7 @@ import click
 from conmoe_edge.cli.commands.chat import check_package
 from conmoe_edge.cli.ui.cli_options import (
     Tokens,
+    cache_policy_option,
     common_options,
     misses_option,
     package_budget_option,
@@ -90,11 +91,7 @@ _LARGEST_KEY_FILE = 4096
     help="Tokens to keep room for, 4096 or 32k, over all answers that are made at once.",
 )
 @run_device_option
-@click.option(
-    "--cache-policy",
-    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
-    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
-)
+@cache_policy_option
 @misses_option
 @common_options
 def serve(

@@ -145,6 +145,13 @@ run_device_option = click.option(
     help="Where to compute.",
 )
 """``--device`` of the commands that run a package."""
+cache_policy_option = click.option(
+    "--cache-policy",
+    type=click.Choice(["lru", "layer-lru", "lfru", "pins"]),
+    help="Who goes when a cache slot is wanted.  [default: best on the calibration]",
+)
+"""``--cache-policy`` of the commands that answer."""
+
 misses_option = click.option(
     "--misses",
     type=click.Choice(["copy", "auto"]),

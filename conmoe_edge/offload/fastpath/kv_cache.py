@@ -80,16 +80,11 @@ class GrowingLayer(DynamicLayer):
         another width; ``None`` where it cannot. What is held moves where there is no room behind it, as it would in
         ``update``.
         """
+        if not takes_one_more(self, groups, width, value_width or width):
+            return None
         keys: Any = self.keys
         values: Any = self.values
-        if not self.is_initialized or keys.requires_grad or values.requires_grad:
-            return None
         held = keys.shape[-2]
-        for one, columns in ((keys, width), (values, value_width or width)):
-            if one.shape != (1, groups, held, columns) or not held:
-                return None
-            if one.dtype != torch.bfloat16 or one.device.type != "cpu":
-                return None
         key_buffer = _roomy(self._key_buffer, keys, keys, held, held + 1, self.limit)
         value_buffer = _roomy(self._value_buffer, values, values, held, held + 1, self.limit)
         if key_buffer is not self._key_buffer or value_buffer is not self._value_buffer:
@@ -110,6 +105,22 @@ class GrowingLayer(DynamicLayer):
         assert self._key_buffer is not None and self._value_buffer is not None
         self.keys = self._key_buffer.narrow(-2, 0, held)
         self.values = self._value_buffer.narrow(-2, 0, held)
+
+
+def takes_one_more(layer: Any, groups: int, width: int, value_width: int) -> bool:
+    """Whether the operator can write behind what a cache layer holds: keys and values [1, groups, tokens, width] of one
+    token and more, in bf16 on the CPU, without gradients.
+    """
+    keys, values = layer.keys, layer.values
+    if not layer.is_initialized or keys.requires_grad or values.requires_grad:
+        return False
+    held = keys.shape[-2]
+    for one, columns in ((keys, width), (values, value_width)):
+        if one.shape != (1, groups, held, columns) or not held:
+            return False
+        if one.dtype != torch.bfloat16 or one.device.type != "cpu":
+            return False
+    return True
 
 
 def grow_in_steps(cache: Any, limit: int) -> None:

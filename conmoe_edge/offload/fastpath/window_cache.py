@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from conmoe_edge.offload.fastpath.kv_cache import takes_one_more
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 _BUFFERS = "_conmoe_buffers"
@@ -27,16 +28,13 @@ def room_in_window(
     """Where another token can be written behind what is held, [1, heads, tokens, width] in bf16; ``None`` where it
     cannot. What is held moves where there is no room behind it.
     """
+    if layer.record_past or not takes_one_more(layer, heads, width, value_width):
+        return None
     keys: Any = layer.keys
     values: Any = layer.values
-    if not layer.is_initialized or layer.record_past or keys.requires_grad or values.requires_grad:
-        return None
     held = keys.shape[-2]
-    for one, columns in ((keys, width), (values, value_width)):
-        if one.shape != (1, heads, held, columns) or not held or held >= layer.sliding_window:
-            return None
-        if one.dtype != torch.bfloat16 or one.device.type != "cpu":
-            return None
+    if held >= layer.sliding_window:
+        return None
     places = []
     for name, one, old in zip(("keys", "values"), (keys, values), _buffers(layer), strict=True):
         buffer = old if old is not None and _room_behind(one, old) else _filled(one, layer)

@@ -35,11 +35,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-lowest check-lowest test-asan test-gpu test-slow test-browser test-vllm quality style clean
+.PHONY: help demo test fuzz test-versions test-lowest check-lowest test-asan test-gpu test-slow test-browser test-vllm quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
 	@echo "make test       run the tests"
+	@echo "make fuzz       run the fuzzers with thousands of cases each instead of a few; takes long"
 	@echo "make test-versions  run them with the lowest and the newest transformers"
 	@echo "make test-asan  run the tests of the CPU operator under the address and undefined-behaviour sanitizers"
 	@echo "make test-slow  run the tests that take minutes"
@@ -68,6 +69,12 @@ demo: $(READY)
 # The workers are the parallelism, so each of them computes on one thread.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# The tests of tests/fuzz read the number of their cases; the default is what a few seconds hold.
+FUZZ_CASES ?= 5000
+
+fuzz: $(READY)
+	CONMOE_FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/fuzz $(PYTEST_ARGS)
 
 test-versions: test-lowest test
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
-from conmoe_edge.checkpoint.tensors.tensor_index import is_plain_name
+from conmoe_edge.checkpoint.fs.contained import is_plain_name
 
 
 def _plain(name: str) -> str:

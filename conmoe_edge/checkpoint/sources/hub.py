@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from conmoe_edge.checkpoint.fs.contained import is_plain_name
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
-    is_plain_name,
     read_json_object,
 )
 from conmoe_edge.errors import CheckpointError, ModelNotFound

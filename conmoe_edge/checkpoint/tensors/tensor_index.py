@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,12 @@ from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
 from conmoe_edge.checkpoint.format.dtypes import BITS, TORCH_NAMES
+from conmoe_edge.checkpoint.fs.contained import is_plain_name, is_there, path_inside, read_inside
 from conmoe_edge.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-MAX_JSON_BYTES = 256 << 20
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "Download the model again, or copy it again from where it came from."
 
@@ -138,35 +137,31 @@ def require_config(folder: Path) -> bytes:
             "",
             "Give the folder that holds config.json and the weights.",
         )
-    path = folder / CONFIG_FILE
-    read_json_object(path)
-    return path.read_bytes()
+    data = read_inside(folder, CONFIG_FILE) if is_there(folder, CONFIG_FILE) else b""
+    _json_object(folder / CONFIG_FILE, data)
+    return data
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file of a model that must hold an object.
 
     Raises:
-        CheckpointError: missing, not a plain file, too large, not UTF-8, not JSON, not an object.
+        CheckpointError: missing, outside its folder, not a plain file, too large, not UTF-8, not JSON, not an object.
     """
-    name = path.name
-    try:
-        info = path.stat()
-    except (OSError, ValueError):
+    data = read_inside(path.parent, path.name) if is_there(path.parent, path.name) else b""
+    return _json_object(path, data)
+
+
+def _json_object(path: Path, data: bytes) -> dict[str, Any]:
+    if not data and not is_there(path.parent, path.name):
         raise CheckpointError(
-            f"{path.parent} has no {name}.",
+            f"{path.parent} has no {path.name}.",
             "A model folder holds config.json, a tokenizer and *.safetensors files.",
             "Give the folder of a model in the Hugging Face layout.",
-        ) from None
-    if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} is not a file that can be read.",
-            "It is no plain file, or far too large.",
-            _AGAIN,
         )
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged.", _reason(error), _AGAIN) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is damaged.", "It holds no JSON object.", _AGAIN)
@@ -199,19 +194,6 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether ``name`` can only mean a file directly inside the folder that it is looked up in, on
-    any system.
-    """
-    return (
-        bool(name)
-        and name not in (".", "..")
-        and len(name) <= 255
-        and not any(char in '/\\:\0<>"|?*' or ord(char) < 32 for char in name)
-        and name.isprintable()
-    )
-
-
 def _no_weights(folder: Path) -> CheckpointError:
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickled:
@@ -228,21 +210,6 @@ def _no_weights(folder: Path) -> CheckpointError:
     )
 
 
-def _inside(folder: Path, path: Path) -> bool:
-    """Whether ``path``, with links followed, stays in the folder, or in the cache repository that
-    the folder is part of.
-
-    The hub's cache keeps ``snapshots/<commit>/<file>`` as a link into ``blobs/`` two levels up, and
-    in no other place.
-    """
-    real = path.resolve()
-    home = folder.resolve()
-    if real.is_relative_to(home):
-        return True
-    cache = home.parent.parent
-    return home.parent.name == "snapshots" and real.is_relative_to(cache / "blobs")
-
-
 def read_header(folder: Path, name: str) -> tuple[ShardFile, list[TensorEntry]]:
     """Check the file ``name`` of ``folder`` and list its tensors by offset.
 
@@ -250,17 +217,13 @@ def read_header(folder: Path, name: str) -> tuple[ShardFile, list[TensorEntry]]:
         CheckpointError: missing, outside the folder, not a plain file, truncated, damaged.
     """
     path = folder / name
+    if not is_there(folder, name):
+        raise CheckpointError(
+            f"The shard {name} is missing.", f"{folder} does not have it.", _AGAIN
+        )
     try:
-        if not _inside(folder, path):
-            raise CheckpointError(
-                f"{path} is a link that leaves the model's folder.",
-                f"It leads to {path.resolve()}.",
-                "Put the file itself into the folder.",
-            )
-        info = path.stat()
         # Before anything opens it: opening a named pipe would wait for ever.
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path} is not a plain file.", "", _AGAIN)
+        info = path_inside(folder, name).stat()
         if info.st_size < 8:
             raise CheckpointError(
                 f"{path} is damaged.", f"It has only {info.st_size} bytes.", _AGAIN
@@ -271,10 +234,6 @@ def read_header(folder: Path, name: str) -> tuple[ShardFile, list[TensorEntry]]:
         header = parse_local_safetensors_file_metadata(path)
         with path.open("rb") as file:
             data_start = 8 + struct.unpack("<Q", file.read(8))[0]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"The shard {name} is missing.", f"{folder} does not have it.", _AGAIN
-        ) from None
     except (
         SafetensorError,
         SafetensorsParsingError,

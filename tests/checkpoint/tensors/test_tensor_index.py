@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, is_plain_name
+from conmoe_edge.checkpoint.fs.contained import is_plain_name
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CheckpointError, ConmoeError
 
 INDEX = "model.safetensors.index.json"

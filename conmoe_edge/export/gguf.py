@@ -20,7 +20,7 @@ from conmoe_edge.checkpoint.format.manifest import UNCHANGED
 from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.fs.atomic_files import temporary_name
 from conmoe_edge.checkpoint.fs.disk import disk_errors
-from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.compress.run.job import Progress
 from conmoe_edge.errors import ConmoeError, OutputExists, UsageError
 from conmoe_edge.export.hf import Exported, OnProgress, export_hf
@@ -100,7 +100,8 @@ def export_gguf(
         raise OutputExists(
             f"{out} exists already.", "", "--overwrite to replace it, or another name"
         )
-    unchanged = load_manifest(package).method == UNCHANGED
+    # The converter is another program that opens what it finds in a folder.
+    unchanged = open_package(package).manifest.method == UNCHANGED
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with (

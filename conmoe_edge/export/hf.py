@@ -23,8 +23,9 @@ from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.fs.atomic_files import write_bytes, write_json
+from conmoe_edge.checkpoint.fs.contained import is_there, read_inside
 from conmoe_edge.checkpoint.fs.disk import require_space
-from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
 from conmoe_edge.checkpoint.package.sidefiles import MODEL_CARD, copy_side_files
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
@@ -32,7 +33,6 @@ from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
-    CheckpointIndex,
     read_json_object,
 )
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
@@ -82,7 +82,8 @@ def export_hf(
         progress: called after every layer.
     """
     _check_target(out, overwrite)
-    manifest = verify_package(package)
+    opened = open_package(package)
+    manifest = opened.manifest
     if manifest.method == UNCHANGED:
         raise UnsupportedModel(
             f"{package} is a plain checkpoint already.",
@@ -90,7 +91,7 @@ def export_hf(
             f"use it as it is; for GGUF: conmoe-edge export {package} FILE.gguf --format gguf",
         )
     config = plain_config(package)
-    with ShardReader(CheckpointIndex.open(package)) as reader:
+    with ShardReader(opened.index) as reader:
         run = _Export(package, manifest, config, reader, kept)
         require_space(out, run.estimate())
         settings = {"package": str(package.resolve()), "files": manifest.files}
@@ -163,8 +164,9 @@ class _Export:
         check_slots(manifest, self.experts)
         self._saved = build_meta(self.decided.config, self.dtype)
         self._prototypes = PrototypeReader(package, manifest)
-        constants = package / CONSTANTS_FILE
-        self._constants = read_constants(constants) if constants.is_file() else {}
+        self._constants = (
+            read_constants(package / CONSTANTS_FILE) if CONSTANTS_FILE in manifest.files else {}
+        )
 
     def _check_layers(self) -> None:
         described = {layer: len(row) for layer, row in self.manifest.slots.items()}
@@ -210,9 +212,9 @@ class _Export:
             self._prototypes.close()
         index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(places.items()))}
         files = [write_json(folder / INDEX_FILE, index), *copy_side_files(self.package, folder)]
-        card = self.package / MODEL_CARD
-        if card.is_file():
-            files.append(write_bytes(folder / MODEL_CARD, card.read_bytes()))
+        if is_there(self.package, MODEL_CARD):
+            card = read_inside(self.package, MODEL_CARD)
+            files.append(write_bytes(folder / MODEL_CARD, card))
         files.append(write_json(folder / CONFIG_FILE, self._config()))
         files.append(write_json(folder / EXPORT_FILE, self._origin()))
         progress(Progress("write", layers + 1, layers + 1, "done"))

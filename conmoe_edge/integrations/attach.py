@@ -9,7 +9,6 @@ Peak memory: dense weights, cache slots and what the plan's terms name; never tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compat import Arguments
 from conmoe_edge.errors import PackageError
@@ -56,21 +55,16 @@ class Loading:
 
 
 def begin_loading(
-    model: PreTrainedModel, checkpoint_files: Sequence[str], device_map: dict[str, Any] | None
+    model: PreTrainedModel, package: OpenedPackage, device_map: dict[str, Any] | None
 ) -> Loading:
-    """Remove the routed experts from a meta model and give each layer its handle.
+    """Remove the routed experts from the meta model of ``package`` and give each layer its handle.
 
     Raises:
         PackageError: manifest and model do not describe the same thing.
         UnsupportedModel: the context cannot be counted with this release of transformers.
     """
     Arguments.of(model)  # known before anything large is read
-    if not checkpoint_files:
-        raise PackageError(
-            "The package has no dense weights.", "model.safetensors.index.json names none", _AGAIN
-        )
-    folder = Path(checkpoint_files[0]).parent
-    manifest = load_manifest(folder)
+    folder, manifest = package.folder, package.manifest
     register_experts_function()
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
@@ -95,7 +89,7 @@ def begin_loading(
     with torch.device("cpu"):
         products = products_for(device)
     if manifest.dense_precision != "source":
-        take_quantised(model, folder, products)
+        take_quantised(model, package.index, products)
     return Loading(folder, manifest, device, tuple(handles), products)
 
 

@@ -8,7 +8,6 @@ package has int8 weights that the model has no linear layer for.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from conmoe_edge.checkpoint.package.dense_names import quantised_names
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.errors import CheckpointError, PackageError
+from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
 
@@ -25,20 +24,17 @@ if TYPE_CHECKING:
 
 
 def take_quantised(
-    model: PreTrainedModel, folder: Path, products: DenseProducts
+    model: PreTrainedModel, index: CheckpointIndex, products: DenseProducts
 ) -> tuple[str, ...]:
-    """Make room in a meta model for the int8 weights of the package in ``folder``; their names."""
+    """Make room in a meta model for the int8 weights among the dense ones of a package, ``index``; their names."""
     again = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
-    try:
-        names = quantised_names(CheckpointIndex.open(folder).tensors)
-    except CheckpointError as error:
-        raise PackageError(error.what, error.why, again) from error
+    names = quantised_names(index.tensors)
     linears = {path: one for path, one in model.named_modules() if type(one) is nn.Linear}
     for name in names:
         path, _, last = name.rpartition(".")
         if last != "weight" or path not in linears:
             raise PackageError(
-                f"The package in {folder} does not match its config.json.",
+                f"The package in {index.folder} does not match its config.json.",
                 f"{name} is stored in int8, but the model has no linear layer there",
                 again,
             )

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED
-from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
@@ -64,7 +64,7 @@ def load_package(
     folder = Path(path)
     check_policy(cache_policy)
     check_misses(misses)
-    manifest = verify_package(folder)
+    package = open_package(folder)
     where = _device(device, budget)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -83,20 +83,22 @@ def load_package(
             cache_policy=cache_policy,
             misses=misses,
             progress=progress,
+            package=package,
         )
         with loading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,
                 dtype=dtype or "auto",
                 device_map={"": where} if where.type != "cpu" else None,
                 output_loading_info=True,
             )
             model, info = loaded
             _check_complete(info, folder)
-            if manifest.method == UNCHANGED:
-                attach_unchanged(model, folder, manifest, where)
+            if package.manifest.method == UNCHANGED:
+                attach_unchanged(model, folder, package.manifest, where)
     except (SafetensorError, OSError) as error:
         raise PackageError(
             f"The dense weights in {folder} cannot be read.", str(error).strip()[:200], _AGAIN

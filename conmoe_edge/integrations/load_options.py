@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 from conmoe_edge.errors import UsageError
 from conmoe_edge.memory.budget import Budget
 
@@ -27,6 +28,7 @@ class LoadOptions:
     cache_policy: which prototype is evicted; ``None`` for the best on the package's trace.
     misses: how prototypes that are not on the GPU are computed.
     progress: called with (records read, records to read).
+    package: what is going to be loaded, where it is open already.
     """
 
     budget: Budget | None = None
@@ -35,6 +37,7 @@ class LoadOptions:
     cache_policy: str | None = None
     misses: str = "copy"
     progress: Callable[[int, int], None] | None = None
+    package: OpenedPackage | None = None
 
 
 _OPTIONS: ContextVar[LoadOptions] = ContextVar("conmoe_load_options")

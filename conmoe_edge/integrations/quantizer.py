@@ -1,6 +1,7 @@
 """The quantizer ``conmoe``: how ``from_pretrained`` opens a package.
 
-``attach.py`` does the work, before and after transformers loads the dense weights. transformers imports this file while
+``package_door.py`` checks the package, and ``attach.py`` does the work, before and after transformers loads the dense
+weights. transformers imports this file while
 it is being imported itself, so the top has its two base classes and nothing that needs more of it.
 """
 
@@ -17,6 +18,8 @@ from conmoe_edge.errors import UsageError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,9 +41,16 @@ class ConmoeQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading: Any = None
+        self._package: OpenedPackage | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a plain checkpoint: packages are not made while they are loaded."""
+        """Refuse a plain checkpoint, as packages are not made while they are loaded, and leave to unpickle."""
+        if kwargs.get("weights_only") is False:
+            raise UsageError(
+                "Weights that can run a program are not loaded.",
+                "weights_only=False allows pickles to, and no package has one",
+                "from_pretrained without weights_only",
+            )
         if not self.pre_quantized:
             raise UsageError(
                 "A plain checkpoint cannot be consolidated while it is loaded.",
@@ -54,12 +64,30 @@ class ConmoeQuantizer(HfQuantizer):
 
         return one_device(device_map)
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Check the package. transformers calls this when the config is read and nothing else is, which is why it is
+        done here; attention stays as it is.
+        """
+        from conmoe_edge.integrations.package_door import name_dtype, package_named
+
+        self._package = package_named(config)
+        name_dtype(config, self._package)
+        return super().update_attn_implementation(config)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """As it is, where there is one."""
+        from conmoe_edge.integrations.package_door import check_dtype
+
+        check_dtype(dtype)
+        return super().update_dtype(dtype)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import begin_loading
+        from conmoe_edge.integrations.package_door import package_loaded
 
-        self._loading = begin_loading(
-            model, kwargs.get("checkpoint_files") or (), kwargs.get("device_map")
-        )
+        name = str(model.config.name_or_path)
+        package = package_loaded(name, kwargs.get("checkpoint_files") or (), self._package)
+        self._loading = begin_loading(model, package, kwargs.get("device_map"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import finish_loading

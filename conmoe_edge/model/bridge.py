@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model.deepseek import register_config, register_model
 
@@ -39,9 +41,10 @@ def read_config(folder: str) -> PretrainedConfig:
 
     Raises:
         UnsupportedModel: transformers does not know the ``model_type``.
-        CheckpointError: ``config.json`` cannot be read.
+        CheckpointError: ``config.json`` cannot be read, or the folder leads to files outside it.
     """
     register_config()
+    check_folder(Path(folder))
     try:
         named, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
         kind = named.get("model_type")

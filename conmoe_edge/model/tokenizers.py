@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.errors import CalibrationError
 
 
@@ -13,8 +14,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         CalibrationError: there is none that can be used.
+        CheckpointError: the folder leads to files outside it.
     """
     from transformers import AutoTokenizer
+
+    check_folder(folder)
 
     try:
         return AutoTokenizer.from_pretrained(

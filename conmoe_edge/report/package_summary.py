@@ -13,7 +13,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
-from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
@@ -152,7 +152,7 @@ def summarise(
         PackageError: it is none, or a file is missing, too short, or (with ``verify``) changed.
         UsageError: ``bench`` is no report about this package.
     """
-    manifest = verify_package(folder, deep=verify)
+    manifest = open_package(folder, deep=verify).manifest
     trace = read_trace(folder, manifest) if manifest.slots else None
     usage = usage_of(manifest, trace)
     config = read_json_object(folder / CONFIG_FILE)

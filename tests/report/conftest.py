@@ -79,7 +79,7 @@ def renamed(package: Path, folder: Path, name: str) -> Path:
     folder.mkdir()
     for path in package.iterdir():
         if path.name != "conmoe.json":
-            (folder / path.name).symlink_to(path)
+            (folder / path.name).hardlink_to(path)
     manifest = load_manifest(package)
     save_manifest(folder, replace(manifest, source={**manifest.source, "name": name}))
     return folder
@@ -90,6 +90,6 @@ def without_overview(package: Path, folder: Path) -> Path:
     folder.mkdir()
     for path in package.iterdir():
         if path.name != "conmoe.json":
-            (folder / path.name).symlink_to(path)
+            (folder / path.name).hardlink_to(path)
     save_manifest(folder, replace(load_manifest(package), overview={}))
     return folder

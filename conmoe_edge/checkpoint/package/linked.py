@@ -1,7 +1,7 @@
-"""A model that fits as it is: a folder that holds it unchanged, without a second copy of its weights.
+"""A model that fits as it is: a folder that holds it unchanged, without a second copy of its weights where that can be.
 
-Weights are hard-linked; where that is not possible (another disk) they are linked symbolically, and where that is not
-possible either they are copied. Small files are copied. Peak memory: a few MB.
+Weights are hard-linked; where that is not possible (another disk) they are copied. Never a symbolic link: a package
+that reads files outside its folder is no package. Small files are copied. Peak memory: a few MB.
 """
 
 from __future__ import annotations
@@ -11,33 +11,45 @@ import shutil
 from pathlib import Path
 
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_bytes
+from conmoe_edge.checkpoint.fs.contained import is_there, open_inside, path_inside, read_inside
+from conmoe_edge.checkpoint.fs.disk import require_space
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
 
 _SMALL = 64 << 20
+_CHUNK = 16 << 20
 
 
 def link_model(index: CheckpointIndex, target: Path) -> list[WrittenFile]:
-    """Put the model of ``index`` into ``target``; says which files were written (linked weights are not among them)."""
+    """Put the model of ``index`` into ``target``; says which files were written (its weights are not among them).
+
+    Raises:
+        CheckpointError: a file of the model is not inside its folder, or cannot be read.
+        NoSpace: weights that have to be copied do not fit on the disk of ``target``.
+    """
     written = copy_side_files(index.folder, target)
     for name in (CONFIG_FILE, INDEX_FILE):
-        source = index.folder / name
-        if source.is_file():
-            written.append(write_bytes(target / name, source.read_bytes()))
-    for name, shard in sorted(index.files.items()):
-        _link(shard.path.resolve(), target / name)
+        if is_there(index.folder, name):
+            written.append(write_bytes(target / name, read_inside(index.folder, name)))
+    copied = [name for name in sorted(index.files) if not _linked(index, name, target)]
+    require_space(target, sum(index.files[name].size for name in copied))
+    for name in copied:
+        with (
+            os.fdopen(open_inside(index.folder, name), "rb") as source,
+            (target / name).open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file, _CHUNK)
     return written
 
 
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    if source.stat().st_size <= _SMALL:
-        shutil.copyfile(source, target)
-        return
-    for link in (os.link, os.symlink):
-        try:
-            link(source, target)
-        except OSError:
-            continue
-        return
-    shutil.copyfile(source, target)
+def _linked(index: CheckpointIndex, name: str, target: Path) -> bool:
+    """Whether a hard link now stands in ``target``; small files are copied, as one may want to change them."""
+    place = target / name
+    place.unlink(missing_ok=True)
+    if index.files[name].size <= _SMALL:
+        return False
+    try:
+        os.link(path_inside(index.folder, name), place)
+    except OSError:
+        return False
+    return True

@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from conmoe_edge.checkpoint.format.manifest import (
     SlotRecord,
 )
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_bytes
+from conmoe_edge.checkpoint.fs.contained import is_there, open_inside, read_inside
 from conmoe_edge.checkpoint.package.manifest_schema import ManifestJson
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import CheckpointError, PackageError
@@ -61,20 +64,17 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         PackageError: no package, another format version, or anything in it that is wrong.
     """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not is_there(folder, MANIFEST_NAME):
         raise PackageError(
             f"{folder} is no package of conmoe-edge.",
             f"It has no {MANIFEST_NAME}." if folder.is_dir() else "There is no such folder.",
             f"Make one with: conmoe-edge fit MODEL --out {folder}",
         )
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise PackageError(f"{path} is damaged.", "It is far too large.", _AGAIN)
-        data = path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"Cannot read {path}.", error.strerror or "", _AGAIN) from error
-    return from_json(data, str(path))
+        data = read_inside(folder, MANIFEST_NAME, _MOST_BYTES)
+    except CheckpointError as error:
+        raise PackageError(error.what, error.why, _AGAIN) from error
+    return from_json(data, str(folder / MANIFEST_NAME))
 
 
 def to_json(manifest: Manifest) -> bytes:
@@ -201,33 +201,32 @@ def verify_package(folder: Path, *, deep: bool = False) -> Manifest:
     """
     manifest = load_manifest(folder)
     for name, facts in sorted(manifest.files.items()):
-        path = folder / name
-        try:
-            if not path.is_file():
-                raise PackageError(
-                    f"{folder} is incomplete.", f"The file {name} is missing.", _AGAIN
-                )
-            size = path.stat().st_size
-            if size != facts["size"]:
-                raise PackageError(
-                    f"{path} is damaged.",
-                    f"It has {size} bytes instead of {facts['size']}.",
-                    _AGAIN,
-                )
-            if deep:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != facts["sha256"]:
-                    raise PackageError(
-                        f"{path} is damaged.", "Its content does not match its checksum.", _AGAIN
-                    )
-        except OSError as error:
-            raise PackageError(f"Cannot read {path}.", error.strerror or "", _AGAIN) from error
+        _verify_file(folder, name, facts, deep=deep)
     try:
         read_json_object(folder / CONFIG_FILE)
     except CheckpointError as error:
         raise PackageError(error.what, error.why, _AGAIN) from None
     return manifest
+
+
+def _verify_file(folder: Path, name: str, facts: Mapping[str, Any], *, deep: bool) -> None:
+    path = folder / name
+    if not is_there(folder, name):
+        raise PackageError(f"{folder} is incomplete.", f"The file {name} is missing.", _AGAIN)
+    why = ""
+    try:
+        with os.fdopen(open_inside(folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != facts["size"]:
+                why = f"It has {size} bytes instead of {facts['size']}."
+            elif deep and hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                why = "Its content does not match its checksum."
+    except CheckpointError as error:
+        raise PackageError(error.what, error.why, _AGAIN) from error
+    except OSError as error:
+        raise PackageError(f"Cannot read {path}.", error.strerror or "", _AGAIN) from error
+    if why:
+        raise PackageError(f"{path} is damaged.", why, _AGAIN)
 
 
 class _Wrong(Exception):

@@ -1,19 +1,20 @@
 """The small files that travel with a model: tokenizer, chat template, generation config, licence,
 model card.
 
-Only names on the list are taken, and never code, pickles or weights. Links are followed and their
-content is copied, since the hub's cache consists of links. Peak memory: one file. Raises
-``CheckpointError`` for an unreadable file, ``NoSpace``.
+Only names on the list are taken, and never code, pickles or weights. Links are followed where they stay in the folder
+(or in the hub's cache, which consists of links), and their content is copied. A link that leaves the folder is an error
+for each of these files and not left out: a package without its chat template, or its licence, is silently another one.
+
+Peak memory: one file. Raises ``CheckpointError`` for such a link and for a file that cannot be read, ``NoSpace``.
 """
 
 from __future__ import annotations
 
-import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_bytes
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.checkpoint.fs.contained import read_inside
 
 PATTERNS = (
     "tokenizer*.json",
@@ -39,35 +40,28 @@ MODEL_CARD = "MODEL_CARD.md"
 package.
 """
 
-_MOST_BYTES = 256 << 20
-
 
 def side_files(folder: Path) -> list[Path]:
-    """The files of ``folder`` that travel with its model, sorted by name."""
+    """The files of ``folder`` that travel with its model, sorted by name; whether they may be read is not decided."""
     return sorted(
         path
         for path in folder.iterdir()
         if any(fnmatchcase(path.name, pattern) for pattern in PATTERNS)
         and not any(fnmatchcase(path.name.lower(), pattern) for pattern in NEVER)
-        and path.is_file()
+        and (path.is_symlink() or not path.is_dir())
     )
 
 
 def copy_side_files(source: Path, target: Path) -> list[WrittenFile]:
-    """Copy them into ``target`` and say what was written."""
-    written = []
-    for path in side_files(source):
-        name = MODEL_CARD if path.name == "README.md" else path.name
-        try:
-            info = path.stat()
-            if not stat.S_ISREG(info.st_mode) or info.st_size > _MOST_BYTES:
-                raise CheckpointError(
-                    f"{path} is too large to be what its name says.", "", "Remove it and try again."
-                )
-            data = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot read {path}.", error.strerror or "", "Download or copy the model again."
-            ) from error
-        written.append(write_bytes(target / name, data))
-    return written
+    """Copy them into ``target`` and say what was written.
+
+    Raises:
+        CheckpointError: as ``read_inside``.
+    """
+    names = [path.name for path in side_files(source)]
+    return [
+        write_bytes(
+            target / (MODEL_CARD if name == "README.md" else name), read_inside(source, name)
+        )
+        for name in names
+    ]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import CONSTANTS_FILE
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
+from conmoe_edge.checkpoint.fs.contained import path_inside
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
-from conmoe_edge.errors import PackageError
+from conmoe_edge.errors import CheckpointError, PackageError
 
 __all__ = ["CONSTANTS_FILE", "read_constants", "write_constants"]
 
@@ -39,8 +40,8 @@ def write_constants(path: Path, constants: Mapping[int, Tensor]) -> WrittenFile:
 def read_constants(path: Path) -> dict[int, Tensor]:
     """Layer -> [n, H] fp32."""
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(path_inside(path.parent, path.name))
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise PackageError(
             f"The constants in {path} cannot be read.",
             str(error)[:200],

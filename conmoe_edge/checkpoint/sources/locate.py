@@ -24,6 +24,7 @@ from conmoe_edge.checkpoint.sources.model_names import (
     config_folder,
     resolve,
 )
+from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CheckpointIndex,
     place_in_data,
@@ -92,11 +93,13 @@ def locate(
     meaning = resolve(model, revision)
     if meaning.folder is not None:
         require_config(meaning.folder)
+        check_folder(meaning.folder)
         return Source(model, meaning.kind, meaning.folder)
     assert meaning.hub_id is not None
     folder = hub.fetch_snapshot(
         meaning.hub_id, meaning.revision, offline=hub.is_offline(offline), tqdm_class=tqdm_class
     )
+    check_folder(folder)
     return Source(model, meaning.kind, folder, _commit(folder), meaning.hub_id)
 
 
@@ -110,6 +113,7 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
         return _local(meaning, source.path, source.revision)
     folder = hub.fetch_config(meaning.hub_id, meaning.revision)
     require_config(folder)
+    check_folder(folder)
     if hub.is_whole(folder):
         return _local(meaning, folder, _commit(folder))
     # The commit of the config, so that config and headers cannot come from two states of the

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from conmoe_edge.checkpoint.fs.contained import open_inside, path_inside
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, ShardFile, require_config
 from conmoe_edge.errors import CheckpointError
 
@@ -30,7 +32,7 @@ def fingerprint(index: CheckpointIndex) -> dict[str, Any]:
     ``config`` is the hash of ``config.json``, ``id`` one over the rest.
     """
     config = require_config(index.folder)
-    files = {name: _file(shard) for name, shard in sorted(index.files.items())}
+    files = {name: _file(index, shard) for name, shard in sorted(index.files.items())}
     result: dict[str, Any] = {"config": hashlib.sha256(config).hexdigest(), "files": files}
     result["id"] = settings_fingerprint(result)
     return result
@@ -42,13 +44,13 @@ def settings_fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file(shard: ShardFile) -> dict[str, Any]:
-    blob = shard.path.resolve()
+def _file(index: CheckpointIndex, shard: ShardFile) -> dict[str, Any]:
+    blob = path_inside(index.folder, shard.name)
     if shard.path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return {"size": shard.size, "sha256": blob.name}
     digest = hashlib.sha256()
     try:
-        with shard.path.open("rb") as file:
+        with os.fdopen(open_inside(index.folder, shard.name), "rb") as file:
             digest.update(file.read(min(shard.data_start + _SAMPLE, shard.size)))
             file.seek(max(0, shard.size - _SAMPLE))
             digest.update(file.read(_SAMPLE))

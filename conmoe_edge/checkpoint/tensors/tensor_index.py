@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,13 @@ from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
 from conmoe_edge.checkpoint.format.dtypes import BITS, TORCH_NAMES
-from conmoe_edge.checkpoint.fs.contained import is_plain_name, is_there, path_inside, read_inside
+from conmoe_edge.checkpoint.fs.contained import (
+    is_plain_name,
+    is_there,
+    open_inside,
+    path_inside,
+    read_inside,
+)
 from conmoe_edge.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -223,16 +230,17 @@ def read_header(folder: Path, name: str) -> tuple[ShardFile, list[TensorEntry]]:
         )
     try:
         # Before anything opens it: opening a named pipe would wait for ever.
-        info = path_inside(folder, name).stat()
+        real = path_inside(folder, name)
+        info = real.stat()
         if info.st_size < 8:
             raise CheckpointError(
                 f"{path} is damaged.", f"It has only {info.st_size} bytes.", _AGAIN
             )
         # numpy, because the header alone is wanted and torch need not be there.
-        with safe_open(path, framework="np") as handle:
+        with safe_open(real, framework="np") as handle:
             keys = set(handle.keys())
-        header = parse_local_safetensors_file_metadata(path)
-        with path.open("rb") as file:
+        header = parse_local_safetensors_file_metadata(real)
+        with os.fdopen(open_inside(folder, name), "rb") as file:
             data_start = 8 + struct.unpack("<Q", file.read(8))[0]
     except (
         SafetensorError,

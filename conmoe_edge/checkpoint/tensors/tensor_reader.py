@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
+from conmoe_edge.checkpoint.fs.contained import open_inside
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import CheckpointError
 
@@ -34,9 +35,8 @@ class _OpenFile:
     cursor.
     """
 
-    def __init__(self, path: Path, drop_cache: bool) -> None:
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        self.fd = os.open(path, flags)
+    def __init__(self, folder: Path, name: str, drop_cache: bool) -> None:
+        self.fd = open_inside(folder, name)
         self.drop_cache = drop_cache and hasattr(os, "posix_fadvise")
         self.lock = threading.Lock()
 
@@ -138,11 +138,9 @@ class ShardReader(Mapping[str, "LazyTensor"]):
             if file is None:
                 shard = self.index.files[entry.file]
                 try:
-                    file = _OpenFile(shard.path, self._drop_cache)
-                except OSError as error:
-                    raise _unreadable(
-                        entry, error.strerror or "The file cannot be opened."
-                    ) from error
+                    file = _OpenFile(self.index.folder, shard.name, self._drop_cache)
+                except CheckpointError as error:
+                    raise _unreadable(entry, error.why or error.what) from error
                 size = os.fstat(file.fd).st_size
                 if size != shard.size:
                     os.close(file.fd)

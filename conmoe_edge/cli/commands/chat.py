@@ -110,8 +110,10 @@ def chat(
 
 def check_package(folder: Path) -> None:
     """Say what is wrong with the folder before torch is loaded for it."""
-    if (folder / "conmoe.json").is_file():
-        return
+    from conmoe_edge.checkpoint.fs.contained import is_there
+
+    if is_there(folder, "conmoe.json"):
+        return  # whatever it is, from here on it must be a sound package
     if not folder.exists():
         raise PackageError(
             f"There is no folder {folder}.", "", f"conmoe-edge fit MODEL --out {folder}"

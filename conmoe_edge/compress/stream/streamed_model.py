@@ -18,10 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest, RecordLayout
+from conmoe_edge.checkpoint.format.manifest import (
+    MANIFEST_NAME,
+    UNCHANGED,
+    Manifest,
+    RecordLayout,
+)
 from conmoe_edge.checkpoint.format.records import view
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.fs.contained import is_there
+from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
@@ -194,8 +200,9 @@ def stream_model(
 def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
     """The model or package in ``folder``, nothing of it loaded yet."""
     register()
-    manifest = verify_package(folder) if is_package(folder) else None
-    index = CheckpointIndex.open(folder)
+    package = open_package(folder) if is_package(folder) else None
+    manifest = None if package is None else package.manifest
+    index = CheckpointIndex.open(folder) if package is None else package.index
     config = read_config(str(folder))
     packed = manifest is not None and manifest.method != UNCHANGED
     if packed and quantization_of(config) is not None:
@@ -259,7 +266,7 @@ def package_subject(
 
 def is_package(folder: Path) -> bool:
     """Whether ``fit`` wrote the folder."""
-    return (folder / "conmoe.json").is_file()
+    return is_there(folder, MANIFEST_NAME)
 
 
 def prototype_bytes(manifest: Manifest) -> int:

@@ -52,6 +52,7 @@ from conmoe_edge.integrations.vllm.stacked_weights import (
     gated_sum,
     map_choice,
     open_package,
+    package_folder,
     padded_constants,
 )
 
@@ -99,15 +100,7 @@ class PrototypesConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Find the package, and refuse what cannot be served before any worker is started."""
-        folder = Path(model_name)
-        if not folder.is_dir():
-            raise NotServable(
-                f"{model_name} is not a folder.",
-                "the prototypes of a package are read from its own files",
-                f"hf download {model_name} --local-dir DIR, and serve DIR",
-            )
-        self._folder = folder.resolve()
-        open_package(self._folder)
+        self._folder = package_folder(model_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Prototypes for routed experts, the model's own weights for everything else."""

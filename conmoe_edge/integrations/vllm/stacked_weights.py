@@ -22,10 +22,15 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
-from conmoe_edge.checkpoint.package.manifest_io import verify_package
+from conmoe_edge.checkpoint.package.opened_package import open_package as open_files
 from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.integrations.vllm.layer_stacks import LayerStack, check_servable, layer_stacks
+from conmoe_edge.integrations.vllm.layer_stacks import (
+    LayerStack,
+    NotServable,
+    check_servable,
+    layer_stacks,
+)
 
 
 class Package:
@@ -33,7 +38,7 @@ class Package:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: Manifest = verify_package(folder)
+        self.manifest: Manifest = open_files(folder).manifest
         check_servable(folder, self.manifest)
         self.stacks: dict[int, LayerStack] = layer_stacks(self.manifest)
         self._prototypes = PrototypeReader(folder, self.manifest)
@@ -103,6 +108,28 @@ def gated_sum(constants: Tensor, constant_of: Tensor, slots: Tensor, gates: Tens
     weights = gates.new_zeros(len(gates), len(constants))
     weights.scatter_add_(1, constant_of[slots], gates)
     return weights.to(constants.dtype) @ constants
+
+
+def package_folder(model_name: str) -> Path:
+    """The folder of the package that vLLM was started with, checked before any worker is started.
+
+    vLLM reads the dense weights by itself: those that the index names, which have been checked, from a folder in which
+    there are no others and no pickle.
+
+    Raises:
+        NotServable: it is no folder, or a package that cannot be served.
+        PackageError: the package is damaged.
+    """
+    folder = Path(model_name)
+    if not folder.is_dir():
+        raise NotServable(
+            f"{model_name} is not a folder.",
+            "the prototypes of a package are read from its own files",
+            f"hf download {model_name} --local-dir DIR, and serve DIR",
+        )
+    folder = folder.resolve()
+    open_package(folder)
+    return folder
 
 
 @lru_cache(maxsize=4)

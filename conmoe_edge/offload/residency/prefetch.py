@@ -25,7 +25,8 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.errors import PackageError
+from conmoe_edge.checkpoint.fs.contained import path_inside
+from conmoe_edge.errors import CheckpointError, PackageError
 
 _NEAR = 0.10
 
@@ -48,8 +49,8 @@ class Prefetcher:
         self._maps: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
         try:
             with torch.device("cpu"):
-                tensors = load_file(folder / PREDICTOR_FILE)
-        except (OSError, SafetensorError) as error:
+                tensors = load_file(path_inside(folder, PREDICTOR_FILE))
+        except (OSError, SafetensorError, CheckpointError) as error:
             raise _damaged(folder, str(error)[:200]) from error
         maps = SlotMap.of_manifest(manifest)
         heights = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim == 2}

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.errors import PackageError
+from conmoe_edge.checkpoint.fs.contained import path_inside
+from conmoe_edge.errors import CheckpointError, PackageError
 from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.quota import groups_of, slots_for
 from conmoe_edge.offload.simulate.policy_search import choose
@@ -73,8 +74,8 @@ def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
     if ROUTING_FILE not in manifest.files:
         return None
     try:
-        tensors = load_file(folder / ROUTING_FILE)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        tensors = load_file(path_inside(folder, ROUTING_FILE))
+    except (OSError, SafetensorError, ValueError, KeyError, CheckpointError) as error:
         raise _damaged(folder, str(error)[:200]) from error
     layers = tuple(sorted(manifest.slots))
     lengths = tensors.pop("sequences", None)

@@ -29,7 +29,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PrototypeEntry, RecordLayout
-from conmoe_edge.errors import PackageError
+from conmoe_edge.checkpoint.fs.contained import open_inside
+from conmoe_edge.errors import CheckpointError, PackageError
 
 _LARGEST_READ = 1 << 30  # the kernel moves at most 2 GiB - 4096 bytes a call
 _ALIGNED = 4096
@@ -124,8 +125,8 @@ class RecordStore:
             return False
         try:
             for name in self._files.keys() - self._direct.keys():
-                self._direct[name] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | flag)
-        except OSError:
+                self._direct[name] = open_inside(self._folder, name, flag)
+        except CheckpointError:
             return False
         self._mode = "direct"
         return True
@@ -139,14 +140,11 @@ class RecordStore:
         self._closing()
 
     def _open(self, name: str) -> None:
-        path = self._folder / name
         try:
-            handle = os.open(
-                path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-            )
-        except OSError as error:
+            handle = open_inside(self._folder, name)
+        except CheckpointError as error:
             self.close()
-            raise self._damaged(name, f"it cannot be opened: {error.strerror}") from error
+            raise self._damaged(name, str(error)) from error
         self._files[name] = handle
         if hasattr(os, "posix_fadvise"):
             # Records are read whole and in no order: reading ahead of a record would be wasted.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
+
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files, side_files
+from conmoe_edge.errors import CheckpointError
 
 TRAVEL = {
     "tokenizer.json",
@@ -51,14 +55,41 @@ def test_what_travels(tmp_path: Path) -> None:
     assert {path.name for path in target.iterdir()} == {file.name for file in written}
 
 
-def test_links_arrive_as_content(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (tmp_path / "blob").write_text("content")
-    (source / "tokenizer.json").symlink_to(tmp_path / "blob")
-    (source / "vocab.json").symlink_to(tmp_path / "gone")
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    (folder.parent.parent / "blobs").mkdir()
+    (tmp_path / "target").mkdir()
+    return folder
+
+
+def test_links_of_the_hub_cache_arrive_as_content(source: Path, tmp_path: Path) -> None:
+    (source.parent.parent / "blobs" / "ab12").write_text("content")
+    (source / "tokenizer.json").symlink_to("../../blobs/ab12")
+    target = tmp_path / "target"
     copy_side_files(source, target)
     assert (target / "tokenizer.json").read_text() == "content"
     assert not (target / "tokenizer.json").is_symlink()
-    assert not (target / "vocab.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "LICENSE", "README.md", "tokenizer.json", "vocab.txt"]
+)
+def test_a_link_that_leaves_the_folder_is_an_error(name: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link that leaves"):
+        copy_side_files(source, tmp_path / "target")
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+@pytest.mark.timeout(10)
+def test_dangling_links_and_pipes_are_errors(source: Path, tmp_path: Path) -> None:
+    (source / "vocab.json").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"vocab\.json"):
+        copy_side_files(source, tmp_path / "target")
+    (source / "vocab.json").unlink()
+    os.mkfifo(source / "merges.txt")
+    with pytest.raises(CheckpointError, match=r"merges\.txt is not a plain file"):
+        copy_side_files(source, tmp_path / "target")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,12 +46,16 @@ def check_agreement(
         CheckpointError: names the tensor.
     """
     check_places(model, prefix, shapes, targets)
-    _check_numbers(targets)
-    empty = {name: torch.empty(shapes[name], device="meta") for name in targets}
     parameters = dict(model.state_dict())
-    outcome = bridge.convert(model, empty, torch.device("meta"))
     # A tied parameter has its numbers from another one.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    own = {name: tensor for name, tensor in parameters.items() if name not in tied}
+    wanted = {name: tuple(one.shape) for name, one in _as_saved(model, own).items()}
+    if targets.keys() <= wanted.keys() and all(shapes.get(n) == s for n, s in wanted.items()):
+        return  # as transformers itself would write this model; the loader needs seconds for large ones
+    _check_numbers(targets)
+    empty = {name: torch.empty(shapes[name], device="meta") for name in targets}
+    outcome = bridge.convert(model, empty, torch.device("meta"))
     lacking = {name for name in outcome.missing if name not in tied}
     lacking -= {name for name in lacking if _ignored(name, model._keys_to_ignore_on_load_missing)}
     wrong = {*outcome.mismatched, *outcome.failed}
@@ -123,12 +128,8 @@ def _what_is_wrong(
 ) -> CheckpointError:
     """The tensor at fault under the name that it has, or would have, in the checkpoint."""
     module = parameter.rpartition(".")[0]
-    beside = {
-        name: torch.empty(tensor.shape, device="meta")
-        for name, tensor in parameters.items()
-        if name.rpartition(".")[0] == module
-    }
-    wanted = bridge.saved_names(model, beside)
+    beside = {name: one for name, one in parameters.items() if name.rpartition(".")[0] == module}
+    wanted = _as_saved(model, beside)
     into = bridge.renamed(model, wanted)
     present = [name for name, target in targets.items() if target == parameter]
     for name in sorted(wanted, key=_natural):
@@ -143,6 +144,14 @@ def _what_is_wrong(
     if not present:
         return _missing(parameter)
     return wrong_shape(present[0], shapes[present[0]], None)
+
+
+def _as_saved(model: PreTrainedModel, parameters: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The names and shapes under which transformers writes these parameters; none where it cannot tell."""
+    shapes_only = {name: torch.empty(one.shape, device="meta") for name, one in parameters.items()}
+    with suppress(CheckpointError):
+        return bridge.saved_names(model, shapes_only)
+    return {}
 
 
 def _missing(name: str) -> CheckpointError:

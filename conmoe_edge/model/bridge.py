@@ -271,11 +271,13 @@ def saved_names(
     Args:
         model: of that architecture and those sizes; its own weights are not looked at.
         tensors: parameter or buffer -> its value; a fused parameter with all that it is fused with.
+
+    Raises:
+        CheckpointError: transformers cannot turn its own renames around.
     """
-    return {
-        name: tensor.contiguous()
-        for name, tensor in revert_weight_conversion(model, dict(tensors)).items()
-    }
+    with foreign(_cannot_load):
+        written = revert_weight_conversion(model, dict(tensors))
+    return {name: tensor.contiguous() for name, tensor in written.items()}
 
 
 def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:

@@ -18,6 +18,7 @@ from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
+from conmoe_edge.integrations.small_files import read_small_files
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.compute.miss_split import check_misses
 from conmoe_edge.offload.residency.policies import check_policy
@@ -66,6 +67,7 @@ def load_package(
     check_misses(misses)
     manifest = verify_package(folder)
     where = _device(device, budget)
+    config, generation = read_small_files(folder, manifest)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -83,10 +85,13 @@ def load_package(
             cache_policy=cache_policy,
             misses=misses,
             progress=progress,
+            checked=True,
         )
         with loading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                config=config,
+                generation_config=generation,
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=dtype or "auto",

@@ -27,6 +27,7 @@ class LoadOptions:
     cache_policy: which prototype is evicted; ``None`` for the best on the package's trace.
     misses: how prototypes that are not on the GPU are computed.
     progress: called with (records read, records to read).
+    checked: whether the package's files were looked at before transformers reads them.
     """
 
     budget: Budget | None = None
@@ -35,6 +36,7 @@ class LoadOptions:
     cache_policy: str | None = None
     misses: str = "copy"
     progress: Callable[[int, int], None] | None = None
+    checked: bool = False
 
 
 _OPTIONS: ContextVar[LoadOptions] = ContextVar("conmoe_load_options")

@@ -54,6 +54,15 @@ class ConmoeQuantizer(HfQuantizer):
 
         return one_device(device_map)
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one call that gets the config before anything is built from it: it is checked here."""
+        from conmoe_edge.integrations.load_options import current_options
+        from conmoe_edge.integrations.small_files import check_foreign_config
+
+        if not current_options().checked:
+            check_foreign_config(config)
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import begin_loading
 

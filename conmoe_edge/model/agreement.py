@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE
 from conmoe_edge.errors import CheckpointError
 from conmoe_edge.model import bridge
 from conmoe_edge.model.config_json import AGAIN, WRONG
@@ -79,7 +80,9 @@ def check_places(
         (value for name in _EXTRA_LAYERS if type(value := getattr(text, name, None)) is int),
         default=0,
     )
-    strangers = sorted((name for name in names if name not in targets), key=_natural)
+    # The scales of dense weights that a package stores in fewer bits.
+    scales = {f"{name}{DENSE_SCALE}" for name in targets}
+    strangers = sorted({*names} - {*targets} - scales, key=_natural)
     ignored = model._keys_to_ignore_on_load_unexpected
     for name, renamed in bridge.renamed(model, strangers).items():
         inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", renamed)

@@ -96,8 +96,9 @@ def _check_words(where: Path, settings: Mapping[str, Any]) -> None:
     for path, value, _ in values_of(settings):
         if path.rsplit(".", 1)[-1] in _DTYPES and value is not None:
             name = value.removeprefix("torch.") if isinstance(value, str) else ""
-            if not isinstance(getattr(torch, name, None), torch.dtype):
-                raise says(where, path, value, "torch has no such number format")
+            dtype = getattr(torch, name, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise says(where, path, value, "torch has no such format for weights")
     names = settings.get("architectures")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(one, str) for one in names)

@@ -127,12 +127,14 @@ def values_of(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
 
 
 def without_code(value: Any) -> Any:
-    """A copy without the names in ``NEVER_FROM_FILES`` and those that begin with an underscore, at every depth."""
+    """A copy without the names in ``NEVER_FROM_FILES`` and those that begin with an underscore, at every depth.
+    ``__type`` stays: it marks a token in a tokenizer's settings.
+    """
     if isinstance(value, dict):
         return {
             key: without_code(inner)
             for key, inner in value.items()
-            if key not in NEVER_FROM_FILES and not key.startswith("_")
+            if key not in NEVER_FROM_FILES and (not key.startswith("_") or key == "__type")
         }
     return [without_code(inner) for inner in value] if isinstance(value, list) else value
 

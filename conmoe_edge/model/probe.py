@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
-from conmoe_edge.compat import cache_of
+from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_agreement, check_places
@@ -283,7 +284,8 @@ def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
     if cache is None:
         raise UnsupportedModel(
             f"The memory that {type(model).__name__} needs cannot be counted.",
-            "it gives back no key-value cache under a known name",
+            f"it gives back no key-value cache under a known name with transformers {version('transformers')}",
+            f"Install a release that was tested: pip install 'transformers{TRANSFORMERS}'",
         )
     return cache
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from conmoe_edge.api.bench_report import BenchReport, make_report
 from conmoe_edge.api.running import open_session
 from conmoe_edge.errors import UsageError
+from conmoe_edge.model.tokenizers import encode
 
 if TYPE_CHECKING:
     from conmoe_edge.memory.budget import Budget
@@ -129,7 +130,7 @@ def prompts_of(
             f"the package keeps room for {context} tokens of conversation",
             f"{fix}--context {length + tokens} if the model goes that far",
         )
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = encode(tokenizer, text)
     windows = len(ids) // length
     if windows == 0:
         raise UsageError(

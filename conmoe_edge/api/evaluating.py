@@ -70,6 +70,7 @@ def evaluate(
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text
     from conmoe_edge.memory.machine import measure_machine
     from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.model.probe import longest_in
 
     tell = progress or (lambda step: None)
     words = read_text(Path(text), "--text", "text") if text is not None else bundled_text()
@@ -91,10 +92,7 @@ def evaluate(
     free = (
         torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else measure_machine().ram_usable
     )
-    longest = int(
-        getattr(read_config(str(ours.path)).get_text_config(), "max_position_embeddings", 0)
-        or 1 << 20
-    )
+    longest = longest_in(read_config(ours.path).get_text_config()) or 1 << 20
     settings = Settings(
         tokens=tokens,
         sequence_length=min(sequence_length, longest),
@@ -157,11 +155,10 @@ def _experts_bytes(folder: Path) -> int:
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
     from conmoe_edge.compress.quality.evaluation import manifest_of
     from conmoe_edge.model.bridge import read_config
-    from conmoe_edge.model.probe import TensorFacts, probe
+    from conmoe_edge.model.probe import facts_of, probe
 
     manifest = manifest_of(folder)
     if manifest is not None and manifest.method != UNCHANGED:
         return 0
     index = CheckpointIndex.open(folder)
-    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
-    return probe(read_config(str(folder)), headers).experts_bytes
+    return probe(read_config(folder), facts_of(index.tensors)).experts_bytes

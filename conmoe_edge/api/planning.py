@@ -96,11 +96,15 @@ def plan(
     """
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.model.probe import TensorFacts, probe
+    from conmoe_edge.model.size_bounds import SizeBounds
 
     asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
-    headers = {name: TensorFacts(one.dtype, one.nbytes) for name, one in found.tensors.items()}
-    anatomy = probe(read_config(str(found.path)), headers)
+    facts = {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
+    }
+    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
+    anatomy = probe(read_config(found.path, bounds), facts)
     return report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
 
 

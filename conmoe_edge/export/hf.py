@@ -33,7 +33,6 @@ from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
-    read_json_object,
 )
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
@@ -43,6 +42,7 @@ from conmoe_edge.errors import CheckpointError, OutputExists, UnsupportedModel
 from conmoe_edge.export.export_form import Decided, decide
 from conmoe_edge.export.slot_experts import check_slots, layer_experts
 from conmoe_edge.model.bridge import build_meta, read_config, saved_names
+from conmoe_edge.model.config_json import read_settings
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -128,7 +128,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def plain_config(package: Path) -> PretrainedConfig:
     """The model's config without what makes it a package."""
-    config = read_config(str(package))
+    config = read_config(package)
     for one in {id(c): c for c in (config, config.get_text_config())}.values():
         if hasattr(one, "quantization_config"):
             delattr(one, "quantization_config")
@@ -265,7 +265,7 @@ class _Export:
 
     def _config(self) -> dict[str, Any]:
         """The package's own ``config.json``, without its quantization and with the new sizes."""
-        raw = read_json_object(self.package / CONFIG_FILE)
+        raw = read_settings(self.package, CONFIG_FILE)
         raw.pop("quantization_config", None)
         config = self.decided.config
         text = config.get_text_config()

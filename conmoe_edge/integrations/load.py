@@ -18,6 +18,7 @@ from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
+from conmoe_edge.integrations.small_files import read_small_files
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.compute.miss_split import check_misses
 from conmoe_edge.offload.residency.policies import check_policy
@@ -66,6 +67,7 @@ def load_package(
     check_misses(misses)
     package = open_package(folder)
     where = _device(device, budget)
+    config, generation = read_small_files(folder, package.manifest)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -88,6 +90,8 @@ def load_package(
         with loading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                config=config,
+                generation_config=generation,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

@@ -68,9 +68,13 @@ class ConmoeQuantizer(HfQuantizer):
         """Check the package. transformers calls this when the config is read and nothing else is, which is why it is
         done here; attention stays as it is.
         """
+        from conmoe_edge.integrations.load_options import current_options
         from conmoe_edge.integrations.package_door import name_dtype, package_named
+        from conmoe_edge.integrations.small_files import check_foreign_config
 
         self._package = package_named(config)
+        if current_options().package is None:
+            check_foreign_config(config)
         name_dtype(config, self._package)
         return super().update_attn_implementation(config)
 

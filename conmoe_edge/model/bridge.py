@@ -9,14 +9,15 @@ Peak memory of ``load_subset``: the tensors of the subset once as read and once 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,49 +28,63 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
+from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
+from conmoe_edge.model.build_limits import build_limit
+from conmoe_edge.model.config_json import AGAIN, WRONG, read_settings, says, values_of
 from conmoe_edge.model.deepseek import register_config, register_model
+from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.size_bounds import SizeBounds, bounds_in
 
 _GATED_INPUT = {"llama4", "llama4_text"}
+_DTYPES = ("dtype", "torch_dtype")
+_NO_CODE = "use a model whose architecture is part of transformers; code inside a model folder is never run"
 
 
-def read_config(folder: str) -> PretrainedConfig:
-    """The config of a local model folder. Nothing in the folder is executed.
+def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> PretrainedConfig:
+    """The config of a local model or package. Nothing in the folder is executed, and no size in it is larger than
+    anything in the headers of the weights.
+
+    Args:
+        folder: holds ``config.json``.
+        bounds: what the headers show; by default they are read from the folder.
 
     Raises:
         UnsupportedModel: transformers does not know the ``model_type``.
-        CheckpointError: ``config.json`` cannot be read, or the folder leads to files outside it.
+        CheckpointError: ``config.json`` cannot be read, or names impossible numbers.
     """
     register_config()
-    check_folder(Path(folder))
-    try:
-        named, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
-        kind = named.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            raise UnsupportedModel(
-                f"The architecture of {folder} is not known to transformers.",
-                f'its model_type is "{kind}"' if kind else "its config.json names no model_type",
-                "use a model whose architecture is part of transformers; code inside a model folder is never run",
-            )
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UnsupportedModel:
-        raise
-    except (
-        Exception
-    ) as error:  # config classes check foreign data in ways of their own, with any exception
-        raise CheckpointError(
-            f"{folder}/config.json cannot be used.",
-            _one_line(error),
-            "download the model again; if it is the same afterwards, the model itself is broken",
-        ) from error
-    text = config.get_text_config()
-    if (
-        getattr(config, "model_type", "") in _GATED_INPUT
-        or getattr(text, "model_type", "") in _GATED_INPUT
-    ):
+    folder = Path(folder)
+    check_folder(folder)
+    where = folder / CONFIG_FILE
+    settings = read_settings(folder, CONFIG_FILE)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"The architecture of {folder} is not known to transformers.",
+            f"its model_type is {str(kind)[:60]!r}"
+            if kind
+            else "its config.json names no model_type",
+            _NO_CODE,
+        )
+    (bounds or bounds_in(folder)).check(where, settings)
+    _check_words(where, settings)
+    broken = partial(_cannot_be_used, where)
+    with foreign(broken):
+        of_kind: Any = CONFIG_MAPPING[kind]
+        config: PretrainedConfig = of_kind.from_dict(
+            # What is stored as an attribute must not stand in the place of a method.
+            {
+                name: value
+                for name, value in settings.items()
+                if not callable(getattr(of_kind, name, None))
+            }
+        )
+        config.name_or_path = str(folder)
+        text = config.get_text_config()
+    if {getattr(config, "model_type", ""), getattr(text, "model_type", "")} & _GATED_INPUT:
         raise UnsupportedModel(
             f"{config.model_type} cannot be consolidated.",
             "it multiplies the input of an expert by the routing weight, so weights that meet on one prototype "
@@ -78,9 +93,27 @@ def read_config(folder: str) -> PretrainedConfig:
     return config
 
 
-def _one_line(error: BaseException) -> str:
-    """A library's message in one line of at most 200 characters."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+def _check_words(where: Path, settings: Mapping[str, Any]) -> None:
+    """Words that transformers looks up in torch or in lists without asking what they are."""
+    for path, value, _ in values_of(settings):
+        if path.rsplit(".", 1)[-1] in _DTYPES and value is not None:
+            name = value.removeprefix("torch.") if isinstance(value, str) else ""
+            dtype = getattr(torch, name, None)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise says(where, path, value, "torch has no such format for weights")
+    names = settings.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(one, str) for one in names)
+    ):
+        raise says(where, "architectures", names, "it is a list of names")
+    quantized = settings.get("quantization_config")
+    if quantized is not None and not isinstance(quantized, dict):
+        raise says(where, "quantization_config", quantized, "it is an object")
+
+
+def _cannot_be_used(where: Path, why: str) -> CheckpointError:
+    """The error for what transformers' config classes refuse; theirs name the field."""
+    return CheckpointError(f"{where} cannot be used.", why, WRONG)
 
 
 def quantization_of(config: PretrainedConfig) -> str | None:
@@ -93,29 +126,34 @@ def quantization_of(config: PretrainedConfig) -> str | None:
     return str(getattr(settings, "quant_method", "unknown"))
 
 
-def build_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_meta(
+    config: PretrainedConfig, dtype: torch.dtype, tensors: int | None = None
+) -> PreTrainedModel:
     """The causal LM on the meta device in ``dtype``, in eval mode; no memory is taken.
+
+    ``tensors`` is how many the checkpoint has, where that is known: a model of many times as many parameters is given
+    up while it is built.
 
     Raises:
         UnsupportedModel: there is no causal LM for this config.
+        CheckpointError: the config describes a far larger model.
     """
     register_model()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (
-        Exception
-    ) as error:  # sizes that contradict each other fail anywhere inside the model's constructor
-        raise UnsupportedModel(
-            f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
-            _one_line(error),
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with (
+        foreign(lambda why: _cannot_build(config, why)),
+        build_limit(tensors),
+        torch.device("meta"),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
+
+
+def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
+        why,
+        WRONG,
+    )
 
 
 def _split(mapping: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -143,6 +181,63 @@ def targets_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name -> the name that transformers' renames make of it, whether the model has it or not."""
+    renamings, converters = _split(get_model_conversion_mapping(model))
+    state = model.state_dict()
+    return {
+        key: rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
+        for key in keys
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What became of the tensors that transformers' loader was given.
+
+    Attributes:
+        missing: parameters and buffers that none of them filled.
+        mismatched: parameter -> (shape that came, shape that the config says).
+        failed: parameters whose tensors could not be put together.
+    """
+
+    missing: frozenset[str]
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    failed: frozenset[str]
+
+
+def convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Conversion:
+    """Put some of the checkpoint's tensors into a (meta) model, renamed and fused as transformers does it. Arguments as
+    of ``load_subset``.
+
+    Raises:
+        CheckpointError: the loader itself gives up.
+    """
+    dtype = next(iter(model.parameters())).dtype
+    with foreign(_cannot_load):
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            dict(tensors),
+            LoadStateDictConfig(
+                weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),
+                device_map={"": device},
+            ),
+        )
+    return Conversion(
+        frozenset(info.missing_keys),
+        {name: (tuple(found), tuple(wanted)) for name, found, wanted in info.mismatched_keys},
+        frozenset(info.conversion_errors),
+    )
+
+
+def _cannot_load(why: str) -> CheckpointError:
+    return CheckpointError(
+        "The weights cannot be put together as config.json describes them.", why, AGAIN
+    )
+
+
 def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> None:
     """Load some of the checkpoint's tensors into a (meta) model, renamed and fused as transformers does it.
 
@@ -156,34 +251,18 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
     Raises:
         CheckpointError: a shape does not fit the config, or tensors of one fused parameter are missing.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    show_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    dtype = next(iter(model.parameters())).dtype
-    try:
-        info, _ = convert_and_load_state_dict_in_model(
-            model,
-            dict(tensors),
-            LoadStateDictConfig(
-                weight_mapping=get_model_conversion_mapping(model),  # pyright: ignore[reportArgumentType]
-                dtype=dtype,
-                dtype_plan=model._get_dtype_plan(dtype),
-                device_map={"": device},
-            ),
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if show_bars:
-            transformers_logging.enable_progress_bar()
-    for name, found, wanted in sorted(info.mismatched_keys):
+    outcome = convert(model, tensors, device)
+    for name, (found, wanted) in sorted(outcome.mismatched.items()):
         raise CheckpointError(
             f"{name} has the shape {list(found)}, but config.json says {list(wanted)}.",
             "the weights and config.json belong to different models",
+            WRONG,
         )
-    for name, reason in sorted(info.conversion_errors.items()):
+    for name in sorted(outcome.failed):
         raise CheckpointError(
-            f"{name} cannot be assembled from the checkpoint.", _one_line(Exception(reason))
+            f"{name} cannot be assembled from the checkpoint.",
+            "one of the tensors that it is made of is missing or has another shape",
+            AGAIN,
         )
 
 
@@ -195,11 +274,13 @@ def saved_names(
     Args:
         model: of that architecture and those sizes; its own weights are not looked at.
         tensors: parameter or buffer -> its value; a fused parameter with all that it is fused with.
+
+    Raises:
+        CheckpointError: transformers cannot turn its own renames around.
     """
-    return {
-        name: tensor.contiguous()
-        for name, tensor in revert_weight_conversion(model, dict(tensors)).items()
-    }
+    with foreign(_cannot_load):
+        written = revert_weight_conversion(model, dict(tensors))
+    return {name: tensor.contiguous() for name, tensor in written.items()}
 
 
 def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> None:
@@ -214,12 +295,13 @@ def check_loaded(module: nn.Module, path: str, absent: Sequence[str] = ()) -> No
             raise CheckpointError(
                 f"{path}.{name} holds NaN or infinity.",
                 "nothing that is computed from it can be right",
-                "download the model again; if it is the same afterwards, the model itself is broken",
+                WRONG,
             )
         if tensor.is_meta:
             raise CheckpointError(
                 f"The checkpoint has no tensor for {path}.{name}.",
                 "the weights are incomplete or belong to another config.json",
+                AGAIN,
             )
 
 
@@ -232,8 +314,29 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def tie(model: PreTrainedModel) -> None:
-    """Tie what the config says is tied (an output head that shares the embedding)."""
+    """Tie what the config says is tied (an output head that shares the embedding).
+
+    Raises:
+        CheckpointError: the checkpoint has numbers of its own for it.
+    """
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        own, shared = _tensor_at(model, name), _tensor_at(model, source)
+        if own is None or shared is None or own.is_meta or shared.is_meta or own is shared:
+            continue
+        if not torch.equal(own, shared):
+            raise CheckpointError(
+                f"config.json says that {name} is {source}, but they have different numbers.",
+                "one of the two would be lost, and every answer would be another one",
+                WRONG,
+            )
     model.tie_weights()
+
+
+def _tensor_at(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 def fill_buffers(model: PreTrainedModel, within: str, device: torch.device) -> None:

@@ -13,7 +13,8 @@ from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import read_config
-from conmoe_edge.model.probe import TensorFacts, probe
+from conmoe_edge.model.probe import facts_of, probe
+from conmoe_edge.model.size_bounds import SizeBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,14 @@ def open_model(source: Source) -> OpenedModel:
         UnsupportedModel: its experts cannot be reached.
     """
     index = CheckpointIndex.open(source.path)
-    config = read_config(str(source.path))
-    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
+    facts = facts_of(index.tensors)
+    shapes = {name: one.shape for name, one in facts.items()}
+    config = read_config(source.path, SizeBounds.of(shapes))
     return OpenedModel(
         name=source.hub_id or source.name,
         revision=source.revision,
         index=index,
         config=config,
-        anatomy=probe(config, headers),
+        anatomy=probe(config, facts),
         identity=fingerprint(index),
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from conmoe_edge.compat import cache_of
-from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
+from conmoe_edge.compat import TRANSFORMERS, cache_of
+from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model import bridge
+from conmoe_edge.model.agreement import check_agreement, check_places
 from conmoe_edge.model.anatomy import (
     DenseMatrix,
     ExpertPart,
@@ -27,7 +31,9 @@ from conmoe_edge.model.anatomy import (
     LayerAnatomy,
     ModelAnatomy,
 )
+from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
+from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import no_experts
 
@@ -35,10 +41,16 @@ _SHAPES_ONLY = "conmoe_shapes"
 
 
 class TensorFacts(NamedTuple):
-    """What a header says of one tensor: torch's name of the dtype, and its bytes."""
+    """What a header says of one tensor: torch's name of the dtype, its bytes and its shape."""
 
     dtype: str
     nbytes: int
+    shape: tuple[int, ...]
+
+
+def facts_of(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorFacts]:
+    """The facts of the tensors of a checkpoint on this disk."""
+    return {name: TensorFacts(e.torch_name, e.nbytes, e.shape) for name, e in tensors.items()}
 
 
 def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -46,16 +58,21 @@ def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tens
 
 
 def probe(
-    config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None = None
+    config: PretrainedConfig,
+    headers: Mapping[str, TensorFacts] | None = None,
+    *,
+    whole: bool = True,
 ) -> ModelAnatomy:
     """The anatomy of a model.
 
     Args:
         config: the model's config.
         headers: checkpoint tensor -> facts; without it the shapes of the meta model in ``config.dtype`` are used.
+        whole: whether the headers are those of a whole model; those of a package are without its experts.
 
     Raises:
         UnsupportedModel: the model is dense, its experts cannot be reached, or its weights are quantised already.
+        CheckpointError: config and headers do not describe the same model.
     """
     quantized = bridge.quantization_of(config)
     if quantized is not None:
@@ -65,19 +82,27 @@ def probe(
             "use the bf16 version of the model",
         )
     config = copy.deepcopy(config)  # the experts function is set on it below
-    model = bridge.build_meta(config, _main_dtype(config, headers))
+    count = None if headers is None or not whole else len(headers)
+    model = bridge.build_meta(config, _main_dtype(config, headers), count)
     decoder = find_decoder(model)
     if decoder is None:
         raise no_experts(config)
     if headers is None:
         facts = {
-            name: TensorFacts(_name(tensor.dtype), tensor.numel() * tensor.element_size())
+            name: TensorFacts(
+                _name(tensor.dtype), tensor.numel() * tensor.element_size(), tuple(tensor.shape)
+            )
             for name, tensor in model.state_dict().items()
         }
         targets = {name: name for name in facts}
     else:
         facts = dict(headers)
         targets = bridge.targets_of(model, facts)
+        shapes = {name: one.shape for name, one in facts.items()}
+        if whole:
+            check_agreement(model, decoder.prefix, shapes, targets)
+        else:
+            check_places(model, decoder.prefix, shapes, targets)
     return _assemble(config, model, decoder, facts, targets)
 
 
@@ -118,9 +143,9 @@ def _assemble(
         model_type=config.model_type,
         architecture=type(model).__name__,
         dtype=_name(next(model.parameters()).dtype),
-        hidden_size=text.hidden_size,
-        vocab_size=text.vocab_size,
-        max_context=int(getattr(text, "max_position_embeddings", 0) or 1 << 20),
+        hidden_size=count_in(text, "hidden_size"),
+        vocab_size=count_in(text, "vocab_size"),
+        max_context=longest_in(text) or 1 << 20,
         layers=tuple(anatomy),
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
@@ -163,11 +188,43 @@ def _top_k(text: PretrainedConfig) -> int:
         "num_experts_per_token",
     ):
         value = getattr(text, word, None)
-        if isinstance(value, (list, tuple)) and value:
+        if isinstance(value, (list, tuple)) and value and all(type(one) is int for one in value):
             value = max(value)
-        if isinstance(value, int) and value > 0:
-            return value
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"config.json says {word} = {str(value)[:60]}.",
+                "a router chooses at least one expert for each token",
+                WRONG,
+            )
+        return value
     return 1
+
+
+def count_in(config: PretrainedConfig, name: str) -> int:
+    """A field that is a whole number above 0.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    value = getattr(config, name, None)
+    if type(value) is int and value > 0:
+        return value
+    raise CheckpointError(
+        f"config.json says {name} = {str(value)[:60]}.", "it is a whole number above 0", WRONG
+    )
+
+
+def longest_in(config: PretrainedConfig) -> int | None:
+    """Tokens that a model goes to; ``None`` where its config names no limit.
+
+    Raises:
+        CheckpointError: the limit is no whole number above 0.
+    """
+    if not getattr(config, "max_position_embeddings", None):
+        return None
+    return count_in(config, "max_position_embeddings")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -193,6 +250,11 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
 
 
 def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...]:
+    """Bytes of the cache layers.
+
+    Raises:
+        UnsupportedModel: the model cannot run with what the config says, or gives back no known cache.
+    """
     ALL_EXPERTS_FUNCTIONS.register(_SHAPES_ONLY, _shapes_only)
     for _, module in decoder.experts.values():
         module.config._experts_implementation = _SHAPES_ONLY  # type: ignore[union-attr]
@@ -216,15 +278,22 @@ def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...
 
 
 def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
-    with torch.no_grad():
-        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with foreign(partial(_cannot_run, model)), torch.no_grad():
         cache = cache_of(model(input_ids=ids, use_cache=True))
     if cache is None:
         raise UnsupportedModel(
             f"The memory that {type(model).__name__} needs cannot be counted.",
-            "it gives back no key-value cache under a known name",
+            f"it gives back no key-value cache under a known name with transformers {version('transformers')}",
+            f"Install a release that was tested: pip install 'transformers{TRANSFORMERS}'",
         )
     return cache
+
+
+def _cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, WRONG
+    )
 
 
 def _nbytes(*values: Any) -> int:

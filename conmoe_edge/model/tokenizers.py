@@ -1,33 +1,241 @@
-"""A model's tokenizer: the one place that opens it, with one set of refusals."""
+"""A model's tokenizer: the one place that opens it, with one set of refusals.
+
+transformers does not read the model's folder. It reads a private copy of the tokenizer's own files, from which every
+name was dropped that could choose code or another file, with a config that has no sizes of the model's. Then the
+tokenizer has to encode and decode a line, and no token of it may be one that the model has no embedding for.
+
+Peak memory: the tokenizer's files, and what the tokenizer makes of them.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
+from conmoe_edge.checkpoint.fs.contained import is_there, read_inside
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
-from conmoe_edge.errors import CalibrationError
+from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
+from conmoe_edge.errors import CalibrationError, CheckpointError
+from conmoe_edge.model.config_json import read_object, read_settings, without_code
+from conmoe_edge.model.foreign import foreign
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SETTINGS = "tokenizer_config.json"
+_JSON = (
+    "tokenizer.json",
+    SETTINGS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tekken.json",
+)
+_OTHERS = ("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja")
+_TEMPLATES = "additional_chat_templates"
+_MOST_BYTES = 128 << 20
+_MOST_TEMPLATES = 64
+
+_OTHER_FILES = frozenset(
+    {
+        "vocab_file",
+        "merges_file",
+        "tokenizer_file",
+        "spm_file",
+        "fast_tokenizer_files",
+        "added_tokens_file",
+        "special_tokens_map_file",
+        "vocab",
+        "merges",
+        "tokenizer_object",
+        "tokenizer_type",
+        "init_inputs",
+        "from_slow",
+        "use_fast",
+        "is_local",
+        "local_files_only",
+        "cache_dir",
+        "subfolder",
+        "revision",
+        "proxies",
+        "processor_class",
+        "backend",
+        "files_loaded",
+    }
+)
+"""Arguments of a tokenizer's constructor that a file may not choose."""
+
+_LINE = "".join(map(chr, range(32, 127))) + "\n\téß中文\u200d🙂𐍈 a"
+_SIDES = ("left", "right")
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in ``folder``, without the network and without code of the model's.
 
     Raises:
-        CalibrationError: there is none that can be used.
+        CalibrationError: there is none that can be used, or it does not belong to the model.
         CheckpointError: the folder leads to files outside it.
     """
-    from transformers import AutoTokenizer
-
     check_folder(folder)
-
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()
-        raise CalibrationError(
-            f"{folder} has no tokenizer that can be used.",
-            (reason[0] if reason else type(error).__name__)[:200],
-            "put the model's tokenizer.json and tokenizer_config.json into the folder",
+        config, vocabulary = _config_of(folder)
+        with TemporaryDirectory(prefix="conmoe-tokenizer-") as private:
+            _copy(folder, Path(private))
+            tokenizer = _open(folder, Path(private), config)
+    except CheckpointError as error:
+        raise _unusable(
+            folder, ": ".join(filter(None, (error.what.rstrip("."), error.why)))
         ) from error
+    tokenizer.name_or_path = str(folder)
+    with foreign(partial(_unusable, folder)):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # a file could cut every prompt, or fill it up to any length
+            backend.no_truncation()
+            backend.no_padding()
+        for special in (False, True):
+            tokens = list(tokenizer(_LINE, add_special_tokens=special, verbose=False)["input_ids"])
+            tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        known = {*tokenizer.get_vocab().values(), *tokens, *tokenizer.all_special_ids}
+        least, most = min(known, default=0), max(known, default=-1)
+    if vocabulary is not None and not 0 <= least <= most < vocabulary:
+        raise CalibrationError(
+            f"The tokenizer in {folder} does not belong to the model.",
+            f"it has tokens from {least} to {most}, and the model knows {vocabulary} of them",
+            "put the tokenizer that came with the model into the folder",
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of ``text`` alone, without those that begin or end a sequence.
+
+    Raises:
+        CalibrationError: the tokenizer gives up on it.
+    """
+    with foreign(_cannot_encode):
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _config_of(folder: Path) -> tuple[PretrainedConfig, int | None]:
+    """A config of the model's kind with the sizes of its class, and how many tokens the model's own has."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    settings = read_settings(folder, CONFIG_FILE) if is_there(folder, CONFIG_FILE) else {}
+    kind = settings.get("model_type")
+    with foreign(partial(_unusable, folder)):
+        known = isinstance(kind, str) and kind in CONFIG_MAPPING
+        config: Any = CONFIG_MAPPING[kind]() if known else PretrainedConfig()
+    named = settings.get("tokenizer_class")
+    if isinstance(named, str):
+        config.tokenizer_class = named
+    text = settings.get("text_config")
+    sizes = [one.get("vocab_size") for one in (settings, text) if isinstance(one, dict)]
+    return config, next((size for size in sizes if type(size) is int), None)
+
+
+def _copy(folder: Path, private: Path) -> None:
+    """The tokenizer's files, without names of code and of other files.
+
+    Raises:
+        CheckpointError: one of them is damaged, too large, or no plain file of the folder.
+    """
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name in (SETTINGS, "special_tokens_map.json"):
+            settings = _cleaned(read_object(folder, name, _MOST_BYTES))
+            _check_settings(path, settings)
+            (private / name).write_text(json.dumps(settings), encoding="utf-8")
+        elif name in _JSON or any(fnmatchcase(name, pattern) for pattern in _OTHERS):
+            (private / name).write_bytes(read_inside(folder, name, _MOST_BYTES))
+    templates = folder / _TEMPLATES
+    if templates.is_dir() and not templates.is_symlink():
+        (private / _TEMPLATES).mkdir()
+        for path in sorted(templates.glob("*.jinja"))[:_MOST_TEMPLATES]:
+            data = read_inside(templates, path.name, _MOST_BYTES)
+            (private / _TEMPLATES / path.name).write_bytes(data)
+
+
+def _cleaned(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``auto_map`` stays: a tokenizer that is nothing but code of its own is refused for it by transformers."""
+    kept = {key: value for key, value in settings.items() if key not in _OTHER_FILES}
+    cleaned = without_code(kept)
+    return {**cleaned, "auto_map": kept["auto_map"]} if "auto_map" in kept else cleaned
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Values that transformers believes without a look.
+
+    Raises:
+        CheckpointError: names the field.
+    """
+    for field, value in settings.items():
+        why = ""
+        if field == "model_max_length" and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
+            why = "it is a number"
+        elif field in ("padding_side", "truncation_side") and value not in _SIDES:
+            why = "it is left or right"
+        elif field == "tokenizer_class" and not (
+            isinstance(value, str | None) and (value or "x").isidentifier()
+        ):
+            why = "it is the name of a class"
+        elif field == "chat_template" and not _is_template(value):
+            why = "it is a text, or a list of named texts"
+        if why and value is not None:
+            raise CheckpointError(f"{path} says {field} = {repr(value)[:60]}.", why)
+
+
+def _is_template(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(one, str) for one in value.values())
+    if isinstance(value, list):
+        return all(
+            isinstance(one, dict)
+            and all(isinstance(one.get(key), str) for key in ("name", "template"))
+            for one in value
+        )
+    return isinstance(value, str)
+
+
+def _open(folder: Path, private: Path, config: PretrainedConfig) -> Any:
+    with foreign(partial(_unusable, folder)):
+        from transformers import AutoTokenizer, PreTrainedTokenizerBase
+        from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+        _check_class(folder, private, config, tokenizer_class_from_name, PreTrainedTokenizerBase)
+        return AutoTokenizer.from_pretrained(
+            str(private), config=config, local_files_only=True, trust_remote_code=False
+        )
+
+
+def _check_class(folder: Path, private: Path, config: Any, named: Any, base: type) -> None:
+    """``tokenizer_class`` may be anything that transformers exports; only tokenizers are opened."""
+    path = private / SETTINGS
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in (settings.get("tokenizer_class"), getattr(config, "tokenizer_class", None)):
+        found = named(name) if isinstance(name, str) else None
+        if found is not None and not (isinstance(found, type) and issubclass(found, base)):
+            raise _unusable(folder, f"its tokenizer_class is {name!r}, which is no tokenizer")
+
+
+def _unusable(folder: Path, why: str) -> CalibrationError:
+    return CalibrationError(
+        f"{folder} has no tokenizer that can be used.",
+        why[:200],
+        "put the model's tokenizer.json and tokenizer_config.json into the folder",
+    )
+
+
+def _cannot_encode(why: str) -> CalibrationError:
+    return CalibrationError(
+        "The model's tokenizer cannot read the text.",
+        why,
+        "put the tokenizer that came with the model into its folder",
+    )

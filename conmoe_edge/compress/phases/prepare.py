@@ -10,11 +10,12 @@ from pathlib import Path
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_json
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
-from conmoe_edge.checkpoint.tensors.tensor_index import read_json_object
+from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_dense
 from conmoe_edge.compress.stream.dense_conversion import dense_sources
 from conmoe_edge.model.bridge import targets_of
+from conmoe_edge.model.config_json import read_settings
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -33,7 +34,6 @@ def prepare(
         in_int8 = frozenset(quantisable_weights(model.model, targets))
     written = [*write_dense(package, dense_sources(reader, dense, in_int8))]
     written += copy_side_files(reader.index.folder, package)
-    config = read_json_object(reader.index.folder / "config.json")
-    config.pop("auto_map", None)  # names of code that is never run
+    config = read_settings(reader.index.folder, CONFIG_FILE)  # without names of code
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
-    return [*written, write_json(package / "config.json", config)]
+    return [*written, write_json(package / CONFIG_FILE, config)]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.errors import CalibrationError
+from conmoe_edge.model.tokenizers import encode
 
 _MARK = re.compile(r"^<\|document(?:\s+domain=([\w.-]+))?\|>[ \t]*$", re.MULTILINE)
 _HELD_OUT_EVERY = 5
@@ -222,7 +223,7 @@ def _windows(
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     streams: dict[str, list[int]] = {}
     for document in documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode(tokenizer, document.text)
         streams.setdefault(document.domain, []).extend([*ids, *end])
     result = {}
     for domain, ids in sorted(streams.items()):

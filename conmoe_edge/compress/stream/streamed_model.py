@@ -51,7 +51,7 @@ from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import quantization_of, read_config
-from conmoe_edge.model.probe import TensorFacts, probe
+from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.streaming import StreamedModel
@@ -203,14 +203,13 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
     index = CheckpointIndex.open(folder) if package is None else package.index
-    config = read_config(str(folder))
+    config = read_config(folder)
     packed = manifest is not None and manifest.method != UNCHANGED
     if packed and quantization_of(config) is not None:
         for one in {id(c): c for c in (config, config.get_text_config())}.values():
             if hasattr(one, "quantization_config"):  # it names the package's form, no other model
                 delattr(one, "quantization_config")
-    headers = {name: TensorFacts(e.torch_name, e.nbytes) for name, e in index.tensors.items()}
-    anatomy = probe(config, headers)
+    anatomy = probe(config, facts_of(index.tensors), whole=not packed)
     if packed:
         assert manifest is not None
         with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:

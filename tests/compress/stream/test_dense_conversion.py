@@ -20,7 +20,7 @@ from conmoe_edge.errors import CheckpointError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.bridge import build_meta, read_config, targets_of
 from conmoe_edge.model.linears import quantisable_weights
-from conmoe_edge.model.probe import TensorFacts, probe
+from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.plan.dense_precision import stored
 
 NAMES = [family.model_type for family in FAMILIES]
@@ -33,9 +33,7 @@ NAMES = [family.model_type for family in FAMILIES]
 def test_planned_bytes_are_written_bytes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = CheckpointIndex.open(save_tiny(name, tmp_path / "model", dtype=dtype))
     config = read_config(str(tmp_path / "model"))
-    anatomy = probe(
-        config, {n: TensorFacts(e.torch_name, e.nbytes) for n, e in source.tensors.items()}
-    )
+    anatomy = probe(config, facts_of(source.tensors))
     model = build_meta(config, dtype)
     targets = targets_of(model, source.tensors)
     experts = {n for n, target in targets.items() if ".experts." in target}

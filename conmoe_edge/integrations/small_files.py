@@ -1,0 +1,69 @@
+"""``config.json`` and ``generation_config.json`` of a package, before transformers builds anything from them.
+
+Peak memory: the model on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.errors import UsageError
+from conmoe_edge.integrations.package_match import mismatch
+from conmoe_edge.integrations.register import QUANT_METHOD
+from conmoe_edge.model.bridge import quantization_of, read_config
+from conmoe_edge.model.generation_file import read_generation
+from conmoe_edge.model.probe import count_in, facts_of, probe
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+
+def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig, GenerationConfig]:
+    """The two configs of a package.
+
+    Raises:
+        CheckpointError: one of them is damaged, or is not that of the weights.
+        UnsupportedModel: nothing can be built from it here.
+    """
+    config = read_config(folder)
+    packed = manifest.method != UNCHANGED
+    method = quantization_of(config)
+    if method != (QUANT_METHOD if packed else None):
+        says = "none" if method is None else repr(method[:60])
+        raise mismatch(folder, f"the config's quant_method is {says}")
+    facts = facts_of(CheckpointIndex.open(folder).tensors)
+    probe(without_quantization(config), facts, whole=not packed)
+    return config, read_generation(folder, count_in(config.get_text_config(), "vocab_size"))
+
+
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a package's config that describes the plain model."""
+    plain = copy.deepcopy(config)
+    for one in {id(c): c for c in (plain, plain.get_text_config())}.values():
+        if hasattr(one, "quantization_config"):
+            delattr(one, "quantization_config")
+    return plain
+
+
+def check_foreign_config(config: Any) -> None:
+    """Look at a config that transformers has read from a package itself.
+
+    Raises:
+        UsageError: it names a kernel on the hub.
+        CheckpointError: the package's ``config.json`` is damaged, or names impossible sizes.
+    """
+    for one in {id(c): c for c in (config, config.get_text_config())}.values():
+        for field in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(one, field, None) or ""):
+                raise UsageError(
+                    "A package runs with no kernel from the hub.",
+                    f"{field} is {str(getattr(one, field))[:60]!r}",
+                    "attn_implementation='sdpa', and remove the name from config.json",
+                )
+    folder = str(getattr(config, "name_or_path", "") or "")
+    if folder and (Path(folder) / "config.json").is_file():
+        read_config(folder)

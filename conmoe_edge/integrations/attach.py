@@ -9,26 +9,28 @@ Peak memory: dense weights, cache slots and what the plan's terms name; never tw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.checkpoint.package.record_headers import record_index
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compat import Arguments
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.dense_weights import finish_dense, products_for, take_quantised
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
-from conmoe_edge.integrations.package_match import AGAIN as _AGAIN
-from conmoe_edge.integrations.package_match import check_layers, check_selection, check_shapes
+from conmoe_edge.integrations.package_match import check_layers, check_selection
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.model.record_match import AGAIN as _AGAIN
+from conmoe_edge.model.record_match import check_records, mismatch
 from conmoe_edge.model.rerouting import reroute
 from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
@@ -36,6 +38,7 @@ from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, con
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
+from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -75,19 +78,20 @@ def begin_loading(
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
     _reroute(model, folder, manifest)
-    constants = _read_constants(folder, manifest)
+    for layer, (_, module) in experts.items():
+        check_records(folder, manifest, layer, module, part_names(module))
     maps = SlotMap.of_manifest(manifest)
+    with torch.device("cpu"):  # transformers has made meta the default device around this call
+        constants = _check_files(folder, manifest, maps, _hidden_size(folder, experts))
     handles = []
     for layer, (_, module) in experts.items():
         names = part_names(module)
-        check_shapes(folder, manifest, layer, module, names)
-        down: Any = module.down_proj
-        hidden = down.shape[2 if module.is_transposed else 1]
         for name in names:
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]
-        with torch.device("cpu"):  # transformers has made meta the default device around this call
-            handle = _make_handle(maps[layer], constants.get(layer), hidden)
+        with torch.device("cpu"):
+            slots = SlotTensors.of(maps[layer], constants.get(layer), torch.device("cpu"))
+        handle = LayerHandle(slots)
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
@@ -155,22 +159,26 @@ def register_experts_function() -> None:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
 
 
-def _make_handle(slot_map: SlotMap, constants: Tensor | None, hidden: int) -> LayerHandle:
-    """``constants``: what the package has for the layer, for hidden states of ``hidden`` numbers."""
-    why = ""
-    if constants is not None and constants.shape[1:] != (hidden,):
-        why = f"constants of shape {list(constants.shape)} for hidden states of {hidden} numbers"
-    elif slot_map.constant_rows > (0 if constants is None else len(constants)):
-        why = "fewer constants than its slots name"
-    if why:
-        what = f"layer {slot_map.layer} has {why}"
-        raise PackageError(f"{CONSTANTS_FILE} is damaged.", what, _AGAIN)
-    return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
+def _check_files(
+    folder: Path, manifest: Manifest, maps: Mapping[int, SlotMap], hidden: int
+) -> dict[int, Tensor]:
+    """Records lie where the manifest says, and the smaller tensors are what it asks for; the constants of each layer
+    [C, H] in fp32.
+    """
+    record_index(folder, manifest)
+    if manifest.prefetch is not None:
+        read_maps(folder, maps, hidden)
+    return read_constants(folder / CONSTANTS_FILE, maps, hidden)
 
 
-def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:
-    """Layer -> [C, H] fp32; empty where no slot has a constant."""
-    if not any(slot.constant is not None for row in manifest.slots.values() for slot in row):
-        return {}
-    with torch.device("cpu"):
-        return read_constants(folder / CONSTANTS_FILE)
+def _hidden_size(folder: Path, experts: Mapping[int, tuple[str, nn.Module]]) -> int:
+    """Numbers of a token as the experts of every layer get it."""
+    found = set()
+    for _, module in experts.values():
+        down: Any = module.down_proj
+        found.add(int(down.shape[2 if module.is_transposed else 1]))
+    if len(found) != 1:
+        raise mismatch(
+            folder, f"experts of different layers take {sorted(found)} numbers of a token"
+        )
+    return found.pop()

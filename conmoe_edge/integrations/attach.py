@@ -2,7 +2,8 @@
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guard of the context, growing cache, fast path.
+products, memory plan, runtime, guards of the context and of the output, growing cache,
+fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -24,7 +25,12 @@ from conmoe_edge.checkpoint.package.record_headers import record_index
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compat import Arguments
 from conmoe_edge.errors import PackageError
-from conmoe_edge.integrations.dense_weights import finish_dense, products_for, take_quantised
+from conmoe_edge.integrations.dense_weights import (
+    check_small,
+    finish_dense,
+    products_for,
+    take_quantised,
+)
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.package_match import check_layers, check_selection
@@ -38,6 +44,7 @@ from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, con
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
+from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
 
@@ -98,8 +105,7 @@ def begin_loading(
     device = device_of(device_map)
     with torch.device("cpu"):
         products = products_for(device)
-    if manifest.dense_precision != "source":
-        take_quantised(model, folder, products)
+    take_quantised(model, folder, products, in_int8=manifest.dense_precision != "source")
     return Loading(folder, manifest, device, tuple(handles), products)
 
 
@@ -121,6 +127,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
     """
+    check_small(model, loading.folder)
     finish_dense(model, loading.products)
     options = current_options()
     context = options.context or default_context(model.config, loading.manifest)
@@ -141,6 +148,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
+    guard_output(model, loading.folder, loading.manifest)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context)
 
 

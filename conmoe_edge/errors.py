@@ -74,6 +74,10 @@ class PackageError(CheckpointError):
     """A package written by this tool is damaged, of another format version, or does not match its manifest."""
 
 
+class NotFinite(PackageError):
+    """A model computes NaN or infinity; ``why`` names layer and tensor."""
+
+
 class OutOfMemory(ConmoeError):
     """Memory ran out after every retreat was tried."""
 

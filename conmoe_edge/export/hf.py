@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.fs.atomic_files import write_bytes, write_json
 from conmoe_edge.checkpoint.fs.contained import is_there, read_inside
 from conmoe_edge.checkpoint.fs.disk import require_space
@@ -164,8 +165,10 @@ class _Export:
         check_slots(manifest, self.experts)
         self._saved = build_meta(self.decided.config, self.dtype)
         self._prototypes = PrototypeReader(package, manifest)
-        self._constants = (
-            read_constants(package / CONSTANTS_FILE) if CONSTANTS_FILE in manifest.files else {}
+        self._constants = read_constants(
+            package / CONSTANTS_FILE,
+            SlotMap.of_manifest(manifest),
+            config.get_text_config().hidden_size,
         )
 
     def _check_layers(self) -> None:

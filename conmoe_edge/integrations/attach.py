@@ -2,32 +2,39 @@
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guard of the context, growing cache, fast path.
+products, memory plan, runtime, guards of the context and of the output, growing cache,
+fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
+from conmoe_edge.checkpoint.package.record_headers import record_index
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compat import Arguments
-from conmoe_edge.errors import PackageError
-from conmoe_edge.integrations.dense_weights import finish_dense, products_for, take_quantised
+from conmoe_edge.integrations.dense_weights import (
+    check_small,
+    finish_dense,
+    products_for,
+    take_quantised,
+)
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
-from conmoe_edge.integrations.package_match import AGAIN as _AGAIN
-from conmoe_edge.integrations.package_match import check_layers, check_selection, check_shapes
+from conmoe_edge.integrations.package_match import check_layers, check_selection
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.model.record_match import check_records, mismatch
 from conmoe_edge.model.rerouting import reroute
 from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
@@ -35,6 +42,8 @@ from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, con
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
+from conmoe_edge.offload.generation.finite import guard_output
+from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -69,27 +78,27 @@ def begin_loading(
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
     _reroute(model, folder, manifest)
-    constants = _read_constants(folder, manifest)
+    for layer, (_, module) in experts.items():
+        check_records(folder, manifest, layer, module, part_names(module))
     maps = SlotMap.of_manifest(manifest)
+    with torch.device("cpu"):  # transformers has made meta the default device around this call
+        constants = _check_files(folder, manifest, maps, _hidden_size(folder, experts))
     handles = []
     for layer, (_, module) in experts.items():
         names = part_names(module)
-        check_shapes(folder, manifest, layer, module, names)
-        down: Any = module.down_proj
-        hidden = down.shape[2 if module.is_transposed else 1]
         for name in names:
             delattr(module, name)
         module._is_hf_initialized = True  # type: ignore[assignment]
-        with torch.device("cpu"):  # transformers has made meta the default device around this call
-            handle = _make_handle(maps[layer], constants.get(layer), hidden)
+        with torch.device("cpu"):
+            slots = SlotTensors.of(maps[layer], constants.get(layer), torch.device("cpu"))
+        handle = LayerHandle(slots)
         setattr(module, HANDLE, handle)
         module.config._experts_implementation = EXPERTS_FUNCTION  # type: ignore[union-attr]
         handles.append(handle)
     device = device_of(device_map)
     with torch.device("cpu"):
         products = products_for(device)
-    if manifest.dense_precision != "source":
-        take_quantised(model, package.index, products)
+    take_quantised(model, package.index, products, in_int8=manifest.dense_precision != "source")
     return Loading(folder, manifest, device, tuple(handles), products)
 
 
@@ -111,6 +120,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
     """
+    check_small(model, loading.folder)
     finish_dense(model, loading.products)
     options = current_options()
     context = options.context or default_context(model.config, loading.manifest)
@@ -131,6 +141,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
+    guard_output(model, loading.folder, loading.manifest)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context)
 
 
@@ -149,22 +160,26 @@ def register_experts_function() -> None:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, conmoe_experts_forward)
 
 
-def _make_handle(slot_map: SlotMap, constants: Tensor | None, hidden: int) -> LayerHandle:
-    """``constants``: what the package has for the layer, for hidden states of ``hidden`` numbers."""
-    why = ""
-    if constants is not None and constants.shape[1:] != (hidden,):
-        why = f"constants of shape {list(constants.shape)} for hidden states of {hidden} numbers"
-    elif slot_map.constant_rows > (0 if constants is None else len(constants)):
-        why = "fewer constants than its slots name"
-    if why:
-        what = f"layer {slot_map.layer} has {why}"
-        raise PackageError(f"{CONSTANTS_FILE} is damaged.", what, _AGAIN)
-    return LayerHandle(SlotTensors.of(slot_map, constants, torch.device("cpu")))
+def _check_files(
+    folder: Path, manifest: Manifest, maps: Mapping[int, SlotMap], hidden: int
+) -> dict[int, Tensor]:
+    """Records lie where the manifest says, and the smaller tensors are what it asks for; the constants of each layer
+    [C, H] in fp32.
+    """
+    record_index(folder, manifest)
+    if manifest.prefetch is not None:
+        read_maps(folder, maps, hidden)
+    return read_constants(folder / CONSTANTS_FILE, maps, hidden)
 
 
-def _read_constants(folder: Path, manifest: Manifest) -> dict[int, Tensor]:
-    """Layer -> [C, H] fp32; empty where no slot has a constant."""
-    if not any(slot.constant is not None for row in manifest.slots.values() for slot in row):
-        return {}
-    with torch.device("cpu"):
-        return read_constants(folder / CONSTANTS_FILE)
+def _hidden_size(folder: Path, experts: Mapping[int, tuple[str, nn.Module]]) -> int:
+    """Numbers of a token as the experts of every layer get it."""
+    found = set()
+    for _, module in experts.values():
+        down: Any = module.down_proj
+        found.add(int(down.shape[2 if module.is_transposed else 1]))
+    if len(found) != 1:
+        raise mismatch(
+            folder, f"experts of different layers take {sorted(found)} numbers of a token"
+        )
+    return found.pop()

@@ -1,45 +1,93 @@
 """The dense part of a package on its way into a model: int8 weights find their place, bf16 weights their fast products.
 
-``take_quantised`` works on the meta model, before any weight is read: where the package has a weight in int8, an
-``FusedLinear`` with room for values and scales stands in its layer's place, and ``from_pretrained`` fills both by name.
+``take_quantised`` works on the meta model, before any weight is read: every tensor has a number format that the model
+has a use for, and where the package has a weight in int8, an ``FusedLinear`` with room for values and scales stands in
+its layer's place, and ``from_pretrained`` fills both by name. ``check_small`` looks at what is small enough for it.
 ``finish_dense`` runs when the weights are there. Peak memory: one weight twice. Raises ``PackageError`` where the
 package has int8 weights that the model has no linear layer for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from conmoe_edge.checkpoint.package.dense_names import quantised_names
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import PackageError
+from conmoe_edge.model.record_match import AGAIN, mismatch
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FLOATING = ("BF16", "F16", "F32", "F64")
+
 
 def take_quantised(
-    model: PreTrainedModel, index: CheckpointIndex, products: DenseProducts
+    model: PreTrainedModel, index: CheckpointIndex, products: DenseProducts, *, in_int8: bool
 ) -> tuple[str, ...]:
-    """Make room in a meta model for the int8 weights among the dense ones of a package, ``index``; their names."""
-    again = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
-    names = quantised_names(index.tensors)
+    """Make room in a meta model for the int8 weights among the dense ones of a package, ``index``, which may have some
+    where it is said to be ``in_int8``; their names.
+
+    Raises:
+        PackageError: a tensor in a format that nothing in the model has, or int8 values without scales.
+    """
+    folder, tensors = index.folder, index.tensors
+    names = quantised_names(tensors) if in_int8 else ()
+    _check_formats(model, folder, tensors, names)
     linears = {path: one for path, one in model.named_modules() if type(one) is nn.Linear}
     for name in names:
         path, _, last = name.rpartition(".")
         if last != "weight" or path not in linears:
-            raise PackageError(
-                f"The package in {index.folder} does not match its config.json.",
-                f"{name} is stored in int8, but the model has no linear layer there",
-                again,
+            raise mismatch(
+                folder, f"{name} is stored in int8, but the model has no linear layer there"
             )
+        if linears[path].weight.shape != tensors[name].shape:
+            shape = list(linears[path].weight.shape)
+            raise mismatch(folder, f"{name} is {list(tensors[name].shape)}, the model's is {shape}")
         model.set_submodule(path, FusedLinear(linears[path], products, int8=True), strict=True)
     return names
+
+
+def _check_formats(
+    model: PreTrainedModel,
+    folder: Path,
+    tensors: Mapping[str, TensorEntry],
+    quantised: Collection[str],
+) -> None:
+    """transformers converts whatever it finds into the format of the parameter, also numbers that mean nothing without
+    their scales: only floating point is taken, ``quantised`` weights, and what the model itself has in that format.
+    """
+    own = {name: one.dtype for name, one in model.state_dict().items()}
+    for name, entry in tensors.items():
+        if entry.dtype in _FLOATING or name in quantised:
+            continue
+        if own.get(name) == getattr(torch, entry.torch_name, None) is not None:
+            continue
+        raise mismatch(
+            folder, f"{name!r:.80} is stored as {entry.dtype}, which the model cannot use"
+        )
+
+
+def check_small(model: nn.Module, folder: Path) -> None:
+    """Norms, biases, scales of int8 weights and whatever else is a row of numbers has no NaN or infinity. The matrices
+    are left to ``inspect --verify`` and to the check of the model's output.
+
+    Raises:
+        PackageError: naming the tensor.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.dim() < 2 and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise PackageError(
+                f"The package in {folder} is damaged.", f"{name} holds NaN or infinity", AGAIN
+            )
 
 
 def finish_dense(model: PreTrainedModel, products: DenseProducts) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import UsageError
-from conmoe_edge.integrations.package_match import mismatch
 from conmoe_edge.integrations.register import QUANT_METHOD
 from conmoe_edge.model.bridge import quantization_of, read_config
 from conmoe_edge.model.generation_file import read_generation
 from conmoe_edge.model.probe import count_in, facts_of, probe
+from conmoe_edge.model.record_match import mismatch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig

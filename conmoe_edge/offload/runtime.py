@@ -187,6 +187,8 @@ class Runtime:
             )
             self._fill_slots(progress)
         except BaseException:
+            if hasattr(self, "_transfer"):
+                self._transfer.close()  # no thread may read from a file that is closed
             self._store.close()
             raise
 

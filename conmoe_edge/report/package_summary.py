@@ -14,6 +14,7 @@ from typing import Any
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.checkpoint.package.opened_package import open_package
+from conmoe_edge.checkpoint.package.verify_values import verify_values
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
@@ -144,15 +145,18 @@ def summarise(
     """Look at the package in ``folder``.
 
     Args:
-        verify: hash every file and compare with the manifest.
+        verify: hash every file and compare with the manifest, and look at every number.
         bench: a report that ``bench --json`` wrote about it.
         curves: replay the trace for the hit curves (seconds); ``tell(done, of)`` says how far that is.
 
     Raises:
-        PackageError: it is none, or a file is missing, too short, or (with ``verify``) changed.
+        PackageError: it is none, or a file is missing, too short, or (with ``verify``) changed
+            or not all numbers.
         UsageError: ``bench`` is no report about this package.
     """
     manifest = open_package(folder, deep=verify).manifest
+    if verify:
+        verify_values(folder, manifest)
     trace = read_trace(folder, manifest) if manifest.slots else None
     usage = usage_of(manifest, trace)
     config = read_json_object(folder / CONFIG_FILE)

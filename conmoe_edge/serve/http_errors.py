@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from conmoe_edge.errors import ConmoeError, ContextFull, OutOfMemory, UsageError
+from conmoe_edge.errors import ConmoeError, ContextFull, NotFinite, OutOfMemory, UsageError
 from conmoe_edge.serve.jobs import Busy
 
 log = logging.getLogger("conmoe_edge.serve")
@@ -76,6 +76,12 @@ def as_api_error(error: BaseException) -> ApiError:
             headers={"Retry-After": "10"},
         )
     log.error("an answer failed", exc_info=error)
+    if isinstance(error, NotFinite):
+        return ApiError(
+            500,
+            "The model computes no numbers, so it is damaged; the server's log names layer and tensor.",
+            code="model_damaged",
+        )
     what = "The model could not be read" if isinstance(error, ConmoeError) else "Something failed"
     return ApiError(500, f"{what} inside the server; its log says more.", code="internal_error")
 

@@ -35,6 +35,9 @@ Id = tuple[Layer, Layer]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 FileName = Annotated[str, AfterValidator(_plain)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_LARGEST = float.fromhex("0x1.fffffep+127")
+Scale = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+"""A factor of a gate, which every backend holds in fp32."""
 Json = dict[str, JsonValue]
 
 
@@ -141,7 +144,7 @@ class ManifestJson(_Strict):
     layouts: Annotated[list[LayoutJson], Field(max_length=1 << 16)]
     prototypes: list[PrototypeJson]
     remap: dict[Layer, Annotated[list[Id | None], Field(min_length=1, max_length=1 << 16)]]
-    scales: dict[Layer, list[Finite]]
+    scales: dict[Layer, list[Scale]]
     constants: dict[Layer, list[Count | None]]
     files: dict[FileName, FileJson]
     plan: Json

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, RecordLayout
+from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import decode, view
-from conmoe_edge.checkpoint.tensors.tensor_index import index_files
+from conmoe_edge.checkpoint.package.record_headers import record_index, record_name
+from conmoe_edge.checkpoint.package.small_tensors import damaged
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.errors import PackageError
 
 
 class PrototypeReader:
@@ -26,10 +27,8 @@ class PrototypeReader:
         self._folder = folder
         self._layouts = manifest.layouts
         self._entries = {entry.id: entry for entry in manifest.prototypes}
-        files = sorted({entry.file for entry in manifest.prototypes})
-        index = index_files(folder, files)
-        self._reader = ShardReader(index)
-        self._places = {(one.file, one.offset): one for one in index.tensors.values()}
+        self._checks = [RecordCheck(layout) for layout in manifest.layouts]
+        self._reader = ShardReader(record_index(folder, manifest))
 
     def layout(self, prototype: ExpertId) -> RecordLayout:
         """How a prototype is stored."""
@@ -43,14 +42,11 @@ class PrototypeReader:
         """
         entry = self._entries[prototype]
         layout = self._layouts[entry.layout]
-        place = self._places.get((entry.file, entry.offset))
-        if place is None or place.nbytes != layout.nbytes:
-            raise PackageError(
-                f"The prototypes in {self._folder / entry.file} cannot be read.",
-                f"there is no record of {list(prototype)} where the manifest says",
-                "Write the package again: conmoe-edge fit MODEL --out DIR --overwrite",
-            )
-        record = self._reader.read(place, 0, layout.nbytes)
+        name = record_name(prototype)
+        record = self._reader[name][...]
+        why = self._checks[entry.layout].wrong(record)
+        if why:
+            raise damaged(self._folder / entry.file, f"{why} in the record {name}")
         parts = decode(view(layout, record), dtype, transposed)
         return {name: part.to(dtype) for name, part in parts.items()}
 

@@ -1,7 +1,7 @@
 """``constants.safetensors``: what a router slot adds in place of, or beside, a prototype's output.
 
 One tensor ``constants.<layer>`` [n, H] in fp32 for every layer that has any; ``SlotRecord.constant``
-is a row of it. Peak memory: the file. Raises ``PackageError`` for a file that cannot be read.
+is a row of it. Peak memory: the file. Raises ``PackageError`` for a file that is not what the map asks for.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import CONSTANTS_FILE
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
-from conmoe_edge.checkpoint.fs.contained import path_inside
+from conmoe_edge.checkpoint.package.small_tensors import Wanted, read_exactly
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
-from conmoe_edge.errors import CheckpointError, PackageError
 
-__all__ = ["CONSTANTS_FILE", "read_constants", "write_constants"]
+__all__ = ["CONSTANTS_FILE", "read_constants", "read_rows", "write_constants"]
 
 _PREFIX = "constants."
+_ANY_WIDTH = range(1, 1 << 24)
+_ANY_COUNT = range(1, 1 << 16)
 
 
 def write_constants(path: Path, constants: Mapping[int, Tensor]) -> WrittenFile:
@@ -37,18 +37,30 @@ def write_constants(path: Path, constants: Mapping[int, Tensor]) -> WrittenFile:
     )
 
 
-def read_constants(path: Path) -> dict[int, Tensor]:
-    """Layer -> [n, H] fp32."""
-    try:
-        tensors = load_file(path_inside(path.parent, path.name))
-    except (OSError, SafetensorError, CheckpointError) as error:
-        raise PackageError(
-            f"The constants in {path} cannot be read.",
-            str(error)[:200],
-            "Write the package again: conmoe-edge fit MODEL --out DIR --overwrite",
-        ) from error
-    return {
-        int(name.removeprefix(_PREFIX)): rows.float().clone()
-        for name, rows in tensors.items()
-        if name.removeprefix(_PREFIX).isdecimal()
-    }
+def read_constants(
+    path: Path, maps: Mapping[int, SlotMap], hidden: int | None = None
+) -> dict[int, Tensor]:
+    """Layer -> [n, H] fp32, for the layers of ``maps`` whose slots have constants; no file is asked for where none has.
+
+    Args:
+        path: the file.
+        maps: decoder layer -> its map, which says how many rows there are.
+        hidden: H of the model; ``None`` where the caller does not know it.
+
+    Raises:
+        PackageError: it has other tensors, another number of rows, another width or format, or NaN or infinity.
+    """
+    rows = {layer: one.constant_rows for layer, one in maps.items() if one.has_constants}
+    if not rows:
+        return {}
+    width = _ANY_WIDTH if hidden is None else hidden
+    found = read_exactly(
+        path, {f"{_PREFIX}{layer}": Wanted(("F32",), (n, width)) for layer, n in rows.items()}
+    )
+    return {layer: found[f"{_PREFIX}{layer}"] for layer in rows}
+
+
+def read_rows(path: Path, layer: int) -> Tensor:
+    """[n, H] fp32 of a file with the constants of one ``layer``; raises as ``read_constants``."""
+    name = f"{_PREFIX}{layer}"
+    return read_exactly(path, {name: Wanted(("F32",), (_ANY_COUNT, _ANY_WIDTH))})[name]

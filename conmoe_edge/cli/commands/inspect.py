@@ -21,7 +21,11 @@ _PIPED_WIDTH = 80
 
 @click.command(short_help="Show what was done to the experts of a package.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Hash every file and compare with the manifest, and look for numbers that are none.",
+)
 @file_option(
     "--html", "Write a page with pictures: one file, opens in any browser, needs no network."
 )
@@ -54,7 +58,7 @@ def inspect(
 
     check_package(folder)
     if verify:
-        output.note("Hashing the files ...")
+        output.note("Hashing the files, and looking at their numbers ...")
     # The curves take seconds, and only the page and the JSON have room for them.
     curves = html is not None or output.as_json
     told = False

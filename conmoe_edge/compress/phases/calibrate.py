@@ -15,7 +15,7 @@ from pathlib import Path
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
 from conmoe_edge.checkpoint.package.slot_constants import (
     CONSTANTS_FILE,
-    read_constants,
+    read_rows,
     write_constants,
 )
 from conmoe_edge.compress.phases.decide import decide
@@ -89,8 +89,8 @@ def _whole_files(run: Run, trace: Trace) -> list[WrittenFile]:
     written = [trace.routing.write(run.work.path, run.package, tuple(layers))]
     if trace.predictor is not None:
         written.append(trace.predictor.write(run.package, run.journal.slot_maps(layers)))
-    files = [file for layer in layers if (file := run.work.constants(layer)).is_file()]
-    constants = {layer: rows for file in files for layer, rows in read_constants(file).items()}
+    files = {one: file for one in layers if (file := run.work.constants(one)).is_file()}
+    constants = {layer: read_rows(file, layer) for layer, file in files.items()}
     if constants:
         written.append(write_constants(run.package / CONSTANTS_FILE, constants))
     return [file for file in written if file is not None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
 from conmoe_edge.compress.quality.slot_overview import slot_distances
@@ -28,7 +29,6 @@ from conmoe_edge.compress.stream.scope_weights import (
     ScopeWeights,
     ScratchLayer,
     matrix_views,
-    record_name,
     write_experts,
 )
 from conmoe_edge.model.router import Router

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from conmoe_edge.checkpoint.package.slot_constants import read_constants
+from conmoe_edge.checkpoint.package.record_headers import record_name
+from conmoe_edge.checkpoint.package.slot_constants import read_rows
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.phases.decide import prototypes_file
@@ -30,7 +31,6 @@ from conmoe_edge.compress.stream.expert_hooks import (
 )
 from conmoe_edge.compress.stream.layer_stream import Stream, run_layer
 from conmoe_edge.compress.stream.predictor_fit import held_sequences
-from conmoe_edge.compress.stream.scope_weights import record_name
 from conmoe_edge.compress.stream.streamed_model import mapped_tap
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.router import logits_to
@@ -155,6 +155,6 @@ def _written_tap(
         if expert.layer == layer
     }
     constants = run.work.constants(layer)
-    rows = read_constants(constants)[layer] if constants.is_file() else None
+    rows = read_rows(constants, layer) if constants.is_file() else None
     slot_map = run.journal.slot_maps([layer])[layer]
     return mapped_tap(slot_map, records, reader, rows, run.job.device, is_open)

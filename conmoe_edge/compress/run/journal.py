@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_json
+from conmoe_edge.checkpoint.package.record_headers import expert_of, record_name
 from conmoe_edge.compress.stats.statistics import LayerStatistics
-from conmoe_edge.compress.stream.scope_weights import expert_of, record_name
 from conmoe_edge.errors import CheckpointError
 
 NAME = "journal.json"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.format.records import encode, pack, view
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
+from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_records
@@ -185,17 +186,6 @@ class ScopeWeights:
     def parts(self, expert: ExpertId) -> Mapping[str, Tensor]:
         """One expert's tensors by parameter name."""
         return self._layers[expert.layer].parts(expert.expert)
-
-
-def record_name(expert: ExpertId) -> str:
-    """The name of an expert's record inside a prototypes file."""
-    return f"prototypes.{expert.layer}.{expert.expert}"
-
-
-def expert_of(name: str) -> ExpertId:
-    """The expert whose record has this name."""
-    _, layer, expert = name.split(".")
-    return ExpertId(int(layer), int(expert))
 
 
 def write_experts(

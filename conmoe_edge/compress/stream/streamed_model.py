@@ -24,12 +24,15 @@ from conmoe_edge.checkpoint.format.manifest import (
     Manifest,
     RecordLayout,
 )
+from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import view
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.fs.contained import is_there
 from conmoe_edge.checkpoint.package.opened_package import open_package
+from conmoe_edge.checkpoint.package.record_headers import record_index, record_name
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
+from conmoe_edge.checkpoint.package.small_tensors import damaged
+from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.compress.stream.expert_hooks import (
@@ -45,13 +48,14 @@ from conmoe_edge.compress.stream.layer_stream import (
     compute_dtype,
     run_layer,
 )
-from conmoe_edge.compress.stream.scope_weights import record_name
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import quantization_of, read_config
+from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.probe import facts_of, probe
+from conmoe_edge.model.record_match import check_records
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.streaming import StreamedModel
@@ -171,8 +175,12 @@ def mapped_tap(
     parts = {}
     for number in slot_map.prototypes:
         name, layout = records[number]
-        record = view(layout, reader[name][...])
-        parts[number] = {part: tensor.to(device) for part, tensor in record.items()}
+        record = reader[name][...]
+        why = RecordCheck(layout).wrong(record)
+        if why:
+            raise damaged(reader.index.folder / reader.index.tensors[name].file, f"{why} in {name}")
+        held = view(layout, record)
+        parts[number] = {part: tensor.to(device) for part, tensor in held.items()}
     return MappedTap(SlotTensors.of(slot_map, constants, device), parts, is_open)
 
 
@@ -237,17 +245,16 @@ def package_subject(
         device: where layers run.
         name: for errors.
     """
-    files = sorted({entry.file for entry in manifest.prototypes})
     records = {
         number: (record_name(entry.id), manifest.layouts[entry.layout])
         for number, entry in enumerate(manifest.prototypes)
     }
-    constants: Mapping[int, Tensor] = {}
-    if CONSTANTS_FILE in manifest.files:
-        constants = read_constants(index.folder / CONSTANTS_FILE)
     closed = {layer: manifest.open_slots(layer) for layer in manifest.rerouted}
     slot_maps = SlotMap.of_manifest(manifest)
-    with ShardReader(index) as dense, ShardReader(index_files(index.folder, files)) as prototypes:
+    hidden = config.get_text_config().hidden_size
+    constants = read_constants(index.folder / CONSTANTS_FILE, slot_maps, hidden)
+    held = record_index(index.folder, manifest)
+    with ShardReader(index) as dense, ShardReader(held) as prototypes:
         model = stream_model(config, anatomy, Dequantised(dense), device)
         if sorted(model.experts) != sorted(slot_maps):
             raise PackageError(
@@ -255,6 +262,8 @@ def package_subject(
                 "model and manifest have routed experts in different layers",
                 _AGAIN,
             )
+        for layer, (_, module) in model.experts.items():
+            check_records(index.folder, manifest, layer, module, part_names(module))
 
         def tap(layer: int) -> Tap:
             rows, is_open = constants.get(layer), closed.get(layer)

@@ -50,11 +50,10 @@ class Package:
 
     def constants(self, layer: int) -> Tensor | None:
         """[n, H] fp32, or ``None`` where no slot of the layer has one."""
-        if not self.stacks[layer].slots.has_constants:
-            return None
         if self._constants is None:
-            self._constants = read_constants(self.folder / CONSTANTS_FILE)
-        return self._constants[layer]
+            maps = SlotMap.of_manifest(self.manifest)
+            self._constants = read_constants(self.folder / CONSTANTS_FILE, maps)
+        return self._constants.get(layer)
 
 
 @dataclass(frozen=True, slots=True)

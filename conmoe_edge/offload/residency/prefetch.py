@@ -15,18 +15,16 @@ belongs to another package.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.checkpoint.fs.contained import path_inside
-from conmoe_edge.errors import CheckpointError, PackageError
+from conmoe_edge.checkpoint.package.small_tensors import Wanted, damaged, read_exactly
 
 _NEAR = 0.10
 
@@ -44,23 +42,16 @@ class Prefetcher:
     def __init__(self, folder: Path, manifest: Manifest, device: torch.device) -> None:
         """Raises ``PackageError`` where the manifest names no predictor, or the file is another's."""
         if manifest.prefetch is None:
-            raise _damaged(folder, "the manifest names no predictor")
+            raise damaged(folder / PREDICTOR_FILE, "the manifest names no predictor")
         self._window = manifest.prefetch.window
         self._maps: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
-        try:
-            with torch.device("cpu"):
-                tensors = load_file(path_inside(folder, PREDICTOR_FILE))
-        except (OSError, SafetensorError, CheckpointError) as error:
-            raise _damaged(folder, str(error)[:200]) from error
         maps = SlotMap.of_manifest(manifest)
-        heights = {tensor.shape[0] for tensor in tensors.values() if tensor.ndim == 2}
+        with torch.device("cpu"):
+            found = read_maps(folder, maps)
         for layer, after in pairwise(maps):
-            known = list(maps[after].prototypes)
-            found = tensors.get(f"predictor.{after}")
-            if found is None or len(heights) != 1 or found.shape[1:] != (len(known),):
-                raise _damaged(folder, f"it does not predict the prototypes of layer {after}")
-            weights = found[:-1].T.float().contiguous().to(device)  # [P, H]
-            self._maps[layer] = (weights, found[-1].float().to(device), known)
+            weights = found[after][:-1].T.float().contiguous().to(device)  # [P, H]
+            intercept = found[after][-1].float().to(device)
+            self._maps[layer] = (weights, intercept, list(maps[after].prototypes))
 
     def next(self, layer: int, hidden: Tensor) -> list[int]:
         """The prototypes that the MoE layer after ``layer`` will probably ask for, the likeliest first.
@@ -76,17 +67,34 @@ class Prefetcher:
         return [numbers[column] for column in best]
 
 
+def read_maps(
+    folder: Path, maps: Mapping[int, SlotMap], hidden: int | None = None
+) -> dict[int, Tensor]:
+    """Decoder layer -> bf16 [H + 1, P] of every MoE layer but the first, as the package has them.
+
+    Args:
+        folder: the package.
+        maps: of its MoE layers, ascending; the prototypes of a layer are the columns of its map.
+        hidden: H of the model; ``None`` where the caller does not know it: then all have the same.
+
+    Raises:
+        PackageError: the file has other tensors, of other shapes or formats, or NaN or infinity.
+    """
+    path, heights = folder / PREDICTOR_FILE, range(2, 1 << 24) if hidden is None else hidden + 1
+    layers = list(maps)[1:]
+    wanted = {
+        f"predictor.{layer}": Wanted(("BF16",), (heights, len(maps[layer].prototypes)))
+        for layer in layers
+    }
+    found = read_exactly(path, wanted)
+    if len({len(one) for one in found.values()}) > 1:
+        raise damaged(path, "its maps are for hidden states of different sizes")
+    return {layer: found[f"predictor.{layer}"] for layer in layers}
+
+
 def reads_ahead(manifest: Manifest, resident_share: float) -> bool:
     """Whether reading ahead pays with so many resident prototypes."""
     settings = manifest.prefetch
     if settings is None or not settings.depth or resident_share >= 1:
         return False
     return abs(resident_share - settings.resident_share) <= _NEAR
-
-
-def _damaged(folder: Path, why: str) -> PackageError:
-    return PackageError(
-        f"{folder / PREDICTOR_FILE} is damaged.",
-        why,
-        "Make the package again with conmoe-edge fit, or copy it again from where it came from.",
-    )

@@ -10,18 +10,21 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.checkpoint.fs.contained import path_inside
-from conmoe_edge.errors import CheckpointError, PackageError
+from conmoe_edge.checkpoint.package.small_tensors import (
+    Wanted,
+    check_exactly,
+    damaged,
+    header_of,
+    read_values,
+)
 from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.quota import groups_of, slots_for
 from conmoe_edge.offload.simulate.policy_search import choose
 from conmoe_edge.plan.trace import MOST_TOKENS, PrototypeTrace, RoutingTrace, to_prototypes
+
+_SLOT_FORMATS = ("U8", "I16", "I32")
 
 
 def settings_for(
@@ -73,37 +76,29 @@ def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
     """The package's trace; ``None`` where it has none."""
     if ROUTING_FILE not in manifest.files:
         return None
-    try:
-        tensors = load_file(path_inside(folder, ROUTING_FILE))
-    except (OSError, SafetensorError, ValueError, KeyError, CheckpointError) as error:
-        raise _damaged(folder, str(error)[:200]) from error
-    layers = tuple(sorted(manifest.slots))
-    lengths = tensors.pop("sequences", None)
-    if lengths is None or lengths.dtype != np.int32 or lengths.ndim != 1 or (lengths < 1).any():
-        raise _damaged(folder, "it has no lengths of sequences")
-    tokens = int(lengths.sum(dtype=np.int64))
-    if sorted(tensors) != sorted(f"routing.{layer}" for layer in layers):
-        raise _damaged(folder, "its layers are not those of the package")
-    if tokens > MOST_TOKENS:
-        raise _damaged(folder, f"it has {tokens} tokens; {MOST_TOKENS} are the most")
-    rows = []
+    path = folder / ROUTING_FILE
+    header = header_of(path)
+    tokens = range(1, MOST_TOKENS + 1)
+    wanted = {"sequences": Wanted(("I32",), (tokens,))}
+    for layer, slots in manifest.slots.items():
+        wanted[f"routing.{layer}"] = Wanted(_SLOT_FORMATS, (tokens, range(1, len(slots) + 1)))
+    check_exactly(path, header, wanted)
+    tensors = read_values(path, header)
+    lengths = [int(one) for one in tensors["sequences"].tolist()]
+    if min(lengths) < 1 or sum(lengths) > MOST_TOKENS:
+        raise damaged(path, f"sequences of {min(lengths)} tokens and more, {sum(lengths)} together")
+    rows, layers = [], tuple(sorted(manifest.slots))
     for layer in layers:
-        chosen = tensors[f"routing.{layer}"]
-        if chosen.ndim != 2 or chosen.shape[0] != tokens or chosen.dtype.kind not in "ui":
-            raise _damaged(folder, f"layer {layer} does not hold a row of router slots a token")
+        chosen, slots = tensors[f"routing.{layer}"], len(manifest.slots[layer])
+        if len(chosen) != sum(lengths):
+            raise damaged(path, f"layer {layer} does not hold a row of router slots a token")
+        if int(chosen.min()) < 0 or int(chosen.max()) > slots:  # ``slots`` itself is the skip mark
+            raise damaged(path, f"layer {layer} names router slots beyond its {slots}")
         rows.append(tuple(map(tuple, chosen.tolist())))
-    return RoutingTrace(layers, tuple(lengths.tolist()), tuple(rows))
+    return RoutingTrace(layers, tuple(lengths), tuple(rows))
 
 
 def _usable(settings: CacheSettings, manifest: Manifest) -> bool:
     """Whether this version knows the policy, and the quotas are those of the package's layers."""
     groups = len(set(groups_of(manifest))) if settings.policy == "layer-lru" else 0
     return settings.policy in POLICIES and len(settings.quotas) == groups
-
-
-def _damaged(folder: Path, why: str) -> PackageError:
-    return PackageError(
-        f"{folder / ROUTING_FILE} is damaged.",
-        why,
-        "Make the package again with conmoe-edge fit, or copy it again from where it came from.",
-    )

@@ -2,7 +2,8 @@
 
 ``RecordStore`` opens the prototype files of a package once and reads whole records into buffers that the caller owns (a
 cache slot on a CPU, a staging buffer for a GPU). Peak memory: nothing beside those buffers. Safe to call from several
-threads. Raises ``PackageError`` for a missing, short or unreadable file.
+threads. Raises ``PackageError`` for a missing, short or unreadable file, and for a record
+that cannot be computed with.
 
 There are two ways to read, with the same bytes as the result:
 
@@ -13,7 +14,8 @@ There are two ways to read, with the same bytes as the result:
   lengths and addresses that are multiples of 4096, which records and cache slots are. A read that is not aligned, or
   that the file system refuses, is buffered.
 
-``read_mode`` decides between them.
+``read_mode`` decides between them. What was read is looked at before anybody computes with it
+(``format/record_check.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import PrototypeEntry, RecordLayout
+from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.fs.contained import open_inside
 from conmoe_edge.errors import CheckpointError, PackageError
 
@@ -52,6 +55,7 @@ class RecordStore:
         self._folder = folder
         self._prototypes = tuple(prototypes)
         self._layouts = tuple(layouts)
+        self._checks = [RecordCheck(layout) for layout in self._layouts]
         self._keep_cached = keep_cached
         self._files: dict[str, int] = {}
         self._direct: dict[str, int] = {}  # second handles, from the first direct read on
@@ -76,7 +80,7 @@ class RecordStore:
         """Read one whole record into ``target``: uint8 [record bytes] on the host.
 
         Raises:
-            PackageError: the file is missing, short or unreadable.
+            PackageError: the file is missing, short or unreadable, or the record's scales or columns are no such.
             ValueError: ``target`` has another size.
         """
         entry = self._prototypes[number]
@@ -112,6 +116,9 @@ class RecordStore:
                 direct = None  # the rest of an interrupted read
         if not self._keep_cached and direct is None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, entry.offset, nbytes, os.POSIX_FADV_DONTNEED)
+        why = self._checks[entry.layout].wrong(target)
+        if why:
+            raise self._damaged(entry.file, f"{why} in the record of prototype {list(entry.id)}")
 
     @property
     def mode(self) -> ReadMode:

@@ -69,6 +69,7 @@ class PrototypeTable:
         self._biases = (pointers(), pointers())
         self._biases_kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[tuple[Prepared, Prepared] | None] = [None] * count
+        self._wanted: dict[int, tuple[int, ...]] = {}
         arrays = (*self._up, *self._down, self._widths, self._groups, *self._biases)
         self._struct = _Prototypes(*[ctypes.addressof(array) for array in arrays])
         self.address = ctypes.addressof(self._struct)
@@ -90,8 +91,13 @@ class PrototypeTable:
         """The prototype is there; its matrices and biases (bf16) are kept alive until it is ``remove``d.
 
         Raises:
-            ValueError: biases of another size or format.
+            ValueError: matrices that do not go together or are not what a layer expects, or biases of another size or
+                format.
         """
+        if up.form.rows != 2 * down.form.columns or down.form.rows != up.form.columns:
+            raise ValueError(f"the matrices of prototype {number} do not go together")
+        if self._wanted.get(number, _kin(up.form, down.form)) != _kin(up.form, down.form):
+            raise ValueError(f"prototype {number} has another form than its layer expects")
         self._kept[number] = (up, down)
         if biases is not None:
             self._biases_kept[number] = biases
@@ -101,12 +107,29 @@ class PrototypeTable:
             values[number], scales[number] = one.values, one.scales
         self._widths[number], self._groups[number] = down.form.columns, down.form.group
 
+    def expect(self, number: int, up: Form, down: Form) -> None:
+        """A layer computes with the prototype as it does with one of these forms, whose numbers of neurons alone (and
+        the groups that they allow) may be others.
+
+        Raises:
+            ValueError: it is there in another form, or another layer expects one.
+        """
+        kin, there = _kin(up, down), self._kept[number]
+        held = kin if there is None else _kin(there[0].form, there[1].form)
+        if held != kin or self._wanted.setdefault(number, kin) != kin:
+            raise ValueError(f"prototype {number} has another form than its layer expects")
+
     def remove(self, number: int) -> None:
         """It is not there any more."""
         self._kept[number] = None
         self._biases_kept.pop(number, None)
         for array in (*self._up, *self._down, *self._biases):
             array[number] = None
+
+
+def _kin(up: Form, down: Form) -> tuple[int, ...]:
+    """What a layer's call takes to be the same of all its prototypes."""
+    return up.code, up.columns, up.group, down.code
 
 
 class _Gate(ctypes.Structure):
@@ -163,11 +186,14 @@ class LayerTable:
             constants: fp32 [C, H], contiguous; ignored where no slot has one.
 
         Raises:
-            ValueError: a prototype or a constant that is not there, or a constant of another width or format.
+            ValueError: a prototype or a constant that is not there, a prototype that is there in another form, or a
+                constant of another width or format.
         """
         up, down = forms
         if not all(-1 <= number < len(prototypes) for number in slots.targets):
             raise ValueError(f"layer {slots.layer} names a prototype beyond {len(prototypes)}")
+        for number in slots.prototypes:
+            prototypes.expect(number, up, down)
         factors = (ctypes.c_float * len(slots))(*slots.scales) if slots.is_scaled else None
         rows = _rows(slots, constants, up.columns) if slots.has_constants else None
         arrays = ((ctypes.c_int64 * len(slots))(*slots.targets), factors, rows)
@@ -198,8 +224,8 @@ def _rows(slots: SlotMap, constants: Tensor | None, width: int) -> ctypes.Array[
         raise ValueError(
             f"layer {slots.layer} needs {slots.constant_rows} constants of {width} numbers"
         )
-    if constants.dtype != torch.float32 or not constants.is_contiguous():
-        raise ValueError("constants are fp32 and contiguous")
+    if constants.dtype != torch.float32 or not constants.is_contiguous() or not constants.is_cpu:
+        raise ValueError("constants are fp32, contiguous and in host memory")
     first, step = constants.data_ptr(), width * constants.element_size()
     places = [None if row == NONE else first + row * step for row in slots.constants]
     return (ctypes.c_void_p * len(slots))(*places)

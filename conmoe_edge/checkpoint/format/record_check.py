@@ -1,0 +1,55 @@
+"""What is looked at in a record before anything computes with it, each time one has been read.
+
+The numbers of columns that a factored weight keeps (``factored.py``): they say which inputs are read, so each of them
+must be one. And the scales of quantised weights: one that is NaN or infinite makes a whole row or group so.
+
+Both are a small part of a record (a few hundredths in int4, thousandths in int8), and looking at them costs about a
+hundredth of reading it. All other values are left to ``inspect --verify``, and to the check of what the model says.
+
+Memory: nothing beside the record. Raises nothing: the caller knows the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import COLUMNS, RIGHT, SCALE
+from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
+
+_SIGN_OFF, _INFINITE = np.int16(0x7FFF), 0x7F80
+"""Of a number in bf16: all bits but its sign, and the least that is infinity or NaN without it."""
+
+
+class RecordCheck:
+    """The check of records of one layout."""
+
+    def __init__(self, layout: RecordLayout) -> None:
+        parts = {part.name: part for part in layout.parts}
+        self._scales = [
+            part
+            for name, part in parts.items()
+            if name.endswith(SCALE) and part.dtype == "bfloat16" and part.nbytes
+        ]
+        self._columns: list[tuple[RecordPart, int]] = []
+        for name, part in parts.items():
+            right = parts.get(name.removesuffix(COLUMNS) + RIGHT)
+            if name.endswith(COLUMNS) and part.dtype == "int32" and right is not None:
+                self._columns.append((part, right.shape[-1]))
+
+    def wrong(self, record: Tensor) -> str:
+        """What is wrong with a record uint8 [record bytes] on the host; empty where nothing is."""
+        if not self._scales and not self._columns:
+            return ""
+        raw = record.numpy()
+        for part in self._scales:
+            values = raw[part.offset : part.offset + part.nbytes].view(np.int16)
+            if int((values & _SIGN_OFF).max()) >= _INFINITE:
+                return f"{part.name} holds NaN or infinity"
+        for part, width in self._columns:
+            columns = raw[part.offset : part.offset + part.nbytes].view(np.int32)
+            if len(columns) and not (
+                columns[0] >= 0 and columns[-1] < width and bool((columns[1:] > columns[:-1]).all())
+            ):
+                return f"{part.name} are not ascending columns of {width}"
+        return ""

@@ -2,7 +2,7 @@
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guard of the context, growing cache, fast path.
+products, memory plan, runtime, guard of the context, prompts in chunks, growing cache, fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -36,6 +36,7 @@ from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, con
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
+from conmoe_edge.offload.generation.long_forward import run_in_chunks
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
+    run_in_chunks(model, lambda: runtime.prefill_chunk)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context)
 
 

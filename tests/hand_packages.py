@@ -73,6 +73,7 @@ def write_package(
     hub_names: bool = False,
     widths: Mapping[ExpertId, int] | None = None,
     kind: Kind = "plain",
+    prefill_chunk: int | None = None,
 ) -> Path:
     """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits; with
     ``hub_names`` under the names that its checkpoints have, which other engines read. A prototype named in ``widths``
@@ -163,6 +164,7 @@ def write_package(
         files={file.name: file.entry() for file in files},
         plan=plan or {},
         tool_version="0.1.0",
+        prefill_chunk=prefill_chunk,
     )
     save_manifest(folder, manifest)
     config = model.config.to_dict()

@@ -194,6 +194,7 @@ def _fit_unchanged(
             files={file.name: file.entry() for file in sorted(written, key=lambda file: file.name)},
             plan=plan_to_json(report.plan),
             tool_version=__version__,
+            prefill_chunk=report.plan.prefill_chunk,
         )
         save_manifest(staged.path, manifest)
         verify_package(staged.path)

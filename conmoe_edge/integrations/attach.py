@@ -2,8 +2,7 @@
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guards of the context and of the output, growing cache,
-fast path.
+products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache, fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -44,6 +43,7 @@ from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.residency.prefetch import read_maps
+from conmoe_edge.offload.generation.long_forward import run_in_chunks
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
     guard_output(model, loading.folder, loading.manifest)
+    run_in_chunks(model, lambda: runtime.prefill_chunk)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context)
 
 

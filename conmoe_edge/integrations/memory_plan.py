@@ -3,8 +3,7 @@
 The plan's arithmetic with two measured figures: the dense weights, and the key-value cache in the loaded dtype.
 
 The prefill chunk is the package's, not the budget's, because the number of tokens in one forward can change the last
-bit of a sum. A smaller budget has fewer cache slots. Only where less than one slot a layer would be left, the chunk
-shrinks.
+bit of a sum. A smaller budget has fewer cache slots, down to one of each record layout; below that the load refuses.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
-from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, needs_of
+from conmoe_edge.plan.least import least_size
+from conmoe_edge.plan.needs import MAX_CHUNK, needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.units import gib
@@ -43,7 +43,7 @@ class Memory:
     Attributes:
         budget: the one that holds.
         slots: cache slots of every record layout.
-        prefill_chunk: most tokens of one forward.
+        prefill_chunk: tokens of a prompt that go through the model at a time.
         cache_bytes: bytes of the key-value cache at so many tokens; ``None`` where the caller chose the slots.
     """
 
@@ -63,44 +63,60 @@ def plan_memory(
     """Divide the budget for a model whose dense weights are loaded.
 
     Raises:
-        DoesNotFit: the budget holds no prototype.
+        DoesNotFit: the budget holds not one prototype of each layout beside the package's chunk.
     """
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
-    planned = planned_by(manifest)
-    budget = options.budget or default_budget(planned, kind)
-    wished = planned.prefill_chunk if planned is not None else MAX_CHUNK
+    budget = options.budget or default_budget(planned_by(manifest), kind)
+    chunk = min(chunk_of(manifest), context)
     counts = [0] * len(manifest.layouts)
     for entry in manifest.prototypes:
         counts[entry.layout] += 1
     if options.slots is not None:
-        return Memory(budget, tuple(options.slots), min(wished, context))
+        return Memory(budget, tuple(options.slots), chunk)
     anatomy = loaded_anatomy(model)
     records = [
         (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
     ]
     largest = max((nbytes for nbytes, _ in records), default=0)
     needs = needs_of(anatomy, kind, context)
-    fixed = needs.fixed(largest)
-    floor = min(sum(counts), len(anatomy.moe_layers)) * largest
-    fixed += prefetch_bytes(manifest)
-    chunk = min(wished, context)
-    while chunk > MIN_CHUNK:
-        if fixed + needs.workspace(chunk) + floor <= budget.device_bytes:
-            break
-        chunk = max(MIN_CHUNK, chunk // 2)
-    fixed += needs.workspace(chunk)
-    if not records and fixed > budget.device_bytes:
-        raise _too_small(fixed, budget)
+    fixed = needs.fixed(largest) + prefetch_bytes(manifest) + needs.workspace(chunk)
+    least = fixed + sum(nbytes for nbytes, count in records if count)
+    if least > budget.device_bytes:
+        raise _too_small(fixed, least, chunk, budget, unchanged=not records)
     return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk, anatomy.kv_bytes)
 
 
-def _too_small(needed: int, budget: Budget) -> DoesNotFit:
-    """The error for a model that was left whole and has no prototypes to offload."""
+def _too_small(
+    fixed: int, least: int, chunk: int, budget: Budget, *, unchanged: bool
+) -> DoesNotFit:
+    """The error for a budget below ``least``, of which ``fixed`` is everything but prototypes."""
+    again = f"conmoe-edge fit MODEL --gpu {budget.asked} --out DIR"
+    if unchanged:
+        return DoesNotFit(
+            f"This model needs {gib(least)}, and the budget is {gib(budget.device_bytes)}.",
+            "it was left unchanged because it fitted the budget that fit was given",
+            f"Give --gpu {least_size(least)}, or make a package for this budget: {again}",
+        )
     return DoesNotFit(
-        f"This model needs {gib(needed)}, and the budget is {gib(budget.device_bytes)}.",
-        "it was left unchanged because it fitted the budget that fit was given",
-        f"Make a package for it: conmoe-edge fit MODEL --gpu {budget.asked} --out DIR",
+        f"The budget of {gib(budget.device_bytes)} holds no prototype.",
+        f"everything else needs {gib(fixed)} with the package's {chunk} tokens of a prompt at a time, which are part "
+        f"of what it answers, and the fewest cache slots another {gib(least - fixed)}",
+        f"Give at least --gpu {least_size(least)}, or a smaller --context, or make a package for this budget: {again}",
     )
+
+
+def chunk_of(manifest: Manifest) -> int:
+    """Tokens of a prompt that go through the model at a time: a constant of the package, whatever the budget.
+
+    Packages from before the manifest named it have it in their plan, also where this version reads the rest of that
+    no more; without a plan it is the most that a plan takes.
+    """
+    if manifest.prefill_chunk is not None:
+        return manifest.prefill_chunk
+    planned = manifest.plan.get("prefill_chunk")
+    if isinstance(planned, int) and 1 <= planned <= MAX_CHUNK:
+        return planned
+    return MAX_CHUNK
 
 
 def planned_by(manifest: Manifest) -> Plan | None:

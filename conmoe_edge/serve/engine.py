@@ -160,7 +160,7 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._room = Room(self._runtime.context, STEP_TOKENS, self._runtime.cache_bytes)
         self._chunk = max(1, min(self._runtime.prefill_chunk, self._runtime.context))
-        self._kept = KeptPrompts(self._room, self._chunk)
+        self._kept = KeptPrompts(self._room)
         with self._wake:
             self.loaded = loaded
             if self._state == "loading":
@@ -205,7 +205,7 @@ class Engine:
         job.reserved = nbytes
         job.started = time.perf_counter()
         cached = CachedTokens(model, self._chunk, self._retreat) if kept is None else kept.cached
-        cached.keep(self._kept.shared(cached, job.tokens))
+        cached.rewind(job.tokens)
         job.answer = Answer(
             model,
             tokenizer,
@@ -262,7 +262,7 @@ class Engine:
         self._metrics.answer(outcome, usage.prompt, usage.cached, usage.completion)
         spent = time.perf_counter() - job.started
         self._seconds_per_answer += 0.2 * (spent - self._seconds_per_answer)
-        self._kept.add(answer.cached, answer.prompt_length, job.reserved)
+        self._kept.add(answer.cached, job.reserved)
         job.answer = (
             None  # a job may live on in a cycle of its client's coroutine; its cache must not
         )

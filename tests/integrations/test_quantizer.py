@@ -30,10 +30,11 @@ from conmoe_edge.integrations.memory_plan import default_budget, planned_by
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.experts import find_experts
 from conmoe_edge.model.probe import probe
-from conmoe_edge.plan.needs import MIN_CHUNK, needs_of
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
+from conmoe_edge.units import parse_size
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
 
@@ -139,19 +140,20 @@ def test_slots_are_what_the_budget_leaves(folder: Path) -> None:
     ).conmoe.residency.all_resident
 
 
-def test_a_tight_budget_shrinks_the_chunk_only_at_the_end(folder: Path) -> None:
+def test_a_tight_budget_keeps_the_chunk_and_below_that_is_refused(folder: Path) -> None:
     fixed, record = _needs(context=64, chunk=64)
-    model = load_package(
-        folder, budget=_budget(fixed + 2 * record), context=64
-    )  # less than one slot a layer
-    assert model.conmoe.prefill_chunk == MIN_CHUNK
-    assert model.conmoe.stats().slots >= 3
-
-
-def test_a_budget_for_nothing(folder: Path) -> None:
+    model = load_package(folder, budget=_budget(fixed + record), context=64)
+    assert (model.conmoe.prefill_chunk, model.conmoe.stats().slots) == (64, 1)
     with pytest.raises(DoesNotFit, match="holds no prototype") as caught:
-        load_package(folder, budget=_budget(100_000_000), context=64)
-    assert "--gpu" in caught.value.fix
+        load_package(folder, budget=_budget(fixed + record - 1), context=64)
+    assert "64 tokens of a prompt" in caught.value.why
+    assert f"fit MODEL --gpu {fixed + record - 1}B" in caught.value.fix
+    size = next(
+        word for word in caught.value.fix.replace(",", " ").split() if word.endswith(("MB", "GB"))
+    )
+    least = parse_size(size)
+    assert least is not None and least < 1.02 * (fixed + record)
+    assert load_package(folder, budget=_budget(least), context=64).conmoe.prefill_chunk == 64
 
 
 def test_the_planned_budget_context_and_chunk_are_the_default(tmp_path: Path) -> None:
@@ -178,6 +180,28 @@ def test_a_plan_for_more_than_there_is_here(tmp_path: Path) -> None:
     read = planned_by(load_package(folder).conmoe.manifest)
     assert read is not None and read.budget.device_bytes == 10**15
     assert default_budget(read, "cpu").device_bytes < 10**15
+
+
+def test_the_chunk_is_the_manifests_whatever_became_of_the_plan(tmp_path: Path) -> None:
+    plain = tiny_model("olmoe")
+    planned = plan_to_json(
+        make_plan(probe(copy.deepcopy(plain.config)), _budget(600_000_000), PlanRequest(context=96))
+    )
+    wanted = planned["prefill_chunk"]
+    newer = {**planned, "schema_version": 99, "levers": "of another kind"}
+    cases = {
+        "named": ({**newer, "prefill_chunk": 7}, 48, 48),
+        "older": (planned, None, wanted),
+        "of another version": (newer, None, wanted),
+        "without a plan": ({}, None, 96),
+        "out of range": ({**newer, "prefill_chunk": 10**9}, None, 96),
+    }
+    for name, (plan, chunk, found) in cases.items():
+        folder = write_package(
+            plain, tmp_path / name, identity(plain), plan=plan, prefill_chunk=chunk
+        )
+        model = load_package(folder, slots=(24,), context=96)
+        assert model.conmoe.prefill_chunk == found, name
 
 
 def test_a_model_that_was_left_unchanged(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conmoe_edge.serve.kept_prompts import reusable
+from conmoe_edge.offload.generation.sequence import reusable
 
 
 def test_only_whole_chunks_are_used_again_and_one_token_is_left() -> None:

@@ -154,6 +154,9 @@ class Manifest:
         slots: decoder layer -> one ``SlotRecord`` per router slot.
         rerouted: decoder layers whose router may only choose slots that have a prototype or a constant; ascending.
             Elsewhere a router chooses among all of its slots, and one with neither adds nothing.
+        prefill_chunk: tokens of a prompt that go through the model at a time, from its first token on; part of what
+            a package computes, as the portions decide the last bits of sums. ``None`` in packages from before the
+            field was there: the plan's then (``integrations/memory_plan.py``).
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         prefetch: ``None`` where there is no predictor.
@@ -181,6 +184,7 @@ class Manifest:
     tool_version: str = ""
     format_version: int = FORMAT_VERSION
     rerouted: tuple[int, ...] = ()
+    prefill_chunk: int | None = None
 
     def open_slots(self, layer: int) -> list[bool]:
         """One flag a router slot of a layer: whether the router may choose it."""

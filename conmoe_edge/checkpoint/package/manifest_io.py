@@ -150,6 +150,8 @@ def to_json(manifest: Manifest) -> bytes:
         ]
     if manifest.rerouted:
         value["rerouted"] = list(manifest.rerouted)
+    if manifest.prefill_chunk is not None:
+        value["prefill_chunk"] = manifest.prefill_chunk
     if manifest.prefetch is not None:
         value["prefetch"] = {
             "depth": manifest.prefetch.depth,
@@ -329,6 +331,7 @@ def _build(parsed: ManifestJson) -> Manifest:
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
         rerouted=tuple(parsed.rerouted),
+        prefill_chunk=parsed.prefill_chunk,
     )
 
 

@@ -152,5 +152,6 @@ class ManifestJson(_Strict):
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
+    prefill_chunk: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}

@@ -46,4 +46,5 @@ def describe(job: Job, sizes: RecordSizes, journal: Journal) -> Manifest:
         overview=overview_of(statistics, journal.distances),
         tool_version=job.tool_version,
         rerouted=tuple(layer for layer in layers if journal.open_slots(layer) is not None),
+        prefill_chunk=job.plan.get("prefill_chunk"),
     )

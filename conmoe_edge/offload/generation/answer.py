@@ -1,8 +1,8 @@
 """The one loop that generates: a forward a step, so that several answers can take turns.
 
 ``Generation`` makes tokens, ``Answer`` their text as well. Chat steps one to its end, serve several
-in turns, bench one without text. Each new token goes through the model alone, so the tokens do not
-depend on the turns. Memory: the cache, and one chunk's activations.
+in turns, bench one without text. The prompt goes through the model in the package's chunks and each new token
+alone, so the tokens do not depend on the turns. Memory: the cache, and one chunk's activations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Generation:
 
         Args:
             model: what ``load`` gives.
-            cached: holds nothing, or a beginning of ``tokens`` that is shorter than they are.
+            cached: holds nothing, or a beginning of ``tokens`` that ``CachedTokens.reusable`` allows.
             tokens: the prompt.
             settings: filled here with the model's generation config.
             context: most tokens of prompt and answer; the last token of an answer is never read
@@ -83,7 +83,7 @@ class Generation:
             OutOfMemory: memory ran out and nothing was left to give up.
         """
         assert self.finish is None, "there is nothing to come"
-        logits = self.cached.step(self.tokens)
+        logits = self.cached.step(self.tokens, self.prompt_length)
         if logits is None:
             return None
         token = self._sampler.next(self.tokens, logits)

@@ -1,7 +1,8 @@
 """The context that the memory was planned for is a hard limit.
 
 ``guard_context`` puts a check in front of every forward of a model. It raises ``ContextFull`` before the key-value
-cache holds more tokens, over all sequences of a batch, than were planned. Nothing is cut.
+cache holds more tokens, over all sequences of a batch, than were planned; a forward without one counts as well, as it
+gets one for its own time (``long_forward.py``). Nothing is cut.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from conmoe_edge.errors import ContextFull, UnsupportedModel
 def guard_context(
     model: nn.Module, context: int, make_room: Callable[[int], None] | None = None
 ) -> None:
-    """Check every forward of ``model`` that fills a cache against ``context`` tokens.
+    """Check every forward of ``model`` against ``context`` tokens.
 
     ``make_room`` is told before each how many tokens of the context the cache will hold after it. A batch counts as a
     full context, because each of its sequences has windows of its own.
@@ -33,14 +34,12 @@ def guard_context(
         cache = cache_of(named)
         if cache is None:
             _refuse_unknown_names(named)
-            if named.get("use_cache") is False:
-                return
         tokens = named.get("input_ids")
         if tokens is None:
             tokens = named.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return  # the model refuses such a call itself
-        held = 0 if cache is None else _held_tokens(cache)
+        held = 0 if cache is None else held_tokens(cache)
         needed = tokens.shape[0] * (held + tokens.shape[1])
         if needed > context:
             raise context_full(needed, context, longest_context(model))
@@ -50,7 +49,7 @@ def guard_context(
     model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-def _held_tokens(cache: Any) -> int:
+def held_tokens(cache: Any) -> int:
     """Tokens of one sequence in ``cache``. It answers for its first layer, which holds none where that layer keeps its
     state elsewhere (MiniMax).
     """

@@ -1,9 +1,15 @@
 """The tokens that one key-value cache stands for, and the forwards that add to it.
 
+How many tokens a forward takes decides the last bits of its sums, so it is a function of the tokens alone: a prompt
+goes through in whole chunks, counted from its first token, with the rest behind them; the tokens of an answer go one by
+one.
+What a cache holds is used again only where it was computed just so (``reusable``). Then an answer is the same in a
+conversation of many turns, in a fresh one with the same messages, and after memory ran out on the way.
+
 One ``CachedTokens`` belongs to one conversation; several of them take turns on one model. ``step`` is
 the unit of those turns: one forward, of at most ``chunk`` tokens. Where memory runs out the runtime
-retreats (half the cache slots, then shorter chunks) and the conversation is computed again from its
-first token; ``OutOfMemory`` comes only when nothing is left to give up.
+retreats (half the cache slots) and the conversation is computed again from its first token;
+``OutOfMemory`` comes only when nothing is left to give up.
 
 Memory: the cache, and the activations of one chunk. Not for several threads at once.
 """
@@ -20,8 +26,6 @@ from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.offload.runtime import Runtime
 
-SHORTEST_CHUNK = 16
-
 
 class CachedTokens:
     """A key-value cache and the tokens in it."""
@@ -31,11 +35,12 @@ class CachedTokens:
 
         Args:
             model: with its runtime as ``model.conmoe``.
-            chunk: most tokens of one forward.
+            chunk: tokens of a prompt that go through the model at a time; the package's.
             retreat: gives memory up and says whether it could; the runtime's own by default.
         """
         self.held: list[int] = []
         self.chunk = chunk
+        self.whole = 0  # of the held tokens, those that went through in whole chunks
         self.in_chunks = True  # until a cache turns up that wants the prompt in one piece
         self._model = model
         self._runtime: Runtime = model.conmoe
@@ -49,18 +54,22 @@ class CachedTokens:
         """Drop the cache; the next step starts from the first token."""
         self._cache = None
         self.held = []
+        self.whole = 0
+
+    def reusable(self, tokens: Sequence[int]) -> int:
+        """How many of the held tokens an answer to ``tokens`` may begin with."""
+        return reusable(self.held[: self.whole], tokens, self.chunk)
 
     def rewind(self, tokens: Sequence[int]) -> None:
-        """Take the cache back to what it has in common with ``tokens``, but for the last of them: one
-        token at least has to be computed.
-        """
-        self.keep(common_length(self.held, tokens[:-1]))
+        """Take the cache back to what an answer to ``tokens`` may begin with."""
+        self.keep(self.reusable(tokens))
 
     def keep(self, count: int) -> None:
         """Take the cache back to its first ``count`` tokens; to none, where it cannot be taken back."""
         surplus = len(self.held) - count
         if surplus <= 0:
             return
+        self.whole = min(self.whole, count // self.chunk * self.chunk)
         if count == 0 or not is_plain(self._cache) or not self._cache.is_croppable:
             self.forget()
             return
@@ -71,8 +80,11 @@ class CachedTokens:
             return
         del self.held[count:]
 
-    def step(self, tokens: Sequence[int]) -> Tensor | None:
+    def step(self, tokens: Sequence[int], prompt: int) -> Tensor | None:
         """One forward towards ``tokens``, which begin with what is held and go further.
+
+        The first ``prompt`` of them go through in chunks, those behind one by one, also where they have to be computed
+        again.
 
         Returns:
             Scores [1, V] of what follows them once all are in; ``None`` before that.
@@ -81,7 +93,7 @@ class CachedTokens:
             OutOfMemory: nothing is left to give up.
         """
         try:
-            return self._forward(tokens)
+            return self._forward(tokens, prompt)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -89,22 +101,22 @@ class CachedTokens:
         # given up. The cache may have grown in some layers only.
         self.forget()
         if not self._retreat():
-            if self.chunk <= SHORTEST_CHUNK or not self.in_chunks:
-                raise OutOfMemory(
-                    "Memory ran out while the model was computing.",
-                    f"one cache slot and {self.chunk} tokens at a time are the least there is",
-                    f"Close other programs, or load with less --context: {self._runtime.context}",
-                )
-            self.chunk = max(SHORTEST_CHUNK, self.chunk // 2)
+            raise OutOfMemory(
+                "Memory ran out while the model was computing.",
+                f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package",
+                f"Close other programs, or load with --context {max(1, self._runtime.context // 2)}",
+            )
         return None
 
     @torch.no_grad()
-    def _forward(self, tokens: Sequence[int]) -> Tensor | None:
+    def _forward(self, tokens: Sequence[int], prompt: int) -> Tensor | None:
         start = len(self.held)
-        end = min(len(tokens), start + self.chunk) if self.in_chunks else len(tokens)
+        end = start + 1  # of an answer
+        if start < prompt:
+            end = min(prompt, start + self.chunk) if self.in_chunks else prompt
         # Held by this frame alone while it grows: whatever ends the forward early leaves no half-grown
         # cache behind.
-        cache, held = self._cache, self.held
+        cache, held, whole = self._cache, self.held, self.whole
         self.forget()
         out = self._model(
             input_ids=torch.tensor([list(tokens[start:end])], device=self._model.device),
@@ -113,11 +125,19 @@ class CachedTokens:
             **self._last_only,
         )
         grown = cache_of(out)
-        if self.in_chunks and end < len(tokens) and not is_plain(grown):
+        if self.in_chunks and end < prompt and not is_plain(grown):
             self.in_chunks = False  # a model with a cache of its own wants the prompt in one piece
             return None
         self._cache, self.held = grown, [*held, *tokens[start:end]]
+        self.whole = end if start == whole and end - start == self.chunk else whole
         return out.logits[:, -1] if end == len(tokens) else None
+
+
+def reusable(held: Sequence[int], tokens: Sequence[int], chunk: int) -> int:
+    """Of the tokens ``held``, all computed in whole chunks, those that an answer to ``tokens`` may begin with: the
+    whole chunks in common. At least one token is left to compute.
+    """
+    return common_length(held, tokens[:-1]) // chunk * chunk
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,7 +1,8 @@
 """Chat on top of a loaded package: messages in, text as it comes, and the figures of the turn.
 
-The session keeps the key-value cache between turns and computes only what is new; where a model's
-cache cannot be taken back to the common beginning, it starts over. Memory: the cache, as planned for
+The session keeps the key-value cache between turns and uses the whole chunks of the prompt again that the next
+one begins with, so that an answer is that of a fresh conversation with the same messages; where a model's
+cache cannot be taken back to them, it starts over. Memory: the cache, as planned for
 ``context`` tokens, and the activations of one chunk.
 """
 
@@ -28,7 +29,7 @@ class TurnStats:
 
     Attributes:
         tokens: of the answer, the end mark included.
-        prompt_tokens: that were new to the model and had to be computed.
+        prompt_tokens: of the prompt, those that had to be computed.
         seconds_to_first: from the question to the first token.
         tokens_per_second: after the first token; 0 for answers of one token.
         hits, misses, bytes_read: of the prototypes, during this turn.

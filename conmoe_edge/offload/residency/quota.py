@@ -8,8 +8,6 @@ import numpy as np
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
-from conmoe_edge.errors import DoesNotFit
-from conmoe_edge.units import gib
 
 
 def slots_for(
@@ -19,28 +17,18 @@ def slots_for(
 
     Args:
         device_bytes: the whole budget.
-        fixed_bytes: everything on the device that is not a prototype.
+        fixed_bytes: everything on the device that is not a prototype; beside it one slot of each layout has room.
         records: ``(bytes of a record, number of prototypes)`` of every layout.
 
     Returns:
         All prototypes of every layout where they fit; else the same share of each layout, rounded
         down, at least one, what is left going to the layouts in order. A layout without prototypes
         has no slots.
-
-    Raises:
-        DoesNotFit: not even one slot of each layout.
     """
     left = device_bytes - fixed_bytes
     total = sum(nbytes * count for nbytes, count in records)
     if total <= left:
         return tuple(count for _, count in records)
-    least = sum(nbytes for nbytes, count in records if count)
-    if least > left:
-        raise DoesNotFit(
-            f"The budget of {gib(device_bytes)} holds no prototype.",
-            f"everything else needs {gib(fixed_bytes)}, and a cache slot another {gib(least)}",
-            f"Give at least --gpu {_least_size(fixed_bytes + least)}, or a smaller --context.",
-        )
     slots = [min(count, max(1, left * count // total)) if count else 0 for _, count in records]
     # The guaranteed single slots may have cost more than their share: take it back from the largest
     # layouts.
@@ -146,8 +134,3 @@ def _best_step(gain: Sequence[int], quota: int, left: int) -> tuple[float, int]:
         if total / more > best[0]:
             best = (total / more, more)
     return best
-
-
-def _least_size(nbytes: int) -> str:
-    """A size to type that is at least ``nbytes``: hundredths of a decimal gigabyte, rounded up."""
-    return f"{-(-nbytes // 10**7) / 100:.2f}GB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,14 @@ class ControlTokens:
     Attributes:
         special: texts of those that the tokenizer calls special.
         written: texts of other added tokens that the chat template names, such as ``</think>``. Blanks are text.
-        ids: of both.
-        unknown: the id that stands for text the tokenizer does not know; it steers only where it is spelt out.
-        unknown_text: how that is spelt.
+        spelling: id to text, of both.
+        unknown: the id that stands for text the tokenizer does not know.
     """
 
     special: frozenset[str]
     written: frozenset[str]
-    ids: frozenset[int]
+    spelling: Mapping[int, str]
     unknown: int | None
-    unknown_text: str
 
     @classmethod
     def of(cls, tokenizer: Any, template: str) -> ControlTokens:
@@ -33,14 +32,22 @@ class ControlTokens:
         named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
         written = {text for text in added if text in named or text in template}
         both = {text for text in special | written if text and not text.isspace()}
-        ids = tokenizer.convert_tokens_to_ids(sorted(both))
+        ordered = sorted(both)
+        spelling = dict(zip(tokenizer.convert_tokens_to_ids(ordered), ordered, strict=True))
         return cls(
-            frozenset(both & special),
-            frozenset(both - special),
-            frozenset(ids),
-            tokenizer.unk_token_id,
-            tokenizer.unk_token or "",
+            frozenset(both & special), frozenset(both - special), spelling, tokenizer.unk_token_id
         )
+
+    def steers(self, token: int, text: str) -> bool:
+        """Whether ``token``, which came out of ``text``, is a control token. Two kinds are so only where they are spelt
+        out: what stands for unknown text, and what stands for one character (``<0x0A>``, in tokenizers that call bytes
+        special).
+        """
+        spelling = self.spelling.get(token)
+        if spelling is None:
+            return False
+        plain = text.strip()
+        return plain == spelling or (token != self.unknown and len(plain) > 1)
 
     @property
     def texts(self) -> frozenset[str]:

@@ -44,19 +44,14 @@ def prompt_tokens(
     """
     if not messages:
         raise UsageError("There is no message to answer.")
-    plain = [_plain(message) for message in messages]
+    plain = [template_view(message) for message in messages]
     template = _template(tokenizer)
     if not template:
         text = plain[-1].get("content")
         if not isinstance(text, str):
             raise UsageError("The last message has no text.")
         return text_tokens(tokenizer, text, allow_special_tokens=allow_special_tokens)
-    variables = {
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": True,
-        **tokenizer.special_tokens_map,
-    }
+    variables = template_variables(tokenizer)
     if allow_special_tokens:
         (text,) = shared.render(template, [plain], variables, stop_event)
         return list(tokenizer(text or "", add_special_tokens=False).input_ids)
@@ -102,6 +97,31 @@ def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False
     return whole[:before] + safe + whole[before + len(body) :]
 
 
+def template_variables(tokenizer: Any) -> dict[str, Any]:
+    """What a chat template sees besides the messages."""
+    return {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **tokenizer.special_tokens_map,
+    }
+
+
+def template_view(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template: nothing that is ``None``, reasoning under each of its names.
+
+    Raises:
+        UsageError: it is no text.
+    """
+    plain = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((plain[name] for name in names if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    _check_text(json.dumps(plain, ensure_ascii=False))
+    return plain
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer, by the model's generation config and its tokenizer."""
     ends = model.generation_config.eos_token_id
@@ -120,17 +140,6 @@ def _template(tokenizer: Any) -> str:
         raise UsageError(
             "The model has several chat templates, and none is called default.", str(error)[:200]
         ) from error
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers gives messages to a template: nothing that is ``None``, reasoning under each of its names."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((plain[name] for name in names if name in plain), None)
-    if reasoning is not None:
-        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    _check_text(json.dumps(plain, ensure_ascii=False))
-    return plain
 
 
 def _check_text(text: str) -> None:

@@ -103,14 +103,11 @@ def _encoded(tokenizer: Any, texts: Sequence[str], control: ControlTokens) -> li
         return [_encoded_slowly(tokenizer, text, control) for text in texts]
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
     results = []
-    for text, ids, places in zip(
-        texts, encoded.input_ids, encoded.offset_mapping, strict=True
-    ):
+    for text, ids, places in zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True):
         found = [
             _Control(token, begin, end)
             for token, (begin, end) in zip(ids, places, strict=True)
-            if token in control.ids
-            and (token != control.unknown or text[begin:end].strip() == control.unknown_text)
+            if control.steers(token, text[begin:end])
         ]
         results.append((list(ids), found))
     return results

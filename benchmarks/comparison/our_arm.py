@@ -63,7 +63,7 @@ class OurArm(Arm):
             router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
             router.register_forward_hook(self.routed(layer))
         self.model.generation_config.eos_token_id = None
-        self.session = ChatSession(self.model, Numbers())
+        self.session = ChatSession(self.model, Numbers(), allow_special_tokens=True)
         self.answer: Iterator[str] = iter(())
         self.before, self.steps = self.model.conmoe.stats(), 0
 

@@ -62,8 +62,14 @@ def open_session(
     context: int | None = None,
     cache_policy: str | None = None,
     misses: str = "copy",
+    *,
+    allow_special_tokens: bool = False,
 ) -> ChatSession:
     """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
+
+    Args:
+        path, budget, device, context, cache_policy, misses: as for ``load``.
+        allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
 
     Raises:
         PackageError, DoesNotFit: as ``load``.
@@ -72,7 +78,9 @@ def open_session(
     from conmoe_edge.offload.generation.session import ChatSession
 
     model = load(path, budget, device, context, cache_policy, misses)
-    return ChatSession(model, load_tokenizer(Path(path)), context)
+    return ChatSession(
+        model, load_tokenizer(Path(path)), context, allow_special_tokens=allow_special_tokens
+    )
 
 
 def evaluate_tasks(

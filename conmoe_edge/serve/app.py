@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
-from conmoe_edge.offload.generation.prompt import prompt_tokens
+from conmoe_edge.offload.generation.prompt import prompt_tokens, text_tokens
 from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
@@ -40,6 +40,7 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     tokenizing = threading.Lock()
+    special = settings.allow_special_tokens
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
@@ -94,7 +95,9 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
                 "This model has no chat template: send one message, or use /v1/completions.",
                 param="messages",
             )
-        tokens = await _in_thread(lambda: prompt_tokens(loaded.tokenizer, messages))
+        tokens = await _in_thread(
+            lambda: prompt_tokens(loaded.tokenizer, messages, allow_special_tokens=special)
+        )
         return await _answer(request, asked, tokens, Reply(settings.name, True, asked.wants_usage))
 
     @app.post("/v1/completions")
@@ -107,7 +110,9 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
             tokens = _checked([int(token) for token in prompt], loaded)
         else:
             text = prompt if isinstance(prompt, str) else str(prompt[0])
-            tokens = await _in_thread(lambda: list(loaded.tokenizer(text).input_ids))
+            tokens = await _in_thread(
+                lambda: text_tokens(loaded.tokenizer, text, allow_special_tokens=special)
+            )
         if not tokens:
             raise ApiError(400, "The prompt is empty.", param="prompt")
         return await _answer(request, asked, tokens, Reply(settings.name, False, asked.wants_usage))

@@ -48,6 +48,7 @@ class Settings:
         name: of the model, for clients.
         api_key: what clients have to show; ``None`` for nothing.
         allowed_hosts: names under which the server may be reached, besides addresses and localhost.
+        allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Settings:
     name: str = "model"
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    allow_special_tokens: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def check(self) -> None:

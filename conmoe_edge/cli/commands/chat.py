@@ -15,6 +15,7 @@ from conmoe_edge.cli.ui.cli_options import (
     misses_option,
     package_budget_option,
     run_device_option,
+    special_tokens_option,
 )
 from conmoe_edge.errors import PackageError, UsageError
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 @run_device_option
 @cache_policy_option
 @misses_option
+@special_tokens_option
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -65,6 +67,7 @@ def chat(
     device: str,
     cache_policy: str | None,
     misses: str,
+    allow_special_tokens: bool,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -99,7 +102,15 @@ def chat(
     from conmoe_edge.memory.garbage import settle
 
     where = None if device == "auto" else device
-    session = open_session(folder, gpu, where, context, cache_policy, misses)
+    session = open_session(
+        folder,
+        gpu,
+        where,
+        context,
+        cache_policy,
+        misses,
+        allow_special_tokens=allow_special_tokens,
+    )
     settle()
     drawn = SamplingSettings(**sampling)
     if question is None:

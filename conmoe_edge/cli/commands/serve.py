@@ -16,6 +16,7 @@ from conmoe_edge.cli.ui.cli_options import (
     misses_option,
     package_budget_option,
     run_device_option,
+    special_tokens_option,
 )
 from conmoe_edge.errors import ConmoeError, UsageError
 
@@ -93,6 +94,7 @@ _LARGEST_KEY_FILE = 4096
 @run_device_option
 @cache_policy_option
 @misses_option
+@special_tokens_option
 @common_options
 def serve(
     folder: Path,
@@ -159,6 +161,7 @@ def _settings(folder: Path, words: dict[str, Any]) -> Settings:
         name=words["name"] or folder.resolve().name or "model",
         api_key=_api_key(words["api_key"], words["api_key_file"]),
         allowed_hosts=tuple(words["allow_host"]),
+        allow_special_tokens=words["allow_special_tokens"],
         limits=Limits(
             max_tokens=words["max_tokens"], queue=words["queue"], parallel=words["parallel"]
         ),

@@ -161,6 +161,13 @@ misses_option = click.option(
 )
 """``--misses`` of the commands that answer."""
 
+special_tokens_option = click.option(
+    "--allow-special-tokens",
+    is_flag=True,
+    help="Let <|im_end|> and the like in messages steer the model, not be text.",
+)
+"""``--allow-special-tokens`` of the commands that answer."""
+
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json --quiet --debug`` on a command, handed to it as one ``output``."""

@@ -1,36 +1,125 @@
-"""Messages to tokens, and the tokens that end an answer."""
+"""Messages and text to tokens, and the tokens that end an answer.
+
+What a user writes is text: ``<|im_end|>`` in a message is encoded as its characters and steers nothing, unless special
+tokens are allowed. The template's own are control tokens. Where no message holds any, the tokens are those of
+transformers' ``apply_chat_template``.
+"""
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.offload.generation.chat_template import shared
+from conmoe_edge.offload.generation.control_tokens import ControlTokens, may_be_part
+from conmoe_edge.offload.generation.text_origin import StandIns
+from conmoe_edge.offload.generation.text_tokens import ALLOW, control_tokens_in, encode_apart
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that a template may write into a control token; others must not be a part of one."""
 
 
-def prompt_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The prompt: the chat template's, or the last message alone for a model without one.
+def prompt_tokens(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    allow_special_tokens: bool = False,
+    stop_event: threading.Event | None = None,
+) -> list[int]:
+    """The prompt: the chat template's, or the last message alone for a model without one. For any thread.
+
+    Args:
+        tokenizer: of transformers.
+        messages: ``{"role": ..., "content": ...}``, oldest first; plain JSON values.
+        allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
+        stop_event: ends the rendering of the template once it is set.
 
     Raises:
-        UsageError: there is no message, or the template refuses them.
+        UsageError: there is no message, one is no text, or the template refuses them or goes over a limit.
+        PackageError: the template cannot be read.
+        ConmoeError: ``stop_event`` was set.
     """
     if not messages:
         raise UsageError("There is no message to answer.")
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(messages[-1]["content"]).input_ids)
-    from jinja2 import TemplateError
-
-    try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            return_dict=True,
+    plain = [template_view(message) for message in messages]
+    template = _template(tokenizer)
+    if not template:
+        text = plain[-1].get("content")
+        if not isinstance(text, str):
+            raise UsageError("The last message has no text.")
+        return text_tokens(tokenizer, text, allow_special_tokens=allow_special_tokens)
+    variables = template_variables(tokenizer)
+    if allow_special_tokens:
+        (text,) = shared.render(template, [plain], variables, stop_event)
+        return list(tokenizer(text or "", add_special_tokens=False).input_ids)
+    control = ControlTokens.of(tokenizer, template)
+    for message in plain:
+        _check_role(message.get("role"), control)
+    stand_ins = StandIns(plain, template, shared.looked_for(template), control)
+    text, marked = shared.render(template, [plain, stand_ins.messages], variables, stop_event)
+    assert text is not None, "only the second one may be missing"
+    if marked is not None and stand_ins.restored(marked) == text:
+        return encode_apart(
+            tokenizer, text, lambda begin, end: stand_ins.any_in(marked[begin:end]), control
         )
-    except TemplateError as error:
+    # The template changes messages, as with ``| upper``. Then none of the control tokens may be theirs.
+    steering = control_tokens_in(tokenizer, text, control)
+    if marked is None or control_tokens_in(tokenizer, marked, control) != steering:
         raise UsageError(
-            "The model's chat template refuses these messages.", str(error)[:200]
-        ) from error
-    return list(encoded["input_ids"])
+            "The control tokens in these messages cannot be told from the chat template's own.",
+            "the template does not write the messages as they are",
+            f"messages without {_example(plain, control)}; {ALLOW}",
+        )
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False) -> list[int]:
+    """A text that no template is put around, with the tokens that the tokenizer begins and ends texts with.
+
+    Raises:
+        UsageError: it is no text.
+    """
+    _check_text(text)
+    whole = list(tokenizer(text).input_ids)
+    if allow_special_tokens:
+        return whole
+    control = ControlTokens.of(tokenizer, _template(tokenizer))
+    safe = encode_apart(tokenizer, text, lambda begin, end: end > begin, control)
+    body = whole
+    if safe != whole:
+        body = list(tokenizer(text, add_special_tokens=False).input_ids)
+    if safe == body:
+        return whole
+    before = next(n for n in range(len(whole)) if whole[n : n + len(body)] == body)
+    return whole[:before] + safe + whole[before + len(body) :]
+
+
+def template_variables(tokenizer: Any) -> dict[str, Any]:
+    """What a chat template sees besides the messages."""
+    return {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **tokenizer.special_tokens_map,
+    }
+
+
+def template_view(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template: nothing that is ``None``, reasoning under each of its names.
+
+    Raises:
+        UsageError: it is no text.
+    """
+    plain = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((plain[name] for name in names if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    _check_text(json.dumps(plain, ensure_ascii=False))
+    return plain
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -39,3 +128,36 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     found.add(tokenizer.eos_token_id)
     return frozenset(token for token in found if token is not None)
+
+
+def _template(tokenizer: Any) -> str:
+    """The source of the chat template; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them is the default
+        raise UsageError(
+            "The model has several chat templates, and none is called default.", str(error)[:200]
+        ) from error
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "A message is no text.", "it holds half of a surrogate pair", "send it as UTF-8"
+        ) from error
+
+
+def _check_role(role: Any, control: ControlTokens) -> None:
+    if role in ROLES:
+        return
+    if not isinstance(role, str) or any(may_be_part(role, token) for token in control.texts):
+        raise UsageError(f"There is no role {role!r}.", "", f"one of {', '.join(ROLES)}; {ALLOW}")
+
+
+def _example(messages: Sequence[Mapping[str, Any]], control: ControlTokens) -> str:
+    said = json.dumps(messages, ensure_ascii=False)
+    return next((token for token in sorted(control.texts) if token in said), "control tokens")

@@ -59,8 +59,17 @@ class TurnStats:
 class ChatSession:
     """A conversation with one model. Not for several threads at once."""
 
-    def __init__(self, model: Any, tokenizer: Any, context: int | None = None) -> None:
-        """``context`` may be shorter than what the model was loaded for, not longer."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        context: int | None = None,
+        *,
+        allow_special_tokens: bool = False,
+    ) -> None:
+        """``context`` may be shorter than what the model was loaded for, not longer. ``allow_special_tokens``: whether
+        control tokens that are spelt out in messages steer the model.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.runtime: Runtime = model.conmoe
@@ -72,6 +81,7 @@ class ChatSession:
             )
         self.context = context or self.runtime.context
         self.last: TurnStats | None = None
+        self.allow_special_tokens = allow_special_tokens
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
 
     @property
@@ -98,12 +108,18 @@ class ChatSession:
             stop_event: once it is set, the answer ends within a token (or a chunk of the prompt).
 
         Raises:
+            UsageError, PackageError: as ``prompt_tokens``.
             ContextFull: the messages leave no room for an answer, or the answer filled the context;
                 its text has been given out by then.
             OutOfMemory: memory ran out and nothing was left to give up.
         """
         stop = stop_event or threading.Event()
-        tokens = prompt_tokens(self.tokenizer, messages)
+        tokens = prompt_tokens(
+            self.tokenizer,
+            messages,
+            allow_special_tokens=self.allow_special_tokens,
+            stop_event=stop,
+        )
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         before, start = self.runtime.stats(), time.perf_counter()

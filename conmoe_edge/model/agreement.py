@@ -146,6 +146,12 @@ def _what_is_wrong(
             return wrong_shape(name, shapes[name], tuple(wanted[name].shape))
     if not present:
         return _missing(parameter)
+    if wanted and (extra := sorted({*present} - {*wanted}, key=_natural)):
+        return CheckpointError(
+            f"The tensor {extra[0]} has no place in the model.",
+            f"{parameter} is made of {len(present)} tensors, and config.json describes a smaller one",
+            WRONG,
+        )
     return wrong_shape(present[0], shapes[present[0]], None)
 
 

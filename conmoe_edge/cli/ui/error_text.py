@@ -16,6 +16,8 @@ import click
 from conmoe_edge.errors import ConmoeError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+_LONGEST = 800
+"""Characters of one sentence that are shown."""
 
 
 class Interrupted(Exception):
@@ -47,7 +49,8 @@ def describe(error: BaseException) -> ErrorText:
     """
     name = type(error).__name__
     if isinstance(error, ConmoeError):
-        return ErrorText(name, error.what, error.why, error.fix, error.exit_code)
+        what, why, fix = map(_one_line, (error.what, error.why, error.fix))
+        return ErrorText(name, what, why, fix, error.exit_code)
     if isinstance(error, Interrupted):
         return ErrorText("Interrupted", error.message, exit_code=INTERRUPTED)
     if isinstance(error, click.Abort | KeyboardInterrupt):
@@ -110,6 +113,14 @@ def _operating_system(error: OSError) -> ErrorText:
     return ErrorText(
         name, f"{where} could not be used: {reason}.", fix="run with --debug for the traceback"
     )
+
+
+def _one_line(text: str) -> str:
+    """A sentence may quote what a file says, and a file may say anything at any length."""
+    text = " ".join(text.split("\n"))
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a model says must be numbers: a forward whose logits are NaN or infinite is an error that names layer and tensor.
+"""What a model says must be numbers: logits that are NaN or infinite are an error that names layer and tensor.
 
 NaN goes through every layer unseen and ends as a likeliest token like any other, often as an end mark: an answer of
 nothing. ``guard_output`` looks at the logits of every forward of a loaded package, whoever asks for it: chat, server,

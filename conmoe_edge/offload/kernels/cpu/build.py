@@ -8,8 +8,12 @@ The ``ctypes`` structures (``structs.py``, ``attention_tables.py``, ``decoder_ta
 their layout: sizes and offsets go into the compiled text as static assertions, so a C++ structure that differs does not
 compile.
 
-A library from the cache is opened only if the user alone can have written it, and if it ends with the SHA-256 digest
-of what comes before (``dlopen`` does not look behind the sections). One that was cut off or changed is compiled anew.
+A library from the cache is opened only if nobody but the user (or root) can have written it, and if it ends with the
+SHA-256 digest of what comes before (``dlopen`` does not look behind the sections). One that was cut off or changed, or
+that somebody else owns or may write, is compiled anew in its place.
+
+A library that was just built is tried in a process of its own first (``self_test.py``): a miscompiled one may crash
+there. What came of it is written beside the library, so that one that crashed is not opened at the next start either.
 
 The library uses the OpenMP runtime that torch brought along, so that there is one pool of threads in the process and
 ``torch.set_num_threads`` holds for it. That is libgomp. Clang's OpenMP code calls another runtime and does not link
@@ -28,10 +32,11 @@ import ctypes
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import signal
+import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +59,22 @@ _LINK = (
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
 _SECONDS, _SANITIZED_SECONDS = 120, 900
 _DIGEST_BYTES = 32
+TOLD_SUFFIX = ".tried"
+"""Of the file beside a library that says what its self test gave: the library's digest and, in a second line, what is
+wrong with it.
+"""
+_WRONG = 3
+_TRY = f"""
+import ctypes, sys
+from conmoe_edge.offload.kernels.cpu.build import Unavailable
+from conmoe_edge.offload.kernels.cpu.operator import Operator
+from conmoe_edge.offload.kernels.cpu.self_test import check
+try:
+    check(Operator(ctypes.CDLL(sys.argv[1])))
+except (Unavailable, OSError, AttributeError) as error:
+    print(error)
+    raise SystemExit({_WRONG})
+"""
 
 
 class Unavailable(Exception):
@@ -64,8 +85,8 @@ def library() -> Path:
     """The compiled operator.
 
     Raises:
-        Unavailable: switched off, no compiler that will do, a system without torch's OpenMP, a compiler that failed, or
-            a cache that another user can write.
+        Unavailable: switched off, no compiler that will do, a system without torch's OpenMP, a compiler that failed, a
+            cache that belongs to another user, or an operator that crashes or computes wrongly.
     """
     if os.environ.get(SWITCH, "").lower() == "off":
         raise Unavailable(f"{SWITCH}=off")
@@ -78,11 +99,11 @@ def library() -> Path:
     path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _close_to_others(path.parent)
-        if path.is_file():
-            _refuse_foreign(path)
-        if not (path.is_file() and _is_whole(path)):
+        for folder in (path.parent.parent, path.parent):
+            _close_to_others(folder)
+        if not (_is_own(path) and _is_whole(path)):
             _compile(compiler, sanitizers, openmp, path)
+        _try_apart(path, _SANITIZED_SECONDS if sanitizers else _SECONDS)
     except OSError as error:
         raise Unavailable(f"{path.parent} cannot be used: {error.strerror}") from error
     return path
@@ -157,18 +178,20 @@ def _close_to_others(folder: Path) -> None:
 
 
 def _refuse_another_owner(path: Path) -> None:
-    if path.stat().st_uid != os.geteuid():
+    if path.stat().st_uid not in (os.geteuid(), 0):
         raise Unavailable(
             f"{path} belongs to another user (set XDG_CACHE_HOME to a folder of yours)"
         )
 
 
-def _refuse_foreign(path: Path) -> None:
-    _refuse_another_owner(path)
-    if path.stat().st_mode & 0o022:
-        raise Unavailable(
-            f"{path} can be written by other users (chmod go-w {shlex.quote(str(path))})"
-        )
+def _is_own(path: Path) -> bool:
+    """Whether there is a plain file that nobody but the user and root can have written."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return False
+    trusted = info.st_uid in (os.geteuid(), 0) and not info.st_mode & 0o022
+    return trusted and stat.S_ISREG(info.st_mode)
 
 
 def _is_whole(path: Path) -> bool:
@@ -177,6 +200,64 @@ def _is_whole(path: Path) -> bool:
         hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
         and len(content) > _DIGEST_BYTES
     )
+
+
+def _try_apart(path: Path, seconds: int) -> None:
+    """The self test of the library in another process, once: what crashes there does not crash here.
+
+    Raises:
+        Unavailable: it has crashed, or computes wrongly; also where that was found earlier.
+    """
+    with path.open("rb") as file:
+        file.seek(-_DIGEST_BYTES, os.SEEK_END)
+        digest = file.read().hex()
+    told = path.with_suffix(TOLD_SUFFIX)
+    if _is_own(told):
+        tried, _, reason = told.read_text("utf-8", "replace").partition("\n")
+        if tried == digest:
+            if reason:
+                raise Unavailable(f"{reason} (remove {told} to try again)")
+            return
+    reason = _self_test(path, seconds)
+    with contextlib.suppress(OSError):  # it is tried again at the next start then
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{digest}\n{reason}")
+        Path(name).replace(told)
+    if reason:
+        raise Unavailable(reason)
+
+
+def _self_test(path: Path, seconds: int) -> str:
+    """What is wrong with the library; empty where nothing is.
+
+    Raises:
+        Unavailable: that cannot be found out now.
+    """
+    # The same modules as here, and none from the folder in which this runs.
+    modules = os.pathsep.join(one for one in sys.path if one)
+    command = [sys.executable, "-P", "-c", _TRY, str(path)]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": modules},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the compiled operator could not be tried: {error}") from error
+    if done.returncode < 0:
+        return f"the compiled operator crashes (signal {-done.returncode})"
+    if done.returncode == _WRONG:
+        return done.stdout.strip()[:300] or "the compiled operator is wrong"
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise Unavailable(f"the compiled operator could not be tried: {last[:200]}")
+    return ""
 
 
 def _compile(compiler: str, sanitizers: tuple[str, ...], openmp: Path, path: Path) -> None:

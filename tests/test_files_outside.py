@@ -98,7 +98,19 @@ def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> str:
 
 def fit(folder: Path) -> str:
     out = folder.parent.parent / "out"
-    words = ["fit", folder, "--out", out, "--gpu", "4GB", "--device", "cpu", "--rate", "50%", "--yes"]
+    words = [
+        "fit",
+        folder,
+        "--out",
+        out,
+        "--gpu",
+        "4GB",
+        "--device",
+        "cpu",
+        "--rate",
+        "50%",
+        "--yes",
+    ]
     said = command(*words, "--calibration-tokens", "512")
     assert not out.exists()
     return said
@@ -333,7 +345,9 @@ def test_arguments_that_lead_to_other_weights(
     way: str, kind: str, named: bool, package: Path, secret: Path, tmp_path: Path
 ) -> None:
     """What transformers resolves is not what the index names: refused before any of it is opened."""
-    other = Path(shutil.copytree(package, package / "sub" if way == "subfolder" else tmp_path / "b"))
+    other = Path(
+        shutil.copytree(package, package / "sub" if way == "subfolder" else tmp_path / "b")
+    )
     if not named:
         without_dtype(package)
         without_dtype(other)
@@ -347,7 +361,9 @@ def test_arguments_that_lead_to_other_weights(
     elif way == "config":
         arguments = {"config": conmoe_edge_config(package)}
         given = other
-        if kind == "safetensors":  # a sound package with the config of another one, which is the same
+        if (
+            kind == "safetensors"
+        ):  # a sound package with the config of another one, which is the same
             AutoModelForCausalLM.from_pretrained(given, **arguments)
             return
     else:

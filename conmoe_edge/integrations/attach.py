@@ -42,8 +42,8 @@ from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.generation.finite import guard_output
-from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.generation.long_forward import run_in_chunks
+from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
 
 if TYPE_CHECKING:

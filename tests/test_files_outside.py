@@ -62,7 +62,7 @@ def sound_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(sound_source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound_source, tmp_path / "given" / "model"))
+    return Path(shutil.copytree(sound_source, tmp_path / "given" / "source"))
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def check(door: Callable[[Path], str], folder: Path, secret: Path, *more: Path) 
     with never_opened([secret, *more]):
         said = door(folder)
     assert SECRET not in said
-    for path in folder.parent.parent.rglob("*"):
+    for path in secret.parent.parent.rglob("*"):
         if path.is_file() and not path.is_symlink() and path not in (secret, *more):
             assert SECRET.encode() not in path.read_bytes(), path
     assert not mark.exists()
@@ -316,9 +316,7 @@ def test_a_package(name: str, door: str, package: Path, secret: Path) -> None:
 
 def test_the_sound_ones_open(source: Path, package: Path, secret: Path, tmp_path: Path) -> None:
     """What the attacks are made on is refused by no door; links of their own do not matter."""
-    (package / "chat_template.jinja").rename(package / "real.jinja") if (
-        package / "chat_template.jinja"
-    ).exists() else (package / "real.jinja").write_text("{{ messages }}")
+    (package / "real.jinja").write_text("{{ messages }}")
     (package / "chat_template.jinja").symlink_to("real.jinja")
     with never_opened([secret]):
         assert conmoe_edge.load(package, device="cpu").conmoe.stats().slots == 9
@@ -346,7 +344,9 @@ def test_arguments_that_lead_to_other_weights(
 ) -> None:
     """What transformers resolves is not what the index names: refused before any of it is opened."""
     other = Path(
-        shutil.copytree(package, package / "sub" if way == "subfolder" else tmp_path / "b")
+        shutil.copytree(
+            package, package / "sub" if way == "subfolder" else tmp_path / "given" / "b"
+        )
     )
     if not named:
         without_dtype(package)
@@ -359,7 +359,7 @@ def test_arguments_that_lead_to_other_weights(
     if way == "subfolder":
         arguments = {"subfolder": "sub"}
     elif way == "config":
-        arguments = {"config": conmoe_edge_config(package)}
+        arguments = {"config": config_of(package)}
         given = other
         if (
             kind == "safetensors"
@@ -379,7 +379,7 @@ def test_arguments_that_lead_to_other_weights(
     )
 
 
-def conmoe_edge_config(folder: Path) -> Any:
+def config_of(folder: Path) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder)

@@ -107,6 +107,81 @@ def talks(source: str) -> list[str]:
     return found
 
 
+READERS = {
+    "open",
+    "safe_open",
+    "load_file",
+    "read_bytes",
+    "read_text",
+    "parse_local_safetensors_file_metadata",
+    "from_pretrained",
+    "get_config_dict",
+    "copyfile",
+    "copytree",
+    "link",
+    "symlink",
+    "symlink_to",
+}
+"""Last names of the calls by which a file is read, by us or by a library."""
+
+WAYS_IN = {"path_inside", "open_inside", "read_inside"}
+"""What decides whether a file lies inside its folder (``checkpoint/fs/contained.py``)."""
+
+OUR_OWN = "a file that this program wrote, and nobody gives away"
+THE_USERS = "a file that the user named, or keeps for this program"
+THE_SYSTEMS = "a file of the system"
+READ_ELSEWHERE = {
+    "api/benching.py": THE_USERS,
+    "api/diagnosing.py": THE_SYSTEMS,
+    "checkpoint/fs/atomic_files.py": OUR_OWN,
+    "checkpoint/fs/contained.py": "the function itself",
+    "checkpoint/fs/durable.py": OUR_OWN,
+    "checkpoint/package/staged.py": "the lock of an output folder",
+    "checkpoint/sources/model_names.py": THE_USERS,
+    "checkpoint/sources/user_aliases.py": THE_USERS,
+    "checkpoint/tensors/tensor_index.py": "headers, under the name that path_inside gave",
+    "checkpoint/tensors/tensor_writer.py": OUR_OWN,
+    "cli/chat_loop/conversation.py": THE_USERS,
+    "cli/chat_loop/prompt_input.py": THE_USERS,
+    "cli/commands/serve.py": THE_USERS,
+    "cli/ui/shells.py": THE_USERS,
+    "compress/run/journal.py": OUR_OWN,
+    "compress/stream/calibration_text.py": THE_USERS,
+    "compress/work/work_folder.py": OUR_OWN,
+    "integrations/load.py": "behind open_package, which goes over the whole folder",
+    "memory/bandwidth.py": "the speed of a disk, by a file that is no link; its content is dropped",
+    "memory/cgroup.py": THE_SYSTEMS,
+    "memory/outcomes.py": OUR_OWN,
+    "memory/profiles.py": THE_USERS,
+    "model/bridge.py": "behind check_folder, which goes over the whole folder",
+    "model/tokenizers.py": "behind check_folder, which goes over the whole folder",
+    "offload/kernels/cpu/build.py": OUR_OWN,
+    "report/measured.py": THE_USERS,
+}
+"""Files that read without the one function, and why they may. Every other one uses it."""
+
+
+def reads_elsewhere(source: str) -> list[str]:
+    """Places where a file is read whose place was not decided by the one function."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func) or getattr(node.func, "attr", "")
+        owner, _, last = name.rpartition(".")
+        if last not in READERS or (isinstance(node.func, ast.Name) and last == "read_text"):
+            continue  # the latter is the function of ours that reads a text
+        parts = [inner for argument in node.args for inner in ast.walk(argument)]
+        if any(isinstance(one, ast.Call) and dotted(one.func) in WAYS_IN for one in parts):
+            continue
+        ours = last == "open" and owner[:1].isupper()  # a class of our own: CheckpointIndex.open
+        modes = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        writes = last == "open" and any(str(mode)[:1] in ("w", "x", "a") for mode in modes)
+        if not ours and not writes:
+            found.append(f"line {node.lineno}: {name}")
+    return found
+
+
 def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -121,6 +196,32 @@ def test_nothing_that_is_read_can_be_executed(path: Path) -> None:
 )
 def test_only_the_command_line_talks(path: Path) -> None:
     assert talks(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_files_of_a_model_are_read_by_one_function(path: Path) -> None:
+    elsewhere = reads_elsewhere(path.read_text(encoding="utf-8"))
+    may = path.relative_to(PACKAGE).as_posix() in READ_ELSEWHERE
+    # A reason that no longer applies is taken off the list.
+    assert bool(elsewhere) == may, elsewhere
+
+
+@pytest.mark.parametrize("path", ["model/bridge.py", "model/tokenizers.py", "integrations/load.py"])
+def test_a_folder_is_gone_over_before_a_library_gets_it(path: str) -> None:
+    """In every function that calls ``from_pretrained``, in front of it."""
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    handed = 0
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        places = {
+            name: [c.lineno for c in calls if dotted(c.func).endswith(name)]
+            for name in ("from_pretrained", "get_config_dict", "check_folder", "open_package")
+        }
+        given = places["from_pretrained"] + places["get_config_dict"]
+        if given:
+            handed += 1
+            assert min(places["check_folder"] + places["open_package"]) < min(given)
+    assert handed == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
@@ -148,6 +249,38 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 )
 def test_the_rule_against_execution_finds(source: str) -> None:
     assert len(executes(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open(path)",
+        "path.open('rb')",
+        "os.open(path, os.O_RDONLY)",
+        "(folder / name).read_bytes()",
+        "load_file(folder / name)",
+        "safe_open(path, framework='np')",
+        "AutoConfig.from_pretrained(folder)",
+        "shutil.copyfile(one, other)",
+        "os.symlink(one, other)",
+    ],
+)
+def test_the_rule_about_reading_finds(source: str) -> None:
+    assert len(reads_elsewhere(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "CheckpointIndex.open(folder)",
+        "path.open('wb')",
+        "load_file(path_inside(folder, name))",
+        "os.fdopen(open_inside(folder, name), 'rb')",
+        "read_inside(folder, name)",
+    ],
+)
+def test_the_rule_about_reading_leaves_alone(source: str) -> None:
+    assert reads_elsewhere(source) == []
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def _something_to_read(folder: Path, block: int) -> Iterator[int]:
         raise OSError("positioned reads into memory are not there")
     largest = _largest_file(folder)
     if largest is not None and largest.stat().st_size >= max(_SCRATCH_BYTES // 4, 4 * block):
-        handle = os.open(largest, os.O_RDONLY)
+        handle = os.open(largest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             yield handle
         finally:
@@ -219,11 +219,12 @@ def _something_to_read(folder: Path, block: int) -> Iterator[int]:
 
 
 def _largest_file(folder: Path) -> Path | None:
+    """Links are left alone: the folder may be foreign, and they may lead to another disk anyway."""
     found: list[tuple[int, str]] = []
     with suppress(OSError):
         for entry in os.scandir(folder):
-            if entry.is_file() and not entry.name.startswith("."):
-                found.append((entry.stat().st_size, entry.path))
+            if entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+                found.append((entry.stat(follow_symlinks=False).st_size, entry.path))
     return Path(max(found)[1]) if found else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.errors import CalibrationError
+from conmoe_edge.model.tokenizer_files import has_tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -16,6 +17,12 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir() or not has_tokenizer(folder):
+        raise CalibrationError(
+            f"{folder} has no tokenizer that can be used.",
+            "it has no file with a vocabulary",
+            "put the model's tokenizer.json and tokenizer_config.json into the folder",
+        )
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

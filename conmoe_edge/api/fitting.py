@@ -16,7 +16,9 @@ from conmoe_edge.checkpoint.package.linked import link_model
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.sources.locate import locate
+from conmoe_edge.errors import CalibrationError
 from conmoe_edge.memory.outcomes import Outcome, remember
+from conmoe_edge.model.tokenizer_files import has_tokenizer
 from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.plan import Plan
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from conmoe_edge.model.opened import OpenedModel
 
 PLAN_FILE = "plan.json"
+NO_TOKENIZER = (
+    "The model has no tokenizer that can be used, so chat, serve and eval refuse this package until its tokenizer.json "
+    "and tokenizer_config.json are put into it."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ def fit(
     seed: int = 0,
     fresh: bool = False,
     overwrite: bool = False,
+    no_tokenizer: bool = False,
     on_plan: Callable[[PlanReport], None] | None = None,
     progress: OnProgress | None = None,
     **levers: Unpack[Levers],
@@ -82,6 +89,8 @@ def fit(
             them. What is held out is the same for every seed.
         fresh: throw away an unfinished run instead of going on with it.
         overwrite: replace an existing package.
+        no_tokenizer: write the package even if the model has no tokenizer that can be used. Only where the model fits
+            as it is; the package's notes say so, and it cannot chat.
         on_plan: called with the plan before anything is written; may raise to stop.
         progress: called after every step.
 
@@ -104,11 +113,18 @@ def fit(
     tell(Progress("locate", 0, 1, model))
     source = open_model(locate(model, revision=revision, offline=offline))
     anatomy = source.anatomy
+    folder = source.index.folder
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
+    report = replace(report, tokenizer=has_tokenizer(folder))
     if on_plan is not None:
         on_plan(report)
-    if report.plan.unchanged and asked.request.rate == "auto":
-        return _fit_unchanged(source, Path(out), report, overwrite=overwrite, fresh=fresh)
+    unchanged = report.plan.unchanged and asked.request.rate == "auto"
+    tokenizer = _tokenizer(folder, unchanged=unchanged, may_lack=no_tokenizer)
+    if unchanged:
+        notes = () if tokenizer is not None else (NO_TOKENIZER,)
+        return _fit_unchanged(
+            source, Path(out), report, notes=notes, overwrite=overwrite, fresh=fresh
+        )
     planned = report.plan.chosen
     check_reach(source.config, anatomy, asked.method, planned.rate, planned.scope)
     target = torch.device(
@@ -125,7 +141,7 @@ def fit(
     require_space(Path(out), report.plan.disk_bytes + report.plan.scratch_bytes)
     train, held_out = token_sets(
         text,
-        load_tokenizer(source.index.folder),
+        tokenizer,
         length=min(SEQUENCE_LENGTH, anatomy.max_context),
         tokens=asked.request.tokens,
         held_out_tokens=asked.request.tokens // HELD_OUT_SHARE,
@@ -164,6 +180,24 @@ def fit(
         )
 
 
+def _tokenizer(folder: Path, *, unchanged: bool, may_lack: bool) -> Any:
+    """The model's tokenizer; ``None`` where it has none and may lack it.
+
+    Raises:
+        CalibrationError: it has none.
+    """
+    try:
+        return load_tokenizer(folder)
+    except CalibrationError as error:
+        if unchanged and may_lack:
+            return None
+        if unchanged:
+            fix = f"{error.fix}; --no-tokenizer writes a package that cannot chat"
+            raise CalibrationError(error.what, error.why, fix) from error
+        why = "without one the calibration text is no tokens"
+        raise CalibrationError(error.what, f"{error.why}; {why}", error.fix) from error
+
+
 def _same_plan(path: Path, report: PlanReport) -> PlanReport:
     """The plan that an unfinished run began with: free memory may have changed since, the package must not."""
     from conmoe_edge.checkpoint.fs.atomic_files import write_json
@@ -176,7 +210,13 @@ def _same_plan(path: Path, report: PlanReport) -> PlanReport:
 
 
 def _fit_unchanged(
-    source: OpenedModel, out: Path, report: PlanReport, *, overwrite: bool, fresh: bool
+    source: OpenedModel,
+    out: Path,
+    report: PlanReport,
+    *,
+    notes: tuple[str, ...],
+    overwrite: bool,
+    fresh: bool,
 ) -> FitReport:
     """The model fits as it is: link it, say so, and change nothing."""
     settings = {"unchanged": source.identity["id"]}
@@ -195,11 +235,13 @@ def _fit_unchanged(
             plan=plan_to_json(report.plan),
             tool_version=__version__,
             prefill_chunk=report.plan.prefill_chunk,
+            notes=notes,
         )
         save_manifest(staged.path, manifest)
         verify_package(staged.path)
         staged.commit()
-        return FitReport(staged.target, report, {}, {}, 0, sum(file.size for file in written))
+        size = sum(file.size for file in written)
+        return FitReport(staged.target, report, {}, {}, 0, size, notes)
 
 
 def _remember(model: str, plan: Plan, manifest: Manifest, calibration: str) -> None:

@@ -15,6 +15,7 @@ from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.tokenizer_files import has_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
@@ -32,6 +33,7 @@ class PlanReport:
     Attributes:
         method: the consolidation method that the plan counts with.
         method_note: why it is that one, where the default gave way; else empty.
+        tokenizer: whether the model has one; ``None`` where its files are not on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
     """
 
@@ -40,6 +42,7 @@ class PlanReport:
     plan: Plan
     method: str = "auto"
     method_note: str = ""
+    tokenizer: bool | None = None
     outcomes: tuple[Outcome, ...] = ()
 
     @property
@@ -65,6 +68,7 @@ class PlanReport:
             },
             "method": self.method,
             "method_note": self.method_note,
+            "tokenizer": self.tokenizer,
             "plan": plan_to_json(self.plan),
             "measured": [asdict(one) for one in self.outcomes],
             "advise": self.advice,
@@ -105,7 +109,8 @@ def plan(
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     anatomy = probe(read_config(found.path, bounds), facts)
-    return report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
+    report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
+    return report if found.index is None else replace(report, tokenizer=has_tokenizer(found.path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CalibrationError, CheckpointError
 from conmoe_edge.model.config_json import read_object, read_settings, without_code
 from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -82,6 +83,8 @@ def load_tokenizer(folder: Path) -> Any:
         CheckpointError: the folder leads to files outside it.
     """
     check_folder(folder)
+    if not has_tokenizer(folder):
+        raise _unusable(folder, "it has no file with a vocabulary")
     try:
         config, vocabulary = _config_of(folder)
         with TemporaryDirectory(prefix="conmoe-tokenizer-") as private:

@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on where a run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it is there.")
+@click.option(
+    "--no-tokenizer",
+    is_flag=True,
+    help="Write the package even if the model has no tokenizer; only where it fits as it is.",
+)
 @click.option("--yes", "-y", is_flag=True, help="Answer yes to every question.")
 @common_options
 def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **parameters: Any) -> None:
@@ -103,6 +108,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
                 seed=parameters["seed"],
                 fresh=parameters["fresh"],
                 overwrite=overwrite,
+                no_tokenizer=parameters["no_tokenizer"],
                 on_plan=on_plan,
                 progress=view.update,
             )

@@ -45,6 +45,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
     parts += [_unchanged(plan) if plan.unchanged else _candidates(report), Text()]
     if plan.chosen.rate:
         parts.append(_head("Method", report.method, printable(report.method_note)))
+    if report.tokenizer is False:
+        parts.append(_head("Tokens", "the model has no tokenizer", "so fit and chat refuse it"))
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts.append(_disk(plan, out, free))

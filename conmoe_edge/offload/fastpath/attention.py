@@ -69,12 +69,23 @@ class Place:
 
 
 class Rehearsal:
-    """A copy of what a layer holds, for a token that transformers computes as well."""
+    """A copy of what a layer of the cache holds, for a token that transformers computes as well.
+
+    Where the two agree the token is taken back and computed as all later ones are: the sums of the two may differ in
+    the last bit, and what a conversation says must not depend on its being the first after a load.
+    """
 
     def __init__(self, layer: Any) -> None:
         """Before that token."""
         self._layer, self._held = layer, layer.keys.shape[-2]
         self._copies = [_with_room(one) for one in (layer.keys, layer.values)]
+        self._before = dict(vars(layer))
+
+    def take_back(self) -> None:
+        """Let the layer hold what it held before the token, where it lay."""
+        state = vars(self._layer)
+        state.clear()
+        state.update(self._before)
 
     def agrees(self, compute: Callable[[Cached], Tensor], wanted: Tensor, exact: bool) -> bool:
         """Whether ``compute`` gives what is ``wanted``, and writes the keys and values that transformers has written:
@@ -151,9 +162,10 @@ class FusedAttention:
                 found[0],
                 self.exact,
             )
-            if self.verified is False:
+            if not self.verified:
                 warn_of_another_result(own.__self__)
-            return found
+                return found
+            rehearsal.take_back()
         out = self._engine.attention(place.table, x, positions, place.cached)
         place.has_one_more()
         self._served.attention += 1

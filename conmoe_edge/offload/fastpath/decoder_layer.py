@@ -167,7 +167,9 @@ class FusedLayer:
         if self._attending.__dict__.get("forward") is not attention:
             return own(*args, **kwargs)  # its forward was replaced after loading
         if self.verified is None:
-            return self._try(own.__self__, lambda: own(*args, **kwargs), x, positions, ready)
+            tried = self._try(own.__self__, lambda: own(*args, **kwargs), x, positions, ready)
+            if not self.verified:
+                return tried
         out = self._compute(x.contiguous(), positions, ready, ready.place.cached)
         self._written = ready
         if self._one_call:
@@ -185,7 +187,7 @@ class FusedLayer:
         ready: _Ready,
     ) -> Any:
         """The token by transformers, and beside it by the operator with what the router said (or with what stands in
-        the experts' place gave), to see whether they are the same.
+        the experts' place gave), to see whether they are the same. Where they are, the token is taken back.
         """
         routed: list[Any] = []
         behind = self._behind
@@ -206,7 +208,9 @@ class FusedLayer:
                 self._exact,
             )
         )
-        if not self.verified:
+        if self.verified:
+            rehearsal.take_back()
+        else:
             warn_of_another_result(module)
         return wanted
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.compat import Arguments, cache_of
+from conmoe_edge.compat import CACHE_ARGUMENTS, Arguments, cache_of
 from conmoe_edge.offload.generation.context_limit import held_tokens
 from conmoe_edge.offload.generation.sequence import is_plain
 
@@ -64,25 +64,25 @@ def _pieces(
     cache = cache_of(named)
     held = 0 if cache is None else held_tokens(cache)
     chunk = max(1, chunk // max(1, rows))
-    if held // chunk == (held + count - 1) // chunk or not _understood(named, arguments, count):
+    if held // chunk == (held + count - 1) // chunk or not _understood(named, count):
         return None
     edges = [0, *range(chunk - held % chunk, count, chunk), count]
     return list(pairwise(edges))
 
 
-def _understood(named: dict[str, Any], arguments: Arguments, count: int) -> bool:
+def _understood(named: dict[str, Any], count: int) -> bool:
     """Whether all that a call gives can be given piece by piece."""
     cache = cache_of(named)
     if cache is not None and not is_plain(cache):
         return False
-    known = {*_SLICED, *_PLAIN, arguments.cache}
+    known = {*_SLICED, *_PLAIN, *CACHE_ARGUMENTS}
     if any(
         value is not None and value is not False
         for name, value in named.items()
         if name not in known
     ):
         return False
-    if not isinstance(named.get("logits_to_keep") or 0, int):
+    if not isinstance(named.get("logits_to_keep", 0), int):
         return False
     mask = named.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
@@ -119,10 +119,9 @@ def _in_pieces(
             return None
         if end > count - wanted:
             logits.append(out.logits)
-    out.logits = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
-    if not keeps:
-        for name in [name for name, value in out.items() if value is cache]:
-            del out[name]
+    values = {name: value for name, value in out.items() if keeps or value is not cache}
+    values["logits"] = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
+    out = type(out)(**values)
     given_dict = named.get("return_dict")
     as_dict = model.config.return_dict if given_dict is None else given_dict
     return out if as_dict else out.to_tuple()

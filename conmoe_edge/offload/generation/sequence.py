@@ -49,6 +49,7 @@ class CachedTokens:
         accepted = Arguments.of(model)
         self._cache_name = accepted.cache
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted.positional else {}
+        self._says_positions = "position_ids" in accepted.positional
 
     def forget(self) -> None:
         """Drop the cache; the next step starts from the first token."""
@@ -118,9 +119,13 @@ class CachedTokens:
         # cache behind.
         cache, held, whole = self._cache, self.held, self.whole
         self.forget()
+        device = self._model.device
+        # Not left to the model: some cache classes of models' own say that they hold nothing (MiniMax).
+        places = torch.arange(start, end, device=device)[None]
         out = self._model(
-            input_ids=torch.tensor([list(tokens[start:end])], device=self._model.device),
+            input_ids=torch.tensor([list(tokens[start:end])], device=device),
             use_cache=True,
+            **({"position_ids": places} if self._says_positions else {}),
             **{self._cache_name: cache},
             **self._last_only,
         )

@@ -42,7 +42,7 @@ from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.errors import CheckpointError, OutputExists, UnsupportedModel
 from conmoe_edge.export.export_form import Decided, decide
 from conmoe_edge.export.slot_experts import check_slots, layer_experts
-from conmoe_edge.model.bridge import build_meta, read_config, saved_names
+from conmoe_edge.model.bridge import build_meta, read_config, saved_names, without_quantization
 from conmoe_edge.model.config_json import read_settings
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.streaming import StreamedModel
@@ -129,11 +129,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def plain_config(package: Path) -> PretrainedConfig:
     """The model's config without what makes it a package."""
-    config = read_config(package)
-    for one in {id(c): c for c in (config, config.get_text_config())}.values():
-        if hasattr(one, "quantization_config"):
-            delattr(one, "quantization_config")
-    return config
+    return without_quantization(read_config(package))
 
 
 class _Export:

@@ -5,18 +5,17 @@ Peak memory: the model on the meta device.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import CheckpointError, PackageError, UsageError
 from conmoe_edge.integrations.register import QUANT_METHOD
-from conmoe_edge.model.bridge import quantization_of, read_config
+from conmoe_edge.model.bridge import quantization_of, read_config, without_quantization
 from conmoe_edge.model.generation_file import read_generation
 from conmoe_edge.model.probe import count_in, facts_of, probe
-from conmoe_edge.model.record_match import mismatch
+from conmoe_edge.model.record_match import AGAIN, mismatch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
@@ -26,27 +25,25 @@ def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig
     """The two configs of a package.
 
     Raises:
-        CheckpointError: one of them is damaged, or is not that of the weights.
+        PackageError: one of them is damaged, or is not that of the weights.
         UnsupportedModel: nothing can be built from it here.
     """
-    config = read_config(folder)
+    try:
+        config = read_config(folder)
+        generation = read_generation(folder, count_in(config.get_text_config(), "vocab_size"))
+        facts = facts_of(CheckpointIndex.open(folder).tensors)
+    except CheckpointError as error:
+        raise PackageError(error.what, error.why, AGAIN) from error
     packed = manifest.method != UNCHANGED
     method = quantization_of(config)
     if method != (QUANT_METHOD if packed else None):
         says = "none" if method is None else repr(method[:60])
         raise mismatch(folder, f"the config's quant_method is {says}")
-    facts = facts_of(CheckpointIndex.open(folder).tensors)
-    probe(without_quantization(config), facts, whole=not packed)
-    return config, read_generation(folder, count_in(config.get_text_config(), "vocab_size"))
-
-
-def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a package's config that describes the plain model."""
-    plain = copy.deepcopy(config)
-    for one in {id(c): c for c in (plain, plain.get_text_config())}.values():
-        if hasattr(one, "quantization_config"):
-            delattr(one, "quantization_config")
-    return plain
+    try:
+        probe(without_quantization(config), facts, whole=not packed)
+    except CheckpointError as error:
+        raise mismatch(folder, f"{error.what} {error.why}".strip()) from error
+    return config, generation
 
 
 def check_foreign_config(config: Any) -> None:

@@ -9,6 +9,7 @@ Peak memory of ``load_subset``: the tensors of the subset once as read and once 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,15 @@ def quantization_of(config: PretrainedConfig) -> str | None:
     if isinstance(settings, dict):
         return str(settings.get("quant_method", "unknown"))
     return str(getattr(settings, "quant_method", "unknown"))
+
+
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a package's config that describes the plain model."""
+    plain = copy.deepcopy(config)
+    for one in {id(c): c for c in (plain, plain.get_text_config())}.values():
+        if hasattr(one, "quantization_config"):
+            delattr(one, "quantization_config")
+    return plain
 
 
 def build_meta(

@@ -50,7 +50,14 @@ NEVER_FROM_FILES = frozenset(
         "extra_config_files",
         "gguf_file",
         "name_or_path",
-        # Where and how to run is the caller's.
+        # Where and how to run, and what to give back, is the caller's.
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_return_dict",
+        "use_cache",
+        "torchscript",
         "device_map",
         "distributed_config",
         "base_model_tp_plan",

@@ -96,7 +96,7 @@ def _checked(
 def _tokens(where: Path, field: str, value: Any, vocabulary: int) -> int | list[int] | None:
     """Tokens of the model. Only what ends an answer must be one: -1 in another place is a usual word for none."""
     several = field == "eos_token_id" and isinstance(value, list)
-    tokens = value if several else [value]
+    tokens: list[Any] = value if several else [value]
     if any(type(token) is not int for token in tokens):
         raise says(
             where,

@@ -82,7 +82,7 @@ def probe(
             "use the bf16 version of the model",
         )
     config = copy.deepcopy(config)  # the experts function is set on it below
-    count = None if headers is None or not whole else len(headers)
+    count = None if headers is None else len(headers)
     model = bridge.build_meta(config, _main_dtype(config, headers), count)
     decoder = find_decoder(model)
     if decoder is None:

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
+from conmoe_edge.model.agreement import check_places
 from conmoe_edge.model.experts import find_decoder, part_names
 from conmoe_edge.model.router import Router, find_routers
 
@@ -67,6 +68,7 @@ class StreamedModel:
 
     Raises:
         UnsupportedModel: the model has no routed experts that run through transformers' registry.
+        CheckpointError: a tensor of the decoder has no place in the model.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class StreamedModel:
         device: torch.device,
         experts_implementation: str = "eager",
     ) -> None:
-        self.model = bridge.build_meta(config, dtype)
+        self.model = bridge.build_meta(config, dtype, len(keys))
         self.device = device
         self.dtype = dtype
         self._read = read
@@ -106,6 +108,7 @@ class StreamedModel:
             **{i: [] for i in range(len(self.layers))},
         }
         targets = bridge.targets_of(self.model, keys)
+        check_places(self.model, self.prefix, keys, targets)
         for key, target in targets.items():
             self._keys_of[self._layer_of(target)].append(key)
         expert_targets = {

@@ -133,7 +133,7 @@ def _config_of(folder: Path) -> tuple[PretrainedConfig, int | None]:
     kind = settings.get("model_type")
     with foreign(partial(_unusable, folder)):
         known = isinstance(kind, str) and kind in CONFIG_MAPPING
-        config: Any = CONFIG_MAPPING[kind]() if known else PretrainedConfig()
+        config: Any = CONFIG_MAPPING[str(kind)]() if known else PretrainedConfig()
     named = settings.get("tokenizer_class")
     if isinstance(named, str):
         config.tokenizer_class = named

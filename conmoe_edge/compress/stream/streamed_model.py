@@ -52,7 +52,7 @@ from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.model.bridge import quantization_of, read_config
+from conmoe_edge.model.bridge import quantization_of, read_config, without_quantization
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.record_match import check_records
@@ -214,9 +214,7 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
     config = read_config(folder)
     packed = manifest is not None and manifest.method != UNCHANGED
     if packed and quantization_of(config) is not None:
-        for one in {id(c): c for c in (config, config.get_text_config())}.values():
-            if hasattr(one, "quantization_config"):  # it names the package's form, no other model
-                delattr(one, "quantization_config")
+        config = without_quantization(config)  # it names the package's form, no other model
     anatomy = probe(config, facts_of(index.tensors), whole=not packed)
     if packed:
         assert manifest is not None

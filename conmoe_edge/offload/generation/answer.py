@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from conmoe_edge.errors import CheckpointError
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.detokenize import TextStream
 from conmoe_edge.offload.generation.sampling import Sampler
@@ -58,9 +59,11 @@ class Generation:
 
         Raises:
             ContextFull: the prompt is longer than the context.
+            CheckpointError: it has tokens that the model does not know.
         """
         if len(tokens) > context:
             raise context_full(len(tokens), context, longest_context(model))
+        _check_tokens(tokens, model)
         settings = settings.filled(model.generation_config)
         self.cached = cached
         self.tokens = list(tokens)
@@ -99,6 +102,21 @@ class Generation:
         elif len(self.tokens) > self._context:
             self.finish = "context"
         return token
+
+
+def _check_tokens(tokens: Sequence[int], model: Any) -> None:
+    """Every token has a row in the embedding; a lookup of another one reads somewhere else, or ends the process.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if tokens and rows is not None and not 0 <= min(tokens) <= max(tokens) < rows:
+        raise CheckpointError(
+            "The tokenizer does not belong to the model.",
+            f"the prompt has tokens from {min(tokens)} to {max(tokens)}, and the model knows {rows} of them",
+            "put the tokenizer that came with the model into the folder",
+        )
 
 
 class Answer(Generation):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conmoe_edge.errors import CheckpointError
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
 GREEDY_BELOW = 1e-4
@@ -34,15 +35,31 @@ class Sampler:
             self._generator.manual_seed(settings.seed)
 
     def next(self, tokens: Sequence[int], logits: Tensor) -> int:
-        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done."""
+        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done.
+
+        Raises:
+            CheckpointError: the scores are no numbers, so that no token is more likely than another.
+        """
         scores = logits.float()
+        if not bool(scores.max().isfinite()):
+            raise _no_number()
         if self._processors:
             before = torch.tensor([tokens], device=logits.device)
             scores = self._processors(before, scores)  # type: ignore[arg-type]
         if self._greedy:
             return int(scores.argmax(-1))
         chances = torch.softmax(scores, dim=-1)
+        if not bool(chances.sum().isfinite()):
+            raise _no_number()
         return int(torch.multinomial(chances, 1, generator=self._generator))
+
+
+def _no_number() -> CheckpointError:
+    return CheckpointError(
+        "The model computes NaN or infinity.",
+        "its weights, or the numbers in its config.json, are damaged",
+        "Make the package again with conmoe-edge fit, or copy it again from where it came from.",
+    )
 
 
 def _processors(settings: SamplingSettings, *, drawn: bool) -> Any:

@@ -83,6 +83,8 @@ def plan_memory(
     fixed = needs.fixed(largest)
     floor = min(sum(counts), len(anatomy.moe_layers)) * largest
     fixed += prefetch_bytes(manifest)
+    if options.beside is not None and kind == "cpu":
+        fixed += options.beside(budget.device_bytes, context)
     chunk = min(wished, context)
     while chunk > MIN_CHUNK:
         if fixed + needs.workspace(chunk) + floor <= budget.device_bytes:

@@ -39,6 +39,7 @@ def load_package(
     slots: tuple[int, ...] | None = None,
     cache_policy: str | None = None,
     misses: str = "copy",
+    beside: Callable[[int, int], int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Load the package in ``path``.
@@ -54,6 +55,8 @@ def load_package(
         cache_policy: ``lru``, ``layer-lru``, ``lfru`` or ``pins``; by default what the package's trace finds best.
         misses: with a GPU, what becomes of prototypes that are not there: ``copy``, or ``auto`` to let the processor
             compute some of them where they lie, which may change a result's last bits.
+        beside: bytes that the caller holds beside the model, by the budget's bytes and the tokens of context; they are
+            left free on a CPU.
         progress: called with (records read, records to read) while the slots are filled.
 
     Raises:
@@ -84,6 +87,7 @@ def load_package(
             slots=slots,
             cache_policy=cache_policy,
             misses=misses,
+            beside=beside,
             progress=progress,
             package=package,
         )

@@ -27,6 +27,8 @@ class LoadOptions:
     slots: cache slots of every record layout instead of what the budget gives.
     cache_policy: which prototype is evicted; ``None`` for the best on the package's trace.
     misses: how prototypes that are not on the GPU are computed.
+    beside: bytes that the caller holds beside the model, for a budget of so many bytes and so many tokens of context;
+        counted on a CPU, where the process shares the RAM with the model.
     progress: called with (records read, records to read).
     package: what is going to be loaded, where it is open already.
     """
@@ -36,6 +38,7 @@ class LoadOptions:
     slots: Sequence[int] | None = None
     cache_policy: str | None = None
     misses: str = "copy"
+    beside: Callable[[int, int], int] | None = None
     progress: Callable[[int, int], None] | None = None
     package: OpenedPackage | None = None
 

@@ -80,6 +80,8 @@ def plan_memory(
     largest = max((nbytes for nbytes, _ in records), default=0)
     needs = needs_of(anatomy, kind, context)
     fixed = needs.fixed(largest) + prefetch_bytes(manifest) + needs.workspace(chunk)
+    if options.beside is not None and kind == "cpu":
+        fixed += options.beside(budget.device_bytes, context)
     least = fixed + sum(nbytes for nbytes, count in records if count)
     if least > budget.device_bytes:
         raise _too_small(fixed, least, chunk, budget, unchanged=not records)

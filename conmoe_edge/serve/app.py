@@ -2,18 +2,22 @@
 
 ``GET /`` the page, ``/health``, ``/stats``, ``/metrics``, ``/v1/models``;
 ``POST /v1/chat/completions``, ``/v1/completions``. Every error leaves as OpenAI's error object. A client
-that disconnects cancels its job.
+that disconnects cancels its job, wherever it stands.
+
+A request goes through three waits, and is in the account of ``intake.py`` in each: for its tokens, for its turn, and
+for its client to read. A text that cannot fit is refused before it is tokenised (``fewest_tokens.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import sys
 import time
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
@@ -22,29 +26,44 @@ from conmoe_edge.offload.generation.context_limit import context_full, longest_c
 from conmoe_edge.offload.generation.prompt import prompt_tokens, text_tokens
 from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
 from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.guard import body_of, entry_of
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
-from conmoe_edge.serve.jobs import Busy, Done, Event, Failed, Job, Loaded, Piece
+from conmoe_edge.serve.intake import Intake
+from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece
+from conmoe_edge.serve.mailbox import Mailbox
 from conmoe_edge.serve.page_stats import page_stats
 from conmoe_edge.serve.prometheus import CONTENT_TYPE, Metrics
 from conmoe_edge.serve.replies import STILL_HERE, Reply, event, model_json, models
-from conmoe_edge.serve.requests import ChatRequest, CompletionRequest, read_request
+from conmoe_edge.serve.requests import MOST_VALUES, ChatRequest, CompletionRequest, read_request
 from conmoe_edge.serve.settings import Settings
+from conmoe_edge.serve.tokenising import Tokenising, Tokens
 
+T = TypeVar("T")
+R = TypeVar("R", ChatRequest, CompletionRequest)
 SIGN_OF_LIFE_SECONDS = 15.0
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
-def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
-    """The application, without its guard."""
+def make_app(
+    engine: Engine, metrics: Metrics, settings: Settings, intake: Intake, tokenising: Tokenising
+) -> FastAPI:
+    """The application; its guard reads the bodies and opens their entries in ``intake``."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
-    tokenizing = threading.Lock()
     special = settings.allow_special_tokens
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> Response:
         return _response(error)
+
+    @app.exception_handler(Busy)
+    async def _busy(request: Request, error: Exception) -> Response:
+        return _response(as_api_error(error))
+
+    @app.exception_handler(ClientLeft)
+    async def _left_early(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
 
     @app.exception_handler(404)
     async def _no_route(request: Request, error: Exception) -> Response:
@@ -68,11 +87,13 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
 
     @app.get("/metrics")
     async def scrape() -> Response:
-        return Response(metrics.text(engine.snapshot, settings.name), media_type=CONTENT_TYPE)
+        return Response(
+            metrics.text(engine.snapshot, settings.name, intake), media_type=CONTENT_TYPE
+        )
 
     @app.get("/stats")
     async def stats() -> Response:
-        return JSONResponse(page_stats(engine, metrics, settings))
+        return JSONResponse(page_stats(engine, metrics, settings, intake))
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -85,37 +106,11 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        asked = read_request(await request.body(), ChatRequest, settings.limits.messages)
-        _known(asked.model)
-        messages = [message.plain() for message in asked.messages]
-        loaded = _ready()
-        if len(messages) > 1 and not getattr(loaded.tokenizer, "chat_template", None):
-            raise ApiError(
-                400,
-                "This model has no chat template: send one message, or use /v1/completions.",
-                param="messages",
-            )
-        tokens = await _in_thread(
-            lambda: prompt_tokens(loaded.tokenizer, messages, allow_special_tokens=special)
-        )
-        return await _answer(request, asked, tokens, Reply(settings.name, True, asked.wants_usage))
+        return await _answer(request, *await _chat_prompt(request), chat=True)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        asked = read_request(await request.body(), CompletionRequest, settings.limits.messages)
-        _known(asked.model)
-        loaded = _ready()
-        prompt = asked.prompt
-        if isinstance(prompt, list) and not isinstance(prompt[0], str):
-            tokens = _checked([int(token) for token in prompt], loaded)
-        else:
-            text = prompt if isinstance(prompt, str) else str(prompt[0])
-            tokens = await _in_thread(
-                lambda: text_tokens(loaded.tokenizer, text, allow_special_tokens=special)
-            )
-        if not tokens:
-            raise ApiError(400, "The prompt is empty.", param="prompt")
-        return await _answer(request, asked, tokens, Reply(settings.name, False, asked.wants_usage))
+        return await _answer(request, *await _text_prompt(request), chat=False)
 
     @app.get("/")
     async def page() -> Response:
@@ -142,39 +137,123 @@ def make_app(engine: Engine, metrics: Metrics, settings: Settings) -> FastAPI:
             raise as_api_error(Busy("loading" if state == "loading" else "stopping", 5))
         return engine.loaded
 
-    async def _in_thread(work: Any) -> list[int]:
-        """Long prompts take a while to tokenise, and the loop has others to serve."""
+    # The texts of a request live in these two alone: what waits for its turn has its tokens.
 
-        def alone() -> list[int]:
-            with tokenizing:
-                return work()
+    async def _chat_prompt(request: Request) -> tuple[ChatRequest, Tokens]:
+        asked = _read(request, ChatRequest)
+        messages = [message.plain() for message in asked.messages]
+        loaded = _ready()
+        if len(messages) > 1 and not getattr(loaded.tokenizer, "chat_template", None):
+            raise ApiError(
+                400,
+                "This model has no chat template: send one message, or use /v1/completions.",
+                param="messages",
+            )
+        check = _check_length("messages")
+        texts = [message["content"] for message in messages]
+        tokens = await _tokens(
+            request,
+            asked,
+            texts,
+            lambda: prompt_tokens(
+                loaded.tokenizer, messages, allow_special_tokens=special, check=check
+            ),
+        )
+        return asked.model_copy(update={"messages": ()}), tokens
 
-        try:
-            return await asyncio.to_thread(alone)
-        except Exception as error:
-            raise as_api_error(error) from error
+    async def _text_prompt(request: Request) -> tuple[CompletionRequest, Tokens]:
+        asked = _read(request, CompletionRequest)
+        loaded = _ready()
+        prompt = asked.prompt
+        if isinstance(prompt, list) and not isinstance(prompt[0], str):
+            given = _checked([int(token) for token in prompt], loaded)
+            tokens = await _tokens(request, asked, [], lambda: given)
+        else:
+            text = prompt if isinstance(prompt, str) else str(prompt[0])
+            _check_length("prompt")(text)
+            tokens = await _tokens(
+                request,
+                asked,
+                [text],
+                lambda: text_tokens(loaded.tokenizer, text, allow_special_tokens=special),
+            )
+        if not tokens:
+            raise ApiError(400, "The prompt is empty.", param="prompt")
+        return asked.model_copy(update={"prompt": ""}), tokens
+
+    def _read(request: Request, kind: type[R]) -> R:
+        """The request, of a body that is let go of."""
+        values = MOST_VALUES + engine.context
+        asked = read_request(body_of(request.scope), kind, settings.limits.messages, values)
+        _known(asked.model)
+        return asked
+
+    def _check_length(param: str) -> Callable[[str], None]:
+        """Refuses a text that cannot fit, or that this budget cannot tokenise."""
+        loaded, context, sizes = _ready(), engine.context, engine.sizes
+
+        def check(text: str) -> None:
+            fewest = loaded.fewest.of(text)
+            if fewest > context:
+                raise _too_long(fewest, context, loaded, param, "at least ")
+            nbytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            if nbytes > sizes.text:
+                raise ApiError(
+                    413,
+                    f"The text has {nbytes:,} bytes; within this server's memory a text of "
+                    f"{sizes.text:,} can be taken.",
+                    param=param,
+                    code="request_too_large",
+                )
+
+        return check
+
+    async def _tokens(
+        request: Request,
+        asked: ChatRequest | CompletionRequest,
+        texts: Sequence[str],
+        make: Callable[[], list[int]],
+    ) -> Tokens:
+        """The tokens that ``make`` finds in ``texts``, when it is the client's turn."""
+        entry = entry_of(request.scope)
+        client = _client(request, asked)
+        nbytes = sum(map(sys.getsizeof, texts))
+        entry.hold(nbytes)
+        entry.enter(client)
+
+        def compact() -> Tokens:
+            return array("i", make())
+
+        if not texts:
+            tokens = compact()
+        else:
+            making = asyncio.ensure_future(tokenising.tokens(client, compact, nbytes))
+            entry.on_withdraw(making.cancel)
+            try:
+                tokens = await _unless_left(request, making)
+            except ClientLeft:
+                raise
+            except (
+                Exception
+            ) as error:  # of the tokenizer or the template: its own, or a mistake of the client
+                raise as_api_error(error) from error
+        entry.on_withdraw(lambda: False)
+        entry.hold(tokens.itemsize * len(tokens))
+        return tokens
 
     async def _answer(
         request: Request,
         asked: ChatRequest | CompletionRequest,
-        tokens: list[int],
-        reply: Reply,
+        tokens: Tokens,
+        *,
+        chat: bool,
     ) -> Response:
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(one: Event) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, one)
-            except RuntimeError:  # the loop is closed, so no client is left
-                engine.cancel(job)
-
+        reply = Reply(settings.name, chat, asked.wants_usage)
+        events = Mailbox(lambda: engine.cancel(job))
         sampling = _sampling(asked, tokens, engine, settings)
-        job = Job(tuple(tokens), sampling, _client(request, asked), tell)
-        try:
-            engine.submit(job)
-        except Busy as busy:
-            raise as_api_error(busy) from None
+        job = Job(tokens, sampling, _client(request, asked), events.put)
+        engine.submit(job)
+        entry_of(request.scope).on_withdraw(lambda: engine.withdraw(job))
         if asked.stream:
             return AnswerStream(engine, job, _stream(events, reply))
         return await _whole(engine, job, events, reply, request)
@@ -199,7 +278,7 @@ class AnswerStream(StreamingResponse):
             self._cancel()
 
 
-async def _stream(events: asyncio.Queue[Event], reply: Reply) -> AsyncIterator[bytes]:
+async def _stream(events: Mailbox, reply: Reply) -> AsyncIterator[bytes]:
     """Server-sent events until the answer is over."""
     yield reply.start()
     while True:
@@ -219,23 +298,44 @@ async def _stream(events: asyncio.Queue[Event], reply: Reply) -> AsyncIterator[b
 
 
 async def _whole(
-    engine: Engine, job: Job, events: asyncio.Queue[Event], reply: Reply, request: Request
+    engine: Engine, job: Job, events: Mailbox, reply: Reply, request: Request
 ) -> Response:
-    """The answer in one piece; nothing where the client left before it was there."""
-    making = asyncio.create_task(_collect(events, reply))
+    """The answer in one piece.
+
+    Raises:
+        ClientLeft: the client left before it was there.
+    """
+    try:
+        return await _unless_left(request, asyncio.ensure_future(_collect(events, reply)))
+    finally:
+        engine.cancel(job)  # nothing happens where it is over
+
+
+class ClientLeft(Exception):
+    """The client left before there was anything to tell it."""
+
+
+async def _unless_left(request: Request, making: asyncio.Future[T]) -> T:
+    """What ``making`` comes to.
+
+    Raises:
+        ClientLeft: the client left before that; ``making`` is cancelled.
+        Busy: somebody else cancelled it, because there was no room.
+    """
     leaving = asyncio.create_task(_left(request))
     try:
         await asyncio.wait({making, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if making.cancelled():
+            raise Busy("full")
         if making.done():
             return making.result()
-        return Response(status_code=499)
+        raise ClientLeft
     finally:
-        engine.cancel(job)  # nothing happens where it is over
         making.cancel()
         leaving.cancel()
 
 
-async def _collect(events: asyncio.Queue[Event], reply: Reply) -> Response:
+async def _collect(events: Mailbox, reply: Reply) -> Response:
     pieces: list[str] = []
     while True:
         one = await events.get()
@@ -253,7 +353,10 @@ async def _left(request: Request) -> None:
 
 
 def _sampling(
-    asked: ChatRequest | CompletionRequest, tokens: list[int], engine: Engine, settings: Settings
+    asked: ChatRequest | CompletionRequest,
+    tokens: Sequence[int],
+    engine: Engine,
+    settings: Settings,
 ) -> SamplingSettings:
     """How the engine is to answer ``tokens``, within the limits.
 
@@ -264,10 +367,8 @@ def _sampling(
     assert loaded is not None, "asked once it is ready"
     context, most = engine.context, settings.limits.max_tokens
     if len(tokens) > context:
-        full = context_full(len(tokens) + 1, context, longest_context(loaded.model))
-        error = as_api_error(full)
-        error.param = "messages" if isinstance(asked, ChatRequest) else "prompt"
-        raise error
+        param = "messages" if isinstance(asked, ChatRequest) else "prompt"
+        raise _too_long(len(tokens) + 1, context, loaded, param)
     if asked.limit is not None and most is not None and asked.limit > most:
         raise ApiError(
             400, f"At most {most} tokens an answer, not {asked.limit}.", param="max_tokens"
@@ -277,6 +378,15 @@ def _sampling(
         usual = min(sampling.max_tokens or LONGEST_ANSWER, most or LONGEST_ANSWER)
         sampling = replace(sampling, max_tokens=usual)
     return sampling
+
+
+def _too_long(needed: int, context: int, loaded: Loaded, param: str, bound: str = "") -> ApiError:
+    """A prompt that leaves no room for an answer; ``bound`` where ``needed`` is only that."""
+    error = as_api_error(context_full(needed, context, longest_context(loaded.model)))
+    error.param = param
+    if bound:
+        error.message = error.message.replace("needs ", f"needs {bound}", 1)
+    return error
 
 
 def _checked(tokens: list[int], loaded: Loaded) -> list[int]:

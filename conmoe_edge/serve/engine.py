@@ -25,6 +25,7 @@ from conmoe_edge.offload.generation.context_limit import longest_context
 from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.runtime import Runtime
+from conmoe_edge.plan.requests import RequestSizes, request_sizes
 from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
 from conmoe_edge.serve.kept_prompts import KeptPrompts
 from conmoe_edge.serve.prometheus import Metrics, Outcome, Snapshot, State
@@ -89,6 +90,14 @@ class Engine:
         longest = longest_context(self.loaded.model)
         return runtime.context if longest is None else min(runtime.context, longest)
 
+    @property
+    def sizes(self) -> RequestSizes:
+        """What requests may hold beside the model, as the plan has it."""
+        assert self.loaded is not None, "asked once it is ready"
+        runtime: Runtime = self.loaded.model.conmoe
+        budget = 0 if runtime.budget is None else runtime.budget.device_bytes
+        return request_sizes(budget, runtime.context, self.loaded.fewest.longest)
+
     def submit(self, job: Job) -> None:
         """Line up.
 
@@ -99,7 +108,7 @@ class Engine:
             if self._state != "ready":
                 raise Busy("loading" if self._state == "loading" else "stopping", 5)
             if len(self._waiting) + len(self._running) + self._in_turn >= self._most:
-                raise Busy("full", self._wait_estimate())
+                raise Busy("full", self.wait_estimate())
             self._waiting.add(job.client, job)
             self._wake.notify()
 
@@ -110,6 +119,15 @@ class Engine:
             if self._waiting.remove(job):
                 self._metrics.answer("cancelled", 0, 0, 0)
             self._wake.notify()
+
+    def withdraw(self, job: Job) -> bool:
+        """Take a job out of the queue for another one's sake; False where it does not wait there."""
+        with self._wake:
+            waited = self._waiting.remove(job)
+        if waited:
+            self._metrics.answer("cancelled", 0, 0, 0)
+            job.tell(Failed(Busy("full", self.wait_estimate())))
+        return waited
 
     def stop(self) -> None:
         """Take in nothing more; end when what runs is over or cancelled."""
@@ -283,7 +301,8 @@ class Engine:
         span = max(now - recent[0][0], 1e-3)
         return sum(tokens for _, tokens in recent[1:]) / span
 
-    def _wait_estimate(self) -> int:
+    def wait_estimate(self) -> int:
+        """Seconds until there may be a place for one more."""
         ahead = len(self._waiting) / self._parallel
         return max(1, min(600, round(self._seconds_per_answer * ahead)))
 

@@ -1,7 +1,7 @@
 """The check in front of every request: host, origin, key, size and time.
 
-Pure ASGI. What is refused here never reaches a route. The body is read here, up to its limit and
-within its time, so that routes get it whole.
+Pure ASGI. What is refused here never reaches a route. The body is read here, up to its limit, within its time and
+counted (``intake.py``), so that routes get it whole: as ``body_of(scope)``, once.
 
 - ``Host`` has to be a name of this server (DNS rebinding), and so has ``Origin`` where a browser sends
   one: pages of other sites cannot start an answer. No CORS header is ever sent.
@@ -18,7 +18,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from conmoe_edge.serve.http_errors import ApiError
+from conmoe_edge.serve.http_errors import ApiError, as_api_error
+from conmoe_edge.serve.intake import Entry, Intake
+from conmoe_edge.serve.jobs import Busy
 from conmoe_edge.serve.settings import Settings, host_is_allowed
 
 Scope = dict[str, Any]
@@ -39,11 +41,21 @@ _HEADERS = (
 class Guard:
     """Wraps the application."""
 
-    def __init__(self, app: Any, settings: Settings, count: Callable[[str, int], None]) -> None:
-        """``count`` is told the path and the status of every response."""
+    def __init__(
+        self,
+        app: Any,
+        settings: Settings,
+        count: Callable[[str, int], None],
+        intake: Intake,
+        largest: Callable[[], int],
+    ) -> None:
+        """``count`` is told the path and the status of every response; ``largest`` says how many bytes a body may
+        have, and raises ``Busy`` while nothing is answered."""
         self._app = app
         self._settings = settings
         self._count = count
+        self._intake = intake
+        self._largest = largest
         self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -58,16 +70,21 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
             await send(message)
 
+        entry: Entry | None = None
         try:
             self._admit(scope)
             if scope["method"] == "POST":
-                receive = _again(await self._body(scope, receive), receive)
+                entry = await self._taken_in(scope, receive)
         except ApiError as error:
             await _refuse(error, outgoing)
             return
         except _Gone:
             return
-        await self._app(scope, receive, outgoing)
+        try:
+            await self._app(scope, receive, outgoing)
+        finally:
+            if entry is not None:
+                entry.close()
 
     def _admit(self, scope: Scope) -> None:
         headers = _headers(scope)
@@ -98,28 +115,68 @@ class Guard:
             if kind != b"application/json":
                 raise ApiError(415, "The body has to be JSON: Content-Type: application/json.")
 
-    async def _body(self, scope: Scope, receive: Any) -> bytes:
-        most = self._settings.limits.body_bytes
+    async def _taken_in(self, scope: Scope, receive: Any) -> Entry:
+        """Read the body, and leave it and its entry in ``scope``. A body that is pushed out gets 429."""
         seconds = self._settings.limits.body_seconds
-        announced = _headers(scope).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced[:20]) > most:
-            raise _too_large(most)
+        pushed_out = False
+        entry: Entry | None = None
         try:
-            async with asyncio.timeout(seconds):
-                return await _read(receive, most)
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"The body did not arrive within {seconds:g} s.",
-                headers={"Connection": "close"},
-            ) from None
+            most = self._largest()
+            announced = _announced(scope)
+            if announced > most:
+                raise _too_large(most)
+            if self._intake.full and announced > _SMALL_BODY:
+                raise self._intake.busy()
+            async with asyncio.timeout(seconds) as clock:
+
+                def break_off() -> bool:
+                    nonlocal pushed_out
+                    pushed_out = True
+                    clock.reschedule(asyncio.get_running_loop().time())
+                    return True
+
+                entry = self._intake.open(break_off)
+                scope[_BODY] = await _read(receive, most, entry)
+                entry.on_withdraw(lambda: False)
+        except BaseException as error:
+            if entry is not None:
+                entry.close()
+            if isinstance(error, Busy) or (isinstance(error, TimeoutError) and pushed_out):
+                busy = error if isinstance(error, Busy) else self._intake.busy()
+                refused = as_api_error(busy)
+                refused.headers["Connection"] = "close"
+                raise refused from None
+            if isinstance(error, TimeoutError):
+                raise ApiError(
+                    408,
+                    f"The body did not arrive within {seconds:g} s.",
+                    headers={"Connection": "close"},
+                ) from None
+            raise
+        scope[_ENTRY] = entry
+        return entry
+
+
+def entry_of(scope: Any) -> Entry:
+    """The account of a request whose body was read here."""
+    return scope[_ENTRY]
+
+
+def body_of(scope: Any) -> bytes:
+    """Its body, which nobody else holds."""
+    return scope.pop(_BODY)
+
+
+_ENTRY, _BODY = "conmoe.entry", "conmoe.body"
+_SMALL_BODY = 16 << 10
+"""Of a request that comes while all places are taken, a larger one is not even read."""
 
 
 class _Gone(Exception):
     """The client left while it was sending."""
 
 
-async def _read(receive: Any, most: int) -> bytes:
+async def _read(receive: Any, most: int, entry: Entry) -> bytes:
     parts: list[bytes] = []
     total = 0
     while True:
@@ -130,22 +187,12 @@ async def _read(receive: Any, most: int) -> bytes:
         total += len(parts[-1])
         if total > most:
             raise _too_large(most)
+        entry.hold(total + _PART_BYTES * len(parts))
         if not message.get("more_body"):
-            return b"".join(parts)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _again(body: bytes, receive: Any) -> Any:
-    """A ``receive`` that hands out the body that was read, then goes on as before."""
-    given = False
-
-    async def replay() -> dict[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+_PART_BYTES = 64  # Python's own share of a piece of a body, however small
 
 
 def _too_large(most: int) -> ApiError:
@@ -155,6 +202,12 @@ def _too_large(most: int) -> ApiError:
         code="request_too_large",
         headers={"Connection": "close"},
     )
+
+
+def _announced(scope: Scope) -> int:
+    """Bytes of the body by its head; 0 where that does not say."""
+    length = _headers(scope).get(b"content-length", b"0")
+    return int(length[:20]) if length.isdigit() else 0
 
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:

@@ -6,6 +6,7 @@ a bug of the server, and its body tells nothing of the inside.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,16 @@ def as_api_error(error: BaseException) -> ApiError:
         )
     what = "The model could not be read" if isinstance(error, ConmoeError) else "Something failed"
     return ApiError(500, f"{what} inside the server; its log says more.", code="internal_error")
+
+
+def too_many_connections() -> bytes:
+    """The whole response for a connection that finds no place, before any request was read."""
+    error = ApiError(503, "Too many connections are open.", code="too_many_connections")
+    body = json.dumps(error.body).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    )
+    return f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
 
 
 def _busy(error: Busy) -> ApiError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.serve.fewest_tokens import UNKNOWN, FewestTokens
 
 Finish = Literal["stop", "length"]
 """OpenAI's words; an answer that fills the context ends by ``length``."""
@@ -72,7 +73,7 @@ class Job:
         cancelled, started, reserved, answer: the engine's own; ``reserved`` in bytes of cache.
     """
 
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     settings: SamplingSettings
     client: str
     tell: Callable[[Event], None]
@@ -85,7 +86,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine computes with."""
+    """What the engine computes with, and how few tokens a text can come to."""
 
     model: Any
     tokenizer: Any
+    fewest: FewestTokens = UNKNOWN

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.intake import Intake
 from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
 
 SCHEMA_VERSION = 1
 
 
-def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str, Any]:
+def page_stats(
+    engine: Engine, metrics: Metrics, settings: Settings, intake: Intake
+) -> dict[str, Any]:
     """Sizes in bytes. ``memory``, ``compute`` and ``cache`` are ``null`` before the model is there."""
     now = engine.snapshot
     value: dict[str, Any] = {
@@ -38,6 +41,8 @@ def page_stats(engine: Engine, metrics: Metrics, settings: Settings) -> dict[str
         "slots": stats.slot_bytes,
         "conversations": now.cache_bytes,
         "conversations_planned": now.cache_total_bytes,
+        "requests": intake.used,
+        "requests_planned": engine.sizes.account,
     }
     value["compute"] = {
         "kernel": stats.kernel,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from conmoe_edge.offload.runtime import RuntimeStats
+from conmoe_edge.serve.intake import Intake
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -102,10 +103,10 @@ class Metrics:
                 "completion_tokens": self._counts.completion_tokens,
             }
 
-    def text(self, now: Snapshot, model: str) -> str:
+    def text(self, now: Snapshot, model: str, intake: Intake) -> str:
         """Everything, in Prometheus' text format."""
         with self._lock:
-            lines = [*self._counted(), *_held(now)]
+            lines = [*self._counted(), *_taken_in(intake), *_held(now)]
         info = f'conmoe_model_info{{model="{_escaped(model)}"}} 1'
         return "\n".join([*_family("conmoe_model_info", "gauge", "The model."), info, *lines, ""])
 
@@ -142,6 +143,12 @@ class Metrics:
         yield f'{name}_bucket{{le="+Inf"}} {total}'
         yield f"{name}_sum {counts.first_token_seconds:.6f}"
         yield f"{name}_count {total}"
+
+
+def _taken_in(intake: Intake) -> Iterable[str]:
+    yield from _single("conmoe_bodies", "gauge", "Bodies that are being read.", intake.reading)
+    yield from _single("conmoe_requests", "gauge", "Requests that hold a place.", intake.inside)
+    yield from _single("conmoe_request_bytes", "gauge", "Held by requests.", intake.used)
 
 
 def _held(now: Snapshot) -> Iterable[str]:

@@ -3,13 +3,19 @@
 Every field of OpenAI's API is one of three: *honoured*; *harmless* (``metadata``, say: it does not
 change the answer), accepted and left alone; or *refused*, unless it has the value that asks for nothing
 (``n=1``, ``tools=[]``, ``logprobs=false``). Unknown names are refused, as OpenAI does, so that a
-misspelt ``temprature`` is not silently ignored.
+misspelt ``temprature`` is not silently ignored. A field that is there twice is refused too: which of the two was
+meant nobody knows.
+
+Memory: the body's text once more, and about 100 bytes for each of at most ``MOST_VALUES`` values and as many again as
+the context has tokens. They are counted before they are made, since a body of brackets comes to thirty times its size.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, TypeVar
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,6 +24,11 @@ from conmoe_edge.serve.http_errors import ApiError
 
 MOST_STOPS = 4
 LONGEST_STOP = 256
+LONGEST_USER = 512
+MOST_VALUES = 16_384
+"""Of a request beside the numbers of a prompt: 512 messages in parts, with room to spare."""
+MOST_FIELDS = 64
+"""Of one JSON object; the API itself has fewer."""
 _HARMLESS = frozenset(
     {
         "metadata",
@@ -56,6 +67,8 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 
 _Strict = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+_First = Field(fail_fast=True)  # a list of ten thousand wrong values is one complaint
+
 
 class StreamOptions(BaseModel):
     """``include_obfuscation`` is accepted and left alone."""
@@ -78,7 +91,7 @@ class Message(BaseModel):
 
     model_config = _Strict
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], _First]
     name: str | None = None
     refusal: None = None
 
@@ -103,7 +116,7 @@ class _Request(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = Field(None, max_length=LONGEST_USER)
 
     @field_validator("stop")
     @classmethod
@@ -141,7 +154,7 @@ class _Request(BaseModel):
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @property
@@ -153,7 +166,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """``POST /v1/completions``: one prompt, as text or as tokens."""
 
-    prompt: str | list[str] | list[int]
+    prompt: str | Annotated[list[str], _First] | Annotated[list[int], _First]
 
     @field_validator("prompt")
     @classmethod
@@ -168,13 +181,13 @@ class CompletionRequest(_Request):
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 
-def read_request(body: bytes, kind: type[R], most_messages: int) -> R:
-    """The request in ``body``.
+def read_request(body: bytes, kind: type[R], most_messages: int, most_values: int) -> R:
+    """The request in ``body``, of at most ``most_values`` JSON values.
 
     Raises:
         ApiError: 400, with the field that is wrong as ``param``.
     """
-    value = _json(body)
+    value = _json(body, most_values)
     value = _without_nothings(value)
     if "messages" in value and isinstance(value["messages"], list):
         if len(value["messages"]) > most_messages:
@@ -190,16 +203,62 @@ def read_request(body: bytes, kind: type[R], most_messages: int) -> R:
         raise _field_error(error) from None
 
 
-def _json(body: bytes) -> dict[str, Any]:
+def count_values(body: bytes) -> int:
+    """JSON values in ``body``, names of fields included, without making them: the marks outside its strings. For
+    bytes that are no JSON, some number."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = re.sub(rb'"[^"]*"?', b"", plain)
+    return 1 + sum(outside.count(mark) for mark in (b",", b":", b"[", b"{"))
+
+
+def _json(body: bytes, most_values: int) -> dict[str, Any]:
+    if count_values(body) > most_values:
+        raise ApiError(400, f"The body has more than {most_values} values.")
     try:
-        value = json.loads(body, parse_constant=_no_constant)
-        # A lone half of a surrogate pair is valid JSON and no text.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = body.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+        # A lone half of a surrogate pair is valid JSON and no text; only an escape can write one.
+        if _HALF.search(text):
+            for one in _strings(value):
+                one.encode("utf-8")
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not valid JSON.") from None
     if not isinstance(value, dict):
         raise ApiError(400, "The body has to be a JSON object.")
     return value
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose names have to differ."""
+    if len(pairs) > MOST_FIELDS:
+        raise ApiError(400, f"An object in the body has more than {MOST_FIELDS} fields.")
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            shown = name.encode("utf-8", "replace").decode()[:100]
+            raise ApiError(400, f"{shown!r} is there twice.", code="repeated_field")
+        seen.add(name)
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            left += one
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
 
 
 def _no_constant(word: str) -> Any:

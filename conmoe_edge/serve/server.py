@@ -23,13 +23,17 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.plan.requests import request_sizes
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
 from conmoe_edge.serve.engine import Engine
+from conmoe_edge.serve.fewest_tokens import fewest_tokens
 from conmoe_edge.serve.guard import Guard
-from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.intake import Intake
+from conmoe_edge.serve.jobs import Busy, Loaded
 from conmoe_edge.serve.prometheus import Metrics
 from conmoe_edge.serve.settings import Settings
+from conmoe_edge.serve.tokenising import Tokenising
 
 _ROUTES = frozenset(
     {"/", "/health", "/metrics", "/stats", "/v1/models", "/v1/chat/completions", "/v1/completions"}
@@ -75,18 +79,24 @@ class Server:
             metrics=self.metrics,
             on_end=self._on_engine_end,
         )
-        guarded = Guard(make_app(self.engine, self.metrics, settings), settings, self._count)
+        limits = settings.limits
+        places = limits.queue + limits.parallel
+        self.intake = Intake(
+            lambda: self.engine.sizes.account, places, limits.readers, self.engine.wait_estimate
+        )
+        self._tokenising = Tokenising(places)
+        app = make_app(self.engine, self.metrics, settings, self.intake, self._tokenising)
+        guarded = Guard(app, settings, self._count, self.intake, self._largest_body)
         config = uvicorn.Config(
             guarded,
-            http=timed(settings.limits.header_seconds),
+            http=timed(limits.header_seconds, limits.send_seconds, limits.connections),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=settings.limits.connections,
-            timeout_graceful_shutdown=settings.limits.stop_seconds,
+            timeout_graceful_shutdown=limits.stop_seconds,
             timeout_keep_alive=30,
             h11_max_incomplete_event_size=16 << 10,
         )
@@ -110,10 +120,22 @@ class Server:
             self._web.run(sockets=[self._socket])
         finally:
             self._on_stop()
+            self._tokenising.stop()
             self.engine.join(timeout=30)
             self._socket.close()
         if self._error is not None and not isinstance(self._error, Stopped):
             raise self._error
+
+    def _largest_body(self) -> int:
+        """Bytes of a body.
+
+        Raises:
+            Busy: the model is not there yet, and neither is its budget.
+        """
+        state = self.engine.snapshot.state
+        if self.engine.loaded is None or state == "loading":
+            raise Busy("loading" if state == "loading" else "stopping", 5)
+        return self.engine.sizes.body
 
     def _on_stop(self) -> None:
         self._stopping = True
@@ -170,6 +192,13 @@ def package_loader(
     """What opens a package for a server: the model inside its budget, and its tokenizer."""
 
     def load(progress: Callable[[int, int], None]) -> Loaded:
+        tokenizer = load_tokenizer(folder)
+        fewest = fewest_tokens(tokenizer)
+        tokenizer("")  # its first call writes to what all threads share
+
+        def beside(budget_bytes: int, tokens: int) -> int:
+            return request_sizes(budget_bytes, tokens, fewest.longest).nbytes
+
         model: Any = load_package(
             folder,
             budget=budget,
@@ -177,9 +206,10 @@ def package_loader(
             context=context,
             cache_policy=cache_policy,
             misses=misses,
+            beside=beside,
             progress=progress,
         )
-        return Loaded(model, load_tokenizer(folder))
+        return Loaded(model, tokenizer, fewest)
 
     return load
 

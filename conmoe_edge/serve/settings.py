@@ -17,23 +17,27 @@ class Limits:
     """What one request, and all of them, may ask for.
 
     Attributes:
-        body_bytes: of a request.
         messages: of a conversation.
         max_tokens: of an answer; ``None`` for as many as the context holds.
-        queue: requests that wait.
+        queue: requests that wait, whatever they wait for: their tokens, their turn, or that their client reads.
         parallel: answers that are made at once.
+        readers: bodies that arrive at once.
         header_seconds, body_seconds: for a request's head, and for its body, to arrive.
+        send_seconds: for a client to read something of its answer.
         stop_seconds: for running answers to come to their end when the server is stopped.
         connections: open at once.
+
+    How many bytes requests may have follows from the budget: ``plan/requests.py``.
     """
 
-    body_bytes: int = 1 << 20
     messages: int = 512
     max_tokens: int | None = None
     queue: int = 64
     parallel: int = 4
+    readers: int = 64
     header_seconds: float = 10.0
     body_seconds: float = 20.0
+    send_seconds: float = 60.0
     stop_seconds: int = 10
     connections: int = 512
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from conmoe_edge.errors import UsageError
@@ -28,6 +28,7 @@ def prompt_tokens(
     *,
     allow_special_tokens: bool = False,
     stop_event: threading.Event | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> list[int]:
     """The prompt: the chat template's, or the last message alone for a model without one. For any thread.
 
@@ -36,6 +37,7 @@ def prompt_tokens(
         messages: ``{"role": ..., "content": ...}``, oldest first; plain JSON values.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
         stop_event: ends the rendering of the template once it is set.
+        check: called with the text before it is tokenised; what it raises leaves the call.
 
     Raises:
         UsageError: there is no message, one is no text, or the template refuses them or goes over a limit.
@@ -50,10 +52,14 @@ def prompt_tokens(
         text = plain[-1].get("content")
         if not isinstance(text, str):
             raise UsageError("The last message has no text.")
+        if check is not None:
+            check(text)
         return text_tokens(tokenizer, text, allow_special_tokens=allow_special_tokens)
     variables = template_variables(tokenizer)
     if allow_special_tokens:
         (text,) = shared.render(template, [plain], variables, stop_event)
+        if check is not None:
+            check(text or "")
         return list(tokenizer(text or "", add_special_tokens=False).input_ids)
     control = ControlTokens.of(tokenizer, template)
     for message in plain:
@@ -61,6 +67,8 @@ def prompt_tokens(
     stand_ins = StandIns(plain, template, shared.looked_for(template), control)
     text, marked = shared.render(template, [plain, stand_ins.messages], variables, stop_event)
     assert text is not None, "only the second one may be missing"
+    if check is not None:
+        check(text)
     if marked is not None and stand_ins.restored(marked) == text:
         return encode_apart(
             tokenizer, text, lambda begin, end: stand_ins.any_in(marked[begin:end]), control

@@ -37,6 +37,7 @@ from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import guard_context
 from conmoe_edge.offload.runtime import Runtime
+from conmoe_edge.offload.simulate.machine_file import with_machine_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def begin_loading(
             "The package has no dense weights.", "model.safetensors.index.json names none", _AGAIN
         )
     folder = Path(checkpoint_files[0]).parent
-    manifest = load_manifest(folder)
+    manifest = with_machine_file(folder, load_manifest(folder))
     register_experts_function()
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
@@ -144,6 +145,7 @@ def attach_unchanged(
     model: PreTrainedModel, folder: Path, manifest: Manifest, device: torch.device
 ) -> None:
     """Give a model that was left whole budget, context and counters as well; it has no prototypes."""
+    manifest = with_machine_file(folder, manifest)
     finish_loading(model, Loading(folder, manifest, device, (), products_for(device)))
 
 

@@ -28,7 +28,7 @@ from conmoe_edge.offload.residency.quota import slots_for
 from conmoe_edge.plan.needs import MAX_CHUNK, MIN_CHUNK, needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
-from conmoe_edge.units import gib
+from conmoe_edge.units import human_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -97,7 +97,7 @@ def plan_memory(
 def _too_small(needed: int, budget: Budget) -> DoesNotFit:
     """The error for a model that was left whole and has no prototypes to offload."""
     return DoesNotFit(
-        f"This model needs {gib(needed)}, and the budget is {gib(budget.device_bytes)}.",
+        f"This model needs {human_size(needed)}, and the budget is {human_size(budget.device_bytes)}.",
         "it was left unchanged because it fitted the budget that fit was given",
         f"Make a package for it: conmoe-edge fit MODEL --gpu {budget.asked} --out DIR",
     )
@@ -123,7 +123,7 @@ def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
         or planned.budget.device_bytes > here.device_bytes
     ):
         return here
-    return planned.budget
+    return replace(planned.budget, host_bytes=here.host_bytes)
 
 
 def default_context(config: PretrainedConfig, manifest: Manifest) -> int:

@@ -17,6 +17,7 @@ from conmoe_edge.checkpoint.package.manifest_io import verify_package
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
+from conmoe_edge.offload.simulate.machine_file import with_machine_file
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.report.hits import HitCurve, hit_curves
@@ -152,7 +153,7 @@ def summarise(
         PackageError: it is none, or a file is missing, too short, or (with ``verify``) changed.
         UsageError: ``bench`` is no report about this package.
     """
-    manifest = verify_package(folder, deep=verify)
+    manifest = with_machine_file(folder, verify_package(folder, deep=verify))
     trace = read_trace(folder, manifest) if manifest.slots else None
     usage = usage_of(manifest, trace)
     config = read_json_object(folder / CONFIG_FILE)

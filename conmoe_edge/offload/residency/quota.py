@@ -9,7 +9,7 @@ import numpy as np
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.errors import DoesNotFit
-from conmoe_edge.units import gib
+from conmoe_edge.units import human_size
 
 
 def slots_for(
@@ -37,8 +37,8 @@ def slots_for(
     least = sum(nbytes for nbytes, count in records if count)
     if least > left:
         raise DoesNotFit(
-            f"The budget of {gib(device_bytes)} holds no prototype.",
-            f"everything else needs {gib(fixed_bytes)}, and a cache slot another {gib(least)}",
+            f"The budget of {human_size(device_bytes)} holds no prototype.",
+            f"everything else needs {human_size(fixed_bytes)}, and a cache slot another {human_size(least)}",
             f"Give at least --gpu {_least_size(fixed_bytes + least)}, or a smaller --context.",
         )
     slots = [min(count, max(1, left * count // total)) if count else 0 for _, count in records]

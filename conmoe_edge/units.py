@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
 KIB = 1 << 10
@@ -47,20 +48,40 @@ def parse_size(text: str) -> int | None:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
-def gib(count: int) -> str:
-    """Bytes as GiB with two digits: ``22.35 GiB``."""
-    return f"{count / GIB:.2f} GiB"
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A binary unit and how many digits behind the point are shown in it."""
+
+    name: str
+    nbytes: int
+    digits: int
+
+    def text(self, count: float) -> str:
+        """``count`` bytes in this unit, without its name: ``1,022.4``; what would round to nothing is ``<0.1``."""
+        least = 10.0**-self.digits
+        if 0 < count / self.nbytes < least / 2:
+            return f"<{least:.{self.digits}f}"
+        return f"{count / self.nbytes:,.{self.digits}f}"
 
 
-def human_size(count: int) -> str:
+_BINARY = (Unit("B", 1, 0), Unit("KiB", KIB, 1), Unit("MiB", MIB, 1), Unit("GiB", GIB, 2))
+
+
+def unit_for(count: float) -> Unit:
+    """The unit in which so many bytes read best: the first in which the rounded number is below 1024.
+
+    A table or a sum that has one unit for all of its rows takes that of its largest.
+    """
+    for unit in _BINARY[:-1]:
+        if round(abs(count) / unit.nbytes, unit.digits) < 1024:
+            return unit
+    return _BINARY[-1]
+
+
+def human_size(count: float) -> str:
     """Bytes in the binary unit that reads best: ``512 B``, ``12.0 MiB``, ``6.00 GiB``."""
-    if count < KIB:
-        return f"{count} B"
-    if count < MIB:
-        return f"{count / KIB:.1f} KiB"
-    if count < GIB:
-        return f"{count / MIB:.1f} MiB"
-    return f"{count / GIB:.2f} GiB"
+    unit = unit_for(count)
+    return f"{count / unit.nbytes:.{unit.digits}f} {unit.name}"
 
 
 def round_up(count: int, multiple: int) -> int:

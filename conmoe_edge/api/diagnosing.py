@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.api.finding import Finding
-from conmoe_edge.units import GIB, gib, human_size, path_text
+from conmoe_edge.units import GIB, human_size, path_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,9 +167,9 @@ def _cpu_flags() -> set[str]:
 
 def memory_finding(facts: MachineFacts) -> Finding:
     """Free RAM, and the limit of the container if that is what counts."""
-    text = f"{gib(facts.ram_usable)} free of {gib(facts.ram_total)}"
+    text = f"{human_size(facts.ram_usable)} free of {human_size(facts.ram_total)}"
     if facts.cgroup_limit is not None and facts.cgroup_limit < facts.ram_total:
-        text += f", this container may use {gib(facts.cgroup_limit)}"
+        text += f", this container may use {human_size(facts.cgroup_limit)}"
     if facts.ram_usable < _LITTLE_RAM:
         return Finding("ram", "warn", text, "close other programs, or take a smaller --gpu")
     return Finding("ram", "ok", text)

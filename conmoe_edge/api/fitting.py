@@ -17,6 +17,7 @@ from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_pac
 from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.sources.locate import locate
 from conmoe_edge.errors import CalibrationError
+from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.outcomes import Outcome, remember
 from conmoe_edge.model.tokenizer_files import has_tokenizer
 from conmoe_edge.model.tokenizers import load_tokenizer
@@ -105,7 +106,8 @@ def fit(
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
     from conmoe_edge.compress.stream.layer_stream import compute_dtype
     from conmoe_edge.model.opened import open_model
-    from conmoe_edge.offload.simulate.planned_caching import planned_caching
+    from conmoe_edge.offload.simulate.machine_file import save_machine_file
+    from conmoe_edge.offload.simulate.planned_caching import planned_caching, planned_prefetch
 
     asked = resolve_request(request, levers)
     tell = progress or (lambda step: None)
@@ -149,21 +151,28 @@ def fit(
     )
     with StagedFolder(Path(out), settings, overwrite=overwrite, fresh=fresh) as staged:
         report = _same_plan(staged.work / PLAN_FILE, report)
-        job = Job(source, asked.request, report.plan, train, held_out, target, __version__)
+        decided = report.plan.without_measurements()
+        job = Job(source, asked.request, decided, train, held_out, target, __version__)
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):
-            manifest = planned_caching(
-                staged.path,
-                manifest,
-                run.predictions(),
-                stored(anatomy, report.plan.dense_precision),
-                report.plan.budget,
-                report.plan.left_for_prototypes,
-            )
+            manifest = planned_caching(staged.path, manifest, decided.left_for_prototypes)
+
+            def tuned(budget: Budget) -> Manifest:
+                return planned_prefetch(
+                    staged.path,
+                    manifest,
+                    run.predictions(),
+                    stored(anatomy, decided.dense_precision),
+                    budget,
+                    decided.left_for_prototypes,
+                )
+
+            measured, manifest = tuned(report.plan.budget), tuned(decided.budget)
         started = time.perf_counter()
         tell(Progress("verify", 0, 1, "package"))
-        save_manifest(staged.path, manifest)
+        saved = save_manifest(staged.path, manifest)
+        save_machine_file(staged.path, saved, report.plan, measured)
         verify_package(staged.path)
         staged.commit()
         run.state.clock.add("verify", time.perf_counter() - started)
@@ -219,6 +228,8 @@ def _fit_unchanged(
     fresh: bool,
 ) -> FitReport:
     """The model fits as it is: link it, say so, and change nothing."""
+    from conmoe_edge.offload.simulate.machine_file import save_machine_file
+
     settings = {"unchanged": source.identity["id"]}
     with StagedFolder(out, settings, overwrite=overwrite, fresh=fresh) as staged:
         written = link_model(source.index, staged.path)
@@ -232,12 +243,13 @@ def _fit_unchanged(
             prototypes=(),
             slots={},
             files={file.name: file.entry() for file in sorted(written, key=lambda file: file.name)},
-            plan=plan_to_json(report.plan),
+            plan=plan_to_json(report.plan.without_measurements()),
             tool_version=__version__,
             prefill_chunk=report.plan.prefill_chunk,
             notes=notes,
         )
-        save_manifest(staged.path, manifest)
+        saved = save_manifest(staged.path, manifest)
+        save_machine_file(staged.path, saved, report.plan, manifest)
         verify_package(staged.path)
         staged.commit()
         size = sum(file.size for file in written)

@@ -45,6 +45,7 @@ from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.generation.long_forward import run_in_chunks
 from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
+from conmoe_edge.offload.simulate.machine_file import with_machine_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +74,7 @@ def begin_loading(
         UnsupportedModel: the context cannot be counted with this release of transformers.
     """
     Arguments.of(model)  # known before anything large is read
-    folder, manifest = package.folder, package.manifest
+    folder, manifest = package.folder, with_machine_file(package.folder, package.manifest)
     register_experts_function()
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
@@ -150,6 +151,7 @@ def attach_unchanged(
     model: PreTrainedModel, folder: Path, manifest: Manifest, device: torch.device
 ) -> None:
     """Give a model that was left whole budget, context and counters as well; it has no prototypes."""
+    manifest = with_machine_file(folder, manifest)
     finish_loading(model, Loading(folder, manifest, device, (), products_for(device)))
 
 

@@ -28,7 +28,7 @@ from conmoe_edge.plan.least import least_size
 from conmoe_edge.plan.needs import MAX_CHUNK, needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
-from conmoe_edge.units import gib
+from conmoe_edge.units import human_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -95,14 +95,14 @@ def _too_small(
     again = f"conmoe-edge fit MODEL --gpu {budget.asked} --out DIR"
     if unchanged:
         return DoesNotFit(
-            f"This model needs {gib(least)}, and the budget is {gib(budget.device_bytes)}.",
+            f"This model needs {human_size(least)}, and the budget is {human_size(budget.device_bytes)}.",
             "it was left unchanged because it fitted the budget that fit was given",
             f"Give --gpu {least_size(least)}, or make a package for this budget: {again}",
         )
     return DoesNotFit(
-        f"The budget of {gib(budget.device_bytes)} holds no prototype.",
-        f"everything else needs {gib(fixed)} with the package's {chunk} tokens of a prompt at a time, which are part "
-        f"of what it answers, and the fewest cache slots another {gib(least - fixed)}",
+        f"The budget of {human_size(budget.device_bytes)} holds no prototype.",
+        f"everything else needs {human_size(fixed)} with the package's {chunk} tokens of a prompt at a time, which are "
+        f"part of what it answers, and the fewest cache slots another {human_size(least - fixed)}",
         f"Give at least --gpu {least_size(least)}, or a smaller --context, or make a package for this budget: {again}",
     )
 
@@ -141,7 +141,7 @@ def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
         or planned.budget.device_bytes > here.device_bytes
     ):
         return here
-    return planned.budget
+    return replace(planned.budget, host_bytes=here.host_bytes)
 
 
 def default_context(config: PretrainedConfig, manifest: Manifest) -> int:

@@ -6,7 +6,7 @@ server for a laptop. Bandwidths are bytes per second and may be unknown (``None`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -26,6 +26,9 @@ class Budget:
         link_bandwidth: from the backing tier to the device, bytes/s (PCIe for a GPU; the disk for ``cpu``).
         disk_bandwidth: sequential reads of records from the disk, bytes/s.
         in_use_by_others: device bytes that other processes hold, already taken off ``device_bytes`` where measured.
+        here: what the machine at hand says to it, such as that less is free now; empty where it says nothing.
+        measured: whether rates, ``host_bytes``, ``in_use_by_others`` and ``here`` are of the machine at hand and of
+            this hour; else they follow from what was asked, as those of a profile do.
     """
 
     device: DeviceKind
@@ -37,3 +40,22 @@ class Budget:
     link_bandwidth: float | None = None
     disk_bandwidth: float | None = None
     in_use_by_others: int = 0
+    here: str = ""
+    measured: bool = False
+
+    def without_measurements(self) -> Budget:
+        """What follows from the user's word alone: the same on every machine and at any time.
+
+        With ``auto`` the word itself means what is free here now, so ``device_bytes`` stays what it was.
+        """
+        if not self.measured:
+            return self
+        return replace(
+            self,
+            host_bytes=0 if self.device == "cpu" else None,
+            device_bandwidth=None,
+            link_bandwidth=None,
+            disk_bandwidth=None,
+            in_use_by_others=0,
+            here="",
+        )

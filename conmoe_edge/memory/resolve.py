@@ -19,7 +19,7 @@ from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.machine import GpuFacts, MachineFacts, measure_machine
 from conmoe_edge.memory.profiles import Profile, get_profile
-from conmoe_edge.units import MIB, gib, parse_size
+from conmoe_edge.units import MIB, human_size, parse_size
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # What "auto" leaves to others, who go on working beside us: a tenth of the RAM that is free now; on
@@ -78,28 +78,24 @@ def _from_size(asked: str, size: int, device: str, facts: MachineFacts) -> Budge
     """A size on a target that is taken to be like this machine."""
     kind = _kind(device, facts)
     if kind == "cpu":
-        note = f"you asked for {asked} = {gib(size)} of RAM"
+        here = ""
         if size > facts.ram_limit:
-            note += f"; this machine has only {gib(facts.ram_limit)}"
+            here = f"this machine has only {human_size(facts.ram_limit)}"
         elif size > facts.ram_usable:
-            note += (
-                f"; only {gib(facts.ram_usable)} of this machine's {gib(facts.ram_limit)} are free"
-            )
-        return Budget("cpu", size, asked, note, host_bytes=0)
-    note = f"you asked for {asked} = {gib(size)} of GPU memory"
+            here = f"only {human_size(facts.ram_usable)} of this machine's {human_size(facts.ram_limit)} are free"
+        note = f"you asked for {asked} = {human_size(size)} of RAM"
+        return Budget("cpu", size, asked, note, host_bytes=0, here=here, measured=True)
+    note = f"you asked for {asked} = {human_size(size)} of GPU memory"
     gpu = facts.gpu
     if gpu is None:
-        return Budget(
-            "cuda", size, asked, f"{note}; this machine has no GPU, so the target is another one"
-        )
-    note += (
-        f"; the {gpu.name} here has {gib(gpu.total)}, {gib(gpu.used_by_others)} in use by others"
-    )
+        here = "this machine has no GPU, so the target is another one"
+        return Budget("cuda", size, asked, note, here=here, measured=True)
+    here = f"the {gpu.name} here has {human_size(gpu.total)}, {human_size(gpu.used_by_others)} in use by others"
     if size > gpu.total:
-        note += ", which is less than you asked for"
+        here += ", which is less than you asked for"
     elif size > gpu.total - gpu.used_by_others:
-        note += ", so not all of it is free now"
-    return _gpu_budget(size, asked, note, gpu, facts, others=0)
+        here += ", so not all of it is free now"
+    return replace(_gpu_budget(size, asked, note, gpu, facts, others=0), here=here)
 
 
 def _from_machine(device: str, facts: MachineFacts) -> Budget:
@@ -107,16 +103,18 @@ def _from_machine(device: str, facts: MachineFacts) -> Budget:
     if _kind(device, facts) == "cpu":
         usable = int(facts.ram_usable * (1 - _RAM_SHARE_LEFT))
         others = max(0, facts.ram_limit - facts.ram_usable)
-        note = f"nine tenths of the {gib(facts.ram_usable)} of RAM that are free on this machine"
+        note = f"nine tenths of the {human_size(facts.ram_usable)} of RAM that are free on this machine"
         if facts.cgroup_limit is not None and facts.cgroup_limit < facts.ram_total:
-            note += f" inside its limit of {gib(facts.cgroup_limit)}"
+            note += f" inside its limit of {human_size(facts.cgroup_limit)}"
         if usable <= 0:
             raise UsageError(
                 "There is no free RAM on this machine.",
                 "",
                 "Close other programs, or give --gpu SIZE",
             )
-        return Budget("cpu", usable, "auto", note, host_bytes=0, in_use_by_others=others)
+        return Budget(
+            "cpu", usable, "auto", note, host_bytes=0, in_use_by_others=others, measured=True
+        )
     gpu = facts.gpu
     if gpu is None:
         raise UsageError(
@@ -129,10 +127,10 @@ def _from_machine(device: str, facts: MachineFacts) -> Budget:
     if usable <= 0:
         raise UsageError(
             f"The {gpu.name} has no free memory.",
-            f"other processes hold {gib(gpu.used_by_others)}",
+            f"other processes hold {human_size(gpu.used_by_others)}",
             "Close them, or use --device cpu",
         )
-    note = f"the {gpu.name} has {gib(gpu.total)}, {gib(gpu.used_by_others)} in use by others"
+    note = f"the {gpu.name} has {human_size(gpu.total)}, {human_size(gpu.used_by_others)} in use by others"
     note += "; a margin is kept"
     return _gpu_budget(usable, "auto", note, gpu, facts, others=gpu.used_by_others)
 
@@ -146,8 +144,8 @@ def _from_profile(profile: Profile, device: str) -> Budget:
             f"Leave out --device, or give a size: --gpu 8GB --device {device}",
         )
     on_cpu = profile.device == "cpu"
-    note = f"profile {profile.name}: {gib(profile.memory)} of {'RAM' if on_cpu else 'GPU memory'}"
-    note += f" less {gib(profile.reserve)} for the system"
+    note = f"profile {profile.name}: {human_size(profile.memory)} of {'RAM' if on_cpu else 'GPU memory'}"
+    note += f" less {human_size(profile.reserve)} for the system"
     return Budget(
         device=profile.device,
         device_bytes=profile.usable,
@@ -172,6 +170,7 @@ def _gpu_budget(
         device_bandwidth=gpu.memory_bandwidth,
         link_bandwidth=gpu.link_bandwidth,
         in_use_by_others=others,
+        measured=True,
     )
 
 

@@ -14,7 +14,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.needs import Needs, needs_of
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate
-from conmoe_edge.units import GIB, MIB, parse_size
+from conmoe_edge.units import parse_size, unit_for
 
 _CONTEXT_STEP = 64
 _SHORTEST_CONTEXT = 128
@@ -28,18 +28,18 @@ def does_not_fit(
     smallest = min(
         (_at_least(needs, one) for one in candidates), key=lambda placed: placed.least_bytes
     )
-    unit = "GiB" if smallest.least_bytes >= GIB else "MiB"
-    parts = [f"{term.name} {_number(term.nbytes, unit)}" for term in smallest.terms]
+    unit = unit_for(smallest.least_bytes)
+    parts = [f"{term.name} {unit.text(term.nbytes)}" for term in smallest.terms]
     slots = smallest.least_bytes - sum(term.nbytes for term in smallest.terms)
-    parts.append(f"slots {_number(slots, unit)}")
+    parts.append(f"slots {unit.text(slots)}")
     fix = f"--gpu {least_size(smallest.least_bytes)} is the least that works"
     shorter = longest_context(anatomy, budget, context, candidates)
     if shorter is not None:
         fix += f"; or --context {shorter}, which fits"
     return DoesNotFit(
         f"{anatomy.architecture} does not fit in {budget.asked}, even with one slot per layer.",
-        f"the smallest setting needs {_number(smallest.least_bytes, unit)} {unit} "
-        f"({', '.join(parts)}); the budget is {_number(budget.device_bytes, unit)} {unit}",
+        f"the smallest setting needs {unit.text(smallest.least_bytes)} {unit.name} "
+        f"({', '.join(parts)}); the budget is {unit.text(budget.device_bytes)} {unit.name}",
         fix,
     )
 
@@ -94,7 +94,3 @@ def _placed(needs: Needs, candidate: Candidate, device_bytes: int) -> Placement:
         record_bytes=candidate.record_bytes,
         pool_bytes=candidate.pool_bytes,
     )
-
-
-def _number(count: int, unit: str) -> str:
-    return f"{count / GIB:.2f}" if unit == "GiB" else f"{count / MIB:.1f}"

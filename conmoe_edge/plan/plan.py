@@ -7,7 +7,7 @@ count is of the target's device tier unless said.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from conmoe_edge.memory.budget import Budget
@@ -89,3 +89,16 @@ class Plan:
     def device_bytes_used(self) -> int:
         """The terms plus the slots of the chosen candidate."""
         return sum(term.nbytes for term in self.terms) + self.chosen.resident_bytes
+
+    def without_measurements(self) -> Plan:
+        """What was decided, apart from the machine that it was decided on: no decision rests on a rate, so only the
+        figures go. This is what a package says of itself.
+        """
+        if not self.budget.measured:
+            return self
+        return replace(
+            self,
+            budget=self.budget.without_measurements(),
+            chosen=replace(self.chosen, tokens_per_second=None),
+            candidates=tuple(replace(one, tokens_per_second=None) for one in self.candidates),
+        )

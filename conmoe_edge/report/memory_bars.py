@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
 from conmoe_edge.report.package_summary import MemoryTerm, PackageSummary, memory_terms
-from conmoe_edge.units import GIB, MIB, human_size
+from conmoe_edge.units import human_size, unit_for
 
 _FULL = 100.0
 
@@ -65,8 +65,7 @@ def _measured(used: int, budget: int) -> Markup:
 
 
 def _row(number: int, term: MemoryTerm, most: int) -> Markup:
-    unit, name = (GIB, "GiB") if most >= GIB else (MIB, "MiB")
-    digits = 2
+    unit = unit_for(most)
 
     def bar(nbytes: int, top: float, class_: str) -> Markup:
         width = _FULL * nbytes / most if most else 0.0
@@ -75,9 +74,9 @@ def _row(number: int, term: MemoryTerm, most: int) -> Markup:
     bars = [bar(term.planned, 0.5 if term.found is not None else 3.0, f"term t{number % 6}")]
     if term.found is not None:
         bars.append(bar(term.found, 5.5, "found"))
-    figures = [tag("b", f"{term.planned / unit:,.{digits}f} {name}")]
+    figures = [tag("b", f"{unit.text(term.planned)} {unit.name}")]
     if term.found is not None:
-        figures.append(tag("span", f"{term.found / unit:,.{digits}f} on disk", class_="soft"))
+        figures.append(tag("span", f"{unit.text(term.found)} on disk", class_="soft"))
     return tag(
         "div",
         tag(

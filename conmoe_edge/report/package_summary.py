@@ -18,6 +18,7 @@ from conmoe_edge.checkpoint.package.verify_values import verify_values
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
+from conmoe_edge.offload.simulate.machine_file import with_machine_file
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.report.hits import HitCurve, hit_curves
@@ -154,7 +155,7 @@ def summarise(
             or not all numbers.
         UsageError: ``bench`` is no report about this package.
     """
-    manifest = open_package(folder, deep=verify).manifest
+    manifest = with_machine_file(folder, open_package(folder, deep=verify).manifest)
     if verify:
         verify_values(folder, manifest)
     trace = read_trace(folder, manifest) if manifest.slots else None

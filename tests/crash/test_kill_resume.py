@@ -20,6 +20,7 @@ from conmoe_edge.checkpoint.fs.durable import CRASH_STATUS, CRASH_VARIABLE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.errors import DoesNotFit, OutputExists, ResumeMismatch
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.offload.simulate.machine_file import MACHINE_FILE
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 
@@ -89,6 +90,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
+        if path.name != MACHINE_FILE
     }
 
 

@@ -54,24 +54,24 @@ def test_a_size_without_a_gpu_means_ram():
 
 
 def test_more_ram_than_there_is_gets_said():
-    assert "only 16.00 GiB" in resolve_budget("17GiB", facts=_LAPTOP).source
-    assert "only 10.00 GiB" in resolve_budget("12GiB", facts=_LAPTOP).source
-    assert "only 24.00 GiB" in resolve_budget("30GiB", "cpu", facts=_WORKSTATION).source
+    assert "only 16.00 GiB" in resolve_budget("17GiB", facts=_LAPTOP).here
+    assert "only 10.00 GiB" in resolve_budget("12GiB", facts=_LAPTOP).here
+    assert "only 24.00 GiB" in resolve_budget("30GiB", "cpu", facts=_WORKSTATION).here
 
 
 def test_a_size_with_a_gpu_takes_its_bandwidths():
     budget = resolve_budget("4GB", facts=_WORKSTATION)
     assert budget.device == "cuda" and budget.host_bytes == 18 * GIB
     assert (budget.device_bandwidth, budget.link_bandwidth) == (256e9, 13e9)
-    assert "8.00 GiB, 0.38 GiB in use by others" in budget.source
-    assert "less than you asked for" in resolve_budget("24GB", facts=_WORKSTATION).source
-    assert "not all of it is free" in resolve_budget("8188MiB", facts=_WORKSTATION).source
+    assert "8.00 GiB, 388.0 MiB in use by others" in budget.here
+    assert "less than you asked for" in resolve_budget("24GB", facts=_WORKSTATION).here
+    assert "not all of it is free" in resolve_budget("8188MiB", facts=_WORKSTATION).here
 
 
 def test_a_gpu_target_may_be_another_machine():
     budget = resolve_budget("8GB", "cuda", facts=_LAPTOP)
     assert budget.device == "cuda" and budget.host_bytes is None
-    assert "another one" in budget.source
+    assert "another one" in budget.here
 
 
 def test_auto_takes_what_is_free_less_a_share():
@@ -125,3 +125,23 @@ def test_profile_and_device_may_not_contradict():
     with pytest.raises(UsageError, match="contradict"):
         resolve_budget("rtx-4090", "cpu")
     assert resolve_budget("rtx-4090", "cuda").device == "cuda"
+
+
+@pytest.mark.parametrize("asked", ["8GB", "40GB"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_measurements_a_size_means_the_same_everywhere(asked, device):
+    class Meter:
+        def __init__(self, rate):
+            self.memory = self.disk = lambda: rate
+
+    budgets = [
+        resolve_budget(asked, device, facts=facts, meter=Meter(rate))
+        for facts, rate in ((_LAPTOP, 1e9), (_WORKSTATION, 5e9), (_WORKSTATION, None))
+    ]
+    assert len({budget.without_measurements() for budget in budgets}) == 1
+    assert len(set(budgets)) > 1
+
+
+def test_a_profile_measures_nothing():
+    budget = resolve_budget("rtx-4090")
+    assert not budget.measured and budget.without_measurements() is budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,21 +76,15 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def renamed(package: Path, folder: Path, name: str) -> Path:
-    """A copy by links, of a model that is called ``name``."""
-    folder.mkdir()
-    for path in package.iterdir():
-        if path.name != "conmoe.json":
-            (folder / path.name).hardlink_to(path)
+    """A copy of a model that is called ``name``."""
+    shutil.copytree(package, folder)
     manifest = load_manifest(package)
     save_manifest(folder, replace(manifest, source={**manifest.source, "name": name}))
     return folder
 
 
 def without_overview(package: Path, folder: Path) -> Path:
-    """A copy by links, as earlier versions wrote packages."""
-    folder.mkdir()
-    for path in package.iterdir():
-        if path.name != "conmoe.json":
-            (folder / path.name).hardlink_to(path)
+    """A copy, as earlier versions wrote packages."""
+    shutil.copytree(package, folder)
     save_manifest(folder, replace(load_manifest(package), overview={}))
     return folder

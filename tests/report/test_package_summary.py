@@ -13,6 +13,7 @@ from conmoe_edge.checkpoint.format.manifest import PREDICTOR_FILE, ROUTING_FILE
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, save_manifest
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
+from conmoe_edge.offload.simulate.machine_file import MACHINE_FILE
 from conmoe_edge.report.package_summary import memory_terms, summarise, to_json
 from conmoe_edge.report.slot_shares import quantile
 
@@ -88,7 +89,8 @@ def test_planned_memory_adds_up_and_sizes_are_those_on_disk(package: Path) -> No
     on_disk = sum(path.stat().st_size for path in package.iterdir())
     sizes = facts.sizes
     known = sizes.dense + sizes.prototypes + sizes.other
-    assert known == on_disk - (package / "conmoe.json").stat().st_size
+    unlisted = ("conmoe.json", MACHINE_FILE)
+    assert known == on_disk - sum((package / name).stat().st_size for name in unlisted)
     # Headers are all that the plan does not count.
     assert sizes.dense + sizes.prototypes == pytest.approx(facts.plan.disk_bytes, rel=0.01)
 

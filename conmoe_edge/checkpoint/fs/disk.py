@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conmoe_edge.errors import ConmoeError, NoSpace
-from conmoe_edge.units import gib
+from conmoe_edge.units import human_size
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -37,8 +37,8 @@ def require_space(path: Path, nbytes: int) -> None:
     if free < nbytes:
         raise NoSpace(
             f"The disk of {path} has too little free space.",
-            f"{gib(nbytes)} are needed, {gib(free)} are free.",
-            f"Free {gib(nbytes - free)}, or choose a folder on another disk with --out.",
+            f"{human_size(nbytes)} are needed, {human_size(free)} are free.",
+            f"Free {human_size(nbytes - free)}, or choose a folder on another disk with --out.",
         )
 
 
@@ -57,7 +57,7 @@ def disk_errors(path: Path, fix: str = ELSEWHERE) -> Iterator[None]:
         if error.errno in _FULL:
             raise NoSpace(
                 f"The disk became full while {path} was written.",
-                f"{gib(free_bytes(path))} are free now.",
+                f"{human_size(free_bytes(path))} are free now.",
                 "Free some space and run the same command again: it goes on where it stopped.",
             ) from error
         raise ConmoeError(

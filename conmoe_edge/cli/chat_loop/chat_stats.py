@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.cli.ui.text import counted, duration, percent_whole
-from conmoe_edge.units import GIB, MIB, human_size
+from conmoe_edge.units import human_size, unit_for
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.generation.session import ChatSession
@@ -74,10 +74,9 @@ def loaded_line(stats: ChatStats) -> str:
 
 def memory_text(stats: ChatStats) -> str:
     """Used of budget in the unit that reads best: ``RAM 3.10/3.73 GiB``."""
-    unit, name = (GIB, "GiB") if (stats.budget_bytes or stats.used_bytes) >= GIB else (MIB, "MiB")
-    digits = 2 if unit == GIB else 0
-    limit = "" if stats.budget_bytes is None else f"/{stats.budget_bytes / unit:.{digits}f}"
-    return f"{stats.tier} {stats.used_bytes / unit:.{digits}f}{limit} {name}"
+    unit = unit_for(stats.budget_bytes or stats.used_bytes)
+    limit = "" if stats.budget_bytes is None else f"/{unit.text(stats.budget_bytes)}"
+    return f"{stats.tier} {unit.text(stats.used_bytes)}{limit} {unit.name}"
 
 
 def _cache_text(stats: ChatStats) -> str:

@@ -42,11 +42,11 @@ def list_command(output: Output) -> None:
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.plan_views import table_view
     from conmoe_edge.memory.profiles import list_profiles, user_folder
-    from conmoe_edge.units import gib
+    from conmoe_edge.units import human_size
 
     found = list_profiles()
     output.value({"profiles": [_to_json(p) for p in found], "user_folder": str(user_folder())})
-    rows = [(p.name, gib(p.usable), _tier(p), p.title, _origin(p)) for p in found]
+    rows = [(p.name, human_size(p.usable), _tier(p), p.title, _origin(p)) for p in found]
     output.result(table_view(("name", "usable", "", "machine", ""), rows, numbers=frozenset({1})))
     output.note()
     output.note(f"Your own go into {path_text(user_folder())} as NAME.toml.")
@@ -65,20 +65,20 @@ def show(name: str, output: Output) -> None:
     """
     from conmoe_edge.cli.views.plan_views import table_view
     from conmoe_edge.memory.profiles import get_profile
-    from conmoe_edge.units import gib
+    from conmoe_edge.units import human_size
 
     profile = get_profile(name)
     output.value({"profile": _to_json(profile)})
     rows = [
         ("machine", profile.title),
         ("computes on", _tier(profile)),
-        ("memory", gib(profile.memory)),
-        ("kept for the system", gib(profile.reserve)),
-        ("usable", gib(profile.usable)),
+        ("memory", human_size(profile.memory)),
+        ("kept for the system", human_size(profile.reserve)),
+        ("usable", human_size(profile.usable)),
         ("memory bandwidth", _speed(profile.memory_bandwidth)),
         ("link bandwidth", _speed(profile.link_bandwidth)),
         ("disk bandwidth", _speed(profile.disk_bandwidth)),
-        ("RAM", "unknown" if profile.host_memory is None else gib(profile.host_memory)),
+        ("RAM", "unknown" if profile.host_memory is None else human_size(profile.host_memory)),
         ("figures from", profile.source or "not said"),
         ("file", profile.origin),
     ]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from conmoe_edge.cli.ui.output import Output
 from conmoe_edge.cli.ui.text import duration, percent_whole, printable
-from conmoe_edge.units import GIB
+from conmoe_edge.units import human_size
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.run.job import Progress as Step
@@ -131,4 +131,4 @@ def _description(step: Step) -> str:
 
 
 def _memory(step: Step) -> str:
-    return f"memory {step.device_bytes / GIB:.2f} GiB" if step.device_bytes else ""
+    return f"memory {human_size(step.device_bytes)}" if step.device_bytes else ""

@@ -10,7 +10,7 @@ from rich.text import Text
 from conmoe_edge.api.bench_report import BenchReport, PhaseReport, Spread
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole
 from conmoe_edge.cli.views.plan_views import precision_name, tier_name
-from conmoe_edge.units import GIB, MIB, human_size
+from conmoe_edge.units import human_size, unit_for
 
 _GB = 1e9
 _LEGEND = (
@@ -112,11 +112,10 @@ def _notes(report: BenchReport) -> list[tuple[str, str]]:
         if facts.planned is not None:
             text += f"; the plan said {facts.planned:.1f}"
         lines.append((text, ""))
-    unit, name = (GIB, "GiB") if facts.budget.device_bytes >= GIB else (MIB, "MiB")
-    digits = 2 if unit == GIB else 0
-    used, limit = report.memory_used / unit, facts.budget.device_bytes / unit
-    tier = tier_name(facts.budget)
-    lines.append((f"{tier} {used:.{digits}f} of {limit:.{digits}f} {name} in use", ""))
+    limit = facts.budget.device_bytes
+    unit, tier = unit_for(limit), tier_name(facts.budget)
+    text = f"{tier} {unit.text(report.memory_used)} of {unit.text(limit)} {unit.name} in use"
+    lines.append((text, ""))
     lines.append((_LEGEND, "dim"))
     return lines
 

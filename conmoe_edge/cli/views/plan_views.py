@@ -15,7 +15,7 @@ from rich.text import Text
 
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole, printable, span
 from conmoe_edge.plan.advice import cost, measured
-from conmoe_edge.units import GIB, MIB, gib, human_size
+from conmoe_edge.units import human_size, unit_for
 
 if TYPE_CHECKING:
     from conmoe_edge.api import PlanReport
@@ -75,7 +75,9 @@ def precision_name(name: str) -> str:
 
 def budget_line(budget: Budget) -> tuple[str, str]:
     """The budget in the user's own words and in binary units, and where it comes from."""
-    source, exact = printable(budget.source), gib(budget.device_bytes)
+    source, exact = printable(budget.source), human_size(budget.device_bytes)
+    if budget.here:
+        source += f"; {printable(budget.here)}"
     if exact in source:
         return source, ""
     return f"{printable(budget.asked)} = {exact}", source
@@ -92,26 +94,21 @@ def _head(label: str, value: str, note: str = "") -> Text:
 
 def _needs(plan: Plan) -> Table:
     """The sum, one named term a line, and what is left for the prototypes."""
-    # One unit for the whole sum; in a small budget GiB would be a column of zeros.
-    unit, name = (GIB, "GiB") if plan.budget.device_bytes >= 2 * GIB else (MIB, "MiB")
-    digits = 2 if unit == GIB else 1
-
-    def size(count: int) -> str:
-        return f"{count / unit:,.{digits}f}"
-
+    # One unit for the whole sum.
+    unit = unit_for(plan.budget.device_bytes)
     table = _grid()
     table.add_column(min_width=36)
     table.add_column(justify="right", min_width=8)
     table.add_column(style="dim", overflow="fold")
     where = "on the GPU" if plan.budget.device == "cuda" else "in RAM"
-    table.add_row(Text(f"  Needed {where}", style="bold"), Text(name, style="bold"), "")
+    table.add_row(Text(f"  Needed {where}", style="bold"), Text(unit.name, style="bold"), "")
     for term in plan.terms:
-        table.add_row(Text(f"  {term.name}"), size(term.nbytes), Text(term.note))
+        table.add_row(Text(f"  {term.name}"), unit.text(term.nbytes), Text(term.note))
     used = plan.chosen.resident_bytes
     table.add_row(
         Text("  Left for prototypes"),
-        size(plan.left_for_prototypes),
-        Text(f"of which {size(used)} {name} are used"),
+        unit.text(plan.left_for_prototypes),
+        Text(f"of which {unit.text(used)} {unit.name} are used"),
     )
     return table
 

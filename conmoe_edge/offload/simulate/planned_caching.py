@@ -1,7 +1,8 @@
-"""What ``fit`` writes into the manifest about the cache: who stays in the slots, and whether to read ahead.
+"""What ``fit`` decides about the cache: who stays in the slots, and whether to read ahead.
 
-Both are replays of the calibration's routing for the planned slots. Peak memory: the trace. Raises ``PackageError``
-for a trace that is damaged.
+Both are replays of the calibration's routing for the planned slots. Whether reading ahead pays depends on the rates of
+a machine: at the rates of a profile it is part of the package, at measured ones it goes into ``machine.json``. Peak
+memory: the trace. Raises ``PackageError`` for a trace that is damaged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from conmoe_edge.plan.pace import pace
 from conmoe_edge.plan.trace import Predictions
 
 
-def planned_caching(
+def planned_caching(folder: Path, manifest: Manifest, prototype_bytes: int) -> Manifest:
+    """``manifest`` with ``cache`` for slots of ``prototype_bytes``."""
+    return replace(manifest, cache=planned_cache(folder, manifest, prototype_bytes))
+
+
+def planned_prefetch(
     folder: Path,
     manifest: Manifest,
     predictions: Predictions | None,
@@ -27,13 +33,13 @@ def planned_caching(
     budget: Budget,
     prototype_bytes: int,
 ) -> Manifest:
-    """``manifest`` with ``cache`` and ``prefetch`` for slots of ``prototype_bytes`` on the machine of ``budget``.
+    """``manifest``, whose ``cache`` is decided, with ``prefetch`` for the rates of ``budget``; where they are unknown
+    nothing is read ahead.
 
     ``predictions`` are those of the package's predictor, ``None`` where it has none; ``anatomy`` has the dense bytes
     as they are stored.
     """
-    cache = planned_cache(folder, manifest, prototype_bytes)
-    manifest = replace(manifest, cache=cache)
+    cache = manifest.cache
     trace = read_trace(folder, manifest)
     if not cache or predictions is None or trace is None:
         return manifest

@@ -22,7 +22,7 @@ from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.checkpoint.format.records import view
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
-from conmoe_edge.units import gib, round_up
+from conmoe_edge.units import human_size, round_up
 
 _PAGE = 4096
 # Python maps shared by default, which the system accounts as files and rarely backs with huge pages.
@@ -125,7 +125,7 @@ def _mapped(nbytes: int, *, touch: bool) -> tuple[mmap.mmap, Tensor]:
 
 def _no_memory(nbytes: int, device: str) -> OutOfMemory:
     return OutOfMemory(
-        f"{gib(nbytes)} for the prototypes could not be allocated on {device}.",
+        f"{human_size(nbytes)} for the prototypes could not be allocated on {device}.",
         "something else holds the memory, or the budget is larger than what is free",
         "Close other programs or give a smaller --gpu.",
     )

@@ -31,7 +31,7 @@ from conmoe_edge.model.anatomy import (
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
-from conmoe_edge.units import GIB, MIB, gib, parse_size
+from conmoe_edge.units import GIB, MIB, human_size, parse_size
 
 _HIDDEN, _WIDTH = 2048, 1024
 
@@ -109,7 +109,8 @@ def test_a_model_that_fits_is_said_to_fit() -> None:
     assert plan.unchanged
     out = shown(plan)
     assert (
-        f"Fits unchanged: {gib(plan.device_bytes_used)} of {gib(plan.budget.device_bytes)}" in out
+        f"Fits unchanged: {human_size(plan.device_bytes_used)} of {human_size(plan.budget.device_bytes)}"
+        in out
     )
     assert "--rate 25% does it anyway" in out
     assert "❯" not in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_not_where_they_do_not_fit(
     with pytest.raises(NoSpace):
         link_model(index, target)
     assert not list(target.glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("another_disk")
+def test_weights_that_shrink_meanwhile(sharded: Path, target: Path) -> None:
+    index = CheckpointIndex.open(sharded)
+    os.truncate(sharded / next(iter(index.files)), 100)
+    with pytest.raises(CheckpointError, match="was changed"):
+        link_model(index, target)
 
 
 def test_weights_that_became_a_link_out(sharded: Path, target: Path, tmp_path: Path) -> None:

@@ -131,4 +131,4 @@ def _state(model: CachedModel) -> str:
 
 
 def _weights(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from families import save_tokenizer, tiny_model
 from hand_packages import thirds, write_package
 
 import conmoe_edge
-from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.errors import ConmoeError, PackageError, UsageError
 
 QUESTIONS = (
     ("abc abc ab", ["c", "zz"], 0),
@@ -99,6 +100,15 @@ def test_a_task_from_a_file_is_scored_as_by_hand(
 
 
 @pytest.mark.slow  # lm-eval reads all of its own task files to say that there is none
+def test_lm_evals_own_door_checks_the_package(package: Path, tmp_path: Path) -> None:
+    """``lm_eval --model hf --model_args pretrained=DIR`` comes this way."""
+    huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
+    copy = Path(shutil.copytree(package, tmp_path / "package"))
+    (copy / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(PackageError, match="pickle"):
+        huggingface.HFLM(pretrained=str(copy), device="cpu", batch_size=1)
+
+
 def test_unknown_tasks(package: Path, tasks: Path) -> None:
     with pytest.raises(UsageError, match="no task called 'no_such'"):
         conmoe_edge.evaluate_tasks(package, ["no_such"], tasks_path=tasks, device="cpu")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_bytes
 from conmoe_edge.checkpoint.fs.contained import is_there, open_inside, path_inside, read_inside
-from conmoe_edge.checkpoint.fs.disk import require_space
+from conmoe_edge.checkpoint.fs.disk import disk_errors, require_space
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, INDEX_FILE, CheckpointIndex
+from conmoe_edge.errors import CheckpointError
 
 _SMALL = 64 << 20
 _CHUNK = 16 << 20
@@ -34,12 +35,24 @@ def link_model(index: CheckpointIndex, target: Path) -> list[WrittenFile]:
     copied = [name for name in sorted(index.files) if not _linked(index, name, target)]
     require_space(target, sum(index.files[name].size for name in copied))
     for name in copied:
-        with (
-            os.fdopen(open_inside(index.folder, name), "rb") as source,
-            (target / name).open("wb") as file,
-        ):
-            shutil.copyfileobj(source, file, _CHUNK)
+        _copy(index, name, target / name)
     return written
+
+
+def _copy(index: CheckpointIndex, name: str, place: Path) -> None:
+    with (
+        disk_errors(place),
+        os.fdopen(open_inside(index.folder, name), "rb") as source,
+        place.open("wb") as file,
+    ):
+        shutil.copyfileobj(source, file, _CHUNK)
+        copied = file.tell()
+    if copied != index.files[name].size:
+        raise CheckpointError(
+            f"{index.folder / name} was changed while it was copied.",
+            f"It had {index.files[name].size} bytes, and {copied} came.",
+            "Wait until nothing writes to the model's folder, and run the same command again.",
+        )
 
 
 def _linked(index: CheckpointIndex, name: str, target: Path) -> bool:

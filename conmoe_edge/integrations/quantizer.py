@@ -50,22 +50,27 @@ class ConmoeQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
         """One device, because prototypes are where the router is."""
-        from conmoe_edge.integrations.load_options import one_device
+        from conmoe_edge.integrations.load_options import one_device, own_code
 
-        return one_device(device_map)
+        with own_code():
+            return one_device(device_map)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import begin_loading
+        from conmoe_edge.integrations.load_options import own_code
 
-        self._loading = begin_loading(
-            model, kwargs.get("checkpoint_files") or (), kwargs.get("device_map")
-        )
+        with own_code():
+            self._loading = begin_loading(
+                model, kwargs.get("checkpoint_files") or (), kwargs.get("device_map")
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import finish_loading
+        from conmoe_edge.integrations.load_options import own_code
 
         loading, self._loading = self._loading, None
-        finish_loading(model, loading)
+        with own_code():
+            finish_loading(model, loading)
 
     def is_serializable(self) -> bool:
         """False: a package is a folder that is copied, not a state dict."""

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED
 from conmoe_edge.checkpoint.package.opened_package import open_package
-from conmoe_edge.errors import PackageError, UsageError
+from conmoe_edge.errors import ConmoeError, OutOfMemory, PackageError, UsageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.integrations.small_files import read_small_files
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.offload.compute.miss_split import check_misses
+from conmoe_edge.offload.generation.sequence import is_out_of_memory
 from conmoe_edge.offload.residency.policies import check_policy
 
 if TYPE_CHECKING:
@@ -91,18 +92,23 @@ def load_package(
             progress=progress,
             package=package,
         )
-        with loading(options):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                config=config,
-                generation_config=generation,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=dtype or "auto",
-                device_map={"": where} if where.type != "cpu" else None,
-                output_loading_info=True,
-            )
+        with loading(options) as whereabouts:
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    str(folder),
+                    config=config,
+                    generation_config=generation,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    dtype=dtype or "auto",
+                    device_map={"": where} if where.type != "cpu" else None,
+                    output_loading_info=True,
+                )
+            except Exception as error:
+                if isinstance(error, ConmoeError) or whereabouts.in_own_code:
+                    raise
+                raise _not_loaded(folder, error) from error
             model, info = loaded
             _check_complete(info, folder)
             if package.manifest.method == UNCHANGED:
@@ -132,6 +138,18 @@ def _device(device: str | None, budget: Budget | None) -> torch.device:
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+def _not_loaded(folder: Path, error: Exception) -> ConmoeError:
+    """What is said of an exception in transformers: sizes that contradict each other fail anywhere inside of it."""
+    reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            f"The dense weights in {folder} do not fit into the memory that is free.",
+            reason,
+            "Close other programs, or make a package for a smaller --gpu.",
+        )
+    return PackageError(f"transformers cannot load the package in {folder}.", reason, _AGAIN)
 
 
 def _check_complete(info: dict[str, Any], folder: Path) -> None:

@@ -43,17 +43,38 @@ class LoadOptions:
     package: OpenedPackage | None = None
 
 
+@dataclass(slots=True)
+class Whereabouts:
+    """Whether the running load is in this project's code: an exception that comes out of transformers' own is the
+    package's fault then, one that comes out of ours is ours.
+    """
+
+    in_own_code: bool = False
+
+
 _OPTIONS: ContextVar[LoadOptions] = ContextVar("conmoe_load_options")
+_WHEREABOUTS: ContextVar[Whereabouts] = ContextVar("conmoe_load_whereabouts")
 
 
 @contextmanager
-def loading(options: LoadOptions) -> Iterator[None]:
-    """Use ``options`` for the packages that are opened inside the block."""
-    token = _OPTIONS.set(options)
+def loading(options: LoadOptions) -> Iterator[Whereabouts]:
+    """Use ``options`` for the packages that are opened inside the block, and tell where their loading is."""
+    where = Whereabouts()
+    tokens = _OPTIONS.set(options), _WHEREABOUTS.set(where)
     try:
-        yield
+        yield where
     finally:
-        _OPTIONS.reset(token)
+        _OPTIONS.reset(tokens[0])
+        _WHEREABOUTS.reset(tokens[1])
+
+
+@contextmanager
+def own_code() -> Iterator[None]:
+    """Inside the block, and after an exception that leaves it, the load is in this project's code."""
+    where = _WHEREABOUTS.get(None) or Whereabouts()
+    where.in_own_code = True
+    yield
+    where.in_own_code = False
 
 
 def current_options() -> LoadOptions:

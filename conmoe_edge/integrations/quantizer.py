@@ -60,22 +60,24 @@ class ConmoeQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> dict[str, Any] | None:
         """One device, because prototypes are where the router is."""
-        from conmoe_edge.integrations.load_options import one_device
+        from conmoe_edge.integrations.load_options import one_device, own_code
 
-        return one_device(device_map)
+        with own_code():
+            return one_device(device_map)
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Check the package. transformers calls this when the config is read and nothing else is, which is why it is
         done here; attention stays as it is.
         """
-        from conmoe_edge.integrations.load_options import current_options
+        from conmoe_edge.integrations.load_options import current_options, own_code
         from conmoe_edge.integrations.package_door import name_dtype, package_named
         from conmoe_edge.integrations.small_files import check_foreign_config
 
-        self._package = package_named(config)
-        if current_options().package is None:
-            check_foreign_config(config)
-        name_dtype(config, self._package)
+        with own_code():
+            self._package = package_named(config)
+            if current_options().package is None:
+                check_foreign_config(config)
+            name_dtype(config, self._package)
         return super().update_attn_implementation(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -87,17 +89,21 @@ class ConmoeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import begin_loading
+        from conmoe_edge.integrations.load_options import own_code
         from conmoe_edge.integrations.package_door import package_loaded
 
-        name = str(model.config.name_or_path)
-        package = package_loaded(name, kwargs.get("checkpoint_files") or (), self._package)
-        self._loading = begin_loading(model, package, kwargs.get("device_map"))
+        with own_code():
+            name = str(model.config.name_or_path)
+            package = package_loaded(name, kwargs.get("checkpoint_files") or (), self._package)
+            self._loading = begin_loading(model, package, kwargs.get("device_map"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from conmoe_edge.integrations.attach import finish_loading
+        from conmoe_edge.integrations.load_options import own_code
 
         loading, self._loading = self._loading, None
-        finish_loading(model, loading)
+        with own_code():
+            finish_loading(model, loading)
 
     def is_serializable(self) -> bool:
         """False: a package is a folder that is copied, not a state dict."""

@@ -6,6 +6,7 @@ Needs playwright and a Chromium; run by ``make test-browser``. ``CONMOE_CHROMIUM
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -233,3 +234,75 @@ def test_it_fits_its_window(browser: Any, server: Running, size: str, scheme: st
     assert page.is_visible("#memory")
     assert window.problems == []
     page.context.close()
+
+
+def _stream(pieces: list[str], ends: str = "stop") -> str:
+    """An answer as the server streams it; ``pieces`` stand in JSON as they are."""
+    chunks = [
+        {"choices": [{"delta": {"content": piece}, "finish_reason": None}]} for piece in pieces
+    ]
+    chunks.append({"choices": [{"delta": {}, "finish_reason": ends}]})
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+HOSTILE = {
+    "markup": [
+        "<img src=x onerror=document.title='taken'>",
+        "<script>document.title='taken'</",
+        "script>",
+    ],
+    "links": [
+        "[a](javascript:document.title='taken') <a href='javascript:x'>b</a> http://other.invalid/"
+    ],
+    "markup in a fence": [
+        "```html\n<b>x</b><iframe src=//other.invalid></iframe>\n",
+        "```",
+        "<style>*{display:none}</style>",
+    ],
+    "no line breaks": ["x" * 300_000],
+    "a long line in a fence": ["```\n" + "y" * 300_000 + "\n```"],
+    "a million characters": ["word " * 10_000] * 20,
+    "many fences": ["```" * 50_000],
+    "right to left": ["\u202eevil \u2066\u202d \u05e9\u05dc\u05d5\u05dd \u202e" * 50],
+    "control characters": [
+        "".join(map(chr, range(32))) + "\x7f\x9b\u2028\u2029\ufeff\ufffe\U000f0000"
+    ],
+    "halves of characters": ["a \ud83d b", "\ude00 c \udfff"],
+    "marks on marks": ["Z" + "\u0301" * 5000],
+    "names of the page": ["__proto__ constructor ${document.title} {{x}} %s \\u003cb\\u003e"],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_answer_is_never_more_than_text(opened: Opened, name: str) -> None:
+    page, pieces = opened.page, HOSTILE[name]
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=_stream(pieces)),
+    )
+    elements = page.evaluate("document.querySelectorAll('*').length")
+    title, width = page.title(), page.evaluate("document.documentElement.scrollWidth")
+    opened.ask("Say it.")
+    page.wait_for_selector("li.answer:not(.busy)", timeout=60_000)
+    whole = page.evaluate("document.querySelector('li.answer .text').textContent.isWellFormed()")
+    shown = page.locator("li.answer .text").first.evaluate("e => e.textContent.length")
+    fences = "".join(pieces).count("```")
+    lost = 16 * fences if fences < 1000 else 0  # fences and the name of a language
+    said = "".join(pieces).encode("utf-16-le", "surrogatepass")
+    assert len(said) // 2 - lost <= shown <= len(said) // 2
+    assert whole == (name != "halves of characters")
+    allowed = "li, ol, div, span, pre"
+    assert page.evaluate(f"document.querySelectorAll('#messages *:not({allowed})').length") == 0
+    assert page.evaluate("document.querySelectorAll('*').length") < elements + 20
+    assert page.title() == title and "taken" not in title
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert all(address.startswith(page.url) for address in opened.addresses)
+    # The page goes on: the next question is asked, and the hostile answer travels with it as text.
+    page.unroute("**/v1/chat/completions")
+    if shown > 500:  # more than the model can hold
+        page.click("#new")
+    opened.setting("max-tokens", "2")
+    opened.ask("Hello")
+    page.wait_for_selector("li.answer:last-child .under")
+    opened.answered()
+    assert page.locator("[role=alert]").count() == 0

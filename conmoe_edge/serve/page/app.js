@@ -5,6 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const messages = []; // {role, content}
 const history = []; // share found in memory, at most 60
+const MOST_PARTS = 1000; // of one text; with more fences than that it is shown without blocks
 let model = "";
 let running = null; // AbortController of the answer being made
 let before = null; // hits and misses of the poll before
@@ -66,6 +67,7 @@ function show(role, text) {
   item.className = role === "user" ? "mine" : "answer";
   const body = document.createElement("div");
   body.className = "text";
+  body.dir = "auto"; // text from right to left too
   item.append(body);
   $("messages").append(item);
   $("welcome").hidden = true;
@@ -73,18 +75,18 @@ function show(role, text) {
   return item;
 }
 
-// Fenced code becomes <pre>; everything else stays as it is.
+// Fenced code becomes <pre>; everything else stays as it is. The text only grows, and of what is there
+// only the last part changes, so a long answer is not drawn anew for every word.
 function render(body, text) {
-  body.replaceChildren();
-  text.split("```").forEach((part, index) => {
-    if (index % 2 === 0) {
-      if (part) body.append(part);
-      return;
-    }
-    const block = document.createElement("pre");
-    block.textContent = part.replace(/^[\w+-]*\n/, "").replace(/\n$/, "");
-    body.append(block);
-  });
+  const parts = text.split("```", MOST_PARTS);
+  const shown = parts.length < MOST_PARTS ? parts : [text];
+  if (body.childNodes.length > shown.length) body.replaceChildren();
+  for (let index = Math.max(0, body.childNodes.length - 1); index < shown.length; index++) {
+    const node = body.childNodes[index]
+      || body.appendChild(index % 2 ? document.createElement("pre") : document.createTextNode(""));
+    const part = index % 2 ? shown[index].replace(/^[\w+-]*\n/, "").replace(/\n$/, "") : shown[index];
+    if (node.textContent !== part) node.textContent = part;
+  }
 }
 
 function under(item, words, problem) {
@@ -116,7 +118,8 @@ function body() {
   if (temperature >= 0) value.temperature = temperature;
   const most = parseInt($("max-tokens").value, 10);
   if (most > 0) value.max_tokens = most;
-  return JSON.stringify(value);
+  // Half of a surrogate pair is no text, and the server would refuse the whole conversation for it.
+  return JSON.stringify(value, (_, one) => (one?.toWellFormed ? one.toWellFormed() : one));
 }
 
 async function answer(question) {

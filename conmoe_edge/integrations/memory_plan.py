@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, Manifest
 from conmoe_edge.errors import DoesNotFit, PackageError
 from conmoe_edge.integrations.load_options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
@@ -25,7 +25,7 @@ from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
 from conmoe_edge.plan.least import least_size
-from conmoe_edge.plan.needs import MAX_CHUNK, needs_of
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
 from conmoe_edge.units import human_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from conmoe_edge.checkpoint.format.forms import DOWN
 from conmoe_edge.checkpoint.format.layout import neurons
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,15 @@ class DenseMatrix:
     nbytes: int
 
 
+WINDOW_AHEAD = MAX_CHUNK
+"""Tokens that a layer with a window may hold beside the window: a prompt's last chunk until the next token comes, then
+room for the tokens that follow (``offload/fastpath/window_cache.py``).
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Cache of one decoder layer for one sequence: ``constant + per_token * min(tokens, window)`` bytes.
+    """Cache of one decoder layer for one sequence: ``constant + per_token * held(tokens)`` bytes.
 
     ``window`` is ``None`` for full attention; a linear-attention layer has ``per_token == 0``.
     """
@@ -121,10 +128,13 @@ class KVLayer:
     constant: int = 0
     window: int | None = None
 
+    def held(self, tokens: int) -> int:
+        """Tokens that it has memory for at ``tokens`` tokens of context."""
+        return tokens if self.window is None else min(tokens, self.window + WINDOW_AHEAD)
+
     def nbytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens of context."""
-        held = tokens if self.window is None else min(tokens, self.window)
-        return self.constant + self.per_token * held
+        return self.constant + self.per_token * self.held(tokens)
 
 
 @dataclass(frozen=True, slots=True)

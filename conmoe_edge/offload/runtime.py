@@ -30,6 +30,7 @@ from conmoe_edge.offload.residency.prefetch import Prefetcher, reads_ahead
 from conmoe_edge.offload.residency.quota import halved
 from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.simulate.load_settings import settings_for
+from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 from conmoe_edge.offload.storage.pinned_tier import HostTier
 from conmoe_edge.offload.storage.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.storage.record_store import RecordStore
@@ -151,6 +152,7 @@ class Runtime:
             return_large_blocks()
         self._process = psutil.Process()
         self.closed = False
+        self._filled = False  # whether there are slots to compute with
         self.cache_bytes = cache_bytes
         self._handles = tuple(handles)
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
@@ -206,9 +208,9 @@ class Runtime:
             misses=misses,
             bytes_read=read,
             prototypes=len(self.manifest.prototypes),
-            resident=self.residency.resident_count,
-            slots=self.residency.slots,
-            slot_bytes=self.residency.nbytes,
+            resident=self.residency.resident_count if self._filled else 0,
+            slots=self.residency.slots if self._filled else 0,
+            slot_bytes=self.residency.nbytes if self._filled else 0,
             memory_used=self._memory_used(),
             memory_budget=None if self.budget is None else self.budget.device_bytes,
             device=str(self.device),
@@ -231,7 +233,18 @@ class Runtime:
         self._transfer.counts.reset()
 
     def make_room(self, tokens: int) -> None:
-        """Before the key-value cache grows to ``tokens`` tokens: give back the slots in its room."""
+        """Before the key-value cache grows to ``tokens`` tokens: give back the slots in its room. Where memory ran out
+        so far that there are none, they are made again.
+
+        Raises:
+            OutOfMemory: they cannot be had.
+        """
+        if not self._filled and not self.closed and not self._refill():
+            raise OutOfMemory(
+                "There is no memory for the fewest cache slots.",
+                "something else holds it",
+                "Close other programs, and ask again",
+            )
         if self._lending is not None and self._lending.allow(tokens):
             self.residency.shrink(self._all_slots())
             self._decide_prefetch(self.residency)
@@ -241,25 +254,19 @@ class Runtime:
 
         The caller must have let go of the error first; its traceback holds on to the memory.
         """
-        fewer = halved(self._slots)
-        if fewer is None:
-            return False
-        self._lending = None
-        self._before = self._counts()
-        self.backend.reset_counts()
-        self._close_residency()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._slots = fewer
-        self._fill_slots(None)
-        return True
+        while (fewer := halved(self._slots)) is not None:
+            self._lending = None
+            self._slots = fewer
+            if self._refill():
+                return True
+        return False
 
     def close(self) -> None:
         """Give memory, threads and files back; the model cannot compute afterwards."""
         if self.closed:
             return
         self.closed = True
-        self._close_residency()
+        self._give_up_slots()
         self._transfer.close()
         if self._host is not None:
             self._host.close()
@@ -284,27 +291,54 @@ class Runtime:
             self._host = HostTier(self._store, by_weight, host_bytes)
         return StagedTransfer(self._store, self.device, largest, self._host)
 
+    def _refill(self) -> bool:
+        """Slots as many as are wanted now, instead of those that there are; whether they could be had."""
+        self._give_up_slots()
+        try:
+            self._fill_slots(None)
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
     def _fill_slots(self, progress: Progress | None) -> None:
         """A residency and its backend, for the layers to compute with."""
         pools = self._make_pools()
         settings = settings_for(self.folder, self.manifest, self._slots, self._cache_policy)
         residency = Residency(self.manifest, pools, self._transfer, settings)
-        self._decide_prefetch(residency)
-        choose_read_mode(
-            self._store,
-            stays=residency.resident_count == residency.count,
-            spare_bytes=free_memory(),
-        )
-        residency.preload(progress)
-        self.residency = residency
-        self.backend = self._make_backend(residency)
-        for handle in self._handles:
-            handle.use(self.backend)
+        try:
+            self._decide_prefetch(residency)
+            choose_read_mode(
+                self._store,
+                stays=residency.resident_count == residency.count,
+                spare_bytes=free_memory(),
+            )
+            residency.preload(progress)
+            backend = self._make_backend(residency)
+            for handle in self._handles:
+                handle.use(backend)
+        except BaseException:
+            for handle in self._handles:
+                handle.use(None)
+            residency.close()
+            raise
+        self.residency, self.backend = residency, backend
+        self._filled = True
 
-    def _close_residency(self) -> None:
+    def _give_up_slots(self) -> None:
+        """Close the residency; what it has counted stays."""
+        if not self._filled:
+            return
+        self._filled = False
+        self._before = self._counts()
+        self.backend.reset_counts()
+        self.residency.reset_counts()
         for handle in self._handles:
             handle.use(None)
         self.residency.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _make_pools(self) -> list[SlotPool]:
         """Pools of the present number of slots, or of fewer where even those cannot be had."""

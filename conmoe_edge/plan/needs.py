@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
 from conmoe_edge.memory.budget import DeviceKind
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.plan import Term
@@ -48,7 +49,6 @@ DENSE_BLOCK_BYTES = 8 * MIB
 """Of a dense matrix, what is converted at a time for a product of many rows."""
 
 MIN_CHUNK = 32
-MAX_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +149,7 @@ def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
         if layer.per_token == 0:
             continue
         copied = layer.nbytes(context)
-        held = context if layer.window is None else min(context, layer.window)
-        repeated = 4 * held * anatomy.hidden_size * size
+        repeated = 4 * layer.held(context) * anatomy.hidden_size * size
         grouped = layer.per_token < 2 * anatomy.hidden_size * size
         most = max(most, copied + repeated if grouped else copied)
     return most

@@ -159,17 +159,22 @@ def test_slots_are_aligned(folder: Path) -> None:
         assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())
 
 
-def test_a_retreat_that_fails_leaves_a_runtime_that_says_so(
+def test_a_retreat_that_fails_leaves_a_runtime_that_tries_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(layout: Any, slots: int, device: torch.device) -> SlotPool:
         raise OutOfMemory("no memory")
 
     model = load_package(folder)
+    expected = _logits(model)
     with monkeypatch.context() as patch:
         patch.setattr(runtime_module, "SlotPool", none)
-        with pytest.raises(OutOfMemory):
-            model.conmoe.retreat()
+        assert not model.conmoe.retreat()
+        assert model.conmoe.stats().slots == 0
+        with pytest.raises(OutOfMemory, match="fewest cache slots"):
+            _logits(model)
+    assert torch.equal(_logits(model), expected)
+    assert model.conmoe.stats().slots == 1
+    model.conmoe.close()
     with pytest.raises(UsageError, match="not loaded"):
         _logits(model)
-    model.conmoe.close()

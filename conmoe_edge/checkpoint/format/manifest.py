@@ -23,6 +23,8 @@ MANIFEST_NAME = "conmoe.json"
 CONSTANTS_FILE = "constants.safetensors"
 ROUTING_FILE = "routing.safetensors"
 PREDICTOR_FILE = "predictor.safetensors"
+MAX_CHUNK = 512
+"""The most tokens of a prompt that go through a model at a time (``Manifest.prefill_chunk``)."""
 UNCHANGED = "unchanged"
 """``Manifest.method`` of a model that fits as it is: its own files, linked, and no prototypes."""
 

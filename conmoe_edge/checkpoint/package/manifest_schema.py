@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize
-from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
+from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION, MAX_CHUNK
 from conmoe_edge.checkpoint.fs.contained import is_plain_name
 
 
@@ -152,6 +152,6 @@ class ManifestJson(_Strict):
     cache: Annotated[list[CacheJson], Field(max_length=1 << 16)] = []
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
-    prefill_chunk: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    prefill_chunk: Annotated[int, Field(ge=1, le=MAX_CHUNK)] | None = None
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}

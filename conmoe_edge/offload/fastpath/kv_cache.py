@@ -6,7 +6,8 @@ that a buffer is copied once every ``STEP_TOKENS`` tokens. Only the plain full-a
 replaced; sliding windows, linear attention and what a model brings itself stay transformers' own.
 Attention sees the same values, so its result is the same to the bit.
 
-``grow_in_steps`` swaps the layers of an ordinary ``DynamicCache`` in place. The cache keeps its class, so cropping,
+``grow_in_steps`` swaps the layers of an ordinary ``DynamicCache`` in place, and tells those with a window how long
+their buffers may be (``window_cache.py``). The cache keeps its class, so cropping,
 beam search and ``generate`` work as before.
 
 Memory: the buffers, no longer than the planned context; while one layer grows, that layer's old and
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
@@ -27,6 +28,9 @@ STEP_TOKENS = 256
 """Tokens that the buffers are ahead of the conversation. A longer step copies less often and takes more memory early;
 at 256 copying is below a hundredth of what attention reads.
 """
+
+LIMIT = "_conmoe_limit"
+"""The attribute of a cache layer with a window that says how many tokens a conversation may have."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -130,6 +134,8 @@ def grow_in_steps(cache: Any, limit: int) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = GrowingLayer.taking_over(layer, limit)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            setattr(layer, LIMIT, limit)
 
 
 def _can_append(held: Tensor, new: Tensor) -> bool:

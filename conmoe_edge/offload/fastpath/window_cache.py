@@ -1,10 +1,12 @@
 """Room for one more token in a cache layer with a sliding window.
 
-transformers' layer keeps the last W - 1 tokens and copies them for each new one. Here they lie in a buffer that is
-twice as long, and the layer's ``keys`` and ``values`` are views that move along it: they are copied once in W tokens.
-The layer stays transformers' own: whatever else replaces its views is copied into the buffer when the next token comes.
+transformers' layer keeps the last W - 1 tokens and copies them for each new one. Here they lie in a buffer with room
+for ``STEP_TOKENS`` more, and the layer's ``keys`` and ``values`` are views that move along it: they are copied once in
+so many tokens. The layer stays transformers' own: whatever else replaces its views is copied into the buffer when the
+next token comes.
 
-Memory: twice the window.
+Memory: the window and ``STEP_TOKENS`` tokens, before it is full no more than a layer without a window takes
+(``kv_cache.py``); the plan counts W + ``WINDOW_AHEAD`` (``model/anatomy.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from conmoe_edge.offload.fastpath.kv_cache import takes_one_more
+from conmoe_edge.offload.fastpath.kv_cache import LIMIT, STEP_TOKENS, takes_one_more
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 _BUFFERS = "_conmoe_buffers"
@@ -71,9 +73,11 @@ def _room_behind(view: Tensor, buffer: Tensor) -> bool:
 
 def _filled(view: Tensor, layer: DynamicSlidingWindowLayer) -> Tensor:
     """A new buffer that begins with ``view``."""
-    room = (*view.shape[:-2], 2 * layer.sliding_window, view.shape[-1])
-    buffer = view.new_empty(room)
-    buffer.narrow(-2, 0, view.shape[-2]).copy_(view)
+    held, most = view.shape[-2], layer.sliding_window + STEP_TOKENS
+    room = most if held >= layer.sliding_window - 1 else -(-(held + 1) // STEP_TOKENS) * STEP_TOKENS
+    tokens = max(held + 1, min(room, most, getattr(layer, LIMIT, most)))
+    buffer = view.new_empty((*view.shape[:-2], tokens, view.shape[-1]))
+    buffer.narrow(-2, 0, held).copy_(view)
     return buffer
 
 

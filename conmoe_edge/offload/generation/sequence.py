@@ -25,6 +25,7 @@ from torch import Tensor
 from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.offload.runtime import Runtime
+from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 
 
 class CachedTokens:
@@ -95,7 +96,7 @@ class CachedTokens:
         """
         try:
             return self._forward(tokens, prompt)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not is_out_of_memory(error):
                 raise
         # Out of the handler, so that the error's traceback does not keep the memory that is to be
@@ -162,13 +163,3 @@ def is_plain(cache: Any) -> bool:
     from transformers import DynamicCache
 
     return type(cache) is DynamicCache
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for every way in which torch and Python say that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
-    )

@@ -1,0 +1,59 @@
+"""What the key-value cache of a conversation holds is inside what the plan counts for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conmoe_edge.integrations.load import load_package
+from conmoe_edge.memory.budget import Budget
+from conmoe_edge.offload.generation.session import ChatSession
+from tests.families import VOCAB, tiny_model
+from tests.hand_packages import thirds, write_package
+
+
+def _bytes(cache: Any) -> int:
+    """Of all memory behind the tensors of a cache, shared memory once."""
+    held: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in (one for row in vars(layer).values() for one in _tensors(row)):
+            if value.numel() > 1:
+                held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [one for row in value.values() for one in _tensors(row)]
+    return [one for row in value for one in _tensors(row)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("context", [90, 600])
+@pytest.mark.parametrize(
+    ("family", "window"), [("gpt_oss", 8), ("gpt_oss", 64), ("afmoe", 300), ("olmoe", 0)]
+)
+def test_no_forward_leaves_more_than_was_planned(
+    family: str, window: int, context: int, tmp_path: Path
+) -> None:
+    more = {"sliding_window": window} if window else {}
+    plain = tiny_model(family, dtype=torch.bfloat16, max_position_embeddings=1024, **more)
+    folder = write_package(plain, tmp_path, thirds(plain), prefill_chunk=min(context, 512))
+    model: Any = load_package(folder, budget=Budget("cpu", 4 << 30, "4GiB", ""), context=context)
+    planned = model.conmoe.cache_bytes(context)
+    most = 0
+    for prompt in (1, context // 2, context - 20):
+        session = ChatSession(model, None)
+        generation = session.greedy(
+            torch.randint(3, VOCAB, (prompt,)).tolist(), min(context - prompt, 24)
+        )
+        while generation.finish is None:
+            generation.advance()
+            most = max(most, _bytes(session._cached._cache))
+    model.conmoe.close()
+    assert most <= planned
+    assert most > planned // 3, "it was measured"

@@ -11,7 +11,7 @@ from families import save_tiny, tiny_config
 
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model.bridge import build_meta, read_config
-from conmoe_edge.model.config_json import read_settings
+from conmoe_edge.model.config_json import read_settings, read_to_write
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,9 @@ def test_what_is_no_plain_json_object_is_refused(tmp_path: Path, text: str, why:
 def test_infinity_is_read_where_models_have_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, {"__float__": "Infinity"}]}')
     assert read_settings(tmp_path, "config.json") == {"time_step_limit": [0.0, float("inf")]}
+    assert read_to_write(tmp_path, "config.json") == {
+        "time_step_limit": [0.0, {"__float__": "Infinity"}]
+    }
 
 
 CODE = {

@@ -43,7 +43,7 @@ from conmoe_edge.errors import CheckpointError, OutputExists, UnsupportedModel
 from conmoe_edge.export.export_form import Decided, decide
 from conmoe_edge.export.slot_experts import check_slots, layer_experts
 from conmoe_edge.model.bridge import build_meta, read_config, saved_names, without_quantization
-from conmoe_edge.model.config_json import read_settings
+from conmoe_edge.model.config_json import read_to_write
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -264,7 +264,7 @@ class _Export:
 
     def _config(self) -> dict[str, Any]:
         """The package's own ``config.json``, without its quantization and with the new sizes."""
-        raw = read_settings(self.package, CONFIG_FILE)
+        raw = read_to_write(self.package, CONFIG_FILE)
         raw.pop("quantization_config", None)
         config = self.decided.config
         text = config.get_text_config()

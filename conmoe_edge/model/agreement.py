@@ -12,7 +12,7 @@ Memory: Python objects for each tensor, and a list of names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -33,7 +33,11 @@ _EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_l
 
 
 def check_agreement(
-    model: PreTrainedModel, prefix: str, shapes: Shapes, targets: Mapping[str, str]
+    model: PreTrainedModel,
+    prefix: str,
+    shapes: Shapes,
+    targets: Mapping[str, str],
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Raise unless every parameter has its tensors, in its shape, and every tensor of the decoder has its place.
 
@@ -42,6 +46,7 @@ def check_agreement(
         prefix: path of its decoder layers.
         shapes: all tensors of the checkpoint.
         targets: as ``bridge.targets_of`` has them.
+        elsewhere: parameters that come from somewhere else: the experts of a package are records.
 
     Raises:
         CheckpointError: names the tensor.
@@ -50,14 +55,15 @@ def check_agreement(
     parameters = dict(model.state_dict())
     # A tied parameter has its numbers from another one.
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    own = {name: tensor for name, tensor in parameters.items() if name not in tied}
+    others = tied | {*elsewhere}
+    own = {name: tensor for name, tensor in parameters.items() if name not in others}
     wanted = {name: tuple(one.shape) for name, one in _as_saved(model, own).items()}
     if targets.keys() <= wanted.keys() and all(shapes.get(n) == s for n, s in wanted.items()):
         return  # as transformers itself would write this model; the loader needs seconds for large ones
     _check_numbers(targets)
     empty = {name: torch.empty(shapes[name], device="meta") for name in targets}
     outcome = bridge.convert(model, empty, torch.device("meta"))
-    lacking = {name for name in outcome.missing if name not in tied}
+    lacking = {name for name in outcome.missing if name not in others}
     lacking -= {name for name in lacking if _ignored(name, model._keys_to_ignore_on_load_missing)}
     wrong = {*outcome.mismatched, *outcome.failed}
     if not lacking and not wrong:

@@ -84,7 +84,9 @@ def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> Pretrai
             }
         )
         config.name_or_path = str(folder)
-        text = config.get_text_config()
+        text: Any = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        raise _cannot_be_used(where, f"a {config.model_type} has no parts, and one stands in it")
     if {getattr(config, "model_type", ""), getattr(text, "model_type", "")} & _GATED_INPUT:
         raise UnsupportedModel(
             f"{config.model_type} cannot be consolidated.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,11 +27,15 @@ MOST_VALUES = 1 << 20
 AGAIN = "Download the model again, or copy it again from where it came from."
 WRONG = "Download the model again; if it is the same afterwards, the model itself is broken."
 
-NEVER_FROM_FILES = frozenset(
+NAMES_OF_CODE = frozenset(
     {
-        # Code: implementations may be names of kernels on the hub, the others name classes and modules.
+        # Implementations may be names of kernels on the hub, the others name classes and modules.
         "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
         "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
         "auto_map",
         "trust_remote_code",
         "code_revision",
@@ -49,6 +53,12 @@ NEVER_FROM_FILES = frozenset(
         "extra_files",
         "extra_config_files",
         "gguf_file",
+    }
+)
+"""Names that are neither believed nor written on, wherever they stand."""
+
+NOT_FOR_FILES = NAMES_OF_CODE | frozenset(
+    {
         "name_or_path",
         # Where and how to run, and what to give back, is the caller's.
         "output_attentions",
@@ -73,19 +83,30 @@ NEVER_FROM_FILES = frozenset(
         "task_specific_params",
     }
 )
-"""Names that are dropped wherever they stand; so is every name that begins with an underscore."""
+"""Names that are not believed; nor is any other name that begins with an underscore."""
 
 _MAY_BE_INFINITE = frozenset({"time_step_limit"})
+_TAG = "__float__"
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in ``folder/name`` without ``NEVER_FROM_FILES``.
+    """The JSON object in ``folder/name`` without ``NOT_FOR_FILES``: what may be believed.
 
     Raises:
         CheckpointError: missing, no plain file, too large, no JSON object, ambiguous, or with numbers that are none.
     """
-    return without_code(read_object(folder, name, MOST_BYTES))
+    return believed(read_object(folder, name, MOST_BYTES))
+
+
+def read_to_write(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in ``folder/name`` without ``NAMES_OF_CODE``: what may be written on, for other programs.
+
+    Raises:
+        CheckpointError: as ``read_settings``.
+    """
+    kept = _without(read_object(folder, name, MOST_BYTES), lambda key: key in NAMES_OF_CODE)
+    return _in_plain_json(kept)
 
 
 def read_object(folder: Path, name: str, most_bytes: int) -> dict[str, Any]:
@@ -133,17 +154,30 @@ def values_of(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str,
             stack += [(where, inner, level + 1) for inner in one]
 
 
-def without_code(value: Any) -> Any:
-    """A copy without the names in ``NEVER_FROM_FILES`` and those that begin with an underscore, at every depth.
-    ``__type`` stays: it marks a token in a tokenizer's settings.
+def believed(value: Any) -> Any:
+    """A copy without ``NOT_FOR_FILES`` and names that begin with an underscore, at every depth. ``__type`` stays: it
+    marks a token in a tokenizer's settings.
     """
+    return _without(
+        value, lambda key: key in NOT_FOR_FILES or (key.startswith("_") and key != "__type")
+    )
+
+
+def _without(value: Any, dropped: Callable[[str], bool]) -> Any:
     if isinstance(value, dict):
-        return {
-            key: without_code(inner)
-            for key, inner in value.items()
-            if key not in NEVER_FROM_FILES and (not key.startswith("_") or key == "__type")
-        }
-    return [without_code(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without(one, dropped) for key, one in value.items() if not dropped(key)}
+    return [_without(one, dropped) for one in value] if isinstance(value, list) else value
+
+
+def _in_plain_json(value: Any) -> Any:
+    """Infinity as transformers writes it; JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _in_plain_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_in_plain_json(one) for one in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {_TAG: "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def says(where: Path, field: str, value: Any, why: str) -> CheckpointError:
@@ -162,7 +196,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Any:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         raise _Twice(next(name for name in names if names.count(name) > 1))
-    if len(found) == 1 and isinstance(tag := found.get("__float__"), str) and tag in _SPECIAL:
+    if len(found) == 1 and isinstance(tag := found.get(_TAG), str) and tag in _SPECIAL:
         return _SPECIAL[tag]  # as transformers writes numbers that JSON has no word for
     return found
 

@@ -22,7 +22,7 @@ from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
 from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model import bridge
-from conmoe_edge.model.agreement import check_agreement, check_places
+from conmoe_edge.model.agreement import check_agreement
 from conmoe_edge.model.anatomy import (
     DenseMatrix,
     ExpertPart,
@@ -99,10 +99,8 @@ def probe(
         facts = dict(headers)
         targets = bridge.targets_of(model, facts)
         shapes = {name: one.shape for name, one in facts.items()}
-        if whole:
-            check_agreement(model, decoder.prefix, shapes, targets)
-        else:
-            check_places(model, decoder.prefix, shapes, targets)
+        records = () if whole else fused_parameters(decoder)
+        check_agreement(model, decoder.prefix, shapes, targets, records)
     return _assemble(config, model, decoder, facts, targets)
 
 
@@ -116,11 +114,7 @@ def _assemble(
     text = config.get_text_config()
     prefix, experts = decoder.prefix, decoder.experts
     layers: nn.ModuleList = model.get_submodule(prefix)  # type: ignore[assignment]
-    fused = {
-        f"{path}.{name}": index
-        for index, (path, module) in experts.items()
-        for name in part_names(module)
-    }
+    fused = fused_parameters(decoder)
     dense = [0] * len(layers)
     outside = 0
     expert_dtypes: dict[str, str] = {}
@@ -153,6 +147,13 @@ def _assemble(
             DenseMatrix(_layer_of(key, prefix), *shape, facts[key].nbytes)
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
+    )
+
+
+def fused_parameters(decoder: Decoder) -> frozenset[str]:
+    """Paths of the parameters that hold the routed experts."""
+    return frozenset(
+        f"{path}.{name}" for path, module in decoder.experts.values() for name in part_names(module)
     )
 
 

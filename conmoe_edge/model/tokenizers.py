@@ -21,7 +21,7 @@ from conmoe_edge.checkpoint.fs.contained import is_there, read_inside
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CalibrationError, CheckpointError
-from conmoe_edge.model.config_json import read_object, read_settings, without_code
+from conmoe_edge.model.config_json import believed, read_object, read_settings
 from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.tokenizer_files import has_tokenizer
 
@@ -167,7 +167,7 @@ def _copy(folder: Path, private: Path) -> None:
 def _cleaned(settings: Mapping[str, Any]) -> dict[str, Any]:
     """``auto_map`` stays: a tokenizer that is nothing but code of its own is refused for it by transformers."""
     kept = {key: value for key, value in settings.items() if key not in _OTHER_FILES}
-    cleaned = without_code(kept)
+    cleaned = believed(kept)
     return {**cleaned, "auto_map": kept["auto_map"]} if "auto_map" in kept else cleaned
 
 

@@ -15,7 +15,7 @@ from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_dense
 from conmoe_edge.compress.stream.dense_conversion import dense_sources
 from conmoe_edge.model.bridge import targets_of
-from conmoe_edge.model.config_json import read_settings
+from conmoe_edge.model.config_json import read_to_write
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -34,6 +34,6 @@ def prepare(
         in_int8 = frozenset(quantisable_weights(model.model, targets))
     written = [*write_dense(package, dense_sources(reader, dense, in_int8))]
     written += copy_side_files(reader.index.folder, package)
-    config = read_settings(reader.index.folder, CONFIG_FILE)  # without names of code
+    config = read_to_write(reader.index.folder, CONFIG_FILE)  # without names of code
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
     return [*written, write_json(package / CONFIG_FILE, config)]

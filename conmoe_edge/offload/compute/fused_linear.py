@@ -13,6 +13,8 @@ CPU without bf16 instructions
 bf16, else                      ``nn.functional.linear``
 ==============================  =====================================================================================
 
+Products in 16 bits on a CPU are made with a few numbers of rows only (``steady_rows.py``).
+
 Memory beside the weights: one block (``DENSE_BLOCK_BYTES``) for the whole model, and the activations in fp32.
 """
 
@@ -28,6 +30,7 @@ from torch.nn.functional import linear
 from conmoe_edge import compat
 from conmoe_edge.checkpoint.format.quantise import Matrix, stored
 from conmoe_edge.memory.heap import trim_heap
+from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine, Scratch
 from conmoe_edge.offload.kernels.cpu.bindings import Prepared, operator
 from conmoe_edge.offload.storage.slot_pool import host_buffer
@@ -64,7 +67,7 @@ class DenseProducts:
         if on_cpu and 0 < x.shape[0] < MANY_ROWS and x.dtype != torch.float64:
             return self._few_rows(matrix, prepared, x, bias)
         if plain and (not on_cpu or self.machine.native_bf16):
-            return linear(x, matrix.values, bias)
+            return linear(padded(x), matrix.values, bias)[: len(x)]
         return self._in_blocks(matrix, x, bias)
 
     def _few_rows(
@@ -81,19 +84,19 @@ class DenseProducts:
         elif len(x) == 1 and bias is None:
             y = torch.mv(matrix.values, x[0]).unsqueeze(0)
         else:
-            return linear(x, matrix.values, bias)
+            return linear(padded(x), matrix.values, bias)[: len(x)]
         return (y if bias is None else y + bias).to(x.dtype)
 
     def _in_blocks(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = x.dtype
         if self.machine.device == "cpu" and not self.machine.native_bf16 and dtype.itemsize == 2:
             dtype = torch.float32
-        wide = x.to(dtype)
+        wide = padded(x.to(dtype))
         out = torch.empty(x.shape[0], matrix.rows, dtype=x.dtype, device=x.device)
         step = max(1, DENSE_BLOCK_BYTES // (dtype.itemsize * matrix.columns))
         for start in range(0, matrix.rows, step):
             block = slice(start, min(start + step, matrix.rows))
-            y = wide @ self._block(matrix, block, dtype).T
+            y = (wide @ self._block(matrix, block, dtype).T)[: len(x)]
             out[:, block] = y if bias is None else y + bias[block]
         return out
 

@@ -38,6 +38,7 @@ from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import matrix_of
 from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
 from conmoe_edge.model.source_digest import source_digest
+from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.kernels.cpu.bindings import ExpertGate, operator
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
@@ -159,7 +160,7 @@ class Arithmetic:
         compute = self._quantised if expert.quantised else self._plain
         if expert.factored:
             compute = self._factored
-        return compute(module, expert, hidden).to(sum_dtype(hidden))
+        return compute(module, expert, padded(hidden))[: len(hidden)].to(sum_dtype(hidden))
 
     def combine(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.quantise import stored
+from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.fastpath.supported import Part, Refusal, Router, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import Operator, RouterTable
 
@@ -56,7 +57,12 @@ class FusedRouter:
                 return logits.float() if self._spec.wide_logits else logits, gates, slots
         own = self._own()
         assert own is not None, "the module is being called, so it is there"
-        return own(hidden_states) if correction is None else own(hidden_states, correction)
+        rows = x.reshape(-1, x.shape[-1])
+        wide = padded(rows)
+        if wide is not rows:
+            x = wide.view(*[1] * (x.dim() - 2), *wide.shape)
+        made = own(x) if correction is None else own(x, correction)
+        return made if wide is rows else tuple(one[: len(rows)] for one in made)
 
 
 def fused_router(module: nn.Module, engine: Operator) -> FusedRouter | Refusal:

@@ -102,6 +102,11 @@ class TemplateRenderer:
         """
         return tuple(self._ask({"template": template}, None))
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process, where there is one."""
+        return None if self._process is None else self._process.pid
+
     def close(self) -> None:
         """End the process; a next template starts another."""
         with self._turn:
@@ -163,6 +168,7 @@ class _Process:
                 "free some memory or processes, and try again",
             ) from error
         self._ended = False
+        self.pid = self._popen.pid
 
     @property
     def alive(self) -> bool:

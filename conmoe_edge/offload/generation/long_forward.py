@@ -21,7 +21,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, Arguments, cache_of
@@ -64,13 +63,13 @@ def _pieces(
     cache = cache_of(named)
     held = 0 if cache is None else held_tokens(cache)
     chunk = max(1, chunk // max(1, rows))
-    if held // chunk == (held + count - 1) // chunk or not _understood(named, count):
+    if held // chunk == (held + count - 1) // chunk or not _understood(named, held, count):
         return None
     edges = [0, *range(chunk - held % chunk, count, chunk), count]
     return list(pairwise(edges))
 
 
-def _understood(named: dict[str, Any], count: int) -> bool:
+def _understood(named: dict[str, Any], held: int, count: int) -> bool:
     """Whether all that a call gives can be given piece by piece."""
     cache = cache_of(named)
     if cache is not None and not is_plain(cache):
@@ -85,7 +84,9 @@ def _understood(named: dict[str, Any], count: int) -> bool:
     if not isinstance(named.get("logits_to_keep", 0), int):
         return False
     mask = named.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.dim() in (2, 4) and mask.shape[-1] == held + count
+    ):
         return False
     places = (named.get("position_ids"), named.get("cache_position"))
     return all(one is None or one.shape[-1] == count for one in places)
@@ -102,7 +103,8 @@ def _in_pieces(
     wanted = count
     if "logits_to_keep" in arguments.positional:
         wanted = named.get("logits_to_keep") or count
-    logits: list[Tensor] = []
+    scores: Tensor | None = None
+    filled = 0
     out: Any = None
     for start, end in pieces:
         given: dict[str, Any] = {
@@ -118,9 +120,15 @@ def _in_pieces(
         if start == 0 and not is_plain(cache):
             return None
         if end > count - wanted:
-            logits.append(out.logits)
+            if scores is None:  # one tensor for all, so that no copy of them is needed in the end
+                shape = out.logits.shape
+                scores = out.logits.new_empty((shape[0], min(wanted, count), *shape[2:]))
+            assert scores is not None
+            new = out.logits.shape[1]
+            scores[:, filled : filled + new] = out.logits
+            filled += new
     values = {name: value for name, value in out.items() if keeps or value is not cache}
-    values["logits"] = torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
+    values["logits"] = scores
     out = type(out)(**values)
     given_dict = named.get("return_dict")
     as_dict = model.config.return_dict if given_dict is None else given_dict

@@ -14,7 +14,7 @@ from conmoe_edge.errors import CheckpointError, PackageError, UsageError
 from conmoe_edge.integrations.register import QUANT_METHOD
 from conmoe_edge.model.bridge import quantization_of, read_config, without_quantization
 from conmoe_edge.model.generation_file import read_generation
-from conmoe_edge.model.probe import count_in, facts_of, probe
+from conmoe_edge.model.probe import check_model, count_in, facts_of
 from conmoe_edge.model.record_match import AGAIN, mismatch
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig
         says = "none" if method is None else repr(method[:60])
         raise mismatch(folder, f"the config's quant_method is {says}")
     try:
-        probe(without_quantization(config), facts, whole=not packed)
+        check_model(without_quantization(config), facts, whole=not packed)
     except CheckpointError as error:
         raise mismatch(folder, f"{error.what} {error.why}".strip()) from error
     return config, generation

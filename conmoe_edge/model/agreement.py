@@ -28,7 +28,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Buffers that old releases wrote and that are computed since.
 _STALE = ("inv_freq", "masked_bias", "cos_cached", "sin_cached")
-_EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+_EXTRA_LAYERS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "num_mtp_modules",
+    "mtp_num_hidden_layers",
+)
 """Layers behind the last one that predict further tokens and that no answer needs."""
 
 

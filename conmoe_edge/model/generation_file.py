@@ -9,7 +9,6 @@ Memory: the file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,10 @@ def _checked(
             kept[field] = value
     for field, (least, most) in _NUMBERS.items():
         if (value := settings.get(field)) is not None:
-            number = math.nan if isinstance(value, bool | str | list | dict) else float(value)
-            if not least <= number <= most:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
                 raise says(where, field, value, f"it is a number from {least:g} to {most:g}")
-            kept[field] = number
+            kept[field] = float(value)
     for field in _TRUTHS:
         if (value := settings.get(field)) is not None:
             if not isinstance(value, bool):

@@ -35,6 +35,7 @@ from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
 from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.linears import quantisable_weights
+from conmoe_edge.model.router import cannot_run
 from conmoe_edge.model.streaming import no_experts
 
 _SHAPES_ONLY = "conmoe_shapes"
@@ -74,19 +75,8 @@ def probe(
         UnsupportedModel: the model is dense, its experts cannot be reached, or its weights are quantised already.
         CheckpointError: config and headers do not describe the same model.
     """
-    quantized = bridge.quantization_of(config)
-    if quantized is not None:
-        raise UnsupportedModel(
-            f"This {config.model_type} checkpoint is quantised already ({quantized}).",
-            "experts are taken in 16 or 32 bit",
-            "use the bf16 version of the model",
-        )
     config = copy.deepcopy(config)  # the experts function is set on it below
-    count = None if headers is None else len(headers)
-    model = bridge.build_meta(config, _main_dtype(config, headers), count)
-    decoder = find_decoder(model)
-    if decoder is None:
-        raise no_experts(config)
+    model, decoder = _built(config, headers)
     if headers is None:
         facts = {
             name: TensorFacts(
@@ -97,11 +87,45 @@ def probe(
         targets = {name: name for name in facts}
     else:
         facts = dict(headers)
-        targets = bridge.targets_of(model, facts)
-        shapes = {name: one.shape for name, one in facts.items()}
-        records = () if whole else fused_parameters(decoder)
-        check_agreement(model, decoder.prefix, shapes, targets, records)
+        targets = _agreeing(model, decoder, facts, whole=whole)
     return _assemble(config, model, decoder, facts, targets)
+
+
+def check_model(
+    config: PretrainedConfig, headers: Mapping[str, TensorFacts], *, whole: bool = True
+) -> None:
+    """Build what ``config`` describes and compare it with the headers; arguments and errors as of ``probe``."""
+    model, decoder = _built(copy.deepcopy(config), headers)
+    _agreeing(model, decoder, headers, whole=whole)
+
+
+def _built(
+    config: PretrainedConfig, headers: Mapping[str, TensorFacts] | None
+) -> tuple[PreTrainedModel, Decoder]:
+    quantized = bridge.quantization_of(config)
+    if quantized is not None:
+        raise UnsupportedModel(
+            f"This {config.model_type} checkpoint is quantised already ({quantized}).",
+            "experts are taken in 16 or 32 bit",
+            "use the bf16 version of the model",
+        )
+    count = None if headers is None else len(headers)
+    model = bridge.build_meta(config, _main_dtype(config, headers), count)
+    decoder = find_decoder(model)
+    if decoder is None:
+        raise no_experts(config)
+    return model, decoder
+
+
+def _agreeing(
+    model: PreTrainedModel, decoder: Decoder, facts: Mapping[str, TensorFacts], *, whole: bool
+) -> dict[str, str]:
+    """Tensor -> its parameter, of a model that agrees with the headers."""
+    targets = bridge.targets_of(model, facts)
+    shapes = {name: one.shape for name, one in facts.items()}
+    records = () if whole else fused_parameters(decoder)
+    check_agreement(model, decoder.prefix, shapes, targets, records)
+    return targets
 
 
 def _assemble(
@@ -280,7 +304,7 @@ def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...
 
 def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with foreign(partial(_cannot_run, model)), torch.no_grad():
+    with foreign(partial(cannot_run, model)), torch.no_grad():
         cache = cache_of(model(input_ids=ids, use_cache=True))
     if cache is None:
         raise UnsupportedModel(
@@ -289,12 +313,6 @@ def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
             f"Install a release that was tested: pip install 'transformers{TRANSFORMERS}'",
         )
     return cache
-
-
-def _cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, WRONG
-    )
 
 
 def _nbytes(*values: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -39,6 +40,7 @@ def run_command(words: list[str], folder: Path) -> Outcome:
     sys.stdout.flush()
     sys.stderr.flush()
     start = time.monotonic()
+    gc.freeze()  # a collection in the child would copy every page of this process
     child = os.fork()
     if child == 0:
         _be_the_command(words, files)

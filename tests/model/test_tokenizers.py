@@ -55,3 +55,85 @@ def test_code_in_the_folder_does_not_run(folder: Path) -> None:
     with contextlib.suppress(CalibrationError):  # transformers may have a class of its own for it
         load_tokenizer(folder)
     assert not (folder / "ran").exists()
+
+
+def _settings(folder: Path, **fields: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _tokenizer(folder: Path, **fields: object) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _deep(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[" * 100_000)
+
+
+def _link(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _deep,
+        _link,
+        lambda folder: _settings(folder, tokenizer_class="pipeline"),
+        lambda folder: _settings(folder, tokenizer_class="AutoModelForCausalLM"),
+        lambda folder: _settings(folder, tokenizer_class=5),
+        lambda folder: _settings(folder, model_max_length="long"),
+        lambda folder: _settings(folder, chat_template=[{"name": 1}]),
+        lambda folder: _settings(folder, added_tokens_decoder={"0": 5}),
+        lambda folder: _settings(folder, auto_map=5),
+        lambda folder: _tokenizer(folder, model=[]),
+        lambda folder: _tokenizer(folder, post_processor={"type": "evil"}),
+        lambda folder: _tokenizer(folder, added_tokens=[{"id": 10**30}]),
+    ],
+)
+def test_damage_is_one_line(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder)
+    with pytest.raises(CalibrationError, match="no tokenizer that can be used") as caught:
+        load_tokenizer(folder)
+    assert caught.value.why and "\n" not in str(caught.value)
+
+
+def test_a_file_cannot_name_other_files(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other") / "tokenizer.json"
+    other.write_text("{}")
+    before = load_tokenizer(folder)("The river runs").input_ids
+    names = ("tokenizer_file", "vocab_file", "gguf_file", "name_or_path", "special_tokens_map_file")
+    _settings(folder, **dict.fromkeys(names, str(other)), fast_tokenizer_files=["tokenizer.0.json"])
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("The river runs").input_ids == before
+    assert tokenizer.name_or_path == str(folder)
+
+
+def test_a_file_cannot_cut_or_fill_prompts(folder: Path) -> None:
+    before = load_tokenizer(folder)("The river runs").input_ids
+    pad = {
+        "direction": "Right",
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+        "pad_to_multiple_of": None,
+    }
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    _tokenizer(folder, padding={"strategy": {"Fixed": 4096}, **pad}, truncation=cut)
+    assert load_tokenizer(folder)("The river runs").input_ids == before
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    most = max(load_tokenizer(folder).get_vocab().values())
+    path.write_text(json.dumps({**config, "vocab_size": most + 1}))
+    load_tokenizer(folder)
+    path.write_text(json.dumps({**config, "vocab_size": most}))
+    with pytest.raises(CalibrationError, match="does not belong to the model") as caught:
+        load_tokenizer(folder)
+    assert f"to {most}, and the model knows {most}" in caught.value.why

@@ -130,8 +130,11 @@ def test_large_bodies(attacked: Running) -> None:
 
 
 def test_bodies_that_do_not_end(attacked: Running) -> None:
-    attack = check(attacked, unfinished_bodies(480, 2.0), allowed(attacked), 3)
-    assert 429 in attack.statuses
+    check(attacked, unfinished_bodies(480, 2.0), allowed(attacked), 3)
+    refused = attacked.metrics()[
+        'conmoe_requests_total{endpoint="/v1/chat/completions",status="429"}'
+    ]
+    assert refused > 100  # a few of them are read at a time
 
 
 def test_long_prompts_of_one_client_do_not_keep_another_waiting(attacked: Running) -> None:

@@ -39,10 +39,12 @@ class FewestTokens:
     Attributes:
         weights: fp64 [256], 1 / m(b); 0 for bytes that may end up in no token. ``None`` where nothing is known.
         composes: whether the normaliser is NFC.
+        blanks: whether a blank and the character that stands for it in the vocabulary are the same to it.
     """
 
     weights: np.ndarray | None
     composes: bool = False
+    blanks: bool = False
 
     @property
     def longest(self) -> int | None:
@@ -56,6 +58,8 @@ class FewestTokens:
         if self.weights is None:
             return 0
         weights = self.weights
+        if self.blanks:
+            text = text.replace(_BLANK, " ")
         if self.composes and not text.isascii():
             text = unicodedata.normalize("NFC", text)
             weights = weights.copy()
@@ -108,7 +112,7 @@ def fewest_tokens(tokenizer: Any) -> FewestTokens:
     weights = 1 / np.maximum(longest, 1)
     if blanks:
         weights[[*range(0x21), 0x7F, *range(0x80, 0x100)]] = 0
-    return FewestTokens(weights, normal == "NFC")
+    return FewestTokens(weights, normal == "NFC", not byte_level)
 
 
 def _plain(model: dict[str, Any]) -> bool:

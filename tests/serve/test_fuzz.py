@@ -66,7 +66,11 @@ def post(server: Running, path: str, body: bytes) -> httpx.Response:
 def check(server: Running, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         response = post(server, path, body)
-        assert response.status_code in (200, 400, 404), (response.status_code, response.text, body)
+        assert response.status_code in (200, 400, 404, 413), (
+            response.status_code,
+            response.text,
+            body,
+        )
         if response.status_code != 200:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
         elif "event-stream" in response.headers["content-type"]:

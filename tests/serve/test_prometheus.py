@@ -8,7 +8,10 @@ import pytest
 
 from conmoe_edge.offload.fastpath.report import FastPathReport
 from conmoe_edge.offload.runtime import RuntimeStats
+from conmoe_edge.serve.intake import Intake
 from conmoe_edge.serve.prometheus import FIRST_TOKEN_BUCKETS, Metrics, Snapshot
+
+NOBODY = Intake(lambda: 0, 1, 1)
 
 
 def test_buckets_add_up() -> None:
@@ -19,7 +22,7 @@ def test_buckets_add_up() -> None:
     metrics.answer("stop", 5, 2, 7)
     samples: dict[str, Any] = dict(
         line.rsplit(" ", 1)
-        for line in metrics.text(Snapshot(), 'a"b\n').splitlines()
+        for line in metrics.text(Snapshot(), 'a"b\n', NOBODY).splitlines()
         if not line.startswith("#")
     )
     name = "conmoe_first_token_seconds"
@@ -36,6 +39,6 @@ def test_buckets_add_up() -> None:
 def test_what_computes_is_a_metric(summary: str | None) -> None:
     stats = RuntimeStats(1, 2, 3, 4, 5, 6, 7, 8, None, "cpu", kernel="native, AVX2")
     path = None if summary is None else FastPathReport((), reason=summary)
-    lines = Metrics().text(Snapshot(runtime=stats, fast_path=path), "m").splitlines()
+    lines = Metrics().text(Snapshot(runtime=stats, fast_path=path), "m", NOBODY).splitlines()
     shown = "" if summary is None else summary.replace('"', '\\"')
     assert f'conmoe_compute_info{{kernel="native, AVX2",fast_path="{shown}"}} 1' in lines

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.serve.http_errors import ApiError
-from conmoe_edge.serve.requests import ChatRequest, CompletionRequest, read_request
+from conmoe_edge.serve.requests import (
+    MOST_VALUES,
+    ChatRequest,
+    CompletionRequest,
+    count_values,
+    read_request,
+)
 
 CHAT = '{"model": "m", "messages": [{"role": "user", "content": "x"}]%s}'
 
 
 def chat(more: str) -> ChatRequest:
-    return read_request((CHAT % more).encode(), ChatRequest, 8)
+    whole = '{"model": "m"%s}' if '"messages"' in more else CHAT  # no field may be there twice
+    return read_request((whole % more).encode(), ChatRequest, 8)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +126,66 @@ def test_sampling_is_what_was_asked_for() -> None:
     )
     assert chat(', "max_tokens": 7, "max_completion_tokens": 9').sampling.max_tokens == 9
     assert chat(', "stop": ["a", "b"]').sampling == SamplingSettings(stop=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model": "m", "model": "m", "prompt": "x"}',
+        '{"model": "m", "prompt": "x", "max_tokens": 1, "max_tokens": 1000}',
+        '{"model": "m", "messages": [{"role": "user", "role": "system", "content": "x"}]}',
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(body: str) -> None:
+    with pytest.raises(ApiError, match="is there twice"):
+        read_request(body.encode(), CompletionRequest, 8)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, dict):
+        return 1 + sum(1 + _count(one) for one in value.values())
+    return 1 + sum(map(_count, value)) if isinstance(value, list) else 1
+
+
+@given(_VALUES, st.booleans())
+def test_values_are_counted_before_they_are_made(value: object, ascii_only: bool) -> None:
+    counted = count_values(json.dumps(value, ensure_ascii=ascii_only).encode())
+    assert _count(value) <= counted <= 2 * _count(value)
+
+
+_MIB = 1 << 20
+_BOMBS = {
+    "lists": b'{"model": "m", "metadata": [' + b"[]," * (_MIB // 3) + b"0]}",
+    "objects": b'{"model": "m", "metadata": [' + b"{}," * (_MIB // 3) + b"0]}",
+    "empty strings": b'{"model": "m", "metadata": [' + b'"",' * (_MIB // 3) + b"0]}",
+    "fields": b"{" + b",".join(b'"%x":1' % n for n in range(90_000)) + b"}",
+    "numbers": b'{"model": "m", "prompt": [' + b"1," * (_MIB // 2) + b"1]}",
+    "wrong parts": b'{"model": "m", "prompt": [' + b"null," * 15_000 + b"0]}",
+    "quotes": b'"' * _MIB,
+    "escapes": b"\\" * _MIB,
+    "deep": b'{"a":' * 200_000,
+    "one long text": b'{"model": "m", "metadata": "' + b"x" * _MIB + b'"}',
+    "halves": b'{"model": "m", "prompt": "' + rb"\ud800" * 170_000 + b'"}',
+    "few fields, many": b'{"model": "m", "metadata": {' + b'"a":1,' * 5000 + b'"b":1}}',
+}
+
+
+@pytest.mark.parametrize("name", _BOMBS)
+def test_a_body_takes_a_few_times_its_bytes_at_the_most(name: str) -> None:
+    body = _BOMBS[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError) as caught:
+            read_request(body, CompletionRequest, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.status == 400
+    assert peak < 3 * len(body) + 200 * MOST_VALUES, (peak, len(body))

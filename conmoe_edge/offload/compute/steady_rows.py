@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
-"""At most twice as many, where reading and expanding the weights is what takes time, then half as many again; beyond the
-last its multiples."""
+"""At most twice as many, where reading and expanding the weights is what takes time, then half as many again; beyond
+the last its multiples."""
 
 
 def steady(rows: int) -> int:

@@ -76,6 +76,8 @@ def test_without_a_trace_there_are_neither_curves_nor_shares(scoped: Path, tmp_p
     gone = {ROUTING_FILE, PREDICTOR_FILE}
     files = {name: one for name, one in manifest.files.items() if name not in gone}
     save_manifest(folder, replace(manifest, files=files, prefetch=None))
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
     facts = summarise(folder, curves=True)
     assert facts.usage is None and facts.curves == () and facts.top_k is None
 

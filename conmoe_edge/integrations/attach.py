@@ -26,7 +26,7 @@ from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_c
 from conmoe_edge.compat import Arguments
 from conmoe_edge.errors import PackageError
 from conmoe_edge.integrations.dense_weights import (
-    check_small,
+    check_values,
     finish_dense,
     products_for,
     take_quantised,
@@ -127,7 +127,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
     """
-    check_small(model, loading.folder)
+    check_values(model, loading.folder)
     finish_dense(model, loading.products)
     options = current_options()
     context = options.context or default_context(model.config, loading.manifest)

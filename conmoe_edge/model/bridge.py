@@ -29,6 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
+from conmoe_edge.model.config_numbers import check_numbers
 from conmoe_edge.model.deepseek import register_config, register_model
 
 _GATED_INPUT = {"llama4", "llama4_text"}
@@ -39,11 +40,12 @@ def read_config(folder: str) -> PretrainedConfig:
 
     Raises:
         UnsupportedModel: transformers does not know the ``model_type``.
-        CheckpointError: ``config.json`` cannot be read.
+        CheckpointError: ``config.json`` cannot be read, or holds numbers that are none.
     """
     register_config()
     try:
         named, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        check_numbers(folder, named)
         kind = named.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise UnsupportedModel(
@@ -52,7 +54,7 @@ def read_config(folder: str) -> PretrainedConfig:
                 "use a model whose architecture is part of transformers; code inside a model folder is never run",
             )
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except UnsupportedModel:
+    except (UnsupportedModel, CheckpointError):
         raise
     except (
         Exception

@@ -121,7 +121,9 @@ def test_broken_numbers(source: Path, name: str, value: float) -> None:
     tensor = load_file(source / "model.safetensors")[name]
     tensor[0, 0] = value
     edit_weights(source, name, tensor)
-    assert "NaN" in refused(source, CheckpointError).what
+    error = refused(source, CheckpointError)
+    assert "NaN" in error.what and "model.layers.1." in error.what
+    assert name.rsplit(".", 2)[1].replace("up_proj", "gate_up_proj") in error.what
 
 
 @pytest.mark.parametrize(

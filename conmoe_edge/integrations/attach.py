@@ -24,7 +24,7 @@ from conmoe_edge.checkpoint.package.record_headers import record_index
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compat import Arguments
 from conmoe_edge.integrations.dense_weights import (
-    check_small,
+    check_values,
     finish_dense,
     products_for,
     take_quantised,
@@ -121,7 +121,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
     """
-    check_small(model, loading.folder)
+    check_values(model, loading.folder)
     finish_dense(model, loading.products)
     options = current_options()
     context = options.context or default_context(model.config, loading.manifest)

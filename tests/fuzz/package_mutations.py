@@ -371,3 +371,15 @@ def length(folder: Path, random: Random) -> Change:
         return Change(f"{path.name} is longer")
     put(path, data[: max(0, cut)])
     return Change(f"{path.name} ends at byte {cut}")
+
+
+def edit_values(path: Path, name: str, edit: Callable[[bytearray], None]) -> None:
+    """Change the bytes of one tensor of a file where they lie; the manifest is left to ``agree``."""
+    data = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    first, last = (start + one for one in split(bytes(data))[0][name]["data_offsets"])
+    part = data[first:last]
+    edit(part)
+    assert len(part) == last - first, "a tensor keeps its size"
+    data[first:last] = part
+    put(path, bytes(data))

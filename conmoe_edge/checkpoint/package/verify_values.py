@@ -43,7 +43,7 @@ def verify_values(folder: Path, manifest: Manifest) -> None:
     try:
         with ShardReader(CheckpointIndex.open(folder)) as reader:
             for name in reader:
-                if _broken(reader[name][...]):
+                if is_broken(reader[name][...]):
                     file = reader.index.tensors[name].file
                     raise damaged(folder / file, f"{name} {NOT_NUMBERS}")
     except CheckpointError as error:
@@ -73,7 +73,7 @@ def broken_record(folder: Path, manifest: Manifest, prototypes: Iterable[ExpertI
                 record = reader[record_name(one)][...]
                 why = RecordCheck(layout).wrong(record)
                 for name, part in view(layout, record).items():
-                    if not why and _broken(part):
+                    if not why and is_broken(part):
                         why = f"{name} {NOT_NUMBERS}"
                 if why:
                     return f"{why} in the record of prototype {list(one)}"
@@ -82,5 +82,6 @@ def broken_record(folder: Path, manifest: Manifest, prototypes: Iterable[ExpertI
     return ""
 
 
-def _broken(tensor: Tensor) -> bool:
+def is_broken(tensor: Tensor) -> bool:
+    """Whether a tensor holds something that is no number."""
     return tensor.is_floating_point() and not bool(tensor.isfinite().all())

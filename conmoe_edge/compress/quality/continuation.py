@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.compress.stream.calibration_text import TokenSet
+from conmoe_edge.compress.stream.layer_stream import require_numbers
 from conmoe_edge.compress.stream.streamed_model import Subject
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.model.streaming import Batch
@@ -70,6 +71,7 @@ def continue_greedily(
             cache = batch.cache
             with clock.part("continuations"):
                 logits = model.epilogue(Batch(new, None), hidden)[:, -1].float()
+                require_numbers(logits)
                 given = torch.cat([given, logits.argmax(-1, keepdim=True).cpu()], dim=1)
         model.drop_outside()
     return given[:, prompts.shape[1] :]

@@ -20,6 +20,7 @@ from conmoe_edge.model.streaming import Batch, StreamedModel
 
 _BATCH_VALUES = 1 << 24
 _MOST_TOKENS = 1 << 14
+_AGAIN = "download the model again; if it is the same afterwards, the model itself is broken"
 
 
 def compute_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
@@ -124,7 +125,7 @@ def run_layer(
         raise CheckpointError(
             f"Decoder layer {index}{f' of {name}' if name else ''} gives NaN or infinity.",
             "a weight of the model is broken, or its numbers leave the range of their type",
-            "download the model again; if it is the same afterwards, the model itself is broken",
+            _AGAIN,
         )
 
 
@@ -156,7 +157,27 @@ class Beside:
 
 
 def sequence_logits(model: StreamedModel, tokens: TokenSet, hidden: Tensor, row: int) -> Tensor:
-    """[T, V] of one sequence; hidden: [N, T, H] of the whole set behind the last layer."""
+    """[T, V] of one sequence; hidden: [N, T, H] of the whole set behind the last layer.
+
+    Raises:
+        CheckpointError: as ``require_numbers``.
+    """
     mask = None if bool(tokens.mask[row].all()) else tokens.mask[row : row + 1].long()
     batch = Batch(tokens.ids[row : row + 1], mask)
-    return model.epilogue(batch, hidden[row : row + 1].to(model.device))[0]
+    logits = model.epilogue(batch, hidden[row : row + 1].to(model.device))[0]
+    require_numbers(logits)
+    return logits
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Refuse logits that are none: every figure that is computed from them would be NaN.
+
+    Raises:
+        CheckpointError: there is NaN or infinity among them.
+    """
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError(
+            "The output layer gives NaN or infinity.",
+            "all decoder layers before it gave numbers",
+            _AGAIN,
+        )

@@ -32,6 +32,7 @@ from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.checkpoint.package.record_headers import record_index, record_name
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.package.small_tensors import damaged
+from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, is_broken
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
@@ -176,10 +177,12 @@ def mapped_tap(
     for number in slot_map.prototypes:
         name, layout = records[number]
         record = reader[name][...]
-        why = RecordCheck(layout).wrong(record)
+        why, held = RecordCheck(layout).wrong(record), view(layout, record)
+        for part, tensor in held.items():
+            if not why and is_broken(tensor):
+                why = f"{part} {NOT_NUMBERS}"
         if why:
             raise damaged(reader.index.folder / reader.index.tensors[name].file, f"{why} in {name}")
-        held = view(layout, record)
         parts[number] = {part: tensor.to(device) for part, tensor in held.items()}
     return MappedTap(SlotTensors.of(slot_map, constants, device), parts, is_open)
 

@@ -29,6 +29,9 @@ from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, broken_rec
 from conmoe_edge.errors import ConmoeError, NotFinite, PackageError
 from conmoe_edge.model.experts import find_decoder
 
+_PIECE = 1 << 22
+"""Numbers that are summed at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Package:
@@ -63,10 +66,14 @@ def guard_output(model: nn.Module, folder: Path, manifest: Manifest) -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether all of ``values`` are numbers, in one pass over them where they are."""
-    if bool(values.sum(dtype=torch.float32).isfinite()):
-        return True  # NaN and infinity survive a sum
-    return bool(values.isfinite().all())
+    """Whether all of ``values`` are numbers, in one pass over them where they are.
+
+    A sum in another format converts all that it is given, so that is a piece at a time.
+    """
+    return all(
+        bool(piece.sum(dtype=torch.float32).isfinite()) or bool(piece.isfinite().all())
+        for piece in values.reshape(-1).split(_PIECE)
+    )  # NaN and infinity survive a sum; large numbers may make one of their own
 
 
 def _culprit(
@@ -170,18 +177,14 @@ def _tensors(module: nn.Module, prefix: str, without: str) -> Iterator[tuple[str
 
 
 def _broken_experts(package: _Package, layer: int) -> str:
-    """What is no number among the constants and the prototypes of a layer; or the greatest scale of its slots."""
+    """What is no number among the constants and the prototypes of a layer."""
     maps = SlotMap.of_manifest(package.manifest)
     try:
-        read_constants(package.folder / CONSTANTS_FILE, {layer: maps[layer]})
+        read_constants(package.folder / CONSTANTS_FILE, maps)
     except PackageError as error:
         return error.why
     ids = [package.manifest.prototypes[number].id for number in maps[layer].prototypes]
     try:
-        found = broken_record(package.folder, package.manifest, ids)
+        return broken_record(package.folder, package.manifest, ids)
     except PackageError as error:
         return f"{error.what} {error.why}"
-    slot, scale = max(enumerate(maps[layer].scales), key=lambda one: abs(one[1]))
-    if not found and abs(scale) > 1e30:
-        found = f"router slot {slot} scales its prototype by {scale:.3g} (scales in conmoe.json)"
-    return found

@@ -94,7 +94,9 @@ def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
             raise damaged(path, f"layer {layer} does not hold a row of router slots a token")
         if int(chosen.min()) < 0 or int(chosen.max()) > slots:  # ``slots`` itself is the skip mark
             raise damaged(path, f"layer {layer} names router slots beyond its {slots}")
-        rows.append(tuple(map(tuple, chosen.tolist())))
+        rows.append(
+            tuple(map(tuple, chosen.numpy().tolist()))
+        )  # a tensor's own takes ten times as long
     return RoutingTrace(layers, tuple(lengths), tuple(rows))
 
 

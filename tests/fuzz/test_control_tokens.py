@@ -34,7 +34,7 @@ LOOKED_FOR = {
     "bare": re.compile("(</think>)"),
 }
 """What these templates look for in answers. It steers there: the model wrote it, and it is no special token."""
-CASES = seeds(60)
+CASES = seeds(20)
 
 
 def _content(random: Random, *, hostile: bool) -> str:

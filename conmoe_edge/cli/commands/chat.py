@@ -144,7 +144,14 @@ def check_package(folder: Path) -> None:
 
 def _piped() -> str | None:
     """What stands on standard input; ``None`` where that is a terminal."""
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "Standard input is no text.", f"it is not {error.encoding}", "send it as UTF-8"
+        ) from error
 
 
 def _converse(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -95,8 +96,20 @@ class Output:
 
     def _write_json(self, value: dict[str, Any]) -> None:
         # ASCII escapes: the value is the same in every encoding that a pipe may have.
-        self._stdout.file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(_finite(value), indent=2, allow_nan=False)
+        self._stdout.file.write(text + "\n")
         self._stdout.file.flush()
+
+
+def _finite(value: Any) -> Any:
+    """``null`` in the place of what is no number: JSON has no word for a loss that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return value
 
 
 class _AsciiStream:

@@ -88,7 +88,7 @@ def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False
     """A text that no template is put around, with the tokens that the tokenizer begins and ends texts with.
 
     Raises:
-        UsageError: it is no text.
+        UsageError: it is no text, or a control token in it cannot be written as text.
     """
     _check_text(text)
     whole = list(tokenizer(text).input_ids)
@@ -101,7 +101,14 @@ def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False
         body = list(tokenizer(text, add_special_tokens=False).input_ids)
     if safe == body:
         return whole
-    before = next(n for n in range(len(whole)) if whole[n : n + len(body)] == body)
+    starts = range(len(whole) - len(body) + 1)
+    before = next((n for n in starts if whole[n : n + len(body)] == body), None)
+    if before is None:
+        raise UsageError(
+            "The control tokens in this text cannot be told from those that the tokenizer adds.",
+            "",
+            ALLOW,
+        )
     return whole[:before] + safe + whole[before + len(body) :]
 
 
@@ -155,7 +162,9 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(
-            "A message is no text.", "it holds half of a surrogate pair", "send it as UTF-8"
+            "A message is no text.",
+            "it holds half of a character, or bytes that are not UTF-8",
+            "send it as UTF-8",
         ) from error
 
 

@@ -47,9 +47,20 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert seen.err == "warning: a warning\n"
 
 
-def test_json_refuses_what_is_no_json() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        Output(as_json=True).value({"a": float("nan")})
+def test_json_has_no_number_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with a weight that is not finite has such a loss; the value is JSON all the same."""
+    numbers = {"loss": float("nan"), "by": [{"x": float("inf")}, (1.5, -float("inf"))]}
+    Output(as_json=True).value(numbers)
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert said == {"schema_version": 1, "loss": None, "by": [{"x": None}, [1.5, None]]}
+
+
+def test_json_of_a_hostile_answer_is_one_value(capsys: pytest.CaptureFixture[str]) -> None:
+    reply = '"}\n{"reply": 1}\x00\x1b]0;x\x07\x9b31m\u2028\u202e</script>\ud83d\ufffe' + "x" * 10**6
+    Output(as_json=True).value({"reply": reply})
+    said = capsys.readouterr().out
+    assert said.isascii() and not any(c in said for c in "\x00\x07\x1b")
+    assert json.loads(said)["reply"] == reply
 
 
 def test_text_is_taken_literally(capsys: pytest.CaptureFixture[str]) -> None:

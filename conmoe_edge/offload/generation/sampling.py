@@ -34,7 +34,9 @@ class Sampler:
             self._generator.manual_seed(settings.seed)
 
     def next(self, tokens: Sequence[int], logits: Tensor) -> int:
-        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done."""
+        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done. Where it fails, the
+        next call draws as this one would have.
+        """
         scores = logits.float()
         if self._processors:
             before = torch.tensor([tokens], device=logits.device)
@@ -42,7 +44,12 @@ class Sampler:
         if self._greedy:
             return int(scores.argmax(-1))
         chances = torch.softmax(scores, dim=-1)
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+        before = self._generator.get_state()
+        try:
+            return int(torch.multinomial(chances, 1, generator=self._generator))
+        except RuntimeError:
+            self._generator.set_state(before)
+            raise
 
 
 def _processors(settings: SamplingSettings, *, drawn: bool) -> Any:

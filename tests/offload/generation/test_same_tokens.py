@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +174,8 @@ def test_two_threads(folder: Path, turns: list[Turn]) -> None:
 
 def test_a_package_runs_in_the_least_budget_that_it_can_be_planned_for(tmp_path: Path) -> None:
     plain = tiny_model("olmoe", dtype=torch.bfloat16)
-    anatomy = probe(plain.config)
+    plain.config.dtype = torch.bfloat16
+    anatomy = probe(copy.deepcopy(plain.config))
     with pytest.raises(DoesNotFit) as caught:
         make_plan(anatomy, _budget(1 << 20), PlanRequest(context=CONTEXT))
     least = parse_size(caught.value.fix.split()[1])

@@ -2,8 +2,8 @@
 
 lm-eval is an extra (``pip install 'conmoe-edge[eval]'``) and takes long to import, so it is imported
 when tasks are run and not before. The model object goes in as it is, with its runtime and its
-budget, one sequence at a time. What lm-eval itself takes comes on top: the scores of one sequence
-over the vocabulary in fp32, twice, and the data of its tasks.
+budget, one sequence at a time. What lm-eval itself takes comes on top: its libraries (about 130 MiB
+of RAM), the scores of one sequence over the vocabulary, in fp32 twice, and the data of its tasks.
 
 Task files may name Python functions; lm-eval runs these. Nothing of a model folder is among them.
 """

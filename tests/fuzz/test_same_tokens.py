@@ -29,6 +29,7 @@ from conmoe_edge.serve.jobs import Done, Event, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import VOCAB, save_tokenizer, tiny_model
 from tests.hand_packages import identity, predict, thirds, write_package
+from tests.scores import Scores, Turn, alone, turn
 
 FAMILIES = (
     "olmoe",
@@ -44,19 +45,14 @@ FAMILIES = (
     "granitemoe",
 )
 CONTEXT = 400
-Turn = tuple[list[int], list[int], torch.Tensor]
-"""A prompt, the greedy tokens after it, and the scores [count, V] that they were taken from."""
 
 
-@pytest.mark.parametrize("seed", seeds(6))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_the_same_scores_to_the_bit(seed: int, tmp_path: Path) -> None:
     random = random_of(seed)
     folder, tokenizer = _package(random, tmp_path)
     whole = load_package(folder, context=CONTEXT, device="cpu")
-    turns = [
-        _alone(whole, tokenizer, prompt, count)
-        for prompt, count in _grown(whole, tokenizer, random)
-    ]
+    turns = [alone(whole, prompt, count) for prompt, count in _grown(whole, tokenizer, random)]
     _in_one_chat(whole, tokenizer, turns)
     _generated(whole, turns)
     layouts = len(whole.conmoe.manifest.layouts)
@@ -64,7 +60,7 @@ def test_the_same_scores_to_the_bit(seed: int, tmp_path: Path) -> None:
     for slots in ((1,) * layouts, few):
         model = load_package(folder, context=CONTEXT, device="cpu", slots=slots)
         for prompt, tokens, scores in turns:
-            found = _alone(model, tokenizer, prompt, len(tokens))
+            found = alone(model, prompt, len(tokens))
             assert found[1] == tokens
             assert torch.equal(found[2], scores)
         _in_one_chat(model, tokenizer, turns)
@@ -112,51 +108,24 @@ def _grown(model: Any, tokenizer: Any, random: Random) -> list[tuple[list[int], 
             break
         count = random.choice([1, 3, 12])
         prompts.append((prompt, count))
-        answer = _alone(model, tokenizer, prompt, count)[1]
+        answer = alone(model, prompt, count)[1]
         said = prompt + answer
         if random.random() < 0.25:  # asked again in other words
             said = said[: random.randrange(len(said))]
     return prompts
 
 
-class _Scores:
-    """The last scores of every forward of a model."""
-
-    def __init__(self, model: Any) -> None:
-        self.rows: list[torch.Tensor] = []
-        self._hook = model.register_forward_hook(self._note)
-
-    def _note(self, module: Any, args: Any, out: Any) -> None:
-        self.rows.append(out.logits[0, -1].clone())
-
-    def last(self, count: int) -> torch.Tensor:
-        self._hook.remove()
-        return torch.stack(self.rows[-count:])
-
-
-def _alone(model: Any, tokenizer: Any, prompt: list[int], count: int) -> Turn:
-    return _turn(ChatSession(model, tokenizer), prompt, count)
-
-
-def _turn(session: ChatSession, prompt: list[int], count: int) -> Turn:
-    scores = _Scores(session.model)
-    generation = session.greedy(prompt, count)
-    while generation.finish is None:
-        generation.advance()
-    return prompt, generation.tokens[len(prompt) :], scores.last(count)
-
-
 def _in_one_chat(model: Any, tokenizer: Any, turns: list[Turn]) -> None:
     session = ChatSession(model, tokenizer)
     for prompt, tokens, scores in turns:
-        found = _turn(session, prompt, len(tokens))
+        found = turn(session, prompt, len(tokens))
         assert found[1] == tokens
         assert torch.equal(found[2], scores)
 
 
 def _generated(model: Any, turns: list[Turn]) -> None:
     for prompt, tokens, scores in turns:
-        seen = _Scores(model)
+        seen = Scores(model)
         out = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

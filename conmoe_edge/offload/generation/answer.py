@@ -18,6 +18,7 @@ from conmoe_edge.offload.generation.sampling import Sampler
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.generation.stop_strings import StopFilter
+from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 
 Finish = Literal["stop", "length", "context", "interrupted"]
 """The model was done or a stop string came, ``max_tokens`` came, the context is full, or the caller
@@ -79,8 +80,8 @@ class Generation:
         self._sampler = Sampler(settings, model.device)
 
     def advance(self) -> int | None:
-        """One forward: the next token, or ``None`` after a chunk of the prompt. Not once ``finish``
-        is set.
+        """One forward: the next token, or ``None`` after a chunk of the prompt, or where memory ran out and something
+        was given up for it. Not once ``finish`` is set.
 
         Raises:
             OutOfMemory: memory ran out and nothing was left to give up.
@@ -89,7 +90,15 @@ class Generation:
         logits = self.cached.step(self.tokens, self.prompt_length)
         if logits is None:
             return None
-        token = self._sampler.next(self.tokens, logits)
+        token = None
+        try:
+            token = self._sampler.next(self.tokens, logits)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if token is None:
+            self.cached.after_out_of_memory()
+            return None
         self.latest_at = time.perf_counter()
         self.first_at = self.first_at or self.latest_at
         self.made += 1

@@ -35,7 +35,8 @@ class Sampler:
             self._generator.manual_seed(settings.seed)
 
     def next(self, tokens: Sequence[int], logits: Tensor) -> int:
-        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done.
+        """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done. Where it fails, the
+        next call draws as this one would have.
 
         Raises:
             CheckpointError: the scores are no numbers, so that no token is more likely than another.
@@ -51,7 +52,12 @@ class Sampler:
         chances = torch.softmax(scores, dim=-1)
         if not bool(chances.sum().isfinite()):
             raise _no_number()
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+        before = self._generator.get_state()
+        try:
+            return int(torch.multinomial(chances, 1, generator=self._generator))
+        except RuntimeError:
+            self._generator.set_state(before)
+            raise
 
 
 def _no_number() -> CheckpointError:

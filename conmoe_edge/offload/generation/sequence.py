@@ -99,8 +99,17 @@ class CachedTokens:
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not is_out_of_memory(error):
                 raise
-        # Out of the handler, so that the error's traceback does not keep the memory that is to be
-        # given up. The cache may have grown in some layers only.
+        # Out of the handler, so that the error's traceback does not keep the memory that is to be given up.
+        self.after_out_of_memory()
+        return None
+
+    def after_out_of_memory(self) -> None:
+        """Let go of the cache, which may have grown in some layers only, and of slots; the next steps compute the
+        conversation again.
+
+        Raises:
+            OutOfMemory: nothing is left to give up.
+        """
         self.forget()
         if not self._retreat():
             raise OutOfMemory(
@@ -108,7 +117,6 @@ class CachedTokens:
                 f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package",
                 f"Close other programs, or load with --context {max(1, self._runtime.context // 2)}",
             )
-        return None
 
     @torch.no_grad()
     def _forward(self, tokens: Sequence[int], prompt: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from hand_packages import thirds, write_package
 from safetensors.torch import load_file, save_file
 
 from conmoe_edge import api
-from conmoe_edge.errors import CheckpointError, ConmoeError, PackageError
+from conmoe_edge.errors import CheckpointError, ConmoeError, PackageError, UnsupportedModel
 
 FAMILIES = ("olmoe", "gpt_oss", "deepseek_v3", "mixtral", "qwen3_5_moe_text")
 
@@ -184,3 +184,15 @@ def test_a_package_whose_config_leaves_layers_out_is_refused(tmp_path: Path) -> 
     change(package, attention_bias=False)
     with pytest.raises(PackageError, match="has no place"):
         api.load(package, device="cpu")
+
+
+@pytest.mark.parametrize("count", ["many", 8, [], None])
+def test_a_dense_model_is_refused_whatever_it_says_of_experts(tmp_path: Path, count: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    config = LlamaConfig(vocab_size=96, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    change(tmp_path, num_experts=count)
+    with pytest.raises(UnsupportedModel):
+        plan(tmp_path)

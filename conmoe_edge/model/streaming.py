@@ -276,7 +276,8 @@ def no_experts(config: PretrainedConfig) -> UnsupportedModel:
     """The error for a model without routed experts that can be reached."""
     words = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     text = config.get_text_config()
-    if any((getattr(text, word, 0) or 0) > 1 for word in words):
+    counts = (getattr(text, word, 0) for word in words)
+    if any(isinstance(count, int) and count > 1 for count in counts):
         return UnsupportedModel(
             f"{config.model_type} cannot be consolidated.",
             "its experts do not run through transformers' registry of experts functions",

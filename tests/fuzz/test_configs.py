@@ -165,7 +165,7 @@ def test_damaged_small_files(models: Callable[[str, str], Path], tmp_path: Path)
     from conmoe_edge.cli.main import main  # noqa: F401  # warm before the first fork
     from conmoe_edge.integrations.load import load_package  # noqa: F401
 
-    for seed in seeds(24):
+    for seed in seeds(16):
         folder = tmp_path / str(seed)
         folder.mkdir()
         done, outcome = case(seed, models, folder)

@@ -243,13 +243,14 @@ def test_standard_input_that_is_no_text_is_said(package: Path) -> None:
     assert error["type"] == "UsageError" and "UTF-8" in error["fix"]
 
 
-def test_a_chat_template_without_end_is_ended(package: Path, tmp_path: Path) -> None:
-    hostile = tmp_path / "hostile"
-    shutil.copytree(package, hostile)
+def test_a_chat_template_without_end_is_ended(model: Path, tmp_path: Path) -> None:
+    hostile, out = tmp_path / "hostile", tmp_path / "out"
+    shutil.copytree(model, hostile)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     for source, said in ((loops, "does not come to an end"), ("{{ 'x' * 10**10 }}", "memory")):
         (hostile / "chat_template.jinja").write_text(source)
-        result = run("chat", str(hostile), "--prompt", "Hello", "--json")
+        assert run("fit", str(hostile), "--out", str(out), *_BUDGET, "--overwrite").exit_code == 0
+        result = run("chat", str(out), "--prompt", "Hello", "--json")
         error = values(result.stdout)["error"]
         assert result.exit_code == 2 and said in error["what"]
         assert "chat_template.jinja" in error["fix"]

@@ -21,6 +21,8 @@ from conmoe_edge.offload.generation.text_tokens import ALLOW, control_tokens_in,
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that a template may write into a control token; others must not be a part of one."""
 
+_LETTER = "a"
+
 
 def prompt_tokens(
     tokenizer: Any,
@@ -96,20 +98,27 @@ def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False
         return whole
     control = ControlTokens.of(tokenizer, _template(tokenizer))
     safe = encode_apart(tokenizer, text, lambda begin, end: end > begin, control)
-    body = whole
-    if safe != whole:
-        body = list(tokenizer(text, add_special_tokens=False).input_ids)
+    body = list(tokenizer(text, add_special_tokens=False).input_ids)
     if safe == body:
         return whole
-    starts = range(len(whole) - len(body) + 1)
-    before = next((n for n in starts if whole[n : n + len(body)] == body), None)
-    if before is None:
+    before = _tokens_before(tokenizer)
+    if whole[before : before + len(body)] != body:
         raise UsageError(
             "The control tokens in this text cannot be told from those that the tokenizer adds.",
             "",
             ALLOW,
         )
     return whole[:before] + safe + whole[before + len(body) :]
+
+
+def _tokens_before(tokenizer: Any) -> int:
+    """How many tokens the tokenizer begins a text with."""
+    whole, body = (
+        tokenizer(_LETTER).input_ids,
+        tokenizer(_LETTER, add_special_tokens=False).input_ids,
+    )
+    starts = range(len(whole) - len(body) + 1)
+    return next((n for n in starts if whole[n : n + len(body)] == body), 0)
 
 
 def template_variables(tokenizer: Any) -> dict[str, Any]:

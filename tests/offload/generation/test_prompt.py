@@ -124,6 +124,8 @@ def test_text_without_a_template(tokenizer: Any) -> None:
     for ids in (text_tokens(tokenizer, ATTACK + "<s>"), prompt_tokens(tokenizer, _user(ATTACK))):
         assert ids[0] == first and ids.count(first) == 1
         assert _count(tokenizer, ids, "<|im_start|>", "<|im_end|>") == 0
+    # A text that reads like what the tokenizer begins texts with.
+    assert _count(tokenizer, text_tokens(tokenizer, "<s>")[1:], "<s>") == 0
     plain = "The river runs to the sea."
     assert text_tokens(tokenizer, plain) == tokenizer(plain).input_ids
     allowed = text_tokens(tokenizer, ATTACK, allow_special_tokens=True)

@@ -104,6 +104,8 @@ check-lowest: $(LOWEST_ONLY)/.ready
 # Python itself is not sanitized, so the runtimes are loaded before it. They see torch's memory as well.
 SANITIZERS = $(foreach one,libasan.so libubsan.so libstdc++.so,$(shell g++ -print-file-name=$(one)))
 
+ASAN_FUZZ_CASES ?= 100
+
 # Building takes a minute or two. Where it fails the tests would be skipped, so that is looked at first.
 test-asan: export CONMOE_OPERATOR_SANITIZE = 1
 test-asan: export ASAN_OPTIONS = detect_leaks=0
@@ -114,6 +116,8 @@ test-asan: $(READY)
 		from conmoe_edge.offload.kernels.cpu.bindings import why_not; sys.exit(why_not() or 0)"
 	LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -m pytest -p no:cacheprovider --timeout 1800 \
 		tests/offload/kernels/test_cpu_*.py tests/offload/kernels/test_operator_library.py $(PYTEST_ARGS)
+	CONMOE_FUZZ_CASES=$(ASAN_FUZZ_CASES) OMP_NUM_THREADS=1 LD_PRELOAD="$(SANITIZERS)" $(BIN)/python -m pytest \
+		-p no:cacheprovider --timeout 1800 tests/fuzz/test_packages.py $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)

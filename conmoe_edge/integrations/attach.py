@@ -31,8 +31,9 @@ from conmoe_edge.integrations.dense_weights import (
 )
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
-from conmoe_edge.integrations.package_match import check_layers, check_selection
+from conmoe_edge.integrations.package_match import check_choice, check_layers, check_selection
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.model.probe import top_k_of
 from conmoe_edge.model.record_match import check_records, mismatch
 from conmoe_edge.model.rerouting import reroute
 from conmoe_edge.model.router import find_routers
@@ -78,6 +79,7 @@ def begin_loading(
     register_experts_function()
     experts = find_experts(model)
     check_layers(folder, manifest, experts)
+    check_choice(folder, manifest, top_k_of(model.config.get_text_config()))
     _reroute(model, folder, manifest)
     for layer, (_, module) in experts.items():
         check_records(folder, manifest, layer, module, part_names(module))

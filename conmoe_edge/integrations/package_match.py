@@ -24,6 +24,16 @@ def check_layers(folder: Path, manifest: Manifest, layers: Iterable[int]) -> Non
         )
 
 
+def check_choice(folder: Path, manifest: Manifest, chosen: int) -> None:
+    """Every router has as many slots as a token is to be sent to, ``chosen`` by the config."""
+    for layer, row in sorted(manifest.slots.items()):
+        if not 1 <= chosen <= len(row):
+            raise mismatch(
+                folder,
+                f"a token is sent to {chosen} router slots, and layer {layer} has {len(row)}",
+            )
+
+
 def check_selection(
     folder: Path, layer: int, slots: int, selection: Selection, is_open: Sequence[bool]
 ) -> None:

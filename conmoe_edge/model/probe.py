@@ -149,7 +149,7 @@ def _assemble(
             dense[layer] += facts[key].nbytes
         else:
             outside += facts[key].nbytes
-    top_k = _top_k(text)
+    top_k = top_k_of(text)
     anatomy = []
     for index in range(len(layers)):
         found = None
@@ -204,7 +204,7 @@ def _experts_anatomy(
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
 
 
-def _top_k(text: PretrainedConfig) -> int:
+def top_k_of(text: PretrainedConfig) -> int:
     for word in (
         "num_experts_per_tok",
         "moe_k",

@@ -107,3 +107,35 @@ def test_addresses_that_would_lead_elsewhere_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"layer 3|contiguous"):
         LayerTable(table_of([]), FORMS, slots, constants)
+
+
+def other_form(rows: int, columns: int, kind: str = "int8"):  # type: ignore[no-untyped-def]
+    assert ENGINE is not None
+    return ENGINE.prepare(quantise(torch.randn(rows, columns), kind))  # type: ignore[arg-type]
+
+
+def test_a_prototype_in_another_form_than_its_layer_expects_is_refused() -> None:
+    """One call reads all prototypes of a layer as one kind; bf16 rows read as int8 would end beyond them."""
+    assert FORMS is not None
+    eight_bits = other_form(2 * WIDTH, HIDDEN), other_form(HIDDEN, WIDTH)
+    table = table_of([0])
+    LayerTable(table, FORMS, a_map(0, 1), None)
+    with pytest.raises(ValueError, match="prototype 1 has another form"):
+        table.put(1, *eight_bits)
+    table.put(2, *eight_bits)  # no layer has asked for it yet
+    with pytest.raises(ValueError, match="prototype 2 has another form"):
+        LayerTable(table, FORMS, a_map(2), None)
+    with pytest.raises(ValueError, match="prototype 0 has another form"):
+        LayerTable(table, (eight_bits[0].form, eight_bits[1].form), a_map(0), None)
+    table.put(1, *EXPERTS[1])
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH + 8)), ((2 * WIDTH, HIDDEN), (HIDDEN + 8, WIDTH))],
+)
+def test_matrices_that_do_not_go_together_are_refused(
+    up: tuple[int, int], down: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match="do not go together"):
+        PrototypeTable(1).put(0, other_form(*up), other_form(*down))

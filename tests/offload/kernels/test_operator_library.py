@@ -266,6 +266,9 @@ def rebuilt_as(path: Path, source: str) -> None:
     path.chmod(0o700)
 
 
+@pytest.mark.skipif(
+    os.environ.get(build.SANITIZE) == "1", reason="a sanitizer makes an exit of the signal"
+)
 def test_a_library_that_crashes_does_so_once_and_elsewhere(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,8 +115,8 @@ class CachedTokens:
         if not self._retreat():
             raise OutOfMemory(
                 "Memory ran out while the model was computing.",
-                f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package; what failed "
-                f"says: {said.strip().splitlines()[0][:100] if said.strip() else 'no memory'}",
+                f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package; what "
+                f"failed says: {said.strip().splitlines()[0][:100] if said.strip() else 'no memory'}",
                 f"Close other programs; if that does not help, start again with --context "
                 f"{max(1, self._runtime.context // 2)}",
             )

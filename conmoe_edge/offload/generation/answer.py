@@ -90,14 +90,15 @@ class Generation:
         logits = self.cached.step(self.tokens, self.prompt_length)
         if logits is None:
             return None
-        token = None
+        token, said = None, ""
         try:
             token = self._sampler.next(self.tokens, logits)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            said = str(error)
         if token is None:
-            self.cached.after_out_of_memory()
+            self.cached.after_out_of_memory(said)
             return None
         self.latest_at = time.perf_counter()
         self.first_at = self.first_at or self.latest_at

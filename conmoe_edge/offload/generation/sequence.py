@@ -99,13 +99,14 @@ class CachedTokens:
         except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not is_out_of_memory(error):
                 raise
+            said = str(error)
         # Out of the handler, so that the error's traceback does not keep the memory that is to be given up.
-        self.after_out_of_memory()
+        self.after_out_of_memory(said)
         return None
 
-    def after_out_of_memory(self) -> None:
+    def after_out_of_memory(self, said: str) -> None:
         """Let go of the cache, which may have grown in some layers only, and of slots; the next steps compute the
-        conversation again.
+        conversation again. ``said`` is the text of the error.
 
         Raises:
             OutOfMemory: nothing is left to give up.
@@ -114,8 +115,10 @@ class CachedTokens:
         if not self._retreat():
             raise OutOfMemory(
                 "Memory ran out while the model was computing.",
-                f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package",
-                f"Close other programs, or load with --context {max(1, self._runtime.context // 2)}",
+                f"the cache has its fewest slots, and {self.chunk} tokens at a time are part of the package; what "
+                f"failed says: {said.strip().splitlines()[0][:100] if said.strip() else 'no memory'}",
+                f"Close other programs; if that does not help, start again with --context "
+                f"{max(1, self._runtime.context // 2)}",
             )
 
     @torch.no_grad()

@@ -6,12 +6,15 @@ import torch
 
 from conmoe_edge.errors import OutOfMemory
 
+_WORDS = ("can't allocate memory", "out of memory", "could not create a primitive")
+"""The last is oneDNN's, which says no more where it finds no memory for a product. Its thread cannot make any product
+of a new shape afterwards, so that only a new process goes on.
+"""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for every way in which torch, Python and this program say that memory ran out."""
+    """True for every way in which torch, its libraries, Python and this program say that memory ran out."""
     if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)

@@ -186,10 +186,12 @@ def test_a_part_that_is_watched_is_called(package: Any, part: str) -> None:
     module = modules_of(package)[1].get_submodule(part)
     hook = module.register_forward_hook(lambda *call: seen.append(call))
     found, _ = steps(package, [3, 1, 4, 1, 5])
-    assert len(seen) == 6 and torch.equal(found, wanted)
+    calls = len(seen)
+    assert calls in (6, 7), "a token that tries the operator is computed twice"
+    assert torch.equal(found, wanted)
     hook.remove()
     again, _ = steps(package, [3, 1, 4, 1, 5])
-    assert len(seen) == 6 and torch.equal(again, wanted)
+    assert len(seen) == calls and torch.equal(again, wanted)
 
 
 def test_a_call_that_computes_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

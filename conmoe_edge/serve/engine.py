@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.context_limit import longest_context
@@ -38,6 +39,7 @@ same prototypes, those of two answers do not. With everything resident a turn is
 """
 SPEED_WINDOW = 5.0
 PUBLISH_SECONDS = 0.25
+TRIM_SECONDS = 5.0
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self._made: deque[tuple[float, int]] = deque()
         self._seconds_per_answer = 1.0
         self._published = 0.0
+        self._trimmed = 0.0
         self._held = Snapshot()
         self._in_turn = 0
         self._thread = threading.Thread(target=self._run, name="conmoe-engine", daemon=True)
@@ -196,7 +199,15 @@ class Engine:
                 if self._state != "ready":
                     return False
                 self._publish(force=True)
+                self._trim()
                 self._wake.wait()
+
+    def _trim(self) -> None:
+        """With nothing to do, now and then: what answers and texts left in the heap goes back."""
+        now = time.perf_counter()
+        if self._runtime.device.type == "cpu" and now - self._trimmed >= TRIM_SECONDS:
+            trim_heap()
+            self._trimmed = now
 
     def _starts(self, job: Job) -> bool:
         """Whether the next in line left the queue: it runs, or there is not even the memory to begin with it."""

@@ -19,11 +19,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.context_limit import longest_context
 from conmoe_edge.offload.generation.prompt import end_tokens
-from conmoe_edge.offload.generation.sequence import CachedTokens
+from conmoe_edge.offload.generation.sequence import CachedTokens, is_out_of_memory
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.plan.requests import RequestSizes, request_sizes
 from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
@@ -38,6 +39,7 @@ same prototypes, those of two answers do not. With everything resident a turn is
 """
 SPEED_WINDOW = 5.0
 PUBLISH_SECONDS = 0.25
+TRIM_SECONDS = 5.0
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self._made: deque[tuple[float, int]] = deque()
         self._seconds_per_answer = 1.0
         self._published = 0.0
+        self._trimmed = 0.0
         self._held = Snapshot()
         self._in_turn = 0
         self._thread = threading.Thread(target=self._run, name="conmoe-engine", daemon=True)
@@ -189,15 +192,40 @@ class Engine:
         """Start the jobs that have room; sleep where there are none. False at the end."""
         with self._wake:
             while True:
-                while (job := self._waiting.first()) is not None and self._may_start(job):
-                    self._waiting.pop()
-                    self._running.append(job)
+                while (job := self._waiting.first()) is not None and self._starts(job):
+                    pass
                 if self._running:
                     return True
                 if self._state != "ready":
                     return False
                 self._publish(force=True)
+                self._trim()
                 self._wake.wait()
+
+    def _trim(self) -> None:
+        """With nothing to do, now and then: what answers and texts left in the heap goes back."""
+        now = time.perf_counter()
+        if self._runtime.device.type == "cpu" and now - self._trimmed >= TRIM_SECONDS:
+            trim_heap()
+            self._trimmed = now
+
+    def _starts(self, job: Job) -> bool:
+        """Whether the next in line left the queue: it runs, or there is not even the memory to begin with it."""
+        try:
+            if not self._may_start(job):
+                return False
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._room.give_back(job.reserved)
+            job.reserved, job.answer = 0, None
+            self._metrics.answer("failed", 0, 0, 0)
+            job.tell(Failed(error))
+            self._waiting.pop()
+            return True
+        self._waiting.pop()
+        self._running.append(job)
+        return True
 
     def _may_start(self, job: Job) -> bool:
         """Reserve room for the next in line, with what an earlier prompt left where that is a
@@ -219,8 +247,8 @@ class Engine:
                 self._kept.put_back(kept)
             return False
         self._room.take(nbytes)
-        self._runtime.make_room(self._room.worth())
         job.reserved = nbytes
+        self._runtime.make_room(self._room.worth())
         job.started = time.perf_counter()
         cached = CachedTokens(model, self._chunk, self._retreat) if kept is None else kept.cached
         cached.rewind(job.tokens)

@@ -69,10 +69,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, _sentences(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError):
         return ApiError(400, _sentences(error))
-    if isinstance(error, OutOfMemory):
+    if isinstance(error, (OutOfMemory, MemoryError)):
         return ApiError(
             503,
-            "Memory ran out while the model was computing.",
+            "Memory ran out.",
             code="out_of_memory",
             headers={"Retry-After": "10"},
         )

@@ -84,7 +84,8 @@ class Server:
         self.intake = Intake(
             lambda: self.engine.sizes.account, places, limits.readers, self.engine.wait_estimate
         )
-        self._tokenising = Tokenising(places)
+        # Twice, since a text that was pushed out leaves its queue a moment after its place.
+        self._tokenising = Tokenising(2 * places)
         app = make_app(self.engine, self.metrics, settings, self.intake, self._tokenising)
         guarded = Guard(app, settings, self._count, self.intake, self._largest_body)
         config = uvicorn.Config(

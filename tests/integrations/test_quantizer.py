@@ -140,6 +140,20 @@ def test_slots_are_what_the_budget_leaves(folder: Path) -> None:
     ).conmoe.residency.all_resident
 
 
+def test_what_the_caller_holds_beside_the_model_takes_slots(folder: Path) -> None:
+    fixed, record = _needs(context=64, chunk=64)
+    asked: list[tuple[int, int]] = []
+
+    def beside(budget: int, context: int) -> int:
+        asked.append((budget, context))
+        return 4 * record
+
+    budget = _budget(fixed + 11 * record + record // 2)
+    model = load_package(folder, budget=budget, context=64, beside=beside)
+    assert model.conmoe.stats().slots == 7
+    assert asked == [(budget.device_bytes, 64)]
+
+
 def test_a_tight_budget_keeps_the_chunk_and_below_that_is_refused(folder: Path) -> None:
     fixed, record = _needs(context=64, chunk=64)
     model = load_package(folder, budget=_budget(fixed + record), context=64)

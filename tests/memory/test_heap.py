@@ -43,3 +43,34 @@ assert full - process.memory_info().rss > 100 << 20
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_trimming_gives_freed_blocks_back() -> None:
     subprocess.run([sys.executable, "-c", TRIM], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_threads_share_one_heap() -> None:
+    """Without it each thread that allocates has a heap of its own, whose free bytes are of no use to the others."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_HEAP], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+ONE_HEAP = """
+import ctypes, threading
+from conmoe_edge.memory.heap import one_heap
+assert one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+found = []
+def allocate():
+    found.append(libc.malloc(50_000))
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+start, end = next(
+    [int(one, 16) for one in line.split()[0].split("-")]
+    for line in open("/proc/self/maps") if "[heap]" in line
+)
+assert all(start <= one < end for one in found), (hex(start), hex(end), found)
+"""

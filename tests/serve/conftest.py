@@ -21,9 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = "562MB"
-"""18 MB above that of `make demo`: oneDNN keeps a kernel for every length of a prompt, most on processors with bf16
-instructions, and Python's share of a plan has little room for those.
-"""
+"""That of `make demo`: a server has to do with what chat has."""
 NAME = "demo-served"
 KEY = "correct-horse-battery"
 START_SECONDS = 120.0

@@ -187,6 +187,15 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(attacked: Runn
         assert "at least" in error["message"], error
 
 
+def test_prompts_of_every_length_stay_inside_the_budget(attacked: Running) -> None:
+    """What libraries keep for each length of a prompt is bounded (``offload/compute/steady_rows.py``)."""
+    with attacked.client() as client:
+        for length in [*range(1, 70), *range(70, 1000, 97)]:
+            prompt = [(7919 * n + length) % 4000 for n in range(length)]
+            client.completions.create(model=NAME, prompt=prompt, max_tokens=1, temperature=0)
+    assert Watched(attacked).peak <= BUDGET
+
+
 @pytest.mark.slow
 def test_hundreds_of_clients_of_every_kind_at_once(attacked: Running) -> None:
     clients = [*large_bodies(100), *unfinished_bodies(200, 10.0), *misused_connections(80)]

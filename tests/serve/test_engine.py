@@ -274,6 +274,39 @@ def test_full_and_stopping_are_said(folder: Path, tokenizer: Any) -> None:
     assert driven.engine.join(60)
 
 
+def test_no_memory_to_begin_with_fails_that_answer_alone(
+    driven: Driven, alone: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert driven.engine.loaded is not None
+    runtime = driven.engine.loaded.model.conmoe
+    left = [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    make_room = runtime.make_room
+
+    def failing(tokens: int) -> None:
+        if left:
+            raise left.pop()
+        make_room(tokens)
+
+    monkeypatch.setattr(runtime, "make_room", failing)
+    for _ in range(2):
+        _, told = driven.ask(QUESTIONS[0])
+        assert isinstance(told.get(timeout=60), Failed)
+        assert driven.engine._room.used == driven.engine._kept.reserved
+    assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
+
+
+def test_what_waits_can_be_taken_out_and_what_runs_cannot(driven: Driven) -> None:
+    running, _ = driven.ask(QUESTIONS[0], tokens=400)
+    waiting, told = driven.ask(QUESTIONS[1], tokens=400)  # there is no room for both
+    driven.until(lambda: driven.engine.snapshot.running == 1)
+    assert not driven.engine.withdraw(running)
+    assert driven.engine.withdraw(waiting) and not driven.engine.withdraw(waiting)
+    event = told.get(timeout=60)
+    assert isinstance(event, Failed) and isinstance(event.error, Busy)
+    driven.engine.cancel(running)
+    driven.idle()
+
+
 def test_an_engine_that_cannot_load_says_why(tokenizer: Any, tmp_path: Path) -> None:
     ends: list[BaseException | None] = []
 

@@ -123,8 +123,11 @@ def serve(
     check_package(folder)
     _need_extra()
     output.note("Starting ...")
+    from conmoe_edge.memory.heap import one_heap
     from conmoe_edge.memory.resolve import resolve_budget
     from conmoe_edge.serve.server import Server, package_loader
+
+    one_heap()
 
     where: Any = device if device in ("cpu", "cuda") else "auto"
     load = package_loader(
@@ -144,8 +147,10 @@ def serve(
 def _ready(server: Any, output: Output) -> None:
     """Say where it is, once it answers."""
     from conmoe_edge.memory.garbage import settle
+    from conmoe_edge.memory.heap import trim_heap
 
     settle()
+    trim_heap()
     url, name = server.url, server.settings.name
     output.value({"url": url, "model": name, "api": f"{url}/v1"})
     output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")

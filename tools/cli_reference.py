@@ -19,7 +19,9 @@ _HEAD = """# Command line
 
 Results go to stdout, everything else to stderr. `--json` prints exactly one value on stdout, with
 `schema_version`; an error is then `{"schema_version": 1, "error": {"type", "what", "why", "fix"}}`.
-Otherwise an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
+An error after the value has been printed (a page that cannot be written, a server that dies) is said
+on stderr; so is whatever libraries print. A number that JSON cannot write is `null`. Without
+`--json` an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
 
 | Exit status | Meaning |
 |---|---|

@@ -47,9 +47,13 @@ def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert seen.err == "warning: a warning\n"
 
 
-def test_json_refuses_what_is_no_json() -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        Output(as_json=True).value({"a": float("nan")})
+def test_what_json_cannot_write_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=True).value({"a": float("nan"), "b": [float("inf"), (1.5,)]})
+    assert json.loads(capsys.readouterr().out) == {
+        "schema_version": 1,
+        "a": None,
+        "b": [None, [1.5]],
+    }
 
 
 def test_text_is_taken_literally(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 FORK: Any = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 NOBODY = 65534
 
@@ -63,11 +65,12 @@ class Sandbox:
 
     @property
     def environment(self) -> dict[str, str | None]:
-        """What leads there; ``None`` takes a variable away. The cache stays: it has the compiled kernels."""
+        """What leads there; ``None`` takes a variable away. The caches stay: one has the compiled operator."""
         names = ("CONMOE_CONFIG_DIR", "CONMOE_STATE_DIR", "CONMOE_DEBUG")
-        xdg = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
+        xdg = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
         return {
             **dict.fromkeys((*names, *xdg)),
+            "XDG_CACHE_HOME": str(user_cache_path()),
             "HOME": str(self.home),
             "TMPDIR": str(self.temporary),
             "SHELL": "/bin/bash",
@@ -163,7 +166,7 @@ def _child(
             os.dup2(opened, number)
             os.close(opened)
         sys.stdin, sys.stdout, sys.stderr = (
-            os.fdopen(number, mode, encoding="utf-8", closefd=False)
+            os.fdopen(number, mode, buffering=1, encoding="utf-8", closefd=False)
             for number, mode in enumerate(("r", "w", "w"))
         )
         for name, value in {**sandbox.environment, **more}.items():

@@ -37,6 +37,7 @@ on stderr; so is whatever libraries print. A number that JSON cannot write is `n
 | `CONMOE_CONFIG_DIR` | folder of your own profiles and aliases |
 | `CONMOE_STATE_DIR` | folder of the chat history |
 | `CONMOE_CACHE_DIR` | folder of what was measured on this machine |
+| `XDG_CACHE_HOME` | folder of the compiled operator, in `conmoe-edge/operator` |
 | `NO_COLOR` | no colours |
 | `HF_HOME`, `HF_HUB_OFFLINE` | where downloaded models lie; use only those |
 """

@@ -50,9 +50,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half of its experts are gone, and all that is left is resident."""
     out = tmp_path_factory.mktemp("packages") / "out"
-    words = ("--gpu", "900MB", "--device", "cpu", "--rate", "50%", "--offline", "--quiet")
+    words = ("--gpu", "900MB", "--device", "cpu", "--rate", "50%", "--method", "conmoe")
     calibration = ("--calibration", str(text), "--calibration-tokens", "512")
-    result = CliRunner().invoke(main, ["fit", str(model), "--out", str(out), *words, *calibration])
+    result = CliRunner().invoke(
+        main, ["fit", str(model), "--out", str(out), *words, *calibration, "--offline", "--quiet"]
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     return out

@@ -4,10 +4,16 @@ is new and stands in no table here fails the tests that use it.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+from forked import Done
 
 from conmoe_edge.cli.main import main
 
@@ -82,3 +88,30 @@ def words_of(
     """The words of a command, with the places put in."""
     words = (word.format(**places) if word.startswith("{") else word for word in table[command])
     return (*command.split(), *words)
+
+
+def noise() -> None:
+    """What a library might say: through Python, below it, from a child process, and as a warning."""
+    import conmoe_edge.cli.ui.output as output
+
+    calm = output.calm_libraries
+
+    def loud() -> None:
+        calm()
+        if click.get_current_context().invoked_subcommand is not None:
+            return  # a group that only leads to its command
+        warnings.simplefilter("always")
+        warnings.warn("a warning of a library", stacklevel=1)
+        print("a library says hello")
+        os.write(1, b"a library in C says hello\n")
+        subprocess.run(["echo", "a child says hello"], check=True)
+
+    output.calm_libraries = loud
+
+
+def value_of(done: Done) -> dict[str, Any]:
+    """The one value; ``json.loads`` takes nothing beside it."""
+    value = json.loads(done.stdout)
+    assert isinstance(value, dict) and value["schema_version"] == 1
+    assert done.stdout.isascii() and done.stdout.endswith("}\n")
+    return value

@@ -1,19 +1,17 @@
-"""``--json`` is one value on stdout and nothing else there, of every command, when it works and when it fails."""
+"""An error is the same in words and in JSON; the value of ``--json`` stands alone in every case (that it does when a
+command works: ``test_side_effects.py``).
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
-from every_command import FAILS, WORKS, commands, words_of
-from forked import FORK, Done, Sandbox, command
+from every_command import FAILS, WORKS, commands, noise, value_of, words_of
+from forked import FORK, Sandbox, command
 
 pytestmark = pytest.mark.skipif(
     FORK is None, reason="the tests fork, so that torch is imported once"
@@ -31,53 +29,8 @@ def places(model: Path, text: Path, package: Path, tmp_path: Path) -> dict[str, 
     }
 
 
-def noise() -> None:
-    """What a library might say: through Python, below it, from a child process, and as a warning."""
-    import conmoe_edge.cli.ui.output as output
-
-    calm = output.calm_libraries
-
-    def loud() -> None:
-        calm()
-        if click.get_current_context().invoked_subcommand is not None:
-            return  # a group that only leads to its command
-        warnings.simplefilter("always")
-        warnings.warn("a warning of a library", stacklevel=1)
-        print("a library says hello")
-        os.write(1, b"a library in C says hello\n")
-        subprocess.run(["echo", "a child says hello"], check=True)
-
-    output.calm_libraries = loud
-
-
-def value_of(done: Done) -> dict[str, Any]:
-    """The one value; ``json.loads`` takes nothing beside it."""
-    value = json.loads(done.stdout)
-    assert isinstance(value, dict) and value["schema_version"] == 1
-    assert done.stdout.isascii() and done.stdout.endswith("}\n")
-    return value
-
-
 def test_every_command_is_in_the_tables() -> None:
     assert set(commands()) == set(WORKS) == set(FAILS)
-
-
-@pytest.mark.parametrize("name", commands())
-def test_it_works(name: str, places: dict[str, Path], tmp_path: Path) -> None:
-    sandbox = Sandbox(tmp_path / "box").made()
-    if name == "models unalias":
-        assert command(*words_of("models alias", WORKS, places), sandbox=sandbox).status == 0
-    done = command(
-        *words_of(name, WORKS, places),
-        "--json",
-        sandbox=sandbox,
-        first=noise,
-        interrupt_on='"api"' if name == "serve" else "",
-    )
-    value = value_of(done)
-    assert "error" not in value and len(value) > 1
-    assert done.status == 0 or (name == "doctor" and not value["ok"])
-    assert "a library in C says hello" in done.stderr and "a child says hello" in done.stderr
 
 
 @pytest.mark.parametrize("name", commands())

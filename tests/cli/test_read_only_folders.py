@@ -19,7 +19,11 @@ pytestmark = pytest.mark.skipif(
     FORK is None or not sys.platform.startswith("linux"), reason="needs fork and capset"
 )
 
-READS = ("chat", "bench", "eval", "inspect", "export", "plan", "fit", "serve", "doctor", "models")
+READS = (
+    *("chat", "fit", "export", "plan"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("bench", "eval", "serve", "doctor")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("inspect", "models")),
+)
 
 
 def without_privilege() -> None:

@@ -19,7 +19,9 @@ _HEAD = """# Command line
 
 Results go to stdout, everything else to stderr. `--json` prints exactly one value on stdout, with
 `schema_version`; an error is then `{"schema_version": 1, "error": {"type", "what", "why", "fix"}}`.
-Otherwise an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
+An error after the value has been printed (a page that cannot be written, a server that dies) is said
+on stderr; so is whatever libraries print. A number that JSON cannot write is `null`. Without
+`--json` an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
 
 | Exit status | Meaning |
 |---|---|
@@ -35,6 +37,7 @@ Otherwise an error is at most three lines on stderr: `error:`, `why:`, `fix:`.
 | `CONMOE_CONFIG_DIR` | folder of your own profiles and aliases |
 | `CONMOE_STATE_DIR` | folder of the chat history |
 | `CONMOE_CACHE_DIR` | folder of what was measured on this machine |
+| `XDG_CACHE_HOME` | folder of the compiled operator, in `conmoe-edge/operator` |
 | `NO_COLOR` | no colours |
 | `HF_HOME`, `HF_HUB_OFFLINE` | where downloaded models lie; use only those |
 """

@@ -16,6 +16,7 @@ import click
 
 from conmoe_edge.cli.ui.cli_options import Settings, debug_wanted
 from conmoe_edge.cli.ui.error_text import describe
+from conmoe_edge.cli.ui.json_stdout import one_run
 from conmoe_edge.cli.ui.lazy import LazyGroup
 
 _COMMANDS = {
@@ -54,12 +55,11 @@ class Application(LazyGroup):
         name = prog_name or "conmoe-edge"
         if not standalone_mode:
             return super().main(words, name, complete_var, standalone_mode=False, **extra)
-        try:
-            status = super().main(words, name, complete_var, standalone_mode=False, **extra)
-        except Exception as error:
-            _fail(error, words)
-        except KeyboardInterrupt as error:
-            _fail(error, words)
+        with one_run():
+            try:
+                status = super().main(words, name, complete_var, standalone_mode=False, **extra)
+            except (Exception, KeyboardInterrupt) as error:
+                _fail(error, words)
         sys.exit(status if isinstance(status, int) else 0)
 
 

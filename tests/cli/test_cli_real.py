@@ -13,7 +13,6 @@ from click.testing import CliRunner, Result
 from conmoe_edge.cli.main import main
 from conmoe_edge.cli.ui import progress as _progress
 
-_DEMO = Path(__file__).resolve().parents[2] / "conmoe_edge" / "data" / "demo"
 _BUDGET = ("--gpu", "900MB", "--device", "cpu")
 
 
@@ -28,52 +27,10 @@ def values(text: str) -> Any:
     return value
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random OLMoE of four layers with the tokenizer and the chat template of the demo model."""
-    import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-    )
-    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(_DEMO / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short calibration text."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The lighthouse stood on a rock in the sea. " * 400, encoding="utf-8")
-    return path
-
-
 def fit(model: Path, text: Path, out: Path, *more: str) -> Result:
     calibration = ("--calibration", str(text), "--calibration-tokens", "512")
     half = ("--rate", "50%", "--offline")
     return run("fit", str(model), "--out", str(out), *_BUDGET, *half, *calibration, *more)
-
-
-@pytest.fixture(scope="module")
-def package(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packages") / "out"
-    result = fit(model, text, out, "--quiet")
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
-    return out
 
 
 # plan

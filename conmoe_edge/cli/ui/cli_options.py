@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from conmoe_edge.plan.serving import ENGINES, request_for
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The global flags, as the group hands them to a command."""
+    """The flags that all commands have, as a group hands them to its commands."""
 
     debug: bool = False
     quiet: bool = False
+    as_json: bool = False
 
 
 def debug_wanted(flag: bool) -> bool:
@@ -177,14 +179,22 @@ def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(*args: Any, as_json: bool, quiet: bool, debug: bool, **kwargs: Any) -> Any:
+        from conmoe_edge.cli.ui.json_stdout import of_this_run
         from conmoe_edge.cli.ui.output import Output, calm_libraries
 
-        settings = click.get_current_context().find_object(Settings) or Settings()
-        loud = debug_wanted(debug or settings.debug)
-        if not loud:
-            calm_libraries()
-        output = Output(as_json=as_json, quiet=quiet or settings.quiet)
-        return function(*args, output=output, **kwargs)
+        context = click.get_current_context()
+        settings = context.find_object(Settings) or Settings()
+        settings = Settings(
+            debug=debug_wanted(debug or settings.debug),
+            quiet=quiet or settings.quiet,
+            as_json=as_json or settings.as_json,
+        )
+        context.obj = settings  # a group's words hold for its commands as well
+        with of_this_run().alone() if settings.as_json else nullcontext():
+            if not settings.debug:
+                calm_libraries()
+            output = Output(as_json=settings.as_json, quiet=settings.quiet)
+            return function(*args, output=output, **kwargs)
 
     return command
 

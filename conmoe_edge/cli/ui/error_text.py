@@ -18,6 +18,9 @@ from conmoe_edge.errors import ConmoeError
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 _LONGEST = 800
 """Characters of one sentence that are shown."""
+_OF_THE_PATH = {
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS, errno.EEXIST)
+}
 
 
 class Interrupted(Exception):
@@ -92,7 +95,7 @@ def _usage(error: click.ClickException) -> ErrorText:
 def _operating_system(error: OSError) -> ErrorText:
     """The file errors that a user can do something about, by their number."""
     name = type(error).__name__
-    where = f"{error.filename}" if error.filename else "a file"
+    where = _shortened(str(error.filename)) if error.filename else "a file"
     reason = error.strerror or _first_line(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ErrorText(
@@ -110,6 +113,8 @@ def _operating_system(error: OSError) -> ErrorText:
         )
     if isinstance(error, FileNotFoundError):
         return ErrorText(name, f"{where} is not there.", reason, "check the path")
+    if error.errno in _OF_THE_PATH:
+        return ErrorText(name, f"{where} cannot be used.", reason, "choose another path")
     return ErrorText(
         name, f"{where} could not be used: {reason}.", fix="run with --debug for the traceback"
     )
@@ -121,6 +126,9 @@ def _one_line(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+def _shortened(path: str) -> str:
+    """A path of thousands of characters says as much with its two ends."""
+    return path if len(path) <= 240 else f"{path[:110]}…{path[-110:]}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,9 +8,7 @@ terminal lines are never folded.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -20,9 +18,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from conmoe_edge.cli.ui.error_text import ErrorText
+from conmoe_edge.cli.ui.json_stdout import of_this_run
 from conmoe_edge.cli.ui.text import printable, to_ascii
 
-SCHEMA_VERSION = 1
 _UNFOLDED = 1000
 
 
@@ -32,6 +30,7 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self._json = of_this_run()  # held: a server says its value from another thread
         self._stdout = _console(sys.stdout)
         self._stderr = _console(sys.stderr)
 
@@ -56,9 +55,9 @@ class Output:
             _print(self._stdout, renderable)
 
     def value(self, payload: dict[str, Any]) -> None:
-        """The one JSON value; nothing in the other modes."""
+        """The one JSON value; nothing in the other modes. Said once in a run of the program."""
         if self.as_json:
-            self._write_json({"schema_version": SCHEMA_VERSION, **payload})
+            self._json.write(payload)
 
     def stream(self, text: str) -> None:
         """A piece of an answer, at once and as it is."""
@@ -75,11 +74,10 @@ class Output:
         self._stderr.print(Text.assemble(("warning: ", "bold yellow"), printable(message)))
 
     def error(self, error: ErrorText) -> None:
-        """At most three lines: error, why, fix. In JSON mode the value with ``error``, on
-        stdout.
+        """At most three lines: error, why, fix. In JSON mode the value with ``error``, on stdout, unless the
+        command's own value stands there already.
         """
-        if self.as_json:
-            self._write_json({"schema_version": SCHEMA_VERSION, "error": error.to_json()})
+        if self.as_json and self._json.write({"error": error.to_json()}):
             return
         if error.type == "Interrupted":
             self._stderr.print(Text(error.what))
@@ -93,23 +91,6 @@ class Output:
     def error_stream_write(self, text: str) -> None:
         """A traceback, as it is."""
         self._stderr.file.write(text)
-
-    def _write_json(self, value: dict[str, Any]) -> None:
-        # ASCII escapes: the value is the same in every encoding that a pipe may have.
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
-        self._stdout.file.write(text + "\n")
-        self._stdout.file.flush()
-
-
-def _finite(value: Any) -> Any:
-    """``null`` in the place of what is no number: JSON has no word for a loss that is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return value
 
 
 class _AsciiStream:

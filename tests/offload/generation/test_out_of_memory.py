@@ -104,6 +104,7 @@ def test_any_operation_may_find_no_memory(folder: Path, wanted: list[int], part:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_operation_may_find_no_memory(folder: Path, wanted: list[int]) -> None:
     nth = 0
     while not _one_fails(folder, nth, wanted):

@@ -42,7 +42,8 @@ def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig
     try:
         check_model(without_quantization(config), facts, whole=not packed)
     except CheckpointError as error:
-        raise mismatch(folder, f"{error.what} {error.why}".strip()) from error
+        why = ": ".join(filter(None, (error.what.rstrip("."), error.why)))
+        raise mismatch(folder, why) from error
     return config, generation
 
 

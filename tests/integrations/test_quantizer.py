@@ -340,5 +340,5 @@ def test_missing_dense_weights(tmp_path: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     config["attention_bias"] = True
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PackageError, match="incomplete"):
+    with pytest.raises(PackageError, match=r"k_proj\.bias is missing"):
         load_package(copied)

@@ -138,10 +138,11 @@ def test_what_makes_nothing_larger_may_be_large(folder: Path) -> None:
 
 
 def test_a_model_far_larger_than_its_tensors_is_given_up_while_it_is_built() -> None:
-    config = tiny_config("olmoe", num_hidden_layers=600)
+    config = tiny_config("olmoe", num_hidden_layers=10**5)
     with pytest.raises(CheckpointError, match="larger model"):
         build_meta(config, _float(), tensors=100)
-    assert len(list(build_meta(config, _float(), tensors=6000).parameters())) > 4096
+    small = build_meta(tiny_config("olmoe"), _float(), tensors=100)
+    assert len(list(small.parameters())) < 100
 
 
 Damage = dict[str, Any]

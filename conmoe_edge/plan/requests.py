@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conmoe_edge.plan.plan import Term
 from conmoe_edge.units import KIB, MIB
 
 TOKENISING_BYTES = 180
@@ -50,11 +49,6 @@ class RequestSizes:
     text: int
     body: int
     nbytes: int
-
-    @property
-    def term(self) -> Term:
-        """As a summand of a plan."""
-        return Term("Server: requests", self.nbytes, "bodies, texts and tokens of those that wait")
 
 
 def request_sizes(budget: int, context: int, longest_token: int | None) -> RequestSizes:

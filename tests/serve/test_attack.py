@@ -87,9 +87,9 @@ def unfinished_bodies(count: int, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
-def long_prompts(count: int) -> list[dict[str, Any]]:
+def long_prompts(count: int, stay: float = 6.0) -> list[dict[str, Any]]:
     bodies = [fitting(n) for n in range(count)]
-    return [{"parts": [head(len(body)), body], "stay": 90.0} for body in bodies]
+    return [{"parts": [head(len(body)), body], "stay": stay} for body in bodies]
 
 
 def misused_connections(count: int) -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ def test_prompts_of_every_length_stay_inside_the_budget(attacked: Running) -> No
 @pytest.mark.slow
 def test_hundreds_of_clients_of_every_kind_at_once(attacked: Running) -> None:
     clients = [*large_bodies(100), *unfinished_bodies(200, 10.0), *misused_connections(80)]
-    clients += long_prompts(60)
+    clients += long_prompts(60, 90.0)
     for seed in range(3):
         random.Random(seed).shuffle(clients)
         check(attacked, clients, allowed(attacked) + 30, 10)

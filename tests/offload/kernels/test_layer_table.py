@@ -111,7 +111,9 @@ def test_addresses_that_would_lead_elsewhere_are_refused(
 
 def other_form(rows: int, columns: int, kind: str = "int8"):  # type: ignore[no-untyped-def]
     assert ENGINE is not None
-    return ENGINE.prepare(quantise(torch.randn(rows, columns), kind))  # type: ignore[arg-type]
+    found = ENGINE.prepare(quantise(torch.randn(rows, columns), kind))  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
 def test_a_prototype_in_another_form_than_its_layer_expects_is_refused() -> None:

@@ -135,7 +135,7 @@ class Guard:
                     clock.reschedule(asyncio.get_running_loop().time())
                     return True
 
-                entry = self._intake.open(break_off)
+                entry = self._intake.begin(break_off)
                 scope[_BODY] = await _read(receive, most, entry)
                 entry.on_withdraw(lambda: False)
         except BaseException as error:

@@ -120,7 +120,7 @@ class Intake:
         """Whether all places are taken."""
         return self._inside >= self._places
 
-    def open(self, withdraw: Callable[[], bool]) -> Entry:
+    def begin(self, withdraw: Callable[[], bool]) -> Entry:
         """Begin to read a body. ``withdraw`` breaks that off, and says whether it could."""
         while len(self._reading) >= self._readers and self._push_out_reader(None):
             pass

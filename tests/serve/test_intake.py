@@ -30,7 +30,7 @@ class Account:
         self.out: list[str] = []
 
     def reader(self, name: str, nbytes: int = 0) -> Entry:
-        entry = self.intake.open(self._noting(name))
+        entry = self.intake.begin(self._noting(name))
         entry.hold(nbytes)
         return entry
 
@@ -124,7 +124,7 @@ def test_the_account_is_right_whatever_happens(seed: int) -> None:
             choice = random.random()
             if choice < 0.4 or not alive:
                 box: list[Entry] = []
-                entry = intake.open(withdrawing(box))
+                entry = intake.begin(withdrawing(box))
                 box.append(entry)
                 alive.append(entry)
             elif choice < 0.7:

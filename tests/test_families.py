@@ -11,6 +11,7 @@ from families import FAMILIES, materialise, save_tiny, save_tokenizer
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.records import decode, view
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, index_files
@@ -145,7 +146,7 @@ def test_changed_weights_run_as_the_records_say(method: str, source: Path, tmp_p
         assert left == 0, "bytes planned are bytes written"
     assert 0 < manifest.receipt["kl"] < 5
     reference = original(source)
-    constants = read_constants(package / CONSTANTS_FILE) if manifest_has_constants(manifest) else {}
+    constants = read_constants(package / CONSTANTS_FILE, SlotMap.of_manifest(manifest))
     files = sorted({entry.file for entry in manifest.prototypes})
     with ShardReader(index_files(package, files)) as reader:
         for layer, (_, module) in find_experts(reference).items():
@@ -183,10 +184,6 @@ def test_reap_runs_as_its_router_is_kept_to_the_rest(source: Path, tmp_path: Pat
         reroute(replace(router, module=module), is_open)
     assert_same(api.load(package, device="cpu"), reference)
     assert_same_with_one_slot(package)
-
-
-def manifest_has_constants(manifest) -> bool:
-    return any(slot.constant is not None for row in manifest.slots.values() for slot in row)
 
 
 def by_the_records(module, slots, parts, constants):

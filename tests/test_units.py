@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import conmoe_edge
 from conmoe_edge.checkpoint.fs.disk import require_space
-from conmoe_edge.errors import DoesNotFit, NoSpace
-from conmoe_edge.offload.residency.quota import slots_for
+from conmoe_edge.errors import NoSpace
 from conmoe_edge.units import GIB, KIB, MIB, human_size, parse_size, unit_for
 
 
@@ -52,9 +51,6 @@ def test_one_unit_for_a_table(count: int, most: int) -> None:
 
 
 def test_errors_about_little_say_how_little(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit) as error:
-        slots_for(3000, 2500, [(4096, 3)])
-    assert "2.9 KiB" in error.value.what and "4.0 KiB" in error.value.why
     with pytest.raises(NoSpace) as full:
         require_space(tmp_path, 1 << 60)
     assert "0.00" not in full.value.why

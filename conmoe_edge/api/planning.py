@@ -99,7 +99,8 @@ def plan(
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
     from conmoe_edge.model.bridge import read_config
-    from conmoe_edge.model.probe import TensorFacts, probe
+    from conmoe_edge.model.generation_file import read_generation
+    from conmoe_edge.model.probe import TensorFacts, count_in, probe
     from conmoe_edge.model.size_bounds import SizeBounds
 
     asked = resolve_request(request, levers)
@@ -108,7 +109,10 @@ def plan(
         name: TensorFacts(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
-    anatomy = probe(read_config(found.path, bounds), facts)
+    config = read_config(found.path, bounds)
+    anatomy = probe(config, facts)
+    if found.index is not None:  # the weights are here, and so are the small files
+        read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
     report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
     return report if found.index is None else replace(report, tokenizer=has_tokenizer(found.path))
 

@@ -13,7 +13,8 @@ from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import read_config
-from conmoe_edge.model.probe import facts_of, probe
+from conmoe_edge.model.generation_file import read_generation
+from conmoe_edge.model.probe import count_in, facts_of, probe
 from conmoe_edge.model.size_bounds import SizeBounds
 
 
@@ -45,13 +46,15 @@ def open_model(source: Source) -> OpenedModel:
     """Read and check the headers and the config; no weight is read.
 
     Raises:
-        CheckpointError: the model is damaged.
+        CheckpointError: the model is damaged, or its generation config is.
         UnsupportedModel: its experts cannot be reached.
     """
     index = CheckpointIndex.open(source.path)
     facts = facts_of(index.tensors)
     shapes = {name: one.shape for name, one in facts.items()}
     config = read_config(source.path, SizeBounds.of(shapes))
+    # It travels with the package, which would not open with what is refused there.
+    read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))
     return OpenedModel(
         name=source.hub_id or source.name,
         revision=source.revision,

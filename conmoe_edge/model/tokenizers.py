@@ -80,12 +80,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         CalibrationError: there is none that can be used, or it does not belong to the model.
-        CheckpointError: the folder leads to files outside it.
     """
-    check_folder(folder)
-    if not has_tokenizer(folder):
-        raise _unusable(folder, "it has no file with a vocabulary")
     try:
+        check_folder(folder)
+        if not has_tokenizer(folder):
+            raise _unusable(folder, "it has no file with a vocabulary")
         config, vocabulary = _config_of(folder)
         with TemporaryDirectory(prefix="conmoe-tokenizer-") as private:
             _copy(folder, Path(private))

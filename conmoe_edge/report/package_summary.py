@@ -14,7 +14,6 @@ from typing import Any
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap, sharing_layers
 from conmoe_edge.checkpoint.package.opened_package import open_package
-from conmoe_edge.checkpoint.package.verify_values import verify_values
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_object
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
@@ -157,6 +156,8 @@ def summarise(
     """
     manifest = with_machine_file(folder, open_package(folder, deep=verify).manifest)
     if verify:
+        from conmoe_edge.checkpoint.package.verify_values import verify_values
+
         verify_values(folder, manifest)
     trace = read_trace(folder, manifest) if manifest.slots else None
     usage = usage_of(manifest, trace)

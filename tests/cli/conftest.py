@@ -31,6 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts=8,
         num_experts_per_tok=2,
         max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

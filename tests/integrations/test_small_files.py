@@ -49,7 +49,6 @@ def test_names_of_code_in_a_package_change_nothing(whole: Path, package: Path) -
         _attn_implementation="evil/kernel",
         experts_implementation="evil/kernel",
         auto_map={"AutoModelForCausalLM": "evil.Model"},
-        transformers_weights="../evil.safetensors",
         fusion_config={"patch_embeddings": True},
         output_hidden_states=True,
         return_dict=False,

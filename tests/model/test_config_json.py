@@ -72,8 +72,6 @@ CODE = {
     "kernel_config": {"kernel_mapping": {"RMSNorm": "evil/kernel"}},
     "use_kernels": True,
     "fusion_config": {"patch_embeddings": True},
-    "transformers_weights": "../evil.safetensors",
-    "configuration_files": ["config.4.0.0.json"],
     "_name_or_path": "evil/model",
     "_commit_hash": "0" * 40,
     "custom_generate": "evil/repository",
@@ -85,7 +83,6 @@ CODE = {
 
 def test_names_of_code_and_of_other_files_never_count(folder: Path) -> None:
     """At the top, and inside parts of the config."""
-    (folder / "config.4.0.0.json").write_text("{}")
     plain = build_meta(read_config(folder), _float())
     change(folder, **CODE, vision_config=CODE, rope_parameters={"rope_type": "default", **CODE})
     config = read_config(folder)

@@ -106,8 +106,13 @@ def test_a_file_cannot_name_other_files(
     other = tmp_path_factory.mktemp("other") / "tokenizer.json"
     other.write_text("{}")
     before = load_tokenizer(folder)("The river runs").input_ids
-    names = ("tokenizer_file", "vocab_file", "gguf_file", "name_or_path", "special_tokens_map_file")
-    _settings(folder, **dict.fromkeys(names, str(other)), fast_tokenizer_files=["tokenizer.0.json"])
+    for name in ("tokenizer_file", "vocab_file", "special_tokens_map_file"):
+        _settings(folder, **{name: str(other)})
+        with pytest.raises(CalibrationError, match="names a file outside"):
+            load_tokenizer(folder)
+    named = ("tokenizer_file", "vocab_file", "special_tokens_map_file", "gguf_file")
+    gone = dict.fromkeys(named, str(other.with_name("gone.json")))
+    _settings(folder, **gone, name_or_path=str(other), fast_tokenizer_files=["tokenizer.0.json"])
     tokenizer = load_tokenizer(folder)
     assert tokenizer("The river runs").input_ids == before
     assert tokenizer.name_or_path == str(folder)

@@ -178,7 +178,9 @@ def _stays(real: Path, home: Path) -> bool:
 
 def _identity(info: os.stat_result) -> tuple[int, ...]:
     """What tells a file from another in its place: its number alone may be given again at once."""
-    if os.name == "nt":  # where the two calls have disagreed about the numbers of one and the same file
+    if (
+        os.name == "nt"
+    ):  # where the two calls have disagreed about the numbers of one and the same file
         return (info.st_size,)
     return info.st_dev, info.st_ino, info.st_size, info.st_ctime_ns
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry, index_files
-from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.errors import CheckpointError, PackageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
 
@@ -101,6 +102,8 @@ def read_values(path: Path, index: CheckpointIndex) -> dict[str, Tensor]:
     Raises:
         PackageError: a read fails, or there is NaN or infinity.
     """
+    from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+
     try:
         with ShardReader(index, drop_cache=False) as reader:
             found = {name: reader[name][...] for name in reader}

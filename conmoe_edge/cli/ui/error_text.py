@@ -126,6 +126,8 @@ def _one_line(text: str) -> str:
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
 def _shortened(path: str) -> str:
     """A path of thousands of characters says as much with its two ends."""
     return path if len(path) <= 240 else f"{path[:110]}…{path[-110:]}"

@@ -194,7 +194,7 @@ class FusedLayer:
         gate = None if isinstance(behind, Refusal) or ready.behind is None else behind.gate
         known = self._mlp if gate is None else gate
         hook = known.register_forward_hook(lambda *call: routed.append(call[2]))
-        rehearsal = Rehearsal(ready.place.layer)
+        rehearsal, counted = Rehearsal(ready.place.layer), self._served.attention
         try:
             wanted = own()
         finally:
@@ -210,6 +210,7 @@ class FusedLayer:
         )
         if self.verified:
             rehearsal.take_back()
+            self._served.attention = counted  # the token is counted where it is computed again
         else:
             warn_of_another_result(module)
         return wanted

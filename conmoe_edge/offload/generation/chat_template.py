@@ -23,7 +23,7 @@ from typing import Any, Literal
 import psutil
 
 from conmoe_edge.errors import ConmoeError, PackageError, UsageError
-from conmoe_edge.units import MIB
+from conmoe_edge.units import MIB, human_size
 
 CPU_SECONDS = 2.0
 """Processor time of one request; templates take a thousandth of it."""
@@ -273,7 +273,7 @@ def _error_of(kind: str, why: str = "") -> ConmoeError:
         "time": ("does not come to an end", f"it was stopped after {CPU_SECONDS:.0f} s"),
         "memory": (
             "takes too much memory",
-            f"it may take {MEMORY_BYTES // MIB} MiB; shorter messages take less",
+            f"it may take {human_size(MEMORY_BYTES)}; shorter messages take less",
         ),
         "length": (
             "writes too much",

@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
 from conmoe_edge.checkpoint.format.manifest import ROUTING_FILE, CacheSettings, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.checkpoint.package.small_tensors import (
-    Wanted,
-    check_exactly,
-    damaged,
-    header_of,
-    read_values,
-)
+from conmoe_edge.checkpoint.fs.contained import path_inside
+from conmoe_edge.checkpoint.package.small_tensors import Wanted, check_exactly, damaged, header_of
+from conmoe_edge.errors import CheckpointError
 from conmoe_edge.offload.residency.policies import POLICIES, default_settings
 from conmoe_edge.offload.residency.quota import groups_of, slots_for
 from conmoe_edge.offload.simulate.policy_search import choose
@@ -83,7 +82,10 @@ def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
     for layer, slots in manifest.slots.items():
         wanted[f"routing.{layer}"] = Wanted(_SLOT_FORMATS, (tokens, range(1, len(slots) + 1)))
     check_exactly(path, header, wanted)
-    tensors = read_values(path, header)
+    try:  # by numpy, because a look at a package does not wait for torch
+        tensors = load_file(path_inside(folder, ROUTING_FILE))
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise damaged(path, str(error)[:200]) from error
     lengths = [int(one) for one in tensors["sequences"].tolist()]
     if min(lengths) < 1 or sum(lengths) > MOST_TOKENS:
         raise damaged(path, f"sequences of {min(lengths)} tokens and more, {sum(lengths)} together")
@@ -94,9 +96,7 @@ def read_trace(folder: Path, manifest: Manifest) -> RoutingTrace | None:
             raise damaged(path, f"layer {layer} does not hold a row of router slots a token")
         if int(chosen.min()) < 0 or int(chosen.max()) > slots:  # ``slots`` itself is the skip mark
             raise damaged(path, f"layer {layer} names router slots beyond its {slots}")
-        rows.append(
-            tuple(map(tuple, chosen.numpy().tolist()))
-        )  # a tensor's own takes ten times as long
+        rows.append(tuple(map(tuple, chosen.tolist())))
     return RoutingTrace(layers, tuple(lengths), tuple(rows))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.compress.methods import METHODS
@@ -304,7 +305,7 @@ def test_constants_stand_in_with_mone(source: Path, tmp_path: Path) -> None:
     """The reference: the original with an experts function that gives the mean for what was removed."""
     package = fit(source, tmp_path / "out", "mone", 0.5)
     manifest = load_manifest(package)
-    constants = read_constants(package / CONSTANTS_FILE)
+    constants = read_constants(package / CONSTANTS_FILE, SlotMap.of_manifest(manifest))
     assert all(len(rows) == 4 and bool(rows.isfinite().all()) for rows in constants.values())
     assert 0 < manifest.receipt["kl"] < 5
     for slots in manifest.slots.values():

@@ -75,7 +75,13 @@ def package(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
 def losses(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every token that counts, by the plain model."""
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        rows = zip(ids, mask.long(), strict=True)  # one by one: a package has room for its context
+    logits = torch.cat(
+        [
+            model(input_ids=row[None], attention_mask=held[None], use_cache=False).logits
+            for row, held in rows
+        ]
+    )
     valid = mask[:, 1:] & mask[:, :-1]
     found = torch.log_softmax(logits[:, :-1].double(), -1)
     return -found.gather(-1, ids[:, 1:, None])[..., 0][valid]

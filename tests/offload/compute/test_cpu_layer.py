@@ -172,17 +172,19 @@ def test_the_cache_decides_the_same_in_one_call(
     for looks_up in (True, False):
         model: Any = load_package(folder, slots=(4,), cache_policy=policy)
         assert (model.conmoe.residency.prefetcher is not None) == ahead
-        _, cache = steps(model, tokens[:5])  # layers try themselves, which asks the cache once more
         if not looks_up:
             for _, module in find_experts(model).values():
                 one_call(getattr(module, HANDLE), module).table = None
+        _, cache = steps(model, tokens[:5])  # layers try themselves, which asks the cache once more
         model.conmoe.reset_stats()
         logits, _ = steps(model, tokens[5:], cache)
         stats = model.conmoe.stats()
         seen.append((logits, stats.hits, stats.misses))
         assert stats.hits > 0 and stats.misses > 0
     assert torch.equal(seen[0][0], seen[1][0])
-    if not ahead:  # with it, what was there depends on how fast the disk was
+    # Read ahead, what was there depends on how fast the disk was; lfru has counted what was asked in the trials, of
+    # which the two ways make different ones.
+    if not ahead and policy != "lfru":
         assert seen[0][1:] == seen[1][1:]
 
 

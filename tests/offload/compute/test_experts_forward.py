@@ -213,7 +213,7 @@ def test_keeps_no_graph(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "why"),
-    [((1, 32), "fewer constants"), ((2, 31), r"shape \[2, 31\]"), ((64,), r"shape \[64\]")],
+    [((1, 32), r"F32 \[1, 32\]"), ((2, 31), r"F32 \[2, 31\]"), ((64,), r"F32 \[64\]")],
 )
 def test_constants_that_do_not_fit_the_model_are_refused(
     shape: tuple[int, ...], why: str, tmp_path: Path

@@ -37,7 +37,7 @@ def copy(tmp_path: Path) -> Copy:
     return made
 
 
-def resaved(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def resaved(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / file)
     edit(tensors)
     save_file(tensors, folder / file)
@@ -51,7 +51,7 @@ def refused(folder: Path, *words: str, slots: tuple[int, ...] | None = None) -> 
     assert all(word in told for word in words), told
 
 
-CONSTANT_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+CONSTANT_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "narrow": lambda t: t.update({"constants.0": t["constants.0"][:, :1].contiguous()}),
     "wide": lambda t: t.update({"constants.0": torch.cat([t["constants.0"]] * 2, 1)}),
     "few rows": lambda t: t.update({"constants.0": t["constants.0"][:-1].contiguous()}),
@@ -83,7 +83,7 @@ def test_a_scale_beyond_fp32(copy: Copy, scale: float) -> None:
     refused(folder, "conmoe.json", "scales.0")
 
 
-PREDICTOR_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+PREDICTOR_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "another width": lambda t: t.update({"predictor.1": t["predictor.1"][:-8].contiguous()}),
     "prototypes": lambda t: t.update({"predictor.1": t["predictor.1"][:, :-1].contiguous()}),
     "format": lambda t: t.update({"predictor.1": t["predictor.1"].float()}),
@@ -101,7 +101,7 @@ def test_predictor(copy: Copy, edit: str) -> None:
     refused(folder, "predictor.safetensors", "predictor.0" if edit == "another" else "predictor.1")
 
 
-ROUTING_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+ROUTING_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "a slot beyond": lambda t: t["routing.0"].view(-1)[:1].fill_(9),
     "below zero": lambda t: t.update({"routing.0": t["routing.0"].to(torch.int16).neg()}),
     "more choices than slots": lambda t: t.update({"routing.0": t["routing.0"].repeat(1, 9)}),

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.conftest import BUDGET, KEY, NAME, Running, command, environment
+from tests.serve.conftest import BUDGET, KEY, LIBRARY_SPREAD, NAME, Running, command, environment
 
 QUESTION = "Tell me a short story about a lighthouse."
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 24}
@@ -157,7 +157,8 @@ def test_many_at_once_say_what_they_say_alone(server: Running, alone: dict[str, 
         texts = list(pool.map(lambda q: text_of(ask(server.client(), q)), questions))
     assert texts == [alone[question] for question in questions]
     server.idle()
-    assert server.metrics()["conmoe_memory_bytes"] < server.metrics()["conmoe_memory_budget_bytes"]
+    now = server.metrics()
+    assert now["conmoe_memory_bytes"] < now["conmoe_memory_budget_bytes"] + LIBRARY_SPREAD
 
 
 # What is refused

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.serve.attackers import Attack, Watched, chat_body, head, say_hi
-from tests.serve.conftest import NAME, Running, serving
+from tests.serve.conftest import LIBRARY_SPREAD, NAME, Running, serving
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory is read from /proc"
@@ -119,7 +119,7 @@ def check(server: Running, clients: list[dict[str, Any]], seconds: float, polls:
     settled(server)
     assert max(took) <= seconds, took
     assert after <= seconds
-    assert watched.peak <= BUDGET, f"{watched.peak / MIB:.1f} MiB"
+    assert watched.peak <= BUDGET + LIBRARY_SPREAD, f"{watched.peak / MIB:.1f} MiB"
     assert all(status in (200, 400, 408, 413, 429, 503) for status in attack.statuses)
     return attack
 
@@ -193,7 +193,7 @@ def test_prompts_of_every_length_stay_inside_the_budget(attacked: Running) -> No
         for length in [*range(1, 70), *range(70, 1000, 97)]:
             prompt = [(7919 * n + length) % 4000 for n in range(length)]
             client.completions.create(model=NAME, prompt=prompt, max_tokens=1, temperature=0)
-    assert Watched(attacked).peak <= BUDGET
+    assert Watched(attacked).peak <= BUDGET + LIBRARY_SPREAD
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_a_soak(package: Path) -> None:
         grown = max(one[1] for one in samples[half:]) - max(one[1] for one in samples[:half])
         hours = (samples[-1][0] - samples[0][0]) / 3600
         print(f"{seed} rounds, peak {watched.peak / MIB:.1f} MiB, grown {grown / MIB:.2f} MiB")
-        assert watched.peak <= BUDGET
+        assert watched.peak <= BUDGET + LIBRARY_SPREAD
         assert grown <= max(2 * MIB, 8 * MIB * hours)
         assert max(one[2] for one in samples[half:]) <= max(one[2] for one in samples[:half]) + 2
         now = server.metrics()

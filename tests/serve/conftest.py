@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGET = "562MB"
 """That of `make demo`: a server has to do with what chat has."""
 LIBRARY_SPREAD = 16 << 20
-"""How many pages of torch's files the kernel maps for one that is touched depends on how they lie in its page cache. With
-the same private memory (331 MB), a server has had 198 MB of files in one installation and 210 MB in another.
+"""The kernel maps more or fewer pages of torch's files with one that is touched, by how they lie in its page cache.
+With the same private memory (331 MB), a server has had 198 MB of files in one installation and 210 MB in another.
 """
 NAME = "demo-served"
 KEY = "correct-horse-battery"

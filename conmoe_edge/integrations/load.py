@@ -71,7 +71,7 @@ def load_package(
     check_misses(misses)
     package = open_package(folder)
     where = _device(device, budget)
-    config, generation = read_small_files(folder, package.manifest)
+    config, generation = read_small_files(package)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

@@ -76,7 +76,7 @@ class ConmoeQuantizer(HfQuantizer):
         with own_code():
             self._package = package_named(config)
             if current_options().package is None:
-                check_foreign_config(config)
+                check_foreign_config(config, self._package)
             name_dtype(config, self._package)
         return super().update_attn_implementation(config)
 

@@ -8,30 +8,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED
+from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 from conmoe_edge.errors import CheckpointError, PackageError, UsageError
 from conmoe_edge.integrations.register import QUANT_METHOD
 from conmoe_edge.model.bridge import quantization_of, read_config, without_quantization
 from conmoe_edge.model.generation_file import read_generation
 from conmoe_edge.model.probe import check_model, count_in, facts_of
 from conmoe_edge.model.record_match import AGAIN, mismatch
+from conmoe_edge.model.size_bounds import bounds_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
 
-def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig, GenerationConfig]:
+def read_small_files(package: OpenedPackage) -> tuple[PretrainedConfig, GenerationConfig]:
     """The two configs of a package.
 
     Raises:
         PackageError: one of them is damaged, or is not that of the weights.
         UnsupportedModel: nothing can be built from it here.
     """
+    folder, index, manifest = package.folder, package.index, package.manifest
     try:
-        config = read_config(folder)
+        config = read_config(folder, bounds_of(index, manifest))
         generation = read_generation(folder, count_in(config.get_text_config(), "vocab_size"))
-        facts = facts_of(CheckpointIndex.open(folder).tensors)
+        facts = facts_of(index.tensors)
     except CheckpointError as error:
         raise PackageError(error.what, error.why, AGAIN) from error
     packed = manifest.method != UNCHANGED
@@ -47,8 +49,8 @@ def read_small_files(folder: Path, manifest: Manifest) -> tuple[PretrainedConfig
     return config, generation
 
 
-def check_foreign_config(config: Any) -> None:
-    """Look at a config that transformers has read from a package itself.
+def check_foreign_config(config: Any, package: OpenedPackage | None) -> None:
+    """Look at a config that transformers has read itself, from ``package`` where that is known.
 
     Raises:
         UsageError: it names a kernel on the hub.
@@ -64,4 +66,4 @@ def check_foreign_config(config: Any) -> None:
                 )
     folder = str(getattr(config, "name_or_path", "") or "")
     if folder and (Path(folder) / "config.json").is_file():
-        read_config(folder)
+        read_config(folder, None if package is None else bounds_of(package.index, package.manifest))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
+from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME, Manifest
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.model.config_json import says, values_of
@@ -101,11 +101,16 @@ def bounds_in(folder: Path) -> SizeBounds:
         CheckpointError: its headers, or its manifest, are damaged.
     """
     index = CheckpointIndex.open(folder)
+    packed = (folder / MANIFEST_NAME).is_file()
+    return bounds_of(index, load_manifest(folder) if packed else None)
+
+
+def bounds_of(index: CheckpointIndex, manifest: Manifest | None) -> SizeBounds:
+    """The bounds of a model, or of a package with its ``manifest``, whose headers are read already."""
     own = SizeBounds.of({name: entry.shape for name, entry in index.tensors.items()})
-    if not (folder / MANIFEST_NAME).is_file():
+    if manifest is None:
         return own
     # The experts of a package are records; what they hold, and how many slots lead to them, is in its manifest.
-    manifest = load_manifest(folder)
     slots = manifest.slots
     held = SizeBounds.of(
         {

@@ -58,6 +58,7 @@ from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.record_match import check_records
 from conmoe_edge.model.rerouting import rerouted
+from conmoe_edge.model.size_bounds import bounds_of
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -214,7 +215,7 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
     index = CheckpointIndex.open(folder) if package is None else package.index
-    config = read_config(folder)
+    config = read_config(folder, bounds_of(index, manifest))
     packed = manifest is not None and manifest.method != UNCHANGED
     if packed and quantization_of(config) is not None:
         config = without_quantization(config)  # it names the package's form, no other model

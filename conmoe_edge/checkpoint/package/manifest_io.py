@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from conmoe_edge.checkpoint.format.finite_json import finite
 from conmoe_edge.checkpoint.format.manifest import (
     CONSTANTS_FILE,
     FORMAT_VERSION,
@@ -113,7 +113,7 @@ def to_json(manifest: Manifest) -> bytes:
             for layout in manifest.layouts
         ],
         "method": manifest.method,
-        "plan": _finite(manifest.plan),
+        "plan": finite(manifest.plan),
         "precision": manifest.precision,
         "prototypes": [
             {
@@ -126,7 +126,7 @@ def to_json(manifest: Manifest) -> bytes:
             for entry in manifest.prototypes
         ],
         "rate": manifest.rate,
-        "receipt": _finite(manifest.receipt),
+        "receipt": finite(manifest.receipt),
         "remap": {
             str(layer): [None if slot.prototype is None else list(slot.prototype) for slot in row]
             for layer, row in slots
@@ -393,17 +393,6 @@ def _check_overview(
     for layer, one in overview.items():
         if {len(one.weights), len(one.tokens), len(one.distances)} != {len(slots[layer])}:
             raise _Wrong(f"overview.{layer} and remap.{layer} have different lengths")
-
-
-def _finite(value: Any) -> Any:
-    """Plan and receipt are for readers: a number that JSON cannot write (a ratio of infinity)
-    becomes ``null``.
-    """
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: dict[str, Any]) -> str:

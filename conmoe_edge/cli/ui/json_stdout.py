@@ -7,13 +7,14 @@ them. One run of the program writes one value: what fails after it has been writ
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import IO, Any
+
+from conmoe_edge.checkpoint.format.finite_json import finite
 
 SCHEMA_VERSION = 1
 
@@ -51,7 +52,7 @@ class JsonStdout:
             return False
         self.written = True
         stream = self._stream or sys.stdout
-        whole = _finite({"schema_version": SCHEMA_VERSION, **value})
+        whole = finite({"schema_version": SCHEMA_VERSION, **value})
         stream.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
         stream.flush()
         return True
@@ -81,12 +82,3 @@ def _descriptors() -> tuple[int, int] | None:
         return sys.stdout.fileno(), sys.stderr.fileno()
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _finite(value: Any) -> Any:
-    """A number that JSON cannot write, such as an infinite loss, becomes ``null``."""
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

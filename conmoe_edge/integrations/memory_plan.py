@@ -8,7 +8,6 @@ bit of a sum. A smaller budget has fewer cache slots, down to one of each record
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from conmoe_edge.integrations.load_options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.bridge import without_quantization
 from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
@@ -155,10 +155,7 @@ def default_context(config: PretrainedConfig, manifest: Manifest) -> int:
 
 def loaded_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     """The anatomy of a loaded model: its config in the dtype that was loaded, its dense bytes as measured."""
-    config = copy.deepcopy(model.config)
-    for one in {id(c): c for c in (config, config.get_text_config())}.values():
-        if hasattr(one, "quantization_config"):
-            delattr(one, "quantization_config")  # probe takes the plain model
+    config = without_quantization(model.config)  # probe takes the plain model
     config.dtype = model.dtype
     anatomy = probe(config)
     seen = {

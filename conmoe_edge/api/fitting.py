@@ -115,7 +115,7 @@ def fit(
     tell(Progress("locate", 0, 1, model))
     source = open_model(locate(model, revision=revision, offline=offline))
     anatomy = source.anatomy
-    folder = source.index.folder
+    folder = source.folder
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
     report = replace(report, tokenizer=has_tokenizer(folder))
     if on_plan is not None:

@@ -24,7 +24,6 @@ import torch
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.fs.disk import disk_errors
-from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.phases.calibrate import Trace, calibrate
 from conmoe_edge.compress.phases.measure_receipt import measure
 from conmoe_edge.compress.phases.prepare import prepare
@@ -47,13 +46,17 @@ class Consolidation:
     def run(self) -> Manifest:
         """Do what is left to do and return the manifest, not yet written."""
         run, job, journal = self.state, self.state.job, self.state.journal
-        with torch.no_grad(), disk_errors(run.package), ShardReader(job.index) as reader:
+        with torch.no_grad(), disk_errors(run.package), job.model.tensors() as tensors:
             if journal.phase in ("prepare", "calibrate"):
-                model = run.original(reader)
+                model = run.original(tensors)
                 if journal.phase == "prepare":
                     run.meter.progress(Progress("write", 0, run.layers, "dense weights"))
                     with run.clock.part("write"):
-                        journal.add_files(prepare(model, reader, run.package, job.dense_precision))
+                        journal.add_files(
+                            prepare(
+                                model, tensors, job.model.folder, run.package, job.dense_precision
+                            )
+                        )
                     run.save("calibrate")
                 if run.sizes.shares_out and not journal.budgets:
                     shares = survey(run, model)
@@ -66,7 +69,7 @@ class Consolidation:
                 run.work.drop_hidden("calibrate", run.layers)
             manifest = describe(job, run.sizes, journal)
             if journal.phase == "receipt":
-                journal.receipt = measure(run, manifest, reader)
+                journal.receipt = measure(run, manifest, tensors)
                 run.save("done")
                 run.work.drop_hidden("receipt", run.layers)
         return replace(manifest, receipt=journal.receipt)

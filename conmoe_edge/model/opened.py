@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -11,6 +13,7 @@ from transformers import PretrainedConfig
 from conmoe_edge.checkpoint.sources.locate import Source
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import read_config
 from conmoe_edge.model.generation_file import read_generation
@@ -36,6 +39,17 @@ class OpenedModel:
     config: PretrainedConfig
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where its small files lie."""
+        return self.index.folder
+
+    @contextmanager
+    def tensors(self) -> Iterator[Mapping[str, Lazy]]:
+        """Its weights by the names, and in the shapes, of a plain checkpoint of this model, read when asked for."""
+        with ShardReader(self.index) as reader:
+            yield reader
 
     def to_json(self) -> dict[str, Any]:
         """What a package remembers of it."""

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,6 +28,39 @@ from conmoe_edge.errors import CheckpointError
 
 # Linux returns at most 2 GiB less a page from one call; smaller calls also keep Ctrl-C responsive.
 _MOST_PER_CALL = 256 << 20
+
+
+class Lazy(Protocol):
+    """A tensor of a model that is read when it is asked for, wherever and in whatever form it lies.
+
+    ``dtype`` and ``shape`` are of what a read gives; each read gives memory of its own. Like ``LazyTensor`` it can
+    stand wherever transformers' loader expects a slice object of safetensors.
+    """
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint, as a plain checkpoint of this model would have it."""
+        ...
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that a read gives."""
+        ...
+
+    def get_shape(self) -> list[int]:
+        """As the slice object of safetensors has it."""
+        ...
+
+    def get_dtype(self) -> str:
+        """The header's code of ``dtype``, as the slice object of safetensors has it."""
+        ...
+
+    def __getitem__(self, key: Any, /) -> torch.Tensor: ...
 
 
 class _OpenFile:
@@ -165,6 +198,11 @@ class LazyTensor:
     def __init__(self, entry: TensorEntry, reader: ShardReader) -> None:
         self.entry = entry
         self._reader = reader
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+        return self.entry.name
 
     @property
     def shape(self) -> torch.Size:

@@ -28,7 +28,7 @@ from conmoe_edge.checkpoint.format.layout import RECORD_ALIGNMENT
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, finish, temporary_name, write_json
 from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.checkpoint.tensors.tensor_index import INDEX_FILE
-from conmoe_edge.checkpoint.tensors.tensor_reader import LazyTensor
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.units import GIB, round_up
 
 _CHUNK = 16 << 20
@@ -51,14 +51,13 @@ class TensorSource:
         return nbytes_of(self.dtype, self.shape)
 
     @classmethod
-    def of(cls, lazy: LazyTensor, name: str | None = None) -> TensorSource:
+    def of(cls, lazy: Lazy, name: str | None = None) -> TensorSource:
         """A tensor of the source checkpoint as it is, under its own name or another.
 
         Raises ``CheckpointError`` for a number format that torch does not have.
         """
-        entry = lazy.entry
         dtype = str(lazy.dtype).removeprefix("torch.")
-        return cls(name or entry.name, dtype, entry.shape, lambda: lazy[...])
+        return cls(name or lazy.name, dtype, tuple(lazy.shape), lambda: lazy[...])
 
 
 def write_records(

@@ -7,11 +7,12 @@ logits of one sequence twice.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.compress.quality.receipt import compare_heads
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.layer_stream import Stream
@@ -19,8 +20,8 @@ from conmoe_edge.compress.stream.streamed_model import package_subject
 from conmoe_edge.model.streaming import StreamedModel
 
 
-def measure(run: Run, manifest: Manifest, reader: ShardReader) -> dict[str, Any]:
-    """The receipt of the package that ``manifest`` describes. ``reader``: of the original."""
+def measure(run: Run, manifest: Manifest, tensors: Mapping[str, Lazy]) -> dict[str, Any]:
+    """The receipt of the package that ``manifest`` describes. ``tensors``: of the original."""
     job, clock = run.job, run.clock
     index = CheckpointIndex.open(run.package)
     with package_subject(
@@ -37,11 +38,11 @@ def measure(run: Run, manifest: Manifest, reader: ShardReader) -> dict[str, Any]
         with clock.part("read"):
             subject.model.load_outside()
         with clock.part("receipt"):
-            return _compare(run, subject.model, streams["held_out"], reader)
+            return _compare(run, subject.model, streams["held_out"], tensors)
 
 
 def _compare(
-    run: Run, package: StreamedModel, after: Stream, reader: ShardReader
+    run: Run, package: StreamedModel, after: Stream, tensors: Mapping[str, Lazy]
 ) -> dict[str, Any]:
     """The hidden states of both through norm and head: the original's, and the package's.
 
@@ -50,6 +51,6 @@ def _compare(
     hidden = run.work.load_hidden("original", 0)["held_out"]
     original = package
     if run.job.dense_precision != "source":
-        original = run.original(reader)
+        original = run.original(tensors)
         original.load_outside()
     return compare_heads(original, hidden, package, after.hidden, run.job.held_out)

@@ -5,13 +5,14 @@ Peak memory: one tensor. Raises ``NoSpace``; ``CheckpointError`` for a tensor th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_json
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
-from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_dense
 from conmoe_edge.compress.stream.dense_conversion import dense_sources
 from conmoe_edge.model.bridge import targets_of
@@ -21,19 +22,26 @@ from conmoe_edge.model.streaming import StreamedModel
 
 
 def prepare(
-    model: StreamedModel, reader: ShardReader, package: Path, dense_precision: str
+    model: StreamedModel,
+    tensors: Mapping[str, Lazy],
+    folder: Path,
+    package: Path,
+    dense_precision: str,
 ) -> list[WrittenFile]:
-    """Write dense weights, side files and ``config.json`` of ``model`` into ``package``."""
+    """Write dense weights, side files and ``config.json`` of ``model`` into ``package``.
+
+    ``tensors`` are those of the whole model, whose small files lie in ``folder``.
+    """
     keys = [*model.outside_keys]
     for layer in range(len(model.layers)):
         keys += model.layer_keys(layer)
     dense = [key for key in keys if key not in model.expert_keys]
     in_int8: frozenset[str] = frozenset()
     if dense_precision != "source":
-        targets = targets_of(model.model, reader.index.tensors)
+        targets = targets_of(model.model, tensors)
         in_int8 = frozenset(quantisable_weights(model.model, targets))
-    written = [*write_dense(package, dense_sources(reader, dense, in_int8))]
-    written += copy_side_files(reader.index.folder, package)
-    config = read_to_write(reader.index.folder, CONFIG_FILE)  # without names of code
+    written = [*write_dense(package, dense_sources(tensors, dense, in_int8))]
+    written += copy_side_files(folder, package)
+    config = read_to_write(folder, CONFIG_FILE)  # without names of code
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}
     return [*written, write_json(package / CONFIG_FILE, config)]

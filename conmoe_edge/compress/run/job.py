@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.opened import OpenedModel
@@ -38,11 +37,6 @@ class Job:
     held_out: TokenSet
     device: torch.device
     tool_version: str
-
-    @property
-    def index(self) -> CheckpointIndex:
-        """The model's tensors."""
-        return self.model.index
 
     @property
     def config(self) -> PretrainedConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.compress.run.job import Job, OnProgress
@@ -78,9 +78,9 @@ class Run:
         """Decoder layers."""
         return len(self.job.anatomy.layers)
 
-    def original(self, reader: ShardReader) -> StreamedModel:
-        """The model of the job, nothing loaded."""
-        return stream_model(self.job.config, self.job.anatomy, reader, self.job.device)
+    def original(self, tensors: Mapping[str, Lazy]) -> StreamedModel:
+        """The model of the job, nothing loaded; ``tensors`` are ``OpenedModel.tensors``."""
+        return stream_model(self.job.config, self.job.anatomy, tensors, self.job.device)
 
     def open_streams(
         self, model: StreamedModel, sets: Mapping[str, TokenSet], phase: str

@@ -15,13 +15,13 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.forms import quantised_parts
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, quantised_names
-from conmoe_edge.checkpoint.tensors.tensor_reader import LazyTensor, ShardReader
+from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, LazyTensor, ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource
 from conmoe_edge.errors import CheckpointError
 
 
 def dense_sources(
-    reader: ShardReader, keys: Sequence[str], in_int8: frozenset[str]
+    tensors: Mapping[str, Lazy], keys: Sequence[str], in_int8: frozenset[str]
 ) -> list[TensorSource]:
     """What is written for ``keys``, in their order; those of ``in_int8`` become values and scales.
 
@@ -29,7 +29,7 @@ def dense_sources(
     """
     sources = []
     for key in keys:
-        lazy = reader[key]
+        lazy = tensors[key]
         if key in in_int8:
             sources += _int8_sources(lazy)
         else:
@@ -37,8 +37,8 @@ def dense_sources(
     return sources
 
 
-def _int8_sources(lazy: LazyTensor) -> tuple[TensorSource, TensorSource]:
-    name = lazy.entry.name
+def _int8_sources(lazy: Lazy) -> tuple[TensorSource, TensorSource]:
+    name = lazy.name
     rows, columns = lazy.shape
     (_, values, values_dtype), (_, scales, scales_dtype) = quantised_parts(
         name, rows, columns, "int8"
@@ -49,19 +49,19 @@ def _int8_sources(lazy: LazyTensor) -> tuple[TensorSource, TensorSource]:
     )
 
 
-def _quantised(lazy: LazyTensor) -> Matrix:
+def _quantised(lazy: Lazy) -> Matrix:
     weight = lazy[...]
     # A row's scale would carry one broken number into all of its neighbours, unseen.
     if not bool(weight.sum(dtype=torch.float32).isfinite()):
         raise CheckpointError(
-            f"{lazy.entry.name} holds NaN or infinity.",
+            f"{lazy.name} holds NaN or infinity.",
             "nothing that is computed from it can be right",
             "download the model again; if it is the same afterwards, the model itself is broken",
         )
     return quantise(weight, "int8")
 
 
-def _scales(lazy: LazyTensor) -> Tensor:
+def _scales(lazy: Lazy) -> Tensor:
     scales = _quantised(lazy).scales
     assert scales is not None
     return scales

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hub_server import CHUNK, ServedFile, bytes_file
+
+from benchmarks.hub_server import CHUNK, ServedFile, bytes_file
 
 _TABLE_VALUES, _PIECE = 1 << 24, 1 << 20
 _SPREAD = 0.02
@@ -135,10 +136,10 @@ class _Table:
     def piece(self, name: str, number: int, count: int) -> memoryview:
         """Up to 1 MiB: the ``number``-th of a tensor, of ``count`` bytes."""
         if "norm" in name:
-            return memoryview(self._ones).cast("B")[:count]
+            return self._ones.data.cast("B")[:count]
         digest = hashlib.blake2b(f"{name}#{number}".encode(), digest_size=8).digest()
         first = int.from_bytes(digest, "little") % (_TABLE_VALUES - _PIECE // 2)
-        return memoryview(self._numbers).cast("B")[2 * first : 2 * first + count]
+        return self._numbers.data.cast("B")[2 * first : 2 * first + count]
 
 
 def _shard(

@@ -362,8 +362,8 @@ def main() -> None:
         name, _, folder = one.partition("=")
         hub.repositories[name] = folder_repository(Path(folder))
     if given.generate:
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
-        from generated_checkpoint import SHAPES, repository
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from benchmarks.generated_checkpoint import SHAPES, repository
 
         shape = SHAPES[given.generate]
         hub.repositories[f"generated/{given.generate}"] = repository(shape)

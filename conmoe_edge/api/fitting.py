@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 from conmoe_edge import __version__
 from conmoe_edge.api.planning import PlanReport, report_on, resolve_request, with_fetching
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.fs.disk import require_space
+from conmoe_edge.checkpoint.fs.disk import existing_parent, require_space
 from conmoe_edge.checkpoint.package.linked import link_model
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.sources.locate import find, locate
 from conmoe_edge.checkpoint.sources.origin import differs
-from conmoe_edge.errors import CalibrationError, CheckpointError
+from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.outcomes import Outcome, remember
 from conmoe_edge.model.tokenizer_files import has_tokenizer
@@ -155,7 +155,10 @@ def fit(
     }
     fetching = report.fetching
     scratch = report.plan.scratch_bytes if fetching is None else fetching.scratch_bytes
-    require_space(Path(out), report.plan.disk_bytes + scratch)
+    needed = report.plan.disk_bytes + scratch
+    require_space(Path(out), needed)
+    if keep_source and source.ranges is not None:
+        _require_cache(source, needed if _on_one_disk(folder, Path(out)) else 0)
     train, held_out = token_sets(
         text,
         tokenizer,
@@ -222,7 +225,7 @@ def _downloaded(
     if out is not None:
         with StagedFolder(out, {"unchanged": source.identity["id"]}, overwrite=overwrite) as staged:
             staged.discard()
-    require_space(source.folder, source.index.total_bytes)
+    _require_cache(source)
     assert source.revision is not None
     hub_id = source.ranges.hub_id
     found = open_model(locate(hub_id, revision=source.revision))
@@ -233,6 +236,21 @@ def _downloaded(
             "Run the same command again.",
         )
     return found
+
+
+def _on_one_disk(one: Path, other: Path) -> bool:
+    return existing_parent(one).stat().st_dev == existing_parent(other).stat().st_dev
+
+
+def _require_cache(source: OpenedModel, beside: int = 0) -> None:
+    """Refuse where the hub's cache has no room for the weights and for so many bytes ``beside`` them."""
+    try:
+        require_space(source.folder, source.index.total_bytes + beside)
+    except NoSpace as error:
+        free = "Free some space, or name a cache on another disk with HF_HOME."
+        raise NoSpace(
+            "The disk of the hub's cache has too little free space.", error.why, free
+        ) from error
 
 
 def _tokenizer(folder: Path, *, unchanged: bool, may_lack: bool) -> Any:

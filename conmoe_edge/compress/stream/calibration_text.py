@@ -10,6 +10,7 @@ Peak memory: the text and its tokens. Raises ``CalibrationError``.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import random
 import re
@@ -106,11 +107,12 @@ def read_text(
             f"give another file with {flag}",
         ) from error
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # editors on Windows put a mark in front, which is no text
     except UnicodeDecodeError as error:
+        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise CalibrationError(
             f"The {kind} {path} is not UTF-8 text.",
-            f"byte {error.start} does not belong there",
+            "it begins like UTF-16" if wide else f"byte {error.start} does not belong there",
             f"save it as UTF-8, or leave {flag} out to use the text that comes with the program",
         ) from error
     if not text.strip():

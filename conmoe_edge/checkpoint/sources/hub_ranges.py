@@ -78,6 +78,13 @@ class HubRanges:
         """The bytes from ``start`` to ``stop``."""
         return b"".join(self.pieces(name, start, stop))
 
+    def read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill ``view`` from ``start`` on."""
+        done = 0
+        for piece in self.pieces(name, start, start + len(view)):
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+
     def pieces(
         self, name: str, start: int, stop: int, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[bytes]:

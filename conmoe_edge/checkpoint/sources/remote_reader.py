@@ -30,11 +30,11 @@ class RemoteReader(ShardReader):
         """As ``ShardReader.read``; raises the errors of ``HubRanges`` too."""
         if self._closed:
             raise ValueError("the reader is closed")
-        if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        if self._scratch is not None:
-            data = self._scratch.read(entry, start, nbytes)
-        else:
-            first = entry.offset + start
-            data = self._ranges.read(entry.file, first, first + nbytes)
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes:
+            view = buffer.numpy().data
+            if self._scratch is not None:
+                self._scratch.read_into(entry, start, view)
+            else:
+                self._ranges.read_into(entry.file, entry.offset + start, view)
+        return buffer

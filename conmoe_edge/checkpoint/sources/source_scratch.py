@@ -121,24 +121,23 @@ class SourceScratch:
         self._drop(list(self._fetched))
         self._by_layer = False
 
-    def read(self, entry: TensorEntry, start: int, nbytes: int) -> bytes:
-        """``nbytes`` bytes of a tensor from its byte ``start`` on."""
+    def read_into(self, entry: TensorEntry, start: int, view: memoryview) -> None:
+        """Fill ``view`` with a tensor's bytes from its byte ``start`` on."""
         piece = self._piece(entry)
         if piece is None:
-            if start == 0 and nbytes == entry.nbytes:
+            if start == 0 and len(view) == entry.nbytes:
                 self._read_through.add(entry.name)
-            first = entry.offset + start
-            return self._ranges.read(entry.file, first, first + nbytes)
+            self._ranges.read_into(entry.file, entry.offset + start, view)
+            return
         with os.fdopen(open_inside(piece.path.parent, piece.path.name), "rb") as file:
             file.seek(entry.offset + start - piece.start)
-            data = file.read(nbytes)
-        if len(data) != nbytes:
+            got = file.readinto(view)
+        if got != len(view):
             raise CheckpointError(
                 f"{piece.path} is shorter than it was.",
                 f"The tensor {entry.name!r} waits in it.",
                 "Run the same command again with --fresh.",
             )
-        return data
 
     def _piece(self, entry: TensorEntry) -> _Piece | None:
         """Where a tensor waits, fetched first where that is due; ``None`` where it is read through."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -33,9 +32,9 @@ from conmoe_edge.model.anatomy import (
 )
 from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
-from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.layer_chain import requiring_chain
 from conmoe_edge.model.linears import quantisable_weights
-from conmoe_edge.model.router import cannot_run
+from conmoe_edge.model.meta_forward import meta_forward
 from conmoe_edge.model.streaming import no_experts
 
 _SHAPES_ONLY = "conmoe_shapes"
@@ -284,7 +283,10 @@ def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...
     for _, module in decoder.experts.values():
         module.config._experts_implementation = _SHAPES_ONLY  # type: ignore[union-attr]
     short, long = 12, 24
-    before, after = _cache_after(model, short), _cache_after(model, long)
+    hidden_size = count_in(model.config.get_text_config(), "hidden_size")
+    with requiring_chain(model, decoder.prefix, hidden_size):
+        before = _cache_after(model, short)
+    after = _cache_after(model, long)
     found = []
     for one, two in zip(before.layers, after.layers, strict=True):
         window = getattr(two, "sliding_window", None) if getattr(two, "is_sliding", False) else None
@@ -303,9 +305,7 @@ def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...
 
 
 def _cache_after(model: PreTrainedModel, tokens: int) -> Any:
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with foreign(partial(cannot_run, model)), torch.no_grad():
-        cache = cache_of(model(input_ids=ids, use_cache=True))
+    cache = cache_of(meta_forward(model, tokens))
     if cache is None:
         raise UnsupportedModel(
             f"The memory that {type(model).__name__} needs cannot be counted.",

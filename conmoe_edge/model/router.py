@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -28,9 +27,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import find_decoder, find_experts, part_names
-from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.meta_forward import meta_forward
 
 CHOOSING = ("topk", "max", "argmax")
 """Names of the torch functions by which routers choose."""
@@ -164,22 +162,13 @@ def _watch(model: PreTrainedModel) -> dict[int, _Call]:
                 handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
         for config in configs:
             config._experts_implementation = _LOOK
-        ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-        with foreign(partial(cannot_run, model)), torch.no_grad():
-            model(input_ids=ids, use_cache=True)  # without a cache masks are looked into
+        meta_forward(model, _TOKENS)
     finally:
         for handle in handles:
             handle.remove()
         for config, name in zip(configs, before, strict=True):
             config._experts_implementation = name
     return found
-
-
-def cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
-    """The error for a model whose own forward fails on the meta device; ``why`` is what transformers or torch says."""
-    return UnsupportedModel(
-        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, WRONG
-    )
 
 
 def _gives(output: Sequence[Any], index: Tensor) -> bool:

@@ -10,6 +10,7 @@ from conmoe_edge.checkpoint.format.layout import expert_width, make_layout
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
 from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
+from conmoe_edge.offload.kernels.triton.gpu_tables import GpuForm
 
 NUMBERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E2M1 = torch.tensor([*NUMBERS, *[-one for one in NUMBERS]], dtype=torch.float64)
@@ -112,6 +113,7 @@ def test_a_record_there_and_back() -> None:
         assert_same_bits(back[name], weight)
     check = RecordCheck(layout)
     assert check.wrong(record) == ""
+    assert GpuForm.of(layout) is None  # the kernels of a GPU would read it as int4
     place = next(part for part in layout.parts if part.name == "down_proj.scale")
     record[place.offset + 5] = 255
     assert check.wrong(record) == "down_proj.scale holds NaN"

@@ -12,10 +12,10 @@ mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]:
 ========  ==================================================  ==================================================
 
 Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
-is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first ``tile / 2``
-rows and the high one to the others. So one load brings many rows of one column, which is how vector units like it; with
-64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package needs no
-repacking there. Everywhere else the form is plain enough to be expanded.
+is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
+``tile / 2`` rows and the high one to the others. So one load brings many rows of one column, which is how vector units
+like it; with 64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package
+needs no repacking there. Everywhere else the form is plain enough to be expanded.
 
 Scales and zeros are rounded to bf16 *before* the numbers are rounded to them, so that a kernel which works in bf16 and
 one which works in fp32 see the same weights. Rounding is to the nearest; int4 fits its two parameters to each group by

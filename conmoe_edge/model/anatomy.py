@@ -20,12 +20,14 @@ class ExpertPart:
 
     ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
     ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
+    ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    form: str = "plain"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import nn
 
 from conmoe_edge.checkpoint.format.forms import (
-    KIND_OF_VALUES,
     LEFT,
     SCALE,
     Part,
     best_kind,
     factored_parts,
+    kind_of,
     quantised_parts,
 )
 from conmoe_edge.checkpoint.format.layout import expert_width
@@ -97,7 +97,8 @@ def _held(
             return None
         wanted = ((name, shape, part.dtype),)
     else:
-        kind = KIND_OF_VALUES.get(part.dtype)
+        scales = parts.get(name + SCALE)
+        kind = None if scales is None else kind_of(part.dtype, scales.dtype)
         if kind is None or len(shape) != 2 or best_kind(rows, columns, kind) != kind:
             return None
         wanted = quantised_parts(name, rows, columns, kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["plain", "int8", "int4"]
+Kind = Literal["plain", "int8", "int4", "mxfp4"]
 Part = tuple[str, tuple[int, ...], str]
 """Name, shape and number format (torch's name) of one tensor of a record."""
 
@@ -16,7 +16,10 @@ GROUPS = (64, 32)
 """Columns that share a scale in int4: the first of these that divides the columns."""
 
 TILES = (64, 32, 16)
-"""Rows of a tile in int4: the first of these that divides the rows."""
+"""Rows of a tile in int4 and mxfp4: the first of these that divides the rows."""
+
+MX_BLOCK = 32
+"""Columns that share a scale in mxfp4."""
 
 UP, DOWN = "gate_up_proj", "down_proj"
 """The two weight matrices of a gated expert: gate and up rows together, and down rows."""
@@ -24,8 +27,13 @@ UP, DOWN = "gate_up_proj", "down_proj"
 SCALE = ".scale"
 """What the name of a quantised weight's scales has behind the name of the weight."""
 
-KIND_OF_VALUES: dict[str, Kind] = {"int8": "int8", "uint8": "int4"}
-"""Number format of a quantised weight's values -> its form."""
+_E8M0 = "float8_e8m0fnu"
+_KIND_OF_FORMATS: dict[tuple[str, str], Kind] = {
+    ("int8", "bfloat16"): "int8",
+    ("uint8", "bfloat16"): "int4",
+    ("uint8", _E8M0): "mxfp4",
+}
+"""Number formats of a quantised weight's values and scales -> its form."""
 
 LEFT, RIGHT, KEPT, COLUMNS = ".left", ".right", ".kept", ".columns"
 """What the names of a factored weight's parts have behind the name of the weight (``factored.py``)."""
@@ -46,8 +54,24 @@ def group_of(columns: int) -> int:
     return first_divisor(GROUPS, columns)
 
 
+def kind_of(values: str, scales: str | None) -> Kind | None:
+    """The form of a weight by the number formats (torch's names) of its values and scales; ``plain`` without scales,
+    ``None`` for a pair that no form has.
+    """
+    return "plain" if scales is None else _KIND_OF_FORMATS.get((values, scales))
+
+
+def is_packed(kind: Kind | None) -> bool:
+    """Whether a byte of the values holds two numbers."""
+    return kind in ("int4", "mxfp4")
+
+
 def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
-    """``wished``, or int8 where int4 cannot take a matrix of this shape."""
+    """``wished``, or where it cannot take a matrix of this shape: int8 for int4, plain for mxfp4, whose numbers stay
+    what they are.
+    """
+    if wished == "mxfp4" and (columns % MX_BLOCK or not first_divisor(TILES, rows)):
+        return "plain"
     if wished == "int4" and not (first_divisor(TILES, rows) and group_of(columns)):
         return "int8"
     return wished
@@ -62,6 +86,11 @@ def quantised_parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Par
         return (
             (name, (rows, columns // 2), "uint8"),
             (name + SCALE, (groups, rows, 2), "bfloat16"),
+        )
+    if kind == "mxfp4":
+        return (
+            (name, (rows, columns // 2), "uint8"),
+            (name + SCALE, (columns // MX_BLOCK, rows), _E8M0),
         )
     raise ValueError(f"{kind} is no quantised form")
 

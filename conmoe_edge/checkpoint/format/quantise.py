@@ -7,17 +7,26 @@ plain     [R, K] in a floating-point format                   none
 int8      int8 [R, K]                                         bf16 [R]: value = q * scale
 int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, R, 2], pairs (scale, zero):
           (below)                                             value = (q - 8) * scale + zero, q in 0..15
+mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
+          tiles
 ========  ==================================================  ==================================================
 
-Tiles of int4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile is one run
-of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first ``tile / 2``
-rows and the high one to the others. So one load brings many rows of one column, which is how vector units like it; with
-64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package needs no
-repacking there. Everywhere else the form is plain enough to be expanded.
+Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
+is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
+``tile / 2`` rows and the high one to the others. So one load brings many rows of one column, which is how vector units
+like it; with 64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package
+needs no repacking there. Everywhere else the form is plain enough to be expanded.
 
 Scales and zeros are rounded to bf16 *before* the numbers are rounded to them, so that a kernel which works in bf16 and
 one which works in fp32 see the same weights. Rounding is to the nearest; int4 fits its two parameters to each group by
 least squares. Everything is deterministic.
+
+mxfp4 is the form of the OCP Microscaling specification 1.0, in which some models are published: a sign and one of 0,
+0.5, 1, 1.5, 2, 3, 4, 6, and a power of two for 32 columns. The scale is 2^(floor(log2(largest)) - 2), the least 2^-127,
+numbers go to the nearest, ties to the even code, and what is above 6 becomes 6. So weights that came from mxfp4 become
+the same weights again, whatever their scales were, as long as the format they came in holds them: bf16 and fp32 do for
+every scale up to 2^125, and beyond it for numbers that stay below 2^128. A block that holds NaN or infinity gets the
+scale NaN, which no reader takes (``record_check.py``). Post hoc it is the worst form for other weights.
 
 Peak memory: the result and a few megabytes for the block of rows that is worked on. Raises ``ValueError``
 for a matrix that a kind cannot take (``best_kind`` says which it can), a mistake of the caller.
@@ -30,13 +39,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import TILES, Kind, best_kind, first_divisor, group_of
+from conmoe_edge.checkpoint.format.forms import (
+    MX_BLOCK,
+    TILES,
+    Kind,
+    best_kind,
+    first_divisor,
+    group_of,
+    is_packed,
+)
 
 _SHRINK = 0.96
 """The first guess of a group's range, as a share of the widest: outliers are clipped a little, all else is finer."""
 
 _BLOCK = 1 << 18
 """Numbers that are worked on at a time, so that the passes over them stay in the processor's cache."""
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E8M0_NAN = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +87,10 @@ class Matrix:
         for block in _blocks(self.rows, self.columns):
             if self.kind == "int8":
                 wide = self.values[block].float().mul_(self.scales[block].float().unsqueeze(1))
+            elif self.kind == "mxfp4":
+                wide = _expand_mxfp4(
+                    self.values[block], self.scales.view(torch.uint8)[:, block], self.tile
+                )
             else:
                 wide = _expand_int4(
                     self.values[block], self.scales[:, block], self.group, self.tile
@@ -75,7 +100,7 @@ class Matrix:
 
     @property
     def tile(self) -> int:
-        """Rows of a tile of int4."""
+        """Rows of a tile of int4 or mxfp4."""
         return first_divisor(TILES, self.rows)
 
 
@@ -92,7 +117,10 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
         values, scales = _int8(weight)
         return Matrix(kind, values, scales, rows, columns)
     if best_kind(rows, columns, kind) != kind:
-        raise ValueError(f"int4 cannot take a matrix of {rows} rows and {columns} columns")
+        raise ValueError(f"{kind} cannot take a matrix of {rows} rows and {columns} columns")
+    if kind == "mxfp4":
+        values, scales = _mxfp4(weight)
+        return Matrix(kind, values, scales, rows, columns, MX_BLOCK)
     group = group_of(columns)
     values, scales = _int4(weight, group)
     return Matrix(kind, values, scales, rows, columns, group)
@@ -101,7 +129,7 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
 def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
     """A matrix from the tensors of its stored form."""
     rows, columns = values.shape
-    if kind == "int4":
+    if is_packed(kind):
         columns *= 2
         assert scales is not None
         return Matrix(kind, values, scales, rows, columns, columns // scales.shape[0])
@@ -169,6 +197,55 @@ def _nearest(grouped: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """The numbers 0..15 that come closest; 8 where a group has a single value."""
     inverse = torch.where(step != 0, 1.0 / step, 0.0)
     return ((grouped - zero) * inverse).round_().add_(8).clamp_(0, 15)
+
+
+def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(columns // MX_BLOCK, rows, dtype=torch.uint8, device=weight.device)
+    tile = first_divisor(TILES, rows)
+    for block in _blocks(rows, columns):
+        codes, exponents = _mxfp4_rows(weight[block].float())
+        packed[block] = _pack(codes, tile)
+        scales[:, block] = exponents.T
+    return packed, scales.view(torch.float8_e8m0fnu)
+
+
+def _mxfp4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [r, K] and scales uint8 [r, K / 32] of a block of rows."""
+    grouped = weight.unflatten(1, (-1, MX_BLOCK))
+    largest = grouped.abs().amax(2)  # [r, K / 32]
+    # frexp gives largest = m * 2^e with m in [0.5, 1), so floor(log2) is e - 1.
+    exponent = (torch.frexp(largest)[1] - 3).clamp_(-127, 127)
+    exponent = torch.where(largest > 0, exponent, -127)
+    # Two steps: a scale of 2^-127 and its inverse are not both numbers that all processors multiply with alike.
+    half = torch.div(-exponent, 2, rounding_mode="floor")
+    first, second = power_of_two(half).unsqueeze(2), power_of_two(-exponent - half).unsqueeze(2)
+    size = (grouped * first * second).abs()
+    code = torch.where(
+        size < 2,
+        (size * 2).round(),
+        torch.where(size < 4, size.round() + 2, (size / 2).round() + 4),
+    ).clamp_(max=7)
+    code = code.nan_to_num_(0.0).to(torch.uint8) | (grouped.signbit().to(torch.uint8) << 3)
+    scale = torch.where(largest.isfinite(), exponent + 127, _E8M0_NAN)
+    return code.flatten(1), scale.to(torch.uint8)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, for whole numbers of -127..127."""
+    return ((exponent.int() + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
+
+
+def _expand_mxfp4(packed: Tensor, scales: Tensor, tile: int) -> Tensor:
+    """Values uint8 [r, K / 2] and scales uint8 [K / 32, r] -> fp32 [r, K]."""
+    codes = _unpack(packed, tile)
+    table = torch.tensor([*_E2M1, *[-one for one in _E2M1]], device=packed.device)
+    wide = table.index_select(0, codes.flatten().int()).view(codes.shape)
+    exponents = scales.T.int()  # [r, K / 32]
+    factor = power_of_two(exponents - 127)
+    factor = torch.where(exponents == _E8M0_NAN, torch.nan, factor)
+    return wide.unflatten(1, (-1, MX_BLOCK)).mul_(factor.unsqueeze(2)).flatten(1)
 
 
 def _pack(number: Tensor, tile: int) -> Tensor:

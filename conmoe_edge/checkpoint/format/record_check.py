@@ -1,7 +1,8 @@
 """What is looked at in a record before anything computes with it, each time one has been read.
 
 The numbers of columns that a factored weight keeps (``factored.py``): they say which inputs are read, so each of them
-must be one. And the scales of quantised weights: one that is NaN or infinite makes a whole row or group so.
+must be one. And the scales of quantised weights: one that is NaN or infinite makes a whole row or group so. Scales in
+E8M0 have one number that is NaN, 255, and none that is infinite.
 
 Both are a small part of a record (a few hundredths in int4, thousandths in int8), and looking at them costs about a
 hundredth of reading it. All other values are left to ``inspect --verify``, and to the check of what the model says.
@@ -19,6 +20,8 @@ from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
 _SIGN_OFF, _INFINITE = np.int16(0x7FFF), 0x7F80
 """Of a number in bf16: all bits but its sign, and the least that is infinity or NaN without it."""
+_NOT_ONE = 255
+"""NaN in E8M0."""
 
 
 class RecordCheck:
@@ -31,6 +34,11 @@ class RecordCheck:
             for name, part in parts.items()
             if name.endswith(SCALE) and part.dtype == "bfloat16" and part.nbytes
         ]
+        self._exponents = [
+            part
+            for name, part in parts.items()
+            if name.endswith(SCALE) and part.dtype == "float8_e8m0fnu" and part.nbytes
+        ]
         self._columns: list[tuple[RecordPart, int]] = []
         for name, part in parts.items():
             right = parts.get(name.removesuffix(COLUMNS) + RIGHT)
@@ -39,13 +47,16 @@ class RecordCheck:
 
     def wrong(self, record: Tensor) -> str:
         """What is wrong with a record uint8 [record bytes] on the host; empty where nothing is."""
-        if not self._scales and not self._columns:
+        if not self._scales and not self._exponents and not self._columns:
             return ""
         raw = record.numpy()
         for part in self._scales:
             values = raw[part.offset : part.offset + part.nbytes].view(np.int16)
             if int((values & _SIGN_OFF).max()) >= _INFINITE:
                 return f"{part.name} holds NaN or infinity"
+        for part in self._exponents:
+            if int(raw[part.offset : part.offset + part.nbytes].max()) == _NOT_ONE:
+                return f"{part.name} holds NaN"
         for part, width in self._columns:
             columns = raw[part.offset : part.offset + part.nbytes].view(np.int32)
             if len(columns) and not (

@@ -17,7 +17,7 @@ import torch
 
 from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.format.factored import factors_of
-from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, KIND_OF_VALUES, LEFT, RIGHT, SCALE
+from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, kind_of
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
@@ -39,7 +39,10 @@ def encode(
     for name, part in parts.items():
         if name + SCALE in parts:
             weight = weights[name].T if transposed else weights[name]
-            matrix = quantise(weight, KIND_OF_VALUES[part.dtype])
+            kind = kind_of(part.dtype, parts[name + SCALE].dtype)
+            if kind is None:
+                raise ValueError(f"{name} is {part.dtype} with scales: no form that is known")
+            matrix = quantise(weight, kind)
             assert matrix.scales is not None
             found[name], found[name + SCALE] = matrix.values, matrix.scales
         elif name not in found:
@@ -74,7 +77,9 @@ def matrix_of(parts: Mapping[str, torch.Tensor], name: str) -> Matrix:
     scales = parts.get(name + SCALE)
     if scales is None:
         return stored("plain", parts[name], None)
-    kind = KIND_OF_VALUES[str(parts[name].dtype).removeprefix("torch.")]
+    kind = kind_of(*[str(one.dtype).removeprefix("torch.") for one in (parts[name], scales)])
+    if kind is None:
+        raise ValueError(f"{name} is {parts[name].dtype} with scales in {scales.dtype}")
     return stored(kind, parts[name], scales)
 
 

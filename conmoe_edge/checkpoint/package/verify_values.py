@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import (
@@ -84,4 +85,6 @@ def broken_record(folder: Path, manifest: Manifest, prototypes: Iterable[ExpertI
 
 def is_broken(tensor: Tensor) -> bool:
     """Whether a tensor holds something that is no number."""
+    if tensor.dtype == torch.float8_e8m0fnu:  # torch has no ``isfinite`` for it
+        return bool((tensor.view(torch.uint8) == 255).any())
     return tensor.is_floating_point() and not bool(tensor.isfinite().all())

@@ -224,8 +224,8 @@ class LatentTable:
             fits = fits and compress_query is not None and query_norm.columns == query.form.columns
         if not fits:
             raise ValueError("the matrices of a compressed attention do not go together")
-        if expand.form.code == CODES["int4"]:
-            raise ValueError("the matrix that expands keys and values is not taken in int4")
+        if expand.form.code in (CODES["int4"], CODES["mxfp4"]):
+            raise ValueError("the matrix that expands keys and values is not taken in tiles")
         self.hidden, self.cache = hidden, (1, rank, turned)
         self.turning = _Turning(turn, turned)
         self._kept = (query, compress, norm, expand, output, compress_query, query_norm)

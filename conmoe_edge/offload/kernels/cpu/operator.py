@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.forms import is_packed
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
@@ -137,10 +138,15 @@ class Operator:
             not one.is_contiguous() or one.device.type != "cpu" for one in tensors
         ):
             return None
-        if matrix.kind == "int4":
+        scale_dtype = _BF16
+        if is_packed(matrix.kind):
             if rows % TILE or group < 2 or group % 2 or columns % group:
                 return None
-            dtype, shape, scaled = torch.uint8, (rows, columns // 2), columns // group * rows * 2
+            dtype, shape, scaled = torch.uint8, (rows, columns // 2), columns // group * rows
+            if matrix.kind == "int4":
+                scaled *= 2
+            else:
+                scale_dtype = torch.float8_e8m0fnu
         else:
             dtype, shape, scaled = torch.int8, (rows, columns), rows
         if matrix.values.shape != shape or not rows or not columns:
@@ -148,7 +154,7 @@ class Operator:
         if not plain and (
             scales is None
             or matrix.values.dtype != dtype
-            or scales.dtype != _BF16
+            or scales.dtype != scale_dtype
             or scales.numel() != scaled
         ):
             return None

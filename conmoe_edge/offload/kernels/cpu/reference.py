@@ -1,6 +1,6 @@
 """What the operator computes, in plain tensor operations: for the check when it is loaded, and for the tests.
 
-Beside plain weights activations are what they are. Beside int8 and int4 they are rounded: every block of columns (32;
+Beside plain weights activations are what they are. Beside others they are rounded: every block of columns (32;
 int4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of int4 are
 multiplied with the exact sum of a group.
 

@@ -50,6 +50,8 @@ class GpuForm:
         pair = [parts[name] for name in (UP, DOWN)]
         scales = [parts.get(name + SCALE) for name in (UP, DOWN)]
         kinds = [KINDS.get(part.dtype) for part in pair]
+        if any(one is not None and one.dtype != "bfloat16" for one in scales):
+            return None  # mxfp4: values as of int4, scales in E8M0
         if None in kinds or any(len(part.shape) != 2 for part in pair):
             return None
         rows = [part.shape[0] for part in pair]

@@ -20,12 +20,12 @@ constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
 constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
 constexpr int64_t MOST = 64;        // rows of a block, at most
 constexpr int64_t TOKENS = 4;       // that a row is multiplied with at once
-constexpr int64_t TILE = 64;        // rows of a tile of int4
+constexpr int64_t TILE = 64;        // rows of a tile of int4 and mxfp4
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4 };
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -447,9 +447,70 @@ void weighted(int64_t count, const void* const* values, const float* p, int64_t 
     }
 }
 
-// ---- int4 in tiles of 64 rows --------------------------------------------------------------------------------------
+// ---- int4 and mxfp4 in tiles of 64 rows ------------------------------------------------------------------------------
+//
+// A half-byte stands for a whole number above -OFFSET: of int4 for itself - 8, of mxfp4 for twice its value. The products
+// of SAFE columns fit into 16 bits: SAFE / 2 pairs of at most 2 * (the largest number + OFFSET) * 127. `Pair` has the
+// scale of a row in a group, with the zero of int4; mxfp4 has none.
 
-// sums[r] = sum over k < count of (w[r, k] - 8) q[k], for the 64 rows of a tile; count is even.
+struct Int4 {
+  static constexpr int32_t OFFSET = 8;
+  static constexpr int64_t SAFE = 16, PAIR = 2;
+  using T = uint16_t;
+  static int32_t above(uint8_t half) { return half; }
+#if CONMOE_INTEGERS
+  static __m256i above(__m256i halves) { return halves; }
+#endif
+  static Lanes add_group(Lanes total, Lanes whole, Lanes factor, Lanes inputs, const T* here) {
+    Lanes scale, shift;
+    load_pairs(here, scale, shift);
+    total = fma(fma(whole, factor, zero()), scale, total);
+    return fma(shift, inputs, total);
+  }
+  static Lanes value(Lanes number, const T* here) {  // of a number as it is: `load_nibbles` subtracts 8
+    Lanes scale, shift;
+    load_pairs(here, scale, shift);
+    return fma(number, scale, shift);
+  }
+  static void numbers(const uint8_t* w, Lanes& low, Lanes& high) { load_nibbles(w, low, high); }
+};
+
+struct Mxfp4 {
+  static constexpr int32_t OFFSET = 12;
+  static constexpr int64_t SAFE = 8, PAIR = 1;
+  using T = uint8_t;
+  static constexpr uint8_t ABOVE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  static int32_t above(uint8_t half) { return ABOVE[half]; }
+#if CONMOE_INTEGERS
+  static __m256i above(__m256i halves) {
+    const __m128i table = _mm_loadu_si128((const __m128i*)ABOVE);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), halves);
+  }
+#endif
+  // 2^(e - 127), also where it is below the least normal number.
+  static Lanes scales(const T* here) {
+    float wide[LANES];
+    for (int64_t i = 0; i < LANES; ++i) wide[i] = from_bits(std::max(uint32_t(here[i]) << 23, 1u << 22));
+    return load(wide);
+  }
+  static Lanes add_group(Lanes total, Lanes whole, Lanes factor, Lanes, const T* here) {
+    return fma(fma(fma(whole, all(0.5f), zero()), factor, zero()), scales(here), total);
+  }
+  static Lanes value(Lanes number, const T* here) { return fma(number, scales(here), zero()); }
+  static void numbers(const uint8_t* w, Lanes& low, Lanes& high) {
+    float wide[2][LANES];
+    for (int64_t i = 0; i < LANES; ++i) {
+      wide[0][i] = 0.5f * float(above(uint8_t(w[i] & 15)) - OFFSET);
+      wide[1][i] = 0.5f * float(above(uint8_t(w[i] >> 4)) - OFFSET);
+    }
+    low = load(wide[0]);
+    high = load(wide[1]);
+  }
+};
+constexpr uint8_t Mxfp4::ABOVE[16];
+
+// sums[r] = sum over k < count of (above(w[r, k]) - OFFSET) q[k], for the 64 rows of a tile; count is even. `offset` is
+// OFFSET times the sum of q.
 #if CONMOE_INTEGERS
 
 // Rows 0..7 and 16..23, or 8..15 and 24..31, of half a tile: added where they belong.
@@ -458,11 +519,12 @@ inline void spread(__m256i part, __m256i* first, __m256i* second) {
   *second = _mm256_add_epi32(*second, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(part, 1)));
 }
 
-inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t eights, int32_t* sums) {
-  constexpr int64_t SAFE = 16;  // columns whose products fit into 16 bits: 8 pairs of at most 2 * 15 * 127
+template <class Form>
+inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t offset, int32_t* sums) {
+  constexpr int64_t SAFE = Form::SAFE;
   const __m256i mask = _mm256_set1_epi8(15);
   __m256i total[8];
-  for (__m256i& one : total) one = _mm256_set1_epi32(-eights);
+  for (__m256i& one : total) one = _mm256_set1_epi32(-offset);
   for (int64_t start = 0; start < count; start += SAFE) {
     const int64_t stop = start + SAFE < count ? start + SAFE : count;
     __m256i part[4];
@@ -476,7 +538,7 @@ inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t 
       const __m256i a = _mm256_loadu_si256((const __m256i*)bytes);
       const __m256i b = _mm256_loadu_si256((const __m256i*)(bytes + TILE / 2));
       const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-      const auto times = [&](__m256i weights) { return _mm256_maddubs_epi16(_mm256_and_si256(weights, mask), x); };
+      const auto times = [&](__m256i weights) { return _mm256_maddubs_epi16(Form::above(_mm256_and_si256(weights, mask)), x); };
       part[0] = _mm256_add_epi16(part[0], times(low));
       part[1] = _mm256_add_epi16(part[1], times(high));
       part[2] = _mm256_add_epi16(part[2], times(_mm256_srli_epi16(low, 4)));
@@ -492,37 +554,36 @@ inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t 
 
 #else
 
-inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t eights, int32_t* sums) {
-  for (int64_t r = 0; r < TILE; ++r) sums[r] = -eights;
+template <class Form>
+inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t offset, int32_t* sums) {
+  for (int64_t r = 0; r < TILE; ++r) sums[r] = -offset;
   for (int64_t k = 0; k < count; ++k)
     for (int64_t r = 0; r < TILE / 2; ++r) {
-      sums[r] += int32_t(w[k * (TILE / 2) + r] & 15) * q[k];
-      sums[r + TILE / 2] += int32_t(w[k * (TILE / 2) + r] >> 4) * q[k];
+      sums[r] += Form::above(uint8_t(w[k * (TILE / 2) + r] & 15)) * q[k];
+      sums[r + TILE / 2] += Form::above(uint8_t(w[k * (TILE / 2) + r] >> 4)) * q[k];
     }
 }
 
 #endif
 
-// The 64 rows of a tile times one token in blocks of a group. `pairs` are the tile's (scale, zero) of the first group.
-inline void one_tile(const uint8_t* w, const uint16_t* pairs, int64_t rows, int64_t columns, int64_t group, Token x,
+// The 64 rows of a tile times one token in blocks of a group. `pairs` are the tile's scales of the first group.
+template <class Form>
+inline void one_tile(const uint8_t* w, const typename Form::T* pairs, int64_t rows, int64_t columns, int64_t group, Token x,
                      float* sums) {
   Lanes total[4] = {zero(), zero(), zero(), zero()};
   for (int64_t start = 0; start < columns; start += group) {
     const int64_t block = start / group;
     int32_t whole[TILE];
-    tile_sums(w + start * (TILE / 2), x.q + start, group, 8 * x.whole[block], whole);
+    tile_sums<Form>(w + start * (TILE / 2), x.q + start, group, Form::OFFSET * x.whole[block], whole);
     const Lanes factor = all(x.scale[block]), inputs = all(x.sum[block]);
-    const uint16_t* here = pairs + block * rows * 2;
-    for (int64_t j = 0; j < 4; ++j) {
-      Lanes scale, shift;
-      load_pairs(here + j * LANES * 2, scale, shift);
-      total[j] = fma(fma(load(whole + j * LANES), factor, zero()), scale, total[j]);
-      total[j] = fma(shift, inputs, total[j]);
-    }
+    const typename Form::T* here = pairs + block * rows * Form::PAIR;
+    for (int64_t j = 0; j < 4; ++j)
+      total[j] = Form::add_group(total[j], load(whole + j * LANES), factor, inputs, here + j * LANES * Form::PAIR);
   }
   for (int64_t j = 0; j < 4; ++j) store(sums + j * LANES, total[j]);
 }
 
+template <class Form>
 void tiles(int64_t count, const void* const* values, const void* const* scales, const Bytes& x, bool shared,
            int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
@@ -531,16 +592,17 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns / 2;
-    const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
+    const auto* pairs = static_cast<const typename Form::T*>(scales[which]) + row * Form::PAIR;
     for (int64_t token = 0; token < tokens; ++token) {
       float sums[TILE];
-      one_tile(w, pairs, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
+      one_tile<Form>(w, pairs, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
       for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
   }
 }
 
 // A tile may have rows of the gate and others: all rows first, then what they make.
+template <class Form>
 void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns, int64_t group) {
   const int64_t count = experts.count;
   const int64_t* const widths = experts.widths;
@@ -561,10 +623,10 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
       const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
       const int64_t stop = height - start < strip ? height : start + strip;
       const auto* w = static_cast<const uint8_t*>(experts.values[which]);
-      const auto* pairs = static_cast<const uint16_t*>(experts.scales[which]);
+      const auto* pairs = static_cast<const typename Form::T*>(experts.scales[which]);
       for (int64_t row = start; row < stop; row += TILE)
-        one_tile(w + row * columns / 2, pairs + row * 2, height, columns, group, x,
-                 rows.data() + before[size_t(which)] + row);
+        one_tile<Form>(w + row * columns / 2, pairs + row * Form::PAIR, height, columns, group, x,
+                       rows.data() + before[size_t(which)] + row);
     }
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < halves.all(); ++number) {
@@ -590,6 +652,7 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
   }
 }
 
+template <class Form>
 void down_tiles(int64_t count, const void* const* values, const void* const* scales, const std::vector<Bytes>& x,
                 const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
@@ -598,27 +661,26 @@ void down_tiles(int64_t count, const void* const* values, const void* const* sca
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns[which] / 2;
-    const auto* pairs = static_cast<const uint16_t*>(scales[which]) + row * 2;
-    one_tile(w, pairs, rows, columns[which], groups[which], x[size_t(which)].token(0), y + which * rows + row);
+    const auto* pairs = static_cast<const typename Form::T*>(scales[which]) + row * Form::PAIR;
+    one_tile<Form>(w, pairs, rows, columns[which], groups[which], x[size_t(which)].token(0), y + which * rows + row);
   }
 }
 
-void expand_tiles(const uint8_t* values, const uint16_t* scales, float* out, int64_t rows, int64_t columns,
+template <class Form>
+void expand_tiles(const uint8_t* values, const typename Form::T* scales, float* out, int64_t rows, int64_t columns,
                   int64_t group) {
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row += TILE) {
     const uint8_t* w = values + row * columns / 2;
     for (int64_t start = 0; start < columns; start += LANES) {  // a square of 64 x 16, turned in the cache
       float square[LANES][TILE];
-      const uint16_t* here = scales + (start / group * rows + row) * 2;
-      Lanes scale[4], shift[4];
-      for (int64_t j = 0; j < 4; ++j) load_pairs(here + j * LANES * 2, scale[j], shift[j]);
+      const typename Form::T* here = scales + (start / group * rows + row) * Form::PAIR;
       for (int64_t k = 0; k < LANES; ++k)
         for (int64_t half = 0; half < 2; ++half) {
           Lanes low, high;
-          load_nibbles(w + (start + k) * (TILE / 2) + half * LANES, low, high);
-          store(square[k] + half * LANES, fma(low, scale[half], shift[half]));
-          store(square[k] + (half + 2) * LANES, fma(high, scale[half + 2], shift[half + 2]));
+          Form::numbers(w + (start + k) * (TILE / 2) + half * LANES, low, high);
+          store(square[k] + half * LANES, Form::value(low, here + half * LANES * Form::PAIR));
+          store(square[k] + (half + 2) * LANES, Form::value(high, here + (half + 2) * LANES * Form::PAIR));
         }
       for (int64_t r = 0; r < TILE; ++r)
         for (int64_t k = 0; k < LANES; ++k) out[(row + r) * columns + start + k] = square[k][r];
@@ -663,13 +725,28 @@ bool in_rows(int kind, Run run) {
   return false;
 }
 
+// Runs `run` with the form of `kind` where it lies in tiles; whether there is one.
+template <class Run>
+bool in_tiles(int kind, Run run) {
+  if (kind == INT4) run(Int4{});
+  if (kind == MXFP4) run(Mxfp4{});
+  return kind == INT4 || kind == MXFP4;
+}
+
+// Whether columns are whole groups of a size that the tiles take.
+inline bool grouped(int kind, int64_t columns, int64_t group) {
+  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind != MXFP4 || group == BLOCK);
+}
+
 int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
              bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t inputs = (shared ? 1 : count) * tokens;
-  if (kind == INT4) {
-    if (rows % TILE || !group || group % 2 || columns % group) return 1;
-    tiles(count, values, scales, Bytes(x, inputs, columns, group), shared, tokens, y, rows, columns, group);
-    return 0;
+  if (kind == INT4 || kind == MXFP4) {
+    if (rows % TILE || !grouped(kind, columns, group)) return 1;
+    const Bytes input(x, inputs, columns, group);
+    return !in_tiles(kind, [&](auto form) {
+      tiles<decltype(form)>(count, values, scales, input, shared, tokens, y, rows, columns, group);
+    });
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
@@ -679,13 +756,13 @@ int products(int kind, int64_t count, const void* const* values, const void* con
 }
 
 int gated(int kind, const Gated& experts, const float* x, float* const* h, int64_t columns, int64_t group) {
-  if (kind == INT4) {
+  if (kind == INT4 || kind == MXFP4) {
     for (int64_t i = 0; i < experts.count; ++i)
       if (2 * experts.widths[i] % TILE) return 1;
-    if (!group || group % 2 || columns % group) return 1;
+    if (!grouped(kind, columns, group)) return 1;
     const Bytes input(x, 1, columns, group);
-    gated_tiles(experts, input.token(0), h, columns, group);
-    return 0;
+    return !in_tiles(
+        kind, [&](auto form) { gated_tiles<decltype(form)>(experts, input.token(0), h, columns, group); });
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
@@ -697,15 +774,16 @@ int gated(int kind, const Gated& experts, const float* x, float* const* h, int64
 // y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns in groups of groups[i].
 int downward(int kind, int64_t count, const void* const* values, const void* const* scales, float* const* h,
              const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
-  if (kind == INT4) {
+  if (kind == INT4 || kind == MXFP4) {
     if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {
-      if (!groups[i] || groups[i] % 2 || columns[i] % groups[i]) return 1;
+      if (!grouped(kind, columns[i], groups[i])) return 1;
       inputs.emplace_back(h[i], 1, columns[i], groups[i]);
     }
-    down_tiles(count, values, scales, inputs, columns, y, rows, groups);
-    return 0;
+    return !in_tiles(kind, [&](auto form) {
+      down_tiles<decltype(form)>(count, values, scales, inputs, columns, y, rows, groups);
+    });
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;

@@ -10,15 +10,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
+from conmoe_edge.checkpoint.quantised.scheme import Scheme, stored_in
 from conmoe_edge.checkpoint.sources.locate import Source
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.model.bridge import read_config
 from conmoe_edge.model.generation_file import read_generation
-from conmoe_edge.model.probe import count_in, facts_of, probe
-from conmoe_edge.model.size_bounds import SizeBounds
+from conmoe_edge.model.probe import count_in, probe
+from conmoe_edge.model.source_facts import read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class OpenedModel:
         index: the checked headers of its weights.
         config, anatomy: what it is.
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
+        scheme: how the tensors of a plain checkpoint are made from its own.
     """
 
     name: str
@@ -39,6 +41,7 @@ class OpenedModel:
     config: PretrainedConfig
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
+    scheme: Scheme
 
     @property
     def folder(self) -> Path:
@@ -49,7 +52,7 @@ class OpenedModel:
     def tensors(self) -> Iterator[Mapping[str, Lazy]]:
         """Its weights by the names, and in the shapes, of a plain checkpoint of this model, read when asked for."""
         with ShardReader(self.index) as reader:
-            yield reader
+            yield ExpandedTensors(reader, self.scheme)
 
     def to_json(self) -> dict[str, Any]:
         """What a package remembers of it."""
@@ -64,9 +67,8 @@ def open_model(source: Source) -> OpenedModel:
         UnsupportedModel: its experts cannot be reached.
     """
     index = CheckpointIndex.open(source.path)
-    facts = facts_of(index.tensors)
-    shapes = {name: one.shape for name, one in facts.items()}
-    config = read_config(source.path, SizeBounds.of(shapes))
+    found = read_source(source.path, stored_in(index))
+    config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))
     return OpenedModel(
@@ -74,6 +76,7 @@ def open_model(source: Source) -> OpenedModel:
         revision=source.revision,
         index=index,
         config=config,
-        anatomy=probe(config, facts),
+        anatomy=probe(config, found.facts),
         identity=fingerprint(index),
+        scheme=found.scheme,
     )

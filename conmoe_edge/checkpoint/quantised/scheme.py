@@ -145,7 +145,7 @@ def _check_plain(name: str, one: Stored) -> None:
             "the cache is not quantised here, and the scale has no place in the model",
             _PLAIN_VERSION,
         )
-    if name.endswith(("_scale", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB")):
+    if name.endswith(("weight_scale", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB")):
         raise CheckpointError(
             f"The tensor {name} is a scale of a quantised weight that cannot be read.",
             "no weight beside it is in FP8 or MXFP4",

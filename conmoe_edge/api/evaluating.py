@@ -152,13 +152,15 @@ def _reference(
 
 def _experts_bytes(folder: Path) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
+    from conmoe_edge.checkpoint.quantised.scheme import stored_in
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
     from conmoe_edge.compress.quality.evaluation import manifest_of
-    from conmoe_edge.model.bridge import read_config
-    from conmoe_edge.model.probe import facts_of, probe
+    from conmoe_edge.model.probe import probe
+    from conmoe_edge.model.source_facts import read_source
 
     manifest = manifest_of(folder)
     if manifest is not None and manifest.method != UNCHANGED:
         return 0
     index = CheckpointIndex.open(folder)
-    return probe(read_config(folder), facts_of(index.tensors)).experts_bytes
+    source = read_source(folder, stored_in(index))
+    return probe(source.config, source.facts).experts_bytes

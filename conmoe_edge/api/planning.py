@@ -106,19 +106,17 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.checkpoint.quantised.scheme import Stored
     from conmoe_edge.model.generation_file import read_generation
-    from conmoe_edge.model.probe import TensorFacts, count_in, probe
-    from conmoe_edge.model.size_bounds import SizeBounds
+    from conmoe_edge.model.probe import count_in, probe
+    from conmoe_edge.model.source_facts import read_source
 
     asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
-    facts = {
-        name: TensorFacts(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
-    }
-    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
-    config = read_config(found.path, bounds)
-    anatomy = probe(config, facts)
+    stored = {name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()}
+    source = read_source(found.path, stored)
+    config = source.config
+    anatomy = probe(config, source.facts)
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
     report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))

@@ -168,6 +168,7 @@ class ModelAnatomy:
     kv: tuple[KVLayer, ...]
     dense_matrices: tuple[DenseMatrix, ...] = ()
     dense_precision: str = "source"
+    source_form: str = "plain"
 
     @property
     def moe_layers(self) -> tuple[LayerAnatomy, ...]:

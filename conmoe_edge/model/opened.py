@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
+from conmoe_edge.checkpoint.quantised.scheme import Scheme, stored_in
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
 from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index
@@ -19,10 +21,9 @@ from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.model.bridge import read_config
 from conmoe_edge.model.generation_file import read_generation
-from conmoe_edge.model.probe import count_in, facts_of, probe
-from conmoe_edge.model.size_bounds import SizeBounds
+from conmoe_edge.model.probe import count_in, probe
+from conmoe_edge.model.source_facts import read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class OpenedModel:
         index: the checked headers of its weights.
         config, anatomy: what it is.
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
+        scheme: how the tensors of a plain checkpoint are made from its own.
         ranges: reads the weights from the hub, where they are not on this disk.
     """
 
@@ -44,6 +46,7 @@ class OpenedModel:
     config: PretrainedConfig
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
+    scheme: Scheme
     ranges: HubRanges | None = None
 
     @property
@@ -58,7 +61,7 @@ class OpenedModel:
         ``scratch`` is where bytes from the hub wait (``scratch``).
         """
         with self._bytes(scratch) as reader:
-            yield reader
+            yield ExpandedTensors(reader, self.scheme)
 
     def _bytes(self, scratch: SourceScratch | None) -> ShardReader:
         """The tensors as the checkpoint has them."""
@@ -92,9 +95,8 @@ def open_model(source: Source) -> OpenedModel:
     index = (
         CheckpointIndex.open(source.path) if ranges is None else remote_index(source.path, ranges)
     )
-    facts = facts_of(index.tensors)
-    shapes = {name: one.shape for name, one in facts.items()}
-    config = read_config(source.path, SizeBounds.of(shapes))
+    found = read_source(source.path, stored_in(index))
+    config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))
     return OpenedModel(
@@ -102,7 +104,8 @@ def open_model(source: Source) -> OpenedModel:
         revision=source.revision,
         index=index,
         config=config,
-        anatomy=probe(config, facts),
+        anatomy=probe(config, found.facts),
         identity=fingerprint(index) if ranges is None else remote_fingerprint(index, ranges),
+        scheme=found.scheme,
         ranges=ranges,
     )

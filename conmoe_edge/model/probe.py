@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from conmoe_edge.checkpoint.format.dtypes import nbytes_of
 from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
 from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -41,11 +42,14 @@ _SHAPES_ONLY = "conmoe_shapes"
 
 
 class TensorFacts(NamedTuple):
-    """What a header says of one tensor: torch's name of the dtype, its bytes and its shape."""
+    """What a header says of one tensor: torch's name of the dtype, its bytes in the file and its shape. For a quantised
+    one, dtype and shape are those of its expansion, and ``form`` says how it is stored (``mxfp4``, ``fp8``).
+    """
 
     dtype: str
     nbytes: int
     shape: tuple[int, ...]
+    form: str = "plain"
 
 
 def facts_of(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorFacts]:
@@ -145,9 +149,9 @@ def _assemble(
         if target in fused:
             expert_dtypes[target] = facts[key].dtype
         elif (layer := _layer_of(target, prefix)) is not None:
-            dense[layer] += facts[key].nbytes
+            dense[layer] += _expanded_bytes(facts[key])
         else:
-            outside += facts[key].nbytes
+            outside += _expanded_bytes(facts[key])
     top_k = top_k_of(text)
     anatomy = []
     for index in range(len(layers)):
@@ -167,10 +171,16 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, facts[key].nbytes)
+            DenseMatrix(_layer_of(key, prefix), *shape, _expanded_bytes(facts[key]))
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
+        source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
     )
+
+
+def _expanded_bytes(fact: TensorFacts) -> int:
+    """Bytes of a tensor as a package stores it: what is quantised in the checkpoint is expanded there."""
+    return fact.nbytes if fact.form == "plain" else nbytes_of(fact.dtype, fact.shape)
 
 
 def fused_parameters(decoder: Decoder) -> frozenset[str]:
@@ -259,7 +269,7 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
     """The dtype that most bytes of the checkpoint have; the config's where there are no headers."""
     weight: dict[str, int] = {}
     for fact in (headers or {}).values():
-        weight[fact.dtype] = weight.get(fact.dtype, 0) + fact.nbytes
+        weight[fact.dtype] = weight.get(fact.dtype, 0) + _expanded_bytes(fact)
     floating = {
         name: count
         for name, count in weight.items()

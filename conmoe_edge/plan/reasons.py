@@ -55,7 +55,8 @@ def is_unchanged(anatomy: ModelAnatomy, candidate: Candidate) -> bool:
     """Whether the model runs as it is: every expert kept, bit for bit, and resident."""
     whole = candidate.rate == 0.0 and candidate.slots == candidate.prototypes
     kept = anatomy.dense_precision == "source" and keeps_weights(anatomy, candidate.precision)
-    return whole and kept
+    # transformers would expand a quantised model in memory.
+    return whole and kept and anatomy.source_form == "plain"
 
 
 def percent(share: float) -> str:

@@ -33,6 +33,8 @@ from conmoe_edge.checkpoint.package.record_headers import record_index, record_n
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.package.small_tensors import damaged
 from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, is_broken
+from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
+from conmoe_edge.checkpoint.quantised.scheme import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
@@ -53,13 +55,14 @@ from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import PackageError
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.model.bridge import quantization_of, read_config, without_quantization
+from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.record_match import check_records
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.size_bounds import bounds_of
 from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.model.source_facts import read_source
 from conmoe_edge.model.streaming import StreamedModel
 
 _AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
@@ -215,18 +218,18 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
     index = CheckpointIndex.open(folder) if package is None else package.index
-    config = read_config(folder, bounds_of(index, manifest))
-    packed = manifest is not None and manifest.method != UNCHANGED
-    if packed and quantization_of(config) is not None:
-        config = without_quantization(config)  # it names the package's form, no other model
-    anatomy = probe(config, facts_of(index.tensors), whole=not packed)
-    if packed:
-        assert manifest is not None
+    if manifest is not None and manifest.method != UNCHANGED:
+        # Its quantization_config names the package's form, no other model.
+        config = without_quantization(read_config(folder, bounds_of(index, manifest)))
+        anatomy = probe(config, facts_of(index.tensors), whole=False)
         with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
             yield subject
         return
+    source = read_source(folder, stored_in(index))
+    anatomy = probe(source.config, source.facts)
     with ShardReader(index) as reader:
-        yield Subject(stream_model(config, anatomy, reader, device), None, str(folder))
+        tensors = ExpandedTensors(reader, source.scheme)
+        yield Subject(stream_model(source.config, anatomy, tensors, device), None, str(folder))
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are quantised: which tensors belong together, and their expansion when they are read."""

@@ -94,7 +94,7 @@ def _text(path: Path | None) -> str:
 
         return "\n\n".join(document.text for document in bundled_text().held_out or ())
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(
             f"The text {path} cannot be read.", error.strerror or "", "--text FILE, or none at all"

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from conmoe_edge import __version__
-from conmoe_edge.api.planning import PlanReport, report_on, resolve_request
+from conmoe_edge.api.planning import PlanReport, report_on, resolve_request, with_fetching
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.fs.disk import require_space
+from conmoe_edge.checkpoint.fs.disk import existing_parent, require_space
 from conmoe_edge.checkpoint.package.linked import link_model
 from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_package
 from conmoe_edge.checkpoint.package.staged import StagedFolder
-from conmoe_edge.checkpoint.sources.locate import locate
-from conmoe_edge.errors import CalibrationError
+from conmoe_edge.checkpoint.sources.locate import find, locate
+from conmoe_edge.checkpoint.sources.origin import differs
+from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.outcomes import Outcome, remember
 from conmoe_edge.model.tokenizer_files import has_tokenizer
@@ -76,6 +77,8 @@ def fit(
     fresh: bool = False,
     overwrite: bool = False,
     no_tokenizer: bool = False,
+    keep_source: bool = False,
+    passes: int | None = None,
     on_plan: Callable[[PlanReport], None] | None = None,
     progress: OnProgress | None = None,
     **levers: Unpack[Levers],
@@ -92,6 +95,10 @@ def fit(
         overwrite: replace an existing package.
         no_tokenizer: write the package even if the model has no tokenizer that can be used. Only where the model fits
             as it is; the package's notes say so, and it cannot chat.
+        keep_source: download a model from the hub whole, into the hub's cache, and read it there. Without it no more
+            than a few layers of its weights are on this disk at any moment.
+        passes: 1 reads every weight once; 2 measures first what each layer is worth, where the method asks for that.
+            By default 2, and 1 where the weights come from the hub part by part.
         on_plan: called with the plan before anything is written; may raise to stop.
         progress: called after every step.
 
@@ -113,16 +120,21 @@ def fit(
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     tell(Progress("locate", 0, 1, model))
-    source = open_model(locate(model, revision=revision, offline=offline))
+    source = open_model(find(model, revision=revision, offline=offline))
     anatomy = source.anatomy
     folder = source.folder
+    passes = passes or (2 if source.ranges is None or keep_source else 1)
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
     report = replace(report, tokenizer=has_tokenizer(folder))
+    if source.ranges is not None:
+        sizes = {name: entry.nbytes for name, entry in source.index.tensors.items()}
+        report = with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
     if on_plan is not None:
         on_plan(report)
     unchanged = report.plan.unchanged and asked.request.rate == "auto"
     tokenizer = _tokenizer(folder, unchanged=unchanged, may_lack=no_tokenizer)
     if unchanged:
+        source = _downloaded(source, Path(out), overwrite=overwrite)
         notes = () if tokenizer is not None else (NO_TOKENIZER,)
         return _fit_unchanged(
             source, Path(out), report, notes=notes, overwrite=overwrite, fresh=fresh
@@ -138,9 +150,15 @@ def fit(
         "calibration": text.sha256,
         "seed": seed,
         "computed_in": str(compute_dtype(target, getattr(torch, anatomy.dtype))),
+        "passes": passes,
         "version": __version__,
     }
-    require_space(Path(out), report.plan.disk_bytes + report.plan.scratch_bytes)
+    fetching = report.fetching
+    scratch = report.plan.scratch_bytes if fetching is None else fetching.scratch_bytes
+    needed = report.plan.disk_bytes + scratch
+    require_space(Path(out), needed)
+    if keep_source and source.ranges is not None:
+        _require_cache(source, needed if _on_one_disk(folder, Path(out)) else 0)
     train, held_out = token_sets(
         text,
         tokenizer,
@@ -152,7 +170,9 @@ def fit(
     with StagedFolder(Path(out), settings, overwrite=overwrite, fresh=fresh) as staged:
         report = _same_plan(staged.work / PLAN_FILE, report)
         decided = report.plan.without_measurements()
-        job = Job(source, asked.request, decided, train, held_out, target, __version__)
+        if keep_source:
+            source = _downloaded(source)
+        job = Job(source, asked.request, decided, train, held_out, target, __version__, passes)
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):
@@ -187,6 +207,50 @@ def fit(
             written,
             manifest.notes,
         )
+
+
+def _downloaded(
+    source: OpenedModel, out: Path | None = None, *, overwrite: bool = False
+) -> OpenedModel:
+    """The same model with all of its weights in the hub's cache; nothing is fetched where ``out`` may not be written.
+
+    Raises:
+        NoSpace, OutputExists: before the first byte.
+        CheckpointError: another model came.
+    """
+    from conmoe_edge.model.opened import open_model
+
+    if source.ranges is None:
+        return source
+    if out is not None:
+        with StagedFolder(out, {"unchanged": source.identity["id"]}, overwrite=overwrite) as staged:
+            staged.discard()
+    _require_cache(source)
+    assert source.revision is not None
+    hub_id = source.ranges.hub_id
+    found = open_model(locate(hub_id, revision=source.revision))
+    if found.identity != source.identity:
+        raise CheckpointError(
+            f"{hub_id} has changed on the hub while it was read.",
+            differs(source.identity, found.identity),
+            "Run the same command again.",
+        )
+    return found
+
+
+def _on_one_disk(one: Path, other: Path) -> bool:
+    return existing_parent(one).stat().st_dev == existing_parent(other).stat().st_dev
+
+
+def _require_cache(source: OpenedModel, beside: int = 0) -> None:
+    """Refuse where the hub's cache has no room for the weights and for so many bytes ``beside`` them."""
+    try:
+        require_space(source.folder, source.index.total_bytes + beside)
+    except NoSpace as error:
+        free = "Free some space, or name a cache on another disk with HF_HOME."
+        raise NoSpace(
+            "The disk of the hub's cache has too little free space.", error.why, free
+        ) from error
 
 
 def _tokenizer(folder: Path, *, unchanged: bool, may_lack: bool) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from conmoe_edge.checkpoint.sources.locate import describe
+from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import ConmoeError
@@ -17,6 +18,7 @@ from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.tokenizer_files import has_tokenizer
 from conmoe_edge.plan.advice import advise
+from conmoe_edge.plan.fetching import Fetching, fetching_of
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import Levers, PlanRequest
@@ -34,6 +36,7 @@ class PlanReport:
         method: the consolidation method that the plan counts with.
         method_note: why it is that one, where the default gave way; else empty.
         tokenizer: whether the model has one; ``None`` where its files are not on this disk.
+        fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
     """
 
@@ -43,6 +46,7 @@ class PlanReport:
     method: str = "auto"
     method_note: str = ""
     tokenizer: bool | None = None
+    fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
 
     @property
@@ -70,6 +74,7 @@ class PlanReport:
             "method_note": self.method_note,
             "tokenizer": self.tokenizer,
             "plan": plan_to_json(self.plan),
+            "fetching": None if self.fetching is None else asdict(self.fetching),
             "measured": [asdict(one) for one in self.outcomes],
             "advise": self.advice,
         }
@@ -81,6 +86,8 @@ def plan(
     *,
     revision: str | None = None,
     offline: bool = False,
+    keep_source: bool = False,
+    passes: int | None = None,
     **levers: Unpack[Levers],
 ) -> PlanReport:
     """What ``fit`` would do. Reads ``config.json`` and the headers of the weights, for a hub model without a download.
@@ -90,6 +97,7 @@ def plan(
         request: what is asked, as one object.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
+        keep_source, passes: as of ``fit``; they decide what is fetched.
         levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
             ``scope``, ``precision``, ``dense_precision``, ``prefer``, ``min_resident``, ``method``, ``widths``,
             ``calibration_tokens``. They win over those of ``request``.
@@ -114,7 +122,10 @@ def plan(
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
     report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
-    return report if found.index is None else replace(report, tokenizer=has_tokenizer(found.path))
+    if found.index is not None:
+        return replace(report, tokenizer=has_tokenizer(found.path))
+    sizes = {name: one.nbytes for name, one in found.tensors.items()}
+    return with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +177,31 @@ def report_on(
         method_note=asked.note,
         outcomes=() if identity is None else recall(identity["id"]),
     )
+
+
+def with_fetching(
+    report: PlanReport,
+    sizes: Mapping[str, int],
+    asked: Resolved,
+    *,
+    keep_source: bool,
+    passes: int,
+) -> PlanReport:
+    """With what comes from the hub. ``sizes``: bytes of every tensor there, by name."""
+    layers: dict[Unit, int] = {}
+    for name, nbytes in sizes.items():
+        if (unit := unit_of(name)) is not None:
+            layers[unit] = layers.get(unit, 0) + nbytes
+    unchanged = report.plan.unchanged and asked.request.rate == "auto"
+    found = fetching_of(
+        report.plan,
+        report.anatomy,
+        total_bytes=sum(sizes.values()),
+        layer_bytes=max(layers.values(), default=0),
+        whole=keep_source or unchanged,
+        passes=passes if asked.method.budgets else 1,
+    )
+    return replace(report, fetching=found)
 
 
 def _identity(index: CheckpointIndex | None) -> Mapping[str, Any] | None:

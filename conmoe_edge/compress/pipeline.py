@@ -17,6 +17,7 @@ On the host: the hidden states of all sequences. Raises the errors of ``Checkpoi
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,13 @@ from conmoe_edge.compress.phases.write_manifest import describe
 from conmoe_edge.compress.run.job import Job, OnProgress, Progress
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.expert_hooks import register
+from conmoe_edge.compress.stream.written_first import written_first
 from conmoe_edge.plan.trace import Predictions
+
+ONE_PASS = (
+    "Every layer got the same share of the bytes, because the model was read once; --passes 2 measures first what each "
+    "layer is worth."
+)
 
 
 class Consolidation:
@@ -46,10 +53,16 @@ class Consolidation:
     def run(self) -> Manifest:
         """Do what is left to do and return the manifest, not yet written."""
         run, job, journal = self.state, self.state.job, self.state.journal
-        with torch.no_grad(), disk_errors(run.package), job.model.tensors() as tensors:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(disk_errors(run.package))
+            scratch = stack.enter_context(job.model.scratch(run.work.path / "source"))
+            tensors = stack.enter_context(job.model.tensors(scratch))
             if journal.phase in ("prepare", "calibrate"):
                 model = run.original(tensors)
                 if journal.phase == "prepare":
+                    if scratch is not None:
+                        scratch.dense_first(keep=job.dense_precision != "source")
                     run.meter.progress(Progress("write", 0, run.layers, "dense weights"))
                     with run.clock.part("write"):
                         journal.add_files(
@@ -57,16 +70,28 @@ class Consolidation:
                                 model, tensors, job.model.folder, run.package, job.dense_precision
                             )
                         )
+                    if scratch is not None:
+                        scratch.layer_by_layer()
                     run.save("calibrate")
+                if scratch is not None:
+                    scratch.layer_by_layer()
+                    tensors = stack.enter_context(written_first(tensors, run.package))
+                    model = run.original(tensors)
                 if run.sizes.shares_out and not journal.budgets:
-                    shares = survey(run, model)
-                    journal.budgets = {str(layer): count for layer, count in shares.items()}
+                    if job.passes == 1:
+                        journal.notes.append(ONE_PASS)
+                        journal.budgets = run.sizes.same_for_all()
+                    else:
+                        shares = survey(run, model)
+                        journal.budgets = {str(layer): count for layer, count in shares.items()}
                     run.save("calibrate")
                 journal.add_files(calibrate(run, model, self._trace))
                 run.save("receipt")
                 run.meter.phase_done()
                 self._trace.drop(run.sizes.moe_layers)
                 run.work.drop_hidden("calibrate", run.layers)
+                if scratch is not None:
+                    scratch.drop_layers()
             manifest = describe(job, run.sizes, journal)
             if journal.phase == "receipt":
                 journal.receipt = measure(run, manifest, tensors)

@@ -166,7 +166,7 @@ def _read(name: str, path: Path) -> Profile:
 def _validated(path: Path) -> _ProfileFile:
     """The keys of one file, types checked."""
     try:
-        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise _bad(
             path, "the text", f"it is not TOML: {error}", "write one `key = value` a line"

@@ -1,4 +1,4 @@
-"""A model whose weights are on this disk, opened once. It is handed on in the place of its folder."""
+"""A model whose weights are on this disk, or on the hub, opened once. It is handed on in the place of its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
+from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index
+from conmoe_edge.checkpoint.sources.remote_reader import RemoteReader
+from conmoe_edge.checkpoint.sources.source_scratch import SourceScratch
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
@@ -31,6 +35,7 @@ class OpenedModel:
         index: the checked headers of its weights.
         config, anatomy: what it is.
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
+        ranges: reads the weights from the hub, where they are not on this disk.
     """
 
     name: str
@@ -39,6 +44,7 @@ class OpenedModel:
     config: PretrainedConfig
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
+    ranges: HubRanges | None = None
 
     @property
     def folder(self) -> Path:
@@ -46,10 +52,29 @@ class OpenedModel:
         return self.index.folder
 
     @contextmanager
-    def tensors(self) -> Iterator[Mapping[str, Lazy]]:
-        """Its weights by the names, and in the shapes, of a plain checkpoint of this model, read when asked for."""
-        with ShardReader(self.index) as reader:
+    def tensors(self, scratch: SourceScratch | None = None) -> Iterator[Mapping[str, Lazy]]:
+        """Its weights by the names, and in the shapes, of a plain checkpoint of this model, read when asked for.
+
+        ``scratch`` is where bytes from the hub wait (``scratch``).
+        """
+        with self._bytes(scratch) as reader:
             yield reader
+
+    def _bytes(self, scratch: SourceScratch | None) -> ShardReader:
+        """The tensors as the checkpoint has them."""
+        if self.ranges is None:
+            return ShardReader(self.index)
+        return RemoteReader(self.index, self.ranges, scratch)
+
+    @contextmanager
+    def scratch(self, folder: Path) -> Iterator[SourceScratch | None]:
+        """Room in ``folder`` for what is read from the hub; ``None`` where the weights are on this disk."""
+        if self.ranges is None:
+            yield None
+            return
+        layers = len(self.anatomy.layers)
+        with SourceScratch(folder, self.ranges, self.index.tensors, layers) as scratch:
+            yield scratch
 
     def to_json(self) -> dict[str, Any]:
         """What a package remembers of it."""
@@ -57,13 +82,16 @@ class OpenedModel:
 
 
 def open_model(source: Source) -> OpenedModel:
-    """Read and check the headers and the config; no weight is read.
+    """Read and check the headers and the config; no weight is read (of small files without a digest, their ends).
 
     Raises:
         CheckpointError: the model is damaged, or its generation config is.
         UnsupportedModel: its experts cannot be reached.
     """
-    index = CheckpointIndex.open(source.path)
+    ranges = source.ranges
+    index = (
+        CheckpointIndex.open(source.path) if ranges is None else remote_index(source.path, ranges)
+    )
     facts = facts_of(index.tensors)
     shapes = {name: one.shape for name, one in facts.items()}
     config = read_config(source.path, SizeBounds.of(shapes))
@@ -75,5 +103,6 @@ def open_model(source: Source) -> OpenedModel:
         index=index,
         config=config,
         anatomy=probe(config, facts),
-        identity=fingerprint(index),
+        identity=fingerprint(index) if ranges is None else remote_fingerprint(index, ranges),
+        ranges=ranges,
     )

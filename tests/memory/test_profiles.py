@@ -77,6 +77,11 @@ def test_a_user_profile_adds_and_replaces(own_folder):
     assert replaced.memory == 20000 * MIB and replaced.memory_bandwidth is None
 
 
+def test_a_profile_from_an_editor_that_puts_a_mark_in_front(own_folder):
+    (own_folder / "my-box.toml").write_text('device = "cpu"\nmemory = "2GiB"\n', "utf-8-sig")
+    assert get_profile("my-box").memory == 2 * GIB
+
+
 def test_a_base_is_overlaid(own_folder):
     (own_folder / "eight-lanes.toml").write_text(
         'base = "rtx-4090"\nlink_bandwidth = "13GB/s"\nhost_memory = "64GiB"\n'

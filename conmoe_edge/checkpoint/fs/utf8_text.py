@@ -23,6 +23,6 @@ def decode_utf8(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         for mark, name in _OTHERS:
             if raw.startswith(mark):
-                raise ValueError(f"it is {name}") from error
+                raise ValueError(f"it begins like {name}") from error
         marked = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
         raise ValueError(f"byte {error.start + marked} does not belong there") from error

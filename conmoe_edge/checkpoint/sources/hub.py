@@ -53,7 +53,7 @@ def fetch_snapshot(
     """The folder of a snapshot in the local cache, downloaded first where needed and allowed."""
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(hub_id, revision, offline):
+    with hub_errors(hub_id, revision, offline):
         folder = Path(
             snapshot_download(
                 hub_id,
@@ -69,11 +69,26 @@ def fetch_snapshot(
     return folder
 
 
+def fetch_small_files(hub_id: str, revision: str | None) -> Path:
+    """The snapshot folder with everything but the weights: config, tokenizer, licence."""
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(hub_id, revision, offline=False):
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[one for one in ALLOWED if one != "*.safetensors"],
+                ignore_patterns=IGNORED,
+            )
+        )
+
+
 def fetch_config(hub_id: str, revision: str | None) -> Path:
     """The snapshot folder with at least ``config.json`` in it."""
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(hub_id, revision, offline=False):
+    with hub_errors(hub_id, revision, offline=False):
         return Path(hf_hub_download(hub_id, CONFIG_FILE, revision=revision)).parent
 
 
@@ -81,7 +96,7 @@ def fetch_headers(hub_id: str, revision: str | None) -> dict[str, tuple[str, Any
     """Tensor name -> (file, ``huggingface_hub.TensorInfo``): a few ranged reads, no weights."""
     from huggingface_hub import errors, get_safetensors_metadata
 
-    with _hub_errors(hub_id, revision, offline=False):
+    with hub_errors(hub_id, revision, offline=False):
         try:
             metadata = get_safetensors_metadata(hub_id, revision=revision)
         except (AttributeError, KeyError, TypeError, RecursionError) as error:
@@ -119,7 +134,7 @@ def _require_whole(folder: Path, hub_id: str) -> None:
 
 
 @contextmanager
-def _hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[None]:
+def hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[None]:
     """The hub's many exceptions as ours. The order matters: several of them are subclasses of
     others.
     """

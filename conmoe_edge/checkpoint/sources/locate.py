@@ -1,6 +1,7 @@
 """From the name that a user typed to a folder with a model in it, or to its headers alone.
 
 ``locate`` gives a complete local folder, downloading it where that is needed and allowed.
+``find`` does the same without the weights of a model on the hub that is not in the cache: those are read part by part.
 ``describe`` gives what a plan needs, ``config.json`` and the shape of every tensor, without
 downloading any weight.
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.format.dtypes import TORCH_NAMES
 from conmoe_edge.checkpoint.sources import hub
+from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.model_names import (
     Kind,
     Meaning,
@@ -31,12 +33,22 @@ from conmoe_edge.checkpoint.tensors.tensor_index import (
     require_config,
 )
 
-__all__ = ["Description", "Header", "Source", "aliases", "config_folder", "describe", "locate"]
+__all__ = [
+    "Description",
+    "Header",
+    "Source",
+    "aliases",
+    "config_folder",
+    "describe",
+    "find",
+    "locate",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model is: ``name`` as it was asked for, ``path`` a local folder with all of it.
+    """Where a model is: ``name`` as it was asked for, ``path`` a local folder with all of it, or with all but the
+    weights where ``ranges`` reads those from the hub.
 
     ``revision`` is the commit where it came from the hub, and ``None`` for a folder.
     """
@@ -46,6 +58,7 @@ class Source:
     path: Path
     revision: str | None = None
     hub_id: str | None = None
+    ranges: HubRanges | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,24 @@ def locate(
     )
     check_folder(folder)
     return Source(model, meaning.kind, folder, _commit(folder), meaning.hub_id)
+
+
+def find(model: str, *, revision: str | None = None, offline: bool = False) -> Source:
+    """``locate`` without fetching any weight: of a model on the hub that is not whole in the cache, the small files.
+
+    Arguments as for ``locate``.
+    """
+    meaning = resolve(model, revision)
+    if meaning.hub_id is None or hub.is_offline(offline):
+        return locate(model, revision=revision, offline=offline)
+    folder = hub.fetch_small_files(meaning.hub_id, meaning.revision)
+    require_config(folder)
+    check_folder(folder)
+    commit = _commit(folder)
+    if hub.is_whole(folder) or commit is None:
+        return locate(model, revision=commit or meaning.revision)
+    ranges = HubRanges(meaning.hub_id, commit)
+    return Source(model, meaning.kind, folder, commit, meaning.hub_id, ranges)
 
 
 def describe(model: str, *, revision: str | None = None, offline: bool = False) -> Description:

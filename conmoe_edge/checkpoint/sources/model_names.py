@@ -117,7 +117,7 @@ def _no_revision(name: str, revision: str | None) -> None:
 
 def _read_aliases(path: Path) -> dict[str, str]:
     try:
-        table = tomllib.loads(path.read_text("utf-8")).get("aliases", {})
+        table = tomllib.loads(path.read_text("utf-8-sig")).get("aliases", {})
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read.", str(error).splitlines()[0], "Correct or remove the file."

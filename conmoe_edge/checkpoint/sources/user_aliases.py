@@ -96,7 +96,7 @@ def _write(name: str, value: str | None) -> None:
     wanted = {key: one for key, one in before.items() if key != name}
     if value is not None:
         wanted[name] = value
-    text = path.read_text("utf-8") if path.is_file() else _HEAD
+    text = path.read_text("utf-8-sig") if path.is_file() else _HEAD
     changed = _edited(text, name, value)
     try:
         found = {k.lower(): v for k, v in tomllib.loads(changed).get("aliases", {}).items()}

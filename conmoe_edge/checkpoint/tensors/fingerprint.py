@@ -15,13 +15,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.fs.contained import open_inside, path_inside
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, ShardFile, require_config
 from conmoe_edge.errors import CheckpointError
 
-_SAMPLE = 1 << 20
+SAMPLE = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -31,9 +32,16 @@ def fingerprint(index: CheckpointIndex) -> dict[str, Any]:
 
     ``config`` is the hash of ``config.json``, ``id`` one over the rest.
     """
-    config = require_config(index.folder)
-    files = {name: _file(index, shard) for name, shard in sorted(index.files.items())}
-    result: dict[str, Any] = {"config": hashlib.sha256(config).hexdigest(), "files": files}
+    return identity_of(
+        index.folder, {name: _file(index, shard) for name, shard in index.files.items()}
+    )
+
+
+def identity_of(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``fingerprint`` from what is known of each weights file; ``config.json`` lies in ``folder``."""
+    config = require_config(folder)
+    listed = {name: dict(facts) for name, facts in sorted(files.items())}
+    result: dict[str, Any] = {"config": hashlib.sha256(config).hexdigest(), "files": listed}
     result["id"] = settings_fingerprint(result)
     return result
 
@@ -51,9 +59,9 @@ def _file(index: CheckpointIndex, shard: ShardFile) -> dict[str, Any]:
     digest = hashlib.sha256()
     try:
         with os.fdopen(open_inside(index.folder, shard.name), "rb") as file:
-            digest.update(file.read(min(shard.data_start + _SAMPLE, shard.size)))
-            file.seek(max(0, shard.size - _SAMPLE))
-            digest.update(file.read(_SAMPLE))
+            digest.update(file.read(min(shard.data_start + SAMPLE, shard.size)))
+            file.seek(max(0, shard.size - SAMPLE))
+            digest.update(file.read(SAMPLE))
     except OSError as error:
         raise CheckpointError(
             f"Cannot read {shard.path}.",

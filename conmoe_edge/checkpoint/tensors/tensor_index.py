@@ -90,35 +90,69 @@ class CheckpointIndex:
     def open(cls, folder: Path) -> CheckpointIndex:
         """Read and check the headers of the checkpoint in ``folder``."""
         require_config(folder)
-        weight_map = _weight_map(folder)
-        names = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
-        files: dict[str, ShardFile] = {}
-        tensors: dict[str, TensorEntry] = {}
-        for name in names:
-            files[name], entries = read_header(folder, name)
-            for entry in entries:
-                if weight_map is not None and weight_map.get(entry.name) != name:
-                    # The index has this tensor in another shard or not at all: which one transformers
-                    # loads would depend on the order.
-                    where = weight_map.get(entry.name, "no file at all")
-                    raise CheckpointError(
-                        f"{name} holds the tensor {entry.name!r}, which the index has not there.",
-                        f"{INDEX_FILE} says that it is in {where}.",
-                        _AGAIN,
-                    )
-                tensors[entry.name] = entry
-        if weight_map is not None:
-            for key in sorted(set(weight_map) - set(tensors)):
+        names, weight_map = weights_names(folder)
+        return index_of(folder, {name: read_header(folder, name) for name in names}, weight_map)
+
+
+def index_of(
+    folder: Path,
+    headers: Mapping[str, tuple[ShardFile, list[TensorEntry]]],
+    weight_map: Mapping[str, str] | None,
+) -> CheckpointIndex:
+    """The index of a whole checkpoint from the headers of its files, which must agree with ``weight_map``.
+
+    Raises:
+        CheckpointError: they do not, or there is no tensor.
+    """
+    files: dict[str, ShardFile] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, (shard, entries) in headers.items():
+        files[name] = shard
+        for entry in entries:
+            if weight_map is not None and weight_map.get(entry.name) != name:
+                # The index has this tensor in another shard or not at all: which one transformers
+                # loads would depend on the order.
+                where = weight_map.get(entry.name, "no file at all")
                 raise CheckpointError(
-                    f"The tensor {key!r} is missing from {weight_map[key]}.",
-                    f"{INDEX_FILE} says that it is there.",
+                    f"{name} holds the tensor {entry.name!r}, which the index has not there.",
+                    f"{INDEX_FILE} says that it is in {where}.",
                     _AGAIN,
                 )
-        if not tensors:
+            tensors[entry.name] = entry
+    if weight_map is not None:
+        for key in sorted(set(weight_map) - set(tensors)):
             raise CheckpointError(
-                f"{folder} holds no weights.", "Its weight files name no tensor.", _AGAIN
+                f"The tensor {key!r} is missing from {weight_map[key]}.",
+                f"{INDEX_FILE} says that it is there.",
+                _AGAIN,
             )
-        return cls(folder, dict(sorted(tensors.items())), files)
+    if not tensors:
+        raise CheckpointError(
+            f"{folder} holds no weights.", "Its weight files name no tensor.", _AGAIN
+        )
+    return CheckpointIndex(folder, dict(sorted(tensors.items())), files)
+
+
+def weights_names(
+    folder: Path, *, remote: bool = False
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """The weights files of a checkpoint, and tensor -> file where an index file says that.
+
+    ``remote`` where the weights are not in the folder: then there is one ``model.safetensors`` unless an index says
+    something else.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged.
+    """
+    if remote and not is_there(folder, INDEX_FILE):
+        return [SINGLE_FILE], None
+    weight_map = _weight_map(folder)
+    return ([SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))), weight_map
+
+
+def damaged_header(path: Path, why: str) -> CheckpointError:
+    """The error for a header that cannot be."""
+    return CheckpointError(f"{path} is damaged.", why, _AGAIN)
 
 
 def index_files(folder: Path, names: Sequence[str]) -> CheckpointIndex:

@@ -79,7 +79,7 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge.cli.ui.progress import ProgressView
 
     request = plan_request(parameters)
-    place = {"revision": parameters["revision"], "offline": parameters["offline"]}
+    place = {name: parameters[name] for name in ("revision", "offline", "keep_source", "passes")}
     if dry_run:
         from conmoe_edge.cli.commands.plan import show_plan
 

@@ -39,6 +39,8 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
         plan_request(parameters),
         revision=parameters["revision"],
         offline=parameters["offline"],
+        keep_source=parameters["keep_source"],
+        passes=parameters["passes"],
     )
     show_plan(output, report, Path("out"))
 

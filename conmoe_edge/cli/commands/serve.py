@@ -183,7 +183,7 @@ def _api_key(given: str | None, file: Path | None) -> str | None:
         try:
             if file.stat().st_size > _LARGEST_KEY_FILE:
                 raise UsageError(f"{file} is too large for a key.", "", "a file with one line")
-            return file.read_text(encoding="utf-8").strip()
+            return file.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise UsageError(f"The key in {file} cannot be read.", reason, "") from error

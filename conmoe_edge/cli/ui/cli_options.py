@@ -290,6 +290,19 @@ _LEVERS = (
     ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
+    click.option(
+        "--keep-source",
+        is_flag=True,
+        help="Download a model from the hub whole and keep it in the hub's cache; without it weights come layer by "
+        "layer, and none stays.",
+    ),
+    click.option(
+        "--passes",
+        type=click.IntRange(1, 2),
+        metavar="1|2",
+        help="How often weights are read: 2 measures first what each layer is worth to `auto`, 1 gives every layer "
+        "the same.  [default: 2; 1 from the hub]",
+    ),
 )
 
 

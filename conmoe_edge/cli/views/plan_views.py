@@ -49,7 +49,7 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         parts.append(_head("Tokens", "the model has no tokenizer", "so fit and chat refuse it"))
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
-    parts.append(_disk(plan, out, free))
+    parts += [_disk(report, out, free), *_fetch(report)]
     return Group(*parts)
 
 
@@ -182,12 +182,24 @@ def _verdict(candidate: Candidate, report: PlanReport) -> str:
     return text if known is None else f"{text}; measured: {cost(known)}"
 
 
-def _disk(plan: Plan, out: Path, free: int | None) -> Text:
+def _disk(report: PlanReport, out: Path, free: int | None) -> Text:
+    plan, fetching = report.plan, report.fetching
+    scratch = plan.scratch_bytes if fetching is None else fetching.scratch_bytes
     text = f"needs {human_size(plan.disk_bytes)} in {path_text(out)}"
     notes = [] if free is None else [f"{human_size(free)} free"]
-    if plan.scratch_bytes:
-        notes.append(f"{human_size(plan.scratch_bytes)} more while it works")
+    if scratch:
+        notes.append(f"{human_size(scratch)} more while it works")
     return _head("Disk", text, ", ".join(notes))
+
+
+def _fetch(report: PlanReport) -> list[Text]:
+    fetching = report.fetching
+    if fetching is None:
+        return []
+    text = f"{human_size(fetching.nbytes)} from the hub"
+    if fetching.cache_bytes:
+        return [_head("Fetch", text, "kept whole in the hub's cache")]
+    return [_head("Fetch", text, "layer by layer; --keep-source keeps the model on this disk")]
 
 
 def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:

@@ -1,7 +1,9 @@
 """Before the consolidation: what each layer is worth to the output, and how much each gets for that.
 
-Worth: the original goes over a few calibration sequences, and beside it, from every layer on, the stream in which that
-layer alone was narrowed with the uniform number of bytes. ``layer_budgets.py`` makes a division of the bytes from that.
+Worth: the original goes over a few calibration sequences. Every layer also runs narrowed, with the uniform number of
+bytes, on what the original has in front of it, and what that changes in the residual stream, as a share of it, is the
+layer's worth. ``layer_budgets.py`` makes a division of the bytes from that. A layer is measured at its place alone, so
+the cost is linear in the depth.
 
 Trial: the whole model with the uniform division, with this one, and with one half way. The one whose final distribution
 is nearest to the original's is taken (ties to the uniform one).
@@ -10,7 +12,7 @@ A narrowed layer has stand-ins for its experts (``methods/narrowing.py``); nothi
 some sequences, worth is measured on others, and the trial on others again. The tokens of the first wait in the work
 folder for the trial.
 
-Peak memory: one decoder layer, the hidden states of a few sequences once for every MoE layer, the activations of as
+Peak memory: one decoder layer, the hidden states of a few sequences once for every division, the activations of as
 many tokens in one layer, the logits of one sequence twice.
 """
 
@@ -42,15 +44,8 @@ from conmoe_edge.plan.levers import scopes
 
 _MOST_FITTED, _FEWEST_FITTED, _FITTED_SHARE = 6, 2, 4
 """Sequences that stand-ins are made from, at most this part of all."""
-_PASSES = 18
-_FEWEST_SEQUENCES, _MOST_SEQUENCES = 1, 3
-
-
-def sequences(layers: int) -> int:
-    """Calibration sequences that are measured on. Every layer's own stream goes through all layers behind it, so
-    the cost grows with the square of the depth; with fewer sequences it stays a share of the whole.
-    """
-    return max(_FEWEST_SEQUENCES, min(_MOST_SEQUENCES, _PASSES // layers))
+SEQUENCES = 3
+"""Calibration sequences that worth, and then the divisions, are measured on."""
 
 
 def _fitted(run: Run) -> int:
@@ -80,14 +75,14 @@ def _worth(
 ) -> dict[int, LayerWorth]:
     """What each layer is worth; ``found`` is filled."""
     fitted = _Originals(run, model, _fitted(run), 0)
-    measured = _Originals(run, model, sequences(run.layers), 1, run.layers)
-    changed: dict[int, torch.Tensor] = {}
+    measured = _Originals(run, model, SEQUENCES, 1)
+    worth = {}
     for index in range(run.layers):
         run.meter.announce("survey", index)
         with timed_layer(model, index, run.clock, with_experts=True):
-            entered = measured.stream.hidden.clone()
+            changed = measured.stream.hidden.clone()
             recorded = fitted.recorded(index)
-            measured.all_through(index, [*changed.values()])
+            measured.all_through(index, [])
             if recorded is not None:
                 recorded.save(run.work.tokens(index))  # for the trial
                 module = model.experts[index][1]
@@ -95,14 +90,10 @@ def _worth(
                 found[index] = layer.narrowed()
                 mapped = layer.tap(found[index], run.sizes.uniform((index,)))
                 attach(module, mapped)
-                changed[index] = entered
-                measured.beside.run_layer(index, [entered], mapped)
+                measured.beside.run_layer(index, [changed], mapped)
                 attach(module, RoutedTap())  # the tap holds on to the layer's weights
-    left = measured.divergences([changed[layer] for layer in found])
-    return {
-        layer: LayerWorth(one.curve(), divergence)
-        for (layer, one), divergence in zip(found.items(), left, strict=True)
-    }
+                worth[index] = LayerWorth(found[index].curve(), measured.changed_by(changed))
+    return worth
 
 
 def _trial(
@@ -112,7 +103,7 @@ def _trial(
     divisions: Sequence[Mapping[int, int]],
 ) -> list[float]:
     """The divergence of the whole model's output with every division."""
-    measured = _Originals(run, model, sequences(run.layers), 2, len(divisions))
+    measured = _Originals(run, model, SEQUENCES, 2, len(divisions))
     tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):
         run.meter.announce("trial", index)
@@ -164,6 +155,13 @@ class _Originals:
         tap = RoutedTap()
         attach(self._model.experts[index][1], tap)
         return tap
+
+    def changed_by(self, changed: torch.Tensor) -> float:
+        """How far another stream is from the original's here: the mean over tokens of |difference|^2 / |original|^2."""
+        ours = self.stream.real_rows(self.stream.hidden).double()
+        gone = self.stream.real_rows(changed).double() - ours
+        lengths = ours.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        return float((gone.square().sum(1) / lengths).mean())
 
     def divergences(self, changed: Sequence[torch.Tensor]) -> list[float]:
         """Of the final distribution with every changed stream from the original's: the mean KL, nats."""

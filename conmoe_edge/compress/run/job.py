@@ -28,6 +28,7 @@ class Job:
         train, held_out: tokens to calibrate on and to measure on.
         device: where to compute.
         tool_version: of this program.
+        passes: 1 reads every weight once, 2 measures before that what each layer is worth.
     """
 
     model: OpenedModel
@@ -37,6 +38,7 @@ class Job:
     held_out: TokenSet
     device: torch.device
     tool_version: str
+    passes: int = 2
 
     @property
     def config(self) -> PretrainedConfig:

@@ -111,6 +111,10 @@ class RecordSizes:
         count = pool_kept(self.anatomy, scope, self.rate, self.precision, trims=self.trims)
         return count * PARTS if self.differs else count
 
+    def same_for_all(self) -> dict[str, int]:
+        """``Journal.budgets`` where every layer gets the same."""
+        return {str(scope[0]): self.uniform(scope) for scope in self.scopes}
+
     def count(self, scope: Sequence[int], budgets: Mapping[str, int]) -> int:
         """Units of a scope, by ``Journal.budgets`` where layers have numbers of their own."""
         given = budgets.get(str(scope[0]))

@@ -1,9 +1,10 @@
-"""How much each layer gets, from what a layer is worth to the model's output. Pure.
+"""How much each layer gets, from what a layer's error does to the residual stream. Pure.
 
 Counted in units: prototypes, or parts of one where their widths differ. The error
 e_l(K) that is left with K units is known for every K (``widths.layer_curve``), but not what
-it does to the output. That is measured once, with the uniform number K_u in layer l alone: a
-divergence d_l of the final distributions. Small disturbances add up about as their squares do, so
+it does to the stream that later layers read. That is measured once, with the uniform number K_u in layer l alone: the
+share d_l of the stream behind the layer that it changes, squared. Small disturbances add up about as their squares
+do, so
 
     d_l(K)  ~  d_l * e_l(K) / e_l(K_u),
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LayerWorth:
-    """``curve``: the error left with 0, 1, ... units; ``divergence``: measured at the uniform number."""
+    """``curve``: the error left with 0, 1, ... units; ``divergence``: what it does at the uniform number."""
 
     curve: tuple[float, ...]
     divergence: float

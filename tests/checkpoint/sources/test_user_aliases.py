@@ -42,6 +42,15 @@ def test_a_first_alias_makes_the_file(tmp_path: Path) -> None:
     assert alias_file().read_text().startswith("# Your own names")
 
 
+def test_a_mark_of_an_editor_in_front_is_no_part_of_the_file() -> None:
+    add_alias("mine", "org/model")
+    text = alias_file().read_text("utf-8")
+    alias_file().write_text(text, "utf-8-sig")
+    assert aliases()["mine"] == "org/model"
+    add_alias("other", "org/other")
+    assert (aliases()["mine"], aliases()["other"]) == ("org/model", "org/other")
+
+
 def test_an_alias_of_an_alias_is_followed_now() -> None:
     assert add_alias("mine", "OLMOE") == aliases()["olmoe"] == "allenai/OLMoE-1B-7B-0924"
     add_alias("olmoe", "org/other")

@@ -17,8 +17,37 @@ from conmoe_edge.compress.stream.expert_hooks import MappedTap
 from conmoe_edge.model.streaming import StreamedModel
 
 
-def test_a_deep_model_is_surveyed_with_fewer_sequences() -> None:
-    assert [survey_module.sequences(layers) for layers in (1, 6, 16, 48, 94)] == [3, 3, 1, 1, 1]
+def test_the_survey_is_linear_in_the_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer runs the same number of times, however many layers there are."""
+    runs: dict[int, int] = {}
+    inner, rows = StreamedModel.run_layer, []
+
+    def run_layer(self: StreamedModel, index: int, hidden: Any, batch: Any) -> Any:
+        rows.append((index, len(hidden)))
+        return inner(self, index, hidden, batch)
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+
+    def survey(run: Any, model: Any) -> Any:
+        rows.clear()
+        found = surveyed(run, model)
+        counts = {sum(n for at, n in rows if at == layer) for layer in range(run.layers)}
+        assert len(counts) == 1
+        runs[run.layers] = counts.pop()
+        return found
+
+    surveyed = survey_module.survey
+    monkeypatch.setattr(StreamedModel, "run_layer", run_layer)
+    monkeypatch.setattr("conmoe_edge.compress.pipeline.survey", survey)
+    monkeypatch.setattr(survey_module, "share_out", lambda layers, each: [each] * len(layers))
+    for layers in (2, 5):
+        source = save_tiny("olmoe", tmp_path / str(layers), num_hidden_layers=layers)
+        save_tokenizer(source)
+        levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5}
+        out = tmp_path / f"out-{layers}"
+        api.fit(str(source), out, calibration=text, calibration_tokens=512, **levers)
+    assert runs[2] == runs[5] > 0
 
 
 @pytest.mark.parametrize(("best", "widths"), [(0, "free"), (1, "free"), (2, "free"), (1, "equal")])

@@ -83,6 +83,23 @@ def test_marks_are_read(tmp_path: Path) -> None:
     assert read_text(path).train == (Document("code", "x = 1"), Document("text", "hello"))
 
 
+def test_the_mark_of_an_editor_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("<|document domain=code|>\nx = 1\n", encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert read_text(path).train == (Document("code", "x = 1"),)
+    path.write_text("hello\n", encoding="utf-8-sig")
+    assert read_text(path).train == (Document("text", "hello\n"),)
+
+
+def test_text_in_utf_16_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("hello", encoding="utf-16")
+    with pytest.raises(CalibrationError, match="like UTF-16") as error:
+        read_text(path)
+    assert "save it as UTF-8" in error.value.fix
+
+
 @pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe\x00bad"])
 def test_unreadable_text_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"

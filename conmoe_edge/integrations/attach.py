@@ -41,7 +41,7 @@ from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
-from conmoe_edge.offload.generation.context_limit import guard_context
+from conmoe_edge.offload.generation.context_limit import check_context, guard_context
 from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.generation.long_forward import run_in_chunks
 from conmoe_edge.offload.residency.prefetch import read_maps
@@ -122,10 +122,12 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
 
     Raises:
         DoesNotFit: the budget holds no prototype.
+        UsageError: the context is longer than the model's positions.
     """
     check_values(model, loading.folder)
     finish_dense(model, loading.products)
     options = current_options()
+    check_context(model, options.context)
     context = options.context or default_context(model.config, loading.manifest)
     memory = plan_memory(model, loading.manifest, loading.device, options, context)
     runtime = Runtime(

@@ -1,7 +1,7 @@
 """The smallest change that makes a model fit, from the same arithmetic as the plan.
 
-``does_not_fit`` builds the error; both of its values work when they are given: planning with
-exactly that budget, or with exactly that context, succeeds.
+``does_not_fit`` builds the error; each of its values works when it is given: planning with exactly that
+budget, that context, or that precision of the dense layers (and its budget), succeeds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.needs import Needs, needs_of
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate
@@ -33,6 +34,7 @@ def does_not_fit(
     slots = smallest.least_bytes - sum(term.nbytes for term in smallest.terms)
     parts.append(f"slots {unit.text(slots)}")
     fix = f"--gpu {least_size(smallest.least_bytes)} is the least that works"
+    fix += _with_int8(anatomy, budget, context, candidates, smallest.least_bytes)
     shorter = longest_context(anatomy, budget, context, candidates)
     if shorter is not None:
         fix += f"; or --context {shorter}, which fits"
@@ -42,6 +44,25 @@ def does_not_fit(
         f"({', '.join(parts)}); the budget is {unit.text(budget.device_bytes)} {unit.name}",
         fix,
     )
+
+
+def _with_int8(
+    anatomy: ModelAnatomy,
+    budget: Budget,
+    context: int,
+    candidates: Sequence[Candidate],
+    least: int,
+) -> str:
+    """What the linear layers in 8 bits would change; empty where they would not."""
+    if anatomy.dense_precision != "source":
+        return ""
+    needs = needs_of(stored(anatomy, "int8"), budget.device, context)
+    smaller = min(_at_least(needs, one).least_bytes for one in candidates)
+    if smaller >= least:
+        return ""
+    if smaller <= budget.device_bytes:
+        return " so; --dense-precision int8 fits"
+    return f" so; with --dense-precision int8 it is --gpu {least_size(smaller)}"
 
 
 def least_size(count: int) -> str:

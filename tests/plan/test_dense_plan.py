@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
-from conmoe_edge.units import MIB
+from conmoe_edge.units import MIB, parse_size
 
 
 @pytest.fixture
@@ -63,3 +65,27 @@ def test_a_model_with_quantised_layers_is_not_unchanged(with_matrices) -> None:
     plan = make_plan(with_matrices, budget, PlanRequest(dense_precision="int8"))
     assert not plan.unchanged and plan.chosen.rate == 0
     assert "unchanged" not in plan.chosen.reason
+
+
+@pytest.mark.parametrize("precision", ["auto", "source"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_int8_is_named_where_the_dense_part_is_what_does_not_fit(
+    with_matrices, device: str, precision: str
+) -> None:
+    """Both budgets that the error names work, and a byte step below them does not."""
+    asked = PlanRequest(precision=precision)
+    small = replace(asked, dense_precision="int8")
+
+    def fits(nbytes: int, request: PlanRequest) -> str:
+        try:
+            make_plan(with_matrices, Budget(device, nbytes, "it", "test"), request)  # type: ignore[arg-type]
+        except DoesNotFit as error:
+            return error.fix
+        return ""
+
+    plain, packed = (parse_size(found) for found in re.findall(r"--gpu (\S+)", fits(10**8, asked)))
+    assert plain is not None and packed is not None and packed < plain
+    assert not fits(plain, asked) and not fits(packed, small)
+    assert fits(plain - 10**7, asked) and fits(packed - 10**7, small)
+    assert "--dense-precision int8 fits" in fits(packed, asked)
+    assert "--dense-precision" not in fits(10**8, small)

@@ -146,11 +146,16 @@ def _piped() -> str | None:
     """What stands on standard input; ``None`` where that is a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         return None
+    from conmoe_edge.checkpoint.fs.utf8_text import decode_utf8
+
+    raw = sys.stdin.buffer.read()  # whatever the locale says: it would let other bytes through
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
+        return decode_utf8(raw).replace("\r\n", "\n")
+    except ValueError as error:
         raise UsageError(
-            "Standard input is no text.", f"it is not {error.encoding}", "send it as UTF-8"
+            "Standard input is no UTF-8 text.",
+            str(error),
+            "send it as UTF-8: iconv -f latin1 -t utf-8 FILE | conmoe-edge chat DIR",
         ) from error
 
 

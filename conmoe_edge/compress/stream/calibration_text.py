@@ -1,16 +1,15 @@
 """Calibration text to token sequences. Unlabelled text in, ``TokenSet`` out; nothing is trained.
 
-A text file is UTF-8. A line ``<|document domain=NAME|>`` begins a new document; a file without such lines is one
-document. Windows of equal length are taken from every domain in turn, evenly spread over the domain's text, so that a
-small number of tokens still sees all of it. A seed other than 0 draws each domain's windows by chance
-instead; what is held out stays the same for every seed.
+A text file is UTF-8, with or without a byte order mark. A line ``<|document domain=NAME|>`` begins a new document; a
+file without such lines is one document. Windows of equal length are taken from every domain in turn, evenly spread
+over the domain's text, so that a small number of tokens still sees all of it. A seed other than 0 draws each domain's
+windows by chance instead; what is held out stays the same for every seed.
 
 Peak memory: the text and its tokens. Raises ``CalibrationError``.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import random
 import re
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.fs.utf8_text import decode_utf8
 from conmoe_edge.errors import CalibrationError
 from conmoe_edge.model.tokenizers import encode
 
@@ -107,12 +107,11 @@ def read_text(
             f"give another file with {flag}",
         ) from error
     try:
-        text = raw.decode("utf-8-sig")  # editors on Windows put a mark in front, which is no text
-    except UnicodeDecodeError as error:
-        wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = decode_utf8(raw)
+    except ValueError as error:
         raise CalibrationError(
             f"The {kind} {path} is not UTF-8 text.",
-            "it begins like UTF-16" if wide else f"byte {error.start} does not belong there",
+            str(error),
             f"save it as UTF-8, or leave {flag} out to use the text that comes with the program",
         ) from error
     if not text.strip():

@@ -266,7 +266,7 @@ def _error_of(kind: str, why: str = "") -> ConmoeError:
             "mend chat_template.jinja of the package",
         )
     if kind == "refused":
-        return UsageError("The model's chat template refuses these messages.", why)
+        return UsageError("The model's chat template refuses these messages.", why, mend)
     if kind == "failed":
         return UsageError("The model's chat template fails on these messages.", why, mend)
     reasons = {

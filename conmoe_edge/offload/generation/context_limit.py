@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from conmoe_edge.compat import Arguments, cache_of
-from conmoe_edge.errors import ContextFull, UnsupportedModel
+from conmoe_edge.errors import ContextFull, UnsupportedModel, UsageError
 
 
 def guard_context(
@@ -73,6 +73,21 @@ def _refuse_unknown_names(named: Mapping[str, Any]) -> None:
 def longest_context(model: Any) -> int | None:
     """Tokens that the model itself goes to; ``None`` where its config names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(model: Any, context: int | None) -> None:
+    """Refuse a context that the model has no positions for.
+
+    Raises:
+        UsageError: names the longest one.
+    """
+    longest = longest_context(model)
+    if context is not None and longest is not None and context > longest:
+        raise UsageError(
+            f"--context {context} is longer than this model can read.",
+            f"its longest context is {longest} tokens",
+            f"--context {longest}",
+        )
 
 
 def context_full(needed: int, context: int, longest: int | None) -> ContextFull:

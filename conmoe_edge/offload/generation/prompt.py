@@ -32,7 +32,8 @@ def prompt_tokens(
     stop_event: threading.Event | None = None,
     check: Callable[[str], None] | None = None,
 ) -> list[int]:
-    """The prompt: the chat template's, or the last message alone for a model without one. For any thread.
+    """The prompt: the chat template's. For a model without one the last message alone, with the system text as text
+    in front. For any thread.
 
     Args:
         tokenizer: of transformers.
@@ -42,24 +43,28 @@ def prompt_tokens(
         check: called with the text before it is tokenised; what it raises leaves the call.
 
     Raises:
-        UsageError: there is no message, one is no text, or the template refuses them or goes over a limit.
+        UsageError: there is no message, one is no text, or the template refuses them, writes nothing for them or goes
+            over a limit.
         PackageError: the template cannot be read.
         ConmoeError: ``stop_event`` was set.
     """
     if not messages:
-        raise UsageError("There is no message to answer.")
+        raise UsageError("There is no message to answer.", "", "send at least one message")
     plain = [template_view(message) for message in messages]
     template = _template(tokenizer)
     if not template:
         text = plain[-1].get("content")
         if not isinstance(text, str):
-            raise UsageError("The last message has no text.")
+            raise UsageError("The last message has no text.", "", "send a message with text")
+        if len(plain) > 1 and plain[0].get("role") == "system":
+            text = f"{plain[0].get('content')}\n\n{text}"
         if check is not None:
             check(text)
         return text_tokens(tokenizer, text, allow_special_tokens=allow_special_tokens)
     variables = template_variables(tokenizer)
     if allow_special_tokens:
         (text,) = shared.render(template, [plain], variables, stop_event)
+        _check_written(text)
         if check is not None:
             check(text or "")
         return list(tokenizer(text or "", add_special_tokens=False).input_ids)
@@ -69,6 +74,7 @@ def prompt_tokens(
     stand_ins = StandIns(plain, template, shared.looked_for(template), control)
     text, marked = shared.render(template, [plain, stand_ins.messages], variables, stop_event)
     assert text is not None, "only the second one may be missing"
+    _check_written(text)
     if check is not None:
         check(text)
     if marked is not None and stand_ins.restored(marked) == text:
@@ -156,14 +162,28 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _template(tokenizer: Any) -> str:
     """The source of the chat template; empty where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
+    found = getattr(tokenizer, "chat_template", None)
+    if not found:
         return ""
-    try:
+    if not isinstance(found, dict):
         return tokenizer.get_chat_template()
-    except ValueError as error:  # several, and none of them is the default
+    if "default" not in found and len(found) > 1:
         raise UsageError(
-            "The model has several chat templates, and none is called default.", str(error)[:200]
-        ) from error
+            "The model has several chat templates, and none is called default.",
+            f"they are called {', '.join(sorted(map(str, found)))}"[:200],
+            "call one of them default, in the folder's tokenizer_config.json or additional_chat_templates",
+        )
+    return found["default"] if "default" in found else next(iter(found.values()))
+
+
+def _check_written(text: str | None) -> None:
+    """Without a token there is nothing to answer, and blanks alone have lost the question."""
+    if not (text or "").strip():
+        raise UsageError(
+            "The model's chat template writes nothing for these messages.",
+            "",
+            "other messages, or a package whose chat_template.jinja is mended",
+        )
 
 
 def _check_text(text: str) -> None:

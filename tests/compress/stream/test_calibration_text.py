@@ -175,3 +175,14 @@ def test_other_sequences_are_others_where_there_are_enough() -> None:
     first, second = whole.some(4), whole.some(4, after=1)
     assert first.domains == ("0", "4", "8", "12") and second.domains == ("1", "5", "9", "13")
     assert len(whole.some(2).some(4, after=1).domains) == 2
+
+
+def test_a_byte_order_mark_does_not_hide_the_first_mark(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbf<|document domain=code|>\nx = 1\n")
+    (only,) = read_text(path).train
+    assert (only.domain, only.text) == ("code", "x = 1")
+    path.write_text("hello", encoding="utf-16")
+    with pytest.raises(CalibrationError) as caught:
+        read_text(path)
+    assert "UTF-16" in caught.value.why

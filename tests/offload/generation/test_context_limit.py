@@ -6,7 +6,7 @@ import queue
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, pipeline
 
 from conmoe_edge.compat import Arguments
-from conmoe_edge.errors import ContextFull, UnsupportedModel
+from conmoe_edge.errors import ContextFull, UnsupportedModel, UsageError
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.generation.context_limit import context_full, guard_context
+from conmoe_edge.offload.generation.context_limit import check_context, context_full, guard_context
 from conmoe_edge.offload.generation.prompt import prompt_tokens
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
@@ -191,3 +191,13 @@ def test_a_cache_under_a_name_that_is_not_known_is_refused() -> None:
     guard_context(model, 12)
     with pytest.raises(UnsupportedModel, match="kept_states"):
         model(IDS, kept_states=DynamicCache(config=model.config))
+
+
+def test_a_context_beyond_the_models_positions_is_refused() -> None:
+    config = SimpleNamespace(max_position_embeddings=256)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    for context in (None, 1, 256):
+        check_context(model, context)
+    with pytest.raises(UsageError, match="257") as caught:
+        check_context(model, 257)
+    assert caught.value.fix == "--context 256"

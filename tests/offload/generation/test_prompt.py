@@ -236,3 +236,30 @@ def test_threads(bytes_tokenizer: Any) -> None:
     for thread in threads:
         thread.join(60)
     assert wrong == []
+
+
+def test_a_system_text_without_a_template_stands_in_front(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    messages = [{"role": "system", "content": "Be brief."}, *_user("Why?")]
+    assert prompt_tokens(tokenizer, messages) == text_tokens(tokenizer, "Be brief.\n\nWhy?")
+
+
+@pytest.mark.parametrize("template", ["{# nothing #}", "{{ ' ' }}"])
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_template_that_writes_nothing(bytes_tokenizer: Any, template: str, allow: bool) -> None:
+    bytes_tokenizer.chat_template = template
+    with pytest.raises(UsageError, match="writes nothing") as caught:
+        prompt_tokens(bytes_tokenizer, _user("hi"), allow_special_tokens=allow)
+    assert caught.value.fix
+
+
+def test_named_templates(bytes_tokenizer: Any) -> None:
+    bytes_tokenizer.chat_template = CHATML
+    wanted = prompt_tokens(bytes_tokenizer, _user("hi"))
+    for templates in ({"default": CHATML, "b": BARE}, {"only": CHATML}):
+        bytes_tokenizer.chat_template = templates
+        assert prompt_tokens(bytes_tokenizer, _user("hi")) == wanted
+    bytes_tokenizer.chat_template = {"tools": CHATML, "plain": BARE}
+    with pytest.raises(UsageError, match="several") as caught:
+        prompt_tokens(bytes_tokenizer, _user("hi"))
+    assert "plain, tools" in caught.value.why and "default" in caught.value.fix

@@ -23,6 +23,7 @@ from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
+from conmoe_edge.plan.serving import request_for
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.methods.interface import Method
@@ -150,6 +151,8 @@ def resolve_request(request: PlanRequest | None, levers: Levers) -> Resolved:
     from conmoe_edge.compress.methods.resolve_method import asked_method
 
     request = replace(request or PlanRequest(), **levers)
+    if request.engine is not None:
+        request = request_for(request.engine, request)
     asked = asked_method(request.method, request.scope, request.precision)
     named = replace(request, method=asked.method.name, precision=asked.precision)
     return Resolved(named, asked.method, asked.note)

@@ -101,7 +101,7 @@ def decide(
                 "This router does not renormalise: its softmax no longer counts the removed slots, so gates are "
                 "larger than in the package and the logits differ."
             )
-    else:
+    elif not _own_experts(manifest):
         notes.append(
             f"Saves no memory: {len(manifest.prototypes)} prototypes are written as "
             f"{sum(map(len, kept.values()))} experts, because a plain checkpoint has one for every router slot."
@@ -127,6 +127,16 @@ def decide(
         notes.append("Weights in int8 or int4 are written in the model's own number format.")
     kind = "pruned" if pruned else "materialised"
     return Decided(kind, dict(kept), slots, width, changes, dict(sliced), config, tuple(notes))
+
+
+def _own_experts(manifest: Manifest) -> bool:
+    """Whether every router slot has an expert of its own, so that no copies are written."""
+    return all(
+        slot.prototype is not None
+        and (slot.prototype.layer, slot.prototype.expert) == (layer, place)
+        for layer, row in manifest.slots.items()
+        for place, slot in enumerate(row)
+    )
 
 
 def _fewer_experts(

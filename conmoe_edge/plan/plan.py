@@ -31,7 +31,8 @@ class Candidate:
     ``record_bytes`` is the largest record's. ``resident_share`` is the share of the prototypes that the slots hold at
     once; ``verdict`` is one word (``chosen``, ``fits``, ``slow``, ``too big``), ``reason`` a sentence for the user.
     ``wide_prototypes`` of the prototypes have the wider kind of a mixed precision (``levers.spread`` says which scopes
-    they belong to), 0 in every other precision.
+    they belong to), 0 in every other precision. ``width``: neurons of every prototype where all experts are kept and
+    are narrowed alike; 0 where the rate says how many are kept.
     """
 
     precision: str
@@ -46,6 +47,7 @@ class Candidate:
     verdict: str
     reason: str
     wide_prototypes: int = 0
+    width: int = 0
 
     @property
     def resident_bytes(self) -> int:

@@ -23,9 +23,11 @@ from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
+from conmoe_edge.plan.plain_widths import plan_plain
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
 from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
+from conmoe_edge.plan.serving import PLAIN
 
 
 def make_plan(
@@ -52,6 +54,8 @@ def make_plan(
         )
     anatomy = stored(anatomy, request.dense_precision)
     tokens = _checked_context(anatomy, request.context)
+    if request.engine in PLAIN:
+        return plan_plain(anatomy, budget, tokens, request)
     combinations = _combinations(precisions(anatomy, request.precision), request.forced_rate)
     options = [
         count_option(anatomy, budget, tokens, name, rate, request, trims=trims)

@@ -51,6 +51,7 @@ class Levers(TypedDict, total=False):
     method: str | None
     widths: Widths
     calibration_tokens: int | None
+    engine: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ class PlanRequest:
             Its name is checked where the methods are (``compress/methods/resolve_method.py``).
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
         calibration_tokens: tokens of text to calibrate on; by default 64 sequences of 512.
+        engine: what reads the plain checkpoint that is made of the package, one of ``serving.PLAIN`` (``--for``).
 
     Raises:
         UsageError: a field has a value that makes no sense for any model.
@@ -89,6 +91,7 @@ class PlanRequest:
     method: str | None = None
     widths: Widths = "free"
     calibration_tokens: int | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

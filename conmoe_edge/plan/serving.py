@@ -15,8 +15,18 @@ from typing import Any
 from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.request import PlanRequest
 
-ENGINES = ("vllm",)
+ENGINES = ("vllm", "hf", "gguf")
+PLAIN = ("hf", "gguf")
+"""Those that read plain checkpoints: every expert kept, one width for all (``plan/plain_widths.py``)."""
 
+_PLAIN_LEVERS: Mapping[str, Any] = {
+    "scope": 1,
+    "precision": "source",
+    "dense_precision": "source",
+    "min_resident": 1.0,
+    "widths": "equal",
+    "method": "auto",
+}
 _FORCED: Mapping[str, Mapping[str, Any]] = {
     "vllm": {
         "scope": 1,
@@ -24,7 +34,9 @@ _FORCED: Mapping[str, Mapping[str, Any]] = {
         "dense_precision": "source",
         "min_resident": 1.0,
         "widths": "equal",
-    }
+    },
+    "hf": _PLAIN_LEVERS,
+    "gguf": _PLAIN_LEVERS,
 }
 _FREE: Mapping[str, tuple[Any, ...]] = {
     "scope": ("auto",),
@@ -32,13 +44,23 @@ _FREE: Mapping[str, tuple[Any, ...]] = {
     "dense_precision": (),
     "min_resident": (None,),
     "widths": ("free",),
+    "method": (None,),
 }
 _WHY = {
     "scope": "layers that share prototypes would have to share an engine's memory",
+    "method": "only auto keeps every expert and removes neurons",
     "precision": "vLLM holds prototypes in the model's own number format, so fewer bits would save no memory there",
     "dense_precision": "vLLM reads dense weights as the model's own",
     "widths": "vLLM holds the prototypes of a layer as one tensor",
     "min_resident": "vLLM keeps every prototype on the device",
+}
+
+_WHY_PLAIN = {
+    "scope": "a plain checkpoint has an expert of its own for every router slot",
+    "precision": "a plain checkpoint holds experts in the model's own number format",
+    "dense_precision": "a plain checkpoint holds dense weights in the model's own number format",
+    "widths": "a plain checkpoint has one width for all experts",
+    "min_resident": "the engine keeps every expert in memory",
 }
 
 
@@ -55,9 +77,11 @@ def request_for(engine: str, request: PlanRequest) -> PlanRequest:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
                 f"{flag} {asked} does not go with --for {engine}.",
-                _WHY[name],
+                _WHY_PLAIN.get(name, _WHY[name]) if engine in PLAIN else _WHY[name],
                 f"leave out {flag}, or leave out --for {engine}",
             )
-        if asked != "bf16":
+        if asked != "bf16" or engine in PLAIN:
             changed[name] = forced
+    if engine in PLAIN:
+        changed["engine"] = engine
     return replace(request, **changed)

@@ -88,6 +88,19 @@ def narrow_width(experts: ExpertsAnatomy, rate: float, precision: str) -> int:
     return width
 
 
+def narrowed(anatomy: ModelAnatomy, width: int) -> ModelAnatomy:
+    """The anatomy with ``width`` neurons in every routed expert."""
+    return replace(
+        anatomy,
+        layers=tuple(
+            layer
+            if layer.experts is None
+            else replace(layer, experts=layer.experts.narrowed(width))
+            for layer in anatomy.layers
+        ),
+    )
+
+
 def trimmed(anatomy: ModelAnatomy, rate: float, precision: str) -> ModelAnatomy:
     """The anatomy with the experts as narrow as a method that trims leaves them."""
     return replace(

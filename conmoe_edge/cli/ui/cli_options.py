@@ -286,7 +286,8 @@ _LEVERS = (
         "engine",
         type=click.Choice(ENGINES),
         help="Make a package for another engine: vllm keeps every prototype on the device in the "
-        "model's own number format, so only experts are removed (docs/cluster.md).",
+        "model's own number format, so only experts are removed (docs/cluster.md); hf and gguf keep every expert, all "
+        "with as many neurons as fit, so that `export` writes a smaller plain checkpoint (docs/export.md).",
     ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),

@@ -116,6 +116,8 @@ def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:
 def _alike(scope: ScopeView, tokens: LayerTokens, keep: int) -> Decision:
     """``keep`` prototypes of the same number of neurons."""
     layer, forward = scope.layers[0], _forward(scope)
+    if keep >= len(scope.pool):
+        return rebuild(scope, tokens, StandIns(slot_map_of(layer.layer, range(len(scope.pool)))))
     held = torch.zeros(len(tokens), dtype=torch.bool) if tokens.held is None else tokens.held
     seen = tokens.rows((~held).nonzero().squeeze(1))
     errors = slot_errors(seen.sample(SAMPLE_TOKENS), len(scope.pool), forward)

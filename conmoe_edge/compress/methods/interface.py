@@ -84,6 +84,7 @@ class ScopeView:
         room: bytes that the prototypes may take; later scopes get what is left. 0 where only their
             number counts.
         dtype, device: in which and where experts are computed.
+        constants: whether a router slot may add a constant; another engine may have no place for one.
     """
 
     pool: tuple[ExpertId, ...]
@@ -96,6 +97,7 @@ class ScopeView:
     room: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    constants: bool = True
 
     def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
         """[P] float64: a number of every expert, layer after layer in the order of the pool."""

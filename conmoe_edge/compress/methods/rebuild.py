@@ -81,8 +81,8 @@ def rebuild(
     left = None
     if not scope.module.has_post_expert_norm:
         left = _target(scope, tokens, alpha, chosen.prototypes)
-        down, table = refit(features, down, gates, left)
-        constants = {layer: table}
+        down, table = refit(features, down, gates, left, constants=scope.constants)
+        constants = {layer: table} if scope.constants else {}
     slots = tuple(
         SlotRecord(
             None if expert == NONE else scope.pool[expert], scale, slot if constants else None

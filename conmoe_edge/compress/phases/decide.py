@@ -129,7 +129,14 @@ def _view(
         sizes.room(scope, run.journal.budgets, run.journal.stored()) if sizes.differs else 0,
         run.dtype,
         run.job.device,
+        _may_add(run, last),
     )
+
+
+def _may_add(run: Run, layer: int) -> bool:
+    """Whether slots may add constants: where a plain checkpoint is made of the package, a bias has to hold them."""
+    names = {part.name for part in run.sizes.experts(layer).parts}
+    return not run.sizes.every or "down_proj_bias" in names
 
 
 def _kinds_of(

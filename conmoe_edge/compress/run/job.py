@@ -92,6 +92,11 @@ class Job:
         return self.decided.dense_precision
 
     @property
+    def width(self) -> int:
+        """Neurons of every prototype where all experts are kept; 0 where the rate says how many are."""
+        return self.decided.chosen.width
+
+    @property
     def equal(self) -> bool:
         """Whether all prototypes of a method that trims get the same number of neurons."""
         return self.request.equal

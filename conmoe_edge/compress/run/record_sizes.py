@@ -15,7 +15,14 @@ from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes, spread
-from conmoe_edge.plan.width_levers import PARTS, alike, pool_kept, steps, trimmed
+from conmoe_edge.plan.width_levers import (
+    PARTS,
+    alike,
+    narrowed,
+    pool_kept,
+    steps,
+    trimmed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ class RecordSizes:
         differs: whether the prototypes of a layer have different numbers of neurons.
         shares_out: whether layers get numbers of their own. In a mixed precision the plan counts with equal ones.
         wide: prototypes of the package in the wider kind, where there are two.
+        every: whether every expert is kept, all as narrow as ``narrow`` says.
     """
 
     anatomy: ModelAnatomy
@@ -44,24 +52,32 @@ class RecordSizes:
     differs: bool
     shares_out: bool
     wide: int
+    every: bool = False
 
     @classmethod
     def of(cls, job: Job, method: Method) -> RecordSizes:
         """For a job and its method."""
         kinds = PRECISIONS[job.precision].kinds
-        differs = method.trims and not alike(job.precision, equal=job.equal)
-        trims = method.trims and not differs
+        every = job.width > 0
+        differs = method.trims and not alike(job.precision, equal=job.equal) and not every
+        trims = method.trims and not differs and not every
+        narrow = job.anatomy
+        if every:
+            narrow = narrowed(job.anatomy, job.width)
+        elif trims:
+            narrow = trimmed(job.anatomy, job.rate, job.precision)
         return cls(
             anatomy=job.anatomy,
-            narrow=trimmed(job.anatomy, job.rate, job.precision) if trims else job.anatomy,
+            narrow=narrow,
             rate=job.rate,
             precision=job.precision,
             kinds=kinds,
             scopes=tuple(scopes(job.anatomy, job.scope)),
             trims=trims,
             differs=differs,
-            shares_out=method.budgets and job.rate > 0.0 and len(kinds) == 1,
+            shares_out=method.budgets and job.rate > 0.0 and len(kinds) == 1 and not every,
             wide=job.wide_prototypes,
+            every=every,
         )
 
     @property
@@ -108,6 +124,8 @@ class RecordSizes:
 
     def uniform(self, scope: Sequence[int]) -> int:
         """Units of a scope where all scopes get the same."""
+        if self.every:
+            return sum(self.experts(layer).count for layer in scope)
         count = pool_kept(self.anatomy, scope, self.rate, self.precision, trims=self.trims)
         return count * PARTS if self.differs else count
 

@@ -55,7 +55,12 @@ class Features:
 
 
 def refit(
-    features: Sequence[Features], down: Sequence[Tensor], gates: Tensor, residual: Tensor
+    features: Sequence[Features],
+    down: Sequence[Tensor],
+    gates: Tensor,
+    residual: Tensor,
+    *,
+    constants: bool = True,
 ) -> tuple[list[Tensor], Tensor]:
     """Solve.
 
@@ -64,9 +69,10 @@ def refit(
         down: [H, I] of every prototype.
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
         residual: fp32 [T, H]: the target less whatever is not refitted (biases); becomes what is left of it.
+        constants: whether slots have any.
 
     Returns:
-        fp32 [H, I] of every prototype; fp32 [E, H] constants.
+        fp32 [H, I] of every prototype; fp32 [E, H] constants, zeros where slots have none.
     """
     weights = [one.T.float().contiguous() for one in down]  # [I, H]
     for one, weight in zip(features, weights, strict=True):
@@ -77,10 +83,12 @@ def refit(
             step = _step(one.gram, ridge, one.values.T @ residual[one.rows])
             weight += step
             residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
-    gram = gates.T @ gates
-    constants = _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
-    residual.addmm_(gates, constants, alpha=-1.0)
-    return [weight.T for weight in weights], constants
+    table = torch.zeros(gates.shape[1], residual.shape[1])
+    if constants:
+        gram = gates.T @ gates
+        table = _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
+        residual.addmm_(gates, table, alpha=-1.0)
+    return [weight.T for weight in weights], table
 
 
 def _ridge(grams: Sequence[Tensor], visits: int) -> float:

@@ -97,6 +97,8 @@ class Hub:
         repositories: id -> name -> file.
         cdn_host: the name that large files are redirected to; empty: the same host, another path; ``None``: no
             redirects.
+        commit: that every repository is at.
+        private: repositories that say so of themselves.
         token: asked for by the hub (not by its CDN), if set.
     """
 
@@ -107,6 +109,12 @@ class Hub:
     served: Counter[str] = field(default_factory=Counter)
     asked: list[Asked] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    commit: str = COMMIT
+    private: set[str] = field(default_factory=set)
+
+    def write(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        """Status and JSON answer to what would change something: this hub is for reading only."""
+        return 405, {"error": "this hub is for reading only"}
 
     def fault(self, name: str, kind: str) -> Fault | None:
         """What goes wrong now, counted down."""
@@ -154,6 +162,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer("GET")
 
+    def do_POST(self) -> None:
+        self._write("POST")
+
+    def do_PUT(self) -> None:
+        self._write("PUT")
+
+    def _write(self, method: str) -> None:
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        body, authorization = self._received(), self.headers.get("Authorization")
+        with hub.lock:
+            hub.asked.append(Asked(method, path, self.headers.get("Host", ""), authorization, None))
+        # As with the real one, the place for large files knows who may write by its address.
+        if method == "POST" and hub.token is not None and authorization != f"Bearer {hub.token}":
+            status, value = 401, {"error": "who are you?"}
+        else:
+            status, value = hub.write(method, path, body)
+        self._plain(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _received(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _answer(self, method: str) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         authorization = self.headers.get("Authorization")
@@ -188,8 +224,18 @@ class _Handler(BaseHTTPRequestHandler):
             value: Any = [_tree_entry(name, file) for name, file in sorted(files.items())]
         else:
             siblings = [{"rfilename": name} for name in sorted(files)]
-            value = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
-            value |= {"private": False, "gated": False, "tags": [], "downloads": 0}
+            value = {
+                "id": repository,
+                "modelId": repository,
+                "sha": self.server.hub.commit,
+                "siblings": siblings,
+            }
+            value |= {
+                "private": repository in self.server.hub.private,
+                "gated": False,
+                "tags": [],
+                "downloads": 0,
+            }
         self._plain(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _file(self, method: str, repository: str, name: str, *, redirect: bool) -> None:
@@ -200,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         file = files.get(name)
         if file is None:
-            self._plain(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            self._plain(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit})
             return
         moves = redirect and file.large
         fault = None if moves and method == "GET" else hub.fault(name, method)
@@ -208,11 +254,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._plain(fault.status, b"no", {})
             return
         etag = f'"{fault.etag}"' if fault is not None and fault.etag else file.etag
-        headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": etag, "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
         if moves:
             host = hub.cdn_host or self.headers.get("Host", "").partition(":")[0]
             port = self.server.server_address[1]
-            location = f"http://{host}:{port}/cdn/{repository}/{COMMIT}/{name}"
+            location = f"http://{host}:{port}/cdn/{repository}/{hub.commit}/{name}"
             linked = {"X-Linked-Size": str(file.size), "X-Linked-Etag": etag, "Location": location}
             self._plain(302, b"", headers | linked)
             return

@@ -46,6 +46,10 @@ class ModelNotFound(CheckpointError):
     """Neither an alias, nor a folder, nor a model that the hub (or its local cache) knows."""
 
 
+class HubRefused(ConmoeError):
+    """The hub did not take what was to be published: nobody is logged in, no right to write there, no connection."""
+
+
 class UnsupportedModel(ConmoeError):
     """The model is whole, but nothing here can consolidate it: dense, unknown, or gated at the expert's input."""
 

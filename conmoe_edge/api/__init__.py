@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from conmoe_edge.api.fitting import FitReport, fit
     from conmoe_edge.api.listing import models
     from conmoe_edge.api.planning import PlanReport, plan
+    from conmoe_edge.api.publishing import pull, push
     from conmoe_edge.api.running import evaluate_tasks, load
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "load",
     "models",
     "plan",
+    "pull",
+    "push",
 ]
 
 _PLACES = {
@@ -44,6 +47,8 @@ _PLACES = {
     "load": "running",
     "models": "listing",
     "plan": "planning",
+    "pull": "publishing",
+    "push": "publishing",
 }
 
 

@@ -29,6 +29,8 @@ _COMMANDS = {
     "inspect": "conmoe_edge.cli.commands.inspect:inspect",
     "models": "conmoe_edge.cli.commands.models:models",
     "export": "conmoe_edge.cli.commands.export:export",
+    "push": "conmoe_edge.cli.commands.push:push",
+    "pull": "conmoe_edge.cli.commands.pull:pull",
     "profiles": "conmoe_edge.cli.commands.profiles:profiles",
     "doctor": "conmoe_edge.cli.commands.doctor:doctor",
     "completion": "conmoe_edge.cli.commands.completion:completion",

@@ -37,12 +37,16 @@ WORKS: dict[str, tuple[str, ...]] = {
     "models alias": ("mine", "{model}"),
     "models unalias": ("mine",),
     "export": ("{package}", "{new}"),
+    "push": ("{package}", "org/name", "--dry-run"),
     "profiles list": (),
     "profiles show": ("cpu-16gb",),
     "doctor": (),
     "completion install": ("bash", "--rc"),
     "completion show": ("fish",),
 }
+
+FROM_A_HUB = frozenset({"pull"})
+"""Commands that do nothing without a hub; that they work: ``commands/test_cli_push_pull.py``."""
 
 FAILS: dict[str, tuple[str, ...]] = {
     "fit": ("{nowhere}", "--out", "{new}", *_RUNS),
@@ -56,6 +60,8 @@ FAILS: dict[str, tuple[str, ...]] = {
     "models alias": ("no/good", "{model}"),
     "models unalias": ("nobody",),
     "export": ("{nowhere}", "{new}"),
+    "push": ("{nowhere}", "org/name"),
+    "pull": ("no-name-on-the-hub",),
     "profiles list": ("more",),
     "profiles show": ("no-such-machine",),
     "doctor": ("--folder", "{text}"),

@@ -203,7 +203,7 @@ def verify_package(folder: Path, *, deep: bool = False) -> Manifest:
     """
     manifest = load_manifest(folder)
     for name, facts in sorted(manifest.files.items()):
-        _verify_file(folder, name, facts, deep=deep)
+        verify_file(folder, name, facts, deep=deep)
     try:
         read_json_object(folder / CONFIG_FILE)
     except CheckpointError as error:
@@ -211,7 +211,12 @@ def verify_package(folder: Path, *, deep: bool = False) -> Manifest:
     return manifest
 
 
-def _verify_file(folder: Path, name: str, facts: Mapping[str, Any], *, deep: bool) -> None:
+def verify_file(folder: Path, name: str, facts: Mapping[str, Any], *, deep: bool) -> None:
+    """Check one file of a package against what ``Manifest.files`` says of it, as ``verify_package`` does.
+
+    Raises:
+        PackageError: it is missing, too short or changed.
+    """
     path = folder / name
     if not is_there(folder, name):
         raise PackageError(f"{folder} is incomplete.", f"The file {name} is missing.", _AGAIN)

@@ -75,9 +75,14 @@ def resolve(name: str, revision: str | None = None) -> Meaning:
     if name.lower() in known:
         return _alias(name, known[name.lower()], revision)
     hub_id, _, inline = name.partition("@")
-    if _HUB_ID.fullmatch(hub_id) and ".." not in hub_id and "--" not in hub_id:
+    if is_hub_id(hub_id):
         return Meaning(name, "hub", hub_id=hub_id, revision=revision or inline or None)
     raise _unknown(name, known)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of an id on the hub: ``owner/name``."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def _folder(name: str) -> Path | None:

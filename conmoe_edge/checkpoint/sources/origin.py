@@ -10,6 +10,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
+from conmoe_edge.checkpoint.sources.model_names import aliases, is_hub_id
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CheckpointError, ModelNotFound, UsageError
@@ -37,6 +38,15 @@ def find_origin(manifest: Manifest) -> Source | None:
             "--against with the folder of the right one, or --against none",
         )
     return found
+
+
+def hub_origin(manifest: Manifest) -> str | None:
+    """The id on the hub of the model that a package was made from; ``None`` where it was a folder, or is not known."""
+    name, revision = manifest.source.get("name"), manifest.source.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str):
+        return None  # a folder has no revision, and may be called owner/name all the same
+    hub_id = aliases().get(name.lower(), name).partition("@")[0]
+    return hub_id if is_hub_id(hub_id) else None
 
 
 def fingerprint_of(source: Source) -> dict[str, Any]:

@@ -151,7 +151,9 @@ def test_a_model_left_as_it_was_does_not_travel(package: Path, hub: WritableHub)
     assert hub.weight_bytes() == 0
 
 
-@pytest.mark.parametrize("name", ["modeling_evil.py", "weights.bin", "Setup.SH"])
+@pytest.mark.parametrize(
+    "name", ["modeling_evil.py", "weights.bin", "LICENSE.SH", "evil.pyc", "a.dll"]
+)
 def test_code_is_never_fetched(name: str, package: Path, hub: WritableHub, tmp_path: Path) -> None:
     manifest = load_manifest(package)
     facts = {"size": 3, "sha256": "0" * 64}
@@ -205,6 +207,16 @@ def test_a_fetch_that_stops_goes_on_with_what_is_missing(
     api.pull(NAME, tmp_path / "got")
     assert content(tmp_path / "got") == content(package)
     assert hub.served == {name: files[name].size}
+
+
+def test_without_a_connection_the_fix_is_one_that_pull_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with local_hub(WritableHub(), tmp_path / "cache", monkeypatch):
+        pass  # it is gone again, and everything still leads to it
+    with pytest.raises(ModelNotFound) as caught:
+        api.pull(NAME, tmp_path / "got")
+    assert "--offline" not in caught.value.fix and "again" in caught.value.fix
 
 
 def test_names_and_what_they_lead_to(hub: WritableHub, tmp_path: Path) -> None:

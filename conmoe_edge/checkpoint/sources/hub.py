@@ -133,10 +133,15 @@ def _require_whole(folder: Path, hub_id: str) -> None:
         )
 
 
+_CONNECT = "Check the network connection; with the model in the cache already, add --offline."
+
+
 @contextmanager
-def hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[None]:
+def hub_errors(
+    hub_id: str, revision: str | None, offline: bool, connect: str = _CONNECT
+) -> Iterator[None]:
     """The hub's many exceptions as ours. The order matters: several of them are subclasses of
-    others.
+    others. ``connect`` is what helps where the hub cannot be reached.
     """
     from huggingface_hub import errors
 
@@ -172,7 +177,7 @@ def hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[Non
             f"The weights of {named} on the hub are damaged.", _reason(error)
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _unreachable(named, offline, error) from error
+        raise _unreachable(named, offline, connect, error) from error
     except errors.EntryNotFoundError as error:
         raise CheckpointError(
             f"{named} lacks a file that a model must have.", _reason(error)
@@ -184,10 +189,10 @@ def hub_errors(hub_id: str, revision: str | None, offline: bool) -> Iterator[Non
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         # HTTPError is the base class of whichever HTTP library the hub's client stands on; only
         # that client knows which one it is.
-        raise _unreachable(named, offline, error) from error
+        raise _unreachable(named, offline, connect, error) from error
 
 
-def _unreachable(named: str, offline: bool, error: Exception) -> ModelNotFound:
+def _unreachable(named: str, offline: bool, connect: str, error: Exception) -> ModelNotFound:
     if offline:
         return ModelNotFound(
             f"{named} is not in the local cache.",
@@ -197,7 +202,7 @@ def _unreachable(named: str, offline: bool, error: Exception) -> ModelNotFound:
     return ModelNotFound(
         f"{named} could not be fetched from the hub.",
         _reason(_root(error)),
-        "Check the network connection; with the model in the cache already, add --offline.",
+        connect,
     )
 
 

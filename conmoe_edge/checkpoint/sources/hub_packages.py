@@ -16,12 +16,17 @@ from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME, UNCHANGED, Man
 from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.fs.disk import disk_errors, require_space
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_file, verify_package
-from conmoe_edge.checkpoint.package.sidefiles import NEVER
+from conmoe_edge.checkpoint.package.sidefiles import MODEL_CARD, NEVER, PATTERNS
 from conmoe_edge.checkpoint.sources.hub import hub_errors
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import PackageError
 
 _WEIGHTS = "*.safetensors"
+_KINDS = (*PATTERNS, MODEL_CARD, "*.json", _WEIGHTS)
+"""What a package is made of; no other kind of file travels."""
+_CONNECT = (
+    "Check the network connection, and run the same command again: it goes on where it stopped."
+)
 _LIBRARY = ".cache"
 """Where the library keeps what it knows of a folder that it fetches into."""
 
@@ -30,7 +35,7 @@ def files_of(manifest: Manifest, named: str) -> tuple[str, ...]:
     """The files that travel with a package, the manifest first.
 
     Raises:
-        PackageError: the manifest lists code or pickles, or not the weights (a model that was left as it was).
+        PackageError: the manifest lists something else, such as code, or not the weights (a model left as it was).
     """
     if manifest.method == UNCHANGED:
         source = manifest.source.get("name") or "MODEL"
@@ -40,18 +45,19 @@ def files_of(manifest: Manifest, named: str) -> tuple[str, ...]:
             f"Fit the original on the other machine: conmoe-edge fit {source}",
         )
     for name in manifest.files:
-        if _is_code(name):
+        if not _travels(name):
             raise PackageError(
                 f"{named} lists {name}, which no package has.",
-                "Code and pickles can run any program, so they do not travel.",
+                "Only weights and the small files of a model travel: code and pickles could run any program.",
                 "Make the package again with conmoe-edge fit.",
             )
     return MANIFEST_NAME, *sorted({*manifest.files, CONFIG_FILE} - {MANIFEST_NAME})
 
 
-def _is_code(name: str) -> bool:
+def _travels(name: str) -> bool:
     word = name.lower()
-    return any(fnmatchcase(word, one) for one in NEVER if one != _WEIGHTS)
+    known = any(fnmatchcase(name, one) for one in _KINDS)
+    return known and not any(fnmatchcase(word, one) for one in NEVER if one != _WEIGHTS)
 
 
 def find_commit(hub_id: str, revision: str | None) -> str:
@@ -63,7 +69,7 @@ def find_commit(hub_id: str, revision: str | None) -> str:
     """
     from huggingface_hub import HfApi
 
-    with hub_errors(hub_id, revision, offline=False):
+    with hub_errors(hub_id, revision, offline=False, connect=_CONNECT):
         info = HfApi().model_info(hub_id, revision=revision)
     if MANIFEST_NAME not in {one.rfilename for one in info.siblings or ()}:
         raise PackageError(
@@ -114,7 +120,7 @@ def fetch_package(
 def _fetch(hub_id: str, commit: str, name: str, folder: Path) -> None:
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(hub_id, commit, offline=False):
+    with hub_errors(hub_id, commit, offline=False, connect=_CONNECT):
         hf_hub_download(hub_id, name, revision=commit, local_dir=folder)
 
 

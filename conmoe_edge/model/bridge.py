@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def build_meta(
         CheckpointError: the config describes a far larger model.
     """
     register_model()
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _no_causal_model(config)
     with (
         foreign(lambda why: _cannot_build(config, why)),
         build_limit(tensors),
@@ -158,6 +161,22 @@ def build_meta(
     ):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
+
+
+def _no_causal_model(config: PretrainedConfig) -> UnsupportedModel:
+    """The error for a kind of model that transformers has no class for that goes on with a text."""
+    parts = "vision" if any("vision" in name for name in config.sub_configs) else ""
+    parts = parts or ("audio" if any("audio" in name for name in config.sub_configs) else "")
+    why = (
+        f"it is a model for text and {parts}, and its text part has no class of its own"
+        if parts
+        else ""
+    )
+    return UnsupportedModel(
+        f"transformers {version('transformers')} has no causal language model for {config.model_type}.",
+        why or "models of this kind do not go on with a text, or are not built in parts",
+        "use a text-only model of the same family, where there is one",
+    )
 
 
 def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
@@ -37,6 +38,7 @@ from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import AGAIN, WRONG, read_settings, says, values_of
 from conmoe_edge.model.deepseek import register_config, register_model
 from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.no_causal_lm import no_causal_lm
 from conmoe_edge.model.size_bounds import SizeBounds, bounds_in
 
 _GATED_INPUT = {"llama4", "llama4_text"}
@@ -151,6 +153,8 @@ def build_meta(
         CheckpointError: the config describes a far larger model.
     """
     register_model()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise no_causal_lm(config)
     with (
         foreign(lambda why: _cannot_build(config, why)),
         build_limit(tensors),

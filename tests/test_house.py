@@ -182,6 +182,26 @@ def reads_elsewhere(source: str) -> list[str]:
     return found
 
 
+MAY_RUN_CODE = {"from_pretrained", "from_config"}
+"""Last names of transformers' calls that ask whether to run code from a model folder unless they are told not to."""
+
+
+def leaves_code_open(source: str) -> list[str]:
+    """Calls that do not say ``trust_remote_code=False`` themselves: left out, it is a question on stdin."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr in MAY_RUN_CODE and not any(
+            one.arg == "trust_remote_code"
+            and isinstance(one.value, ast.Constant)
+            and one.value.value is False
+            for one in node.keywords
+        ):
+            found.append(f"line {node.lineno}: {dotted(node.func) or node.func.attr}")
+    return found
+
+
 def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -189,6 +209,29 @@ def shown(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
 def test_nothing_that_is_read_can_be_executed(path: Path) -> None:
     assert executes(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_no_call_into_transformers_leaves_code_open(path: Path) -> None:
+    assert leaves_code_open(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "AutoConfig.from_pretrained(folder)",
+        "AutoModelForCausalLM.from_config(config, trust_remote_code=None)",
+        "kind().from_config(config, trust_remote_code=asked)",
+        "AutoTokenizer.from_pretrained(folder, **options)",
+    ],
+)
+def test_the_rule_about_open_code_finds(source: str) -> None:
+    assert len(leaves_code_open(source)) == 1
+
+
+def test_the_rule_about_open_code_leaves_alone() -> None:
+    said = "AutoModel.from_config(config, trust_remote_code=False)\nfrom_config(ours)"
+    assert leaves_code_open(said) == []
 
 
 @pytest.mark.parametrize(

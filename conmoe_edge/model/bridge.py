@@ -13,7 +13,6 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
@@ -38,6 +38,7 @@ from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import AGAIN, WRONG, read_settings, says, values_of
 from conmoe_edge.model.deepseek import register_config, register_model
 from conmoe_edge.model.foreign import foreign
+from conmoe_edge.model.no_causal_lm import no_causal_lm
 from conmoe_edge.model.size_bounds import SizeBounds, bounds_in
 
 _GATED_INPUT = {"llama4", "llama4_text"}
@@ -152,8 +153,8 @@ def build_meta(
         CheckpointError: the config describes a far larger model.
     """
     register_model()
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise _no_causal_model(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise no_causal_lm(config)
     with (
         foreign(lambda why: _cannot_build(config, why)),
         build_limit(tensors),
@@ -161,22 +162,6 @@ def build_meta(
     ):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
-
-
-def _no_causal_model(config: PretrainedConfig) -> UnsupportedModel:
-    """The error for a kind of model that transformers has no class for that goes on with a text."""
-    parts = "vision" if any("vision" in name for name in config.sub_configs) else ""
-    parts = parts or ("audio" if any("audio" in name for name in config.sub_configs) else "")
-    why = (
-        f"it is a model for text and {parts}, and its text part has no class of its own"
-        if parts
-        else ""
-    )
-    return UnsupportedModel(
-        f"transformers {version('transformers')} has no causal language model for {config.model_type}.",
-        why or "models of this kind do not go on with a text, or are not built in parts",
-        "use a text-only model of the same family, where there is one",
-    )
 
 
 def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:

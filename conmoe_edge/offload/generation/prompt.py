@@ -64,7 +64,7 @@ def prompt_tokens(
     variables = template_variables(tokenizer)
     if allow_special_tokens:
         (text,) = shared.render(template, [plain], variables, stop_event)
-        _check_written(text)
+        _check_written(text, plain)
         if check is not None:
             check(text or "")
         return list(tokenizer(text or "", add_special_tokens=False).input_ids)
@@ -74,7 +74,7 @@ def prompt_tokens(
     stand_ins = StandIns(plain, template, shared.looked_for(template), control)
     text, marked = shared.render(template, [plain, stand_ins.messages], variables, stop_event)
     assert text is not None, "only the second one may be missing"
-    _check_written(text)
+    _check_written(text, plain)
     if check is not None:
         check(text)
     if marked is not None and stand_ins.restored(marked) == text:
@@ -176,9 +176,10 @@ def _template(tokenizer: Any) -> str:
     return found["default"] if "default" in found else next(iter(found.values()))
 
 
-def _check_written(text: str | None) -> None:
-    """Without a token there is nothing to answer, and blanks alone have lost the question."""
-    if not (text or "").strip():
+def _check_written(text: str | None, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Blanks alone have lost the question, unless the messages have no more than that."""
+    said = any(str(message.get("content") or "").strip() for message in messages)
+    if said and not (text or "").strip():
         raise UsageError(
             "The model's chat template writes nothing for these messages.",
             "",

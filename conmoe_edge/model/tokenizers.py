@@ -191,7 +191,11 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         elif field == "chat_template" and not _is_template(value):
             why = "it is a text, or a list of named texts"
         if why and value is not None:
-            raise CheckpointError(f"{path} says {field} = {repr(value)[:60]}.", why)
+            raise CheckpointError(
+                f"{path} says {field} = {repr(value)[:60]}.",
+                why,
+                f"put the {path.name} that came with the model into the folder",
+            )
 
 
 def _is_template(value: Any) -> bool:

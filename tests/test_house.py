@@ -390,6 +390,78 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert used - declared - set(sys.stdlib_module_names) - {"conmoe_edge"} == set()
 
 
+def error_names() -> set[str]:
+    """Every class of the package that is a ``ConmoeError``."""
+    classes = [
+        node
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = {"ConmoeError"}
+    while (
+        more := {
+            one.name
+            for one in classes
+            if {dotted(base).split(".")[-1] for base in one.bases} & names
+        }
+        - names
+    ):
+        names |= more
+    return names
+
+
+def errors_without_fix(source: str, names: set[str]) -> Iterator[str]:
+    """What errors are made with no fix, or with an empty one."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or dotted(node.func).split(".")[-1] not in names:
+            continue
+        if any(isinstance(one, ast.Starred) for one in node.args):
+            continue  # the sentences of another error
+        named = {one.arg: one.value for one in node.keywords}
+        fix = node.args[2] if len(node.args) > 2 else named.get("fix")
+        what = node.args[0] if node.args else named.get("what")
+        if (
+            None not in named
+            and (fix is None or (isinstance(fix, ast.Constant) and not fix.value))
+            and what is not None
+        ):
+            yield ast.unparse(what)
+
+
+NO_FIX = {
+    "'Stopped before the prompt was there.'",  # the user asked for it
+}
+
+
+def test_every_error_says_what_helps() -> None:
+    names = error_names()
+    assert {"UsageError", "ContextFull", "NotServable"} <= names
+    found = {
+        f"{shown(path)}: {one}"
+        for path in SOURCES
+        for one in errors_without_fix(path.read_text(encoding="utf-8"), names)
+        if one not in NO_FIX
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "UsageError('a')",
+        "UsageError('a', 'b')",
+        "UsageError('a', 'b', '')",
+        "errors.UsageError(what='a', fix='')",
+    ],
+)
+def test_an_error_without_a_fix_is_found(call: str) -> None:
+    assert list(errors_without_fix(call, {"UsageError"})) == ["'a'"]
+    assert not list(
+        errors_without_fix("UsageError('a', '', FIX); UsageError('a', fix='c')", {"UsageError"})
+    )
+
+
 def test_links_in_the_documents_lead_somewhere() -> None:
     broken = []
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:

@@ -78,7 +78,9 @@ def evaluate(
         continuations and min(prompt_tokens, continuation_tokens) < 1
     ):
         raise UsageError(
-            "There is nothing to measure.", "tokens and their sequences need two at least"
+            "There is nothing to measure.",
+            "tokens and their sequences need two at least, prompts and continuations one",
+            "--tokens 8192 --sequence-length 512, say",
         )
     tell(Progress("locate", 0, 1, str(model)))
     ours = locate(str(model), revision=revision, offline=offline)

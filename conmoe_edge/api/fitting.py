@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from conmoe_edge import __version__
-from conmoe_edge.api.planning import PlanReport, report_on, resolve_request, with_fetching
+from conmoe_edge.api.planning import (
+    PlanReport,
+    report_on,
+    resolve_request,
+    with_fetching,
+    with_tokenizer,
+)
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.fs.disk import existing_parent, require_space
 from conmoe_edge.checkpoint.package.linked import link_model
@@ -20,8 +26,7 @@ from conmoe_edge.checkpoint.sources.origin import differs
 from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.outcomes import Outcome, remember
-from conmoe_edge.model.tokenizer_files import has_tokenizer
-from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH, Levers, PlanRequest
@@ -125,14 +130,15 @@ def fit(
     folder = source.folder
     passes = passes or (2 if source.ranges is None or keep_source else 1)
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
-    report = replace(report, tokenizer=has_tokenizer(folder))
+    tried = tried_tokenizer(folder)
+    report = with_tokenizer(report, tried)
     if source.ranges is not None:
         sizes = {name: entry.nbytes for name, entry in source.index.tensors.items()}
         report = with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
     if on_plan is not None:
         on_plan(report)
     unchanged = report.plan.unchanged and asked.request.rate == "auto"
-    tokenizer = _tokenizer(folder, unchanged=unchanged, may_lack=no_tokenizer)
+    tokenizer = _tokenizer(tried, unchanged=unchanged, may_lack=no_tokenizer)
     if unchanged:
         source = _downloaded(source, Path(out), overwrite=overwrite)
         notes = () if tokenizer is not None else (NO_TOKENIZER,)
@@ -253,22 +259,21 @@ def _require_cache(source: OpenedModel, beside: int = 0) -> None:
         ) from error
 
 
-def _tokenizer(folder: Path, *, unchanged: bool, may_lack: bool) -> Any:
-    """The model's tokenizer; ``None`` where it has none and may lack it.
+def _tokenizer(tried: Any, *, unchanged: bool, may_lack: bool) -> Any:
+    """The model's tokenizer of ``tried_tokenizer``; ``None`` where it has none and may lack it.
 
     Raises:
         CalibrationError: it has none.
     """
-    try:
-        return load_tokenizer(folder)
-    except CalibrationError as error:
-        if unchanged and may_lack:
-            return None
-        if unchanged:
-            fix = f"{error.fix}; --no-tokenizer writes a package that cannot chat"
-            raise CalibrationError(error.what, error.why, fix) from error
-        why = "without one the calibration text is no tokens"
-        raise CalibrationError(error.what, f"{error.why}; {why}", error.fix) from error
+    if not isinstance(tried, CalibrationError):
+        return tried
+    if unchanged and may_lack:
+        return None
+    if unchanged:
+        fix = f"{tried.fix}; --no-tokenizer writes a package that cannot chat"
+        raise CalibrationError(tried.what, tried.why, fix) from tried
+    why = "without one the calibration text is no tokens"
+    raise CalibrationError(tried.what, f"{tried.why}; {why}", tried.fix) from tried
 
 
 def _same_plan(path: Path, report: PlanReport) -> PlanReport:

@@ -11,12 +11,12 @@ from conmoe_edge.checkpoint.sources.locate import describe
 from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.errors import ConmoeError
+from conmoe_edge.errors import CalibrationError, ConmoeError
 from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.model.tokenizer_files import has_tokenizer
+from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.fetching import Fetching, fetching_of
 from conmoe_edge.plan.plan import Plan
@@ -36,7 +36,8 @@ class PlanReport:
     Attributes:
         method: the consolidation method that the plan counts with.
         method_note: why it is that one, where the default gave way; else empty.
-        tokenizer: whether the model has one; ``None`` where its files are not on this disk.
+        tokenizer: whether the model has one that opens; ``None`` where nobody looked.
+        tokenizer_fault: why it has none; else empty.
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
     """
@@ -47,6 +48,7 @@ class PlanReport:
     method: str = "auto"
     method_note: str = ""
     tokenizer: bool | None = None
+    tokenizer_fault: str = ""
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
 
@@ -74,6 +76,7 @@ class PlanReport:
             "method": self.method,
             "method_note": self.method_note,
             "tokenizer": self.tokenizer,
+            "tokenizer_fault": self.tokenizer_fault,
             "plan": plan_to_json(self.plan),
             "fetching": None if self.fetching is None else asdict(self.fetching),
             "measured": [asdict(one) for one in self.outcomes],
@@ -121,10 +124,18 @@ def plan(
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
     report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
+    report = with_tokenizer(report, tried_tokenizer(found.path))
     if found.index is not None:
-        return replace(report, tokenizer=has_tokenizer(found.path))
+        return report
     sizes = {name: one.nbytes for name, one in found.tensors.items()}
     return with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes or 1)
+
+
+def with_tokenizer(report: PlanReport, tried: Any) -> PlanReport:
+    """The report with what came of ``tried_tokenizer``."""
+    if isinstance(tried, CalibrationError):
+        return replace(report, tokenizer=False, tokenizer_fault=tried.why)
+    return replace(report, tokenizer=True)
 
 
 @dataclass(frozen=True, slots=True)

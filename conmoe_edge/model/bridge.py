@@ -35,7 +35,14 @@ from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 from conmoe_edge.model.build_limits import build_limit
-from conmoe_edge.model.config_json import AGAIN, WRONG, read_settings, says, values_of
+from conmoe_edge.model.config_json import (
+    AGAIN,
+    ANOTHER_MODEL,
+    WRONG,
+    read_settings,
+    says,
+    values_of,
+)
 from conmoe_edge.model.deepseek import register_config, register_model
 from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.no_causal_lm import no_causal_lm
@@ -94,6 +101,7 @@ def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> Pretrai
             f"{config.model_type} cannot be consolidated.",
             "it multiplies the input of an expert by the routing weight, so weights that meet on one prototype "
             "cannot be added up",
+            ANOTHER_MODEL,
         )
     return config
 

@@ -26,6 +26,10 @@ MOST_DEPTH = 24
 MOST_VALUES = 1 << 20
 AGAIN = "Download the model again, or copy it again from where it came from."
 WRONG = "Download the model again; if it is the same afterwards, the model itself is broken."
+ANOTHER_MODEL = (
+    "run this one as it is, with transformers, say, or name another: conmoe-edge models lists some"
+)
+"""The fix where a model is whole, and of a kind that cannot be consolidated."""
 
 NAMES_OF_CODE = frozenset(
     {

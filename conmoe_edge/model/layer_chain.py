@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.model.config_json import ANOTHER_MODEL
 
 
 @contextmanager
@@ -73,6 +74,7 @@ def requiring_chain(model: PreTrainedModel, prefix: str, hidden_size: int) -> It
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be consolidated layer by layer.",
             f"more than one tensor [batch, tokens, hidden] goes from layer to layer: {faults[0]}",
+            ANOTHER_MODEL,
         )
 
 

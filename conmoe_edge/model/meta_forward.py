@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.config_json import WRONG
+from conmoe_edge.model.config_json import ANOTHER_MODEL, WRONG
 from conmoe_edge.model.foreign import foreign
 
 _MOST = 1 << 16
@@ -47,6 +47,7 @@ def _cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
         return UnsupportedModel(
             f"{type(model).__name__} cannot be looked at without its weights.",
             f"its forward in transformers {version('transformers')} reads a number that comes from them: {why}",
+            ANOTHER_MODEL,
         )
     return UnsupportedModel(
         f"{type(model).__name__} cannot run with the numbers in this config.json.", why, WRONG

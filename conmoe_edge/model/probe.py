@@ -109,8 +109,8 @@ def _built(
     if quantized is not None:
         raise UnsupportedModel(
             f"This {config.model_type} checkpoint is quantised already ({quantized}).",
-            "experts are taken in 16 or 32 bit",
-            "use the bf16 version of the model",
+            "its config does not say how its tensors are read",
+            "open it with open_model(), which reads the forms that are known",
         )
     count = None if headers is None else len(headers)
     model = bridge.build_meta(config, _main_dtype(config, headers), count)

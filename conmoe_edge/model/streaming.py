@@ -13,6 +13,7 @@ Hidden states between layers belong to the caller.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,8 +27,12 @@ from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_places
+from conmoe_edge.model.config_json import ANOTHER_MODEL
 from conmoe_edge.model.experts import find_decoder, part_names
 from conmoe_edge.model.router import Router, find_routers
+
+_EXPERTS = re.compile(r"(^|_)(n|num)_(\w+_)?experts$")
+_NOT_ROUTED = re.compile(r"shared|null|zero")
 
 ReadTensors = Callable[[Sequence[str]], Mapping[str, Any]]
 
@@ -274,15 +279,25 @@ class StreamedModel:
 
 def no_experts(config: PretrainedConfig) -> UnsupportedModel:
     """The error for a model without routed experts that can be reached."""
-    words = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    text = config.get_text_config()
-    counts = (getattr(text, word, 0) for word in words)
-    if any(isinstance(count, int) and count > 1 for count in counts):
+    if counts := list(_expert_counts(config.to_dict())):
         return UnsupportedModel(
             f"{config.model_type} cannot be consolidated.",
-            "its experts do not run through transformers' registry of experts functions",
+            f"its config names {max(counts)} experts, and none of its decoder layers runs experts through "
+            "transformers' registry of experts functions",
+            ANOTHER_MODEL,
         )
     return UnsupportedModel(
         f"{config.model_type} is a dense model.",
         "it has no routed experts, so there is nothing to consolidate",
+        ANOTHER_MODEL,
     )
+
+
+def _expert_counts(settings: Mapping[str, Any]) -> Iterator[int]:
+    """Numbers of routed experts above one, under whatever name and in whichever part (DBRX: ``ffn_config``)."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _expert_counts(value)
+        elif _EXPERTS.search(str(name)) and not _NOT_ROUTED.search(str(name)):
+            several = value if isinstance(value, list | tuple) else (value,)
+            yield from (one for one in several if type(one) is int and one > 1)

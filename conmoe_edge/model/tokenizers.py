@@ -103,7 +103,10 @@ def load_tokenizer(folder: Path) -> Any:
             tokens = list(tokenizer(_LINE, add_special_tokens=special, verbose=False)["input_ids"])
             tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         known = {*tokenizer.get_vocab().values(), *tokens, *tokenizer.all_special_ids}
+        silent = not tokenizer(_LINE, add_special_tokens=False, verbose=False)["input_ids"]
         least, most = min(known, default=0), max(known, default=-1)
+    if silent:  # made out of nothing, beside a vocabulary of another kind of tokenizer
+        raise _unusable(folder, "every text is no tokens to what transformers makes of its files")
     if vocabulary is not None and not 0 <= least <= most < vocabulary:
         raise CalibrationError(
             f"The tokenizer in {folder} does not belong to the model.",
@@ -111,6 +114,14 @@ def load_tokenizer(folder: Path) -> Any:
             "put the tokenizer that came with the model into the folder",
         )
     return tokenizer
+
+
+def tried_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``, or the ``CalibrationError`` that says why there is none that can be used."""
+    try:
+        return load_tokenizer(folder)
+    except CalibrationError as error:
+        return error
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -191,7 +202,11 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         elif field == "chat_template" and not _is_template(value):
             why = "it is a text, or a list of named texts"
         if why and value is not None:
-            raise CheckpointError(f"{path} says {field} = {repr(value)[:60]}.", why)
+            raise CheckpointError(
+                f"{path} says {field} = {repr(value)[:60]}.",
+                why,
+                f"put the {path.name} that came with the model into the folder",
+            )
 
 
 def _is_template(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import conmoe_edge
 from conmoe_edge.api.running import open_session
 from conmoe_edge.cli.main import main
 from conmoe_edge.errors import CalibrationError
+from conmoe_edge.model.tokenizers import load_tokenizer
 from tests.families import tiny_model
 
 _BUDGET = {"budget": "900MB", "device": "cpu"}
@@ -29,8 +31,25 @@ def test_plan_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.tokenizer is False and report.to_json()["tokenizer"] is False
     with pytest.raises(SystemExit):
         main(["plan", str(model), "--gpu", "900MB", "--device", "cpu"])
-    assert "the model has no tokenizer" in capsys.readouterr().out
+    assert MISSING in capsys.readouterr().out
     assert conmoe_edge.plan("demo", **_BUDGET).tokenizer is True
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "hunyuan.tiktoken", "tokenizer.json"])
+def test_a_vocabulary_that_does_not_open_is_no_tokenizer(
+    model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / name).write_bytes(b"no vocabulary")
+    with pytest.raises(CalibrationError, match=MISSING) as later:
+        load_tokenizer(folder)
+    report = conmoe_edge.plan(str(folder), **_BUDGET)
+    assert (report.tokenizer, report.tokenizer_fault) == (False, later.value.why)
+    with pytest.raises(SystemExit):
+        main(["plan", str(folder), "--gpu", "900MB", "--device", "cpu"])
+    assert MISSING in capsys.readouterr().out
+    with pytest.raises(CalibrationError, match=MISSING):
+        conmoe_edge.fit(str(folder), tmp_path / "out", **_BUDGET)
 
 
 def test_fit_refuses_it_unless_told(model: Path, tmp_path: Path) -> None:

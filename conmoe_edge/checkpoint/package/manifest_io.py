@@ -174,7 +174,9 @@ def to_json(manifest: Manifest) -> bytes:
     try:
         return _text(value).encode()
     except (TypeError, ValueError) as error:
-        raise PackageError("The manifest cannot be written.", str(error)) from error
+        raise PackageError(
+            "The manifest cannot be written.", str(error), "report it, with this message"
+        ) from error
 
 
 def from_json(data: bytes, name: str = MANIFEST_NAME) -> Manifest:

@@ -21,7 +21,9 @@ _ACTIVATIONS = (".input_scale", ".activation_scale", ".input_activation_scale")
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 _BLOCK = 128
 _MX_BLOCK = 32
-_PLAIN_VERSION = "use a version of the model in bf16, or one in MXFP4 (gpt-oss) or FP8"
+_PLAIN_VERSION = (
+    "name a version of it in 16 or 32 bit, MXFP4 (as gpt-oss) or FP8, where there is one"
+)
 
 
 class Stored(NamedTuple):

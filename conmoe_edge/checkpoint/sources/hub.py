@@ -174,13 +174,17 @@ def hub_errors(
         ) from error
     except errors.SafetensorsParsingError as error:
         raise CheckpointError(
-            f"The weights of {named} on the hub are damaged.", _reason(error)
+            f"The weights of {named} on the hub are damaged.",
+            _reason(error),
+            "Name another revision (--revision), or another copy of the model.",
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _unreachable(named, offline, connect, error) from error
     except errors.EntryNotFoundError as error:
         raise CheckpointError(
-            f"{named} lacks a file that a model must have.", _reason(error)
+            f"{named} lacks a file that a model must have.",
+            _reason(error),
+            "Name a repository or a revision (--revision) with config.json and *.safetensors files.",
         ) from error
     except (errors.HFValidationError, errors.HfHubHTTPError) as error:
         raise ModelNotFound(

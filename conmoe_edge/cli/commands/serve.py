@@ -186,7 +186,11 @@ def _api_key(given: str | None, file: Path | None) -> str | None:
             return file.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
-            raise UsageError(f"The key in {file} cannot be read.", reason, "") from error
+            raise UsageError(
+                f"The key in {file} cannot be read.",
+                reason,
+                "a file with one line of text that you may read",
+            ) from error
     return given if given is not None else os.environ.get(KEY_VARIABLE)
 
 

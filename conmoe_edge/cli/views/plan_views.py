@@ -46,7 +46,13 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
     if plan.chosen.rate:
         parts.append(_head("Method", report.method, printable(report.method_note)))
     if report.tokenizer is False:
-        parts.append(_head("Tokens", "the model has no tokenizer", "so fit and chat refuse it"))
+        parts.append(
+            _head(
+                "Tokens",
+                "the model has no tokenizer that can be used",
+                f"{printable(report.tokenizer_fault)}, so fit and chat refuse it",
+            )
+        )
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts += [_disk(report, out, free), *_fetch(report)]

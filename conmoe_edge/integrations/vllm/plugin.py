@@ -349,6 +349,7 @@ def _check_layer(moe: Any, layer: Any) -> None:
         raise NotServable(
             "This model multiplies the input of an expert by its routing weight.",
             "weights that meet on one prototype could not be added up",
+            "serve the original model with vLLM, without a package",
         )
     if moe.is_lora_enabled:
         raise NotServable(

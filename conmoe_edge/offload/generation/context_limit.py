@@ -67,6 +67,7 @@ def _refuse_unknown_names(named: Mapping[str, Any]) -> None:
             raise UnsupportedModel(
                 f"A key-value cache came in as {name}.",
                 "its tokens could not be counted, so the memory could not be kept within its budget",
+                "hand it over as past_key_values, as transformers does",
             )
 
 

@@ -48,12 +48,14 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
-            raise UsageError("stop is a tuple of strings, not one string.")
+            raise UsageError("stop is one string.", "it is a tuple of strings", "stop=(text,)")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 limit = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-                raise UsageError(f"{name} cannot be {value}.", f"it is {limit}")
+                raise UsageError(
+                    f"{name} cannot be {value}.", f"it is {limit}", f"{name}={low:g}, say"
+                )
 
     def filled(self, generation_config: Any) -> SamplingSettings:
         """With the model's own values where a field is ``None``; afterwards only ``seed`` may be."""

@@ -101,7 +101,11 @@ def run_tasks(
         # A longer question is cut from the left by lm-eval; the runtime itself would refuse it.
         wrapped: Any = huggingface.HFLM
         judged = wrapped(
-            pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=runtime.context
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=1,
+            max_length=runtime.context,
+            trust_remote_code=False,
         )
         try:
             found: Any = simple_evaluate(

@@ -1,4 +1,4 @@
-"""A fit of a quantised source and one of its expanded copy give the same records, byte for byte, and the same logits."""
+"""A fit of a quantised source and one of its expanded copy give the same records, byte for byte, and logits."""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def _check_plain(name: str, one: Stored) -> None:
             "the cache is not quantised here, and the scale has no place in the model",
             _PLAIN_VERSION,
         )
-    if name.endswith(("weight_scale", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB")):
+    if name.endswith(
+        ("weight_scale", "weight_zero_point", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB")
+    ):
         raise CheckpointError(
             f"The tensor {name} is a scale of a quantised weight that cannot be read.",
             "no weight beside it is in FP8 or MXFP4",
@@ -202,7 +204,7 @@ def _block_of(
         return 1, columns
     if scales[-2:] == (1, 1):
         return rows, columns
-    block = declared.get("weight_block_size") or (_BLOCK, _BLOCK)
+    block = _declared_block(declared)
     if not (
         isinstance(block, list | tuple)
         and len(block) == 2
@@ -212,6 +214,18 @@ def _block_of(
     high, wide = block
     grid = (-(-rows // high), -(-columns // wide))
     return (high, wide) if scales[-2:] == grid else None
+
+
+def _declared_block(declared: Mapping[str, Any]) -> Any:
+    """As the settings have it; ``None`` where groups of compressed-tensors differ in it."""
+    groups = declared.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [one.get("weights") for one in found if isinstance(one, Mapping)]
+    blocks = [one.get("block_structure") for one in weights if isinstance(one, Mapping)]
+    blocks = [one for one in blocks if one]
+    if not blocks:
+        return declared.get("weight_block_size") or (_BLOCK, _BLOCK)
+    return blocks[0] if all(one == blocks[0] for one in blocks) else None
 
 
 def _partner(name: str, candidates: tuple[str, ...], stored: Mapping[str, Stored]) -> str:

@@ -122,6 +122,12 @@ def run_layer(
         out = model.run_layer(index, stream.hidden[start:stop].to(model.device), batch)
         stream.hidden[start:stop] = out.to(stream.hidden.dtype).cpu()
     if not bool(stream.hidden.sum(dtype=torch.float64).isfinite()):
+        if model.dtype == torch.float16:
+            raise CheckpointError(
+                f"Decoder layer {index}{f' of {name}' if name else ''} gives NaN or infinity in float16.",
+                "a weight of the model is broken, or its numbers leave the range of float16, which ends at 65504",
+                f"--device cpu, which computes in float32; if it is the same there, {_AGAIN}",
+            )
         raise CheckpointError(
             f"Decoder layer {index}{f' of {name}' if name else ''} gives NaN or infinity.",
             "a weight of the model is broken, or its numbers leave the range of their type",

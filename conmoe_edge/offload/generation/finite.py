@@ -55,9 +55,18 @@ def guard_output(model: nn.Module, folder: Path, manifest: Manifest) -> None:
         if kwargs.get("attention_mask") is not None and logits.dim() > 1:
             logits = logits[:, -1]  # rows of padding may hold anything
         if not all_finite(logits):
+            why = _culprit(module, package, args, kwargs)
+            whole = NOT_NUMBERS not in why and not _broken_setting(module)
+            if logits.dtype == torch.float16 and whole:
+                raise NotFinite(
+                    "The model's numbers leave the range of float16, which ends at 65504.",
+                    why,
+                    f"compute in float32: AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='float32') "
+                    "after import conmoe_edge",
+                )
             raise NotFinite(
                 "The model computes NaN or infinity instead of an answer.",
-                _culprit(module, package, args, kwargs),
+                why,
                 f"Look for what else is damaged: conmoe-edge inspect {folder} --verify. Then make the package again, "
                 "or copy it again from where it came from.",
             )

@@ -13,6 +13,7 @@ from conmoe_edge.api.planning import (
     PlanReport,
     report_on,
     resolve_request,
+    stays_whole,
     with_fetching,
     with_tokenizer,
 )
@@ -137,7 +138,7 @@ def fit(
         report = with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
     if on_plan is not None:
         on_plan(report)
-    unchanged = report.plan.unchanged and asked.request.rate == "auto"
+    unchanged = stays_whole(report, asked)
     tokenizer = _tokenizer(tried, unchanged=unchanged, may_lack=no_tokenizer)
     if unchanged:
         source = _downloaded(source, Path(out), overwrite=overwrite)

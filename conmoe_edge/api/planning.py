@@ -191,6 +191,11 @@ def report_on(
     )
 
 
+def stays_whole(report: PlanReport, asked: Resolved) -> bool:
+    """Whether ``fit`` leaves the model as it is: it fits so, and nobody named a rate."""
+    return report.plan.unchanged and asked.request.rate == "auto"
+
+
 def with_fetching(
     report: PlanReport,
     sizes: Mapping[str, int],
@@ -204,13 +209,12 @@ def with_fetching(
     for name, nbytes in sizes.items():
         if (unit := unit_of(name)) is not None:
             layers[unit] = layers.get(unit, 0) + nbytes
-    unchanged = report.plan.unchanged and asked.request.rate == "auto"
     found = fetching_of(
         report.plan,
         report.anatomy,
         total_bytes=sum(sizes.values()),
         layer_bytes=max(layers.values(), default=0),
-        whole=keep_source or unchanged,
+        whole=keep_source or stays_whole(report, asked),
         passes=passes if asked.method.budgets else 1,
     )
     return replace(report, fetching=found)

@@ -17,7 +17,7 @@ from conmoe_edge.plan.least import least_size
 from conmoe_edge.plan.levers import record_bytes
 from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import Placement, place
-from conmoe_edge.plan.plan import Candidate, Plan
+from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.width_levers import narrowed
 from conmoe_edge.units import human_size
@@ -26,8 +26,13 @@ STEP = 32
 """Neurons: the blocks of llama.cpp's simple number formats, and of MXFP4."""
 
 
-def plan_plain(anatomy: ModelAnatomy, budget: Budget, context: int, request: PlanRequest) -> Plan:
+def choose_width(
+    anatomy: ModelAnatomy, budget: Budget, context: int, request: PlanRequest
+) -> tuple[Candidate, tuple[Candidate, ...], Placement]:
     """Decide.
+
+    Returns:
+        The width that is taken, every width that was looked at, and how the memory is divided with the first.
 
     Raises:
         UnsupportedModel: layers whose experts have different widths, which one number cannot say.
@@ -56,20 +61,7 @@ def plan_plain(anatomy: ModelAnatomy, budget: Budget, context: int, request: Pla
         for one, _ in options
     )
     candidate = next(one for one in shown if one.verdict == "chosen")
-    return Plan(
-        budget=budget,
-        context=context,
-        prefill_chunk=placement.prefill_chunk,
-        terms=placement.terms,
-        left_for_prototypes=placement.left_for_prototypes,
-        chosen=candidate,
-        candidates=shown,
-        unchanged=candidate.width == whole,
-        disk_bytes=anatomy.dense_bytes + candidate.pool_bytes,
-        scratch_bytes=4 * request.tokens * anatomy.hidden_size * 4,
-        prefer=request.prefer,
-        dense_precision=request.dense_precision,
-    )
+    return candidate, shown, placement
 
 
 def _does_not_fit(

@@ -23,8 +23,9 @@ from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
-from conmoe_edge.plan.plain_widths import plan_plain
-from conmoe_edge.plan.plan import Plan
+from conmoe_edge.plan.placement import Placement
+from conmoe_edge.plan.plain_widths import choose_width
+from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
 from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
 from conmoe_edge.plan.serving import PLAIN
@@ -55,19 +56,12 @@ def make_plan(
     anatomy = stored(anatomy, request.dense_precision)
     tokens = _checked_context(anatomy, request.context)
     if request.engine in PLAIN:
-        return plan_plain(anatomy, budget, tokens, request)
-    combinations = _combinations(precisions(anatomy, request.precision), request.forced_rate)
-    options = [
-        count_option(anatomy, budget, tokens, name, rate, request, trims=trims)
-        for name, rate in combinations
-    ]
-    chosen = _choose(options)
-    if chosen is None:
-        allowed = [option.candidate for option in options if option.allowed]
-        raise does_not_fit(anatomy, budget, tokens, allowed)
-    explained = tuple(explain(anatomy, budget, option, chosen, request) for option in options)
-    candidate = explained[options.index(chosen)]
-    placement = chosen.placement
+        trims = True
+        candidate, explained, placement = choose_width(anatomy, budget, tokens, request)
+    else:
+        candidate, explained, placement = _choose_levers(
+            anatomy, budget, tokens, request, trims=trims
+        )
     return Plan(
         budget=budget,
         context=tokens,
@@ -82,6 +76,23 @@ def make_plan(
         prefer=request.prefer,
         dense_precision=request.dense_precision,
     )
+
+
+def _choose_levers(
+    anatomy: ModelAnatomy, budget: Budget, tokens: int, request: PlanRequest, *, trims: bool
+) -> tuple[Candidate, tuple[Candidate, ...], Placement]:
+    """The combination that is taken, all that were looked at, and how the memory is divided with the first."""
+    combinations = _combinations(precisions(anatomy, request.precision), request.forced_rate)
+    options = [
+        count_option(anatomy, budget, tokens, name, rate, request, trims=trims)
+        for name, rate in combinations
+    ]
+    chosen = _choose(options)
+    if chosen is None:
+        allowed = [option.candidate for option in options if option.allowed]
+        raise does_not_fit(anatomy, budget, tokens, allowed)
+    explained = tuple(explain(anatomy, budget, option, chosen, request) for option in options)
+    return explained[options.index(chosen)], explained, chosen.placement
 
 
 def _combinations(names: tuple[str, ...], rate: float | None) -> list[tuple[str, float]]:

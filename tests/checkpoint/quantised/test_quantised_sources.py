@@ -239,3 +239,22 @@ def test_kinds_that_are_not_read_are_refused_by_name(method: str, tmp_path: Path
     _rewrite(tmp_path / "source", tensors, {"quant_method": method})
     with pytest.raises(ConmoeError, match=method):
         api.plan(str(tmp_path / "source"), budget="4GB", device="cpu")
+
+
+def test_a_quantised_model_is_never_linked_for_another_engine(tmp_path: Path) -> None:
+    """At its whole width as well it gets records: a link would be in the quantised form."""
+    source, _ = fp8_source(tmp_path / "source")
+    report = api.plan(str(source), budget="4GB", device="cpu", engine="hf")
+    assert report.plan.chosen.rate == 0.0
+    assert not report.plan.unchanged
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 40)
+    out = tmp_path / "out"
+    api.fit(
+        str(source), out, budget="4GB", device="cpu", engine="hf", calibration=text,
+        calibration_tokens=512,
+    )  # fmt: skip
+    manifest = open_package(out).manifest
+    assert manifest.method == "auto"
+    assert len(manifest.prototypes) == report.anatomy.expert_count
+    assert logits(api.load(out, device="cpu")).isfinite().all()

@@ -13,6 +13,7 @@ counted (``intake.py``), so that routes get it whole: as ``body_of(scope)``, onc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import Callable
@@ -76,7 +77,7 @@ class Guard:
             if scope["method"] == "POST":
                 entry = await self._taken_in(scope, receive)
         except ApiError as error:
-            await _refuse(error, outgoing)
+            await _refuse(error, receive, outgoing)
             return
         except _Gone:
             return
@@ -214,7 +215,11 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return dict(scope["headers"])
 
 
-async def _refuse(error: ApiError, send: Any) -> None:
+async def _refuse(error: ApiError, receive: Any, send: Any) -> None:
+    """Answer ``error``; what the client still sends meanwhile is thrown away for a moment.
+
+    A connection that is closed over unread bytes is reset, and the client may lose the answer (RFC 9112, section 9.6).
+    """
     body = json.dumps(error.body).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     headers += [
@@ -222,4 +227,13 @@ async def _refuse(error: ApiError, send: Any) -> None:
         (b"content-length", str(len(body)).encode()),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            message = await receive()
+            while message["type"] != "http.disconnect" and message.get("more_body"):
+                message = await receive()
+    await send({"type": "http.response.body", "body": b""})
+
+
+_LINGER_SECONDS = 2.0  # a client that sends on for longer without looking at the answer is cut off

@@ -154,7 +154,7 @@ def _reference(
 
 def _experts_bytes(folder: Path) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
-    from conmoe_edge.checkpoint.quantised.scheme import stored_in
+    from conmoe_edge.checkpoint.quantised.stored import stored_in
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
     from conmoe_edge.compress.quality.evaluation import manifest_of
     from conmoe_edge.model.probe import probe

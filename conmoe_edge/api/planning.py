@@ -110,7 +110,7 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.checkpoint.quantised.scheme import Stored
+    from conmoe_edge.checkpoint.quantised.stored import Stored
     from conmoe_edge.model.generation_file import read_generation
     from conmoe_edge.model.probe import count_in, probe
     from conmoe_edge.model.source_facts import read_source

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import Scheme, stored_in
+from conmoe_edge.checkpoint.quantised.scheme import Scheme
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
 from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.fs.contained import is_there
-from conmoe_edge.checkpoint.quantised.scheme import Scheme, Stored, find_scheme
+from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
+from conmoe_edge.checkpoint.quantised.stored import Stored
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says

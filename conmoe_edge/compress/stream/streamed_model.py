@@ -34,7 +34,7 @@ from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_c
 from conmoe_edge.checkpoint.package.small_tensors import damaged
 from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, is_broken
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import stored_in
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised

@@ -7,7 +7,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from conmoe_edge.checkpoint.quantised import fp8, mxfp4
+from conmoe_edge.checkpoint.quantised import (
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    fp8,
+    mxfp4,
+    nvfp4,
+)
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 
 
@@ -43,5 +49,11 @@ class Form(Protocol):
         ...
 
 
-_ALL: tuple[Form, ...] = (mxfp4, fp8)
+_ALL: tuple[Form, ...] = (
+    mxfp4,
+    nvfp4,
+    fp8,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+)
 FORMS: Mapping[str, Form] = {one.NAME: one for one in _ALL}

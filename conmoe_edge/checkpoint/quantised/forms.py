@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from conmoe_edge.checkpoint.quantised import fp8, mxfp4
+from conmoe_edge.checkpoint.quantised import awq, fp8, gptq, mxfp4, packed_ints, plain_ints
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 
 
@@ -43,5 +43,5 @@ class Form(Protocol):
         ...
 
 
-_ALL: tuple[Form, ...] = (mxfp4, fp8)
+_ALL: tuple[Form, ...] = (mxfp4, fp8, packed_ints, plain_ints, gptq, awq)
 FORMS: Mapping[str, Form] = {one.NAME: one for one in _ALL}

@@ -15,7 +15,9 @@ from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 _PLAIN = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "bool"})
 # Scales of activations: the weights are the same without them, and activations are not rounded here.
-_ACTIVATIONS = (".input_scale", ".activation_scale", ".input_activation_scale")
+_ACTIVATIONS = (
+    *(".input_scale", ".activation_scale", ".input_activation_scale", ".input_zero_point"),
+)
 _CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 _OF_A_WEIGHT = (
     *("weight_scale", "weight_zero_point", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB"),

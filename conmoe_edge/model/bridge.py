@@ -31,6 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from conmoe_edge.checkpoint.format.dtypes import CODES, PLAIN
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -278,8 +279,11 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         device: where the loaded parameters live.
 
     Raises:
-        CheckpointError: a shape does not fit the config, or tensors of one fused parameter are missing.
+        CheckpointError: a shape does not fit the config, tensors of one fused parameter are missing, or one is stored
+            in a format that no plain checkpoint has.
     """
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor)
     outcome = convert(model, tensors, device)
     for name, (found, wanted) in sorted(outcome.mismatched.items()):
         raise CheckpointError(
@@ -292,6 +296,17 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             f"{name} cannot be assembled from the checkpoint.",
             "one of the tensors that it is made of is missing or has another shape",
             AGAIN,
+        )
+
+
+def _check_plain(name: str, tensor: Any) -> None:
+    """The loader would cast any number to the parameter's format: the bytes of a quantised weight, too."""
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code not in PLAIN:
+        raise CheckpointError(
+            f"The tensor {name} is stored as {code}.",
+            "that is a number of a quantised weight, which nothing has expanded",
+            WRONG,
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.gguf.expanded import GgufTensors
+from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
 from conmoe_edge.checkpoint.quantised.scheme import Scheme
 from conmoe_edge.checkpoint.quantised.stored import stored_in
@@ -28,7 +30,7 @@ from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.generation_file import read_generation
 from conmoe_edge.model.probe import count_in, probe
-from conmoe_edge.model.source_facts import read_source
+from conmoe_edge.model.source_facts import read_gguf, read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,9 @@ class OpenedModel:
         config, anatomy: what it is.
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
         scheme: how the tensors of a plain checkpoint are made from its own.
+        folder: where its small files lie.
         ranges: reads the weights from the hub, where they are not on this disk.
+        gguf: has the weights, where they are in GGUF files.
     """
 
     name: str
@@ -52,12 +56,9 @@ class OpenedModel:
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
     scheme: Scheme
+    folder: Path
     ranges: HubRanges | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where its small files lie."""
-        return self.index.folder
+    gguf: GgufModel | None = None
 
     @contextmanager
     def tensors(self, scratch: SourceScratch | None = None) -> Iterator[Mapping[str, Lazy]]:
@@ -66,7 +67,10 @@ class OpenedModel:
         ``scratch`` is where bytes from the hub wait (``scratch``).
         """
         with self._bytes(scratch) as reader:
-            yield ExpandedTensors(reader, self.scheme)
+            if self.gguf is None:
+                yield ExpandedTensors(reader, self.scheme)
+            else:
+                yield GgufTensors(reader, self.gguf.tensors)
 
     def _bytes(self, scratch: SourceScratch | None) -> ShardReader:
         """The tensors as the checkpoint has them."""
@@ -96,12 +100,15 @@ def open_model(source: Source) -> OpenedModel:
         CheckpointError: the model is damaged, or its generation config is.
         UnsupportedModel: its experts cannot be reached.
     """
-    ranges = source.ranges
-    index = (
-        CheckpointIndex.open(source.path) if ranges is None else remote_index(source.path, ranges)
-    )
-    peek = index.bytes_of if ranges is None else remote_peek(index, ranges)
-    found = read_source(source.path, stored_in(index), peek)
+    ranges, gguf = source.ranges, source.gguf
+    if gguf is not None:
+        index, found = gguf.index, read_gguf(gguf)
+    elif ranges is None:
+        index = CheckpointIndex.open(source.path)
+        found = read_source(source.path, stored_in(index), index.bytes_of)
+    else:
+        index = remote_index(source.path, ranges)
+        found = read_source(source.path, stored_in(index), remote_peek(index, ranges))
     config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))
@@ -111,7 +118,11 @@ def open_model(source: Source) -> OpenedModel:
         index=index,
         config=config,
         anatomy=probe(config, found.facts),
-        identity=fingerprint(index) if ranges is None else remote_fingerprint(index, ranges),
+        identity=(
+            fingerprint(index, source.path) if ranges is None else remote_fingerprint(index, ranges)
+        ),
         scheme=found.scheme,
+        folder=source.path,
         ranges=ranges,
+        gguf=gguf,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.fs.contained import is_there
+from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
 from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
@@ -57,6 +58,20 @@ def read_source(
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     config = without_quantization(read_config(folder, bounds, settings))
     return SourceFacts(config, facts, scheme)
+
+
+def read_gguf(gguf: GgufModel) -> SourceFacts:
+    """The same of a GGUF model; its ``scheme`` is empty.
+
+    Raises:
+        CheckpointError: the config that its metadata gives cannot be.
+    """
+    facts = {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        for name, one in gguf.tensors.items()
+    }
+    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
+    return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}))
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from conmoe_edge.checkpoint.quantised.scheme import Scheme, Stored, find_scheme
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
+from conmoe_edge.model.other_parts import OtherParts, other_parts_of
 from conmoe_edge.model.probe import TensorFacts
 from conmoe_edge.model.size_bounds import SizeBounds
 
@@ -28,11 +29,13 @@ class SourceFacts:
     config: of the plain model; it declares no quantisation.
     facts: of the tensors of a plain checkpoint.
     scheme: how they are made from the tensors of the file.
+    beside: what of them belongs to parts for pictures and sound.
     """
 
     config: PretrainedConfig
     facts: Mapping[str, TensorFacts]
     scheme: Scheme
+    beside: OtherParts
 
 
 def read_source(folder: Path, stored: Mapping[str, Stored]) -> SourceFacts:
@@ -50,7 +53,7 @@ def read_source(folder: Path, stored: Mapping[str, Stored]) -> SourceFacts:
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     config = without_quantization(read_config(folder, bounds))
-    return SourceFacts(config, facts, scheme)
+    return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -190,11 +190,13 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def tiny_multimodal_config(kind: str, **text: Any) -> Any:
-    """The config of a tiny instance; ``text`` replaces values of its text model."""
+def tiny_multimodal_config(kind: str, vision: Mapping[str, Any] | None = None, **text: Any) -> Any:
+    """The config of a tiny instance; ``text`` replaces values of its text model, ``vision`` of the other part."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     settings = {**MODELS[kind], "text_config": {**MODELS[kind]["text_config"], **text}}
+    if vision:
+        settings["vision_config"] = {**settings["vision_config"], **vision}
     return CONFIG_MAPPING[kind](**settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.generation_file import read_generation
+from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.probe import count_in, probe
-from conmoe_edge.model.source_facts import read_gguf, read_source
+from conmoe_edge.model.source_facts import SourceFacts, read_gguf, read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class OpenedModel:
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
         scheme: how the tensors of a plain checkpoint are made from its own.
         folder: where its small files lie.
+        beside: its parts for pictures and sound.
+        keeps_vision: whether a package takes them along; ``anatomy`` counts them then.
         ranges: reads the weights from the hub, where they are not on this disk.
         gguf: has the weights, where they are in GGUF files.
     """
@@ -57,6 +60,8 @@ class OpenedModel:
     identity: Mapping[str, Any]
     scheme: Scheme
     folder: Path
+    beside: OtherParts = NOTHING
+    keeps_vision: bool = False
     ranges: HubRanges | None = None
     gguf: GgufModel | None = None
 
@@ -93,8 +98,9 @@ class OpenedModel:
         return {"name": self.name, "revision": self.revision, "fingerprint": dict(self.identity)}
 
 
-def open_model(source: Source) -> OpenedModel:
+def open_model(source: Source, *, keep_vision: bool = False) -> OpenedModel:
     """Read and check the headers and the config; no weight is read (of small files without a digest, their ends).
+    With ``keep_vision`` a package will have the parts for pictures and sound.
 
     Raises:
         CheckpointError: the model is damaged, or its generation config is.
@@ -117,12 +123,27 @@ def open_model(source: Source) -> OpenedModel:
         revision=source.revision,
         index=index,
         config=config,
-        anatomy=probe(config, found.facts),
+        anatomy=anatomy_of(found, keep_vision=keep_vision),
         identity=(
             fingerprint(index, source.path) if ranges is None else remote_fingerprint(index, ranges)
         ),
         scheme=found.scheme,
         folder=source.path,
+        beside=found.beside,
+        keeps_vision=keep_vision and bool(found.beside.tensors),
         ranges=ranges,
         gguf=gguf,
     )
+
+
+def anatomy_of(found: SourceFacts, *, keep_vision: bool) -> ModelAnatomy:
+    """The text model in numbers. Parts for pictures and sound that a package keeps are bytes outside its layers:
+    whoever loads the package with the model's own class has them in memory.
+
+    Raises:
+        UnsupportedModel, CheckpointError: as ``probe``.
+    """
+    anatomy = probe(found.config, found.facts)
+    if not keep_vision:
+        return anatomy
+    return replace(anatomy, outside_bytes=anatomy.outside_bytes + found.beside.nbytes)

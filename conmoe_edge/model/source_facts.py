@@ -16,6 +16,7 @@ from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
+from conmoe_edge.model.other_parts import NOTHING, OtherParts, other_parts_of
 from conmoe_edge.model.probe import TensorFacts
 from conmoe_edge.model.size_bounds import SizeBounds
 
@@ -30,11 +31,13 @@ class SourceFacts:
     config: of the plain model; it declares no quantisation.
     facts: of the tensors of a plain checkpoint.
     scheme: how they are made from the tensors of the file.
+    beside: what of them belongs to parts for pictures and sound.
     """
 
     config: PretrainedConfig
     facts: Mapping[str, TensorFacts]
     scheme: Scheme
+    beside: OtherParts
 
 
 def read_source(
@@ -57,7 +60,7 @@ def read_source(
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     config = without_quantization(read_config(folder, bounds, settings))
-    return SourceFacts(config, facts, scheme)
+    return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
 
 
 def read_gguf(gguf: GgufModel) -> SourceFacts:
@@ -71,7 +74,7 @@ def read_gguf(gguf: GgufModel) -> SourceFacts:
         for name, one in gguf.tensors.items()
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
-    return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}))
+    return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}), NOTHING)
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 // Weights in 4, 3 or 2 bits with a byte of scales for 32 columns: see checkpoint/format/low_bits.py.
 //
-// A vector of words is 8 rows, a word's bytes after a shift four neighbouring columns: what products of bytes take.
+// A vector of words is 8 or 16 rows, a word's bytes after a shift four neighbouring columns: what products of bytes take.
 
 #pragma once
 
@@ -8,57 +8,97 @@
 
 namespace {
 
+#if CONMOE_INTEGERS
+
+// Vectors of words, a row each. `add_products` adds up products of four bytes of every word; eight of them fit into what
+// it has for that, which is 16 bits without VNNI: 8 * 2 * 15 * 127.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+struct Words {
+  using T = __m512i;
+  static constexpr int64_t ROWS = 16;
+  static T load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static T all(int32_t value) { return _mm512_set1_epi32(value); }
+  static T none() { return _mm512_setzero_si512(); }
+  static T either(T a, T b) { return _mm512_or_si512(a, b); }
+  // A mask of each byte, after a shift to the right, or to the left where that is below 0.
+  template <int SHIFT, int MASK>
+  static T bits(T x) {
+    if constexpr (SHIFT > 0) x = _mm512_srli_epi32(x, SHIFT);
+    if constexpr (SHIFT < 0) x = _mm512_slli_epi32(x, -SHIFT);
+    return _mm512_and_si512(x, _mm512_set1_epi8(MASK));
+  }
+  static T add_products(T sums, T w, T x) { return _mm512_dpbusd_epi32(sums, w, x); }
+  static T finish(T sums) { return sums; }
+  static void store(int32_t* to, T sums) { _mm512_storeu_si512(to, sums); }
+};
+#else
+struct Words {
+  using T = __m256i;
+  static constexpr int64_t ROWS = 8;
+  static T load(const uint8_t* from) { return _mm256_loadu_si256((const T*)from); }
+  static T all(int32_t value) { return _mm256_set1_epi32(value); }
+  static T none() { return _mm256_setzero_si256(); }
+  static T either(T a, T b) { return _mm256_or_si256(a, b); }
+  // A mask of each byte, after a shift to the right, or to the left where that is below 0.
+  template <int SHIFT, int MASK>
+  static T bits(T x) {
+    if constexpr (SHIFT > 0) x = _mm256_srli_epi32(x, SHIFT);
+    if constexpr (SHIFT < 0) x = _mm256_slli_epi32(x, -SHIFT);
+    return _mm256_and_si256(x, _mm256_set1_epi8(MASK));
+  }
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  static T add_products(T sums, T w, T x) { return _mm256_dpbusd_epi32(sums, w, x); }
+  static T finish(T sums) { return sums; }
+#else
+  static T add_products(T sums, T w, T x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x)); }
+  static T finish(T sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+#endif
+  static void store(int32_t* to, T sums) { _mm256_storeu_si256((T*)to, sums); }
+};
+#endif
+
+#endif
+
 template <int WIDTH>
 struct Low {
   static constexpr int64_t BITS = WIDTH;
   static constexpr int64_t GROUP = 32, HEAD = 4;
   static constexpr int32_t LAST = (1 << WIDTH) - 1;  // twice the middle that is subtracted
+  static constexpr int64_t AHEAD = 4096;         // bytes; one page, as processors read ahead within one only
   using T = uint8_t;
 
 #if CONMOE_INTEGERS
 
-  // Columns 4 * step ... 4 * step + 3 of 8 rows, of the words that `w` begins with.
-  template <int STEP>
-  static __m256i columns_of(const uint8_t* w) {
+  // Columns 4 * STEP ... 4 * STEP + 3 of the rows of one vector, of the words that `w` begins with.
+  template <class V, int STEP>
+  static typename V::T columns_of(const uint8_t* w) {
     constexpr int PLANE = WIDTH == 4 ? 4 : 2, INSIDE = 8 / PLANE;
-    const __m256i low = _mm256_loadu_si256((const __m256i*)(w + STEP / INSIDE * 4 * TILE));
-    const __m256i mask = _mm256_set1_epi8((1 << PLANE) - 1);
-    const __m256i found = _mm256_and_si256(_mm256_srli_epi32(low, PLANE * (STEP % INSIDE)), mask);
-    if constexpr (WIDTH == 3) {
-      const __m256i high = _mm256_loadu_si256((const __m256i*)(w + 8 * TILE));
-      const __m256i moved = STEP < 2 ? _mm256_slli_epi32(high, STEP < 2 ? 2 - STEP : 0)
-                                     : _mm256_srli_epi32(high, STEP < 2 ? 0 : STEP - 2);
-      return _mm256_or_si256(found, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
-    }
-    return found;
+    const auto found = V::template bits<PLANE * (STEP % INSIDE), (1 << PLANE) - 1>(V::load(w + STEP / INSIDE * 4 * TILE));
+    if constexpr (WIDTH == 3)
+      return V::either(found, V::template bits<STEP - 2, 4>(V::load(w + 8 * TILE)));
+    else
+      return found;
   }
 
-  // 16 sums of two products of 8 rows; eight of them fit into 16 bits: 8 * 2 * 15 * 127.
-  template <int... STEP>
-  static __m256i octet(const uint8_t* w, const __m256i* x, std::integer_sequence<int, STEP...>) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    __m256i sums = _mm256_setzero_si256();
-    ((sums = _mm256_dpbusd_epi32(sums, columns_of<STEP>(w), x[STEP])), ...);
-    return sums;
-#else
-    __m256i pairs = _mm256_setzero_si256();
-    ((pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(columns_of<STEP>(w), x[STEP]))), ...);
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
+  template <class V, int... STEP>
+  static typename V::T rows_of(const uint8_t* w, const typename V::T* x, std::integer_sequence<int, STEP...>) {
+    auto sums = V::none();
+    ((sums = V::add_products(sums, columns_of<V, STEP>(w), x[STEP])), ...);
+    return V::finish(sums);
   }
 
   // sums[r] = sum over the group's columns of the numbers of row r times q.
   static void sums_of(const uint8_t* w, const int8_t* q, int32_t* sums) {
-    __m256i x[8];
+    using V = Words;
+    typename V::T x[8];
     for (int step = 0; step < 8; ++step) {
       int32_t four;
       std::memcpy(&four, q + 4 * step, sizeof(four));
-      x[step] = _mm256_set1_epi32(four);
+      x[step] = V::all(four);
     }
-    for (int64_t row = 0; row < TILE; row += 8) {
-      __builtin_prefetch(w + 4 * row * WIDTH / 4 + 4096);
-      _mm256_storeu_si256((__m256i*)(sums + row), octet(w + 4 * row, x, std::make_integer_sequence<int, 8>{}));
-    }
+    for (int64_t line = 0; line < 4 * WIDTH; ++line) __builtin_prefetch(w + 64 * line + AHEAD);
+    for (int64_t row = 0; row < TILE; row += V::ROWS)
+      V::store(sums + row, rows_of<V>(w + 4 * row, x, std::make_integer_sequence<int, 8>{}));
   }
 
   // The numbers of one row of a group, in the order of its columns.
@@ -111,10 +151,16 @@ struct Low {
   // s and z - 8 of 16 rows.
   static void steps(const uint8_t* here, Lanes& s, Lanes& z) {
     int8_t low[LANES], high[LANES];
+#if CONMOE_INTEGERS
+    const __m128i both = _mm_loadu_si128((const __m128i*)here), mask = _mm_set1_epi8(15);
+    _mm_storeu_si128((__m128i*)low, _mm_and_si128(both, mask));
+    _mm_storeu_si128((__m128i*)high, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), mask), _mm_set1_epi8(8)));
+#else
     for (int64_t i = 0; i < LANES; ++i) {
       low[i] = int8_t(here[i] & 15);
       high[i] = int8_t((here[i] >> 4) - 8);
     }
+#endif
     s = load(low);
     z = load(high);
   }

@@ -79,8 +79,10 @@ def _low_kind(values: Sequence[int], scales: Sequence[int]) -> Kind | None:
     if len(values) != 2 or len(scales) != 2 or values[0] != scales[1]:
         return None
     columns = (scales[0] - LOW_HEAD) * LOW_GROUP
-    fits = (kind for kind, bits in LOW_BITS.items() if values[1] * 8 == columns * bits > 0)
-    return next(fits, None)
+    for kind, bits in LOW_BITS.items():
+        if values[1] * 8 == columns * bits > 0:
+            return kind
+    return None
 
 
 def bits_of(kind: Kind) -> int:

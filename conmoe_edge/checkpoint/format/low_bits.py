@@ -1,10 +1,9 @@
 """Weights in 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
 
 A matrix [R, K] (rows are outputs), K a multiple of 32, R of 16. A weight is ``S s (q - c) + Z (z - 8)``: q in
-0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S and
-Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K more. Scales of scales: llama.cpp's K-quants
-have them too, with 6 bits; here measured on experts of the demo, 4 bits for each lost 2 % more than 8, at half the
-bytes, and groups of 32 in 4 bits beat groups of 64 in 8 by a tenth to a quarter (``docs/low-bits.md``).
+0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S
+and Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K more. Scales of scales are those of
+llama.cpp's K-quants; four bits for each do for small groups.
 
 Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
 and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 3 bits are a plane of the lower
@@ -125,8 +124,11 @@ class Grid:
                 best = error, s, z
             else:
                 better = error < best[0]
-                new = (error, s, z)
-                best = tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))
+                best = (
+                    torch.where(better, error, best[0]),
+                    torch.where(better, s, best[1]),
+                    torch.where(better, z, best[2]),
+                )
         assert best is not None
         return best[1], best[2]
 

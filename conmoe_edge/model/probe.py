@@ -149,9 +149,9 @@ def _assemble(
         if target in fused:
             of_experts.setdefault(target, []).append(facts[key])
         elif (layer := _layer_of(target, prefix)) is not None:
-            dense[layer] += _expanded_bytes(facts[key])
+            dense[layer] += expanded_bytes(facts[key])
         else:
-            outside += _expanded_bytes(facts[key])
+            outside += expanded_bytes(facts[key])
     top_k = top_k_of(text)
     anatomy = []
     for index in range(len(layers)):
@@ -171,14 +171,14 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, _expanded_bytes(facts[key]))
+            DenseMatrix(_layer_of(key, prefix), *shape, expanded_bytes(facts[key]))
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
     )
 
 
-def _expanded_bytes(fact: TensorFacts) -> int:
+def expanded_bytes(fact: TensorFacts) -> int:
     """Bytes of a tensor as a package stores it: what is quantised in the checkpoint is expanded there."""
     return fact.nbytes if fact.form == "plain" else nbytes_of(fact.dtype, fact.shape)
 
@@ -276,7 +276,7 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
     """The dtype that most bytes of the checkpoint have; the config's where there are no headers."""
     weight: dict[str, int] = {}
     for fact in (headers or {}).values():
-        weight[fact.dtype] = weight.get(fact.dtype, 0) + _expanded_bytes(fact)
+        weight[fact.dtype] = weight.get(fact.dtype, 0) + expanded_bytes(fact)
     floating = {
         name: count
         for name, count in weight.items()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.make_gpt_oss_shape import Shape, make
 from conmoe_edge import api
-from conmoe_edge.checkpoint.quantised.scheme import Stored
+from conmoe_edge.checkpoint.quantised.stored import Stored
 from conmoe_edge.cli.main import main
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy

@@ -80,13 +80,15 @@ def _beside(report: PlanReport) -> list[Text]:
 def model_line(anatomy: ModelAnatomy) -> str:
     """``16 MoE layers · 64 experts · top-8 · bf16 · 12.89 GiB``."""
     moe = anatomy.moe_layers
+    formats = [precision_name(anatomy.dtype)]
+    formats += [] if anatomy.source_form == "plain" else anatomy.source_form.split("+")
     experts = [layer.experts for layer in moe if layer.experts is not None]
     return " · ".join(
         (
             counted(len(moe), "MoE layer"),
             f"{span(e.count for e in experts)} experts",
             f"top-{span(e.top_k for e in experts)}",
-            precision_name(anatomy.dtype),
+            " and ".join(formats),
             human_size(anatomy.total_bytes),
         )
     )

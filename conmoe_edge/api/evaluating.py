@@ -164,5 +164,5 @@ def _experts_bytes(folder: Path) -> int:
     if manifest is not None and manifest.method != UNCHANGED:
         return 0
     index = CheckpointIndex.open(folder)
-    source = read_source(folder, stored_in(index))
+    source = read_source(folder, stored_in(index), index.bytes_of)
     return probe(source.config, source.facts).experts_bytes

@@ -118,7 +118,7 @@ def plan(
     asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
     stored = {name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()}
-    source = read_source(found.path, stored)
+    source = read_source(found.path, stored, found.peek)
     config = source.config
     anatomy = probe(config, source.facts)
     if found.index is not None:  # the weights are here, and so are the small files

@@ -53,13 +53,18 @@ _DTYPES = ("dtype", "torch_dtype")
 _NO_CODE = "use a model whose architecture is part of transformers; code inside a model folder is never run"
 
 
-def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> PretrainedConfig:
+def read_config(
+    folder: str | Path,
+    bounds: SizeBounds | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
     """The config of a local model or package. Nothing in the folder is executed, and no size in it is larger than
     anything in the headers of the weights.
 
     Args:
         folder: holds ``config.json``.
         bounds: what the headers show; by default they are read from the folder.
+        settings: what ``read_settings`` gave of the file, where it is read already.
 
     Raises:
         UnsupportedModel: transformers does not know the ``model_type``.
@@ -69,7 +74,7 @@ def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> Pretrai
     folder = Path(folder)
     check_folder(folder)
     where = folder / CONFIG_FILE
-    settings = read_settings(folder, CONFIG_FILE)
+    settings = read_settings(folder, CONFIG_FILE) if settings is None else settings
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UnsupportedModel(

@@ -15,7 +15,11 @@ from conmoe_edge.checkpoint.quantised.scheme import Scheme
 from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
-from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index
+from conmoe_edge.checkpoint.sources.remote_index import (
+    remote_fingerprint,
+    remote_index,
+    remote_peek,
+)
 from conmoe_edge.checkpoint.sources.remote_reader import RemoteReader
 from conmoe_edge.checkpoint.sources.source_scratch import SourceScratch
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
@@ -96,7 +100,8 @@ def open_model(source: Source) -> OpenedModel:
     index = (
         CheckpointIndex.open(source.path) if ranges is None else remote_index(source.path, ranges)
     )
-    found = read_source(source.path, stored_in(index))
+    peek = index.bytes_of if ranges is None else remote_peek(index, ranges)
+    found = read_source(source.path, stored_in(index), peek)
     config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))

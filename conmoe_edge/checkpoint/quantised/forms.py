@@ -7,7 +7,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from conmoe_edge.checkpoint.quantised import awq, fp8, gptq, mxfp4, packed_ints, plain_ints
+from conmoe_edge.checkpoint.quantised import (
+    awq,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    fp8,
+    gptq,
+    mxfp4,
+    nvfp4,
+    packed_ints,
+    plain_ints,
+)
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 
 
@@ -43,5 +53,15 @@ class Form(Protocol):
         ...
 
 
-_ALL: tuple[Form, ...] = (mxfp4, fp8, packed_ints, plain_ints, gptq, awq)
+_ALL: tuple[Form, ...] = (
+    mxfp4,
+    nvfp4,
+    fp8,
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    packed_ints,
+    plain_ints,
+    gptq,
+    awq,
+)
 FORMS: Mapping[str, Form] = {one.NAME: one for one in _ALL}

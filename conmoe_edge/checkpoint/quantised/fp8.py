@@ -17,6 +17,7 @@ from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 NAME = "fp8"
 _VALUES = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _SCALES = frozenset({"float32", "bfloat16", "float16", "float8_e8m0fnu"})
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _BLOCK = 128
 """Rows and columns of a block where the settings name none."""
 
@@ -30,7 +31,7 @@ def declares(settings: Mapping[str, Any]) -> bool:
             kind == "compressed-tensors"
             and settings.get("format") in ("float-quantized", "naive-quantized")
         )
-        or (kind == "modelopt" and settings.get("quant_algo") == "FP8")
+        or (kind == "modelopt" and settings.get("quant_algo") in _MODELOPT)
     )
 
 
@@ -41,6 +42,8 @@ def find(name: str, headers: Headers) -> Logical | None:
         return None
     scales = headers.partner(name, f"{name}_scale_inv", f"{name}_scale")
     other = headers.stored[scales]
+    if f"{name}_scale_2" in headers.stored:
+        raise headers.odd(name, f"{name}_scale_2")
     if len(one.shape) < 2 or 0 in one.shape or other.dtype not in _SCALES:
         raise headers.odd(name, scales)
     block = _block_of(one.shape, other.shape, headers.declared)
@@ -94,9 +97,15 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
     factors = parts["scales"].float()
     if not bool(factors.isfinite().all()):
         raise logical.broken("scales", "holds NaN or infinity")
-    if bool((factors <= 0).any()):
-        raise logical.broken("scales", "holds a scale that is not above 0")
-    return _product(parts["values"], factors, logical.layout, getattr(torch, logical.dtype))
+    if bool((factors < 0).any()):
+        raise logical.broken("scales", "holds a scale below 0")
+    values, dtype = parts["values"], getattr(torch, logical.dtype)
+    if bool((factors == 0).any()):
+        # Right where a block has nothing but zeros: experts that were never trained, padding.
+        zero = _product(values.float().sign(), (factors == 0).float(), logical.layout, dtype)
+        if bool(zero.any()):
+            raise logical.broken("scales", "holds a scale of 0 for values that are not 0")
+    return _product(values, factors, logical.layout, dtype)
 
 
 def _product(values: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

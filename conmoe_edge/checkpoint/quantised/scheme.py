@@ -5,23 +5,33 @@ No weight is read here. What is not understood without doubt is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from conmoe_edge.checkpoint.quantised.forms import FORMS
-from conmoe_edge.checkpoint.quantised.stored import PLAIN_VERSION, Headers, Logical, Stored
+from conmoe_edge.checkpoint.quantised.stored import (
+    PLAIN_VERSION,
+    Headers,
+    Logical,
+    Peek,
+    Stored,
+)
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 _PLAIN = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "bool"})
-# Scales of activations: the weights are the same without them, and activations are not rounded here.
+# Scales of activations, keys and values among them: the weights are the same without them, and neither activations nor
+# the cache are rounded here.
 _ACTIVATIONS = (
-    *(".input_scale", ".activation_scale", ".input_activation_scale", ".input_zero_point"),
+    *("input_scale", ".activation_scale", ".input_activation_scale", ".input_global_scale"),
+    ".input_zero_point",
+    *(".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".output_scale", ".prob_output_scale"),
 )
-_CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
 _OF_A_WEIGHT = (
-    *("weight_scale", "weight_zero_point", "_scale_inv", "_scales", ".scales", ".qzeros", ".SCB"),
+    *("weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "_scale_inv"),
+    *("_scales", ".scales", ".qzeros", ".SCB", ".absmax", ".quant_map", "pre_quant_scale"),
 )
+"""How names end that no plain tensor has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +47,26 @@ class Scheme:
         return "+".join(forms) or "plain"
 
 
-def find_scheme(stored: Mapping[str, Stored], declared: Mapping[str, Any], dtype: str) -> Scheme:
+def find_scheme(
+    stored: Mapping[str, Stored],
+    declared: Mapping[str, Any],
+    dtype: str,
+    peek: Peek | None = None,
+) -> Scheme:
     """Which tensors of the file belong together.
 
     Args:
         stored: all tensors of the checkpoint.
         declared: the settings of its quantisation; empty where no file has any.
         dtype: torch's name of the format that quantised tensors are expanded to.
+        peek: reads small tensors, for forms that have shapes in values; ``None`` where only headers are at hand.
 
     Raises:
         UnsupportedModel: the quantisation is of a kind that cannot be read.
         CheckpointError: tensors are missing, or their shapes do not belong together.
     """
     _check_declared(declared)
-    headers = Headers(stored, declared, dtype)
+    headers = Headers(stored, declared, dtype, peek)
     found: dict[str, Logical] = {}
     used: set[str] = set()
     for name in stored:
@@ -81,24 +97,51 @@ def find_scheme(stored: Mapping[str, Stored], declared: Mapping[str, Any], dtype
 
 
 def _check_declared(declared: Mapping[str, Any]) -> None:
-    if not declared or any(form.declares(declared) for form in FORMS.values()):
-        return
-    kind, layout = declared.get("quant_method"), declared.get("format")
-    words = ", ".join(str(one)[:40] for one in (kind, layout, declared.get("quant_algo")) if one)
-    raise UnsupportedModel(
-        f"This checkpoint is quantised in a form that is not read here ({words or 'unnamed'}).",
-        f"these forms are read: {', '.join(FORMS)}",
-        PLAIN_VERSION,
-    )
+    for one in _parts_of(declared):
+        if any(form.declares(one) for form in FORMS.values()):
+            continue
+        named = (one.get("quant_method"), one.get("format"), one.get("quant_algo"))
+        words = ", ".join(str(word)[:40] for word in named if word)
+        raise UnsupportedModel(
+            f"This checkpoint is quantised in a form that is not read here ({words or 'unnamed'}).",
+            f"these forms are read: {', '.join(FORMS)}",
+            PLAIN_VERSION,
+        )
+    for what in ("transform_config", "sparsity_config"):
+        if _does_something(declared.get(what)):
+            raise UnsupportedModel(
+                f"The weights of this checkpoint are not only quantised: it has a {what}.",
+                "they would have to be transformed back, which is not done here",
+                PLAIN_VERSION,
+            )
+
+
+def _parts_of(declared: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The settings, or those of each group of weights where groups are of different forms."""
+    kind = declared.get("quant_method")
+    if kind == "compressed-tensors" and declared.get("format") == "mixed-precision":
+        groups, word = declared.get("config_groups"), "format"
+    elif kind == "modelopt" and declared.get("quant_algo") == "MIXED_PRECISION":
+        groups, word = declared.get("quantized_layers"), "quant_algo"
+    else:
+        groups, word = None, ""
+    if isinstance(groups, Mapping) and groups:
+        words = [one.get(word) if isinstance(one, Mapping) else None for one in groups.values()]
+        yield from ({**declared, word: one} for one in {str(one): one for one in words}.values())
+    elif declared:
+        yield declared
+
+
+def _does_something(settings: Any) -> bool:
+    """Whether there are settings of a transform, or of a sparse format, that are not empty."""
+    if not isinstance(settings, Mapping):
+        return bool(settings)
+    if "format" in settings:
+        return settings["format"] not in (None, "dense")
+    return bool(settings.get("config_groups", settings))
 
 
 def _check_plain(name: str, one: Stored) -> None:
-    if name.endswith(_CACHE):
-        raise UnsupportedModel(
-            f"The tensor {name} is a scale of a quantised key-value cache.",
-            "the cache is not quantised here, and the scale has no place in the model",
-            PLAIN_VERSION,
-        )
     if name.endswith(_OF_A_WEIGHT):
         raise CheckpointError(
             f"The tensor {name} is a scale of a quantised weight that cannot be read.",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 PLAIN_VERSION = "name a version of it in 16 or 32 bit, or in a form of docs/quantised-sources.md"
 """What helps where a form is not read."""
@@ -26,6 +27,12 @@ def stored_in(index: CheckpointIndex) -> dict[str, Stored]:
     return {name: Stored(e.torch_name, e.nbytes, e.shape) for name, e in index.tensors.items()}
 
 
+Peek = Callable[[str], bytes]
+"""Name -> the bytes of that tensor; only small ones are asked for."""
+MOST_PEEKED = 4096
+"""Bytes of the largest tensor that is read to understand the others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Headers:
     """What a form decides from.
@@ -34,11 +41,47 @@ class Headers:
         stored: all tensors of the checkpoint.
         declared: the settings of its quantisation; empty where no file has any.
         dtype: torch's name of the format that quantised tensors are expanded to.
+        peek: reads the values of small tensors; ``None`` where only headers are at hand.
     """
 
     stored: Mapping[str, Stored]
     declared: Mapping[str, Any]
     dtype: str
+    peek: Peek | None = None
+    _first: dict[tuple[str, Stored], str] = field(default_factory=dict, compare=False)
+    _peeked: dict[str, bytes] = field(default_factory=dict, compare=False)
+
+    def first_like(self, name: str) -> str:
+        """The first tensor with the header of ``name`` whose name differs in numbers alone: the same of another layer
+        or expert. What is read of it is a guess for all of them, and has to be checked when they are expanded.
+        """
+        if not self._first:
+            for one, header in self.stored.items():
+                self._first.setdefault((re.sub(r"\d+", "*", one), header), one)
+        return self._first[re.sub(r"\d+", "*", name), self.stored[name]]
+
+    def values_of(self, name: str) -> bytes:
+        """The bytes of a small tensor.
+
+        Raises:
+            CheckpointError: it is not small, or cannot be read.
+            UnsupportedModel: only headers are at hand.
+        """
+        if self.stored[name].nbytes > MOST_PEEKED:
+            raise CheckpointError(
+                f"The tensor {name} has {self.stored[name].nbytes} bytes.",
+                f"it says how a weight is quantised, for which {MOST_PEEKED} are enough",
+                PLAIN_VERSION,
+            )
+        if self.peek is None:
+            raise UnsupportedModel(
+                f"How {name} and its kin are quantised is written in their values.",
+                "only the headers of the model are at hand",
+                "download it first: fit --keep-source",
+            )
+        if name not in self._peeked:
+            self._peeked[name] = self.peek(name)
+        return self._peeked[name]
 
     def partner(self, name: str, *candidates: str, what: str = "scales") -> str:
         """The one of ``candidates`` that there is: the scales of ``name``, or ``what`` else belongs to it.

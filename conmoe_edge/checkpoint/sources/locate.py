@@ -11,7 +11,7 @@ damaged), ``UsageError``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ class Header:
 class Description:
     """A model before any download of weights: ``path`` holds at least ``config.json``.
 
-    ``index`` is ``None`` where the weights are not on this disk.
+    ``peek`` reads the bytes of a tensor, for small ones that say how others are
+    stored. ``index`` is ``None`` where the weights are not on this disk.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Description:
     revision: str | None
     hub_id: str | None
     tensors: Mapping[str, Header]
+    peek: Callable[[str], bytes]
     index: CheckpointIndex | None = None
 
     @property
@@ -150,16 +152,21 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
     # The commit of the config, so that config and headers cannot come from two states of the
     # repository.
     commit = _commit(folder) or meaning.revision
-    tensors = {
-        name: Header(
-            TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)),
-            tuple(tensor.shape),
-            place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)[1],
-            file,
-        )
-        for name, (file, tensor) in hub.fetch_headers(meaning.hub_id, commit).items()
-    }
-    return Description(model, meaning.kind, folder, commit, meaning.hub_id, tensors)
+    headers = hub.fetch_headers(meaning.hub_id, commit)
+    tensors, starts = {}, {}
+    for name, (file, tensor) in headers.items():
+        start, nbytes = place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)
+        dtype = TORCH_NAMES.get(tensor.dtype, str(tensor.dtype))
+        tensors[name] = Header(dtype, tuple(tensor.shape), nbytes, file)
+        starts[name] = start
+    hub_id = meaning.hub_id
+
+    def peek(name: str) -> bytes:
+        one, ranges = tensors[name], HubRanges(hub_id, commit or "main")
+        data = 8 + int.from_bytes(ranges.read(one.file, 0, 8), "little")
+        return ranges.read(one.file, data + starts[name], data + starts[name] + one.nbytes)
+
+    return Description(model, meaning.kind, folder, commit, hub_id, tensors, peek)
 
 
 def _local(meaning: Meaning, folder: Path, revision: str | None) -> Description:
@@ -168,7 +175,9 @@ def _local(meaning: Meaning, folder: Path, revision: str | None) -> Description:
         name: Header(entry.torch_name, entry.shape, entry.nbytes, entry.file)
         for name, entry in index.tensors.items()
     }
-    return Description(meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors, index)
+    return Description(
+        meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors, index.bytes_of, index
+    )
 
 
 def _commit(folder: Path) -> str | None:

@@ -225,7 +225,7 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
         with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
             yield subject
         return
-    source = read_source(folder, stored_in(index))
+    source = read_source(folder, stored_in(index), index.bytes_of)
     anatomy = probe(source.config, source.facts)
     with ShardReader(index) as reader:
         tensors = ExpandedTensors(reader, source.scheme)

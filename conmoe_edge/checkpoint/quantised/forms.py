@@ -8,11 +8,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from conmoe_edge.checkpoint.quantised import (
+    awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
     fp8,
+    gptq,
     mxfp4,
     nvfp4,
+    packed_ints,
+    plain_ints,
 )
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 
@@ -53,6 +57,10 @@ _ALL: tuple[Form, ...] = (
     mxfp4,
     nvfp4,
     fp8,
+    packed_ints,
+    plain_ints,
+    gptq,
+    awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
 )

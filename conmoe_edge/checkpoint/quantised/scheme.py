@@ -24,6 +24,7 @@ from conmoe_edge.errors import CheckpointError, UnsupportedModel
 # the cache are rounded here.
 _ACTIVATIONS = (
     *("input_scale", ".activation_scale", ".input_activation_scale", ".input_global_scale"),
+    ".input_zero_point",
     *(".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".output_scale", ".prob_output_scale"),
 )
 _OF_A_WEIGHT = (

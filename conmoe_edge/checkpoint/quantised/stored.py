@@ -83,8 +83,8 @@ class Headers:
             self._peeked[name] = self.peek(name)
         return self._peeked[name]
 
-    def partner(self, name: str, *candidates: str) -> str:
-        """The one of ``candidates`` that there is: the scales of ``name``.
+    def partner(self, name: str, *candidates: str, what: str = "scales") -> str:
+        """The one of ``candidates`` that there is: the scales of ``name``, or ``what`` else belongs to it.
 
         Raises:
             CheckpointError: none, or more than one.
@@ -94,12 +94,12 @@ class Headers:
             return there[0]
         if there:
             raise CheckpointError(
-                f"{name} has two scales: {there[0]} and {there[1]}.",
+                f"{name} has {what} twice: {there[0]} and {there[1]}.",
                 "which of them is meant cannot be known",
                 PLAIN_VERSION,
             )
         raise CheckpointError(
-            f"The scales of {name} are missing.",
+            f"The {what} of {name} are missing.",
             f"there is no {' or '.join(candidates)}; without them every number of it is wrong",
             "Download the model again; if it is the same afterwards, the model itself is broken.",
         )

@@ -171,16 +171,17 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
         offset = torch.tensor(state.offset)
     elif not bool(absmax.isfinite().all()) or bool((absmax < 0).any()):
         raise logical.broken("absmax", "holds NaN, infinity or a number below 0")
-    return dequantize_4bit(
-        parts["values"].reshape(-1).view(torch.uint8),
-        QuantState(
-            absmax=absmax,
-            shape=torch.Size(state.shape),
-            code=parts["map"],
-            blocksize=state.block,
-            quant_type=state.kind,
-            dtype=getattr(torch, logical.dtype),
-            offset=offset,
-            state2=outer,
-        ),
+    whole = QuantState(
+        absmax=absmax,
+        shape=torch.Size(state.shape),
+        code=parts["map"],
+        blocksize=state.block,
+        quant_type=state.kind,
+        dtype=getattr(torch, logical.dtype),
+        offset=offset,
+        state2=outer,
     )
+    values = parts["values"].reshape(-1).view(torch.uint8)
+    # For rows of odd lengths the library would compile a program first.
+    with torch.compiler.set_stance("force_eager"):
+        return dequantize_4bit(values, whole)

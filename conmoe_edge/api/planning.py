@@ -13,6 +13,7 @@ from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CalibrationError, ConmoeError
 from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
@@ -84,6 +85,7 @@ class PlanReport:
         }
 
 
+@no_collections()
 def plan(
     model: str,
     request: PlanRequest | None = None,

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from conmoe_edge.checkpoint.fs.contained import is_there
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, Stored, find_scheme
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
-from conmoe_edge.model.bridge import read_config, without_quantization
+from conmoe_edge.model.bridge import check_known, read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
 from conmoe_edge.model.probe import TensorFacts
 from conmoe_edge.model.size_bounds import SizeBounds
@@ -43,6 +43,7 @@ def read_source(folder: Path, stored: Mapping[str, Stored]) -> SourceFacts:
         UnsupportedModel: the model, or the way it is quantised, is of a kind that is not read.
     """
     settings = read_settings(folder, CONFIG_FILE)
+    check_known(folder, settings)  # before the weights: of an unknown model no other version helps
     scheme = find_scheme(stored, declared_in(folder, settings), _float_dtype(settings, stored))
     facts = {
         name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)

@@ -38,6 +38,7 @@ from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import (
     AGAIN,
     ANOTHER_MODEL,
+    COMPARE_CONFIG,
     WRONG,
     read_settings,
     says,
@@ -186,7 +187,7 @@ def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
         why,
-        WRONG,
+        COMPARE_CONFIG,
     )
 
 

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from conmoe_edge.errors import UnsupportedModel
-from conmoe_edge.model.config_json import ANOTHER_MODEL, WRONG
+from conmoe_edge.model.config_json import ANOTHER_MODEL, COMPARE_CONFIG
 from conmoe_edge.model.foreign import foreign
 
 _MOST = 1 << 16
@@ -57,7 +57,7 @@ def _cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
             ANOTHER_MODEL,
         )
     return UnsupportedModel(
-        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, WRONG
+        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, COMPARE_CONFIG
     )
 
 

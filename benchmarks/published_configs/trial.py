@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from benchmarks.published_configs.build import knows
 from benchmarks.published_configs.collection import Published
 from benchmarks.published_configs.full_size import write_headers
 from benchmarks.published_configs.shrink import shrunk
@@ -55,18 +55,31 @@ def plan_full(published: Published, work: Path) -> dict[str, Any]:
 
 
 def run_small(published: Published, work: Path) -> dict[str, Any]:
-    """``fit`` at rates 0 and 50 %, ``chat`` and ``eval`` of a small model of the same kind."""
-    if not knows(published.config):
-        return {}
+    """``fit`` at rates 0 and 50 %, ``chat`` and ``eval`` of a small model of the same kind.
+
+    Models whose small configurations are the same (Qwen3-30B and Qwen3-235B) share a run.
+    """
+    small = shrunk(published.config)
+    digest = hashlib.sha256(json.dumps(small, sort_keys=True).encode()).hexdigest()
+    shared = work.parent / f"small-{digest[:16]}.json"
+    if shared.is_file():
+        return json.loads(shared.read_text())
     folder = work / "small"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    found: dict[str, Any] = {}
+    found = _commands(small, folder)
+    shutil.rmtree(folder)
+    shared.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
     source, whole, half = folder / "source", folder / "whole", folder / "half"
     text = folder / "text.txt"
     text.write_text(_TEXT)
+    found: dict[str, Any] = {}
 
-    def stage(name: str, call: Callable[[], Any]) -> bool:
+    def stage(name: str, call: Callable[[], dict[str, Any]]) -> bool:
         try:
             found[name] = call()
         except ConmoeError as error:
@@ -75,17 +88,21 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
             found[name] = {"ok": False, "crash": _crash(error)}
         return bool(found[name]["ok"])
 
-    def fit(out: Path, rate: float) -> dict[str, Any]:
-        api.fit(
-            str(source), out, budget="4GB", device="cpu", rate=rate,
-            calibration=text, calibration_tokens=_TOKENS,
-        )  # fmt: skip
-        return {"ok": True}
-
     def make() -> dict[str, Any]:
-        small = shrunk(published.config)
         layers = (small.get("text_config") or small).get("num_hidden_layers")
         return {"ok": True, "layers": layers, "numbers": write_small(small, source)}
+
+    def fit(out: Path, rate: float) -> dict[str, Any]:
+        api.fit(
+            str(source),
+            out,
+            budget="4GB",
+            device="cpu",
+            rate=rate,
+            calibration=text,
+            calibration_tokens=_TOKENS,
+        )
+        return {"ok": True}
 
     if (
         stage("small", make)
@@ -93,15 +110,10 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
         and stage("logits", lambda: _compare(source, whole))
         and stage("fit 50 %", lambda: fit(half, 0.5))
     ):
-        stage("chat", lambda: _command("chat", half, "--device", "cpu", "--prompt", "the fox", "--max-tokens", "6",
-                                       "--temperature", "0", "--json"))  # fmt: skip
-        stage(
-            "eval",
-            lambda: _command(
-                "eval", half, "--device", "cpu", "--text", text, "--tokens", "256", "--json"
-            ),
-        )
-    shutil.rmtree(folder)
+        on = ("--device", "cpu", "--json")
+        greedy = ("--prompt", "the fox", "--max-tokens", "6", "--temperature", "0")
+        stage("chat", lambda: _command("chat", half, *greedy, *on))
+        stage("eval", lambda: _command("eval", half, "--text", text, "--tokens", "256", *on))
     return found
 
 
@@ -157,6 +169,7 @@ def trial(published: Published, work: Path, *, small: bool = True) -> dict[str, 
         result["full"] = plan_full(published, work)
     except Exception as error:  # the configuration itself cannot be built: shown, not hidden
         result["full"] = {"ok": False, "crash": _crash(error)}
-    result["small"] = run_small(published, work) if small else {}
+    # What is refused at full size is refused small.
+    result["small"] = run_small(published, work) if small and result["full"]["ok"] else {}
     kept.write_text(json.dumps(result, indent=1))
     return result

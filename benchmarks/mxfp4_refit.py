@@ -46,8 +46,9 @@ def rounded_demo(out: Path) -> Path:
 def _down_in_int4(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
     found: list[Part] = []
     for part in experts.parts if kind == "mxfp4" else ():
+        rows, columns = part.shape
         form = "int4" if part.name == DOWN else "mxfp4"
-        found += quantised_parts(part.name, *part.shape, form)
+        found += quantised_parts(part.name, rows, columns, form)
     return tuple(found) or USUAL(experts, kind)
 
 

@@ -80,9 +80,10 @@ def _beside(report: PlanReport) -> list[Text]:
 def model_line(anatomy: ModelAnatomy) -> str:
     """``16 MoE layers · 64 experts · top-8 · bf16 · 12.89 GiB``."""
     moe = anatomy.moe_layers
-    formats = [precision_name(anatomy.dtype)]
-    formats += [] if anatomy.source_form == "plain" else anatomy.source_form.split("+")
     experts = [layer.experts for layer in moe if layer.experts is not None]
+    matrices = [part for one in experts for part in one.parts if len(part.shape) == 2]
+    forms = {part.form for part in matrices} - {"plain"}
+    formats = dict.fromkeys((precision_name(anatomy.dtype), *sorted(forms)))
     return " · ".join(
         (
             counted(len(moe), "MoE layer"),

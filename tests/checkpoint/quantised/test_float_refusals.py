@@ -90,7 +90,7 @@ HEADERS: list[tuple[str, Callable[[State], Any], str]] = [
     (NF4, put(f"{WEIGHT}.absmax", torch.zeros(31, dtype=torch.uint8)), WEIGHT),
     (NF4, put(f"{WEIGHT}.nested_quant_map", torch.zeros(255)), WEIGHT),
     (NF4, put(WEIGHT, torch.zeros(1023, 1, dtype=torch.uint8)), WEIGHT),
-    (NF4, put(f"{WEIGHT}.quant_state.bitsandbytes__fp4", torch.zeros(3)), "scales twice"),
+    (NF4, put(f"{WEIGHT}.quant_state.bitsandbytes__fp4", torch.zeros(3)), "twice"),
     (NF4, said(shape=[1 << 40, 1]), "quant_state"),
     (NF4, said(shape=[64, -32]), "quant_state"),
     (NF4, said(shape="64, 32"), "quant_state"),

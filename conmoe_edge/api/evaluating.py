@@ -164,7 +164,7 @@ def _measured(source: Source) -> Folder:
 
 def _experts_bytes(measured: Folder) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
-    from conmoe_edge.checkpoint.quantised.scheme import stored_in
+    from conmoe_edge.checkpoint.quantised.stored import stored_in
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
     from conmoe_edge.compress.quality.evaluation import manifest_of
     from conmoe_edge.model.probe import probe
@@ -177,5 +177,5 @@ def _experts_bytes(measured: Folder) -> int:
     if manifest is not None and manifest.method != UNCHANGED:
         return 0
     index = CheckpointIndex.open(folder)
-    source = read_source(folder, stored_in(index))
+    source = read_source(folder, stored_in(index), index.bytes_of)
     return probe(source.config, source.facts).experts_bytes

@@ -109,7 +109,7 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.checkpoint.quantised.scheme import Stored
+    from conmoe_edge.checkpoint.quantised.stored import Stored
     from conmoe_edge.model.generation_file import read_generation
     from conmoe_edge.model.probe import count_in, probe
     from conmoe_edge.model.source_facts import read_gguf, read_source
@@ -122,7 +122,7 @@ def plan(
         stored = {
             name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
         }
-        source = read_source(found.path, stored)
+        source = read_source(found.path, stored, found.peek)
     config = source.config
     anatomy = probe(config, source.facts)
     if found.index is not None:  # the weights are here, and so are the small files

@@ -13,10 +13,15 @@ from transformers import PretrainedConfig
 from conmoe_edge.checkpoint.gguf.expanded import GgufTensors
 from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import Scheme, stored_in
+from conmoe_edge.checkpoint.quantised.scheme import Scheme
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
-from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index
+from conmoe_edge.checkpoint.sources.remote_index import (
+    remote_fingerprint,
+    remote_index,
+    remote_peek,
+)
 from conmoe_edge.checkpoint.sources.remote_reader import RemoteReader
 from conmoe_edge.checkpoint.sources.source_scratch import SourceScratch
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
@@ -104,7 +109,8 @@ def open_model(source: Source) -> OpenedModel:
             if ranges is None
             else remote_index(source.path, ranges)
         )
-        found = read_source(source.path, stored_in(index))
+        peek = index.bytes_of if ranges is None else remote_peek(index, ranges)
+        found = read_source(source.path, stored_in(index), peek)
     config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))

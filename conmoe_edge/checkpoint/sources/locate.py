@@ -11,7 +11,7 @@ damaged), ``UsageError``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ class Header:
 class Description:
     """A model before any download of weights: ``path`` holds at least ``config.json``.
 
-    ``index`` is ``None`` where the weights are not on this disk. With ``gguf``, ``tensors`` are those of its files.
+    ``peek`` reads the bytes of a tensor, for small ones that say how others are
+    stored. ``index`` is ``None`` where the weights are not on this disk. With ``gguf``, ``tensors`` are those of its
+    files.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Description:
     revision: str | None
     hub_id: str | None
     tensors: Mapping[str, Header]
+    peek: Callable[[str], bytes]
     index: CheckpointIndex | None = None
     gguf: GgufModel | None = None
 
@@ -156,16 +159,21 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
     # The commit of the config, so that config and headers cannot come from two states of the
     # repository.
     commit = _commit(folder) or meaning.revision
-    tensors = {
-        name: Header(
-            TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)),
-            tuple(tensor.shape),
-            place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)[1],
-            file,
-        )
-        for name, (file, tensor) in hub.fetch_headers(meaning.hub_id, commit).items()
-    }
-    return Description(model, meaning.kind, folder, commit, meaning.hub_id, tensors)
+    headers = hub.fetch_headers(meaning.hub_id, commit)
+    tensors, starts = {}, {}
+    for name, (file, tensor) in headers.items():
+        start, nbytes = place_in_data(name, model, tensor.dtype, tensor.shape, tensor.data_offsets)
+        dtype = TORCH_NAMES.get(tensor.dtype, str(tensor.dtype))
+        tensors[name] = Header(dtype, tuple(tensor.shape), nbytes, file)
+        starts[name] = start
+    hub_id = meaning.hub_id
+
+    def peek(name: str) -> bytes:
+        one, ranges = tensors[name], HubRanges(hub_id, commit or "main")
+        data = 8 + int.from_bytes(ranges.read(one.file, 0, 8), "little")
+        return ranges.read(one.file, data + starts[name], data + starts[name] + one.nbytes)
+
+    return Description(model, meaning.kind, folder, commit, hub_id, tensors, peek)
 
 
 def _local(meaning: Meaning, source: Source) -> Description:
@@ -176,7 +184,15 @@ def _local(meaning: Meaning, source: Source) -> Description:
         for name, entry in index.tensors.items()
     }
     return Description(
-        meaning.name, meaning.kind, folder, source.revision, meaning.hub_id, tensors, index, gguf
+        name=meaning.name,
+        kind=meaning.kind,
+        path=folder,
+        revision=source.revision,
+        hub_id=meaning.hub_id,
+        tensors=tensors,
+        peek=index.bytes_of,
+        index=index,
+        gguf=gguf,
     )
 
 

@@ -34,7 +34,7 @@ from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_c
 from conmoe_edge.checkpoint.package.small_tensors import damaged
 from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, is_broken
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import stored_in
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
@@ -231,7 +231,7 @@ def open_subject(folder: Path | OpenedModel, device: torch.device) -> Iterator[S
         with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
             yield subject
         return
-    source = read_source(folder, stored_in(index))
+    source = read_source(folder, stored_in(index), index.bytes_of)
     anatomy = probe(source.config, source.facts)
     with ShardReader(index) as reader:
         tensors = ExpandedTensors(reader, source.scheme)

@@ -326,3 +326,17 @@ def test_dense_models_and_other_architectures_are_named(tmp_path: Path) -> None:
             api.plan(str(path), budget="4GB", device="cpu")
     with pytest.raises(ConmoeError, match=r"There is no file models/none\.gguf"):
         api.plan("models/none.gguf", budget="4GB", device="cpu")
+
+
+def test_experts_in_mxfp4_stay_so(tmp_path: Path) -> None:
+    """gpt-oss as it is published for llama.cpp: a record holds the numbers of the file."""
+    path, config, plain = source("gpt_oss", tmp_path, all_of("MXFP4"))
+    for name in list(plain):
+        if ".experts." in name or plain[name].dim() > 1 and "router" not in name:
+            plain[name] = plain[name].bfloat16().float()
+    wanted = logits(reference(tmp_path / "reference", config, plain))
+    report = api.plan(str(path), budget="4GB", device="cpu", rate=0.0)
+    assert report.plan.chosen.precision == "mxfp4"
+    fit(path, tmp_path / "whole", 0.0)
+    found = logits(load_package(tmp_path / "whole", device="cpu", dtype=torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))

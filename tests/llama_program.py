@@ -1,8 +1,8 @@
 """What llama.cpp makes of a GGUF file. Run by a Python that has ``llama_cpp``; a job as JSON comes on stdin.
 
-The job is {"path", "prompt": [token], "steps": n, "texts": [str], "vocabulary": bool}, the last for a file of nothing
-but a vocabulary. The answer, as JSON on stdout, has the greedy tokens after the prompt and the tokens of each text; the
-logits of all positions are in ``path + ".npy"``.
+The job is {"path", "prompt": [token], "steps": n, "texts": [str], "vocabulary": bool}; the last is for a file of a
+vocabulary alone. The answer, as JSON on stdout, has the greedy tokens after the prompt and the tokens of each text;
+the logits of all positions are in ``path + ".npy"``.
 """
 
 from __future__ import annotations

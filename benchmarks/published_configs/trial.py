@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
+from benchmarks.published_configs.build import load
 from benchmarks.published_configs.collection import Published
 from benchmarks.published_configs.full_size import write_headers
 from benchmarks.published_configs.shrink import shrunk
@@ -21,7 +22,6 @@ from benchmarks.published_configs.small_model import write_small
 from conmoe_edge import api
 from conmoe_edge.cli.main import main
 from conmoe_edge.errors import ConmoeError
-from conmoe_edge.model import bridge
 
 _BUDGET_SHARE, _GB = 0.6, 1_000_000_000
 _TOLERANCE = 2e-5
@@ -119,12 +119,7 @@ def _commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _compare(source: Path, package: Path) -> dict[str, Any]:
     """The largest difference of logits between the package and transformers' own model."""
-    from transformers import AutoModelForCausalLM
-
-    bridge.register_model()
-    reference = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
-    ).eval()
+    reference = load(source)
     tokens = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         wanted = reference(input_ids=tokens, use_cache=False).logits

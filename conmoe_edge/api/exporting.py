@@ -17,9 +17,8 @@ def export(
     out: str | Path,
     *,
     form: str = "hf",
-    llama_cpp: str | Path | None = None,
-    converter_python: str | Path | None = None,
     outtype: str = "auto",
+    pre_tokenizer: str | None = None,
     overwrite: bool = False,
     progress: OnProgress | None = None,
 ) -> Exported:
@@ -29,13 +28,14 @@ def export(
         package: folder that ``fit`` wrote.
         out: the folder (``hf``) or file (``gguf``) to write; whole or absent at any moment.
         form: ``hf`` or ``gguf``.
-        llama_cpp, converter_python, outtype: for ``gguf``: a clone of llama.cpp, the Python that has its converter's
-            requirements, the number format of the file.
+        outtype, pre_tokenizer: for ``gguf``: the number format of matrices (``auto``, ``f32``, ``f16``, ``bf16``), and
+            llama.cpp's name of the pre-tokenizer where it is not found out.
         overwrite: replace what an earlier export wrote.
         progress: called after every layer.
 
     Raises:
-        UnsupportedModel: a plain checkpoint of this model cannot say what the package says.
+        UnsupportedModel: a plain checkpoint of this model cannot say what the package says, or llama.cpp would compute
+            the model otherwise.
         PackageError, OutputExists, NoSpace, UsageError: as their names say.
     """
     if form == "hf":
@@ -49,9 +49,8 @@ def export(
     return export_gguf(
         Path(package),
         Path(out),
-        llama_cpp=None if llama_cpp is None else Path(llama_cpp),
-        python=None if converter_python is None else Path(converter_python),
         outtype=outtype,
+        pre_tokenizer=pre_tokenizer,
         overwrite=overwrite,
         progress=progress,
     )

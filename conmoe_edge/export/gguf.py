@@ -1,83 +1,50 @@
-"""GGUF by llama.cpp's own converter: a plain checkpoint beside the file, ``convert_hf_to_gguf.py`` over it, gone again.
+"""Write a package as a GGUF file, for llama.cpp and what is built on it, one decoder layer at a time.
 
-The converter is a program of its own with requirements of its own; it is found, never brought along, and run with a
-plain list of arguments. The file appears under its name only when it is whole. Disk beside the file: the plain
-checkpoint. Raises ``UsageError`` where the converter is not found or is no such script, ``ConversionError`` with the
-converter's last words where it fails.
+The tensors are those of the plain checkpoint (``plain_tensors.py``), under llama.cpp's names and in its shapes
+(``llama/``). A package with fewer neurons in its experts becomes a smaller file that llama.cpp loads as it is. The file
+appears under its name when it is whole and on the disk.
+
+Peak memory: as of ``plain_tensors.py``, and one tensor in the format of the file. Raises ``UnsupportedModel`` for what
+llama.cpp would compute otherwise, ``CalibrationError`` for a package without a tokenizer, ``PackageError`` for a
+damaged package, ``NoSpace``, ``OutputExists``.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED
-from conmoe_edge.checkpoint.fs import durable
-from conmoe_edge.checkpoint.fs.atomic_files import temporary_name
-from conmoe_edge.checkpoint.fs.disk import disk_errors
-from conmoe_edge.checkpoint.package.opened_package import open_package
+import gguf
+import torch
+
+from conmoe_edge.checkpoint.fs.atomic_files import finish, temporary_name
+from conmoe_edge.checkpoint.fs.disk import disk_errors, require_space
+from conmoe_edge.checkpoint.package.opened_package import OpenedPackage, open_package
 from conmoe_edge.compress.run.job import Progress
-from conmoe_edge.errors import ConmoeError, OutputExists, UsageError
-from conmoe_edge.export.hf import Exported, OnProgress, export_hf
+from conmoe_edge.errors import OutputExists, UsageError
+from conmoe_edge.export.hf import Exported, OnProgress, shown
+from conmoe_edge.export.llama.architectures import architecture_of
+from conmoe_edge.export.llama.gguf_file import (
+    FLOATS,
+    GgufTensors,
+    describe,
+    file_type,
+    open_writer,
+    write_portion,
+)
+from conmoe_edge.export.llama.vocabulary import vocabulary_of
+from conmoe_edge.export.plain_tensors import PlainTensors, open_plain
+from conmoe_edge.model.generation_file import read_generation
+from conmoe_edge.model.tokenizers import load_tokenizer
 
-SCRIPT = "convert_hf_to_gguf.py"
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
-"""Number formats that the converter writes; smaller ones are llama-quantize's business."""
-
-_CLONE = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt"
-_LAST_LINES = 4
-
-
-class ConversionError(ConmoeError):
-    """llama.cpp's converter ended with an error."""
-
-
-def find_converter(llama_cpp: Path | None) -> Path:
-    """The converter: in the folder given (or the file itself), else in a folder on ``PATH``.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    if llama_cpp is not None:
-        script = llama_cpp if llama_cpp.name == SCRIPT else llama_cpp / SCRIPT
-        if script.is_file():
-            return script.resolve()
-        raise UsageError(
-            f"{llama_cpp} has no {SCRIPT}.",
-            "GGUF is written by llama.cpp's own converter",
-            f"--llama-cpp FOLDER of a clone of llama.cpp: {_CLONE}",
-        )
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        script = Path(folder or ".") / SCRIPT
-        if script.is_file():
-            return script.resolve()
-    raise UsageError(
-        f"{SCRIPT} was not found.",
-        "GGUF is written by llama.cpp's own converter, and no folder on PATH has it",
-        f"{_CLONE}; then the same command with --llama-cpp llama.cpp",
-    )
-
-
-def converter_arguments(
-    script: Path, model: Path, out: Path, outtype: str, python: Path | None = None
-) -> list[str]:
-    """The command line of the converter."""
-    interpreter = sys.executable if python is None else str(python)
-    return [interpreter, str(script), str(model), "--outfile", str(out), "--outtype", outtype]
+OUTTYPES = ("auto", *FLOATS)
 
 
 def export_gguf(
     package: Path,
     out: Path,
     *,
-    llama_cpp: Path | None = None,
-    python: Path | None = None,
     outtype: str = "auto",
+    pre_tokenizer: str | None = None,
     overwrite: bool = False,
     progress: OnProgress | None = None,
 ) -> Exported:
@@ -86,62 +53,84 @@ def export_gguf(
     Args:
         package: a folder that ``fit`` wrote.
         out: the file.
-        llama_cpp: a clone of llama.cpp, or its converter; by default it is looked for on ``PATH``.
-        python: the interpreter that has the converter's requirements; by default this one.
-        outtype: number format of the file, one of ``OUTTYPES``.
+        outtype: number format of matrices, one of ``OUTTYPES``; ``auto`` is the model's own.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, where it is not found out.
         overwrite: replace an existing file.
-        progress: called after every layer of the checkpoint.
+        progress: called after every layer.
     """
     tell = progress or (lambda step: None)
-    script = find_converter(llama_cpp)
+    _check_target(out, overwrite)
+    opened = open_package(package)
+    with open_plain(opened) as plain, disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_name(out) as part:
+            notes = _write(opened, plain, part, _dtype(outtype, plain), pre_tokenizer, tell)
+            finish(part, out)
+        decided = plain.decided
+    experts = len(next(iter(decided.kept.values())))
+    return Exported(
+        out,
+        decided.kind,
+        experts,
+        decided.width,
+        out.stat().st_size,
+        (*decided.notes, *notes),
+    )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise UsageError(f"{out} is a folder.", "GGUF is one file", f"{out}/model.gguf, say")
     if out.exists() and not overwrite:
         raise OutputExists(
             f"{out} exists already.", "", "--overwrite to replace it, or another name"
         )
-    # The converter is another program that opens what it finds in a folder.
-    unchanged = open_package(package).manifest.method == UNCHANGED
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work,
-            temporary_name(out) as part,
-        ):
-            model = package
-            done = Exported(out, "unchanged", 0, 0, 0, ())
-            if not unchanged:
-                model = Path(work) / "model"
-                done = export_hf(package, model, progress=progress)
-            tell(Progress("convert", 0, 1, SCRIPT))
-            _run(converter_arguments(script, model, part, outtype, python), python)
-            if not part.is_file():
-                raise ConversionError(
-                    f"{SCRIPT} ended without an error, but there is no file.", "", str(script)
-                )
-            durable.fsync_file(part)
-            durable.replace(part, out)
-    tell(Progress("convert", 1, 1, SCRIPT))
-    return replace(done, folder=out, nbytes=out.stat().st_size)
 
 
-def _run(arguments: Sequence[str], python: Path | None) -> None:
+def _dtype(outtype: str, plain: PlainTensors) -> torch.dtype:
+    if outtype != "auto":
+        return FLOATS[outtype]
+    return plain.dtype if plain.dtype in FLOATS.values() else torch.float32
+
+
+def _write(
+    opened: OpenedPackage,
+    plain: PlainTensors,
+    part: Path,
+    dtype: torch.dtype,
+    pre_tokenizer: str | None,
+    tell: OnProgress,
+) -> list[str]:
+    """The whole file; returns notes."""
+    config = plain.decided.config
+    architecture = architecture_of(config)
+    size = config.vocab_size
+    ends = read_generation(opened.folder, size).eos_token_id
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    vocabulary = vocabulary_of(
+        load_tokenizer(opened.folder), size, end if isinstance(end, int) else None, pre_tokenizer
+    )
+    tensors = GgufTensors(architecture, config, dtype)
+    writer = open_writer(part, architecture)
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise UsageError(
-            f"{arguments[0]} cannot be run.",
-            error.strerror or str(error),
-            "--converter-python with the interpreter that has the converter's requirements",
-        ) from error
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-_LAST_LINES:] if lines else [f"exit status {done.returncode}"]
-        missing = any("ModuleNotFoundError" in line for line in last)
-        raise ConversionError(
-            f"llama.cpp's converter ended with status {done.returncode}.",
-            "it says: " + " ".join(last)[-300:],
-            "--converter-python with the interpreter that has the converter's requirements"
-            if missing
-            else f"to see all of it: {' '.join(arguments)}",
-        )
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(str(opened.manifest.source.get("name") or opened.folder.name))
+        writer.add_file_type(file_type(dtype))
+        notes = architecture.add_fields(writer, config)
+        vocabulary.add_to(writer)
+        nbytes = describe(writer, tensors, (portion for _, portion in plain.described()))
+        require_space(part, nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        layers = plain.layers
+        tell(Progress("write", 0, layers + 1, shown(None)))
+        for number, (_, portion) in enumerate(plain.portions(), start=1):
+            write_portion(writer, tensors, portion)
+            portion.clear()
+            if number <= layers:
+                tell(Progress("write", number, layers + 1, shown(number - 1)))
+    finally:
+        writer.close()
+    tell(Progress("write", layers + 1, layers + 1, "done"))
+    return notes

@@ -14,6 +14,7 @@ from conmoe_edge.units import human_size
 
 _KIND_WORDS = {
     "source": "as they are",
+    "mxfp4": "in MXFP4 as published",
     "bf16": "in bf16",
     "int8": "at 8 bits",
     "int4": "at 4 bits",

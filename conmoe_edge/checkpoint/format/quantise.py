@@ -9,6 +9,7 @@ int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, 
           (below)                                             value = (q - 8) * scale + zero, q in 0..15
 mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
           tiles
+q4 q3 q2  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
 ========  ==================================================  ==================================================
 
 Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
@@ -39,14 +40,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format import low_bits
 from conmoe_edge.checkpoint.format.forms import (
+    LOW_BITS,
+    LOW_GROUP,
     MX_BLOCK,
     TILES,
     Kind,
     best_kind,
+    columns_of,
     first_divisor,
     group_of,
-    is_packed,
 )
 
 _SHRINK = 0.96
@@ -91,6 +95,9 @@ class Matrix:
                 wide = _expand_mxfp4(
                     self.values[block], self.scales.view(torch.uint8)[:, block], self.tile
                 )
+            elif self.kind in LOW_BITS:
+                scales = low_bits.rows_of(self.scales, block)
+                wide = low_bits.expand(self.values[block], scales, LOW_BITS[self.kind], self.tile)
             else:
                 wide = _expand_int4(
                     self.values[block], self.scales[:, block], self.group, self.tile
@@ -100,7 +107,7 @@ class Matrix:
 
     @property
     def tile(self) -> int:
-        """Rows of a tile of int4 or mxfp4."""
+        """Rows of a tile of a form that has them."""
         return first_divisor(TILES, self.rows)
 
 
@@ -121,6 +128,14 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
     if kind == "mxfp4":
         values, scales = _mxfp4(weight)
         return Matrix(kind, values, scales, rows, columns, MX_BLOCK)
+    if kind in LOW_BITS:
+        tile = first_divisor(TILES, rows)
+        parts = [
+            low_bits.round_to(weight[block], LOW_BITS[kind], tile)
+            for block in _blocks(rows, columns)
+        ]
+        values, scales = low_bits.joined(parts)
+        return Matrix(kind, values, scales, rows, columns, LOW_GROUP)
     group = group_of(columns)
     values, scales = _int4(weight, group)
     return Matrix(kind, values, scales, rows, columns, group)
@@ -129,11 +144,14 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
 def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
     """A matrix from the tensors of its stored form."""
     rows, columns = values.shape
-    if is_packed(kind):
-        columns *= 2
-        assert scales is not None
-        return Matrix(kind, values, scales, rows, columns, columns // scales.shape[0])
-    return Matrix(kind, values, scales, rows, columns)
+    if kind == "plain" or scales is None:
+        return Matrix("plain", values, None, rows, columns)
+    columns, group = columns_of(kind, values.shape), 0
+    if kind in LOW_BITS:
+        group = LOW_GROUP
+    elif kind != "int8":
+        group = columns // scales.shape[0]
+    return Matrix(kind, values, scales, rows, columns, group)
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:

@@ -86,6 +86,24 @@ class CheckpointIndex:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    def bytes_of(self, name: str) -> bytes:
+        """The bytes of one tensor, for small ones that say how others are stored.
+
+        Raises:
+            CheckpointError: the file is gone, or shorter than it was.
+        """
+        entry = self.tensors[name]
+        with os.fdopen(open_inside(self.folder, entry.file), "rb") as file:
+            file.seek(entry.offset)
+            data = file.read(entry.nbytes)
+        if len(data) != entry.nbytes:
+            raise CheckpointError(
+                f"The tensor {name!r} cannot be read.",
+                f"{entry.file} is shorter than it was.",
+                _AGAIN,
+            )
+        return data
+
     @classmethod
     def open(cls, folder: Path) -> CheckpointIndex:
         """Read and check the headers of the checkpoint in ``folder``."""

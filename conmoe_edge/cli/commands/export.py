@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import (
-    common_options,
-    file_option,
-)
+from conmoe_edge.cli.ui.cli_options import common_options
 from conmoe_edge.cli.ui.text import path_text
 
 if TYPE_CHECKING:
@@ -26,23 +23,19 @@ if TYPE_CHECKING:
     type=click.Choice(("hf", "gguf")),
     default="hf",
     show_default=True,
-    help="hf: a folder that transformers, vLLM and SGLang load; gguf: a file for llama.cpp, by its own converter.",
-)
-@click.option(
-    "--llama-cpp",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Clone of llama.cpp whose convert_hf_to_gguf.py is used.  [default: the one on PATH]",
-)
-@file_option(
-    "--converter-python", "Python that has the converter's requirements.  [default: this one]"
+    help="hf: a folder for transformers, vLLM and SGLang; gguf: a file for llama.cpp, Ollama and LM Studio.",
 )
 @click.option(
     "--outtype",
-    type=click.Choice(("auto", "f32", "f16", "bf16", "q8_0")),
+    type=click.Choice(("auto", "f32", "f16", "bf16")),
     default="auto",
     show_default=True,
-    help="Number format of a GGUF file; for smaller ones run llama-quantize on it.",
+    help="Number format of the matrices in a GGUF file; auto is the model's own.",
+)
+@click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of how the tokenizer cuts texts.  [default: found out, or refused]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier export wrote.")
 @common_options
@@ -50,9 +43,8 @@ def export(
     folder: Path,
     out: Path,
     form: str,
-    llama_cpp: Path | None,
-    converter_python: Path | None,
     outtype: str,
+    pre_tokenizer: str | None,
     overwrite: bool,
     output: Output,
 ) -> None:
@@ -66,7 +58,7 @@ def export(
     \b
     Examples:
       conmoe-edge export ./out ./out-hf
-      conmoe-edge export ./out ./out.gguf --format gguf --llama-cpp ~/llama.cpp
+      conmoe-edge export ./out ./out.gguf --format gguf
       conmoe-edge export ./out ./out-hf --overwrite --json
     """
     from conmoe_edge import api
@@ -79,9 +71,8 @@ def export(
             folder,
             out,
             form=form,
-            llama_cpp=llama_cpp,
-            converter_python=converter_python,
             outtype=outtype,
+            pre_tokenizer=pre_tokenizer,
             overwrite=overwrite,
             progress=view.update,
         )

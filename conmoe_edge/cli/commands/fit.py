@@ -79,7 +79,8 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge.cli.ui.progress import ProgressView
 
     request = plan_request(parameters)
-    place = {name: parameters[name] for name in ("revision", "offline", "keep_source", "passes")}
+    places = ("revision", "offline", "keep_source", "keep_vision", "passes")
+    place = {name: parameters[name] for name in places}
     if dry_run:
         from conmoe_edge.cli.commands.plan import show_plan
 

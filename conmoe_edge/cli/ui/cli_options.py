@@ -292,6 +292,12 @@ _LEVERS = (
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
     click.option(
+        "--keep-vision",
+        is_flag=True,
+        help="Of a model that takes pictures or sound, put those parts into the package too, for transformers; "
+        "chat and serve answer text either way.",
+    ),
+    click.option(
         "--keep-source",
         is_flag=True,
         help="Download a model from the hub whole and keep it in the hub's cache; without it weights come layer by "

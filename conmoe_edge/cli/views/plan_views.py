@@ -53,10 +53,28 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
                 f"{printable(report.tokenizer_fault)}, so fit and chat refuse it",
             )
         )
+    parts += _beside(report)
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts += [_disk(report, out, free), *_fetch(report)]
     return Group(*parts)
+
+
+def _beside(report: PlanReport) -> list[Text]:
+    """What becomes of the model's parts for pictures and sound."""
+    if not report.beside.tensors:
+        return []
+    if report.keeps_vision:
+        return [_head("Vision", f"kept: {report.beside}", "chat and serve answer text")]
+    if report.plan.unchanged:
+        return [_head("Vision", f"linked: {report.beside}", "chat and serve answer text")]
+    return [
+        _head(
+            "Vision",
+            f"left out: {report.beside}",
+            "the package answers text; --keep-vision takes them along",
+        )
+    ]
 
 
 def model_line(anatomy: ModelAnatomy) -> str:

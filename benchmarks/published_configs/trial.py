@@ -59,7 +59,12 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
 
     Models whose small configurations are the same (Qwen3-30B and Qwen3-235B) share a run.
     """
-    small = shrunk(published.config)
+    try:
+        small = shrunk(published.config)
+    except (
+        Exception
+    ) as error:  # of this script, or of a configuration that transformers does not build
+        return {"small": {"ok": False, "crash": _crash(error)}}
     digest = hashlib.sha256(json.dumps(small, sort_keys=True).encode()).hexdigest()
     shared = work.parent / f"small-{digest[:16]}.json"
     if shared.is_file():
@@ -67,13 +72,14 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
     folder = work / "small"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    found = _commands(small, folder)
+    found = run_commands(small, folder)
     shutil.rmtree(folder)
     shared.write_text(json.dumps(found, indent=1))
     return found
 
 
-def _commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What every command makes of a model with the configuration ``small``; works in the empty ``folder``."""
     source, whole, half = folder / "source", folder / "whole", folder / "half"
     text = folder / "text.txt"
     text.write_text(_TEXT)
@@ -152,19 +158,28 @@ def _crash(error: BaseException) -> str:
 
 def trial(published: Published, work: Path, *, small: bool = True) -> dict[str, Any]:
     """Both, as JSON; what is in ``work`` already is not done again."""
-    kept = work / "result.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
     work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
+    full = _kept(work / "full.json", lambda: plan_full(published, work))
+    # What is refused at full size is refused small.
+    done = (
+        _kept(work / "small.json", lambda: run_small(published, work))
+        if small and full["ok"]
+        else {}
+    )
+    return {
         "name": published.name,
         "model_type": published.config.get("model_type"),
+        "full": full,
+        "small": done,
     }
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if path.is_file():
+        return json.loads(path.read_text())
     try:
-        result["full"] = plan_full(published, work)
+        made = make()
     except Exception as error:  # the configuration itself cannot be built: shown, not hidden
-        result["full"] = {"ok": False, "crash": _crash(error)}
-    # What is refused at full size is refused small.
-    result["small"] = run_small(published, work) if small and result["full"]["ok"] else {}
-    kept.write_text(json.dumps(result, indent=1))
-    return result
+        made = {"ok": False, "crash": _crash(error)}
+    path.write_text(json.dumps(made, indent=1))
+    return made

@@ -165,6 +165,8 @@ def _cut_layers(config: dict[str, Any], before: int, layers: int) -> None:
 
 def _make_narrow(config: dict[str, Any]) -> None:
     heads = config.get("num_attention_heads")
+    both = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    one_size = both == config.get("head_dim")
     for name, value in list(config.items()):
         if isinstance(value, bool) or not isinstance(value, int):
             if isinstance(value, list) and value and all(type(one) is int for one in value):
@@ -179,6 +181,8 @@ def _make_narrow(config: dict[str, Any]) -> None:
                 _make_rope_narrow(value)
             continue
         config[name] = _small(name, value, heads)
+    if one_size:
+        config["head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     for name in ("n_group", "num_expert_group"):
         if (config.get(name) or 1) > 1:
             config[name], config["topk_group"] = 2, 1

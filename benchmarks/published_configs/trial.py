@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
+from benchmarks.published_configs.build import load
 from benchmarks.published_configs.collection import Published
 from benchmarks.published_configs.full_size import write_headers
 from benchmarks.published_configs.shrink import shrunk
@@ -21,7 +22,6 @@ from benchmarks.published_configs.small_model import write_small
 from conmoe_edge import api
 from conmoe_edge.cli.main import main
 from conmoe_edge.errors import ConmoeError
-from conmoe_edge.model import bridge
 
 _BUDGET_SHARE, _GB = 0.6, 1_000_000_000
 _TOLERANCE = 2e-5
@@ -59,7 +59,12 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
 
     Models whose small configurations are the same (Qwen3-30B and Qwen3-235B) share a run.
     """
-    small = shrunk(published.config)
+    try:
+        small = shrunk(published.config)
+    except (
+        Exception
+    ) as error:  # of this script, or of a configuration that transformers does not build
+        return {"small": {"ok": False, "crash": _crash(error)}}
     digest = hashlib.sha256(json.dumps(small, sort_keys=True).encode()).hexdigest()
     shared = work.parent / f"small-{digest[:16]}.json"
     if shared.is_file():
@@ -67,13 +72,14 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
     folder = work / "small"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    found = _commands(small, folder)
+    found = run_commands(small, folder)
     shutil.rmtree(folder)
     shared.write_text(json.dumps(found, indent=1))
     return found
 
 
-def _commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What every command makes of a model with the configuration ``small``; works in the empty ``folder``."""
     source, whole, half = folder / "source", folder / "whole", folder / "half"
     text = folder / "text.txt"
     text.write_text(_TEXT)
@@ -119,12 +125,7 @@ def _commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _compare(source: Path, package: Path) -> dict[str, Any]:
     """The largest difference of logits between the package and transformers' own model."""
-    from transformers import AutoModelForCausalLM
-
-    bridge.register_model()
-    reference = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
-    ).eval()
+    reference = load(source)
     tokens = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         wanted = reference(input_ids=tokens, use_cache=False).logits
@@ -157,19 +158,28 @@ def _crash(error: BaseException) -> str:
 
 def trial(published: Published, work: Path, *, small: bool = True) -> dict[str, Any]:
     """Both, as JSON; what is in ``work`` already is not done again."""
-    kept = work / "result.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
     work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
+    full = _kept(work / "full.json", lambda: plan_full(published, work))
+    # What is refused at full size is refused small.
+    done = (
+        _kept(work / "small.json", lambda: run_small(published, work))
+        if small and full["ok"]
+        else {}
+    )
+    return {
         "name": published.name,
         "model_type": published.config.get("model_type"),
+        "full": full,
+        "small": done,
     }
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if path.is_file():
+        return json.loads(path.read_text())
     try:
-        result["full"] = plan_full(published, work)
+        made = make()
     except Exception as error:  # the configuration itself cannot be built: shown, not hidden
-        result["full"] = {"ok": False, "crash": _crash(error)}
-    # What is refused at full size is refused small.
-    result["small"] = run_small(published, work) if small and result["full"]["ok"] else {}
-    kept.write_text(json.dumps(result, indent=1))
-    return result
+        made = {"ok": False, "crash": _crash(error)}
+    path.write_text(json.dumps(made, indent=1))
+    return made

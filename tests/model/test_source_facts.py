@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.checkpoint.quantised.scheme import Stored
+from conmoe_edge.checkpoint.quantised.stored import Stored
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model.source_facts import read_source
 

@@ -57,7 +57,9 @@ def _cannot_run(model: PreTrainedModel, why: str) -> UnsupportedModel:
             ANOTHER_MODEL,
         )
     return UnsupportedModel(
-        f"{type(model).__name__} cannot run with the numbers in this config.json.", why, COMPARE_CONFIG
+        f"{type(model).__name__} cannot run with the numbers in this config.json.",
+        why,
+        COMPARE_CONFIG,
     )
 
 

@@ -78,9 +78,7 @@ def make_plan(
     )
 
 
-def _scratch_bytes(
-    anatomy: ModelAnatomy, candidate: Candidate, tokens: int, *, trims: bool
-) -> int:
+def _scratch_bytes(anatomy: ModelAnatomy, candidate: Candidate, tokens: int, *, trims: bool) -> int:
     """Hidden states in fp32 of every stream; and, once in the work folder and once in the package, the constants of all
     slots, and the predictor with the rows in bf16 that it is fitted on, of two layers.
     """

@@ -48,9 +48,12 @@ class Precision:
 
 PRECISIONS = {
     name: Precision(name, tuple(name.split("+")))
-    for name in ("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4", LOW_RANK)
+    for name in (
+        *("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4"),
+        *("q4", "q3", "q2", LOW_RANK),
+    )
 }
-_QUANTISED: dict[str, Kind] = {"int8": "int8", "int4": "int4", "mxfp4": "mxfp4"}
+_QUANTISED: dict[str, Kind] = {kind: kind for kind in ("int8", "int4", "mxfp4", "q4", "q3", "q2")}
 _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 """What is looked at beyond the checkpoint's own numbers when nothing was asked for."""
 

@@ -18,6 +18,9 @@ _KIND_WORDS = {
     "bf16": "in bf16",
     "int8": "at 8 bits",
     "int4": "at 4 bits",
+    "q4": "in 4 bits",
+    "q3": "in 3 bits",
+    "q2": "in 2 bits",
     "lowrank": "as low rank and a few columns",
 }
 

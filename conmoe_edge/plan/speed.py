@@ -56,13 +56,17 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
             MappingProxyType(
-                # mxfp4 is not measured: as int4. lowrank neither: half of source, for three small products, not one.
+                # mxfp4, q4, q3 and q2 are not measured: about as int4. lowrank neither: half of source, for three
+                # small products, not one.
                 {
                     "source": 0.84,
                     "bf16": 0.84,
                     "int8": 0.82,
                     "int4": 0.80,
                     "mxfp4": 0.80,
+                    "q4": 0.80,
+                    "q3": 0.80,
+                    "q2": 0.75,
                     "lowrank": 0.42,
                 }
             ),
@@ -78,6 +82,9 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                     "int8": 0.60,
                     "int4": 0.50,
                     "mxfp4": 0.50,
+                    "q4": 0.40,
+                    "q3": 0.40,
+                    "q2": 0.40,
                     "lowrank": 0.35,
                 }
             ),

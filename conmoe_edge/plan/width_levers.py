@@ -24,13 +24,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from conmoe_edge.checkpoint.format.forms import MX_BLOCK
+from conmoe_edge.checkpoint.format.forms import LOW_GROUP, MX_BLOCK
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
 
 PARTS = 4
 """Widths that a prototype may have, where they differ."""
 
+_BLOCKS = {"mxfp4": MX_BLOCK, "q4": LOW_GROUP, "q3": LOW_GROUP, "q2": LOW_GROUP}
 _STEPS = (64, 32, 16, 8, 4, 2, 1)
 _FINEST = 8
 """A step is at most this part of the width."""
@@ -70,9 +71,9 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
 
 
 def _step(width: int, kind: str) -> int:
-    """Neurons of a step; in MXFP4 whole blocks, or all neurons where there are none."""
-    if kind == "mxfp4":
-        return MX_BLOCK if width % MX_BLOCK == 0 else width
+    """Neurons of a step; in MXFP4, and in few bits, whole blocks, or all neurons where there are none."""
+    if kind in _BLOCKS:
+        return _BLOCKS[kind] if width % _BLOCKS[kind] == 0 else width
     return next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
 
 

@@ -17,14 +17,17 @@ import torch
 
 from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.format.factored import factors_of
-from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, kind_of
+from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, Kind, kind_of
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
 
 
 def encode(
-    layout: RecordLayout, weights: Mapping[str, torch.Tensor], transposed: bool
+    layout: RecordLayout,
+    weights: Mapping[str, torch.Tensor],
+    transposed: bool,
+    made: Mapping[str, Matrix] | None = None,
 ) -> dict[str, torch.Tensor]:
     """One expert in the forms of a layout.
 
@@ -33,22 +36,36 @@ def encode(
         weights: the expert's tensors by parameter name, as its module keeps them; of factored
             weights their parts, since only a method can make those.
         transposed: whether that is [in, out]; a quantised weight is [out, in] always.
+        made: weights that are in the form of the layout already, by parameter name.
     """
     parts = {part.name: part for part in layout.parts}
     found: dict[str, torch.Tensor] = {}
     for name, part in parts.items():
         if name + SCALE in parts:
-            weight = weights[name].T if transposed else weights[name]
-            scales = parts[name + SCALE]
-            kind = kind_of((part.dtype, part.shape), (scales.dtype, scales.shape))
-            if kind is None:
-                raise ValueError(f"{name} is {part.dtype} with scales: no form that is known")
-            matrix = quantise(weight, kind)
+            matrix = None if made is None else made.get(name)
+            if matrix is None:
+                weight = weights[name].T if transposed else weights[name]
+                matrix = quantise(weight, form_of(layout, name))
             assert matrix.scales is not None
             found[name], found[name + SCALE] = matrix.values, matrix.scales
         elif name not in found:
             found[name] = weights[name].to(_dtype(part))
     return found
+
+
+def form_of(layout: RecordLayout, name: str) -> Kind:
+    """The form of the weight ``name`` in records of a layout.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    parts = {part.name: part for part in layout.parts}
+    part, scales = parts[name], parts.get(name + SCALE)
+    pair = None if scales is None else (scales.dtype, scales.shape)
+    kind = kind_of((part.dtype, part.shape), pair)
+    if kind is None:
+        raise ValueError(f"{name} is {part.dtype} with scales: no form that is known")
+    return kind
 
 
 def decode(

@@ -31,6 +31,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.methods.few_bits import in_few_bits
 from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.methods.narrowing import narrowings
 from conmoe_edge.compress.methods.rebuild import (
@@ -70,7 +71,11 @@ def decide(scope: ScopeView, keep: int) -> Decision:
     count, whole = len(scope.pool), scope.widths[-1] >= whole_width(scope)
     if scope.room:
         keep = max(1, scope.room // scope.sizes[-1])
-    if whole and keep >= count:
+    if (
+        whole
+        and keep >= count
+        and (scope.record is None or not in_few_bits(scope.record(scope.widths[-1])))
+    ):
         return identity(scope)
     tokens = tokens.weighted()
     if len(scope.widths) > 1:

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
+from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout, SlotRecord
+from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
@@ -85,6 +86,7 @@ class ScopeView:
             number counts.
         dtype, device: in which and where experts are computed.
         constants: whether a router slot may add a constant; another engine may have no place for one.
+        record: the layout of a prototype with so many neurons; ``None`` where records are of two kinds.
     """
 
     pool: tuple[ExpertId, ...]
@@ -98,6 +100,7 @@ class ScopeView:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     constants: bool = True
+    record: Callable[[int], RecordLayout] | None = None
 
     def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
         """[P] float64: a number of every expert, layer after layer in the order of the pool."""
@@ -116,6 +119,7 @@ class Decision:
         rerouted: layers whose router may not choose slots that have neither prototype nor constant.
         parts: the weights of a prototype where they are not the pretrained expert's; called once
             for every prototype, in their order. ``None``: all are pretrained, bit for bit.
+        made: weights of prototypes that are in their stored form already, and are written as they are.
         widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
         left: [T, H] fp32 where the method has it: what is left of the target of its layer's tokens as
             ``LayerTokens.weighted`` gives it, with weights that are not rounded to a record's numbers yet.
@@ -127,6 +131,7 @@ class Decision:
     constants: Mapping[int, Tensor] = field(default_factory=dict)
     rerouted: frozenset[int] = frozenset()
     parts: Callable[[ExpertId], Parts] | None = None
+    made: Mapping[ExpertId, Mapping[str, Matrix]] = field(default_factory=dict)
     widths: Mapping[ExpertId, int] = field(default_factory=dict)
     left: Tensor | None = None
     notes: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, SlotRecord
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.compress.methods.few_bits import Rounding
 from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.facility import weights_of
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, surviving, take_neurons
@@ -61,6 +62,7 @@ def rebuild(
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))
     alpha = weights_of(chosen.slot_map, tokens.slots, tokens.gates)
+    rounding = Rounding.of(scope, tokens, gates)
     features: list[Features] = []
     down: list[Tensor] = []
     kept: list[Tensor] = []
@@ -77,11 +79,20 @@ def rebuild(
         down.append(weight)
         kept.append(neurons)
     names = [scope.pool[expert] for expert in chosen.prototypes]
+    if rounding is not None:
+        for position, (name, expert) in enumerate(zip(names, chosen.prototypes, strict=True)):
+            weights = alpha[:, position]
+            own = _with_neurons(scope, expert, kept[position])
+            instead = rounding.inputs(name, own, weights)
+            features[position] = activations(
+                scope, tokens, expert, weights, kept[position], instead
+            )
     constants: Mapping[int, Tensor] = {}
     left = None
     if not scope.module.has_post_expert_norm:
         left = _target(scope, tokens, alpha, chosen.prototypes)
-        down, table = refit(features, down, gates, left, constants=scope.constants)
+        rounded = None if rounding is None else rounding.outputs(names)
+        down, table = refit(features, down, gates, left, constants=scope.constants, rounded=rounded)
         constants = {layer: table} if scope.constants else {}
     slots = tuple(
         SlotRecord(
@@ -97,7 +108,10 @@ def rebuild(
         return with_down(scope, *solution[name])
 
     widths = {name: len(neurons) for name, neurons in zip(names, kept, strict=True)}
-    return Decision(tuple(names), slots, constants, parts=parts, widths=widths, left=left)
+    made = {} if rounding is None else rounding.made
+    return Decision(
+        tuple(names), slots, constants, parts=parts, made=made, widths=widths, left=left
+    )
 
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:
@@ -143,11 +157,15 @@ def activations(
     expert: int,
     alpha: Tensor,
     neurons: Tensor | None = None,
+    instead: Parts | None = None,
 ) -> Features:
-    """Neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0; all by default."""
+    """Neurons of a pretrained expert on the tokens where its routing weight ``alpha`` [T] is not 0; all by default.
+
+    ``instead``: weights that have taken the place of its own.
+    """
     rows = alpha.nonzero().squeeze(1)
     hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
-    parts = _moved(scope, _with_neurons(scope, expert, neurons))
+    parts = _moved(scope, {**_with_neurons(scope, expert, neurons), **(instead or {})})
     inner = inner_activations(scope.module, hidden, parts, scope.dtype)
     values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
     return Features(rows, values, values.T @ values)

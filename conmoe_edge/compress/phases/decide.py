@@ -8,6 +8,7 @@ Peak memory: the scope's last layer, and what the method takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -130,6 +131,7 @@ def _view(
         run.dtype,
         run.job.device,
         _may_add(run, last),
+        partial(sizes.layout, last, sizes.kinds[0]) if len(sizes.kinds) == 1 else None,
     )
 
 
@@ -188,6 +190,7 @@ def _write(
             [(one, sizes.layout(last, kind, widths[one])) for one, kind in kinds.items()],
             parts,
             transposed=sizes.experts(last).transposed,
+            made=decision.made,
         )
     run.journal.add_files([written])
     for one, kind in kinds.items():

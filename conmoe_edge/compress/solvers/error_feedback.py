@@ -21,16 +21,18 @@ from torch import Tensor
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: as GPTQ has it."""
 COMMON = 0.05
-"""Of the mean H of all matrices, added to each: experts with few tokens have Gram matrices of low rank."""
+"""Of the mean H of a layer's experts, added to each: experts with few tokens have Gram matrices of low rank."""
 
 RoundGroup = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 """Called with a group of columns [E, R, g], as they are by now, and the diagonal of H there [E, 1, g], when it is
 reached; what it gives back rounds columns [E, R, n] of the group."""
 
 
-def damped(moments: Tensor) -> Tensor:
-    """H [E, K, K] that can be factored: ``moments`` with a share of their mean, and of their diagonals'."""
-    found = moments + COMMON * moments.mean(0)
+def damped(moments: Tensor, common: Tensor | None = None) -> Tensor:
+    """H [E, K, K] that can be factored: ``moments`` with a share of ``common`` [K, K], where there is one, and of the
+    means of their diagonals.
+    """
+    found = moments.clone() if common is None else moments + COMMON * common
     mean = found.diagonal(dim1=1, dim2=2).mean(1)
     # Where nothing ever came in, every rounding is as good: any positive number will do.
     ridge = torch.where(mean > 0, DAMPING * mean, 1.0)

@@ -24,7 +24,7 @@ projections, one [I, I] in fp32 a prototype (and one in fp64 while it is factore
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def refit(
     residual: Tensor,
     *,
     constants: bool = True,
+    rounded: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Solve.
 
@@ -70,6 +71,8 @@ def refit(
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
         residual: fp32 [T, H]: the target less whatever is not refitted (biases); becomes what is left of it.
         constants: whether slots have any.
+        rounded: called with a prototype's place, its solved [H, I] and its Gram matrix: what is stored of it. What
+            that loses is left for the prototypes and the constants behind it to make up for.
 
     Returns:
         fp32 [H, I] of every prototype; fp32 [E, H] constants, zeros where slots have none.
@@ -78,11 +81,13 @@ def refit(
     for one, weight in zip(features, weights, strict=True):
         residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
     ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
-    for one, weight in zip(features, weights, strict=True):
+    for place, (one, weight) in enumerate(zip(features, weights, strict=True)):
+        before = weight.clone()
         if len(one.rows):
-            step = _step(one.gram, ridge, one.values.T @ residual[one.rows])
-            weight += step
-            residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
+            weight += _step(one.gram, ridge, one.values.T @ residual[one.rows])
+        if rounded is not None:
+            weight.copy_(rounded(place, weight.T, one.gram).T)
+        residual.index_add_(0, one.rows, one.values @ (weight - before), alpha=-1.0)
     table = torch.zeros(gates.shape[1], residual.shape[1])
     if constants:
         gram = gates.T @ gates

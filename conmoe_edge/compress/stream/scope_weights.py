@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
+from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import encode, pack, view
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
 from conmoe_edge.checkpoint.package.record_headers import record_name
@@ -194,14 +195,18 @@ def write_experts(
     parts_of: Callable[[ExpertId], Mapping[str, Tensor]],
     *,
     transposed: bool,
+    made: Mapping[ExpertId, Mapping[str, Matrix]] | None = None,
 ) -> WrittenFile:
-    """Experts as records, each in the forms of its layout; one buffer for all, one expert quantised at a time."""
+    """Experts as records, each in the forms of its layout; one buffer for all, one expert quantised at a time.
+
+    ``made``: weights that are in these forms already.
+    """
     sizes = {record_name(expert): layout.nbytes for expert, layout in records}
     buffer = torch.empty(max(sizes.values()), dtype=torch.uint8)
 
     def packed():
         for expert, layout in records:
-            tensors = encode(layout, parts_of(expert), transposed)
+            tensors = encode(layout, parts_of(expert), transposed, (made or {}).get(expert))
             yield record_name(expert), pack(layout, tensors, buffer[: layout.nbytes])
 
     return write_records(path, sizes, packed())

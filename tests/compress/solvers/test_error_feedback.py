@@ -83,7 +83,7 @@ def test_experts_that_nothing_came_to_can_be_factored() -> None:
     seen = moments(2, 32, 100)
     seen[1] = 0.0
     weight = drawn(2, 8, 32)
-    for moment in (damped(seen), damped(torch.zeros(2, 32, 32))):
+    for moment in (damped(seen, seen.mean(0)), damped(torch.zeros(2, 32, 32))):
         assert bool(round_with_feedback(weight, moment, 32, to_steps).isfinite().all())
 
 

@@ -1,0 +1,104 @@
+"""The weights of a layer's prototypes in few bits, while they are solved: gate and up first, each down as it is solved.
+
+The Gram matrix of a prototype's inputs is that of its own tokens, each weighted with its routing weight, and a share of
+the layer's mean one. A down projection has that of its activations behind the rounded gate and up.
+
+Peak memory: two [H, H] in fp32, and what ``round_matrix`` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import DOWN, LOW_BITS, SCALE
+from conmoe_edge.checkpoint.format.layout import neurons
+from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
+from conmoe_edge.checkpoint.format.quantise import Matrix
+from conmoe_edge.checkpoint.format.records import form_of
+from conmoe_edge.compress.methods.interface import Parts, ScopeView
+from conmoe_edge.compress.solvers.rounding import round_matrix
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+
+
+@dataclass(slots=True)
+class Rounding:
+    """Attributes:
+    made: what is rounded so far.
+    """
+
+    _record: Callable[[int], RecordLayout]
+    _transposed: bool
+    _hidden: Tensor
+    _common: Tensor
+    made: dict[ExpertId, dict[str, Matrix]] = field(default_factory=dict)
+    _layouts: dict[ExpertId, RecordLayout] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scope: ScopeView, tokens: LayerTokens, gates: Tensor) -> Rounding | None:
+        """For a layer; ``None`` where its records do not have weights in few bits."""
+        record = scope.record
+        if record is None or not in_few_bits(record(scope.widths[-1])):
+            return None
+        common = _gram(tokens.hidden, gates.square().sum(1).sqrt()) / len(scope.pool)
+        return cls(record, bool(scope.module.is_transposed), tokens.hidden, common)
+
+    def inputs(self, name: ExpertId, parts: Parts, alpha: Tensor) -> dict[str, Tensor]:
+        """Round what a prototype multiplies with the layer's input: everything but its down projection.
+
+        Args:
+            name: of the prototype.
+            parts: its weights.
+            alpha: [T], its routing weight for every token.
+
+        Returns:
+            The rounded weights, fp32, as its module keeps them.
+        """
+        layout = self._layouts[name] = self._record(neurons(parts[DOWN].shape, self._transposed))
+        rows = alpha.nonzero().squeeze(1)
+        gram = _gram(self._hidden[rows], alpha[rows])
+        self.made[name] = {
+            weight: round_matrix(
+                self._rows(parts[weight]), gram, form_of(layout, weight), self._common
+            )
+            for weight in _low(layout)
+            if weight != DOWN
+        }
+        return {weight: self._rows(one.dequantise()) for weight, one in self.made[name].items()}
+
+    def outputs(self, names: Sequence[ExpertId]) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """What ``refit`` calls for each of ``names``."""
+
+        def rounded(place: int, weight: Tensor, gram: Tensor) -> Tensor:
+            name = names[place]
+            layout = self._layouts[name]
+            if DOWN not in _low(layout):
+                return weight
+            matrix = round_matrix(weight, gram, form_of(layout, DOWN))
+            self.made[name][DOWN] = matrix
+            return matrix.dequantise()
+
+        return rounded
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        """Between a module's own order and [out, in]; the same way there and back."""
+        return weight.T if self._transposed else weight
+
+
+def in_few_bits(layout: RecordLayout) -> bool:
+    """Whether records of a layout have weights in few bits."""
+    return bool(_low(layout))
+
+
+def _gram(hidden: Tensor, weights: Tensor) -> Tensor:
+    weighted = hidden.float() * weights.unsqueeze(1)
+    return weighted.T @ weighted
+
+
+def _low(layout: RecordLayout) -> list[str]:
+    """Names of the weights in few bits."""
+    named = {part.name for part in layout.parts}
+    there = [one.removesuffix(SCALE) for one in sorted(named) if one.endswith(SCALE)]
+    return [name for name in there if form_of(layout, name) in LOW_BITS]

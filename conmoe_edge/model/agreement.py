@@ -24,6 +24,7 @@ from conmoe_edge.errors import CheckpointError
 from conmoe_edge.model import bridge
 from conmoe_edge.model.config_json import AGAIN, WRONG
 from conmoe_edge.model.harmless_tensors import STALE, is_harmless
+from conmoe_edge.model.text_part import Absent, lies_in
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -94,11 +95,14 @@ def check_places(
     scales = {f"{name}{DENSE_SCALE}" for name in targets}
     strangers = sorted({*names} - {*targets} - scales, key=_natural)
     ignored = model._keys_to_ignore_on_load_unexpected
+    absent = {path for path, module in model.named_modules() if isinstance(module, Absent)}
     for name, renamed in bridge.renamed(model, strangers).items():
         inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", renamed)
         if renamed.endswith(STALE) or _ignored(renamed, ignored) or _ignored(name, ignored):
             continue
-        if inside is None and (is_harmless(name) or is_harmless(renamed)):
+        if inside is None and (
+            lies_in(absent, renamed) or is_harmless(name) or is_harmless(renamed)
+        ):
             continue
         if inside is None or int(inside[1]) < layers:
             why = (

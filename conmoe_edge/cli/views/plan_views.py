@@ -50,7 +50,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
             _head(
                 "Tokens",
                 "the model has no tokenizer that can be used",
-                f"{printable(report.tokenizer_fault)}, so fit and chat refuse it",
+                f"{printable(report.tokenizer_fault)}, so fit and chat refuse it; "
+                f"fix: {printable(report.tokenizer_fix)}",
             )
         )
     parts += _beside(report)

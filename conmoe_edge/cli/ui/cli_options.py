@@ -251,7 +251,8 @@ _LEVERS = (
         default="auto",
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
-        "hurts most; auto takes fewer bits before it removes experts. lowrank is what --method mc-smoe writes.",
+        "hurts most; auto takes fewer bits before it removes experts. mxfp4 is for models that are published in it, "
+        "and stay in it; lowrank is what --method mc-smoe writes.",
     ),
     click.option(
         "--dense-precision",
@@ -298,6 +299,12 @@ _LEVERS = (
     ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
+    click.option(
+        "--keep-vision",
+        is_flag=True,
+        help="Of a model that takes pictures or sound, put those parts into the package too, for transformers; "
+        "chat and serve answer text either way.",
+    ),
     click.option(
         "--keep-source",
         is_flag=True,

@@ -61,7 +61,9 @@ def test_greedy_tokens_and_logits_are_those_of_llama_cpp(
             tokens.append(int(logits[-1].argmax()))
     assert tokens[len(prompt) :] == theirs["tokens"]
     apart = (logits - torch.from_numpy(theirs["logits"])).abs()
-    if name == "Q8_0":  # llama.cpp rounds the activations of such products, so that a router may choose another expert
+    if (
+        name == "Q8_0"
+    ):  # llama.cpp rounds the activations of such products, so that a router may choose another expert
         assert float(apart.mean()) < 0.01
     else:  # it rounds the ends of YaRN's ramp to whole numbers; gpt-oss has YaRN
         assert float(apart.max()) < (2e-3 if kind == "gpt_oss" else 1e-5)

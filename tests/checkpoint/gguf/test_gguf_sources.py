@@ -332,7 +332,7 @@ def test_experts_in_mxfp4_stay_so(tmp_path: Path) -> None:
     """gpt-oss as it is published for llama.cpp: a record holds the numbers of the file."""
     path, config, plain = source("gpt_oss", tmp_path, all_of("MXFP4"))
     for name in list(plain):
-        if ".experts." in name or plain[name].dim() > 1 and "router" not in name:
+        if ".experts." in name or (plain[name].dim() > 1 and "router" not in name):
             plain[name] = plain[name].bfloat16().float()
     wanted = logits(reference(tmp_path / "reference", config, plain))
     report = api.plan(str(path), budget="4GB", device="cpu", rate=0.0)

@@ -10,7 +10,7 @@ import torch
 
 VOCAB = 96
 
-BASE: dict[str, Any] = {
+_BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -129,7 +129,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
         deepseek.register_config()
         deepseek.register_model()
-    settings = {**BASE, **BY_NAME[model_type].extra, **overrides}
+    settings = {**_BASE, **BY_NAME[model_type].extra, **overrides}
     settings = {
         key: value for key, value in settings.items() if value is not None or key == "q_lora_rank"
     }

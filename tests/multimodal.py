@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import BASE, BY_NAME, VOCAB
+from families import _BASE, BY_NAME, VOCAB
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _QWEN_VISION = {
@@ -39,7 +39,7 @@ _SIGLIP = {
 
 def _text(kind: str, **extra: Any) -> dict[str, Any]:
     found = {
-        **BASE,
+        **_BASE,
         **(BY_NAME[kind].extra if kind in BY_NAME else {}),
         "model_type": kind,
         **extra,

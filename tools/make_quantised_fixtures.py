@@ -11,6 +11,8 @@ A kind is a folder with config.json, model.safetensors and reference.json: of ev
 bytes that its library expands it to, in the format of the model. Same seeds, same bytes. Peak memory: under 1 GB.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import hashlib
@@ -333,7 +335,10 @@ def autoawq(folder: Path, version: str, beside: str = "") -> None:
 
     def pack(_: str, weight: Tensor) -> Packed:
         scale, zero = grid(weight, 4, GROUP, False)
-        layer = linear(weight)
+        step, middle = (one.repeat_interleave(GROUP, 1) for one in (scale, zero))
+        # AutoAWQ rounds a layer before it packs it; a number that is out of range would go into the next one's bits.
+        number = (weight.float() / step + middle).round().clamp(0, 15)
+        layer = linear((number - middle) * step)
         gemm = WQLinear_GEMM.from_linear(
             layer, 4, GROUP, scales=scale.T.contiguous(), zeros=zero.T.contiguous()
         )
@@ -366,7 +371,7 @@ def auto_round(folder: Path, layout: str, bits: int, symmetric: bool) -> None:
         tokenizer(source)
         run = AutoRound(
             str(source), AutoTokenizer.from_pretrained(source), bits=bits, group_size=GROUP,
-            sym=symmetric, iters=0, nsamples=2, seqlen=32, device_map="cpu",
+            sym=symmetric, iters=0, disable_opt_rtn=True, device_map="cpu",
         )  # fmt: skip
         run.quantize_and_save(str(out), format=layout)
         print(sorted(one.name for one in out.rglob("*")))

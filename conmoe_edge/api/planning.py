@@ -12,6 +12,7 @@ from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
@@ -38,6 +39,7 @@ class PlanReport:
         method_note: why it is that one, where the default gave way; else empty.
         tokenizer: whether the model has one that opens; ``None`` where nobody looked.
         tokenizer_fault: why it has none; else empty.
+        tokenizer_fix: what helps then; else empty.
         beside: the model's parts for pictures and sound, empty for a text model.
         keeps_vision: whether the package has them.
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
@@ -51,6 +53,7 @@ class PlanReport:
     method_note: str = ""
     tokenizer: bool | None = None
     tokenizer_fault: str = ""
+    tokenizer_fix: str = ""
     beside: OtherParts = NOTHING
     keeps_vision: bool = False
     fetching: Fetching | None = None
@@ -81,6 +84,7 @@ class PlanReport:
             "method_note": self.method_note,
             "tokenizer": self.tokenizer,
             "tokenizer_fault": self.tokenizer_fault,
+            "tokenizer_fix": self.tokenizer_fix,
             "other_parts": self.beside.to_json(kept=self.keeps_vision),
             "plan": plan_to_json(self.plan),
             "fetching": None if self.fetching is None else asdict(self.fetching),
@@ -89,6 +93,7 @@ class PlanReport:
         }
 
 
+@no_collections()
 def plan(
     model: str,
     request: PlanRequest | None = None,
@@ -148,7 +153,7 @@ def plan(
 def with_tokenizer(report: PlanReport, tried: Any) -> PlanReport:
     """The report with what came of ``tried_tokenizer``."""
     if isinstance(tried, CalibrationError):
-        return replace(report, tokenizer=False, tokenizer_fault=tried.why)
+        return replace(report, tokenizer=False, tokenizer_fault=tried.why, tokenizer_fix=tried.fix)
     return replace(report, tokenizer=True)
 
 

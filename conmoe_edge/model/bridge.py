@@ -45,6 +45,7 @@ from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import (
     AGAIN,
     ANOTHER_MODEL,
+    COMPARE_CONFIG,
     WRONG,
     read_settings,
     says,
@@ -78,20 +79,12 @@ def read_config(
         UnsupportedModel: transformers does not know the ``model_type``.
         CheckpointError: ``config.json`` cannot be read, or names impossible numbers.
     """
-    register_config()
     folder = Path(folder)
     check_folder(folder)
     where = folder / CONFIG_FILE
     settings = read_settings(folder, CONFIG_FILE) if settings is None else settings
-    kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"The architecture of {folder} is not known to transformers.",
-            f"its model_type is {str(kind)[:60]!r}"
-            if kind
-            else "its config.json names no model_type",
-            _NO_CODE,
-        )
+    check_known(folder, settings)
+    kind = settings["model_type"]
     (bounds or bounds_in(folder)).check(where, settings)
     _check_words(where, settings)
     broken = partial(_cannot_be_used, where)
@@ -117,6 +110,24 @@ def read_config(
             ANOTHER_MODEL,
         )
     return config
+
+
+def check_known(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a model whose architecture transformers does not have; ``settings`` are those of its ``config.json``.
+
+    Raises:
+        UnsupportedModel: says what it calls itself.
+    """
+    register_config()
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"The architecture of {folder} is not known to transformers.",
+            f"its model_type is {str(kind)[:60]!r}"
+            if kind
+            else "its config.json names no model_type",
+            _NO_CODE,
+        )
 
 
 def _check_words(where: Path, settings: Mapping[str, Any]) -> None:
@@ -207,7 +218,7 @@ def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
         why,
-        WRONG,
+        COMPARE_CONFIG,
     )
 
 

@@ -14,7 +14,7 @@ from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
 from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
-from conmoe_edge.model.bridge import read_config, without_quantization
+from conmoe_edge.model.bridge import check_known, read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
 from conmoe_edge.model.other_parts import NOTHING, OtherParts, other_parts_of
 from conmoe_edge.model.probe import TensorFacts
@@ -52,6 +52,7 @@ def read_source(
         UnsupportedModel: the model, or the way it is quantised, is of a kind that is not read.
     """
     settings = read_settings(folder, CONFIG_FILE)
+    check_known(folder, settings)  # before the weights: of an unknown model no other version helps
     dtype = _float_dtype(settings, stored)
     scheme = find_scheme(stored, declared_in(folder, settings), dtype, peek)
     facts = {

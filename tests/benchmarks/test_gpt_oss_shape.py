@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.make_gpt_oss_shape import Shape, make
 from conmoe_edge import api
 from conmoe_edge.checkpoint.quantised.stored import Stored
+from conmoe_edge.cli.main import main
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.probe import probe
@@ -75,9 +77,17 @@ def test_a_stopped_run_goes_on_with_its_shard(tmp_path: Path) -> None:
         make(again, TINY, 1, limit)
 
 
-def test_a_small_one_is_a_model(tmp_path: Path) -> None:
+def test_a_small_one_is_a_model_and_fit_says_that_it_stays(tmp_path: Path) -> None:
     make(tmp_path / "model", TINY, 0, 1 << 30)
     report = api.plan(str(tmp_path / "model"), budget="4GB", device="cpu")
-    assert report.plan.chosen.precision == "mxfp4"
     assert report.anatomy.total_bytes == sum(one.nbytes for one in TINY.tensors())
-    assert report.tokenizer is not False
+    command = ["fit", str(tmp_path / "model"), "--gpu", "4GB", "--device", "cpu", "--yes"]
+    command += ["--calibration-tokens", "512"]
+    same = "every weight as in the model"
+    for flags, said in (([], True), (["--rate", "0.5"], False)):
+        words = [*command, *flags, "--out", str(tmp_path / str(said))]
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+        assert (same in done.output) == said, done.output
+        assert "bf16 and mxfp4" in done.output
+    assert "fits in MXFP4 as published, nothing is removed" in report.plan.chosen.reason

@@ -36,6 +36,7 @@ for a matrix that a kind cannot take (``best_kind`` says which it can), a mistak
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -223,7 +224,9 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(columns // MX_BLOCK, rows, dtype=torch.uint8, device=weight.device)
     tile = first_divisor(TILES, rows)
     for block in _blocks(rows, columns):
-        codes, exponents = _mxfp4_rows(weight[block].float())
+        part = weight[block]
+        found = _mxfp4_bf16(part) if weight.dtype == torch.bfloat16 else None
+        codes, exponents = _mxfp4_rows(part.float()) if found is None else found
         packed[block] = _pack(codes, tile)
         scales[:, block] = exponents.T
     return packed, scales.view(torch.float8_e8m0fnu)
@@ -239,15 +242,45 @@ def _mxfp4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     # Two steps: a scale of 2^-127 and its inverse are not both numbers that all processors multiply with alike.
     half = torch.div(-exponent, 2, rounding_mode="floor")
     first, second = power_of_two(half).unsqueeze(2), power_of_two(-exponent - half).unsqueeze(2)
-    size = (grouped * first * second).abs()
-    code = torch.where(
+    code = _e2m1((grouped * first * second).abs())
+    code = code.nan_to_num_(0.0).to(torch.uint8) | (grouped.signbit().to(torch.uint8) << 3)
+    scale = torch.where(largest.isfinite(), exponent + 127, _E8M0_NAN)
+    return code.flatten(1), scale.to(torch.uint8)
+
+
+def _e2m1(size: Tensor) -> Tensor:
+    """The codes of numbers that are not negative: nearest, ties to the even one."""
+    return torch.where(
         size < 2,
         (size * 2).round(),
         torch.where(size < 4, size.round() + 2, (size / 2).round() + 4),
     ).clamp_(max=7)
-    code = code.nan_to_num_(0.0).to(torch.uint8) | (grouped.signbit().to(torch.uint8) << 3)
-    scale = torch.where(largest.isfinite(), exponent + 127, _E8M0_NAN)
-    return code.flatten(1), scale.to(torch.uint8)
+
+
+@cache
+def _codes_of_bf16(device: torch.device) -> Tensor:
+    """uint8: codes of the bf16 numbers from 2^-3 up to 8, by their bits; before them, that of all smaller ones."""
+    size = torch.exp2(torch.arange(-3.0, 3.0)).unsqueeze(1) * (1 + torch.arange(128) / 128)
+    return torch.cat([torch.zeros(1), _e2m1(size.flatten())]).to(torch.uint8).to(device)
+
+
+def _mxfp4_bf16(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What ``_mxfp4_rows`` gives for a block of rows in bf16, in a third of the time: a number over a power of two is
+    its bits less a multiple of 128. ``None`` for blocks with numbers that are not finite, or too small for that.
+    """
+    bits = weight.contiguous().view(torch.int16).unflatten(1, (-1, MX_BLOCK))
+    size = bits & 0x7FFF
+    largest = size.amax(2)  # as numbers, so as bits
+    exponent = (largest >> 7) - 2
+    # Numbers below the least normal one have no exponent; with a scale code from 3 on they are 0.
+    if bool(((largest > 0) & ((exponent < 3) | (largest >= 0x7F80))).any()):
+        return None
+    table = _codes_of_bf16(weight.device)
+    start = exponent.clamp(min=3) - 3  # the exponent of 2^-3 times the scale
+    place = (size - (start << 7).unsqueeze(2)).clamp_(min=-1) + 1
+    code = table.index_select(0, place.flatten().int()).view(size.shape)
+    code |= ((bits >> 12) & 8).to(torch.uint8)
+    return code.flatten(1), exponent.clamp(min=0).to(torch.uint8)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ def logical_tensors(
     layers = config["num_hidden_layers"]
     if layers > _MOST_LAYERS:
         raise CheckpointError(
-            f"{files.path} says that it has {layers} layers.", "", "Download the file again."
+            f"{files.path} says that it has {layers} layers.",
+            f"no model has more than {_MOST_LAYERS}",
+            "Download the file again.",
         )
     made = _Making(files, family, config).make(layers)
     return dict(sorted(made.items()))

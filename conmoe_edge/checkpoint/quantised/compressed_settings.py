@@ -46,25 +46,19 @@ class IntWeights:
         return columns % self.group == 0 and shape == (rows, columns // self.group)
 
 
-def has_format(declared: Mapping[str, Any], *formats: str) -> bool:
-    """Whether compressed-tensors declares one of ``formats``, for all layers or for a group of them."""
+def has_format(declared: Mapping[str, Any], layout: str) -> bool:
+    """Whether compressed-tensors declares the format ``layout``, for all layers or for a group of them."""
     if declared.get("quant_method") != METHOD:
         return False
-    return any(one.get("format") in formats for one in (declared, *_groups(declared)))
+    return any(one.get("format") == layout for one in (declared, *_groups(declared)))
 
 
 def int_weights(declared: Mapping[str, Any]) -> tuple[IntWeights, ...]:
     """The settings of all groups of layers with whole numbers, each once.
 
     Raises:
-        UnsupportedModel: weights are stored rotated, or settings are not understood.
+        UnsupportedModel: settings are not understood.
     """
-    if declared.get("transform_config"):
-        raise UnsupportedModel(
-            "The weights of this checkpoint are rotated (transform_config).",
-            "parts of the rotation belong into the forward, and transformers has none of them",
-            PLAIN_VERSION,
-        )
     found: dict[IntWeights, None] = {}
     for one in _groups(declared):
         weights = one.get("weights")

@@ -63,5 +63,9 @@ _ALL: tuple[Form, ...] = (
     awq,
     bitsandbytes_4bit,
     bitsandbytes_int8,
+    packed_ints,
+    plain_ints,
+    gptq,
+    awq,
 )
 FORMS: Mapping[str, Form] = {one.NAME: one for one in _ALL}

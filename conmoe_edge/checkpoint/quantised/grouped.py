@@ -21,12 +21,10 @@ def check_scales(logical: Logical, scales: Tensor, signed: bool = False) -> None
     """Refuse scales that no quantisation gives; ``signed`` where a negative one is none of them.
 
     Raises:
-        CheckpointError: one is NaN, infinite, 0, or negative.
+        CheckpointError: one is NaN, infinite, or negative.
     """
     if not bool(scales.isfinite().all()):
         raise logical.broken("scales", "holds NaN or infinity")
-    if bool((scales == 0).any()):
-        raise logical.broken("scales", "holds a scale of 0")
     if not signed and bool((scales < 0).any()):
         raise logical.broken("scales", "holds a scale below 0")
 
@@ -44,7 +42,8 @@ def product(
         groups: columns of a group, or the group of each column, int64 [C].
 
     Raises:
-        CheckpointError: a product is beyond the format of the scales or of the model.
+        CheckpointError: a scale is 0 and its numbers are not, or a product is beyond the format of the scales or of
+            the model.
     """
     rows, columns = numbers.shape
     out = torch.empty(rows, columns, dtype=getattr(torch, logical.dtype))
@@ -57,6 +56,8 @@ def product(
             wide -= zeros
         else:
             wide -= _spread(zeros[part].float(), groups, columns)
+        if bool(((scale == 0) & (wide != 0)).any()):
+            raise logical.broken("scales", "holds a scale of 0 for numbers that are not 0")
         wide *= scale
         out[part] = wide.to(scales.dtype)
         if not bool(out[part].isfinite().all()):

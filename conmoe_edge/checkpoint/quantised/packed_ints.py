@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.quantised.bit_fields import unpack, words_of
 from conmoe_edge.checkpoint.quantised.compressed_settings import (
+    METHOD,
     IntWeights,
     has_format,
     int_weights,
@@ -29,12 +30,13 @@ from conmoe_edge.checkpoint.quantised.stored import PLAIN_VERSION, Headers, Logi
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 NAME = "packed-int"
+_FORMAT = "pack-quantized"
 _SUFFIX = ".weight_packed"
 
 
 def declares(settings: Mapping[str, Any]) -> bool:
     """See ``forms.Form``."""
-    return has_format(settings, "pack-quantized")
+    return settings.get("quant_method") == METHOD and settings.get("format") == _FORMAT
 
 
 def find(name: str, headers: Headers) -> Logical | None:
@@ -43,7 +45,7 @@ def find(name: str, headers: Headers) -> Logical | None:
     if not name.endswith(_SUFFIX) or one.dtype != "int32":
         return None
     base = name.removesuffix("_packed")
-    declared = int_weights(headers.declared) if declares(headers.declared) else ()
+    declared = int_weights(headers.declared) if has_format(headers.declared, _FORMAT) else ()
     if not declared:
         raise UnsupportedModel(
             f"Nothing says how many bits the numbers of {name} have.",

@@ -11,11 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conmoe_edge.checkpoint.quantised.compressed_settings import (
-    IntWeights,
-    has_format,
-    int_weights,
-)
+from conmoe_edge.checkpoint.quantised.compressed_settings import METHOD, IntWeights, int_weights
 from conmoe_edge.checkpoint.quantised.grouped import SCALES, check_scales, product
 from conmoe_edge.checkpoint.quantised.stored import PLAIN_VERSION, Headers, Logical
 from conmoe_edge.errors import CheckpointError
@@ -26,7 +22,7 @@ _UNDECLARED = (IntWeights(8, 0, True, False), IntWeights(8, -1, True, False))
 
 def declares(settings: Mapping[str, Any]) -> bool:
     """See ``forms.Form``."""
-    return has_format(settings, "int-quantized")
+    return settings.get("quant_method") == METHOD and settings.get("format") == "int-quantized"
 
 
 def find(name: str, headers: Headers) -> Logical | None:

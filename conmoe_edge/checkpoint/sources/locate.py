@@ -183,15 +183,15 @@ def _local(meaning: Meaning, source: Source) -> Description:
         for name, entry in index.tensors.items()
     }
     return Description(
-        meaning.name,
-        meaning.kind,
-        folder,
-        source.revision,
-        meaning.hub_id,
-        tensors,
-        index.bytes_of,
-        index,
-        gguf,
+        name=meaning.name,
+        kind=meaning.kind,
+        path=folder,
+        revision=source.revision,
+        hub_id=meaning.hub_id,
+        tensors=tensors,
+        peek=index.bytes_of,
+        index=index,
+        gguf=gguf,
     )
 
 

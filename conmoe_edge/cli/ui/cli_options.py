@@ -250,7 +250,8 @@ _LEVERS = (
         default="auto",
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
-        "hurts most; auto takes fewer bits before it removes experts. lowrank is what --method mc-smoe writes.",
+        "hurts most; auto takes fewer bits before it removes experts. mxfp4 is for models that are published in it, "
+        "and stay in it; lowrank is what --method mc-smoe writes.",
     ),
     click.option(
         "--dense-precision",

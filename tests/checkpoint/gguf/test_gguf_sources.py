@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conmoe_edge import api
+from conmoe_edge.checkpoint.gguf.expanded import GgufTensors
+from conmoe_edge.checkpoint.gguf.opened import open_gguf
 from conmoe_edge.checkpoint.package.opened_package import open_package
 from conmoe_edge.checkpoint.sources.locate import locate
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.errors import CheckpointError, ConmoeError, UnsupportedModel
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.opened import open_model
@@ -164,51 +167,63 @@ def test_half_of_the_experts_go_and_it_answers_and_is_measured(tmp_path: Path) -
     assert answer is not None
 
 
-WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 3, "num_hidden_layers": 1}
+WIDE = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_local_experts": 3,
+    "num_hidden_layers": 1,
+}
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Where the fp16 scales of a block are."""
-IQ = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ4_NL", "IQ4_XS"}
+IQ = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ4_NL", "IQ4_XS")
+SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "F16", "BF16")
 
 
-@pytest.mark.parametrize("name", [*SCALES, *sorted(IQ), "Q4_1", "Q5_0", "Q5_1", "MXFP4", "F16", "BF16"])  # fmt: skip
-def test_every_type_is_expanded_as_the_library_expands_it(name: str, tmp_path: Path) -> None:
-    """Random blocks with scales of a sane size: what a file holds in the place of experts."""
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict]:
+    folder = tmp_path_factory.mktemp("wide")
+    plain = plain_model("qwen3_moe", folder, **WIDE)
+    return AutoConfig.from_pretrained(folder), plain
+
+
+def random_blocks(name: str, seed: int) -> np.ndarray:
+    """Three matrices [256, 256] of random blocks, with scales of a sane size."""
     kind = gguf.GGMLQuantizationType[name]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    drawn = np.random.default_rng(3)
-    folder = tmp_path / "plain"
-    plain = plain_model("qwen3_moe", folder, **WIDE)
-    config = AutoConfig.from_pretrained(folder)
+    drawn = np.random.default_rng(seed)
+    if name in ("F16", "BF16"):
+        return gguf.quantize(drawn.normal(0, 0.1, (3, 256, 256)).astype(np.float32), kind)
+    data = drawn.integers(0, 256, (3, 256, 256 // block, block_bytes), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    for at in SCALES.get(name, (0, 2) if name in ("Q4_1", "Q5_1") else (0,)):
+        data[..., at : at + 2] = scale
+    if name == "MXFP4":
+        data[..., 0] = 122
+    return data.reshape(3, 256, -1)
+
+
+@pytest.mark.parametrize("name", [*SCALES, *IQ, *SMALL])
+def test_every_type_is_expanded_as_the_library_expands_it(name: str, wide, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    stacks = {part: random_blocks(name, seed) for seed, part in enumerate(("gate", "up", "down"))}
     path = tmp_path / "model.gguf"
-    stacks = {}
-    for part in ("gate", "up", "down"):
-        if name in ("F16", "BF16"):
-            data = gguf.quantize(drawn.normal(0, 0.1, (3, 256, 256)).astype(np.float32), kind)
-        else:
-            data = drawn.integers(0, 256, (3, 256, 256 // block, block_bytes), dtype=np.uint8)
-            scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-            for at in SCALES.get(name, (0, 2) if name in ("Q4_1", "Q5_1") else (0,)):
-                data[..., at : at + 2] = scale
-            if name == "MXFP4":
-                data[..., 0] = 122
-            data = data.reshape(3, 256, -1)
-        stacks[f"blk.0.ffn_{part}_exps.weight"] = data
-    packed = {one: (data, kind) for one, data in stacks.items()}
-    write_gguf(path, "qwen3_moe", config, plain, packed=packed)
+    packed = {f"blk.0.ffn_{part}_exps.weight": (data, kind) for part, data in stacks.items()}
+    write_gguf(path, "qwen3_moe", *wide, packed=packed)
+    model = open_gguf(path)
     dtype = torch.float16 if name == "F16" else torch.bfloat16
-    opened = open_model(locate(str(path)))
-    assert name.lower() in opened.anatomy.source_form.split("+")
-    with opened.tensors() as tensors:
-        for part in ("gate", "up", "down"):
-            data = stacks[f"blk.0.ffn_{part}_exps.weight"]
+    with ShardReader(model.index) as reader:
+        tensors = GgufTensors(reader, model.tensors)
+        for part, data in stacks.items():
             floats = gguf.dequantize(data, kind).reshape(3, 256, 256)
             whole = torch.from_numpy(floats.astype(np.float32))
             assert whole.isfinite().all() and float(whole.abs().max()) > 0
             for number in range(3):
-                lazy = tensors[f"model.layers.0.mlp.experts.{number}.{part}_proj.weight"]
-                assert lazy.dtype == dtype
-                assert torch.equal(lazy[...], whole[number].to(dtype))
-                assert torch.equal(lazy[7:19], whole[number][7:19].to(dtype))
+                full = f"model.layers.0.mlp.experts.{number}.{part}_proj.weight"
+                assert model.tensors[full].form == name.lower()
+                assert model.tensors[full].nbytes == data.nbytes // 3
+                assert tensors[full].dtype == dtype
+                assert torch.equal(tensors[full][...], whole[number].to(dtype))
+                assert torch.equal(tensors[full][7:19], whole[number][7:19].to(dtype))
 
 
 def test_the_tied_head_and_the_folder(tmp_path: Path) -> None:
@@ -311,3 +326,17 @@ def test_dense_models_and_other_architectures_are_named(tmp_path: Path) -> None:
             api.plan(str(path), budget="4GB", device="cpu")
     with pytest.raises(ConmoeError, match=r"There is no file models/none\.gguf"):
         api.plan("models/none.gguf", budget="4GB", device="cpu")
+
+
+def test_experts_in_mxfp4_stay_so(tmp_path: Path) -> None:
+    """gpt-oss as it is published for llama.cpp: a record holds the numbers of the file."""
+    path, config, plain = source("gpt_oss", tmp_path, all_of("MXFP4"))
+    for name in list(plain):
+        if ".experts." in name or (plain[name].dim() > 1 and "router" not in name):
+            plain[name] = plain[name].bfloat16().float()
+    wanted = logits(reference(tmp_path / "reference", config, plain))
+    report = api.plan(str(path), budget="4GB", device="cpu", rate=0.0)
+    assert report.plan.chosen.precision == "mxfp4"
+    fit(path, tmp_path / "whole", 0.0)
+    found = logits(load_package(tmp_path / "whole", device="cpu", dtype=torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from families import save_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from conmoe_edge.checkpoint.package.record_headers import expert_of
 from conmoe_edge.checkpoint.sources.locate import locate
 from conmoe_edge.model.opened import open_model
 
+DATA = Path(__file__).resolve().parents[2] / "data" / "quantised"
 SHAPE = Shape(
     layers=2,
     experts=8,
@@ -73,6 +76,11 @@ def fitted(
         widths=widths,
         calibration_tokens=512,
     )
+    return experts_in(out, transposed=True)
+
+
+def experts_in(out: Path, *, transposed: bool) -> Experts:
+    """As a module keeps them; the records are MXFP4."""
     manifest = open_package(out).manifest
     assert {one.precision for one in manifest.layouts} == {"mxfp4"}
     layouts = {entry.id: manifest.layouts[entry.layout] for entry in manifest.prototypes}
@@ -80,7 +88,7 @@ def fitted(
     for path in sorted(out.glob("prototypes-*.safetensors")):
         for name, record in load_file(path).items():
             parts = view(layouts[expert_of(name)], record)
-            found[expert_of(name)] = decode(parts, torch.bfloat16, True)
+            found[expert_of(name)] = decode(parts, torch.bfloat16, transposed)
     assert set(found) == set(layouts)
     return found
 
@@ -125,3 +133,27 @@ def test_of_an_expert_that_loses_neurons_gate_and_up_are_not_requantised(
         assert places == sorted(places)
         neurons = [place // 2 for place in places]
         assert neurons[::2] == neurons[1::2]
+
+
+def test_compressed_tensors_mxfp4_stays_mxfp4(tmp_path: Path) -> None:
+    """A linear layer for each projection of each expert, [out, in]: blocks run along a row there, too."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DATA / "mxfp4-compressed-tensors" / name, folder / name)
+    save_tokenizer(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 30)
+    out = tmp_path / "out"
+    api.fit(
+        str(folder), out, budget="4GB", device="cpu", rate=0.0, calibration=text,
+        calibration_tokens=256,
+    )  # fmt: skip
+    wanted = load_file(DATA / "mxfp4-compressed-tensors" / "expanded.safetensors")
+    found = experts_in(out, transposed=False)
+    assert len(found) == api.plan(str(folder), budget="4GB", device="cpu").anatomy.expert_count
+    for expert, parts in found.items():
+        at = f"model.layers.{expert.layer}.mlp.experts.{expert.expert}"
+        both = [wanted[f"{at}.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(parts["gate_up_proj"], torch.cat(both))
+        assert torch.equal(parts["down_proj"], wanted[f"{at}.down_proj.weight"])

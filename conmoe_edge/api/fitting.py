@@ -135,7 +135,7 @@ def fit(
     folder = source.folder
     passes = passes or (2 if source.ranges is None or keep_source else 1)
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
-    tried = tried_tokenizer(folder)
+    tried = tried_tokenizer(folder, source.gguf)
     report = with_tokenizer(report, tried)
     report = with_other_parts(report, source.beside, kept=keep_vision)
     if source.ranges is not None:

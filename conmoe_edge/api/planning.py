@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from conmoe_edge.checkpoint.sources.locate import describe
+from conmoe_edge.checkpoint.sources.locate import Description, describe
 from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
@@ -93,6 +93,7 @@ class PlanReport:
         }
 
 
+@no_collections()
 def plan(
     model: str,
     request: PlanRequest | None = None,
@@ -121,22 +122,27 @@ def plan(
         DoesNotFit: nothing meets the budget; says the smallest one that works.
         ModelNotFound, CheckpointError, UnsupportedModel, UsageError: as their names say.
     """
-    from conmoe_edge.checkpoint.quantised.scheme import Stored
+    from conmoe_edge.checkpoint.quantised.stored import Stored
     from conmoe_edge.model.generation_file import read_generation
     from conmoe_edge.model.opened import anatomy_of
     from conmoe_edge.model.probe import count_in
-    from conmoe_edge.model.source_facts import read_source
+    from conmoe_edge.model.source_facts import read_gguf, read_source
 
     asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
-    stored = {name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()}
-    source = read_source(found.path, stored)
+    if found.gguf is not None:
+        source = read_gguf(found.gguf)
+    else:
+        stored = {
+            name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
+        }
+        source = read_source(found.path, stored, found.peek)
     config = source.config
     anatomy = anatomy_of(source, keep_vision=keep_vision)
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
-    report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
-    report = with_tokenizer(report, tried_tokenizer(found.path))
+    report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found))
+    report = with_tokenizer(report, tried_tokenizer(found.path, found.gguf))
     report = with_other_parts(report, source.beside, kept=keep_vision)
     if found.index is not None:
         return report
@@ -252,9 +258,9 @@ def with_fetching(
     return replace(report, fetching=found)
 
 
-def _identity(index: CheckpointIndex | None) -> Mapping[str, Any] | None:
+def _identity(found: Description) -> Mapping[str, Any] | None:
     """The fingerprint of a model; ``None`` where its weights are not there or cannot be read."""
     try:
-        return None if index is None else fingerprint(index)
+        return None if found.index is None else fingerprint(found.index, found.path)
     except (ConmoeError, OSError):
         return None

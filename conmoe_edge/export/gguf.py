@@ -1,83 +1,78 @@
-"""GGUF by llama.cpp's own converter: a plain checkpoint beside the file, ``convert_hf_to_gguf.py`` over it, gone again.
+"""Write a package as a GGUF file, for llama.cpp and what is built on it, one decoder layer at a time.
 
-The converter is a program of its own with requirements of its own; it is found, never brought along, and run with a
-plain list of arguments. The file appears under its name only when it is whole. Disk beside the file: the plain
-checkpoint. Raises ``UsageError`` where the converter is not found or is no such script, ``ConversionError`` with the
-converter's last words where it fails.
+The tensors are those of the plain checkpoint (``plain_tensors.py``), under llama.cpp's names and in its shapes
+(``llama/``). A package with fewer neurons in its experts becomes a smaller file that llama.cpp loads as it is. The file
+appears under its name when it is whole and on the disk.
+
+Quantised files are made by llama.cpp's library from a whole file that stands beside meanwhile, with an importance
+matrix that is measured while that one is written (``llama/importance.py``).
+
+Peak memory: as of ``plain_tensors.py``, and one tensor in the format of the file. Raises ``UnsupportedModel`` for what
+llama.cpp would compute otherwise, ``CalibrationError`` for a package without a tokenizer, ``PackageError`` for a
+damaged package, ``NoSpace``, ``OutputExists``.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED
-from conmoe_edge.checkpoint.fs import durable
-from conmoe_edge.checkpoint.fs.atomic_files import temporary_name
-from conmoe_edge.checkpoint.fs.disk import disk_errors
-from conmoe_edge.checkpoint.package.opened_package import open_package
+import gguf
+import torch
+
+from conmoe_edge.checkpoint.fs.atomic_files import finish, temporary_name
+from conmoe_edge.checkpoint.fs.disk import disk_errors, require_space
+from conmoe_edge.checkpoint.package.opened_package import OpenedPackage, open_package
 from conmoe_edge.compress.run.job import Progress
-from conmoe_edge.errors import ConmoeError, OutputExists, UsageError
-from conmoe_edge.export.hf import Exported, OnProgress, export_hf
+from conmoe_edge.compress.stream.calibration_text import CalibrationText, TokenSet, token_sets
+from conmoe_edge.errors import OutputExists, UsageError
+from conmoe_edge.export.hf import Exported, OnProgress, shown
+from conmoe_edge.export.llama.architectures import architecture_of
+from conmoe_edge.export.llama.gguf_file import (
+    FLOATS,
+    GgufTensors,
+    describe,
+    file_type,
+    open_writer,
+    write_portion,
+)
+from conmoe_edge.export.llama.importance import Importance, ImportancePass
+from conmoe_edge.export.llama.quantise import find_llama, quantise, types_in
+from conmoe_edge.export.llama.vocabulary import vocabulary_of
+from conmoe_edge.export.plain_tensors import PlainTensors, open_plain
+from conmoe_edge.model.generation_file import read_generation
+from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.plan.request import SEQUENCE_LENGTH
+from conmoe_edge.units import human_size
 
-SCRIPT = "convert_hf_to_gguf.py"
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
-"""Number formats that the converter writes; smaller ones are llama-quantize's business."""
-
-_CLONE = "git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt"
-_LAST_LINES = 4
+OUTTYPES = ("auto", *FLOATS)
 
 
-class ConversionError(ConmoeError):
-    """llama.cpp's converter ended with an error."""
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How a file is quantised.
 
-
-def find_converter(llama_cpp: Path | None) -> Path:
-    """The converter: in the folder given (or the file itself), else in a folder on ``PATH``.
-
-    Raises:
-        UsageError: it is not there.
+    Attributes:
+        kind: one of ``plan.gguf_types.FILE_TYPES``.
+        text: what the importance matrix is measured on; ``None`` for no matrix.
+        tokens: how many tokens of it.
+        python: the Python that has llama-cpp-python; by default this one.
     """
-    if llama_cpp is not None:
-        script = llama_cpp if llama_cpp.name == SCRIPT else llama_cpp / SCRIPT
-        if script.is_file():
-            return script.resolve()
-        raise UsageError(
-            f"{llama_cpp} has no {SCRIPT}.",
-            "GGUF is written by llama.cpp's own converter",
-            f"--llama-cpp FOLDER of a clone of llama.cpp: {_CLONE}",
-        )
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        script = Path(folder or ".") / SCRIPT
-        if script.is_file():
-            return script.resolve()
-    raise UsageError(
-        f"{SCRIPT} was not found.",
-        "GGUF is written by llama.cpp's own converter, and no folder on PATH has it",
-        f"{_CLONE}; then the same command with --llama-cpp llama.cpp",
-    )
 
-
-def converter_arguments(
-    script: Path, model: Path, out: Path, outtype: str, python: Path | None = None
-) -> list[str]:
-    """The command line of the converter."""
-    interpreter = sys.executable if python is None else str(python)
-    return [interpreter, str(script), str(model), "--outfile", str(out), "--outtype", outtype]
+    kind: str
+    text: CalibrationText | None = None
+    tokens: int = 16384
+    python: Path | None = None
 
 
 def export_gguf(
     package: Path,
     out: Path,
     *,
-    llama_cpp: Path | None = None,
-    python: Path | None = None,
     outtype: str = "auto",
+    quantisation: Quantisation | None = None,
+    pre_tokenizer: str | None = None,
     overwrite: bool = False,
     progress: OnProgress | None = None,
 ) -> Exported:
@@ -86,62 +81,139 @@ def export_gguf(
     Args:
         package: a folder that ``fit`` wrote.
         out: the file.
-        llama_cpp: a clone of llama.cpp, or its converter; by default it is looked for on ``PATH``.
-        python: the interpreter that has the converter's requirements; by default this one.
-        outtype: number format of the file, one of ``OUTTYPES``.
+        outtype: number format of matrices, one of ``OUTTYPES``; ``auto`` is the model's own. Of a quantised file, that
+            which is quantised.
+        quantisation: how the file is quantised; by default it is not.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, where it is not found out.
         overwrite: replace an existing file.
-        progress: called after every layer of the checkpoint.
+        progress: called after every layer.
     """
     tell = progress or (lambda step: None)
-    script = find_converter(llama_cpp)
+    _check_target(out, overwrite)
+    python = None if quantisation is None else find_llama(quantisation.python)
+    opened = open_package(package)
+    with open_plain(opened) as plain, disk_errors(out):
+        export = _Export(opened, plain, _dtype(outtype, plain), pre_tokenizer, tell)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_name(out) as part:
+            if quantisation is None or python is None:
+                export.write(part)
+            else:
+                _quantised(export, quantisation, python, part)
+            finish(part, out)
+        decided, notes = plain.decided, export.notes
+    experts = len(next(iter(decided.kept.values())))
+    return Exported(
+        out,
+        decided.kind,
+        experts,
+        decided.width,
+        out.stat().st_size,
+        (*decided.notes, *notes),
+    )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise UsageError(f"{out} is a folder.", "GGUF is one file", f"{out}/model.gguf, say")
     if out.exists() and not overwrite:
         raise OutputExists(
             f"{out} exists already.", "", "--overwrite to replace it, or another name"
         )
-    # The converter is another program that opens what it finds in a folder.
-    unchanged = open_package(package).manifest.method == UNCHANGED
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work,
-            temporary_name(out) as part,
-        ):
-            model = package
-            done = Exported(out, "unchanged", 0, 0, 0, ())
-            if not unchanged:
-                model = Path(work) / "model"
-                done = export_hf(package, model, progress=progress)
-            tell(Progress("convert", 0, 1, SCRIPT))
-            _run(converter_arguments(script, model, part, outtype, python), python)
-            if not part.is_file():
-                raise ConversionError(
-                    f"{SCRIPT} ended without an error, but there is no file.", "", str(script)
-                )
-            durable.fsync_file(part)
-            durable.replace(part, out)
-    tell(Progress("convert", 1, 1, SCRIPT))
-    return replace(done, folder=out, nbytes=out.stat().st_size)
 
 
-def _run(arguments: Sequence[str], python: Path | None) -> None:
-    try:
-        done = subprocess.run(arguments, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise UsageError(
-            f"{arguments[0]} cannot be run.",
-            error.strerror or str(error),
-            "--converter-python with the interpreter that has the converter's requirements",
-        ) from error
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-_LAST_LINES:] if lines else [f"exit status {done.returncode}"]
-        missing = any("ModuleNotFoundError" in line for line in last)
-        raise ConversionError(
-            f"llama.cpp's converter ended with status {done.returncode}.",
-            "it says: " + " ".join(last)[-300:],
-            "--converter-python with the interpreter that has the converter's requirements"
-            if missing
-            else f"to see all of it: {' '.join(arguments)}",
+def _dtype(outtype: str, plain: PlainTensors) -> torch.dtype:
+    if outtype != "auto":
+        return FLOATS[outtype]
+    return plain.dtype if plain.dtype in FLOATS.values() else torch.float32
+
+
+class _Export:
+    """One export: the file in a floating-point format, and notes on it."""
+
+    def __init__(
+        self,
+        opened: OpenedPackage,
+        plain: PlainTensors,
+        dtype: torch.dtype,
+        pre_tokenizer: str | None,
+        tell: OnProgress,
+    ) -> None:
+        config = plain.decided.config
+        self.plain, self.tell = plain, tell
+        self.notes: list[str] = []
+        self._name = str(opened.manifest.source.get("name") or opened.folder.name)
+        self._dtype = dtype
+        self._architecture = architecture_of(config)
+        self._tensors = GgufTensors(self._architecture, config, dtype)
+        size = config.vocab_size
+        ends = read_generation(opened.folder, size).eos_token_id
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        self.tokenizer = load_tokenizer(opened.folder)
+        self._vocabulary = vocabulary_of(
+            self.tokenizer, size, end if isinstance(end, int) else None, pre_tokenizer
         )
+
+    def write(self, path: Path, tokens: TokenSet | None = None) -> Importance:
+        """The whole file; with ``tokens`` the importance of its matrices, measured on them."""
+        writer = open_writer(path, self._architecture)
+        try:
+            writer.add_type(gguf.GGUFType.MODEL)
+            writer.add_name(self._name)
+            writer.add_file_type(file_type(self._dtype))
+            self.notes += self._architecture.add_fields(writer, self.plain.decided.config)
+            self._vocabulary.add_to(writer)
+            if self._vocabulary.inexact:
+                self.notes.append(
+                    f"llama.cpp cuts some texts otherwise than this tokenizer: {self._vocabulary.inexact}. So it does "
+                    "with every file of such a model."
+                )
+            described = (portion for _, portion in self.plain.described())
+            require_space(path, describe(writer, self._tensors, described))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            return self._write_data(writer, tokens)
+        finally:
+            writer.close()
+
+    def _write_data(self, writer: gguf.GGUFWriter, tokens: TokenSet | None) -> Importance:
+        layers, tell = self.plain.layers, self.tell
+        measured = None
+        if tokens is not None:
+            measured = ImportancePass(self.plain, tokens, self._tensors.name_of)
+        tell(Progress("write", 0, layers + 1, shown(None)))
+        for number, (layer, portion) in enumerate(self.plain.portions(), start=1):
+            write_portion(writer, self._tensors, portion)
+            if measured is not None:
+                measured.take(layer, portion)
+            portion.clear()
+            if number <= layers:
+                tell(Progress("write", number, layers + 1, shown(number - 1)))
+        tell(Progress("write", layers + 1, layers + 1, "done"))
+        return {} if measured is None else measured.found
+
+
+def _quantised(export: _Export, asked: Quantisation, python: Path, part: Path) -> None:
+    """Write ``part`` by way of a file in a floating-point format."""
+    tokens = None
+    if asked.text is not None:
+        length = min(SEQUENCE_LENGTH, export.plain.decided.config.max_position_embeddings)
+        tokens, _ = token_sets(
+            asked.text,
+            export.tokenizer,
+            length=length,
+            tokens=asked.tokens,
+            held_out_tokens=length,
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{part.name}.", dir=part.parent) as work:
+        wide = Path(work) / "wide.gguf"
+        importance = export.write(wide, tokens)
+        export.tell(Progress("quantise", 0, 1, asked.kind))
+        threads = torch.get_num_threads()
+        quantise(wide, part, asked.kind, importance, python=python, threads=threads)
+        export.tell(Progress("quantise", 1, 1, asked.kind))
+    sizes = ", ".join(f"{kind} {human_size(size)}" for kind, size in types_in(part).items())
+    export.notes.append(f"{asked.kind} as llama.cpp makes it of these shapes: {sizes}.")
+    if tokens is not None:
+        export.notes.append(f"Columns are weighed as they were measured on {tokens.tokens} tokens.")

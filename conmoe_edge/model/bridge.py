@@ -36,6 +36,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from conmoe_edge.checkpoint.format.dtypes import CODES, PLAIN
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -44,6 +45,7 @@ from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import (
     AGAIN,
     ANOTHER_MODEL,
+    COMPARE_CONFIG,
     WRONG,
     read_settings,
     says,
@@ -60,32 +62,29 @@ _DTYPES = ("dtype", "torch_dtype")
 _NO_CODE = "use a model whose architecture is part of transformers; code inside a model folder is never run"
 
 
-def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> PretrainedConfig:
+def read_config(
+    folder: str | Path,
+    bounds: SizeBounds | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
     """The config of a local model or package. Nothing in the folder is executed, and no size in it is larger than
     anything in the headers of the weights.
 
     Args:
         folder: holds ``config.json``.
         bounds: what the headers show; by default they are read from the folder.
+        settings: what ``read_settings`` gave of the file, where it is read already.
 
     Raises:
         UnsupportedModel: transformers does not know the ``model_type``.
         CheckpointError: ``config.json`` cannot be read, or names impossible numbers.
     """
-    register_config()
     folder = Path(folder)
     check_folder(folder)
     where = folder / CONFIG_FILE
-    settings = read_settings(folder, CONFIG_FILE)
-    kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"The architecture of {folder} is not known to transformers.",
-            f"its model_type is {str(kind)[:60]!r}"
-            if kind
-            else "its config.json names no model_type",
-            _NO_CODE,
-        )
+    settings = read_settings(folder, CONFIG_FILE) if settings is None else settings
+    check_known(folder, settings)
+    kind = settings["model_type"]
     (bounds or bounds_in(folder)).check(where, settings)
     _check_words(where, settings)
     broken = partial(_cannot_be_used, where)
@@ -111,6 +110,24 @@ def read_config(folder: str | Path, bounds: SizeBounds | None = None) -> Pretrai
             ANOTHER_MODEL,
         )
     return config
+
+
+def check_known(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a model whose architecture transformers does not have; ``settings`` are those of its ``config.json``.
+
+    Raises:
+        UnsupportedModel: says what it calls itself.
+    """
+    register_config()
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"The architecture of {folder} is not known to transformers.",
+            f"its model_type is {str(kind)[:60]!r}"
+            if kind
+            else "its config.json names no model_type",
+            _NO_CODE,
+        )
 
 
 def _check_words(where: Path, settings: Mapping[str, Any]) -> None:
@@ -201,7 +218,7 @@ def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
         why,
-        WRONG,
+        COMPARE_CONFIG,
     )
 
 
@@ -298,8 +315,11 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         device: where the loaded parameters live.
 
     Raises:
-        CheckpointError: a shape does not fit the config, or tensors of one fused parameter are missing.
+        CheckpointError: a shape does not fit the config, tensors of one fused parameter are missing, or one is stored
+            in a format that no plain checkpoint has.
     """
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor)
     outcome = convert(model, tensors, device)
     for name, (found, wanted) in sorted(outcome.mismatched.items()):
         raise CheckpointError(
@@ -312,6 +332,17 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             f"{name} cannot be assembled from the checkpoint.",
             "one of the tensors that it is made of is missing or has another shape",
             AGAIN,
+        )
+
+
+def _check_plain(name: str, tensor: Any) -> None:
+    """The loader would cast any number to the parameter's format: the bytes of a quantised weight, too."""
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code not in PLAIN:
+        raise CheckpointError(
+            f"The tensor {name} is stored as {code}.",
+            "that is a number of a quantised weight, which nothing has expanded",
+            WRONG,
         )
 
 

@@ -10,11 +10,18 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from conmoe_edge.checkpoint.gguf.expanded import GgufTensors
+from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import Scheme, stored_in
+from conmoe_edge.checkpoint.quantised.scheme import Scheme
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.locate import Source
-from conmoe_edge.checkpoint.sources.remote_index import remote_fingerprint, remote_index
+from conmoe_edge.checkpoint.sources.remote_index import (
+    remote_fingerprint,
+    remote_index,
+    remote_peek,
+)
 from conmoe_edge.checkpoint.sources.remote_reader import RemoteReader
 from conmoe_edge.checkpoint.sources.source_scratch import SourceScratch
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
@@ -24,7 +31,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.generation_file import read_generation
 from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.probe import count_in, probe
-from conmoe_edge.model.source_facts import SourceFacts, read_source
+from conmoe_edge.model.source_facts import SourceFacts, read_gguf, read_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +45,11 @@ class OpenedModel:
         config, anatomy: what it is.
         identity: its fingerprint (``checkpoint/tensors/fingerprint.py``).
         scheme: how the tensors of a plain checkpoint are made from its own.
+        folder: where its small files lie.
         beside: its parts for pictures and sound.
         keeps_vision: whether a package takes them along; ``anatomy`` counts them then.
         ranges: reads the weights from the hub, where they are not on this disk.
+        gguf: has the weights, where they are in GGUF files.
     """
 
     name: str
@@ -50,14 +59,11 @@ class OpenedModel:
     anatomy: ModelAnatomy
     identity: Mapping[str, Any]
     scheme: Scheme
+    folder: Path
     beside: OtherParts = NOTHING
     keeps_vision: bool = False
     ranges: HubRanges | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where its small files lie."""
-        return self.index.folder
+    gguf: GgufModel | None = None
 
     @contextmanager
     def tensors(self, scratch: SourceScratch | None = None) -> Iterator[Mapping[str, Lazy]]:
@@ -66,7 +72,10 @@ class OpenedModel:
         ``scratch`` is where bytes from the hub wait (``scratch``).
         """
         with self._bytes(scratch) as reader:
-            yield ExpandedTensors(reader, self.scheme)
+            if self.gguf is None:
+                yield ExpandedTensors(reader, self.scheme)
+            else:
+                yield GgufTensors(reader, self.gguf.tensors)
 
     def _bytes(self, scratch: SourceScratch | None) -> ShardReader:
         """The tensors as the checkpoint has them."""
@@ -97,11 +106,15 @@ def open_model(source: Source, *, keep_vision: bool = False) -> OpenedModel:
         CheckpointError: the model is damaged, or its generation config is.
         UnsupportedModel: its experts cannot be reached.
     """
-    ranges = source.ranges
-    index = (
-        CheckpointIndex.open(source.path) if ranges is None else remote_index(source.path, ranges)
-    )
-    found = read_source(source.path, stored_in(index))
+    ranges, gguf = source.ranges, source.gguf
+    if gguf is not None:
+        index, found = gguf.index, read_gguf(gguf)
+    elif ranges is None:
+        index = CheckpointIndex.open(source.path)
+        found = read_source(source.path, stored_in(index), index.bytes_of)
+    else:
+        index = remote_index(source.path, ranges)
+        found = read_source(source.path, stored_in(index), remote_peek(index, ranges))
     config = found.config
     # It travels with the package, which would not open with what is refused there.
     read_generation(source.path, count_in(config.get_text_config(), "vocab_size"))
@@ -111,11 +124,15 @@ def open_model(source: Source, *, keep_vision: bool = False) -> OpenedModel:
         index=index,
         config=config,
         anatomy=anatomy_of(found, keep_vision=keep_vision),
-        identity=fingerprint(index) if ranges is None else remote_fingerprint(index, ranges),
+        identity=(
+            fingerprint(index, source.path) if ranges is None else remote_fingerprint(index, ranges)
+        ),
         scheme=found.scheme,
+        folder=source.path,
         beside=found.beside,
         keeps_vision=keep_vision and bool(found.beside.tensors),
         ranges=ranges,
+        gguf=gguf,
     )
 
 

@@ -8,7 +8,7 @@ meta device and what its cache holds is weighed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -144,10 +144,10 @@ def _assemble(
     fused = fused_parameters(decoder)
     dense = [0] * len(layers)
     outside = 0
-    expert_dtypes: dict[str, str] = {}
+    of_experts: dict[str, list[TensorFacts]] = {}
     for key, target in targets.items():
         if target in fused:
-            expert_dtypes[target] = facts[key].dtype
+            of_experts.setdefault(target, []).append(facts[key])
         elif (layer := _layer_of(target, prefix)) is not None:
             dense[layer] += expanded_bytes(facts[key])
         else:
@@ -158,7 +158,7 @@ def _assemble(
         found = None
         if index in experts:
             path, module = experts[index]
-            found = _experts_anatomy(path, module, expert_dtypes, top_k)
+            found = _experts_anatomy(path, module, of_experts, top_k)
         anatomy.append(LayerAnatomy(index, dense[index], found))
     return ModelAnatomy(
         model_type=config.model_type,
@@ -198,18 +198,25 @@ def _layer_of(target: str, prefix: str) -> int | None:
 
 
 def _experts_anatomy(
-    path: str, module: nn.Module, dtypes: Mapping[str, str], top_k: int
+    path: str, module: nn.Module, stored: Mapping[str, Sequence[TensorFacts]], top_k: int
 ) -> ExpertsAnatomy:
+    """``stored``: parameter -> the tensors of the checkpoint that it is made of."""
     parts = []
     count = 0
     for name in part_names(module):
         tensor: Tensor = getattr(module, name)
         count = tensor.shape[0]
-        dtype = dtypes.get(f"{path}.{name}", _name(tensor.dtype))
+        found = stored.get(f"{path}.{name}", ())
+        dtype = found[-1].dtype if found else _name(tensor.dtype)
         shape = tuple(tensor.shape[1:])
-        parts.append(
-            ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize)
-        )
+        forms = {one.form for one in found} or {"plain"}
+        if forms == {"plain"}:
+            nbytes = tensor[0].numel() * getattr(torch, dtype).itemsize
+        else:
+            nbytes = sum(one.nbytes for one in found) // count
+        # Experts of one layer in several forms have none in common.
+        form = forms.pop() if len(forms) == 1 else "plain"
+        parts.append(ExpertPart(name, shape, dtype, nbytes, form))
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
 
 

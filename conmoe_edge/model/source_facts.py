@@ -10,11 +10,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.fs.contained import is_there
-from conmoe_edge.checkpoint.quantised.scheme import Scheme, Stored, find_scheme
+from conmoe_edge.checkpoint.gguf.opened import GgufModel
+from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
+from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
-from conmoe_edge.model.bridge import read_config, without_quantization
+from conmoe_edge.model.bridge import check_known, read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
-from conmoe_edge.model.other_parts import OtherParts, other_parts_of
+from conmoe_edge.model.other_parts import NOTHING, OtherParts, other_parts_of
 from conmoe_edge.model.probe import TensorFacts
 from conmoe_edge.model.size_bounds import SizeBounds
 
@@ -38,22 +40,42 @@ class SourceFacts:
     beside: OtherParts
 
 
-def read_source(folder: Path, stored: Mapping[str, Stored]) -> SourceFacts:
+def read_source(
+    folder: Path, stored: Mapping[str, Stored], peek: Peek | None = None
+) -> SourceFacts:
     """Read what the small files in ``folder`` say of a model with the tensors ``stored``.
+
+    ``stored`` and ``peek`` are as of ``find_scheme``.
 
     Raises:
         CheckpointError: a file is damaged, or tensors do not belong together.
         UnsupportedModel: the model, or the way it is quantised, is of a kind that is not read.
     """
     settings = read_settings(folder, CONFIG_FILE)
-    scheme = find_scheme(stored, declared_in(folder, settings), _float_dtype(settings, stored))
+    check_known(folder, settings)  # before the weights: of an unknown model no other version helps
+    dtype = _float_dtype(settings, stored)
+    scheme = find_scheme(stored, declared_in(folder, settings), dtype, peek)
     facts = {
         name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
         for name, one in scheme.tensors.items()
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
-    config = without_quantization(read_config(folder, bounds))
+    config = without_quantization(read_config(folder, bounds, settings))
     return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
+
+
+def read_gguf(gguf: GgufModel) -> SourceFacts:
+    """The same of a GGUF model; its ``scheme`` is empty.
+
+    Raises:
+        CheckpointError: the config that its metadata gives cannot be.
+    """
+    facts = {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        for name, one in gguf.tensors.items()
+    }
+    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
+    return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}), NOTHING)
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

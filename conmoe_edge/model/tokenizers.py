@@ -29,6 +29,8 @@ from conmoe_edge.model.vocabulary_files import VocabularyFile, vocabulary_file
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from conmoe_edge.checkpoint.gguf.opened import GgufModel
+
 SETTINGS = "tokenizer_config.json"
 _JSON = (
     "tokenizer.json",
@@ -131,10 +133,25 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def tried_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``, or the ``CalibrationError`` that says why there is none that can be used."""
+def tokenizer_of(folder: Path, gguf: GgufModel | None) -> Any:
+    """The tokenizer of a model whose small files lie in ``folder``; ``gguf`` where they were made from GGUF.
+
+    Raises:
+        CalibrationError: as ``load_tokenizer``.
+    """
+    if gguf is not None and gguf.no_tokenizer:
+        raise CalibrationError(
+            f"{gguf.path} has no tokenizer that can be used.",
+            gguf.no_tokenizer,
+            "put tokenizer.json and tokenizer_config.json of the model that it was made from beside the file",
+        )
+    return load_tokenizer(folder)
+
+
+def tried_tokenizer(folder: Path, gguf: GgufModel | None = None) -> Any:
+    """``tokenizer_of``, or the ``CalibrationError`` that says why there is none that can be used."""
     try:
-        return load_tokenizer(folder)
+        return tokenizer_of(folder, gguf)
     except CalibrationError as error:
         return error
 

@@ -354,7 +354,7 @@ def test_dense_int8_and_the_small_files(tmp_path: Path) -> None:
     package = write_package(model, tmp_path / "package", thirds(model), in_int8=[name])
     save_tokenizer(package)
     done = export_hf(package, tmp_path / "plain")
-    assert any("int8" in note for note in done.notes)
+    assert any("8 or 4 bits" in note for note in done.notes)
     assert (tmp_path / "plain" / "tokenizer.json").is_file()
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     many = torch.arange(5, 25)[None]  # beside int8 the activations of fewer are rounded
@@ -412,11 +412,11 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     package = write_package(model, tmp_path / "package", thirds(model))
     manifest = load_manifest(package)
-    import conmoe_edge.export.hf as hf
+    import conmoe_edge.export.plain_tensors as plain_tensors
 
     loaded: list[int] = []
 
-    class Watched(hf.StreamedModel):
+    class Watched(plain_tensors.StreamedModel):
         def layer(self, index: int, **options: Any) -> Any:
             loaded.append(
                 sum(
@@ -426,11 +426,11 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
             )
             return super().layer(index, **options)
 
-    original, hf.StreamedModel = hf.StreamedModel, Watched
+    original, plain_tensors.StreamedModel = plain_tensors.StreamedModel, Watched
     try:
         export_hf(package, tmp_path / "plain")
     finally:
-        hf.StreamedModel = original
+        plain_tensors.StreamedModel = original
     assert loaded == [0] * len(manifest.slots)
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.dtypes import CODES
-from conmoe_edge.checkpoint.quantised import fp8, mxfp4
-from conmoe_edge.checkpoint.quantised.scheme import Logical, Scheme
+from conmoe_edge.checkpoint.quantised.forms import FORMS
+from conmoe_edge.checkpoint.quantised.scheme import Scheme
+from conmoe_edge.checkpoint.quantised.stored import Logical
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
-from conmoe_edge.errors import CheckpointError
 
 
 class ExpandedTensors(Mapping[str, Lazy]):
@@ -29,7 +29,7 @@ class ExpandedTensors(Mapping[str, Lazy]):
     def __getitem__(self, name: str) -> Lazy:
         logical = self._scheme.tensors[name]
         if logical.form == "plain":
-            return self._reader[logical.values]
+            return self._reader[logical.parts["values"]]
         return ExpandedTensor(logical, self._reader)
 
     def __iter__(self) -> Iterator[str]:
@@ -43,7 +43,7 @@ class ExpandedTensor:
     """One quantised tensor; ``tensor[...]`` reads and expands it. A run of experts of a stack reads only those.
 
     Raises:
-        CheckpointError: on reading, where a scale is no number, infinite or zero below weights that are not.
+        CheckpointError: on reading, where a part holds what no quantised weight has, such as a scale of NaN.
     """
 
     __slots__ = ("_logical", "_reader")
@@ -88,36 +88,18 @@ class ExpandedTensor:
         return self._expanded(slice(None))[key]
 
     def _expanded(self, run: slice) -> Tensor:
-        one = self._logical
-        values, scales = self._reader[one.values], self._reader[one.scales]
+        one, form = self._logical, FORMS[self._logical.form]
+        parts = {part: self._reader[name] for part, name in one.parts.items()}
         if len(one.shape) == 2:
-            return self._piece(values[...], scales[...])
+            return form.expand(one, {part: lazy[...] for part, lazy in parts.items()})
         first, last, _ = run.indices(one.shape[0])
         out = torch.empty(max(0, last - first), *one.shape[1:], dtype=self.dtype)
         for number in range(first, last):
-            # One scale for a stack of a single expert may have no axis for it.
-            alone = scales.shape.numel() == 1
-            out[number - first] = self._piece(
-                values[number], scales[...] if alone else scales[number]
-            )
+            own = {part: _of_expert(lazy, number) for part, lazy in parts.items()}
+            out[number - first] = form.expand(one, own)
         return out
 
-    def _piece(self, values: Tensor, scales: Tensor) -> Tensor:
-        one = self._logical
-        if one.form == "mxfp4":
-            if bool((scales == mxfp4.NO_NUMBER).any()):
-                raise self._broken("holds NaN")
-            return mxfp4.expand(values, scales, self.dtype)
-        factors = scales.float()
-        if not bool(factors.isfinite().all()):
-            raise self._broken("holds NaN or infinity")
-        if bool((factors <= 0).any()):
-            raise self._broken("holds a scale that is not above 0")
-        return fp8.expand(values, factors, one.block, self.dtype)
 
-    def _broken(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._logical.scales} {what}.",
-            f"the weights of {self._logical.name} cannot be right",
-            "Download the model again; if it is the same afterwards, the model itself is broken.",
-        )
+def _of_expert(lazy: Lazy, number: int) -> Tensor:
+    """One expert's share of a part of a stack; one scale for a stack of a single expert may have no axis for it."""
+    return lazy[...] if lazy.shape.numel() == 1 else lazy[number]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ def remote_fingerprint(index: CheckpointIndex, ranges: HubRanges) -> dict[str, A
     return identity_of(
         index.folder, {name: _identity(shard, ranges) for name, shard in index.files.items()}
     )
+
+
+def remote_peek(index: CheckpointIndex, ranges: HubRanges) -> Callable[[str], bytes]:
+    """Reads the bytes of single tensors; for small ones."""
+
+    def read(name: str) -> bytes:
+        entry = index.tensors[name]
+        return ranges.read(entry.file, entry.offset, entry.offset + entry.nbytes)
+
+    return read
 
 
 def _identity(shard: ShardFile, ranges: HubRanges) -> Mapping[str, Any]:

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import (
-    common_options,
-    file_option,
-)
+from conmoe_edge.cli.ui.cli_options import common_options, file_option
 from conmoe_edge.cli.ui.text import path_text
+from conmoe_edge.plan.gguf_types import FILE_TYPES
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -26,23 +24,40 @@ if TYPE_CHECKING:
     type=click.Choice(("hf", "gguf")),
     default="hf",
     show_default=True,
-    help="hf: a folder that transformers, vLLM and SGLang load; gguf: a file for llama.cpp, by its own converter.",
-)
-@click.option(
-    "--llama-cpp",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Clone of llama.cpp whose convert_hf_to_gguf.py is used.  [default: the one on PATH]",
-)
-@file_option(
-    "--converter-python", "Python that has the converter's requirements.  [default: this one]"
+    help="hf: a folder for transformers, vLLM and SGLang; gguf: a file for llama.cpp, Ollama and LM Studio.",
 )
 @click.option(
     "--outtype",
-    type=click.Choice(("auto", "f32", "f16", "bf16", "q8_0")),
+    type=click.Choice(("auto", "f32", "f16", "bf16")),
     default="auto",
     show_default=True,
-    help="Number format of a GGUF file; for smaller ones run llama-quantize on it.",
+    help="Number format of the matrices in a GGUF file; auto is the model's own.",
+)
+@click.option(
+    "--quantise",
+    metavar="TYPE",
+    type=click.Choice(tuple(FILE_TYPES), case_sensitive=False),
+    help="Quantise a GGUF file with llama.cpp's own library: Q4_K_M, Q5_K_M, Q8_0, IQ4_NL, MXFP4_MOE, ...",
+)
+@click.option(
+    "--imatrix/--no-imatrix",
+    default=True,
+    show_default=True,
+    help="Weigh columns by what enters them, measured on calibration text.",
+)
+@file_option("--calibration", "Text for the importance matrix.  [default: one that comes along]")
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=64),
+    default=16384,
+    show_default=True,
+    help="Tokens for the importance matrix.",
+)
+@file_option("--llama-python", "Python that has llama-cpp-python.  [default: this one]")
+@click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="llama.cpp's name of how the tokenizer cuts texts.  [default: found out, or refused]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier export wrote.")
 @common_options
@@ -50,9 +65,13 @@ def export(
     folder: Path,
     out: Path,
     form: str,
-    llama_cpp: Path | None,
-    converter_python: Path | None,
     outtype: str,
+    quantise: str | None,
+    imatrix: bool,
+    calibration: Path | None,
+    calibration_tokens: int,
+    llama_python: Path | None,
+    pre_tokenizer: str | None,
     overwrite: bool,
     output: Output,
 ) -> None:
@@ -66,7 +85,8 @@ def export(
     \b
     Examples:
       conmoe-edge export ./out ./out-hf
-      conmoe-edge export ./out ./out.gguf --format gguf --llama-cpp ~/llama.cpp
+      conmoe-edge export ./out ./out.gguf --format gguf
+      conmoe-edge export ./out ./out-q4.gguf --format gguf --quantise Q4_K_M
       conmoe-edge export ./out ./out-hf --overwrite --json
     """
     from conmoe_edge import api
@@ -79,9 +99,13 @@ def export(
             folder,
             out,
             form=form,
-            llama_cpp=llama_cpp,
-            converter_python=converter_python,
             outtype=outtype,
+            quantise=quantise,
+            imatrix=imatrix,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            llama_python=llama_python,
+            pre_tokenizer=pre_tokenizer,
             overwrite=overwrite,
             progress=view.update,
         )

@@ -82,12 +82,15 @@ def model_line(anatomy: ModelAnatomy) -> str:
     """``16 MoE layers · 64 experts · top-8 · bf16 · 12.89 GiB``."""
     moe = anatomy.moe_layers
     experts = [layer.experts for layer in moe if layer.experts is not None]
+    matrices = [part for one in experts for part in one.parts if len(part.shape) == 2]
+    forms = {part.form for part in matrices} - {"plain"}
+    formats = dict.fromkeys((precision_name(anatomy.dtype), *sorted(forms)))
     return " · ".join(
         (
             counted(len(moe), "MoE layer"),
             f"{span(e.count for e in experts)} experts",
             f"top-{span(e.top_k for e in experts)}",
-            precision_name(anatomy.dtype),
+            " and ".join(formats),
             human_size(anatomy.total_bytes),
         )
     )

@@ -34,7 +34,7 @@ from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_c
 from conmoe_edge.checkpoint.package.small_tensors import damaged
 from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, is_broken
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import stored_in
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
@@ -57,6 +57,7 @@ from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.experts import part_names
+from conmoe_edge.model.opened import OpenedModel
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.record_match import check_records
 from conmoe_edge.model.rerouting import rerouted
@@ -212,9 +213,14 @@ def stream_model(
 
 
 @contextmanager
-def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
-    """The model or package in ``folder``, nothing of it loaded yet."""
+def open_subject(folder: Path | OpenedModel, device: torch.device) -> Iterator[Subject]:
+    """The model or package in ``folder``, or a model that is open already; nothing of it is loaded yet."""
     register()
+    if isinstance(folder, OpenedModel):
+        with folder.tensors() as tensors:
+            model = stream_model(folder.config, folder.anatomy, tensors, device)
+            yield Subject(model, None, folder.name)
+        return
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
     index = CheckpointIndex.open(folder) if package is None else package.index
@@ -225,7 +231,7 @@ def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
         with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
             yield subject
         return
-    source = read_source(folder, stored_in(index))
+    source = read_source(folder, stored_in(index), index.bytes_of)
     anatomy = probe(source.config, source.facts)
     with ShardReader(index) as reader:
         tensors = ExpandedTensors(reader, source.scheme)

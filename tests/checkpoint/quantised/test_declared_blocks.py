@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conmoe_edge.checkpoint.quantised.scheme import Stored, find_scheme
+from conmoe_edge.checkpoint.quantised.scheme import find_scheme
+from conmoe_edge.checkpoint.quantised.stored import Stored
 from conmoe_edge.errors import CheckpointError
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
@@ -31,7 +32,7 @@ def declared(*blocks: list[int] | None) -> dict[str, Any]:
 @pytest.mark.parametrize("block", [[100, 128], [128, 128]])
 def test_the_declared_block_is_taken(block: list[int]) -> None:
     found = find_scheme(STORED, declared(block, None), "bfloat16")
-    assert found.tensors[NAME].block == tuple(block)
+    assert found.tensors[NAME].layout == tuple(block)
 
 
 @pytest.mark.parametrize("blocks", [([100, 128], [128, 128]), ([64, 64],), ("100x128",)])

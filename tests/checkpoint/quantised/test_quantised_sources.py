@@ -213,26 +213,46 @@ def _damaged(tensors: dict, how: str) -> None:
         tensors[scale][0, 0] = 0
     elif how == "nan":
         tensors[scale][0, 0] = float("nan")
-    elif how == "cache":
-        tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    elif how == "outer":
+        tensors[f"{NAME}_scale_2"] = torch.ones(())
     elif how == "packed":
         del tensors[scale]
         tensors[NAME] = tensors[NAME].view(torch.uint8)
 
 
-@pytest.mark.parametrize("how", ["missing", "shape", "zero", "nan", "cache", "packed"])
+def test_scales_of_activations_and_of_the_cache_are_left_out(tmp_path: Path) -> None:
+    """What they would round is not rounded here, and the weights are the same without them."""
+    source, plain = fp8_source(tmp_path / "source", "tensor", "_scale")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("self_attn.k_scale", "self_attn.v_proj.v_scale", "self_attn.q_proj.input_scale"):
+        tensors[f"model.layers.0.{name}"] = torch.ones(1)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert_reads(source, plain)
+
+
+def test_a_scale_of_zero_is_right_for_a_block_of_zeros(tmp_path: Path) -> None:
+    source, plain = fp8_source(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    scale = f"{NAME}_scale_inv"
+    tensors[NAME].view(torch.uint8)[:8, :16] = 0
+    tensors[scale][0, 0] = 0
+    plain[NAME][:8, :16] = 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert_reads(source, plain)
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "zero", "nan", "outer", "packed"])
 def test_what_cannot_be_right_is_refused_by_name(how: str, tmp_path: Path) -> None:
     source, _ = fp8_source(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     _damaged(tensors, how)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    named = "k_scale" if how == "cache" else NAME
-    with pytest.raises((CheckpointError, UnsupportedModel), match=named) as caught:
+    with pytest.raises((CheckpointError, UnsupportedModel), match=NAME) as caught:
         fit(source, tmp_path / "out")
     assert caught.value.why and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "nonsense"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "nonsense"])
 def test_kinds_that_are_not_read_are_refused_by_name(method: str, tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path / "source")
     tensors = load_file(tmp_path / "source" / "model.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from families import tiny_model
+from families import save_tokenizer, tiny_model
 from hand_packages import thirds, write_package
 
 from conmoe_edge.cli.main import main
@@ -36,13 +36,14 @@ def test_a_plain_checkpoint_and_what_is_said_of_it(package: Path, tmp_path: Path
     assert run("export", package, tmp_path / "plain", "--overwrite").exit_code == 0
 
 
-def test_gguf_without_llama_cpp_says_how_to_get_it(
-    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    done = run("export", package, tmp_path / "o.gguf", "--format", "gguf")
-    assert done.exit_code == 2
-    assert "convert_hf_to_gguf.py was not found" in done.stderr and "git clone" in done.stderr
+def test_a_gguf_file_and_what_is_refused(package: Path, tmp_path: Path) -> None:
+    words = ("export", package, tmp_path / "o.gguf", "--format", "gguf")
+    without = run(*words)
+    assert without.exit_code == 1 and "has no tokenizer that can be used" in without.stderr
+    save_tokenizer(package)
+    refused = run(*words)
+    assert refused.exit_code == 1 and "its model is WordLevel" in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_no_package(tmp_path: Path) -> None:

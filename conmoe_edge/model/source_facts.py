@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 from conmoe_edge.checkpoint.fs.contained import is_there
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
 from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
+from conmoe_edge.checkpoint.quantised.zero_biases import biases_beside, without_biases
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
-from conmoe_edge.model.probe import TensorFacts
+from conmoe_edge.model.probe import TensorFacts, unplaced
 from conmoe_edge.model.size_bounds import SizeBounds
 
 DECLARATIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -50,13 +51,20 @@ def read_source(
     settings = read_settings(folder, CONFIG_FILE)
     dtype = _float_dtype(settings, stored)
     scheme = find_scheme(stored, declared_in(folder, settings), dtype, peek)
-    facts = {
+    facts = _facts_of(scheme)
+    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
+    config = without_quantization(read_config(folder, bounds, settings))
+    if biases := biases_beside(scheme):
+        scheme = without_biases(scheme, unplaced(config, facts, biases))
+        facts = _facts_of(scheme)
+    return SourceFacts(config, facts, scheme)
+
+
+def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:
+    return {
         name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
         for name, one in scheme.tensors.items()
     }
-    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
-    config = without_quantization(read_config(folder, bounds, settings))
-    return SourceFacts(config, facts, scheme)
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

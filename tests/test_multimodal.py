@@ -262,3 +262,18 @@ def test_an_export_has_the_vision_that_was_kept(qwen: Path, tmp_path: Path) -> N
     with pytest.raises(UnsupportedModel, match="text part of a qwen3_vl_moe") as error:
         api.export(tmp_path / "text", tmp_path / "no")
     assert "--keep-vision" in error.value.fix and not (tmp_path / "no").exists()
+
+
+def test_a_long_prompt_in_chunks(qwen: Path, tmp_path: Path) -> None:
+    """Positions in three axes, of which the class remembers something from one answer to the next."""
+    fit(qwen, tmp_path / "out")
+    package = api.load(tmp_path / "out", device="cpu")
+    ids = tokens()
+    wanted = logits(whole(qwen), ids)
+    package.conmoe.prefill_chunk = 16
+    for _ in range(2):
+        with torch.no_grad():
+            masked = package(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(masked, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits(package, ids), wanted, rtol=0, atol=2e-5)
+        assert answer(package, ids[:, :40]) == answer(whole(qwen), ids[:, :40])

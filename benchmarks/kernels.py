@@ -38,7 +38,7 @@ def main() -> None:
         print(f"no compiled operator: {why_not()}")
     kernels = torch.ops.aten
     rate = read_rate()
-    for kind in ("plain", "int8", "int4"):
+    for kind in ("plain", "int8", "int4", "mxfp4"):
         ups, downs = copies(2 * width, hidden, kind), copies(hidden, width, kind)
         nbytes = sum(one.nbytes for one in (*ups, *downs))
         if kind == "plain":
@@ -52,6 +52,8 @@ def main() -> None:
                     x, m.values, m.scales
                 )
             }
+        elif kind == "mxfp4":
+            ways = {}  # torch has no kernel for it
         else:
             ways = {
                 "_weight_int4pack_mm_for_cpu": lambda x, m: kernels._weight_int4pack_mm_for_cpu(

@@ -1,7 +1,8 @@
 """What llama.cpp makes of a GGUF file. Run by a Python that has ``llama_cpp``; a job as JSON comes on stdin.
 
-The job is {"path", "prompt": [token], "steps": n, "texts": [str]}. The answer, as JSON on stdout, has the greedy tokens
-after the prompt and the tokens of each text; the logits of all positions are in ``path + ".npy"``.
+The job is {"path", "prompt": [token], "steps": n, "texts": [str], "vocabulary": bool}; the last is for a file of a
+vocabulary alone. The answer, as JSON on stdout, has the greedy tokens after the prompt and the tokens of each text;
+the logits of all positions are in ``path + ".npy"``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 def main() -> None:
     job = json.load(sys.stdin)
     llama_cpp.llama_backend_init()
-    model = _load(job["path"])
+    model = _load(job["path"], job.get("vocabulary", False))
     vocab = llama_cpp.llama_model_get_vocab(model)
     size = llama_cpp.llama_vocab_n_tokens(vocab)
     answer: dict[str, Any] = {
@@ -32,9 +33,10 @@ def main() -> None:
     json.dump(answer, sys.stdout)
 
 
-def _load(path: str) -> Any:
+def _load(path: str, vocabulary: bool) -> Any:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
+    params.vocab_only = vocabulary
     params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(path.encode(), params)
     if not model:

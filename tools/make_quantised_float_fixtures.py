@@ -9,6 +9,7 @@ own. Every number comes from a seed. Each folder has ``config.json``, ``model.sa
 ``expanded.safetensors``: the quantised tensors alone, in bf16, under the names of a plain checkpoint.
 """
 
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
 import json

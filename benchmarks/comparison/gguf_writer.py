@@ -182,7 +182,7 @@ def write(model: Path, out: Path) -> None:
     for tensor in tensors(config):
         writer.write_tensor_data(np.ascontiguousarray(tensor.data(checkpoint)))
     writer.close()
-    _finish(part, out)
+    finish(part, out)
 
 
 def quantise(source: Path, out: Path, kind: str, threads: int) -> None:
@@ -199,10 +199,11 @@ def quantise(source: Path, out: Path, kind: str, threads: int) -> None:
     if failed:
         part.unlink(missing_ok=True)
         sys.exit(f"llama_model_quantize ended with {failed}")
-    _finish(part, out)
+    finish(part, out)
 
 
-def _finish(part: Path, out: Path) -> None:
+def finish(part: Path, out: Path) -> None:
+    """The file has come whole to the disk: give it its name."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.rename(out)

@@ -63,8 +63,9 @@ class LlamaArm(Arm):
     def facts(self) -> dict[str, Any]:
         """Versions, and the bytes of the file that a token has to pass through."""
         fields = gguf.GGUFReader(self.job["path"])
-        experts = int(fields.fields["olmoe.expert_count"].contents())
-        used = int(fields.fields["olmoe.expert_used_count"].contents())
+        kind = fields.fields["general.architecture"].contents()
+        experts = int(fields.fields[f"{kind}.expert_count"].contents())
+        used = int(fields.fields[f"{kind}.expert_used_count"].contents())
         dense = sum(
             int(tensor.n_bytes)
             for tensor in fields.tensors

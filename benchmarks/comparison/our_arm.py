@@ -1,9 +1,8 @@
 """The arm of this project: a package, opened inside a budget, through the session that chat uses.
 
-Routes come from a trace (``traces.py``). The session is driven by token numbers: its tokenizer is
-one that takes them as they are, so that no arm computes a token more or less than another. What
-chat does, this does: chunks of the prompt, the cache between steps, greedy sampling, the text
-stream and the counters.
+Routes come from a trace (``traces.py``), or are the model's own where the job has none. The session is driven by token
+numbers: its tokenizer is one that takes them as they are, so that no arm computes a token more or less than another.
+What chat does, this does: chunks of the prompt, the cache between steps, greedy sampling, the text stream, counters.
 """
 
 from __future__ import annotations
@@ -43,15 +42,17 @@ class Numbers:
 
 
 class OurArm(Arm):
-    """``job``: ``path``, ``trace``, ``threads``, ``context``, ``budget`` (as for ``--gpu``), ``misses``; and as
-    ``on_device.py`` says.
+    """``job``: ``path``, ``threads``, ``context``, ``budget`` (as for ``--gpu``), perhaps ``trace`` and ``misses``; and
+    as ``on_device.py`` says.
     """
 
     def load(self) -> None:
         torch.set_num_threads(self.job["threads"])
         limit(self.job)
-        routes = torch.load(self.job["trace"], weights_only=True)["routes"]
-        self.replay = Routes(routes.to(device_of(self.job)))
+        self.replay: Routes | None = None
+        if "trace" in self.job:
+            routes = torch.load(self.job["trace"], weights_only=True)["routes"]
+            self.replay = Routes(routes.to(device_of(self.job)))
         self.model: Any = conmoe_edge.load(
             self.job["path"],
             budget=self.job["budget"],
@@ -59,25 +60,27 @@ class OurArm(Arm):
             context=self.job["context"],
             misses=self.job.get("misses", "copy"),
         )
-        for layer, (path, _) in find_experts(self.model).items():
-            router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
-            router.register_forward_hook(self.routed(layer))
+        if self.replay is not None:
+            for layer, (path, _) in find_experts(self.model).items():
+                router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
+                router.register_forward_hook(self.routed(layer, self.replay))
         self.model.generation_config.eos_token_id = None
         self.session = ChatSession(self.model, Numbers(), allow_special_tokens=True)
         self.answer: Iterator[str] = iter(())
         self.before, self.steps = self.model.conmoe.stats(), 0
 
-    def routed(self, layer: int) -> Callable[..., Any]:
+    def routed(self, layer: int, replay: Routes) -> Callable[..., Any]:
         """Puts the trace's slots into what a router gives."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             logits, gates, slots = output
-            return logits, gates, self.replay.next(layer, slots)
+            return logits, gates, replay.next(layer, slots)
 
         return hook
 
     def prompt(self, tokens: Sequence[int]) -> int:
-        self.replay.rewind()
+        if self.replay is not None:
+            self.replay.rewind()
         self.session.forget()
         content = " ".join(str(token) for token in tokens)
         room = self.session.context - len(tokens) - 1
@@ -97,7 +100,7 @@ class OurArm(Arm):
     def facts(self) -> dict[str, Any]:
         """The counters of the steps, and what the package is."""
         now, before = self.model.conmoe.stats(), self.before
-        if not self.replay.calls:
+        if self.replay is not None and not self.replay.calls:
             raise RuntimeError("the routes were not replayed: no router was asked")
         hits, misses = now.hits - before.hits, now.misses - before.misses
         manifest = self.model.conmoe.manifest

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+import transformers
+
 from benchmarks.published_configs.collection import collection
+from benchmarks.published_configs.table import markdown
 from benchmarks.published_configs.trial import trial
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -35,6 +40,10 @@ def main() -> None:
                 print("   ", stage, json.dumps(outcome), flush=True)
         print(f"    {time.monotonic() - started:.0f} s", flush=True)
     (args.work / "results.json").write_text(json.dumps(results, indent=1))
+    if args.docs:
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        today = datetime.now(UTC).date().isoformat()
+        _DOCS.write_text(markdown(results, today, versions))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,17 @@ def build(config: dict[str, Any], dtype: torch.dtype, device: str) -> PreTrained
         if cls is None:
             return AutoModelForCausalLM.from_config(ours, dtype=dtype, trust_remote_code=False)
         return cls._from_config(ours, dtype=dtype)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model in ``folder`` as transformers has it, in fp32, its experts computed one by one."""
+    bridge.register_model()
+    settings = json.loads((folder / "config.json").read_text())
+    cls = _class_of(settings.get("architectures"), CONFIG_MAPPING[settings["model_type"]])
+    opened: Any = cls or AutoModelForCausalLM
+    return opened.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
+    ).eval()
 
 
 def _class_of(names: Any, config_class: type) -> type[PreTrainedModel] | None:

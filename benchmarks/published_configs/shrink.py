@@ -43,6 +43,8 @@ _SMALL = {
     "sliding_window": 8,
     "block_size": 8,
     "max_window_layers": 1,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -67,6 +69,7 @@ _TOP_COUNT = re.compile(
     r"^num_experts_per_tok(en)?$|^moe_k$|^moe_topk$|^top_k_experts$|^moe_top_k$"
 )
 _WIDTH = re.compile(r"(intermediate|ffn|hidden|head)_?(size|dim)$|_rank$|expert_dim$|_dim$")
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TOKEN = re.compile(r"(token_id|token_index|_id)$")
 _KEPT_DIMS = re.compile(r"conv|kernel|patch|spatial|temporal")
 
@@ -81,10 +84,12 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         part.pop("quantization_config", None)
         part.pop("torch_dtype", None)
         part.pop("dtype", None)
-    inner = small.get("text_config") if isinstance(small.get("text_config"), dict) else small
+    within = small.get("text_config")
+    inner: dict[str, Any] = within if isinstance(within, dict) else small
     _cut_layers(inner, text.num_hidden_layers, layers)
     for part in _parts(small):
         _make_narrow(part)
+    inner |= _TOKENS  # those of a class may be beyond the small vocabulary
     return small
 
 
@@ -148,6 +153,8 @@ def _cut_layers(config: dict[str, Any], before: int, layers: int) -> None:
             config[name] = value[:layers]  # and one for each layer that predicts further tokens
         elif isinstance(value, list) and "layers" in name:
             config[name] = [one for one in value if not isinstance(one, int) or one <= layers]
+        elif isinstance(value, dict) and all(key.isdigit() for key in value):
+            config[name] = {key: one for key, one in value.items() if int(key) < layers}
         elif isinstance(value, dict) and name.endswith("_config"):
             for key, inner in value.items():
                 if isinstance(inner, list) and "layers" in key:
@@ -159,6 +166,8 @@ def _cut_layers(config: dict[str, Any], before: int, layers: int) -> None:
 
 def _make_narrow(config: dict[str, Any]) -> None:
     heads = config.get("num_attention_heads")
+    both = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    one_size = both == config.get("head_dim")
     for name, value in list(config.items()):
         if isinstance(value, bool) or not isinstance(value, int):
             if isinstance(value, list) and value and all(type(one) is int for one in value):
@@ -166,13 +175,18 @@ def _make_narrow(config: dict[str, Any]) -> None:
                     config[name] = [_small(name, one, heads) for one in value]
                 elif _TOKEN.search(name):
                     config[name] = [2]
+            elif isinstance(value, dict) and all(key.isdigit() for key in value):
+                for inner in value.values():
+                    _make_narrow(inner)
             elif isinstance(value, dict) and name.startswith(("rope", "linear_attn")):
                 _make_rope_narrow(value)
             continue
         config[name] = _small(name, value, heads)
-    groups = config.get("n_group") or 1
-    if groups > 1:
-        config["n_group"], config["topk_group"] = 2, 1
+    if one_size:
+        config["head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    for name in ("n_group", "num_expert_group"):
+        if (config.get(name) or 1) > 1:
+            config[name], config["topk_group"] = 2, 1
 
 
 def _small(name: str, value: int, heads: Any) -> int:
@@ -187,9 +201,7 @@ def _small(name: str, value: int, heads: Any) -> int:
     if name in _SMALL:
         return min(value, _SMALL[name])
     if _TOKEN.search(name):
-        return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(
-            name, min(value, VOCABULARY - 1)
-        )
+        return _TOKENS.get(name, min(value, VOCABULARY - 1))
     if _WIDTH.search(name) and not _KEPT_DIMS.search(name):
         return min(value, 32)
     return value

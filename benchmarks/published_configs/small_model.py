@@ -14,7 +14,7 @@ from benchmarks.published_configs.shrink import VOCABULARY
 
 _SPREAD, _EMBEDDING_SPREAD, _BIAS_SPREAD = 0.08, 0.5, 0.02
 MOST_NUMBERS = 20_000_000
-_COMPUTED = ("norm", "A_log", "dt_bias", "inv_freq")
+_COMPUTED = ("norm", "scale", "scalar", "A_log", "dt_bias", "inv_freq")
 
 
 def write_small(config: dict[str, Any], folder: Path, seed: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from click.testing import CliRunner
 
-from benchmarks.published_configs.build import knows
+from benchmarks.published_configs.build import load
 from benchmarks.published_configs.collection import Published
 from benchmarks.published_configs.full_size import write_headers
 from benchmarks.published_configs.shrink import shrunk
@@ -21,7 +22,6 @@ from benchmarks.published_configs.small_model import write_small
 from conmoe_edge import api
 from conmoe_edge.cli.main import main
 from conmoe_edge.errors import ConmoeError
-from conmoe_edge.model import bridge
 
 _BUDGET_SHARE, _GB = 0.6, 1_000_000_000
 _TOLERANCE = 2e-5
@@ -55,18 +55,37 @@ def plan_full(published: Published, work: Path) -> dict[str, Any]:
 
 
 def run_small(published: Published, work: Path) -> dict[str, Any]:
-    """``fit`` at rates 0 and 50 %, ``chat`` and ``eval`` of a small model of the same kind."""
-    if not knows(published.config):
-        return {}
+    """``fit`` at rates 0 and 50 %, ``chat`` and ``eval`` of a small model of the same kind.
+
+    Models whose small configurations are the same (Qwen3-30B and Qwen3-235B) share a run.
+    """
+    try:
+        small = shrunk(published.config)
+    except (
+        Exception
+    ) as error:  # of this script, or of a configuration that transformers does not build
+        return {"small": {"ok": False, "crash": _crash(error)}}
+    digest = hashlib.sha256(json.dumps(small, sort_keys=True).encode()).hexdigest()
+    shared = work.parent / f"small-{digest[:16]}.json"
+    if shared.is_file():
+        return json.loads(shared.read_text())
     folder = work / "small"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    found: dict[str, Any] = {}
+    found = run_commands(small, folder)
+    shutil.rmtree(folder)
+    shared.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def run_commands(small: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What every command makes of a model with the configuration ``small``; works in the empty ``folder``."""
     source, whole, half = folder / "source", folder / "whole", folder / "half"
     text = folder / "text.txt"
     text.write_text(_TEXT)
+    found: dict[str, Any] = {}
 
-    def stage(name: str, call: Callable[[], Any]) -> bool:
+    def stage(name: str, call: Callable[[], dict[str, Any]]) -> bool:
         try:
             found[name] = call()
         except ConmoeError as error:
@@ -75,17 +94,21 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
             found[name] = {"ok": False, "crash": _crash(error)}
         return bool(found[name]["ok"])
 
-    def fit(out: Path, rate: float) -> dict[str, Any]:
-        api.fit(
-            str(source), out, budget="4GB", device="cpu", rate=rate,
-            calibration=text, calibration_tokens=_TOKENS,
-        )  # fmt: skip
-        return {"ok": True}
-
     def make() -> dict[str, Any]:
-        small = shrunk(published.config)
         layers = (small.get("text_config") or small).get("num_hidden_layers")
         return {"ok": True, "layers": layers, "numbers": write_small(small, source)}
+
+    def fit(out: Path, rate: float) -> dict[str, Any]:
+        api.fit(
+            str(source),
+            out,
+            budget="4GB",
+            device="cpu",
+            rate=rate,
+            calibration=text,
+            calibration_tokens=_TOKENS,
+        )
+        return {"ok": True}
 
     if (
         stage("small", make)
@@ -93,26 +116,16 @@ def run_small(published: Published, work: Path) -> dict[str, Any]:
         and stage("logits", lambda: _compare(source, whole))
         and stage("fit 50 %", lambda: fit(half, 0.5))
     ):
-        stage("chat", lambda: _command("chat", half, "--device", "cpu", "--prompt", "the fox", "--max-tokens", "6",
-                                       "--temperature", "0", "--json"))  # fmt: skip
-        stage(
-            "eval",
-            lambda: _command(
-                "eval", half, "--device", "cpu", "--text", text, "--tokens", "256", "--json"
-            ),
-        )
-    shutil.rmtree(folder)
+        on = ("--device", "cpu", "--json")
+        greedy = ("--prompt", "the fox", "--max-tokens", "6", "--temperature", "0")
+        stage("chat", lambda: _command("chat", half, *greedy, *on))
+        stage("eval", lambda: _command("eval", half, "--text", text, "--tokens", "256", *on))
     return found
 
 
 def _compare(source: Path, package: Path) -> dict[str, Any]:
     """The largest difference of logits between the package and transformers' own model."""
-    from transformers import AutoModelForCausalLM
-
-    bridge.register_model()
-    reference = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
-    ).eval()
+    reference = load(source)
     tokens = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         wanted = reference(input_ids=tokens, use_cache=False).logits
@@ -145,18 +158,28 @@ def _crash(error: BaseException) -> str:
 
 def trial(published: Published, work: Path, *, small: bool = True) -> dict[str, Any]:
     """Both, as JSON; what is in ``work`` already is not done again."""
-    kept = work / "result.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
     work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
+    full = _kept(work / "full.json", lambda: plan_full(published, work))
+    # What is refused at full size is refused small.
+    done = (
+        _kept(work / "small.json", lambda: run_small(published, work))
+        if small and full["ok"]
+        else {}
+    )
+    return {
         "name": published.name,
         "model_type": published.config.get("model_type"),
+        "full": full,
+        "small": done,
     }
+
+
+def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if path.is_file():
+        return json.loads(path.read_text())
     try:
-        result["full"] = plan_full(published, work)
+        made = make()
     except Exception as error:  # the configuration itself cannot be built: shown, not hidden
-        result["full"] = {"ok": False, "crash": _crash(error)}
-    result["small"] = run_small(published, work) if small else {}
-    kept.write_text(json.dumps(result, indent=1))
-    return result
+        made = {"ok": False, "crash": _crash(error)}
+    path.write_text(json.dumps(made, indent=1))
+    return made

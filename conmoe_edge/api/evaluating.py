@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
 from conmoe_edge.errors import UsageError
-from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.model.tokenizers import tokenizer_of
 from conmoe_edge.plan.request import CALIBRATION_TOKENS, HELD_OUT_SHARE, SEQUENCE_LENGTH
 
 if TYPE_CHECKING:
+    from conmoe_edge.compress.quality.evaluation import Folder
     from conmoe_edge.compress.quality.metrics import Cost, EvaluationReport
     from conmoe_edge.compress.run.job import OnProgress
 
@@ -63,7 +64,7 @@ def evaluate(
     """
     import torch
 
-    from conmoe_edge.compress.quality.evaluation import Folder, Settings, described, manifest_of
+    from conmoe_edge.compress.quality.evaluation import Settings, described, manifest_of
     from conmoe_edge.compress.quality.evaluation import evaluate as measured
     from conmoe_edge.compress.quality.metrics import EvaluationReport
     from conmoe_edge.compress.run.job import Progress
@@ -86,15 +87,14 @@ def evaluate(
     ours = locate(str(model), revision=revision, offline=offline)
     manifest = manifest_of(ours.path)
     theirs, is_origin, alone = _reference(manifest, against, offline=offline)
-    one = Folder(ours.name, ours.path, load_tokenizer(ours.path))
-    other = None
-    if theirs is not None:
-        other = Folder(theirs.name, theirs.path, load_tokenizer(theirs.path))
+    one = _measured(ours)
+    other = None if theirs is None else _measured(theirs)
     where = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
     free = (
         torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else measure_machine().ram_usable
     )
-    longest = longest_in(read_config(ours.path).get_text_config()) or 1 << 20
+    config = read_config(ours.path) if one.model is None else one.model.config
+    longest = longest_in(config.get_text_config()) or 1 << 20
     settings = Settings(
         tokens=tokens,
         sequence_length=min(sequence_length, longest),
@@ -108,7 +108,7 @@ def evaluate(
     total, domains, continued, cost, seconds = measured(
         one, other, words, settings, on_cost=on_cost, progress=tell
     )
-    sizes = [_experts_bytes(folder.path) for folder in (one, other) if folder is not None]
+    sizes = [_experts_bytes(folder) for folder in (one, other) if folder is not None]
     return EvaluationReport(
         model=described(one, sizes[0]),
         reference=None if other is None else described(other, sizes[1], is_origin),
@@ -152,7 +152,17 @@ def _reference(
     return None, None, f"{named} is not on this machine; --against names one to compare with"
 
 
-def _experts_bytes(folder: Path) -> int:
+def _measured(source: Source) -> Folder:
+    """A model to measure; one in GGUF files is opened here, since its folder holds no weights."""
+    from conmoe_edge.compress.quality.evaluation import Folder
+    from conmoe_edge.model.opened import open_model
+
+    tokenizer = tokenizer_of(source.path, source.gguf)
+    opened = None if source.gguf is None else open_model(source)
+    return Folder(source.name, source.path, tokenizer, opened)
+
+
+def _experts_bytes(measured: Folder) -> int:
     """Bytes of the routed experts of a plain model in a folder."""
     from conmoe_edge.checkpoint.quantised.stored import stored_in
     from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
@@ -160,6 +170,9 @@ def _experts_bytes(folder: Path) -> int:
     from conmoe_edge.model.probe import probe
     from conmoe_edge.model.source_facts import read_source
 
+    if measured.model is not None:
+        return measured.model.anatomy.experts_bytes
+    folder = measured.path
     manifest = manifest_of(folder)
     if manifest is not None and manifest.method != UNCHANGED:
         return 0

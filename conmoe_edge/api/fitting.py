@@ -15,6 +15,7 @@ from conmoe_edge.api.planning import (
     resolve_request,
     stays_whole,
     with_fetching,
+    with_other_parts,
     with_tokenizer,
 )
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
@@ -85,6 +86,7 @@ def fit(
     no_tokenizer: bool = False,
     keep_source: bool = False,
     passes: int | None = None,
+    keep_vision: bool = False,
     on_plan: Callable[[PlanReport], None] | None = None,
     progress: OnProgress | None = None,
     **levers: Unpack[Levers],
@@ -105,6 +107,8 @@ def fit(
             than a few layers of its weights are on this disk at any moment.
         passes: 1 reads every weight once; 2 measures first what each layer is worth, where the method asks for that.
             By default 2, and 1 where the weights come from the hub part by part.
+        keep_vision: put a model's parts for pictures and sound into the package, unchanged; transformers' class for the
+            whole model opens it then (``AutoModelForImageTextToText``). Without it the package is the text model.
         on_plan: called with the plan before anything is written; may raise to stop.
         progress: called after every step.
 
@@ -126,13 +130,14 @@ def fit(
     tell = progress or (lambda step: None)
     text = bundled_text() if calibration is None else read_text(Path(calibration))
     tell(Progress("locate", 0, 1, model))
-    source = open_model(find(model, revision=revision, offline=offline))
+    source = open_model(find(model, revision=revision, offline=offline), keep_vision=keep_vision)
     anatomy = source.anatomy
     folder = source.folder
     passes = passes or (2 if source.ranges is None or keep_source else 1)
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
-    tried = tried_tokenizer(folder)
+    tried = tried_tokenizer(folder, source.gguf)
     report = with_tokenizer(report, tried)
+    report = with_other_parts(report, source.beside, kept=keep_vision)
     if source.ranges is not None:
         sizes = {name: entry.nbytes for name, entry in source.index.tensors.items()}
         report = with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
@@ -142,7 +147,11 @@ def fit(
     tokenizer = _tokenizer(tried, unchanged=unchanged, may_lack=no_tokenizer)
     if unchanged:
         source = _downloaded(source, Path(out), overwrite=overwrite)
-        notes = () if tokenizer is not None else (NO_TOKENIZER,)
+        notes = tuple(
+            filter(
+                None, ("" if tokenizer is not None else NO_TOKENIZER, source.beside.note(kept=True))
+            )
+        )
         return _fit_unchanged(
             source, Path(out), report, notes=notes, overwrite=overwrite, fresh=fresh
         )
@@ -158,6 +167,7 @@ def fit(
         "seed": seed,
         "computed_in": str(compute_dtype(target, getattr(torch, anatomy.dtype))),
         "passes": passes,
+        "keep_vision": keep_vision,
         "version": __version__,
     }
     fetching = report.fetching
@@ -235,7 +245,7 @@ def _downloaded(
     _require_cache(source)
     assert source.revision is not None
     hub_id = source.ranges.hub_id
-    found = open_model(locate(hub_id, revision=source.revision))
+    found = open_model(locate(hub_id, revision=source.revision), keep_vision=source.keeps_vision)
     if found.identity != source.identity:
         raise CheckpointError(
             f"{hub_id} has changed on the hub while it was read.",

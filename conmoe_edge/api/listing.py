@@ -118,8 +118,8 @@ def _row(
         meaning = resolve(name)
     except ConmoeError as error:  # a folder that is gone
         return ModelRow(name, target, own, "absent", None, problem=error), None
-    if meaning.folder is not None:
-        return ModelRow(name, target, own, "folder", _weights(meaning.folder)), None
+    if meaning.place is not None:
+        return ModelRow(name, target, own, "folder", _weights(meaning.place)), None
     assert meaning.hub_id is not None
     model = cached.get(meaning.hub_id)
     state, nbytes = ("absent", None) if model is None else (_state(model), model.nbytes)
@@ -130,5 +130,8 @@ def _state(model: CachedModel) -> str:
     return "cached" if model.whole else "partly"
 
 
-def _weights(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+def _weights(place: Path) -> int:
+    if not place.is_dir():
+        return place.stat().st_size
+    files = (path for kind in ("safetensors", "gguf") for path in place.glob(f"*.{kind}"))
+    return sum(path.stat().st_size for path in files if path.is_file())

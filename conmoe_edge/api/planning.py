@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from conmoe_edge.checkpoint.sources.locate import describe
+from conmoe_edge.checkpoint.sources.locate import Description, describe
 from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
-from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
-from conmoe_edge.errors import CalibrationError, ConmoeError
+from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
 from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.fetching import Fetching, fetching_of
@@ -38,6 +39,9 @@ class PlanReport:
         method_note: why it is that one, where the default gave way; else empty.
         tokenizer: whether the model has one that opens; ``None`` where nobody looked.
         tokenizer_fault: why it has none; else empty.
+        tokenizer_fix: what helps then; else empty.
+        beside: the model's parts for pictures and sound, empty for a text model.
+        keeps_vision: whether the package has them.
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
     """
@@ -49,6 +53,9 @@ class PlanReport:
     method_note: str = ""
     tokenizer: bool | None = None
     tokenizer_fault: str = ""
+    tokenizer_fix: str = ""
+    beside: OtherParts = NOTHING
+    keeps_vision: bool = False
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
 
@@ -77,6 +84,8 @@ class PlanReport:
             "method_note": self.method_note,
             "tokenizer": self.tokenizer,
             "tokenizer_fault": self.tokenizer_fault,
+            "tokenizer_fix": self.tokenizer_fix,
+            "other_parts": self.beside.to_json(kept=self.keeps_vision),
             "plan": plan_to_json(self.plan),
             "fetching": None if self.fetching is None else asdict(self.fetching),
             "measured": [asdict(one) for one in self.outcomes],
@@ -84,6 +93,7 @@ class PlanReport:
         }
 
 
+@no_collections()
 def plan(
     model: str,
     request: PlanRequest | None = None,
@@ -92,6 +102,7 @@ def plan(
     offline: bool = False,
     keep_source: bool = False,
     passes: int | None = None,
+    keep_vision: bool = False,
     **levers: Unpack[Levers],
 ) -> PlanReport:
     """What ``fit`` would do. Reads ``config.json`` and the headers of the weights, for a hub model without a download.
@@ -102,6 +113,7 @@ def plan(
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
         keep_source, passes: as of ``fit``; they decide what is fetched.
+        keep_vision: as of ``fit``.
         levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
             ``scope``, ``precision``, ``dense_precision``, ``prefer``, ``min_resident``, ``method``, ``widths``,
             ``calibration_tokens``. They win over those of ``request``.
@@ -112,19 +124,26 @@ def plan(
     """
     from conmoe_edge.checkpoint.quantised.stored import Stored
     from conmoe_edge.model.generation_file import read_generation
-    from conmoe_edge.model.probe import count_in, probe
-    from conmoe_edge.model.source_facts import read_source
+    from conmoe_edge.model.opened import anatomy_of
+    from conmoe_edge.model.probe import count_in
+    from conmoe_edge.model.source_facts import read_gguf, read_source
 
     asked = resolve_request(request, levers)
     found = describe(model, revision=revision, offline=offline)
-    stored = {name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()}
-    source = read_source(found.path, stored, found.peek)
+    if found.gguf is not None:
+        source = read_gguf(found.gguf)
+    else:
+        stored = {
+            name: Stored(one.dtype, one.nbytes, one.shape) for name, one in found.tensors.items()
+        }
+        source = read_source(found.path, stored, found.peek)
     config = source.config
-    anatomy = probe(config, source.facts)
+    anatomy = anatomy_of(source, keep_vision=keep_vision)
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
-    report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found.index))
-    report = with_tokenizer(report, tried_tokenizer(found.path))
+    report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found))
+    report = with_tokenizer(report, tried_tokenizer(found.path, found.gguf))
+    report = with_other_parts(report, source.beside, kept=keep_vision)
     if found.index is not None:
         return report
     sizes = {name: one.nbytes for name, one in found.tensors.items()}
@@ -134,8 +153,23 @@ def plan(
 def with_tokenizer(report: PlanReport, tried: Any) -> PlanReport:
     """The report with what came of ``tried_tokenizer``."""
     if isinstance(tried, CalibrationError):
-        return replace(report, tokenizer=False, tokenizer_fault=tried.why)
+        return replace(report, tokenizer=False, tokenizer_fault=tried.why, tokenizer_fix=tried.fix)
     return replace(report, tokenizer=True)
+
+
+def with_other_parts(report: PlanReport, beside: OtherParts, *, kept: bool) -> PlanReport:
+    """The report with what the model has beside its text model.
+
+    Raises:
+        UsageError: it is to be ``kept``, and there is nothing.
+    """
+    if kept and not beside.tensors:
+        raise UsageError(
+            "There is nothing that --keep-vision could keep.",
+            "the checkpoint has no tensors of parts for pictures or sound",
+            "the same command without --keep-vision",
+        )
+    return replace(report, beside=beside, keeps_vision=kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +239,10 @@ def with_fetching(
     passes: int,
 ) -> PlanReport:
     """With what comes from the hub. ``sizes``: bytes of every tensor there, by name."""
+    whole = keep_source or stays_whole(report, asked)
+    if not whole and not report.keeps_vision:
+        left_out = frozenset(report.beside.tensors)
+        sizes = {name: size for name, size in sizes.items() if name not in left_out}
     layers: dict[Unit, int] = {}
     for name, nbytes in sizes.items():
         if (unit := unit_of(name)) is not None:
@@ -214,15 +252,15 @@ def with_fetching(
         report.anatomy,
         total_bytes=sum(sizes.values()),
         layer_bytes=max(layers.values(), default=0),
-        whole=keep_source or stays_whole(report, asked),
+        whole=whole,
         passes=passes if asked.method.budgets else 1,
     )
     return replace(report, fetching=found)
 
 
-def _identity(index: CheckpointIndex | None) -> Mapping[str, Any] | None:
+def _identity(found: Description) -> Mapping[str, Any] | None:
     """The fingerprint of a model; ``None`` where its weights are not there or cannot be read."""
     try:
-        return None if index is None else fingerprint(index)
+        return None if found.index is None else fingerprint(found.index, found.path)
     except (ConmoeError, OSError):
         return None

@@ -67,11 +67,18 @@ class Consolidation:
                     with run.clock.part("write"):
                         journal.add_files(
                             prepare(
-                                model, tensors, job.model.folder, run.package, job.dense_precision
+                                model,
+                                tensors,
+                                job.model.folder,
+                                run.package,
+                                job.dense_precision,
+                                job.model.beside.tensors if job.model.keeps_vision else (),
                             )
                         )
                     if scratch is not None:
                         scratch.layer_by_layer()
+                    if note := job.model.beside.note(kept=job.model.keeps_vision):
+                        journal.notes.append(note)
                     run.save("calibrate")
                 if scratch is not None:
                     scratch.layer_by_layer()

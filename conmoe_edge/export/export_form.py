@@ -122,9 +122,9 @@ def decide(
             changes[narrow.field] = width
             config = set_field(config, narrow.field, width)
             notes.append(f"Experts have {width} of {full} neurons ({narrow.field}).")
-    wide = sorted({layout.precision for layout in manifest.layouts} & {"int8", "int4"})
+    wide = sorted({layout.precision for layout in manifest.layouts} & {"int8", "int4", "mxfp4"})
     if wide or manifest.dense_precision != "source":
-        notes.append("Weights in int8 or int4 are written in the model's own number format.")
+        notes.append("Weights in 8 or 4 bits are written in the model's own number format.")
     kind = "pruned" if pruned else "materialised"
     return Decided(kind, dict(kept), slots, width, changes, dict(sliced), config, tuple(notes))
 

@@ -27,7 +27,7 @@ from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 from conmoe_edge.checkpoint.package.prototype_reader import PrototypeReader
 from conmoe_edge.checkpoint.package.slot_constants import CONSTANTS_FILE, read_constants
 from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
-from conmoe_edge.checkpoint.quantised.scheme import stored_in
+from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.errors import CheckpointError

@@ -32,12 +32,14 @@ from conmoe_edge.integrations.dense_weights import (
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.package_match import check_choice, check_layers, check_selection
+from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.probe import top_k_of
 from conmoe_edge.model.record_match import check_records, mismatch
 from conmoe_edge.model.rerouting import reroute
 from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.model.text_part import keep_text, lies_in, other_parts
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.fastpath.install import install
@@ -75,6 +77,7 @@ def begin_loading(
         UnsupportedModel: the context cannot be counted with this release of transformers.
     """
     Arguments.of(model)  # known before anything large is read
+    _without_absent_parts(model, package)
     folder, manifest = package.folder, with_machine_file(package.folder, package.manifest)
     register_experts_function()
     experts = find_experts(model)
@@ -87,11 +90,13 @@ def begin_loading(
     with torch.device("cpu"):  # transformers has made meta the default device around this call
         constants = _check_files(folder, manifest, maps, _hidden_size(folder, experts))
     handles = []
-    for layer, (_, module) in experts.items():
+    for layer, (path, module) in experts.items():
         names = part_names(module)
         for name in names:
             delattr(module, name)
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        # Some blocks initialise the weights of their experts themselves.
+        for owner in (module, model.get_submodule(path.rpartition(".")[0])):
+            owner._is_hf_initialized = True  # type: ignore[assignment]
         with torch.device("cpu"):
             slots = SlotTensors.of(maps[layer], constants.get(layer), torch.device("cpu"))
         handle = LayerHandle(slots)
@@ -103,6 +108,15 @@ def begin_loading(
         products = products_for(device)
     take_quantised(model, package.index, products, in_int8=manifest.dense_precision != "source")
     return Loading(folder, manifest, device, tuple(handles), products)
+
+
+def _without_absent_parts(model: PreTrainedModel, package: OpenedPackage) -> None:
+    """Remove the parts for pictures and sound that the package does not have: nobody fills them with numbers."""
+    parts = other_parts(model)
+    if parts:
+        targets = targets_of(model, package.index.tensors)
+        if not any(lies_in(parts, target) for target in targets.values()):
+            keep_text(model)
 
 
 def _reroute(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:

@@ -20,7 +20,9 @@ from torch import nn
 from conmoe_edge.checkpoint.package.dense_names import quantised_names
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import PackageError
+from conmoe_edge.model import bridge
 from conmoe_edge.model.record_match import AGAIN, mismatch
+from conmoe_edge.model.text_part import absent_in, lies_in
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.generation.finite import all_finite
@@ -67,10 +69,13 @@ def _check_formats(
     their scales: only floating point is taken, ``quantised`` weights, and what the model itself has in that format.
     """
     own = {name: one.dtype for name, one in model.state_dict().items()}
-    for name, entry in tensors.items():
-        if entry.dtype in _FLOATING or name in quantised:
+    absent = absent_in(model)
+    others = [n for n, one in tensors.items() if one.dtype not in _FLOATING and n not in quantised]
+    for name, renamed in bridge.renamed(model, others).items():
+        entry = tensors[name]
+        if own.get(renamed) == getattr(torch, entry.torch_name, None) is not None:
             continue
-        if own.get(name) == getattr(torch, entry.torch_name, None) is not None:
+        if lies_in(absent, renamed):  # nothing is filled with it
             continue
         raise mismatch(
             folder, f"{name!r:.80} is stored as {entry.dtype}, which the model cannot use"

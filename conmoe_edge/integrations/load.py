@@ -20,6 +20,7 @@ from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.integrations.small_files import read_small_files
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.text_part import text_class
 from conmoe_edge.offload.compute.miss_split import check_misses
 from conmoe_edge.offload.generation.sequence import is_out_of_memory
 from conmoe_edge.offload.residency.policies import check_policy
@@ -94,7 +95,8 @@ def load_package(
         )
         with loading(options) as whereabouts:
             try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                loader: Any = text_class(config) or AutoModelForCausalLM
+                loaded: Any = loader.from_pretrained(
                     str(folder),
                     config=config,
                     generation_config=generation,

@@ -1,7 +1,8 @@
 """Make transformers know packages, without importing transformers.
 
 ``import conmoe_edge`` calls ``watch_transformers``. Whether transformers was imported before or is imported later, its
-registries then have the quantizer ``conmoe`` and the DeepSeek V1 classes, once. This file imports no torch.
+registries then have the quantizer ``conmoe``, the DeepSeek V1 classes and the classes of text models that take
+pictures too, once. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def watch_transformers() -> None:
         _register_deepseek, "transformers.models.auto.configuration_auto"
     )
     wrapt.register_post_import_hook(_register_deepseek, "transformers.models.auto.modeling_auto")
+    wrapt.register_post_import_hook(_register_text_parts, "transformers.models.auto.modeling_auto")
 
 
 def _register_quantizer(auto: ModuleType) -> None:
@@ -32,6 +34,12 @@ def _register_quantizer(auto: ModuleType) -> None:
 
     auto.register_quantization_config(QUANT_METHOD)(ConmoeConfig)
     auto.register_quantizer(QUANT_METHOD)(ConmoeQuantizer)
+
+
+def _register_text_parts(auto: ModuleType) -> None:
+    from conmoe_edge.model.auto_names import register_text_parts
+
+    register_text_parts(auto)
 
 
 def _register_deepseek(auto: ModuleType) -> None:

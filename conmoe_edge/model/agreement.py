@@ -2,9 +2,9 @@
 
 transformers' own loader runs on the meta device with tensors that have a shape and nothing else. So renames, fused
 experts and transposes are its own, and what it could not place is known before a byte of a weight is read. Three
-things are faults: a parameter that no tensor fills, a tensor of another shape, and a tensor inside the decoder that the
-model has no place for. The last one would make a wrong answer without any error: a config that leaves out biases, or
-the last layers.
+things are faults: a parameter that no tensor fills, a tensor of another shape, and a tensor that the model has no place
+for. The last one would make a wrong answer without any error: a config that leaves out biases, or the last layers. What
+does no harm is known by name (``harmless_tensors.py``).
 
 Memory: Python objects for each tensor, and a list of names.
 """
@@ -23,11 +23,11 @@ from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE
 from conmoe_edge.errors import CheckpointError
 from conmoe_edge.model import bridge
 from conmoe_edge.model.config_json import AGAIN, WRONG
+from conmoe_edge.model.harmless_tensors import STALE, is_harmless
+from conmoe_edge.model.text_part import Absent, lies_in
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Buffers that old releases wrote and that are computed since.
-_STALE = ("inv_freq", "masked_bias", "cos_cached", "sin_cached")
 _EXTRA_LAYERS = (
     "num_nextn_predict_layers",
     "num_mtp_layers",
@@ -44,7 +44,7 @@ def check_agreement(
     targets: Mapping[str, str],
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Raise unless every parameter has its tensors, in its shape, and every tensor of the decoder has its place.
+    """Raise unless every parameter has its tensors, in its shape, and every tensor has its place or does no harm.
 
     Args:
         model: on the meta device, all of it; its parameters are meta tensors afterwards as well.
@@ -80,7 +80,7 @@ def check_agreement(
 def check_places(
     model: PreTrainedModel, prefix: str, names: Iterable[str], targets: Mapping[str, str]
 ) -> None:
-    """Raise for the first tensor that belongs into a decoder layer and that the model has no place for.
+    """Raise for the first tensor that the model has no place for and that is not known to do no harm.
 
     Raises:
         CheckpointError: names the tensor.
@@ -95,13 +95,16 @@ def check_places(
     scales = {f"{name}{DENSE_SCALE}" for name in targets}
     strangers = sorted({*names} - {*targets} - scales, key=_natural)
     ignored = model._keys_to_ignore_on_load_unexpected
+    absent = {path for path, module in model.named_modules() if isinstance(module, Absent)}
     for name, renamed in bridge.renamed(model, strangers).items():
         inside = re.match(rf"{re.escape(prefix)}\.(\d+)\.", renamed)
-        if inside is None or renamed.endswith(_STALE):
+        if renamed.endswith(STALE) or _ignored(renamed, ignored) or _ignored(name, ignored):
             continue
-        if _ignored(renamed, ignored) or _ignored(name, ignored):
+        if inside is None and (
+            lies_in(absent, renamed) or is_harmless(name) or is_harmless(renamed)
+        ):
             continue
-        if int(inside[1]) < layers:
+        if inside is None or int(inside[1]) < layers:
             why = (
                 "config.json describes a model that has no such tensor, and without it every answer "
                 "would be another one"

@@ -20,7 +20,8 @@ class ExpertPart:
 
     ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
     ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
-    ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to.
+    ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to;
+    ``nbytes`` is what they take in the checkpoint, scales included.
     """
 
     name: str
@@ -46,7 +47,7 @@ class ExpertsAnatomy:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert, unpadded."""
+        """Bytes of one expert in the checkpoint, unpadded."""
         return sum(part.nbytes for part in self.parts)
 
     @property
@@ -61,7 +62,7 @@ class ExpertsAnatomy:
 
     def _narrowed(self, part: ExpertPart, width: int) -> ExpertPart:
         shape = narrowed_shape(part.name, part.shape, self.transposed, self.width, width)
-        nbytes = part.nbytes // math.prod(part.shape) * math.prod(shape)
+        nbytes = part.nbytes * math.prod(shape) // math.prod(part.shape)
         return replace(part, shape=shape, nbytes=nbytes)
 
     @property
@@ -187,7 +188,7 @@ class ModelAnatomy:
 
     @property
     def experts_bytes(self) -> int:
-        """Bytes of all routed experts, unpadded."""
+        """Bytes of all routed experts in the checkpoint, unpadded."""
         return sum(
             layer.experts.count * layer.experts.expert_bytes
             for layer in self.layers
@@ -196,7 +197,7 @@ class ModelAnatomy:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole checkpoint."""
+        """Bytes of the whole checkpoint, with what is not a routed expert as a package stores it."""
         return self.dense_bytes + self.experts_bytes
 
     def kv_bytes(self, tokens: int) -> int:

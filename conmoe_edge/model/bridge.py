@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,16 +33,19 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from conmoe_edge.checkpoint.format.dtypes import CODES, PLAIN
 from conmoe_edge.checkpoint.tensors.folder_check import check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
+from conmoe_edge.model.auto_names import register_text_parts
 from conmoe_edge.model.build_limits import build_limit
 from conmoe_edge.model.config_json import (
     AGAIN,
     ANOTHER_MODEL,
+    COMPARE_CONFIG,
     WRONG,
     read_settings,
     says,
@@ -47,6 +55,7 @@ from conmoe_edge.model.deepseek import register_config, register_model
 from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.no_causal_lm import no_causal_lm
 from conmoe_edge.model.size_bounds import SizeBounds, bounds_in
+from conmoe_edge.model.text_part import has_whole_class, keep_text
 
 _GATED_INPUT = {"llama4", "llama4_text"}
 _DTYPES = ("dtype", "torch_dtype")
@@ -70,20 +79,12 @@ def read_config(
         UnsupportedModel: transformers does not know the ``model_type``.
         CheckpointError: ``config.json`` cannot be read, or names impossible numbers.
     """
-    register_config()
     folder = Path(folder)
     check_folder(folder)
     where = folder / CONFIG_FILE
     settings = read_settings(folder, CONFIG_FILE) if settings is None else settings
-    kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"The architecture of {folder} is not known to transformers.",
-            f"its model_type is {str(kind)[:60]!r}"
-            if kind
-            else "its config.json names no model_type",
-            _NO_CODE,
-        )
+    check_known(folder, settings)
+    kind = settings["model_type"]
     (bounds or bounds_in(folder)).check(where, settings)
     _check_words(where, settings)
     broken = partial(_cannot_be_used, where)
@@ -109,6 +110,24 @@ def read_config(
             ANOTHER_MODEL,
         )
     return config
+
+
+def check_known(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a model whose architecture transformers does not have; ``settings`` are those of its ``config.json``.
+
+    Raises:
+        UnsupportedModel: says what it calls itself.
+    """
+    register_config()
+    kind = settings.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"The architecture of {folder} is not known to transformers.",
+            f"its model_type is {str(kind)[:60]!r}"
+            if kind
+            else "its config.json names no model_type",
+            _NO_CODE,
+        )
 
 
 def _check_words(where: Path, settings: Mapping[str, Any]) -> None:
@@ -156,7 +175,8 @@ def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
 def build_meta(
     config: PretrainedConfig, dtype: torch.dtype, tensors: int | None = None
 ) -> PreTrainedModel:
-    """The causal LM on the meta device in ``dtype``, in eval mode; no memory is taken.
+    """The causal LM on the meta device in ``dtype``, in eval mode; no memory is taken. Of a model that takes pictures
+    or sound too it is the text part (``text_part.py``).
 
     ``tensors`` is how many the checkpoint has, where that is known: a model of many times as many parameters is given
     up while it is built.
@@ -166,7 +186,8 @@ def build_meta(
         CheckpointError: the config describes a far larger model.
     """
     register_model()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    register_text_parts(modeling_auto)
+    if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise no_causal_lm(config)
     with (
         foreign(lambda why: _cannot_build(config, why)),
@@ -174,6 +195,22 @@ def build_meta(
         torch.device("meta"),
     ):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    keep_text(model)
+    return model.eval()
+
+
+def build_whole(config: PretrainedConfig, tensors: int | None = None) -> PreTrainedModel:
+    """As ``build_meta``, but with the parts for pictures and sound, where transformers has a class with them."""
+    if not has_whole_class(config):
+        return build_meta(config, torch.bfloat16, tensors)
+    with (
+        foreign(lambda why: _cannot_build(config, why)),
+        build_limit(tensors),
+        torch.device("meta"),
+    ):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -181,7 +218,7 @@ def _cannot_build(config: PretrainedConfig, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"transformers cannot build a causal language model of {config.model_type} from this config.json.",
         why,
-        WRONG,
+        COMPARE_CONFIG,
     )
 
 
@@ -278,8 +315,11 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         device: where the loaded parameters live.
 
     Raises:
-        CheckpointError: a shape does not fit the config, or tensors of one fused parameter are missing.
+        CheckpointError: a shape does not fit the config, tensors of one fused parameter are missing, or one is stored
+            in a format that no plain checkpoint has.
     """
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor)
     outcome = convert(model, tensors, device)
     for name, (found, wanted) in sorted(outcome.mismatched.items()):
         raise CheckpointError(
@@ -292,6 +332,17 @@ def load_subset(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             f"{name} cannot be assembled from the checkpoint.",
             "one of the tensors that it is made of is missing or has another shape",
             AGAIN,
+        )
+
+
+def _check_plain(name: str, tensor: Any) -> None:
+    """The loader would cast any number to the parameter's format: the bytes of a quantised weight, too."""
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code not in PLAIN:
+        raise CheckpointError(
+            f"The tensor {name} is stored as {code}.",
+            "that is a number of a quantised weight, which nothing has expanded",
+            WRONG,
         )
 
 

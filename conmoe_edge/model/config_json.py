@@ -26,6 +26,11 @@ MOST_DEPTH = 24
 MOST_VALUES = 1 << 20
 AGAIN = "Download the model again, or copy it again from where it came from."
 WRONG = "Download the model again; if it is the same afterwards, the model itself is broken."
+COMPARE_CONFIG = (
+    "compare config.json with the one on the model's page on the hub; where they are the same, this release of "
+    "transformers itself cannot do it: name another model, conmoe-edge models lists some"
+)
+"""The fix where transformers fails on a config: it may lack a field, or the class may be at fault."""
 ANOTHER_MODEL = (
     "run this one as it is, with transformers, say, or name another: conmoe-edge models lists some"
 )

@@ -114,7 +114,7 @@ def expert_forward(
         [n, H] in ``compute_dtype``, without the routing weight.
     """
     dtype = compute_dtype or hidden.dtype
-    return through_expert(module, hidden.to(dtype), _plain_products(module, parts, dtype))
+    return through_expert(module, hidden.to(dtype), plain_products(module, parts, dtype))
 
 
 def inner_activations(
@@ -125,10 +125,12 @@ def inner_activations(
 ) -> Tensor:
     """What an expert's down projection gets: [n, H] -> [n, I]; arguments as of ``expert_forward``."""
     dtype = compute_dtype or hidden.dtype
-    return _up_and_gate(module, hidden.to(dtype), _plain_products(module, parts, dtype))
+    return _up_and_gate(module, hidden.to(dtype), plain_products(module, parts, dtype))
 
 
-def _plain_products(module: nn.Module, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Project:
+def plain_products(module: nn.Module, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Project:
+    """The projections of one expert as products in ``dtype``; arguments as of ``expert_forward``."""
+
     def project(name: str, x: Tensor) -> Tensor:
         weight, bias = parts[name].to(dtype), parts.get(f"{name}_bias")
         # [n, in] @ [in, out], or the same with the weight stored as [out, in]

@@ -8,7 +8,7 @@ meta device and what its cache holds is weighed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -152,21 +152,21 @@ def _assemble(
     fused = fused_parameters(decoder)
     dense = [0] * len(layers)
     outside = 0
-    expert_dtypes: dict[str, str] = {}
+    of_experts: dict[str, list[TensorFacts]] = {}
     for key, target in targets.items():
         if target in fused:
-            expert_dtypes[target] = facts[key].dtype
+            of_experts.setdefault(target, []).append(facts[key])
         elif (layer := _layer_of(target, prefix)) is not None:
-            dense[layer] += _expanded_bytes(facts[key])
+            dense[layer] += expanded_bytes(facts[key])
         else:
-            outside += _expanded_bytes(facts[key])
+            outside += expanded_bytes(facts[key])
     top_k = top_k_of(text)
     anatomy = []
     for index in range(len(layers)):
         found = None
         if index in experts:
             path, module = experts[index]
-            found = _experts_anatomy(path, module, expert_dtypes, top_k)
+            found = _experts_anatomy(path, module, of_experts, top_k)
         anatomy.append(LayerAnatomy(index, dense[index], found))
     return ModelAnatomy(
         model_type=config.model_type,
@@ -179,14 +179,14 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, _expanded_bytes(facts[key]))
+            DenseMatrix(_layer_of(key, prefix), *shape, expanded_bytes(facts[key]))
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
     )
 
 
-def _expanded_bytes(fact: TensorFacts) -> int:
+def expanded_bytes(fact: TensorFacts) -> int:
     """Bytes of a tensor as a package stores it: what is quantised in the checkpoint is expanded there."""
     return fact.nbytes if fact.form == "plain" else nbytes_of(fact.dtype, fact.shape)
 
@@ -206,18 +206,25 @@ def _layer_of(target: str, prefix: str) -> int | None:
 
 
 def _experts_anatomy(
-    path: str, module: nn.Module, dtypes: Mapping[str, str], top_k: int
+    path: str, module: nn.Module, stored: Mapping[str, Sequence[TensorFacts]], top_k: int
 ) -> ExpertsAnatomy:
+    """``stored``: parameter -> the tensors of the checkpoint that it is made of."""
     parts = []
     count = 0
     for name in part_names(module):
         tensor: Tensor = getattr(module, name)
         count = tensor.shape[0]
-        dtype = dtypes.get(f"{path}.{name}", _name(tensor.dtype))
+        found = stored.get(f"{path}.{name}", ())
+        dtype = found[-1].dtype if found else _name(tensor.dtype)
         shape = tuple(tensor.shape[1:])
-        parts.append(
-            ExpertPart(name, shape, dtype, tensor[0].numel() * getattr(torch, dtype).itemsize)
-        )
+        forms = {one.form for one in found} or {"plain"}
+        if forms == {"plain"}:
+            nbytes = tensor[0].numel() * getattr(torch, dtype).itemsize
+        else:
+            nbytes = sum(one.nbytes for one in found) // count
+        # Experts of one layer in several forms have none in common.
+        form = forms.pop() if len(forms) == 1 else "plain"
+        parts.append(ExpertPart(name, shape, dtype, nbytes, form))
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
 
 
@@ -277,7 +284,7 @@ def _main_dtype(config: PretrainedConfig, headers: Mapping[str, TensorFacts] | N
     """The dtype that most bytes of the checkpoint have; the config's where there are no headers."""
     weight: dict[str, int] = {}
     for fact in (headers or {}).values():
-        weight[fact.dtype] = weight.get(fact.dtype, 0) + _expanded_bytes(fact)
+        weight[fact.dtype] = weight.get(fact.dtype, 0) + expanded_bytes(fact)
     floating = {
         name: count
         for name, count in weight.items()

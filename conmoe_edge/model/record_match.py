@@ -98,7 +98,9 @@ def _held(
         wanted = ((name, shape, part.dtype),)
     else:
         scales = parts.get(name + SCALE)
-        kind = None if scales is None else kind_of(part.dtype, scales.dtype)
+        kind = None
+        if scales is not None:
+            kind = kind_of((part.dtype, part.shape), (scales.dtype, scales.shape))
         if kind is None or len(shape) != 2 or best_kind(rows, columns, kind) != kind:
             return None
         wanted = quantised_parts(name, rows, columns, kind)

@@ -10,6 +10,7 @@ No torch here, nothing is allocated.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _LARGEST = 1 << 62
 _COUNTS_NOTHING = re.compile(
     r"token|position|theta|rope|window|length|len$|seq|context|chunk|param|version|seed|scal|factor|base|period|ids?$"
 )
+_COUNTS_LAYERS = re.compile(r"layers?$")
 _INDEX = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
 
 
@@ -82,14 +84,17 @@ class SizeBounds:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             field = path.rsplit(".", 1)[-1].lower()
-            bound = layers if "layer" in field and "window" not in field else others
-            if "rope" in path or _COUNTS_NOTHING.search(field):
+            if field.endswith("_limit") and isinstance(value, float):
+                bound = math.inf  # "no limit" is infinity, or the largest number that there is
+            elif "rope" in path or _COUNTS_NOTHING.search(field):
                 bound = _LARGEST
+            else:
+                bound = layers if _COUNTS_LAYERS.search(field) else others
             if abs(value) > bound:
                 raise says(where, path, value, self._why(field))
 
     def _why(self, field: str) -> str:
-        if "layer" in field:
+        if _COUNTS_LAYERS.search(field):
             return f"the names of the weights go to index {max(self.indices - 1, 0)}"
         return f"the largest dimension of its {self.tensors} tensors is {self.largest}"
 

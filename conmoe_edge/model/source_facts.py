@@ -10,12 +10,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from conmoe_edge.checkpoint.fs.contained import is_there
+from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
 from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
 from conmoe_edge.checkpoint.quantised.zero_biases import biases_beside, without_biases
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
-from conmoe_edge.model.bridge import read_config, without_quantization
+from conmoe_edge.model.bridge import check_known, read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
+from conmoe_edge.model.other_parts import NOTHING, OtherParts, other_parts_of
 from conmoe_edge.model.probe import TensorFacts, unplaced
 from conmoe_edge.model.size_bounds import SizeBounds
 
@@ -30,11 +32,13 @@ class SourceFacts:
     config: of the plain model; it declares no quantisation.
     facts: of the tensors of a plain checkpoint.
     scheme: how they are made from the tensors of the file.
+    beside: what of them belongs to parts for pictures and sound.
     """
 
     config: PretrainedConfig
     facts: Mapping[str, TensorFacts]
     scheme: Scheme
+    beside: OtherParts
 
 
 def read_source(
@@ -49,6 +53,7 @@ def read_source(
         UnsupportedModel: the model, or the way it is quantised, is of a kind that is not read.
     """
     settings = read_settings(folder, CONFIG_FILE)
+    check_known(folder, settings)  # before the weights: of an unknown model no other version helps
     dtype = _float_dtype(settings, stored)
     scheme = find_scheme(stored, declared_in(folder, settings), dtype, peek)
     facts = _facts_of(scheme)
@@ -57,7 +62,21 @@ def read_source(
     if biases := biases_beside(scheme):
         scheme = without_biases(scheme, unplaced(config, facts, biases))
         facts = _facts_of(scheme)
-    return SourceFacts(config, facts, scheme)
+    return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
+
+
+def read_gguf(gguf: GgufModel) -> SourceFacts:
+    """The same of a GGUF model; its ``scheme`` is empty.
+
+    Raises:
+        CheckpointError: the config that its metadata gives cannot be.
+    """
+    facts = {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        for name, one in gguf.tensors.items()
+    }
+    bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
+    return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}), NOTHING)
 
 
 def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:

@@ -24,9 +24,12 @@ from conmoe_edge.errors import CalibrationError, CheckpointError
 from conmoe_edge.model.config_json import believed, read_object, read_settings
 from conmoe_edge.model.foreign import foreign
 from conmoe_edge.model.tokenizer_files import has_tokenizer
+from conmoe_edge.model.vocabulary_files import VocabularyFile, vocabulary_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from conmoe_edge.checkpoint.gguf.opened import GgufModel
 
 SETTINGS = "tokenizer_config.json"
 _JSON = (
@@ -73,6 +76,10 @@ _OTHER_FILES = frozenset(
 
 _LINE = "".join(map(chr, range(32, 127))) + "\n\téß中文\u200d🙂𐍈 a"
 _SIDES = ("left", "right")
+_ONE_FILE = (
+    "put a tokenizer.json with the model's tokens into the folder; copies of a model for other "
+    "programs often have one"
+)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -86,9 +93,10 @@ def load_tokenizer(folder: Path) -> Any:
         if not has_tokenizer(folder):
             raise _unusable(folder, "it has no file with a vocabulary")
         config, vocabulary = _config_of(folder)
+        file = vocabulary_file(folder)
         with TemporaryDirectory(prefix="conmoe-tokenizer-") as private:
             _copy(folder, Path(private))
-            tokenizer = _open(folder, Path(private), config)
+            tokenizer = _open(folder, Path(private), config, file)
     except CheckpointError as error:
         raise _unusable(
             folder, ": ".join(filter(None, (error.what.rstrip("."), error.why)))
@@ -105,8 +113,17 @@ def load_tokenizer(folder: Path) -> Any:
         known = {*tokenizer.get_vocab().values(), *tokens, *tokenizer.all_special_ids}
         silent = not tokenizer(_LINE, add_special_tokens=False, verbose=False)["input_ids"]
         least, most = min(known, default=0), max(known, default=-1)
+        other = not silent and file is not None and not file.agrees(tokenizer)
     if silent:  # made out of nothing, beside a vocabulary of another kind of tokenizer
         raise _unusable(folder, "every text is no tokens to what transformers makes of its files")
+    if other:
+        assert file is not None
+        raise CalibrationError(
+            f"{folder} has no tokenizer that can be used.",
+            f"transformers makes a {type(tokenizer).__name__} of its {file.name}, which cuts text into other tokens "
+            f"than {file.library} does",
+            _ONE_FILE,
+        )
     if vocabulary is not None and not 0 <= least <= most < vocabulary:
         raise CalibrationError(
             f"The tokenizer in {folder} does not belong to the model.",
@@ -116,10 +133,25 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def tried_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``, or the ``CalibrationError`` that says why there is none that can be used."""
+def tokenizer_of(folder: Path, gguf: GgufModel | None) -> Any:
+    """The tokenizer of a model whose small files lie in ``folder``; ``gguf`` where they were made from GGUF.
+
+    Raises:
+        CalibrationError: as ``load_tokenizer``.
+    """
+    if gguf is not None and gguf.no_tokenizer:
+        raise CalibrationError(
+            f"{gguf.path} has no tokenizer that can be used.",
+            gguf.no_tokenizer,
+            "put tokenizer.json and tokenizer_config.json of the model that it was made from beside the file",
+        )
+    return load_tokenizer(folder)
+
+
+def tried_tokenizer(folder: Path, gguf: GgufModel | None = None) -> Any:
+    """``tokenizer_of``, or the ``CalibrationError`` that says why there is none that can be used."""
     try:
-        return load_tokenizer(folder)
+        return tokenizer_of(folder, gguf)
     except CalibrationError as error:
         return error
 
@@ -221,8 +253,10 @@ def _is_template(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _open(folder: Path, private: Path, config: PretrainedConfig) -> Any:
-    with foreign(partial(_unusable, folder)):
+def _open(
+    folder: Path, private: Path, config: PretrainedConfig, file: VocabularyFile | None
+) -> Any:
+    with foreign(partial(_why_not, folder, private, file)):
         from transformers import AutoTokenizer, PreTrainedTokenizerBase
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -240,6 +274,36 @@ def _check_class(folder: Path, private: Path, config: Any, named: Any, base: typ
         found = named(name) if isinstance(name, str) else None
         if found is not None and not (isinstance(found, type) and issubclass(found, base)):
             raise _unusable(folder, f"its tokenizer_class is {name!r}, which is no tokenizer")
+
+
+def _why_not(
+    folder: Path, private: Path, file: VocabularyFile | None, why: str
+) -> CalibrationError:
+    """The error for what transformers did not open; its own names the last thing that it tried."""
+    what = f"{folder} has no tokenizer that can be used."
+    code = "" if is_there(private, "tokenizer.json") else _own_code(private)
+    # Of these, what lies in a file of ranks under another name is known to the program alone.
+    code_alone = "custom code" in why or (file is not None and file.name.endswith(".tiktoken"))
+    if file is not None and file.missing and not (code and code_alone):
+        return CalibrationError(
+            what,
+            f"its vocabulary, {file.name}, is a file of {file.library}, and without "
+            f"{' and '.join(file.missing)} it cannot be read",
+            f"pip install {' '.join(file.missing)}",
+        )
+    if code:
+        said = f"its tokenizer is a program in the model's folder ({code}), and none is ever run"
+        return CalibrationError(what, said, _ONE_FILE)
+    return _unusable(folder, why)
+
+
+def _own_code(private: Path) -> str:
+    """The class in the model's own folder that would read its vocabulary; empty where none is named."""
+    path = private / SETTINGS
+    named = json.loads(path.read_text(encoding="utf-8")).get("auto_map") if path.exists() else None
+    found = named.get("AutoTokenizer") if isinstance(named, dict) else None
+    classes = found if isinstance(found, list) else [found]
+    return next((one[:80] for one in classes if isinstance(one, str)), "")
 
 
 def _unusable(folder: Path, why: str) -> CalibrationError:

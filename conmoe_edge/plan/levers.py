@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from conmoe_edge.checkpoint.format.forms import Part, best_kind, factored_parts, quantised_parts
+from conmoe_edge.checkpoint.format.forms import (
+    Kind,
+    Part,
+    best_kind,
+    factored_parts,
+    quantised_parts,
+)
 from conmoe_edge.checkpoint.format.layout import make_layout
-from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.errors import UsageError
+from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 
 RATE_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # Half of the experts is the most that is removed unasked: beyond it the published losses outweigh
@@ -42,8 +48,9 @@ class Precision:
 
 PRECISIONS = {
     name: Precision(name, tuple(name.split("+")))
-    for name in ("source", "bf16", "bf16+int8", "int8", "int8+int4", "int4", LOW_RANK)
+    for name in ("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4", LOW_RANK)
 }
+_QUANTISED: dict[str, Kind] = {"int8": "int8", "int4": "int4", "mxfp4": "mxfp4"}
 _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 """What is looked at beyond the checkpoint's own numbers when nothing was asked for."""
 
@@ -51,8 +58,20 @@ _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
     """The precisions to look at, mildest first: the one asked for, or all that need no asking.
 
-    Of those, one that makes no record smaller than the milder ones do is left out.
+    Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 in the
+    checkpoint stay so: int4 takes more bytes and loses more (``docs/quantised-sources.md``).
+
+    Raises:
+        UsageError: MXFP4 was asked for, and the experts are not.
     """
+    if is_mxfp4(anatomy):
+        return ("mxfp4",) if asked in ("auto", "source") else (asked,)
+    if asked == "mxfp4":
+        raise UsageError(
+            f"--precision mxfp4 is for experts that are published in MXFP4; those of {anatomy.architecture} are not.",
+            "other numbers lose more in it than in int4, which fits its steps to them",
+            "--precision int4",
+        )
     if asked != "auto":
         return (asked,)
     found = ["source"]
@@ -72,8 +91,16 @@ def keeps_weights(anatomy: ModelAnatomy, precision: str) -> bool:
     """Whether a prototype in this precision is bit for bit the checkpoint's expert."""
     if precision == "source":
         return True
+    if precision == "mxfp4":
+        return is_mxfp4(anatomy)
     parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
     return precision == "bf16" and all(part.dtype == "bfloat16" for part in parts)
+
+
+def is_mxfp4(anatomy: ModelAnatomy) -> bool:
+    """Whether all weight matrices of the routed experts are MXFP4 in the checkpoint."""
+    parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
+    return {part.form for part in parts if len(part.shape) == 2} == {"mxfp4"}
 
 
 def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
@@ -91,9 +118,10 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
             rows, columns = reversed(part.shape) if experts.transposed else part.shape
         if kind == LOW_RANK and columns:
             parts += factored_parts(part.name, rows, columns, part.dtype)
-        elif kind in ("int8", "int4") and columns:
-            wished: Literal["int8", "int4"] = "int8" if kind == "int8" else "int4"
-            parts += quantised_parts(part.name, rows, columns, best_kind(rows, columns, wished))
+        elif kind in _QUANTISED and columns:
+            parts += quantised_parts(
+                part.name, rows, columns, best_kind(rows, columns, _QUANTISED[kind])
+            )
         else:
             dtype = "bfloat16" if kind == "bf16" else part.dtype
             parts.append((part.name, part.shape, dtype))
@@ -130,17 +158,18 @@ def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
 def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
     """Indices of the MoE layers that share prototypes, ``size`` neighbours at a time.
 
-    Dense layers in between are skipped; layers whose experts differ in shape never share. The last
-    scope of a run may be smaller.
+    Dense layers in between are skipped; layers whose experts differ in shape or number format never share, however the
+    checkpoint stores them. The last scope of a run may be smaller.
     """
     runs: list[list[int]] = []
-    previous: tuple[ExpertPart, ...] | None = None
+    previous: list[Part] | None = None
     for layer in anatomy.moe_layers:
         assert layer.experts is not None
-        if layer.experts.parts != previous:
+        parts = [(part.name, part.shape, part.dtype) for part in layer.experts.parts]
+        if parts != previous:
             runs.append([])
         runs[-1].append(layer.index)
-        previous = layer.experts.parts
+        previous = parts
     return tuple(
         tuple(run[start : start + size]) for run in runs for start in range(0, len(run), size)
     )

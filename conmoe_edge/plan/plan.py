@@ -68,8 +68,9 @@ class Plan:
         chosen: the levers that were taken.
         candidates: every combination that was looked at, mildest first, the chosen one among them.
         unchanged: true where the model fits as it is (rate 0, every expert resident).
-        disk_bytes: size of the package.
-        scratch_bytes: disk that the run needs beside the package while it works.
+        disk_bytes: size of the package's weights.
+        scratch_bytes: disk that the run needs beside them while it works, constants and predictor of the package
+            included.
         prefer: what ties and the floor of residency were decided by.
         dense_precision: how the linear layers outside the routed experts are stored.
     """

@@ -8,12 +8,13 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option
 from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
-from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import human_size
 
 _KIND_WORDS = {
     "source": "as they are",
+    "mxfp4": "in MXFP4 as published",
     "bf16": "in bf16",
     "int8": "at 8 bits",
     "int4": "at 4 bits",
@@ -57,6 +58,12 @@ def is_unchanged(anatomy: ModelAnatomy, candidate: Candidate) -> bool:
     kept = anatomy.dense_precision == "source" and keeps_weights(anatomy, candidate.precision)
     # transformers would expand a quantised model in memory.
     return whole and kept and anatomy.source_form == "plain"
+
+
+def keeps_every_weight(anatomy: ModelAnatomy, plan: Plan) -> bool:
+    """Whether a package of this plan has all weights of the model, bit for bit, however it stores them."""
+    own = plan.chosen.rate == 0.0 and plan.dense_precision == "source"
+    return own and keeps_weights(anatomy, plan.chosen.precision)
 
 
 def percent(share: float) -> str:

@@ -56,8 +56,15 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
             MappingProxyType(
-                # lowrank is not measured: half of source, for three small products instead of one.
-                {"source": 0.84, "bf16": 0.84, "int8": 0.82, "int4": 0.80, "lowrank": 0.42}
+                # mxfp4 is not measured: as int4. lowrank neither: half of source, for three small products, not one.
+                {
+                    "source": 0.84,
+                    "bf16": 0.84,
+                    "int8": 0.82,
+                    "int4": 0.80,
+                    "mxfp4": 0.80,
+                    "lowrank": 0.42,
+                }
             ),
             layer_seconds=430e-6,
             miss_seconds=350e-6,
@@ -65,7 +72,14 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
         # Not measured: shares that such kernels usually reach, the launches of a layer, a copy's events.
         "cuda": Reach(
             MappingProxyType(
-                {"source": 0.75, "bf16": 0.75, "int8": 0.60, "int4": 0.50, "lowrank": 0.35}
+                {
+                    "source": 0.75,
+                    "bf16": 0.75,
+                    "int8": 0.60,
+                    "int4": 0.50,
+                    "mxfp4": 0.50,
+                    "lowrank": 0.35,
+                }
             ),
             layer_seconds=350e-6,
             miss_seconds=50e-6,

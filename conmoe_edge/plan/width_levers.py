@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from conmoe_edge.checkpoint.format.forms import MX_BLOCK
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
 
@@ -53,7 +54,7 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
     make a narrow record as large as the whole.
     """
     width, kind = experts.width, PRECISIONS[precision].kinds[-1]
-    step = next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
+    step = _step(width, kind)
     dear = record_bytes(experts, kind) / width * _DEAREST
     # Of widths whose records take the same pages, the widest.
     widest = {
@@ -68,12 +69,19 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
     return (*sorted(found), width)
 
 
+def _step(width: int, kind: str) -> int:
+    """Neurons of a step; in MXFP4 whole blocks, or all neurons where there are none."""
+    if kind == "mxfp4":
+        return MX_BLOCK if width % MX_BLOCK == 0 else width
+    return next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
+
+
 def narrow_width(experts: ExpertsAnatomy, rate: float, precision: str) -> int:
     """Neurons that stay in every prototype."""
     width = experts.width
     if rate == 0.0:
         return width
-    step = next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
+    step = _step(width, PRECISIONS[precision].kinds[-1])
     left = 1.0 - rate
     wanted = width * math.sqrt(left)
     widths = [

@@ -354,7 +354,7 @@ def test_dense_int8_and_the_small_files(tmp_path: Path) -> None:
     package = write_package(model, tmp_path / "package", thirds(model), in_int8=[name])
     save_tokenizer(package)
     done = export_hf(package, tmp_path / "plain")
-    assert any("int8" in note for note in done.notes)
+    assert any("8 or 4 bits" in note for note in done.notes)
     assert (tmp_path / "plain" / "tokenizer.json").is_file()
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     many = torch.arange(5, 25)[None]  # beside int8 the activations of fewer are rounded

@@ -164,6 +164,37 @@ def test_stale_buffers_and_other_heads_have_no_place_and_do_no_harm(olmoe: Path)
     plan(olmoe)
 
 
+OUTSIDE = ("model.embed_scale.weight", "lm_head.bias", "model.norm.bias", "score.weight")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_tensor_outside_the_layers_without_a_place_is_refused(olmoe: Path, name: str) -> None:
+    rewrite(olmoe, **{name: torch.zeros(4)})
+    with pytest.raises(CheckpointError, match=f"{name} has no place"):
+        plan(olmoe)
+
+
+def test_parts_for_pictures_and_sound_do_no_harm(olmoe: Path) -> None:
+    names = (
+        *("visual.blocks.0.attn.qkv.weight", "model.vision_tower.patch.weight"),
+        *("multi_modal_projector.linear_1.weight", "model.embed_audio.weight", "audio_tower.x"),
+        *("model.mtp_block.0.norm.weight", "model.mtp.layers.0.fc.weight"),
+        *("model.rotary_emb.inv_freq", "model.embeddings.position_ids"),
+    )
+    rewrite(olmoe, **{name: torch.zeros(4) for name in names})
+    plan(olmoe)
+
+
+def test_the_loader_casts_no_number_of_a_quantised_weight(olmoe: Path) -> None:
+    from conmoe_edge.model.bridge import build_meta, load_subset, read_config
+
+    model = build_meta(read_config(olmoe), torch.float32)
+    name = "model.norm.weight"
+    for dtype in (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.int32):
+        with pytest.raises(CheckpointError, match=name):
+            load_subset(model, {name: torch.ones(32).to(dtype)}, torch.device("cpu"))
+
+
 def test_a_tied_head_with_numbers_of_its_own_is_refused(olmoe: Path, tmp_path: Path) -> None:
     save_tokenizer(olmoe)
     change(olmoe, tie_word_embeddings=True)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import _BASE, _MLA, tiny_config, tiny_model
+from families import _MLA, BASE, tiny_config, tiny_model
 
 from conmoe_edge.compat import cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
+from conmoe_edge.model.meta_forward import _KnownShapes
 from conmoe_edge.model.probe import probe
 from conmoe_edge.model.router import find_routers
 
@@ -62,7 +63,43 @@ def test_layers_that_exchange_more_are_refused_by_plan(
 ) -> None:
     from transformers import AutoConfig
 
-    settings = {name: one for name, one in {**_BASE, **extra}.items() if one is not None}
+    settings = {name: one for name, one in {**BASE, **extra}.items() if one is not None}
     with pytest.raises(UnsupportedModel, match="cannot be consolidated layer by layer") as found:
         probe(AutoConfig.for_model(kind, **settings))
     assert why in str(found.value)
+
+
+def test_known_shapes_are_those_that_torch_gives() -> None:
+    """Views, changes in place, several outputs, numbers and names in the place of tensors: the same answer again."""
+    shapes = _KnownShapes()
+    aten = torch.ops.aten
+    x = torch.empty(3, 4, 6, device="meta").transpose(0, 2)
+    half = torch.empty(6, 4, 3, device="meta", dtype=torch.float16)
+    whole = torch.empty(6, 4, 3, device="meta", dtype=torch.long)
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (aten.add.Tensor, (x, half), {}),
+        (aten.add.Tensor, (whole, 1), {}),
+        (aten.add.Tensor, (whole, 1.0), {}),  # equal numbers of another type: another dtype
+        (aten.add.Tensor, (whole, True), {}),
+        (aten.cat.default, ([x, x], 1), {}),
+        (aten.cat.default, ([x, x], 2), {}),
+        (aten._to_copy.default, (x,), {"dtype": torch.bfloat16}),
+        (aten._to_copy.default, (x,), {"dtype": torch.float64}),
+        (aten.topk.default, (x, 2), {}),
+        (aten.view.default, (half, [12, 6]), {}),
+        (aten.mm.default, (half[0], half[0].t()), {}),
+    ]
+    for func, args, kwargs in calls * 2:
+        wanted, found = func(*args, **kwargs), shapes.call(func, args, kwargs)
+        for one, other in zip(_tensors(wanted), _tensors(found), strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (
+                other.shape,
+                other.stride(),
+                other.dtype,
+            )
+            assert other.is_meta
+    assert len(shapes._found) == 9  # all but the views and what has several outputs
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)

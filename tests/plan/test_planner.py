@@ -179,6 +179,14 @@ def test_a_dense_model_is_refused(model, budget):
         make_plan(model(layers=2, dense_layers=(0, 1)), budget("8GB"))
 
 
-def test_scratch_is_two_copies_of_the_hidden_states(olmoe, budget):
-    plan = make_plan(olmoe, budget("8GB"), PlanRequest(calibration_tokens=1000))
-    assert plan.scratch_bytes == 2 * 1000 * 2048 * 4
+def test_scratch_is_hidden_states_and_what_is_found_beside_the_weights(olmoe, budget):
+    """Fp32 hidden states of two streams, or four; constants twice; a predictor where something has to wait outside."""
+    hidden, slots, streams = 2048, 16 * 64, 2 * 1000 * 2048 * 4
+    constants, predictor = 2 * slots * hidden * 4, slots * (hidden + 1) * 6 + 2 * 1000 * hidden * 2
+    asked = PlanRequest(calibration_tokens=1000)
+    some, everything = budget("8GB"), budget("40GB")
+    assert make_plan(olmoe, some, asked).chosen.resident_share < 1
+    assert make_plan(olmoe, some, asked).scratch_bytes == streams + predictor
+    trimmed = make_plan(olmoe, some, asked, trims=True)
+    assert trimmed.scratch_bytes == 2 * streams + constants + predictor
+    assert make_plan(olmoe, everything, asked).scratch_bytes == streams

@@ -55,6 +55,9 @@ TORCH_NAMES = {
 CODES = {name: code for code, name in TORCH_NAMES.items()}
 """Name in torch -> code in the header."""
 
+PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+"""Codes that the tensors of a plain checkpoint have; any other one is of a number of a quantised weight."""
+
 
 def itemsize(torch_name: str) -> int:
     """Bytes of one number of ``torch_name``, ``2`` for ``"bfloat16"``.

@@ -6,9 +6,12 @@ written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["plain", "int8", "int4", "mxfp4"]
+Kind = Literal["plain", "int8", "int4", "mxfp4", "q4", "q3", "q2"]
+Stored = tuple[str, Sequence[int]]
+"""Number format (torch's name) and shape of a tensor."""
 Part = tuple[str, tuple[int, ...], str]
 """Name, shape and number format (torch's name) of one tensor of a record."""
 
@@ -16,13 +19,19 @@ GROUPS = (64, 32)
 """Columns that share a scale in int4: the first of these that divides the columns."""
 
 TILES = (64, 32, 16)
-"""Rows of a tile in int4 and mxfp4: the first of these that divides the rows."""
+"""Rows of a tile in all forms of less than 8 bits: the first of these that divides the rows."""
 
 MX_BLOCK = 32
 """Columns that share a scale in mxfp4."""
 
 UP, DOWN = "gate_up_proj", "down_proj"
 """The two weight matrices of a gated expert: gate and up rows together, and down rows."""
+
+LOW_BITS: dict[Kind, int] = {"q4": 4, "q3": 3, "q2": 2}
+"""Bits of a number in the forms of ``low_bits.py``."""
+
+LOW_GROUP, LOW_HEAD = 32, 4
+"""Columns that share a byte of scales there, and rows of the scales before those bytes."""
 
 SCALE = ".scale"
 """What the name of a quantised weight's scales has behind the name of the weight."""
@@ -54,45 +63,69 @@ def group_of(columns: int) -> int:
     return first_divisor(GROUPS, columns)
 
 
-def kind_of(values: str, scales: str | None) -> Kind | None:
-    """The form of a weight by the number formats (torch's names) of its values and scales; ``plain`` without scales,
-    ``None`` for a pair that no form has.
+def kind_of(values: Stored, scales: Stored | None) -> Kind | None:
+    """The form of a weight by its values and scales; ``plain`` without scales, ``None`` for a pair that no form has.
+
+    The shapes are looked at only where the number formats leave it open.
     """
-    return "plain" if scales is None else _KIND_OF_FORMATS.get((values, scales))
+    if scales is None:
+        return "plain"
+    if (values[0], scales[0]) == ("uint8", "uint8"):
+        return _low_kind(values[1], scales[1])
+    return _KIND_OF_FORMATS.get((values[0], scales[0]))
 
 
-def is_packed(kind: Kind | None) -> bool:
-    """Whether a byte of the values holds two numbers."""
-    return kind in ("int4", "mxfp4")
+def _low_kind(values: Sequence[int], scales: Sequence[int]) -> Kind | None:
+    if len(values) != 2 or len(scales) != 2 or values[0] != scales[1]:
+        return None
+    columns = (scales[0] - LOW_HEAD) * LOW_GROUP
+    for kind, bits in LOW_BITS.items():
+        if values[1] * 8 == columns * bits > 0:
+            return kind
+    return None
+
+
+def bits_of(kind: Kind) -> int:
+    """Bits of a number in the values of a quantised form, without its scales."""
+    return LOW_BITS.get(kind, 8 if kind == "int8" else 4)
+
+
+def in_tiles(kind: Kind | None) -> bool:
+    """Whether rows lie in tiles, several numbers in a byte."""
+    return kind in ("int4", "mxfp4") or kind in LOW_BITS
+
+
+def columns_of(kind: Kind, values: Sequence[int]) -> int:
+    """Columns of a quantised weight whose values have this shape."""
+    return values[-1] * 8 // bits_of(kind)
 
 
 def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
-    """``wished``, or where it cannot take a matrix of this shape: int8 for int4, plain for mxfp4, whose numbers stay
-    what they are.
+    """``wished``, or where it cannot take a matrix of this shape: int8 for int4, q4, q3 and q2; plain for mxfp4, whose
+    numbers stay what they are.
     """
-    if wished == "mxfp4" and (columns % MX_BLOCK or not first_divisor(TILES, rows)):
-        return "plain"
-    if wished == "int4" and not (first_divisor(TILES, rows) and group_of(columns)):
-        return "int8"
-    return wished
+    if not in_tiles(wished):
+        return wished
+    group = group_of(columns) if wished == "int4" else not columns % LOW_GROUP
+    if first_divisor(TILES, rows) and group:
+        return wished
+    return "plain" if wished == "mxfp4" else "int8"
 
 
 def quantised_parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Part, Part]:
     """Values and scales of the weight ``name`` [rows, columns] (rows are outputs) in the form ``kind``."""
+    if kind == "plain":
+        raise ValueError("plain is no quantised form")
+    values = rows, columns * bits_of(kind) // 8
     if kind == "int8":
-        return (name, (rows, columns), "int8"), (name + SCALE, (rows,), "bfloat16")
+        return (name, values, "int8"), (name + SCALE, (rows,), "bfloat16")
+    scales: tuple[int, ...] = columns // LOW_GROUP + LOW_HEAD, rows
+    dtype = "uint8"
     if kind == "int4":
-        groups = columns // group_of(columns)
-        return (
-            (name, (rows, columns // 2), "uint8"),
-            (name + SCALE, (groups, rows, 2), "bfloat16"),
-        )
-    if kind == "mxfp4":
-        return (
-            (name, (rows, columns // 2), "uint8"),
-            (name + SCALE, (columns // MX_BLOCK, rows), _E8M0),
-        )
-    raise ValueError(f"{kind} is no quantised form")
+        scales, dtype = (columns // group_of(columns), rows, 2), "bfloat16"
+    elif kind == "mxfp4":
+        scales, dtype = (columns // MX_BLOCK, rows), _E8M0
+    return (name, values, "uint8"), (name + SCALE, scales, dtype)
 
 
 def factored_sizes(rows: int, columns: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from conmoe_edge.checkpoint.format.dtypes import nbytes_of
-from conmoe_edge.checkpoint.format.forms import DOWN, RIGHT, SCALE, Part, is_packed, kind_of
+from conmoe_edge.checkpoint.format.forms import DOWN, RIGHT, SCALE, Part, columns_of, kind_of
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.units import round_up
 
@@ -48,13 +48,12 @@ def expert_width(layout: RecordLayout, transposed: bool = False) -> int:
     ``transposed`` is the module's; a quantised or factored weight is [out, in] always.
     """
     parts = {part.name: part for part in layout.parts if len(part.shape) == 2}
-    formats = {part.name: part.dtype for part in layout.parts}
+    stored = {part.name: (part.dtype, part.shape) for part in layout.parts}
     if DOWN + RIGHT in parts:
         return neurons(parts[DOWN + RIGHT].shape, False)
     if DOWN not in parts:
         return 0
-    part = parts[DOWN]
-    kind = kind_of(part.dtype, formats.get(DOWN + SCALE))
-    if kind == "plain":
-        return neurons(part.shape, transposed)
-    return neurons(part.shape, False) * (2 if is_packed(kind) else 1)
+    kind = kind_of(stored[DOWN], stored.get(DOWN + SCALE))
+    if kind is None or kind == "plain":
+        return neurons(parts[DOWN].shape, transposed)
+    return columns_of(kind, parts[DOWN].shape)

@@ -9,6 +9,7 @@ int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, 
           (below)                                             value = (q - 8) * scale + zero, q in 0..15
 mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
           tiles
+q4 q3 q2  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
 ========  ==================================================  ==================================================
 
 Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
@@ -35,18 +36,22 @@ for a matrix that a kind cannot take (``best_kind`` says which it can), a mistak
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format import low_bits
 from conmoe_edge.checkpoint.format.forms import (
+    LOW_BITS,
+    LOW_GROUP,
     MX_BLOCK,
     TILES,
     Kind,
     best_kind,
+    columns_of,
     first_divisor,
     group_of,
-    is_packed,
 )
 
 _SHRINK = 0.96
@@ -91,6 +96,9 @@ class Matrix:
                 wide = _expand_mxfp4(
                     self.values[block], self.scales.view(torch.uint8)[:, block], self.tile
                 )
+            elif self.kind in LOW_BITS:
+                scales = low_bits.rows_of(self.scales, block)
+                wide = low_bits.expand(self.values[block], scales, LOW_BITS[self.kind], self.tile)
             else:
                 wide = _expand_int4(
                     self.values[block], self.scales[:, block], self.group, self.tile
@@ -100,7 +108,7 @@ class Matrix:
 
     @property
     def tile(self) -> int:
-        """Rows of a tile of int4 or mxfp4."""
+        """Rows of a tile of a form that has them."""
         return first_divisor(TILES, self.rows)
 
 
@@ -121,6 +129,14 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
     if kind == "mxfp4":
         values, scales = _mxfp4(weight)
         return Matrix(kind, values, scales, rows, columns, MX_BLOCK)
+    if kind in LOW_BITS:
+        tile = first_divisor(TILES, rows)
+        parts = [
+            low_bits.round_to(weight[block], LOW_BITS[kind], tile)
+            for block in _blocks(rows, columns)
+        ]
+        values, scales = low_bits.joined(parts)
+        return Matrix(kind, values, scales, rows, columns, LOW_GROUP)
     group = group_of(columns)
     values, scales = _int4(weight, group)
     return Matrix(kind, values, scales, rows, columns, group)
@@ -129,11 +145,14 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
 def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
     """A matrix from the tensors of its stored form."""
     rows, columns = values.shape
-    if is_packed(kind):
-        columns *= 2
-        assert scales is not None
-        return Matrix(kind, values, scales, rows, columns, columns // scales.shape[0])
-    return Matrix(kind, values, scales, rows, columns)
+    if kind == "plain" or scales is None:
+        return Matrix("plain", values, None, rows, columns)
+    columns, group = columns_of(kind, values.shape), 0
+    if kind in LOW_BITS:
+        group = LOW_GROUP
+    elif kind != "int8":
+        group = columns // scales.shape[0]
+    return Matrix(kind, values, scales, rows, columns, group)
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
@@ -205,7 +224,9 @@ def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(columns // MX_BLOCK, rows, dtype=torch.uint8, device=weight.device)
     tile = first_divisor(TILES, rows)
     for block in _blocks(rows, columns):
-        codes, exponents = _mxfp4_rows(weight[block].float())
+        part = weight[block]
+        found = _mxfp4_bf16(part) if weight.dtype == torch.bfloat16 else None
+        codes, exponents = _mxfp4_rows(part.float()) if found is None else found
         packed[block] = _pack(codes, tile)
         scales[:, block] = exponents.T
     return packed, scales.view(torch.float8_e8m0fnu)
@@ -221,15 +242,45 @@ def _mxfp4_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     # Two steps: a scale of 2^-127 and its inverse are not both numbers that all processors multiply with alike.
     half = torch.div(-exponent, 2, rounding_mode="floor")
     first, second = power_of_two(half).unsqueeze(2), power_of_two(-exponent - half).unsqueeze(2)
-    size = (grouped * first * second).abs()
-    code = torch.where(
+    code = _e2m1((grouped * first * second).abs())
+    code = code.nan_to_num_(0.0).to(torch.uint8) | (grouped.signbit().to(torch.uint8) << 3)
+    scale = torch.where(largest.isfinite(), exponent + 127, _E8M0_NAN)
+    return code.flatten(1), scale.to(torch.uint8)
+
+
+def _e2m1(size: Tensor) -> Tensor:
+    """The codes of numbers that are not negative: nearest, ties to the even one."""
+    return torch.where(
         size < 2,
         (size * 2).round(),
         torch.where(size < 4, size.round() + 2, (size / 2).round() + 4),
     ).clamp_(max=7)
-    code = code.nan_to_num_(0.0).to(torch.uint8) | (grouped.signbit().to(torch.uint8) << 3)
-    scale = torch.where(largest.isfinite(), exponent + 127, _E8M0_NAN)
-    return code.flatten(1), scale.to(torch.uint8)
+
+
+@cache
+def _codes_of_bf16(device: torch.device) -> Tensor:
+    """uint8: codes of the bf16 numbers from 2^-3 up to 8, by their bits; before them, that of all smaller ones."""
+    size = torch.exp2(torch.arange(-3.0, 3.0)).unsqueeze(1) * (1 + torch.arange(128) / 128)
+    return torch.cat([torch.zeros(1), _e2m1(size.flatten())]).to(torch.uint8).to(device)
+
+
+def _mxfp4_bf16(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What ``_mxfp4_rows`` gives for a block of rows in bf16, in a third of the time: a number over a power of two is
+    its bits less a multiple of 128. ``None`` for blocks with numbers that are not finite, or too small for that.
+    """
+    bits = weight.contiguous().view(torch.int16).unflatten(1, (-1, MX_BLOCK))
+    size = bits & 0x7FFF
+    largest = size.amax(2)  # as numbers, so as bits
+    exponent = (largest >> 7) - 2
+    # Numbers below the least normal one have no exponent; with a scale code from 3 on they are 0.
+    if bool(((largest > 0) & ((exponent < 3) | (largest >= 0x7F80))).any()):
+        return None
+    table = _codes_of_bf16(weight.device)
+    start = exponent.clamp(min=3) - 3  # the exponent of 2^-3 times the scale
+    place = (size - (start << 7).unsqueeze(2)).clamp_(min=-1) + 1
+    code = table.index_select(0, place.flatten().int()).view(size.shape)
+    code |= ((bits >> 12) & 8).to(torch.uint8)
+    return code.flatten(1), exponent.clamp(min=0).to(torch.uint8)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

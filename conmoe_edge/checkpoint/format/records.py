@@ -39,7 +39,8 @@ def encode(
     for name, part in parts.items():
         if name + SCALE in parts:
             weight = weights[name].T if transposed else weights[name]
-            kind = kind_of(part.dtype, parts[name + SCALE].dtype)
+            scales = parts[name + SCALE]
+            kind = kind_of((part.dtype, part.shape), (scales.dtype, scales.shape))
             if kind is None:
                 raise ValueError(f"{name} is {part.dtype} with scales: no form that is known")
             matrix = quantise(weight, kind)
@@ -77,7 +78,8 @@ def matrix_of(parts: Mapping[str, torch.Tensor], name: str) -> Matrix:
     scales = parts.get(name + SCALE)
     if scales is None:
         return stored("plain", parts[name], None)
-    kind = kind_of(*[str(one.dtype).removeprefix("torch.") for one in (parts[name], scales)])
+    formats = [(str(one.dtype).removeprefix("torch."), one.shape) for one in (parts[name], scales)]
+    kind = kind_of(*formats)
     if kind is None:
         raise ValueError(f"{name} is {parts[name].dtype} with scales in {scales.dtype}")
     return stored(kind, parts[name], scales)

@@ -27,6 +27,7 @@ PATTERNS = (
     "merges.txt",
     "generation_config.json",
     "*processor_config.json",
+    "chat_template.json",
     "*.jinja",
     "LICENSE*",
     "LICENCE*",

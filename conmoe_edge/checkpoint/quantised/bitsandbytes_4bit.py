@@ -70,7 +70,7 @@ def find(name: str, headers: Headers) -> Logical | None:
     if state.outer:
         parts |= {"outer_absmax": f"{name}.nested_absmax", "outer_map": f"{name}.nested_quant_map"}
     for part in parts.values():
-        headers.partner(name, part)
+        headers.partner(name, part, what="parts")
     _check_sizes(name, parts, state, headers)
     nbytes = headers.nbytes(*parts.values())
     return Logical(name, headers.dtype, state.shape, NAME, nbytes, parts, state)
@@ -83,6 +83,8 @@ def _check_sizes(name: str, parts: Mapping[str, str], state: State, headers: Hea
     if state.outer:
         wanted["outer_absmax"] = ("float32", -(-blocks // state.outer))
         wanted["outer_map"] = ("float32", 256)
+    if headers.stored[parts["state"]].dtype != "uint8":
+        raise headers.odd(name, parts["state"])
     if headers.stored[name].nbytes != -(-count // 2):
         raise headers.odd(name, parts["absmax"])
     for part, (dtype, size) in wanted.items():
@@ -171,16 +173,17 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
         offset = torch.tensor(state.offset)
     elif not bool(absmax.isfinite().all()) or bool((absmax < 0).any()):
         raise logical.broken("absmax", "holds NaN, infinity or a number below 0")
-    return dequantize_4bit(
-        parts["values"].reshape(-1).view(torch.uint8),
-        QuantState(
-            absmax=absmax,
-            shape=torch.Size(state.shape),
-            code=parts["map"],
-            blocksize=state.block,
-            quant_type=state.kind,
-            dtype=getattr(torch, logical.dtype),
-            offset=offset,
-            state2=outer,
-        ),
+    whole = QuantState(
+        absmax=absmax,
+        shape=torch.Size(state.shape),
+        code=parts["map"],
+        blocksize=state.block,
+        quant_type=state.kind,
+        dtype=getattr(torch, logical.dtype),
+        offset=offset,
+        state2=outer,
     )
+    values = parts["values"].reshape(-1).view(torch.uint8)
+    # For rows of odd lengths the library would compile a program first.
+    with torch.compiler.set_stance("force_eager"):
+        return dequantize_4bit(values, whole)

@@ -41,6 +41,8 @@ def find(name: str, headers: Headers) -> Logical | None:
     form = f"{name}_format"
     if form in headers.stored:
         parts["format"] = form
+        if headers.stored[form].dtype != "uint8":
+            raise headers.odd(name, form)
         like = f"{headers.first_like(name)}_format"
         if any(headers.values_of(like if like in headers.stored else form)):
             raise UnsupportedModel(

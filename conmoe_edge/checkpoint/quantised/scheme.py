@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from conmoe_edge.checkpoint.format.dtypes import CODES, PLAIN
 from conmoe_edge.checkpoint.quantised.forms import FORMS
 from conmoe_edge.checkpoint.quantised.stored import (
     PLAIN_VERSION,
@@ -19,7 +20,6 @@ from conmoe_edge.checkpoint.quantised.stored import (
 )
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
-_PLAIN = frozenset({"float64", "float32", "float16", "bfloat16", "int64", "bool"})
 # Scales of activations, keys and values among them: the weights are the same without them, and neither activations nor
 # the cache are rounded here.
 _ACTIVATIONS = (
@@ -148,7 +148,7 @@ def _check_plain(name: str, one: Stored) -> None:
             f"no weight beside it is in a form that is read ({', '.join(FORMS)})",
             PLAIN_VERSION,
         )
-    if one.dtype not in _PLAIN:
+    if CODES.get(one.dtype) not in PLAIN:
         raise UnsupportedModel(
             f"The tensor {name} is stored as {one.dtype}.",
             "that is a number of a quantised weight, and nothing says how it is to be read",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.format.dtypes import TORCH_NAMES
+from conmoe_edge.checkpoint.gguf.opened import GgufModel, open_gguf
 from conmoe_edge.checkpoint.sources import hub
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
 from conmoe_edge.checkpoint.sources.model_names import (
@@ -48,7 +49,7 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a model is: ``name`` as it was asked for, ``path`` a local folder with all of it, or with all but the
-    weights where ``ranges`` reads those from the hub.
+    weights where ``ranges`` reads those from the hub, or ``gguf`` has them.
 
     ``revision`` is the commit where it came from the hub, and ``None`` for a folder.
     """
@@ -59,6 +60,7 @@ class Source:
     revision: str | None = None
     hub_id: str | None = None
     ranges: HubRanges | None = None
+    gguf: GgufModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ class Header:
 class Description:
     """A model before any download of weights: ``path`` holds at least ``config.json``.
 
-    ``peek`` reads the bytes of a tensor, for small ones that say how others are
-    stored. ``index`` is ``None`` where the weights are not on this disk.
+    ``peek`` reads the bytes of a tensor, for small ones that say how others are stored. ``index`` is ``None`` where the
+    weights are not on this disk. With ``gguf``, ``tensors`` are those of its files.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Description:
     tensors: Mapping[str, Header]
     peek: Callable[[str], bytes]
     index: CheckpointIndex | None = None
+    gguf: GgufModel | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -106,6 +109,9 @@ def locate(
         tqdm_class: the progress bar of the download, if there is one.
     """
     meaning = resolve(model, revision)
+    if meaning.gguf is not None:
+        gguf = open_gguf(meaning.gguf)
+        return Source(model, meaning.kind, gguf.folder, gguf=gguf)
     if meaning.folder is not None:
         require_config(meaning.folder)
         check_folder(meaning.folder)
@@ -127,6 +133,7 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> S
     if meaning.hub_id is None or hub.is_offline(offline):
         return locate(model, revision=revision, offline=offline)
     folder = hub.fetch_small_files(meaning.hub_id, meaning.revision)
+    hub.require_config_on_hub(folder, meaning.hub_id, meaning.revision)
     require_config(folder)
     check_folder(folder)
     commit = _commit(folder)
@@ -143,12 +150,12 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
     meaning = resolve(model, revision)
     if meaning.hub_id is None or hub.is_offline(offline):
         source = locate(model, revision=revision, offline=offline)
-        return _local(meaning, source.path, source.revision)
+        return _local(meaning, source)
     folder = hub.fetch_config(meaning.hub_id, meaning.revision)
     require_config(folder)
     check_folder(folder)
     if hub.is_whole(folder):
-        return _local(meaning, folder, _commit(folder))
+        return _local(meaning, Source(model, meaning.kind, folder, _commit(folder)))
     # The commit of the config, so that config and headers cannot come from two states of the
     # repository.
     commit = _commit(folder) or meaning.revision
@@ -169,14 +176,23 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
     return Description(model, meaning.kind, folder, commit, hub_id, tensors, peek)
 
 
-def _local(meaning: Meaning, folder: Path, revision: str | None) -> Description:
-    index = CheckpointIndex.open(folder)
+def _local(meaning: Meaning, source: Source) -> Description:
+    gguf, folder = source.gguf, source.path
+    index = CheckpointIndex.open(folder) if gguf is None else gguf.index
     tensors = {
         name: Header(entry.torch_name, entry.shape, entry.nbytes, entry.file)
         for name, entry in index.tensors.items()
     }
     return Description(
-        meaning.name, meaning.kind, folder, revision, meaning.hub_id, tensors, index.bytes_of, index
+        name=meaning.name,
+        kind=meaning.kind,
+        path=folder,
+        revision=source.revision,
+        hub_id=meaning.hub_id,
+        tensors=tensors,
+        peek=index.bytes_of,
+        index=index,
+        gguf=gguf,
     )
 
 

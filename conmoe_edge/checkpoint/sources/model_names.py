@@ -17,6 +17,7 @@ from typing import Literal
 
 from platformdirs import user_config_path
 
+from conmoe_edge.checkpoint.gguf.files import SUFFIX, names_gguf
 from conmoe_edge.errors import ModelNotFound, UsageError
 
 Kind = Literal["alias", "hub", "path"]
@@ -30,13 +31,22 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """A name, resolved: exactly one of ``folder`` and ``hub_id`` is set."""
+    """A name, resolved: exactly one of ``folder``, ``gguf`` and ``hub_id`` is set.
+
+    ``gguf`` is a GGUF file, or a folder whose weights are in GGUF files.
+    """
 
     name: str
     kind: Kind
     folder: Path | None = None
     hub_id: str | None = None
     revision: str | None = None
+    gguf: Path | None = None
+
+    @property
+    def place(self) -> Path | None:
+        """Where the model is on this disk; ``None`` for one on the hub."""
+        return self.folder or self.gguf
 
 
 def config_folder() -> Path:
@@ -67,15 +77,14 @@ def resolve(name: str, revision: str | None = None) -> Meaning:
     A bare word counts as a folder only if that folder holds a ``config.json``, so that a stray
     folder called like an alias does not hide it.
     """
-    folder = _folder(name)
+    place = _place(name)
     known = aliases()
-    if folder is not None and (name not in known or (folder / "config.json").is_file()):
-        _no_revision(name, revision)
-        return Meaning(name, "path", folder=folder)
+    if place is not None and (name not in known or (place / "config.json").is_file()):
+        return _here(name, "path", place, revision)
     if name.lower() in known:
         return _alias(name, known[name.lower()], revision)
     hub_id, _, inline = name.partition("@")
-    if is_hub_id(hub_id):
+    if is_hub_id(hub_id) and not name.endswith(SUFFIX):
         return Meaning(name, "hub", hub_id=hub_id, revision=revision or inline or None)
     raise _unknown(name, known)
 
@@ -85,22 +94,30 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
-def _folder(name: str) -> Path | None:
+def _place(name: str) -> Path | None:
+    """A folder, or a GGUF file."""
     try:
         path = Path(name).expanduser()
-        return path.absolute() if name and path.is_dir() else None
+        found = name and (path.is_dir() or names_gguf(path))
+        return path.absolute() if found else None
     except (OSError, ValueError, RuntimeError):
         return None
+
+
+def _here(name: str, kind: Kind, place: Path, revision: str | None) -> Meaning:
+    _no_revision(name, revision, "folder" if place.is_dir() else "file")
+    if names_gguf(place):
+        return Meaning(name, kind, gguf=place)
+    return Meaning(name, kind, folder=place)
 
 
 def _alias(name: str, value: str, revision: str | None) -> Meaning:
     if value.startswith(_IN_PACKAGE):
         _no_revision(name, revision)
         return Meaning(name, "alias", folder=_PACKAGE / value.removeprefix(_IN_PACKAGE))
-    folder = _folder(value)
-    if folder is not None:
-        _no_revision(name, revision)
-        return Meaning(name, "alias", folder=folder)
+    place = _place(value)
+    if place is not None:
+        return _here(name, "alias", place, revision)
     hub_id, _, inline = value.partition("@")
     if not _HUB_ID.fullmatch(hub_id):
         raise ModelNotFound(
@@ -111,11 +128,11 @@ def _alias(name: str, value: str, revision: str | None) -> Meaning:
     return Meaning(name, "alias", hub_id=hub_id, revision=revision or inline or None)
 
 
-def _no_revision(name: str, revision: str | None) -> None:
+def _no_revision(name: str, revision: str | None, kind: str = "folder") -> None:
     if revision is not None:
         raise UsageError(
-            f"{name} is a folder on this machine.",
-            "A folder has no revisions.",
+            f"{name} is a {kind} on this machine.",
+            f"A {kind} has no revisions.",
             "Leave --revision out.",
         )
 
@@ -139,6 +156,8 @@ def _read_aliases(path: Path) -> dict[str, str]:
 
 
 def _unknown(name: str, known: dict[str, str]) -> ModelNotFound:
+    if name.endswith(SUFFIX):
+        return ModelNotFound(f"There is no file {name}.", "", "Check the path.")
     if name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or "\\" in name:
         path = Path(name)
         if path.suffix in (".safetensors", ".json"):

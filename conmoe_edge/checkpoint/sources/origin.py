@@ -51,7 +51,8 @@ def hub_origin(manifest: Manifest) -> str | None:
 
 def fingerprint_of(source: Source) -> dict[str, Any]:
     """The identity of a model in a folder."""
-    return fingerprint(CheckpointIndex.open(source.path))
+    index = CheckpointIndex.open(source.path) if source.gguf is None else source.gguf.index
+    return fingerprint(index, source.path)
 
 
 def differs(wanted: Any, found: Mapping[str, Any]) -> str:

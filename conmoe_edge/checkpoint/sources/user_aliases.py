@@ -87,6 +87,8 @@ def _meaning(name: str, target: str) -> str:
                 "give a model's folder",
             )
         return str(meaning.folder)
+    if meaning.gguf is not None:
+        return str(meaning.gguf)
     return f"{meaning.hub_id}@{meaning.revision}" if meaning.revision else str(meaning.hub_id)
 
 

@@ -26,14 +26,15 @@ SAMPLE = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(index: CheckpointIndex) -> dict[str, Any]:
+def fingerprint(index: CheckpointIndex, folder: Path | None = None) -> dict[str, Any]:
     """The identity of a source model: ``{"config", "files": {name: {"size", "sha256" | "sampled"}},
     "id"}``.
 
-    ``config`` is the hash of ``config.json``, ``id`` one over the rest.
+    ``config`` is the hash of ``config.json``, ``id`` one over the rest. ``folder`` is where that file lies, if not
+    beside the weights.
     """
     return identity_of(
-        index.folder, {name: _file(index, shard) for name, shard in index.files.items()}
+        folder or index.folder, {name: _file(index, shard) for name, shard in index.files.items()}
     )
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conmoe_edge.cli.ui.cli_options import common_options
+from conmoe_edge.cli.ui.cli_options import common_options, file_option
 from conmoe_edge.cli.ui.text import path_text
+from conmoe_edge.plan.gguf_types import FILE_TYPES
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -33,6 +34,27 @@ if TYPE_CHECKING:
     help="Number format of the matrices in a GGUF file; auto is the model's own.",
 )
 @click.option(
+    "--quantise",
+    metavar="TYPE",
+    type=click.Choice(tuple(FILE_TYPES), case_sensitive=False),
+    help="Quantise a GGUF file with llama.cpp's own library: Q4_K_M, Q5_K_M, Q8_0, IQ4_NL, MXFP4_MOE, ...",
+)
+@click.option(
+    "--imatrix/--no-imatrix",
+    default=True,
+    show_default=True,
+    help="Weigh columns by what enters them, measured on calibration text.",
+)
+@file_option("--calibration", "Text for the importance matrix.  [default: one that comes along]")
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=64),
+    default=16384,
+    show_default=True,
+    help="Tokens for the importance matrix.",
+)
+@file_option("--llama-python", "Python that has llama-cpp-python.  [default: this one]")
+@click.option(
     "--pre-tokenizer",
     metavar="NAME",
     help="llama.cpp's name of how the tokenizer cuts texts.  [default: found out, or refused]",
@@ -44,6 +66,11 @@ def export(
     out: Path,
     form: str,
     outtype: str,
+    quantise: str | None,
+    imatrix: bool,
+    calibration: Path | None,
+    calibration_tokens: int,
+    llama_python: Path | None,
     pre_tokenizer: str | None,
     overwrite: bool,
     output: Output,
@@ -59,6 +86,7 @@ def export(
     Examples:
       conmoe-edge export ./out ./out-hf
       conmoe-edge export ./out ./out.gguf --format gguf
+      conmoe-edge export ./out ./out-q4.gguf --format gguf --quantise Q4_K_M
       conmoe-edge export ./out ./out-hf --overwrite --json
     """
     from conmoe_edge import api
@@ -72,6 +100,11 @@ def export(
             out,
             form=form,
             outtype=outtype,
+            quantise=quantise,
+            imatrix=imatrix,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            llama_python=llama_python,
             pre_tokenizer=pre_tokenizer,
             overwrite=overwrite,
             progress=view.update,

@@ -79,7 +79,8 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge.cli.ui.progress import ProgressView
 
     request = plan_request(parameters)
-    place = {name: parameters[name] for name in ("revision", "offline", "keep_source", "passes")}
+    places = ("revision", "offline", "keep_source", "keep_vision", "passes")
+    place = {name: parameters[name] for name in places}
     if dry_run:
         from conmoe_edge.cli.commands.plan import show_plan
 
@@ -154,6 +155,7 @@ def _show(output: Output, report: FitReport) -> None:
     """Receipt and the next command."""
     from conmoe_edge.cli.ui.text import duration
     from conmoe_edge.cli.views.plan_views import receipt_view
+    from conmoe_edge.plan.reasons import keeps_every_weight
     from conmoe_edge.units import human_size
 
     output.value(report.to_json())
@@ -167,5 +169,7 @@ def _show(output: Output, report: FitReport) -> None:
     size = human_size(report.bytes_written)
     if report.plan.plan.unchanged and not report.receipt:
         size = "the model as it is, its weights linked"
+    elif keeps_every_weight(report.plan.anatomy, report.plan.plan):
+        size += ", every weight as in the model"
     took = duration(sum(report.seconds.values()))
     output.result(f"Wrote {where} ({size}) in {took}. Try:  conmoe-edge chat {where}")

@@ -40,6 +40,7 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
         revision=parameters["revision"],
         offline=parameters["offline"],
         keep_source=parameters["keep_source"],
+        keep_vision=parameters["keep_vision"],
         passes=parameters["passes"],
     )
     show_plan(output, report, Path("out"))

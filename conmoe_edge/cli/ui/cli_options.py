@@ -16,6 +16,7 @@ import click
 
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
+from conmoe_edge.plan.gguf_types import FILE_TYPES
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
 from conmoe_edge.plan.serving import ENGINES, request_for
@@ -250,7 +251,8 @@ _LEVERS = (
         default="auto",
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
-        "hurts most; auto takes fewer bits before it removes experts. lowrank is what --method mc-smoe writes.",
+        "hurts most; auto takes fewer bits before it removes experts. mxfp4 is for models that are published in it, "
+        "and stay in it; lowrank is what --method mc-smoe writes.",
     ),
     click.option(
         "--dense-precision",
@@ -289,8 +291,20 @@ _LEVERS = (
         "model's own number format, so only experts are removed (docs/cluster.md); hf and gguf keep every expert, all "
         "with as many neurons as fit, so that `export` writes a smaller plain checkpoint (docs/export.md).",
     ),
+    click.option(
+        "--quantise",
+        metavar="TYPE",
+        type=click.Choice(tuple(FILE_TYPES), case_sensitive=False),
+        help="With --for gguf: the type that the file will have (Q4_K_M, Q8_0, ...); the budget is the file's then.",
+    ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),
+    click.option(
+        "--keep-vision",
+        is_flag=True,
+        help="Of a model that takes pictures or sound, put those parts into the package too, for transformers; "
+        "chat and serve answer text either way.",
+    ),
     click.option(
         "--keep-source",
         is_flag=True,

@@ -50,25 +50,47 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
             _head(
                 "Tokens",
                 "the model has no tokenizer that can be used",
-                f"{printable(report.tokenizer_fault)}, so fit and chat refuse it",
+                f"{printable(report.tokenizer_fault)}, so fit and chat refuse it; "
+                f"fix: {printable(report.tokenizer_fix)}",
             )
         )
+    parts += _beside(report)
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts += [_disk(report, out, free), *_fetch(report)]
     return Group(*parts)
 
 
+def _beside(report: PlanReport) -> list[Text]:
+    """What becomes of the model's parts for pictures and sound."""
+    if not report.beside.tensors:
+        return []
+    if report.keeps_vision:
+        return [_head("Vision", f"kept: {report.beside}", "chat and serve answer text")]
+    if report.plan.unchanged:
+        return [_head("Vision", f"linked: {report.beside}", "chat and serve answer text")]
+    return [
+        _head(
+            "Vision",
+            f"left out: {report.beside}",
+            "the package answers text; --keep-vision takes them along",
+        )
+    ]
+
+
 def model_line(anatomy: ModelAnatomy) -> str:
     """``16 MoE layers · 64 experts · top-8 · bf16 · 12.89 GiB``."""
     moe = anatomy.moe_layers
     experts = [layer.experts for layer in moe if layer.experts is not None]
+    matrices = [part for one in experts for part in one.parts if len(part.shape) == 2]
+    forms = {part.form for part in matrices} - {"plain"}
+    formats = dict.fromkeys((precision_name(anatomy.dtype), *sorted(forms)))
     return " · ".join(
         (
             counted(len(moe), "MoE layer"),
             f"{span(e.count for e in experts)} experts",
             f"top-{span(e.top_k for e in experts)}",
-            precision_name(anatomy.dtype),
+            " and ".join(formats),
             human_size(anatomy.total_bytes),
         )
     )

@@ -5,7 +5,7 @@ Peak memory: one tensor. Raises ``NoSpace``; ``CheckpointError`` for a tensor th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION
@@ -27,10 +27,12 @@ def prepare(
     folder: Path,
     package: Path,
     dense_precision: str,
+    beside: Sequence[str] = (),
 ) -> list[WrittenFile]:
     """Write dense weights, side files and ``config.json`` of ``model`` into ``package``.
 
-    ``tensors`` are those of the whole model, whose small files lie in ``folder``.
+    ``tensors`` are those of the whole model, whose small files lie in ``folder``; those named ``beside`` it are
+    written as well.
     """
     keys = [*model.outside_keys]
     for layer in range(len(model.layers)):
@@ -40,7 +42,7 @@ def prepare(
     if dense_precision != "source":
         targets = targets_of(model.model, tensors)
         in_int8 = frozenset(quantisable_weights(model.model, targets))
-    written = [*write_dense(package, dense_sources(tensors, dense, in_int8))]
+    written = [*write_dense(package, dense_sources(tensors, [*dense, *beside], in_int8))]
     written += copy_side_files(folder, package)
     config = read_to_write(folder, CONFIG_FILE)  # without names of code
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}

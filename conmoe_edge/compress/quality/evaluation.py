@@ -49,6 +49,7 @@ from conmoe_edge.compress.stream.streamed_model import (
 )
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import UsageError
+from conmoe_edge.model.opened import OpenedModel
 
 _HOLD_SHARE = 0.5
 """Of the free memory that a model may take to be held for its continuations."""
@@ -74,11 +75,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A model to measure: its name for people, its folder, its tokenizer."""
+    """A model to measure: its name for people, its folder, its tokenizer; ``model`` where it is open already."""
 
     name: str
     path: Path
     tokenizer: Any
+    model: OpenedModel | None = None
 
 
 def evaluate(
@@ -95,7 +97,7 @@ def evaluate(
     clock = Clock()
     with torch.no_grad(), ExitStack() as stack:
         opened = [
-            stack.enter_context(open_subject(folder.path, settings.device))
+            stack.enter_context(open_subject(folder.model or folder.path, settings.device))
             for folder in (model, reference)
             if folder is not None
         ]

@@ -30,6 +30,7 @@ from conmoe_edge.compress.work.work_folder import load_as, save_tensors
 class LayerStatistics:
     """Sums over the calibration tokens of one MoE layer, one entry an expert.
 
+    With g the size of a routing weight (some routers scale experts by trained numbers, which may be below zero):
     ``weighted_norms`` = sum of g * ||f||, ``gates`` = sum of g, ``counts`` = N_e, ``norms`` = sum of ||f||,
     ``squared_norms`` = sum of ||f||^2, ``energies`` = sum of g^2 * ||f||^2.
     """
@@ -84,7 +85,7 @@ class StatisticsTracker:
             outputs: [n, H] what the expert gave, not yet weighted.
             keep: [n] bool, false at padding; ``None`` where there is none.
         """
-        weights = gates.float()
+        weights = gates.float().abs()
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32)
         products = weights * norms
         count = weights.numel()

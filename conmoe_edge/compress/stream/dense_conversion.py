@@ -102,6 +102,11 @@ class LazyMatrix:
         """As ``torch.Tensor.shape``."""
         return self._values.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that a read gives."""
+        return torch.float32
+
     def get_shape(self) -> list[int]:
         """As the slice object of safetensors has it."""
         return self._values.get_shape()

@@ -57,6 +57,7 @@ from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.experts import part_names
+from conmoe_edge.model.opened import OpenedModel
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.model.record_match import check_records
 from conmoe_edge.model.rerouting import rerouted
@@ -212,9 +213,14 @@ def stream_model(
 
 
 @contextmanager
-def open_subject(folder: Path, device: torch.device) -> Iterator[Subject]:
-    """The model or package in ``folder``, nothing of it loaded yet."""
+def open_subject(folder: Path | OpenedModel, device: torch.device) -> Iterator[Subject]:
+    """The model or package in ``folder``, or a model that is open already; nothing of it is loaded yet."""
     register()
+    if isinstance(folder, OpenedModel):
+        with folder.tensors() as tensors:
+            model = stream_model(folder.config, folder.anatomy, tensors, device)
+            yield Subject(model, None, folder.name)
+        return
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
     index = CheckpointIndex.open(folder) if package is None else package.index

@@ -52,6 +52,10 @@ class GgufTensors:
         self._dtype = dtype
         self._names = gguf.get_tensor_name_map(architecture.arch, config.num_hidden_layers)
 
+    def name_of(self, name: str) -> str | None:
+        """llama.cpp's name of a tensor of the plain checkpoint (experts of a layer in one), where it has one."""
+        return self._names.get_name(name, try_suffixes=_SUFFIXES)
+
     def of(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, torch.dtype]]:
         """One portion of a plain checkpoint -> the name, the tensor (not yet in the format) and its format.
 
@@ -59,7 +63,7 @@ class GgufTensors:
             UnsupportedModel: llama.cpp has no place for one of them.
         """
         for name, tensor in sorted(self._architecture.reshaped(tensors, self._config).items()):
-            found = self._names.get_name(name, try_suffixes=_SUFFIXES)
+            found = self.name_of(name)
             if found is None:
                 raise UnsupportedModel(
                     f"llama.cpp has no place for {name}.",

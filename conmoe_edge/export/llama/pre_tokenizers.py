@@ -41,11 +41,13 @@ class PreTokenizer:
         name: ``tokenizer.ggml.pre``.
         steps: the patterns that cut, one after the other.
         whole_words: whether a word that is a token is taken without looking at the merges (``ignore_merges``).
+        inexact: which texts llama.cpp cuts otherwise all the same, because its own pattern under this name is another.
     """
 
     name: str
     steps: tuple[str, ...]
     whole_words: bool = False
+    inexact: str = ""
 
 
 KNOWN = (
@@ -55,7 +57,11 @@ KNOWN = (
     PreTokenizer("qwen35", (_MARKED_WORDS,)),
     PreTokenizer("llama-bpe", (_WORDS % r"\p{N}{1,3}",), whole_words=True),
     PreTokenizer("dbrx", (_WORDS % r"\p{N}{1,3}",)),
-    PreTokenizer("gpt-4o", (_CASED_WORDS,)),
+    PreTokenizer(
+        "gpt-4o",
+        (_CASED_WORDS,),
+        inexact="words with combining marks (Thai, Hindi) and with capitals of other alphabets than ours inside",
+    ),
 )
 
 

@@ -24,6 +24,7 @@ _NORMALIZERS = (None, "NFC")
 class Vocabulary:
     """Attributes:
     pre: llama.cpp's name of the pre-tokenizer.
+    inexact: which texts llama.cpp cuts otherwise all the same.
     tokens: the text of every token; ids that stand for nothing have a name only.
     kinds: what each token is.
     merges: pairs of pieces, the first ones first.
@@ -33,6 +34,7 @@ class Vocabulary:
     """
 
     pre: str
+    inexact: str
     tokens: Sequence[str]
     kinds: Sequence[gguf.TokenType]
     merges: Sequence[str]
@@ -85,7 +87,7 @@ def vocabulary_of(tokenizer: Any, size: int, end: int | None, pre: str | None = 
     found = json.loads(backend.to_str())
     model = found["model"]
     _check_kind(found, model)
-    name = pre or _pre_tokenizer(found, type(backend)).name
+    cut = PreTokenizer(pre, ()) if pre else _pre_tokenizer(found, type(backend))
     special = {
         kind: number
         for kind in ("bos", "eos", "unk", "pad")
@@ -102,7 +104,8 @@ def vocabulary_of(tokenizer: Any, size: int, end: int | None, pre: str | None = 
     begins, ends = _added(tokenizer, special)
     tokens, kinds = _tokens(model["vocab"], found.get("added_tokens") or (), size)
     return Vocabulary(
-        name,
+        cut.name,
+        cut.inexact,
         tokens,
         kinds,
         [one if isinstance(one, str) else " ".join(one) for one in model["merges"]],

@@ -58,7 +58,7 @@ class StoredExpert:
         self.kin: tuple[int, ...] = ()
         if up is not None and down is not None:
             self.biases = _biases(parts, up, down)
-            if biased == (0 if self.biases is None else 2):
+            if _go_together(up, down) and biased == (0 if self.biases is None else 2):
                 self.matrices = up, down
                 self.kin = (up.form.code, up.form.group, down.form.code, biased)
 
@@ -71,6 +71,12 @@ class StoredExpert:
             return False
         own = self.quantised or self.factored
         return own or (hidden != torch.float32 and not module.is_transposed)
+
+
+def _go_together(up: Prepared, down: Prepared) -> bool:
+    """Whether both are [out, in]: never so for plain weights of a module that keeps them the other way round."""
+    rows, inner = up.form.rows, down.form.columns
+    return rows == 2 * inner and down.form.rows == up.form.columns
 
 
 def _biases(

@@ -7,7 +7,7 @@ import torch
 
 from conmoe_edge.checkpoint.format.forms import best_kind, quantised_parts
 from conmoe_edge.checkpoint.format.layout import expert_width, make_layout
-from conmoe_edge.checkpoint.format.quantise import quantise, stored
+from conmoe_edge.checkpoint.format.quantise import _mxfp4_bf16, quantise, stored
 from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 from conmoe_edge.offload.kernels.triton.gpu_tables import GpuForm
@@ -81,6 +81,24 @@ def test_to_the_nearest_and_ties_to_even() -> None:
     for given, found in zip(block.flatten().tolist(), back.flatten().tolist(), strict=True):
         near = sorted(range(8), key=lambda i: (abs(NUMBERS[i] - abs(given)), i % 2))[0]
         assert abs(found) == NUMBERS[near], given
+
+
+def test_bf16_by_its_bits_is_bf16_by_its_value() -> None:
+    """Numbers of every size beside each other: the same codes and scales as by way of fp32."""
+    generator = torch.Generator().manual_seed(4)
+    bits = torch.randint(0, 0x7F80, (4096, 64), generator=generator)
+    bits[::2] = bits[::2] % (12 << 7) + (torch.randint(0, 240, (2048, 1), generator=generator) << 7)
+    bits[5::7, :40], bits[:16], bits[16:32] = 0, 0, bits[16:32] % 512
+    weight = bits.clamp(max=0x7F7F).to(torch.int16).view(torch.bfloat16)
+    weight = torch.where(torch.rand(weight.shape, generator=generator) < 0.5, weight, -weight)
+    found, wanted = quantise(weight, "mxfp4"), quantise(weight.float(), "mxfp4")
+    assert torch.equal(found.values, wanted.values)
+    assert found.scales is not None and wanted.scales is not None
+    scales = found.scales.view(torch.uint8)
+    assert torch.equal(scales, wanted.scales.view(torch.uint8))
+    assert scales.unique().numel() > 200 and found.values.unique().numel() == 256
+    by_bits = [_mxfp4_bf16(part) is not None for part in weight.split(64)]
+    assert any(by_bits) and not all(by_bits)
 
 
 def test_zeros_and_the_least_numbers() -> None:

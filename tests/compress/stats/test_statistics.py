@@ -57,3 +57,13 @@ def test_statistics_survive_json_exactly() -> None:
 
     one = LayerStatistics((0.1, 1 / 3), (2.0, 1e-300), (3, 0))
     assert LayerStatistics.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_a_weight_below_zero_counts_by_its_size() -> None:
+    """Gemma-4 multiplies the weights of an expert by a trained number: what it gives then counts no less."""
+    gates, outputs = torch.tensor([0.5, 0.25]), torch.ones(2, 4)
+    above, below = StatisticsTracker(1), StatisticsTracker(1)
+    above.add(0, gates, outputs, None)
+    below.add(0, -gates, outputs, None)
+    assert below.result() == above.result()
+    assert below.result().gates == (0.75,)

@@ -76,7 +76,8 @@ def stored_experts(name: str, precision: str, dtype: torch.dtype) -> tuple[Any, 
     from conmoe_edge.checkpoint.format.quantise import best_kind, quantise
 
     torch.manual_seed(3)
-    model = tiny_model(name, dtype=dtype)
+    sizes = {"intermediate_size": 64} if precision == "mxfp4" else {}  # whole blocks
+    model = tiny_model(name, dtype=dtype, **sizes)
     module: Any = next(iter(find_experts(model).values()))[1]
     found = []
     for expert in range(4):
@@ -118,7 +119,7 @@ def reference(module: Any, expert: StoredExpert, hidden: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4", "lowrank"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("rows", [1, 3, MANY_ROWS + 2])
 def test_every_path_is_the_plain_product(
@@ -138,7 +139,7 @@ def test_every_path_is_the_plain_product(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4", "lowrank"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_experts_together_are_experts_alone(
     how: str, name: str, precision: str, dtype: torch.dtype

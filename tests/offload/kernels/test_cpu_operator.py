@@ -14,7 +14,8 @@ from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
-KINDS = ["bf16", "fp16", "fp32", "int8", "int4", "mxfp4"]
+QUANTISED = ["int8", "int4", "mxfp4", "q4", "q3", "q2"]
+KINDS = ["bf16", "fp16", "fp32", *QUANTISED]
 MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
 
 
@@ -61,9 +62,7 @@ def test_products(operator: Operator, kind: str, rows: int, columns: int) -> Non
         )
         assert torch.allclose(got.double(), expected, atol=1e-5, rtol=1e-5)
         exact = x.double() @ torch.stack([one.dequantise().double() for one in matrices]).mT
-        assert float((got - exact).norm() / exact.norm()) < (
-            0.01 if kind in ("int8", "int4", "mxfp4") else 1e-6
-        )
+        assert float((got - exact).norm() / exact.norm()) < (0.01 if kind in QUANTISED else 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32", "int8"])
@@ -227,7 +226,7 @@ def test_attention_of_one_token(operator: Operator, groups: int, length: int) ->
             assert alone is not None and torch.equal(alone[0, 0], found[0, 0, span])
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_activations_that_are_no_numbers(operator: Operator, kind: str) -> None:
     """Infinity and NaN come out as NaN, nothing as nothing; the other tokens do not notice."""
     one = matrix(kind, 64, 96)
@@ -242,7 +241,7 @@ def test_activations_that_are_no_numbers(operator: Operator, kind: str) -> None:
     assert torch.equal(got[0], alone[0, 0])
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_the_largest_numbers_do_not_overflow(operator: Operator, kind: str) -> None:
     """Weights and activations at the ends of their ranges: sums of pairs stay inside 16 bits."""
     one = quantise(torch.where(activations(64, 256) > 0, 1.0, -1.0), kind)

@@ -287,6 +287,19 @@ def test_other_gates_keep_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(found, wanted)
 
 
+def test_mxfp4_goes_through_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels do not read its scales: a GPU computes such records as a processor without the operator does."""
+    folder = package_of(tmp_path, "mxfp4")
+    monkeypatch.setattr("conmoe_edge.offload.compute.torch_backend.operator", lambda: None)
+    monkeypatch.setattr("conmoe_edge.offload.storage.stored_expert.operator", lambda: None)
+    wanted, _ = steps(load_package(folder), TOKENS)
+    model = on_gpu(folder, monkeypatch)
+    found, _ = steps(model, TOKENS)
+    assert model.conmoe.manifest.precision == "mxfp4"
+    assert model.conmoe.stats().kernel == "triton" and model.conmoe.stats().hits > 0
+    assert torch.equal(found, wanted)
+
+
 # -- the compiler --------------------------------------------------------------------------------------
 
 

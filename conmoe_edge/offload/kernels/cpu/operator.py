@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import is_packed
+from conmoe_edge.checkpoint.format.forms import LOW_HEAD, bits_of, in_tiles
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
@@ -132,21 +132,23 @@ class Operator:
         """``matrix`` for use here; ``None`` where its form, device or strides are not for this operator."""
         rows, columns, group, scales = matrix.rows, matrix.columns, matrix.group, matrix.scales
         plain = matrix.kind == "plain"
-        code = PLAIN.get(matrix.values.dtype) if plain else CODES[matrix.kind]
+        code = PLAIN.get(matrix.values.dtype) if plain else CODES.get(matrix.kind)
         tensors = [one for one in (matrix.values, scales) if one is not None]
         if code is None or any(
             not one.is_contiguous() or one.device.type != "cpu" for one in tensors
         ):
             return None
-        scale_dtype = _BF16
-        if is_packed(matrix.kind):
+        dtype, scale_dtype = torch.uint8, _BF16
+        if in_tiles(matrix.kind):
             if rows % TILE or group < 2 or group % 2 or columns % group:
                 return None
-            dtype, shape, scaled = torch.uint8, (rows, columns // 2), columns // group * rows
+            shape, scaled = (rows, columns * bits_of(matrix.kind) // 8), columns // group * rows
             if matrix.kind == "int4":
                 scaled *= 2
-            else:
+            elif matrix.kind == "mxfp4":
                 scale_dtype = torch.float8_e8m0fnu
+            else:
+                scaled, scale_dtype = scaled + LOW_HEAD * rows, torch.uint8
         else:
             dtype, shape, scaled = torch.int8, (rows, columns), rows
         if matrix.values.shape != shape or not rows or not columns:

@@ -1,8 +1,8 @@
 """What the operator computes, in plain tensor operations: for the check when it is loaded, and for the tests.
 
 Beside plain weights activations are what they are. Beside others they are rounded: every block of columns (32;
-int4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of int4 are
-multiplied with the exact sum of a group.
+int4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of int4, q4, q3
+and q2 are multiplied with the exact sum of a group.
 
 Products are fp64, so memory is the weights in fp64.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from conmoe_edge.checkpoint.format import low_bits
+from conmoe_edge.checkpoint.format.forms import LOW_BITS
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.offload.kernels.cpu.structs import ExpertGate
 
@@ -23,13 +25,24 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     """W x for activations [t, K]: fp64 [t, R]."""
     seen = rounded(x, matrix).double()
     wide = matrix.dequantise().double()  # [R, K]
-    if matrix.kind != "int4":
+    zeros = _zeros(matrix)
+    if zeros is None:
         return seen @ wide.T
-    assert matrix.scales is not None
-    zeros = matrix.scales[..., 1].double()  # [K / group, R]
     numbers = (wide.unflatten(1, (-1, matrix.group)) - zeros.T.unsqueeze(-1)).flatten(1)
     sums = x.double().unflatten(-1, (-1, matrix.group)).sum(-1)  # [t, K / group]
     return seen @ numbers.T + sums @ zeros
+
+
+def _zeros(matrix: Matrix) -> Tensor | None:
+    """What is added to every weight of a group, fp64 [K / group, R]; ``None`` for forms that have none."""
+    if matrix.scales is None:
+        return None
+    if matrix.kind == "int4":
+        return matrix.scales[..., 1].double()
+    if matrix.kind in LOW_BITS:
+        grid, _, z = low_bits.load(matrix.scales, LOW_BITS[matrix.kind])
+        return grid.shifts(z).T.double()
+    return None
 
 
 def rounded(x: Tensor, matrix: Matrix) -> Tensor:

@@ -177,12 +177,10 @@ int conmoe_expand(int kind, const void* values, const void* scales, float* out, 
   const bool right = given(values, out) && rows >= 0 && columns > 0 && group >= 0;
   return guarded(right, [&] {
     const auto* steps = static_cast<const uint16_t*>(scales);
-    if (kind == INT4 || kind == MXFP4) {
+    if (tiled(kind)) {
       if (rows % TILE || group % LANES || !grouped(kind, columns, group)) return int(FORM);
       in_tiles(kind, [&](auto form) {
-        using Form = decltype(form);
-        expand_tiles<Form>(static_cast<const uint8_t*>(values), static_cast<const typename Form::T*>(scales), out, rows,
-                           columns, group);
+        expand_tiles<decltype(form)>(values, scales, out, rows, columns, group);
       });
       return 0;
     }

@@ -9,10 +9,10 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
+#include <utility>
 
-#include "elementwise.h"
+#include "low_bits.h"
 
 namespace {
 
@@ -20,12 +20,11 @@ constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
 constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
 constexpr int64_t MOST = 64;        // rows of a block, at most
 constexpr int64_t TOKENS = 4;       // that a row is multiplied with at once
-constexpr int64_t TILE = 64;        // rows of a tile of int4 and mxfp4
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5 };
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -103,68 +102,6 @@ struct Floats {
   int64_t columns;
   Floats(const float* x, int64_t, int64_t columns, int64_t) : x(x), columns(columns) {}
   const float* token(int64_t index) const { return x + index * columns; }
-};
-
-// ---- activations in 8 bits ------------------------------------------------------------------------------------------
-
-// One token: [columns] whole numbers of -127..127, and for every block of columns a scale, the sum of its numbers, and
-// the sum of the activations themselves.
-struct Token {
-  const int8_t* q;
-  const float* scale;
-  const int32_t* whole;
-  const float* sum;
-};
-
-// `count` tokens of `columns` in blocks of `block`. A block that holds infinity or NaN has the scale NaN.
-struct Bytes {
-  int64_t columns, blocks;
-  Room<int8_t> q;
-  Room<float> scale, sum, rounded;
-  Room<int32_t> whole;
-
-  Bytes(const float* x, int64_t count, int64_t columns, int64_t block)
-      : columns(columns),
-        blocks((columns + block - 1) / block),
-        q(count * columns),
-        scale(count * blocks),
-        sum(count * blocks),
-        rounded(block),
-        whole(count * blocks) {
-    for (int64_t token = 0; token < count; ++token)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = token * columns + b * block;
-        const int64_t width = columns - b * block < block ? columns - b * block : block;
-        one_block(x + first, q.data() + first, width, token * blocks + b);
-      }
-  }
-
-  void one_block(const float* x, int8_t* to, int64_t width, int64_t place) {
-    uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
-    for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);
-    const float most = from_bits(largest);
-    const bool finite = largest < 0x7f800000u;
-    const Lanes factor = all(finite && most > 1e-30f ? 127.0f / most : 0.0f);
-    if (finite)
-      std::copy_n(x, width, rounded.data());
-    else
-      std::fill_n(rounded.data(), width, 0.0f);
-    for_each(rounded.data(), rounded.data(), width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
-    int32_t numbers = 0;
-    for (int64_t k = 0; k < width; ++k) {
-      const auto number = int32_t(rounded[k]);
-      to[k] = int8_t(number);
-      numbers += number;
-    }
-    scale[place] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    whole[place] = numbers;
-    sum[place] = sum_of(x, width);
-  }
-
-  Token token(int64_t index) const {
-    const int64_t at = index * blocks;
-    return {q.data() + index * columns, scale.data() + at, whole.data() + at, sum.data() + at};
-  }
 };
 
 #if CONMOE_INTEGERS
@@ -566,10 +503,11 @@ inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t 
 
 #endif
 
-// The 64 rows of a tile times one token in blocks of a group. `pairs` are the tile's scales of the first group.
+// The 64 rows of a tile, the first of which is `row` of the matrix's `rows`, times one token in blocks of a group.
 template <class Form>
-inline void one_tile(const uint8_t* w, const typename Form::T* pairs, int64_t rows, int64_t columns, int64_t group, Token x,
-                     float* sums) {
+inline void halves_tile(const uint8_t* w, const typename Form::T* scales, int64_t row, int64_t rows, int64_t columns,
+                        int64_t group, Token x, float* sums) {
+  const typename Form::T* pairs = scales + row * Form::PAIR;
   Lanes total[4] = {zero(), zero(), zero(), zero()};
   for (int64_t start = 0; start < columns; start += group) {
     const int64_t block = start / group;
@@ -583,19 +521,31 @@ inline void one_tile(const uint8_t* w, const typename Form::T* pairs, int64_t ro
   for (int64_t j = 0; j < 4; ++j) store(sums + j * LANES, total[j]);
 }
 
+// Where a tile's rows begin.
+template <class Form>
+inline const uint8_t* tile_at(const void* values, int64_t row, int64_t columns) {
+  return static_cast<const uint8_t*>(values) + row * columns * Form::BITS / 8;
+}
+
+// Tiles that a thread takes at once.
+template <class Form>
+inline int64_t tiles_at_once(int64_t columns) {
+  return CHUNK / (TILE * columns * Form::BITS / 8) + 1;
+}
+
 template <class Form>
 void tiles(int64_t count, const void* const* values, const void* const* scales, const Bytes& x, bool shared,
            int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
-  const int64_t at_once = CHUNK / (TILE * columns / 2) + 1;
+  const int64_t at_once = tiles_at_once<Form>(columns);
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
-    const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns / 2;
-    const auto* pairs = static_cast<const typename Form::T*>(scales[which]) + row * Form::PAIR;
+    const auto* w = tile_at<Form>(values[which], row, columns);
+    const auto* steps = static_cast<const typename Form::T*>(scales[which]);
     for (int64_t token = 0; token < tokens; ++token) {
       float sums[TILE];
-      one_tile<Form>(w, pairs, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
+      Form::tile(w, steps, row, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
       for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
     }
   }
@@ -607,7 +557,7 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
   const int64_t count = experts.count;
   const int64_t* const widths = experts.widths;
   // A thread stays in one place for some tiles: where it begins, nothing was read ahead.
-  const int64_t strip = TILE * (CHUNK / (TILE * columns / 2) + 1);
+  const int64_t strip = TILE * tiles_at_once<Form>(columns);
   std::vector<int64_t> heights, before{0};
   for (int64_t i = 0; i < count; ++i) {
     heights.push_back(2 * widths[i]);
@@ -622,11 +572,10 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
       int64_t place = number;
       const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
       const int64_t stop = height - start < strip ? height : start + strip;
-      const auto* w = static_cast<const uint8_t*>(experts.values[which]);
-      const auto* pairs = static_cast<const typename Form::T*>(experts.scales[which]);
+      const auto* steps = static_cast<const typename Form::T*>(experts.scales[which]);
       for (int64_t row = start; row < stop; row += TILE)
-        one_tile<Form>(w + row * columns / 2, pairs + row * Form::PAIR, height, columns, group, x,
-                       rows.data() + before[size_t(which)] + row);
+        Form::tile(tile_at<Form>(experts.values[which], row, columns), steps, row, height, columns, group, x,
+                   rows.data() + before[size_t(which)] + row);
     }
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < halves.all(); ++number) {
@@ -656,37 +605,57 @@ template <class Form>
 void down_tiles(int64_t count, const void* const* values, const void* const* scales, const std::vector<Bytes>& x,
                 const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
-  const int64_t at_once = CHUNK / (TILE * *std::max_element(columns, columns + count) / 2) + 1;
+  const int64_t at_once = tiles_at_once<Form>(*std::max_element(columns, columns + count));
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
-    const auto* w = static_cast<const uint8_t*>(values[which]) + row * columns[which] / 2;
-    const auto* pairs = static_cast<const typename Form::T*>(scales[which]) + row * Form::PAIR;
-    one_tile<Form>(w, pairs, rows, columns[which], groups[which], x[size_t(which)].token(0), y + which * rows + row);
+    const auto* steps = static_cast<const typename Form::T*>(scales[which]);
+    Form::tile(tile_at<Form>(values[which], row, columns[which]), steps, row, rows, columns[which], groups[which],
+               x[size_t(which)].token(0), y + which * rows + row);
+  }
+}
+
+// The weights of a tile, fp32, where rows lie `columns` apart.
+template <class Form>
+void expand_halves(const uint8_t* w, const typename Form::T* scales, int64_t row, int64_t rows, int64_t columns,
+                   int64_t group, float* out) {
+  for (int64_t start = 0; start < columns; start += LANES) {  // a square of 64 x 16, turned in the cache
+    float square[LANES][TILE];
+    const typename Form::T* here = scales + (start / group * rows + row) * Form::PAIR;
+    for (int64_t k = 0; k < LANES; ++k)
+      for (int64_t half = 0; half < 2; ++half) {
+        Lanes low, high;
+        Form::numbers(w + (start + k) * (TILE / 2) + half * LANES, low, high);
+        store(square[k] + half * LANES, Form::value(low, here + half * LANES * Form::PAIR));
+        store(square[k] + (half + 2) * LANES, Form::value(high, here + (half + 2) * LANES * Form::PAIR));
+      }
+    for (int64_t r = 0; r < TILE; ++r)
+      for (int64_t k = 0; k < LANES; ++k) out[r * columns + start + k] = square[k][r];
   }
 }
 
 template <class Form>
-void expand_tiles(const uint8_t* values, const typename Form::T* scales, float* out, int64_t rows, int64_t columns,
-                  int64_t group) {
+void expand_tiles(const void* values, const void* scales, float* out, int64_t rows, int64_t columns, int64_t group) {
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row += TILE) {
-    const uint8_t* w = values + row * columns / 2;
-    for (int64_t start = 0; start < columns; start += LANES) {  // a square of 64 x 16, turned in the cache
-      float square[LANES][TILE];
-      const typename Form::T* here = scales + (start / group * rows + row) * Form::PAIR;
-      for (int64_t k = 0; k < LANES; ++k)
-        for (int64_t half = 0; half < 2; ++half) {
-          Lanes low, high;
-          Form::numbers(w + (start + k) * (TILE / 2) + half * LANES, low, high);
-          store(square[k] + half * LANES, Form::value(low, here + half * LANES * Form::PAIR));
-          store(square[k] + (half + 2) * LANES, Form::value(high, here + (half + 2) * LANES * Form::PAIR));
-        }
-      for (int64_t r = 0; r < TILE; ++r)
-        for (int64_t k = 0; k < LANES; ++k) out[(row + r) * columns + start + k] = square[k][r];
-    }
-  }
+  for (int64_t row = 0; row < rows; row += TILE)
+    Form::expand(tile_at<Form>(values, row, columns), static_cast<const typename Form::T*>(scales), row, rows, columns,
+                 group, out + row * columns);
 }
+
+// The forms of half-bytes, with their tiles.
+template <class Form>
+struct Halves : Form {
+  static constexpr int64_t BITS = 4;
+  using T = typename Form::T;
+  static void tile(const uint8_t* w, const T* scales, int64_t row, int64_t rows, int64_t columns, int64_t group, Token x,
+                   float* sums) {
+    halves_tile<Form>(w, scales, row, rows, columns, group, x, sums);
+  }
+  static void expand(const uint8_t* w, const T* scales, int64_t row, int64_t rows, int64_t columns, int64_t group,
+                     float* out) {
+    expand_halves<Form>(w, scales, row, rows, columns, group, out);
+  }
+};
 
 template <class Form>
 void expand_rows(const typename Form::T* values, const uint16_t* scales, float* out, int64_t rows, int64_t columns) {
@@ -728,20 +697,37 @@ bool in_rows(int kind, Run run) {
 // Runs `run` with the form of `kind` where it lies in tiles; whether there is one.
 template <class Run>
 bool in_tiles(int kind, Run run) {
-  if (kind == INT4) run(Int4{});
-  if (kind == MXFP4) run(Mxfp4{});
-  return kind == INT4 || kind == MXFP4;
+  switch (kind) {
+    case INT4:
+      run(Halves<Int4>{});
+      return true;
+    case MXFP4:
+      run(Halves<Mxfp4>{});
+      return true;
+    case Q4:
+      run(Low<4>{});
+      return true;
+    case Q3:
+      run(Low<3>{});
+      return true;
+    case Q2:
+      run(Low<2>{});
+      return true;
+  }
+  return false;
 }
+
+inline bool tiled(int kind) { return kind >= INT4 && kind <= Q2; }
 
 // Whether columns are whole groups of a size that the tiles take.
 inline bool grouped(int kind, int64_t columns, int64_t group) {
-  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind != MXFP4 || group == BLOCK);
+  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind == INT4 || group == BLOCK);
 }
 
 int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,
              bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t inputs = (shared ? 1 : count) * tokens;
-  if (kind == INT4 || kind == MXFP4) {
+  if (tiled(kind)) {
     if (rows % TILE || !grouped(kind, columns, group)) return 1;
     const Bytes input(x, inputs, columns, group);
     return !in_tiles(kind, [&](auto form) {
@@ -756,7 +742,7 @@ int products(int kind, int64_t count, const void* const* values, const void* con
 }
 
 int gated(int kind, const Gated& experts, const float* x, float* const* h, int64_t columns, int64_t group) {
-  if (kind == INT4 || kind == MXFP4) {
+  if (tiled(kind)) {
     for (int64_t i = 0; i < experts.count; ++i)
       if (2 * experts.widths[i] % TILE) return 1;
     if (!grouped(kind, columns, group)) return 1;
@@ -774,7 +760,7 @@ int gated(int kind, const Gated& experts, const float* x, float* const* h, int64
 // y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns in groups of groups[i].
 int downward(int kind, int64_t count, const void* const* values, const void* const* scales, float* const* h,
              const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
-  if (kind == INT4 || kind == MXFP4) {
+  if (tiled(kind)) {
     if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {

@@ -1,0 +1,211 @@
+"""Weights in 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
+
+A matrix [R, K] (rows are outputs), K a multiple of 32, R of 16. A weight is ``S s (q - c) + Z (z - 8)``: q in
+0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S
+and Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K more. Scales of scales are those of
+llama.cpp's K-quants; four bits for each do for small groups.
+
+Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
+and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 3 bits are a plane of the lower
+two and one of the upper one. Of a plane with p bits a word of 32 bits has 32 / p columns of a row. Its byte b has, p
+bits each from the lowest on, the columns b, 4 + b, 8 + b, ...; words of the tile's rows lie one after another, and
+behind them those of the next columns. So ``word >> p j & mask`` is four neighbouring columns of a row in four bytes,
+and a vector is that of 8 or 16 rows, which is what the products of bytes that processors have want.
+
+Scales: uint8 [4 + K / 32, R]. The first four rows are R pairs (S, Z) in bf16, one after another; then one byte
+``s | z << 4`` for each row, group by group.
+
+Rounding here is to the nearest of a grid that is looked for under weights of columns; ``compress/solvers`` has the way
+that makes up for it. Everything is deterministic. Peak memory: a dozen fp32 copies of the columns worked on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
+from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
+
+PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+"""Bits of a number -> bits of its planes, the lower ones first."""
+
+_STEPS, _MIDDLE, _REACH = 15, 8, 7
+"""Largest s; the z that stands for 0; the largest z above it that S and Z are chosen for."""
+_CLIPS = {4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
+"""Shares of a group's range that are tried: outliers are clipped, all else is finer."""
+
+
+def pack(codes: Tensor, bits: int, tile: int) -> Tensor:
+    """uint8 [R, K] numbers of ``bits`` bits -> values uint8 [R, K bits / 8]."""
+    rows, columns = codes.shape
+    blocks = codes.view(rows // tile, tile, columns // GROUP, GROUP).transpose(1, 2)
+    planes, shift = [], 0
+    for plane in PLANES[bits]:
+        part = (blocks >> shift) & ((1 << plane) - 1)
+        inside = 8 // plane  # numbers in a byte; columns of a word are 4 * inside
+        words = part.unflatten(-1, (-1, inside, 4)).transpose(2, 3)  # [T, G, h, tile, j, b]
+        bytes_ = torch.zeros_like(words[..., 0, :])
+        for j in range(inside):
+            bytes_ |= words[..., j, :] << (plane * j)
+        planes.append(bytes_.flatten(2))
+        shift += plane
+    return torch.cat(planes, 2).reshape(rows, columns * bits // 8)
+
+
+def unpack(values: Tensor, bits: int, tile: int) -> Tensor:
+    """The inverse of ``pack``: uint8 [R, K]."""
+    rows, columns = values.shape[0], values.shape[1] * 8 // bits
+    blocks = values.view(rows // tile, columns // GROUP, tile * GROUP * bits // 8)
+    found = torch.zeros(
+        rows // tile, columns // GROUP, tile, GROUP, dtype=torch.uint8, device=values.device
+    )
+    start = shift = 0
+    for plane in PLANES[bits]:
+        inside, stop = 8 // plane, start + tile * GROUP * plane // 8
+        bytes_ = blocks[..., start:stop].unflatten(2, (-1, tile, 4))  # [T, G, h, tile, b]
+        numbers = [(bytes_ >> (plane * j)) & ((1 << plane) - 1) for j in range(inside)]
+        words = torch.stack(numbers, 4).transpose(2, 3)  # [T, G, tile, h, j, b]
+        found |= words.flatten(3) << shift
+        start, shift = stop, shift + plane
+    return found.transpose(1, 2).reshape(rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where the weights of some rows may lie: S and Z of each row, fp32 [..., R, 1], rounded to bf16."""
+
+    bits: int
+    scale: Tensor
+    zero: Tensor
+
+    @classmethod
+    def over(cls, weight: Tensor, bits: int) -> Grid:
+        """For ``weight`` [..., R, K]: wide enough for every group of a row."""
+        grouped = weight.unflatten(-1, (-1, GROUP))
+        low, high = grouped.amin(-1), grouped.amax(-1)  # [..., R, G]
+        widest = (high - low).amax(-1, keepdim=True) / ((1 << bits) - 1)
+        furthest = ((high + low) / 2).abs().amax(-1, keepdim=True)
+        return cls(bits, _bf16(widest / _STEPS), _bf16(furthest / _REACH))
+
+    @property
+    def middle(self) -> float:
+        """c."""
+        return ((1 << self.bits) - 1) / 2
+
+    def fit(self, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group.
+
+        Several clipped ranges are tried, each improved by least squares over the numbers that it gives; the one with
+        the least squared error is taken, errors weighted with ``weights`` [..., 1 or R, 32], the first where they tie.
+        """
+        weights = weights.expand_as(group)
+        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
+        mean = (weights * group).sum(-1, keepdim=True) / total
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for clip in _CLIPS[self.bits]:
+            step, zero = (high - low) * (clip / (2 * self.middle)), (high + low) / 2
+            level = self._levels(group, step, zero)
+            centre = (weights * level).sum(-1, keepdim=True) / total
+            apart = weights * (level - centre)
+            spread = (apart * level).sum(-1, keepdim=True)
+            slope = (apart * group).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1.0)
+            step = torch.where(spread > 0, slope, step)
+            s = self._whole(step, self.scale).clamp_(0, _STEPS)
+            zero = mean - s * self.scale * centre
+            z = self._whole(zero, self.zero).add_(_MIDDLE).clamp_(0, _STEPS)
+            error = (group - self.values(self.codes(group, s, z), s, z)).square_()
+            error = (error * weights).sum(-1, keepdim=True)
+            if best is None:
+                best = error, s, z
+            else:
+                better = error < best[0]
+                best = (
+                    torch.where(better, error, best[0]),
+                    torch.where(better, s, best[1]),
+                    torch.where(better, z, best[2]),
+                )
+        assert best is not None
+        return best[1], best[2]
+
+    def codes(self, weight: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """The numbers q, fp32, that come closest to ``weight`` [..., R, any]."""
+        return self._levels(weight, s * self.scale, self.shifts(z)) + self.middle
+
+    def values(self, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """The weights that numbers stand for."""
+        return (codes - self.middle) * (s * self.scale) + self.shifts(z)
+
+    def shifts(self, z: Tensor) -> Tensor:
+        """What is added to every weight of a group."""
+        return self.zero * (z - _MIDDLE)
+
+    def _levels(self, weight: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+        """q - c."""
+        inverse = torch.where(step != 0, 1.0 / step, 0.0)
+        codes = ((weight - zero) * inverse + self.middle).round_().clamp_(0, 2 * self.middle)
+        return codes - self.middle
+
+    @staticmethod
+    def _whole(value: Tensor, unit: Tensor) -> Tensor:
+        return torch.where(unit != 0, value / torch.where(unit != 0, unit, 1.0), 0.0).round()
+
+
+def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Values and scales of one matrix: ``codes`` [R, K], ``s`` and ``z`` [R, G], whole numbers of any type."""
+    pairs = torch.cat([grid.scale, grid.zero], 1).to(torch.bfloat16).contiguous()  # [R, 2]
+    head = pairs.view(torch.uint8).view(HEAD, -1)
+    tail = (s.to(torch.uint8) | (z.to(torch.uint8) << 4)).T
+    return pack(codes.to(torch.uint8), grid.bits, tile), torch.cat([head, tail])
+
+
+def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
+    """The grid, and s and z fp32 [R, G], of stored scales."""
+    rows = scales.shape[1]
+    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float()  # [R, 2]
+    tail = scales[HEAD:].T
+    return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
+
+
+def expand(values: Tensor, scales: Tensor, bits: int, tile: int) -> Tensor:
+    """fp32 [R, K]."""
+    grid, s, z = load(scales, bits)
+    wide = unpack(values, bits, tile).float().unflatten(1, (-1, GROUP))  # [R, G, 32]
+    step, zero = (s * grid.scale).unsqueeze(2), grid.shifts(z).unsqueeze(2)
+    return wide.sub_(grid.middle).mul_(step).add_(zero).flatten(1)
+
+
+def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
+    wide = weight.float()
+    grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
+    alike = torch.ones(1, 1, GROUP, device=wide.device)
+    spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
+    grouped = wide.unflatten(1, (groups, GROUP))
+    s, z = spread.fit(grouped, alike)  # [R, G, 1]
+    return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
+
+
+def rows_of(scales: Tensor, rows: slice) -> Tensor:
+    """The stored scales of a run of rows."""
+    head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
+    return torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and scales of runs of rows as those of the whole."""
+    if len(parts) == 1:
+        return parts[0]
+    heads = [scales[:HEAD].contiguous().view(-1, HEAD) for _, scales in parts]
+    tails = torch.cat([scales[HEAD:] for _, scales in parts], 1)
+    return torch.cat([values for values, _ in parts]), torch.cat(
+        [torch.cat(heads).view(HEAD, -1), tails]
+    )
+
+
+def _bf16(value: Tensor) -> Tensor:
+    return value.to(torch.bfloat16).float()

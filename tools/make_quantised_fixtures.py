@@ -111,6 +111,19 @@ def digest(weight: Tensor) -> str:
     return f"{str(weight.dtype).removeprefix('torch.')} {shape} {hashlib.sha256(data).hexdigest()}"
 
 
+def multiplied_by(layer: nn.Module, columns: int) -> Tensor:
+    """The matrix [C, R] that a layer of fp16 has expanded when it multiplies by it."""
+    seen, multiply = [], torch.matmul
+    try:
+        torch.matmul = lambda left, right: (seen.append(right), multiply(left, right))[1]
+        with torch.no_grad():
+            layer(torch.ones(1, columns, dtype=torch.float16))
+    finally:
+        torch.matmul = multiply
+    (found,) = seen
+    return found
+
+
 # compressed-tensors
 
 
@@ -292,11 +305,9 @@ def autogptq(folder: Path) -> None:
         index[order] = (torch.arange(columns) // GROUP).int()
         scale, zero = grid(weight[:, order], 4, GROUP, False)
         layer = QuantLinear(4, GROUP, columns, rows, bias=False)
-        layer.pack(linear(weight), scale, zero.clamp(min=1).clone(), index)
+        layer.pack(linear(weight).half(), scale, zero.clamp(min=1).clone(), index)
         parts = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
-        # What the layer does to the unit vectors is its weight.
-        with torch.no_grad():
-            return parts, layer(torch.eye(columns, dtype=torch.float16)).T
+        return parts, multiplied_by(layer, columns).T
 
     settings = {
         "bits": 4,
@@ -390,7 +401,7 @@ def auto_round(folder: Path, layout: str, bits: int, symmetric: bool) -> None:
 
 
 def expand_auto_round(parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
-    """What auto-round's own layer of that packing makes of the unit vectors."""
+    """What auto-round's own layer of that packing multiplies by."""
     from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 
     bits, packing = settings["bits"], settings["packing_format"]
@@ -404,8 +415,7 @@ def expand_auto_round(parts: dict[str, Tensor], settings: dict[str, Any]) -> Ten
     columns, rows = parts["qweight"].shape[0] * 32 // bits, parts["scales"].shape[1]
     layer = module.QuantLinear(bits, GROUP, columns, rows, bias=False)
     layer.load_state_dict(parts, strict=False)
-    with torch.no_grad():
-        return layer(torch.eye(columns, dtype=torch.float16)).T
+    return multiplied_by(layer, columns).T
 
 
 def tokenizer(folder: Path) -> None:

@@ -257,6 +257,9 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "mxfp4-compressed-tensors": compressed(
         {**FP4, "strategy": "group", "group_size": 32}, "mxfp4-pack-quantized"
     ),
+    "mxfp8-compressed-tensors": compressed(
+        {**FP8, "strategy": "group", "group_size": 32}, "mxfp8-quantized"
+    ),
     "fp8-compressed-tensors": compressed({**FP8, "strategy": "channel"}, "float-quantized"),
     "fp8-modelopt": modelopt("qwen3_moe", "FP8_DEFAULT_CFG", cache=True),
     "bitsandbytes-nf4-nested": bitsandbytes("nf4", nested=True),

@@ -44,6 +44,7 @@ class PlanReport:
         keeps_vision: whether the package has them.
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
+        engine: what will run the package, where it is not this project (``--for``).
     """
 
     source_name: str
@@ -58,10 +59,15 @@ class PlanReport:
     keeps_vision: bool = False
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
+    engine: str | None = None
 
     @property
     def advice(self) -> str:
-        """What the outcomes say about the settings; empty where there are none."""
+        """What the outcomes say about the settings; empty where there are none, and where another engine runs the
+        package, for which precisions and scopes are no choice.
+        """
+        if self.engine is not None:
+            return ""
         return advise(self.plan, self.outcomes, self.method)
 
     def to_json(self) -> dict[str, Any]:
@@ -222,6 +228,7 @@ def report_on(
         method=asked.method.name,
         method_note=asked.note,
         outcomes=() if identity is None else recall(identity["id"]),
+        engine=request.engine,
     )
 
 

@@ -34,7 +34,7 @@ class OtherParts:
     nbytes: int = 0
 
     def __str__(self) -> str:
-        """``351 tensors of model.visual, 1.07 GiB``."""
+        """``351 tensors of model.visual, 1.00 GiB``."""
         return (
             f"{len(self.tensors):,} tensors of {', '.join(self.modules)}, {human_size(self.nbytes)}"
         )

@@ -8,7 +8,7 @@ meta device and what its cache holds is weighed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -100,6 +100,14 @@ def check_model(
     """Build what ``config`` describes and compare it with the headers; arguments and errors as of ``probe``."""
     model, decoder = _built(copy.deepcopy(config), headers)
     _agreeing(model, decoder, headers, whole=whole)
+
+
+def unplaced(
+    config: PretrainedConfig, headers: Mapping[str, TensorFacts], names: Collection[str]
+) -> frozenset[str]:
+    """Those of the tensors ``names`` that what ``config`` describes has no place for; errors as of ``probe``."""
+    model, _ = _built(copy.deepcopy(config), headers)
+    return frozenset(names) - bridge.targets_of(model, names).keys()
 
 
 def _built(

@@ -13,11 +13,12 @@ from conmoe_edge.checkpoint.fs.contained import is_there
 from conmoe_edge.checkpoint.gguf.opened import GgufModel
 from conmoe_edge.checkpoint.quantised.scheme import Scheme, find_scheme
 from conmoe_edge.checkpoint.quantised.stored import Peek, Stored
+from conmoe_edge.checkpoint.quantised.zero_biases import biases_beside, without_biases
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.model.bridge import check_known, read_config, without_quantization
 from conmoe_edge.model.config_json import read_settings, says
 from conmoe_edge.model.other_parts import NOTHING, OtherParts, other_parts_of
-from conmoe_edge.model.probe import TensorFacts
+from conmoe_edge.model.probe import TensorFacts, unplaced
 from conmoe_edge.model.size_bounds import SizeBounds
 
 DECLARATIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -55,12 +56,12 @@ def read_source(
     check_known(folder, settings)  # before the weights: of an unknown model no other version helps
     dtype = _float_dtype(settings, stored)
     scheme = find_scheme(stored, declared_in(folder, settings), dtype, peek)
-    facts = {
-        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
-        for name, one in scheme.tensors.items()
-    }
+    facts = _facts_of(scheme)
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     config = without_quantization(read_config(folder, bounds, settings))
+    if biases := biases_beside(scheme):
+        scheme = without_biases(scheme, unplaced(config, facts, biases))
+        facts = _facts_of(scheme)
     return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
 
 
@@ -76,6 +77,13 @@ def read_gguf(gguf: GgufModel) -> SourceFacts:
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}), NOTHING)
+
+
+def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:
+    return {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        for name, one in scheme.tensors.items()
+    }
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,9 +51,8 @@ class VocabularyFile:
     @property
     def missing(self) -> tuple[str, ...]:
         """Packages to install before it can be read."""
-        return tuple(
-            _INSTALL.get(name, name) for name in _NEEDED[self.library] if not _is_installed(name)
-        )
+        absent = [name for name in _NEEDED[self.library] if not _is_installed(name)]
+        return tuple(str(_INSTALL.get(name, name)) for name in absent)
 
     def agrees(self, tokenizer: Any) -> bool:
         """Whether ``tokenizer`` cuts words as the library does. What comes before the first word is a setting."""

@@ -62,7 +62,7 @@ def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
     """The precisions to look at, mildest first: the one asked for, or all that need no asking.
 
     Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 in the
-    checkpoint stay so: no other precision makes smaller records, and none loses less.
+    checkpoint stay so: int4 takes more bytes and loses more (``docs/quantised-sources.md``).
 
     Raises:
         UsageError: MXFP4 was asked for, and the experts are not.

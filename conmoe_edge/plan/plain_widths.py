@@ -1,9 +1,13 @@
 """The plan of a package that becomes a plain, smaller checkpoint: every expert kept, all with the same fewer neurons.
 
 Engines that read plain checkpoints want one number of experts and one width for the whole model, and an expert for
-every router slot. So the width is the only lever: the largest one, in steps of ``STEP`` neurons, whose experts are all
+every router slot. So the width is the only lever: the largest one, in steps of 32 neurons, whose experts are all
 resident beside everything else. ``--rate`` names it otherwise, as the share of the neurons that goes. Numbers are the
-model's own. Arithmetic only.
+model's own.
+
+With ``--quantise`` it is the GGUF file of that type that has to be resident, and the steps are whole blocks of the type
+(256 neurons for K-quants), as long as there is one. The package itself is in the model's own numbers all the same, and
+so are the candidates' bytes. Arithmetic only.
 """
 
 from __future__ import annotations
@@ -13,17 +17,15 @@ from dataclasses import replace
 from conmoe_edge.errors import DoesNotFit, UnsupportedModel
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.gguf_sizes import SMALLEST_BLOCK, gguf_sizes, step_of
 from conmoe_edge.plan.least import least_size
 from conmoe_edge.plan.levers import record_bytes
 from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import Placement, place
-from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.plan.plan import Candidate, Term
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.width_levers import narrowed
 from conmoe_edge.units import human_size
-
-STEP = 32
-"""Neurons: the blocks of llama.cpp's simple number formats, and of MXFP4."""
 
 
 def choose_width(
@@ -46,7 +48,7 @@ def choose_width(
             "leave out --for",
         )
     whole = widths.pop()
-    every, rate = _steps(whole), request.forced_rate
+    every, rate = _steps(whole, request.quantise), request.forced_rate
     options = [_counted(anatomy, budget, context, request, one, whole) for one in every]
     allowed = options
     if rate is not None:
@@ -57,7 +59,9 @@ def choose_width(
         raise _does_not_fit(anatomy, budget, context, request, allowed[-1][0].width, whole)
     chosen, placement = fitting[0]
     shown = tuple(
-        replace(chosen, verdict="chosen", reason=_why(chosen, whole)) if one is chosen else one
+        replace(chosen, verdict="chosen", reason=_why(chosen, whole, request.quantise))
+        if one is chosen
+        else one
         for one, _ in options
     )
     candidate = next(one for one in shown if one.verdict == "chosen")
@@ -91,9 +95,12 @@ def _does_not_fit(
     )
 
 
-def _steps(whole: int) -> list[int]:
+def _steps(whole: int, kind: str | None) -> list[int]:
     """Widths, the whole one first."""
-    return [whole, *range((whole - 1) // STEP * STEP, 0, -STEP)]
+    step = SMALLEST_BLOCK if kind is None else step_of(kind, whole)
+    coarse = range((whole - 1) // step * step, 0, -step)
+    fine = range(step - SMALLEST_BLOCK, 0, -SMALLEST_BLOCK)
+    return [whole, *coarse, *(fine if step > SMALLEST_BLOCK else ())]
 
 
 def _counted(
@@ -109,12 +116,20 @@ def _counted(
     sizes = [record_bytes(one, "source") for one in experts]
     prototypes = sum(one.count for one in experts)
     pool = sum(one.count * size for one, size in zip(experts, sizes, strict=True))
+    needs, held, resident, note = needs_of(narrow, budget.device, context), max(sizes), pool, ""
+    if request.quantise is not None:
+        file = gguf_sizes(narrow, request.quantise)
+        needs = replace(
+            needs, dense=Term("Dense weights", file.dense, f"in a file of {request.quantise}")
+        )
+        held, resident = max(file.experts), file.file - file.dense
+        note = f", about {human_size(file.file)} as {request.quantise}"
     placement = place(
-        needs_of(narrow, budget.device, context),
+        needs,
         budget.device_bytes,
         prototypes=prototypes,
-        record_bytes=max(sizes),
-        pool_bytes=pool,
+        record_bytes=held,
+        pool_bytes=resident,
         wanted_share=1.0,
     )
     slots = placement.slots if placement.fits else 0
@@ -131,7 +146,7 @@ def _counted(
             resident_share=slots / prototypes,
             tokens_per_second=None,
             verdict="fits" if fits else "too big",
-            reason=f"{width} of {whole} neurons in every expert"
+            reason=f"{width} of {whole} neurons in every expert{note}"
             + ("" if fits else "; not all experts fit"),
             width=width,
         ),
@@ -139,7 +154,8 @@ def _counted(
     )
 
 
-def _why(chosen: Candidate, whole: int) -> str:
+def _why(chosen: Candidate, whole: int, kind: str | None) -> str:
+    size = "" if kind is None else chosen.reason.partition("every expert")[2]
     if chosen.width == whole:
-        return "fits unchanged, nothing is removed"
-    return f"every expert kept, with {chosen.width} of {whole} neurons each"
+        return f"fits unchanged, nothing is removed{size}"
+    return f"every expert kept, with {chosen.width} of {whole} neurons each{size}"

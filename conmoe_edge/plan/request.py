@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
+from conmoe_edge.plan.gguf_types import FILE_TYPES
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
@@ -52,6 +53,7 @@ class Levers(TypedDict, total=False):
     widths: Widths
     calibration_tokens: int | None
     engine: str | None
+    quantise: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class PlanRequest:
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
         calibration_tokens: tokens of text to calibrate on; by default 64 sequences of 512.
         engine: what reads the plain checkpoint that is made of the package, one of ``serving.PLAIN`` (``--for``).
+        quantise: with ``gguf``, the type that the file will have, one of ``gguf_types.FILE_TYPES``: the budget is the
+            file's then, and experts are narrowed by whole blocks of the type.
 
     Raises:
         UsageError: a field has a value that makes no sense for any model.
@@ -92,8 +96,21 @@ class PlanRequest:
     widths: Widths = "free"
     calibration_tokens: int | None = None
     engine: str | None = None
+    quantise: str | None = None
 
     def __post_init__(self) -> None:
+        if self.quantise is not None and self.engine != "gguf":
+            raise UsageError(
+                f"--quantise {self.quantise} is about a GGUF file.",
+                "no other package is quantised by llama.cpp",
+                f"--for gguf --quantise {self.quantise}, or --precision for packages that run here",
+            )
+        if self.quantise is not None and self.quantise not in FILE_TYPES:
+            raise UsageError(
+                f"llama.cpp has no type {self.quantise!r}.",
+                f"there are {', '.join(FILE_TYPES)}",
+                "--quantise Q4_K_M",
+            )
         if self.device not in DEVICES:
             raise UsageError(
                 f"--device {self.device} is not known.",

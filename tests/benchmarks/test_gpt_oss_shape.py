@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -14,11 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.make_gpt_oss_shape import Shape, make
 from conmoe_edge import api
 from conmoe_edge.checkpoint.quantised.stored import Stored
+from conmoe_edge.checkpoint.sources.locate import locate
 from conmoe_edge.cli.main import main
 from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.model.opened import open_model
 from conmoe_edge.model.probe import probe
 from conmoe_edge.model.source_facts import read_source
+from conmoe_edge.plan.levers import precisions
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
@@ -91,3 +95,27 @@ def test_a_small_one_is_a_model_and_fit_says_that_it_stays(tmp_path: Path) -> No
         assert (same in done.output) == said, done.output
         assert "bf16 and mxfp4" in done.output
     assert "fits in MXFP4 as published, nothing is removed" in report.plan.chosen.reason
+
+
+def test_the_gguf_for_llama_cpp_has_the_same_numbers(tmp_path: Path) -> None:
+    """Read back by the project's own reader of GGUF; half of the experts are the first ones."""
+    pytest.importorskip("gguf")
+    from benchmarks.comparison.gpt_oss_gguf import write
+
+    make(tmp_path / "model", TINY, 0, 1 << 30)
+    write(tmp_path / "model", tmp_path / "whole.gguf", None)
+    write(tmp_path / "model", tmp_path / "half.gguf", 2)
+    source, whole, half = (
+        open_model(locate(str(tmp_path / name))) for name in ("model", "whole.gguf", "half.gguf")
+    )
+    assert precisions(whole.anatomy, "auto") == precisions(half.anatomy, "auto") == ("mxfp4",)
+    assert (
+        half.anatomy.expert_count * 2 == whole.anatomy.expert_count == source.anatomy.expert_count
+    )
+    with source.tensors() as wanted, whole.tensors() as found, half.tensors() as first:
+        assert set(found) == set(wanted)
+        for name in wanted:
+            tensor = wanted[name][...].float()
+            assert torch.equal(found[name][...].float(), tensor), name
+            fewer = tensor[:2] if ".experts." in name or ".router." in name else tensor
+            assert torch.equal(first[name][...].float(), fewer), name

@@ -277,6 +277,44 @@ def test_weighing_columns_changes_the_numbers(tmp_path: Path) -> None:
 
 
 @needs_llama
+def test_numbers_from_mxfp4_blocks_stay_as_they_are(tmp_path: Path) -> None:
+    """gpt-oss has its experts so; ``MXFP4_MOE`` finds the same numbers again."""
+    model = tiny_model("gpt_oss", **sizes("gpt_oss"))
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+    def blocks(weight: torch.Tensor) -> torch.Tensor:
+        """[E, in, out]: blocks of 32 inputs, each with a power of two of its own."""
+        experts, inputs, outputs = weight.shape
+        picked = torch.randint(0, 8, weight.shape, generator=generator)
+        signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+        powers = torch.randint(-6, -2, (experts, inputs // 32, 1, outputs), generator=generator)
+        scale = (2.0**powers).expand(-1, -1, 32, -1).reshape(weight.shape)
+        return grid[picked] * signs * scale
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(layer.mlp.experts, name)
+                weight.copy_(blocks(weight))
+    package = write_package(model, tmp_path / "package", identity(model))
+    make("byte-bpe").save_pretrained(package)
+    out = tmp_path / "out.gguf"
+    export_gguf(package, out, quantisation=quantisation("MXFP4_MOE", weighed=True))
+    held = {one.name: one for one in gguf.GGUFReader(out).tensors}
+    experts = model.model.layers[1].mlp.experts
+    for name, wanted in {
+        "ffn_down_exps": experts.down_proj,
+        "ffn_gate_exps": experts.gate_up_proj[..., 0::2],
+        "ffn_up_exps": experts.gate_up_proj[..., 1::2],
+    }.items():
+        found = held[f"blk.1.{name}.weight"]
+        assert found.tensor_type == gguf.GGMLQuantizationType.MXFP4
+        values = gguf.quants.dequantize(found.data, found.tensor_type)
+        np.testing.assert_array_equal(values, wanted.detach().transpose(1, 2).numpy())
+
+
+@needs_llama
 def test_what_llama_says_of_a_shape_is_passed_on(tmp_path: Path) -> None:
     package = by_hand("olmoe", tmp_path / "package", hidden_size=256, num_hidden_layers=1)
     asked = quantisation("IQ2_XXS", weighed=False)

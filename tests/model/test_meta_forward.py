@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import _MLA, BASE, tiny_config, tiny_model
+from families import _BASE, _MLA, tiny_config, tiny_model
 
 from conmoe_edge.compat import cache_of
 from conmoe_edge.errors import UnsupportedModel
@@ -63,7 +63,7 @@ def test_layers_that_exchange_more_are_refused_by_plan(
 ) -> None:
     from transformers import AutoConfig
 
-    settings = {name: one for name, one in {**BASE, **extra}.items() if one is not None}
+    settings = {name: one for name, one in {**_BASE, **extra}.items() if one is not None}
     with pytest.raises(UnsupportedModel, match="cannot be consolidated layer by layer") as found:
         probe(AutoConfig.for_model(kind, **settings))
     assert why in str(found.value)

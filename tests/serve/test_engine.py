@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +180,29 @@ def test_nobody_takes_more_room_than_there_is(driven: Driven, alone: dict[str, s
         finished(told)
     assert max(most) <= room.total
     assert finished(driven.ask(QUESTIONS[1])[1])[0] == alone[QUESTIONS[1]]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("output_router_logits", True),
+        ("output_hidden_states", True),
+        ("output_attentions", True),
+        ("return_dict", False),
+        ("use_cache", False),
+        ("torchscript", True),
+    ],
+)
+def test_flags_of_the_config_change_nothing(
+    flag: str, value: bool, folder: Path, tokenizer: Any, alone: dict[str, str], tmp_path: Path
+) -> None:
+    package = Path(shutil.copytree(folder, tmp_path / "package"))
+    path = package / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), flag: value}))
+    driven = Driven(package, tokenizer)
+    assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
+    driven.engine.stop()
+    assert driven.engine.join(60)
 
 
 @pytest.mark.parametrize("when", ["waiting", "prompt", "answer"])

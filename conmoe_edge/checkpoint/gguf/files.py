@@ -23,7 +23,8 @@ from conmoe_edge.checkpoint.tensors.tensor_index import (
 from conmoe_edge.errors import CheckpointError, UnsupportedModel, UsageError
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+"""How llama.cpp names the files of a model that is split."""
 _MOST_PARTS = 4096
 
 
@@ -58,7 +59,7 @@ def files_of(path: Path) -> tuple[Path, list[str]]:
     """
     if path.is_dir():
         names = sorted(one.name for one in path.iterdir() if one.suffix == SUFFIX)
-        first = {_first_part(name) for name in names}
+        first = {first_part(name) for name in names}
         if len(first) != 1:
             raise UsageError(
                 f"{path} holds {len(first)} GGUF models.",
@@ -66,7 +67,7 @@ def files_of(path: Path) -> tuple[Path, list[str]]:
                 f"name one of them: {path / min(first)}",
             )
         path = path / first.pop()
-    part = _PART.fullmatch(path.name)
+    part = PART.fullmatch(path.name)
     if part is None:
         return path.parent, [path.name]
     count = int(part["count"])
@@ -85,8 +86,9 @@ def files_of(path: Path) -> tuple[Path, list[str]]:
     return path.parent, names
 
 
-def _first_part(name: str) -> str:
-    part = _PART.fullmatch(name)
+def first_part(name: str) -> str:
+    """The name of a model's first file, from that of any of its files."""
+    part = PART.fullmatch(name)
     return name if part is None else f"{part['stem']}-00001-of-{part['count']}{SUFFIX}"
 
 

@@ -1,4 +1,5 @@
-"""FP8 weights with a scale for a tensor, a row or a block; blocks at the edges may be cut.
+"""FP8 weights with a scale for a tensor, a row or a block; blocks at the edges may be cut. MXFP8 is one of them: E8M0
+scales, stored as bytes, for 32 numbers of a row.
 
 The product is taken in fp32 and rounded once, as ``Fp8Dequantize`` of transformers does, which takes no cut blocks.
 """
@@ -17,7 +18,9 @@ from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 NAME = "fp8"
 _VALUES = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _SCALES = frozenset({"float32", "bfloat16", "float16", "float8_e8m0fnu"})
-_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8")
+_COMPRESSED = ("float-quantized", "naive-quantized", "mxfp8-quantized")
+_MX_BLOCK = 32
 _BLOCK = 128
 """Rows and columns of a block where the settings name none."""
 
@@ -27,10 +30,7 @@ def declares(settings: Mapping[str, Any]) -> bool:
     kind = settings.get("quant_method")
     return (
         kind == "fp8"
-        or (
-            kind == "compressed-tensors"
-            and settings.get("format") in ("float-quantized", "naive-quantized")
-        )
+        or (kind == "compressed-tensors" and settings.get("format") in _COMPRESSED)
         or (kind == "modelopt" and settings.get("quant_algo") in _MODELOPT)
     )
 
@@ -44,9 +44,14 @@ def find(name: str, headers: Headers) -> Logical | None:
     other = headers.stored[scales]
     if f"{name}_scale_2" in headers.stored:
         raise headers.odd(name, f"{name}_scale_2")
-    if len(one.shape) < 2 or 0 in one.shape or other.dtype not in _SCALES:
+    if len(one.shape) < 2 or 0 in one.shape:
         raise headers.odd(name, scales)
-    block = _block_of(one.shape, other.shape, headers.declared)
+    if other.dtype in _SCALES:
+        block = _block_of(one.shape, other.shape, headers.declared)
+    else:
+        mx = other.dtype == "uint8" and one.shape[-1] % _MX_BLOCK == 0
+        fits = mx and other.shape == (*one.shape[:-1], one.shape[-1] // _MX_BLOCK)
+        block = (1, _MX_BLOCK) if fits else None
     if block is None:
         raise headers.odd(name, scales)
     nbytes, parts = headers.nbytes(name, scales), {"values": name, "scales": scales}
@@ -94,7 +99,10 @@ def _declared_block(declared: Mapping[str, Any]) -> Any:
 
 def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
     """FP8 [R, C] times its scales, one for each block in row order."""
-    factors = parts["scales"].float()
+    scales = parts["scales"]
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    factors = scales.float()
     if not bool(factors.isfinite().all()):
         raise logical.broken("scales", "holds NaN or infinity")
     if bool((factors < 0).any()):

@@ -33,6 +33,8 @@ from conmoe_edge.checkpoint.quantised.word_settings import (
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 NAME = "gptq"
+BIAS = "bias"
+"""The part of a weight that is a bias without a place in the model (``zero_biases.py``)."""
 _SUFFIX = ".qweight"
 
 
@@ -104,6 +106,8 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
     """See ``forms.Form``."""
     bits, group, settings = logical.layout
     rows, columns = logical.shape
+    if BIAS in parts:
+        _check_zero(logical, parts[BIAS])
     check_scales(logical, parts["scales"], signed=True)
     zeros = _zero_points(logical, parts["zeros"], bits, rows, settings)  # [G, R]
     if settings.symmetric and bool((zeros != 1 << (bits - 1)).any()):
@@ -144,3 +148,13 @@ def _zero_points(
         return (numbers + 1) & top
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return unpack((words.long() + ones).to(torch.int32), bits, rows)
+
+
+def _check_zero(logical: Logical, bias: Tensor) -> None:
+    """Refuse a bias that the model has no place for and that is none."""
+    if bool((bias != 0).any()):
+        raise CheckpointError(
+            f"{logical.parts[BIAS]} is not zero, and has no place in the model.",
+            "config.json describes a model without it, and every answer would be another one",
+            PLAIN_VERSION,
+        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.fs.contained import is_plain_name
+from conmoe_edge.checkpoint.gguf.files import PART, SUFFIX, first_part
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -167,6 +168,8 @@ def hub_errors(
             "Check the name at https://huggingface.co/models, or log in with: hf auth login",
         ) from error
     except errors.NotASafetensorsRepoError as error:
+        if (instead := _only_gguf(hub_id, revision)) is not None:
+            raise instead from error
         raise CheckpointError(
             f"{named} has no weights in safetensors format.",
             "Pickled weights can run any program when they are opened, so they are not used here.",
@@ -181,6 +184,8 @@ def hub_errors(
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _unreachable(named, offline, connect, error) from error
     except errors.EntryNotFoundError as error:
+        if (instead := _only_gguf(hub_id, revision)) is not None:
+            raise instead from error
         raise CheckpointError(
             f"{named} lacks a file that a model must have.",
             _reason(error),
@@ -194,6 +199,38 @@ def hub_errors(
         # HTTPError is the base class of whichever HTTP library the hub's client stands on; only
         # that client knows which one it is.
         raise _unreachable(named, offline, connect, error) from error
+
+
+def require_config_on_hub(folder: Path, hub_id: str, revision: str | None) -> None:
+    """Refuse a snapshot without a config where the repository has nothing but GGUF files.
+
+    Raises:
+        CheckpointError: says how to get one of them.
+    """
+    if not (folder / CONFIG_FILE).is_file() and (instead := _only_gguf(hub_id, revision)):
+        raise instead
+
+
+def _only_gguf(hub_id: str, revision: str | None) -> CheckpointError | None:
+    """The error for a repository whose weights are in GGUF files alone; ``None`` where that is not known."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        names = HfApi().list_repo_files(hub_id, revision=revision)
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError):  # pyright: ignore[reportPrivateImportUsage]
+        return None
+    found = [name for name in sorted(names) if name.endswith(SUFFIX) and "mmproj" not in name]
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return None
+    name = next((one for one in found if "q4_k_m" in one.lower()), found[0])
+    first = first_part(name)
+    part = PART.fullmatch(name)
+    wanted = name if part is None else f"--include '{part['stem']}-*{SUFFIX}'"
+    return CheckpointError(
+        f"{hub_id} holds its weights in GGUF files only.",
+        "GGUF files are read from this disk, not from the hub",
+        f"hf download {hub_id} {wanted} --local-dir models, then name the file: models/{first}",
+    )
 
 
 def _unreachable(named: str, offline: bool, connect: str, error: Exception) -> ModelNotFound:

@@ -133,6 +133,7 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> S
     if meaning.hub_id is None or hub.is_offline(offline):
         return locate(model, revision=revision, offline=offline)
     folder = hub.fetch_small_files(meaning.hub_id, meaning.revision)
+    hub.require_config_on_hub(folder, meaning.hub_id, meaning.revision)
     require_config(folder)
     check_folder(folder)
     commit = _commit(folder)

@@ -16,6 +16,7 @@ import click
 
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
+from conmoe_edge.plan.gguf_types import FILE_TYPES
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
 from conmoe_edge.plan.serving import ENGINES, request_for
@@ -171,6 +172,14 @@ special_tokens_option = click.option(
 """``--allow-special-tokens`` of the commands that answer."""
 
 
+template_option = click.option(
+    "--template",
+    metavar="NAME",
+    help="Chat template to use, of a model that has several.  [default: the one called default]",
+)
+"""``--template`` of the commands that answer."""
+
+
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json --quiet --debug`` on a command, handed to it as one ``output``."""
 
@@ -289,6 +298,12 @@ _LEVERS = (
         help="Make a package for another engine: vllm keeps every prototype on the device in the "
         "model's own number format, so only experts are removed (docs/cluster.md); hf and gguf keep every expert, all "
         "with as many neurons as fit, so that `export` writes a smaller plain checkpoint (docs/export.md).",
+    ),
+    click.option(
+        "--quantise",
+        metavar="TYPE",
+        type=click.Choice(tuple(FILE_TYPES), case_sensitive=False),
+        help="With --for gguf: the type that the file will have (Q4_K_M, Q8_0, ...); the budget is the file's then.",
     ),
     click.option("--revision", metavar="R", help="Branch, tag or commit of a model on the hub."),
     click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket."),

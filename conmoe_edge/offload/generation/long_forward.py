@@ -103,6 +103,10 @@ def _in_pieces(
     wanted = count
     if "logits_to_keep" in arguments.positional:
         wanted = named.get("logits_to_keep") or count
+    mask = named.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and bool(mask.all()):
+        # It hides nothing. Models with positions in three axes count them from the whole mask, not from the piece's.
+        named = {name: value for name, value in named.items() if name != "attention_mask"}
     scores: Tensor | None = None
     filled = 0
     out: Any = None

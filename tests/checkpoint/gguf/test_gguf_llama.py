@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf_files import ARCHITECTURES, all_of, plain_model, write_gguf
-from llama import ask, needs_llama
+from llama import ask, llama_python, needs_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conmoe_edge.checkpoint.sources.locate import locate
@@ -24,7 +25,9 @@ TEXTS = (
 
 
 def written(kind: str, folder: Path, **options: Any) -> Path:
-    plain = plain_model(kind, folder / "plain")
+    # llama.cpp knows the models of this family without compressed queries by their 27 layers.
+    sizes = {"num_hidden_layers": 27} if kind == "deepseek_v2" else {}
+    plain = plain_model(kind, folder / "plain", **sizes)
     config = AutoConfig.from_pretrained(folder / "plain")
     path = folder / "model.gguf"
     write_gguf(path, kind, config, plain, **options)
@@ -80,3 +83,38 @@ def test_texts_are_cut_as_llama_cpp_cuts_them(split: str, tmp_path: Path) -> Non
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == wanted
         assert tokenizer.decode(wanted) == text
     assert tokenizer.eos_token_id == theirs["eos"]
+
+
+QUANTISE = """
+import sys, llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype, params.nthread, params.pure = int(sys.argv[3]), 1, False
+code = llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params)
+sys.exit(code)
+"""
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+
+
+@needs_llama
+@pytest.mark.parametrize(("name", "number", "form"), [("Q4_K_M", 15, "q4_k"), ("Q2_K", 10, "q2_k")])
+def test_a_file_by_llama_cpps_own_quantiser(
+    name: str, number: int, form: str, tmp_path: Path
+) -> None:
+    plain = plain_model("qwen3_moe", tmp_path / "plain", **WIDE)
+    config = AutoConfig.from_pretrained(tmp_path / "plain")
+    write_gguf(tmp_path / "whole.gguf", "qwen3_moe", config, plain)
+    path = tmp_path / f"model-{name}.gguf"
+    python = llama_python()
+    assert python is not None
+    words = [python, "-c", QUANTISE, str(tmp_path / "whole.gguf"), str(path), str(number)]
+    done = subprocess.run(words, capture_output=True, text=True, env={}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened = open_model(locate(str(path)))
+    assert form in opened.anatomy.source_form.split("+")
+    prompt = torch.randint(0, 256, (24,), generator=torch.Generator().manual_seed(2)).tolist()
+    theirs = ask(path, prompt=prompt, steps=1)
+    with torch.no_grad():
+        logits = read(opened)(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+    wanted = torch.from_numpy(theirs["logits"])
+    # llama.cpp rounds activations to 8 bits beside such weights.
+    assert float((logits - wanted).abs().mean()) < 0.05 * float(wanted.std())

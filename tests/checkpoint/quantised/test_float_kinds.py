@@ -27,6 +27,7 @@ KINDS = {
     "nvfp4-modelopt-stacked": "nvfp4",
     "nvfp4-compressed-tensors": "nvfp4",
     "mxfp4-compressed-tensors": "mxfp4",
+    "mxfp8-compressed-tensors": "fp8",
     "fp8-compressed-tensors": "fp8",
     "fp8-modelopt": "fp8",
     "bitsandbytes-nf4-nested": "bitsandbytes-4bit",

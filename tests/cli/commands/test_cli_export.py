@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,43 @@ def test_for_vllm_forces_the_levers() -> None:
     assert json.loads(equal.stdout)["plan"]["chosen"]["pool_bytes"] == chosen["pool_bytes"]
     free = run(*words.split(), "--precision", "source")
     assert json.loads(free.stdout)["plan"]["chosen"]["prototypes"] != chosen["prototypes"]
+
+
+def test_a_plan_for_a_quantised_file(tmp_path: Path) -> None:
+    words = "plan demo --gpu 562MB --device cpu --for gguf --quantise q8_0 --json"
+    done = run(*words.split())
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    chosen = value["plan"]["chosen"]
+    assert chosen["width"] == 32 and "as Q8_0" in chosen["reason"]
+    refused = run(*["plan", "demo", "--quantise", "Q8_0", "--gpu", "8GB"])
+    assert refused.exit_code == 2 and "--for gguf --quantise Q8_0" in refused.stderr
+
+
+def test_advice_is_not_about_settings_that_an_engine_does_not_have() -> None:
+    from conmoe_edge import api
+    from conmoe_edge.memory.outcomes import Outcome
+
+    plain = api.plan("demo", budget="8GB", device="cpu")
+    cheap = Outcome(
+        model="m",
+        precision="int4",
+        dense_precision="source",
+        rate=0.0,
+        scope=1,
+        method="auto",
+        calibration="c",
+        pool_bytes=1,
+        loss_rise=0.001,
+        wide_prototypes=0,
+        kl=0.001,
+        tokens=100,
+        version="0",
+    )
+    assert "int4" in replace(plain, outcomes=(cheap,)).advice
+    for engine in ("gguf", "hf", "vllm"):
+        planned = api.plan("demo", budget="8GB", device="cpu", engine=engine)
+        assert replace(planned, outcomes=(cheap,)).advice == ""
 
 
 def test_widths_are_free_or_equal() -> None:

@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
     "mixtral": "llama",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }
 SIZES: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 32, "num_key_value_heads": 4},
@@ -37,6 +39,34 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 32, "mlp_only_layers": [], "head_dim": 16},
     "gpt_oss": {"intermediate_size": 64, "num_hidden_layers": 4},
     "mixtral": {"intermediate_size": 32, "head_dim": None},
+    "deepseek_v2": {
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+        "max_position_embeddings": 163840,
+    },
+    "deepseek_v3": {
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "num_nextn_predict_layers": 0,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
 }
 
 _NAMES = {
@@ -47,10 +77,15 @@ _NAMES = {
     r"model\.layers\.(\d+)\.self_attn\.o_proj\.(\w+)": r"blk.\1.attn_output.\2",
     r"model\.layers\.(\d+)\.self_attn\.([qk])_norm\.(\w+)": r"blk.\1.attn_\2_norm.\3",
     r"model\.layers\.(\d+)\.self_attn\.sinks": r"blk.\1.attn_sinks.weight",
+    r"model\.layers\.(\d+)\.self_attn\.kv_a_proj_with_mqa\.(\w+)": r"blk.\1.attn_kv_a_mqa.\2",
+    r"model\.layers\.(\d+)\.self_attn\.(kv|q)_a_layernorm\.(\w+)": r"blk.\1.attn_\2_a_norm.\3",
+    r"model\.layers\.(\d+)\.self_attn\.(q_[ab])_proj\.(\w+)": r"blk.\1.attn_\2.\3",
+    r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.(\w+)": r"blk.\1.ffn_\2.\3",
+    r"model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias": r"blk.\1.exp_probs_b.bias",
     r"model\.layers\.(\d+)\.input_layernorm\.(\w+)": r"blk.\1.attn_norm.\2",
     r"model\.layers\.(\d+)\.post_attention_layernorm\.(\w+)": r"blk.\1.ffn_norm.\2",
     r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(\w+)": r"blk.\1.ffn_gate_inp.\2",
-    r"model\.layers\.(\d+)\.mlp\.shared_expert\.(\w+)_proj\.(\w+)": r"blk.\1.ffn_\2_shexp.\3",
+    r"model\.layers\.(\d+)\.mlp\.shared_experts?\.(\w+)_proj\.(\w+)": r"blk.\1.ffn_\2_shexp.\3",
     r"model\.layers\.(\d+)\.mlp\.shared_expert_gate\.(\w+)": r"blk.\1.ffn_gate_inp_shexp.\2",
 }
 _EXPERT = re.compile(
@@ -76,6 +111,12 @@ def gguf_tensors(
     for name, tensor in plain.items():
         if kind == "gpt_oss" and ".mlp.experts." in name:
             found |= _gpt_oss_experts(name, tensor)
+        elif name.endswith("kv_b_proj.weight"):
+            layer = name.split(".")[2]
+            nope, rank = config.qk_nope_head_dim, tensor.shape[1]
+            heads = tensor.view(config.num_attention_heads, -1, rank)
+            found[f"blk.{layer}.attn_k_b.weight"] = heads[:, :nope].transpose(1, 2).float().numpy()
+            found[f"blk.{layer}.attn_v_b.weight"] = heads[:, nope:].float().numpy()
         elif match := _EXPERT.fullmatch(name):
             layer, number, part = match.groups()
             part = _PART.get(part, part.removesuffix("_proj"))
@@ -131,7 +172,11 @@ def fields_of(kind: str, config: Any) -> dict[str, Any]:
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(rope["rope_theta"]),
-        "expert_count": getattr(config, "num_experts", None) or config.num_local_experts,
+        "expert_count": next(
+            getattr(config, one)
+            for one in ("n_routed_experts", "num_experts", "num_local_experts")
+            if one in type(config)().to_dict()
+        ),
         "expert_used_count": config.num_experts_per_tok,
     }
     if kind in ("qwen3_moe", "gpt_oss"):
@@ -151,6 +196,29 @@ def fields_of(kind: str, config: Any) -> dict[str, Any]:
             "expert_feed_forward_length": config.intermediate_size,
             "attention.sliding_window": config.sliding_window,
         }
+    if kind.startswith("deepseek"):
+        fields |= {
+            "attention.head_count_kv": 1,
+            "attention.kv_lora_rank": config.kv_lora_rank,
+            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+            "attention.value_length_mla": config.v_head_dim,
+            "rope.dimension_count": config.qk_rope_head_dim,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+            "vocab_size": config.vocab_size,
+        }
+        if config.q_lora_rank:
+            fields["attention.q_lora_rank"] = config.q_lora_rank
+        if kind == "deepseek_v3":
+            fields |= {"expert_gating_func": 2, "expert_weights_norm": config.norm_topk_prob}
+        if rope["rope_type"] == "yarn":
+            fields["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     if rope["rope_type"] == "yarn":
         fields |= {
             "rope.scaling.type": "yarn",
@@ -220,7 +288,12 @@ def write_gguf(
     typed = typed or all_of("F32")
     writer = gguf.GGUFWriter(path, ARCHITECTURES[kind])
     for key, value in (fields or fields_of(kind, config)).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            bool: writer.add_bool,
+        }
         add[type(value)](f"{ARCHITECTURES[kind]}.{key}", value)
     words = tokens or vocabulary()
     writer.add_tokenizer_model("gpt2")

@@ -16,7 +16,7 @@ from conmoe_edge import api
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.model.text_part import Absent
 
 OFTEN = ("qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "kimi_k25", "gemma4")
@@ -238,8 +238,6 @@ def test_dense_weights_in_int8_beside_kept_vision(qwen: Path, tmp_path: Path) ->
 
 
 def test_layers_with_experts_for_pictures_are_refused(tmp_path: Path) -> None:
-    from conmoe_edge.errors import UnsupportedModel
-
     save_tiny_multimodal("ernie4_5_vl_moe", tmp_path)
     with pytest.raises(UnsupportedModel, match="2 sets of routed experts") as error:
         api.plan(str(tmp_path), budget="4GB")
@@ -251,3 +249,16 @@ def test_the_config_stays_that_of_the_whole_model(qwen: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3VLMoeForConditionalGeneration"]
     assert config["vision_config"]["depth"] == 2 and config["text_config"]["vocab_size"] == VOCAB
+
+
+def test_an_export_has_the_vision_that_was_kept(qwen: Path, tmp_path: Path) -> None:
+    fit(qwen, tmp_path / "kept", keep_vision=True)
+    api.export(tmp_path / "kept", tmp_path / "plain")
+    exported, original = whole(tmp_path / "plain"), whole(qwen)
+    given = picture(original)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**given).logits, original(**given).logits)
+    fit(qwen, tmp_path / "text")
+    with pytest.raises(UnsupportedModel, match="text part of a qwen3_vl_moe") as error:
+        api.export(tmp_path / "text", tmp_path / "no")
+    assert "--keep-vision" in error.value.fix and not (tmp_path / "no").exists()

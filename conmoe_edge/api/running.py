@@ -64,23 +64,30 @@ def open_session(
     misses: str = "copy",
     *,
     allow_special_tokens: bool = False,
+    template: str | None = None,
 ) -> ChatSession:
     """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
 
     Args:
         path, budget, device, context, cache_policy, misses: as for ``load``.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
+        template: name of a chat template; by default the only one, or the one called ``default``.
 
     Raises:
         PackageError, DoesNotFit: as ``load``.
         CalibrationError: it has no tokenizer.
+        UsageError: it has no such template.
     """
+    from conmoe_edge.offload.generation.named_templates import choose_template
     from conmoe_edge.offload.generation.session import ChatSession
 
+    tokenizer = None
+    if template is not None:  # before the model is loaded for it
+        tokenizer = load_tokenizer(Path(path))
+        choose_template(tokenizer, template)
     model = load(path, budget, device, context, cache_policy, misses)
-    return ChatSession(
-        model, load_tokenizer(Path(path)), context, allow_special_tokens=allow_special_tokens
-    )
+    tokenizer = tokenizer or load_tokenizer(Path(path))
+    return ChatSession(model, tokenizer, context, allow_special_tokens=allow_special_tokens)
 
 
 def evaluate_tasks(

@@ -10,7 +10,7 @@ Raises ``UnsupportedModel`` for what a plain checkpoint cannot say, ``PackageErr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
 )
+from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_tensors
 from conmoe_edge.compress.run.job import Progress
 from conmoe_edge.errors import OutputExists, UnsupportedModel
-from conmoe_edge.export.plain_tensors import PlainTensors, open_plain
+from conmoe_edge.export.beside_text import tensors_beside
+from conmoe_edge.export.plain_tensors import PlainTensors, open_plain, plain_config
 from conmoe_edge.model.config_json import read_to_write
 
+_BESIDE = "model-beside-text.safetensors"
+"""The parts for pictures and sound."""
 EXPORT_FILE = "conmoe_export.json"
 """What an exported folder says of where it came from; the mark of a folder that may be replaced."""
 
@@ -78,8 +82,9 @@ def export_hf(
             "the model fitted as it was, and nothing was changed",
             f"use it as it is; for GGUF: conmoe-edge export {package} FILE.gguf --format gguf",
         )
-    with open_plain(opened, kept) as plain:
-        run = _Export(package, manifest, plain)
+    beside = tensors_beside(opened, plain_config(package))
+    with open_plain(opened, kept) as plain, ShardReader(opened.index) as reader:
+        run = _Export(package, manifest, plain, [TensorSource.of(reader[name]) for name in beside])
         require_space(out, run.estimate())
         settings = {"package": str(package.resolve()), "files": manifest.files}
         with StagedFolder(
@@ -116,18 +121,26 @@ def _check_target(out: Path, overwrite: bool) -> None:
 class _Export:
     """One export: the files of the folder."""
 
-    def __init__(self, package: Path, manifest: Manifest, plain: PlainTensors) -> None:
+    def __init__(
+        self,
+        package: Path,
+        manifest: Manifest,
+        plain: PlainTensors,
+        beside: Sequence[TensorSource],
+    ) -> None:
         self.package = package
         self.manifest = manifest
         self.plain = plain
+        self.beside = beside
 
     def estimate(self) -> int:
         """Bytes that will be written, tokenizer and the like apart."""
-        return sum(
+        text = sum(
             tensor.numel() * tensor.element_size()
             for _, tensors in self.plain.described()
             for tensor in tensors.values()
         )
+        return text + sum(source.nbytes for source in self.beside)
 
     def write(self, folder: Path, progress: OnProgress) -> int:
         """All files; returns their bytes."""
@@ -147,6 +160,11 @@ class _Export:
             tensors.clear()
             if number <= layers:
                 progress(Progress("write", number, layers + 1, shown(number - 1)))
+        if self.beside:
+            written = write_tensors(folder / _BESIDE, self.beside)
+            places.update(dict.fromkeys((source.name for source in self.beside), _BESIDE))
+            total += written.size
+            data += sum(source.nbytes for source in self.beside)
         index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(places.items()))}
         files = [write_json(folder / INDEX_FILE, index), *copy_side_files(self.package, folder)]
         if is_there(self.package, MODEL_CARD):

@@ -65,6 +65,13 @@ def read_source(
     return SourceFacts(config, facts, scheme, other_parts_of(config, facts))
 
 
+def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:
+    return {
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        for name, one in scheme.tensors.items()
+    }
+
+
 def read_gguf(gguf: GgufModel) -> SourceFacts:
     """The same of a GGUF model; its ``scheme`` is empty.
 
@@ -77,13 +84,6 @@ def read_gguf(gguf: GgufModel) -> SourceFacts:
     }
     bounds = SizeBounds.of({name: one.shape for name, one in facts.items()})
     return SourceFacts(read_config(gguf.folder, bounds), facts, Scheme({}), NOTHING)
-
-
-def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:
-    return {
-        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
-        for name, one in scheme.tensors.items()
-    }
 
 
 def declared_in(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

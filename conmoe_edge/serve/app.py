@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
-from conmoe_edge.offload.generation.prompt import prompt_tokens, text_tokens
+from conmoe_edge.offload.generation.prompt import SYSTEM_ROLES, prompt_tokens, text_tokens
 from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import body_of, entry_of
@@ -143,10 +143,13 @@ def make_app(
         asked = _read(request, ChatRequest)
         messages = [message.plain() for message in asked.messages]
         loaded = _ready()
-        if len(messages) > 1 and not getattr(loaded.tokenizer, "chat_template", None):
+        before = bool(messages) and messages[0].get("role") in SYSTEM_ROLES
+        if len(messages) > 1 + before and not getattr(loaded.tokenizer, "chat_template", None):
+            # It was trained on no form of a conversation, and any that were made up here would be answered worse.
             raise ApiError(
                 400,
-                "This model has no chat template: send one message, or use /v1/completions.",
+                "This model has no chat template: send one message, with a system message before it if need be, or use "
+                "/v1/completions.",
                 param="messages",
             )
         check = _check_length("messages")

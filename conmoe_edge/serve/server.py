@@ -23,6 +23,7 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.offload.generation.named_templates import choose_template
 from conmoe_edge.plan.requests import request_sizes
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
@@ -189,11 +190,16 @@ def package_loader(
     context: int | None,
     cache_policy: str | None,
     misses: str = "copy",
+    template: str | None = None,
 ) -> Callable[[Callable[[int, int], None]], Loaded]:
-    """What opens a package for a server: the model inside its budget, and its tokenizer."""
+    """What opens a package for a server: the model inside its budget, and its tokenizer, with the chat template of that
+    name where one is given.
+    """
 
     def load(progress: Callable[[int, int], None]) -> Loaded:
         tokenizer = load_tokenizer(folder)
+        if template is not None:
+            choose_template(tokenizer, template)
         fewest = fewest_tokens(tokenizer)
         tokenizer("")  # its first call writes to what all threads share
 

@@ -81,7 +81,7 @@ class GgufTensor:
         shape = self._logical.shape
         if isinstance(key, EllipsisType):
             return self._run(0, shape[0])
-        if not isinstance(key, bool) and self._logical.how != "turned":
+        if not isinstance(key, bool) and self._logical.how not in ("turned", "joined"):
             if isinstance(key, int) and -shape[0] <= key < shape[0]:
                 return self._run(key % shape[0], 1)[0]
             if isinstance(key, slice) and key.step in (None, 1):
@@ -94,6 +94,8 @@ class GgufTensor:
         one = self._logical
         if one.how == "turned":
             return self._turned(self._rows(one.stored[0], 0, one.shape[0]))
+        if one.how == "joined":
+            return self._joined()
         if one.how == "rows":
             return self._rows(one.stored[0], one.first + first, count, one.shape[1:])
         out = torch.empty(count, *one.shape[1:], dtype=self.dtype)
@@ -112,6 +114,16 @@ class GgufTensor:
         if one.how == "flipped":
             return parts[0].T
         return torch.stack(parts, 1).flatten(0, 1).T
+
+    def _joined(self) -> Tensor:
+        """The keys of a head are [rank, keys] in the file, its values [values, rank]."""
+        one = self._logical
+        shapes = [self._reader.index.tensors[name].shape for name in one.stored]
+        keys, values = (
+            self._rows(name, 0, shape[0] * shape[1]).view(shape)
+            for name, shape in zip(one.stored, shapes, strict=True)
+        )
+        return torch.cat([keys.transpose(1, 2), values], 1).flatten(0, 1).contiguous()
 
     def _turned(self, rows: Tensor) -> Tensor:
         """llama.cpp turns neighbouring rows, transformers those that are half a head apart."""

@@ -38,6 +38,7 @@ class Family:
             in the file; ``flipped`` the same for a stack that is only transposed.
         turned: parameters whose rows were put in llama.cpp's order for rotary embeddings, and the field with the number
             of heads.
+        joined: a parameter that the file may have in two: keys, turned over, and values of each head.
         aliases: parameters that the tensor map knows under another name.
     """
 
@@ -48,6 +49,7 @@ class Family:
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     flipped: Mapping[str, str] = field(default_factory=dict)
     turned: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -228,6 +230,74 @@ def _gpt_oss(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _deepseek(fields: Fields, shapes: Shapes) -> dict[str, Any]:
+    """DeepSeek-V2 (softmax) and V3 (sigmoid). Files with compressed attention describe it as one key-value head."""
+    config = _decoder(fields, shapes)
+    heads = config["num_key_value_heads"] = config["num_attention_heads"]
+    fields.only("attention.head_count_kv", 1, heads)
+    rank, turned = fields.count("attention.kv_lora_rank"), fields.count("rope.dimension_count")
+    plain_key, plain_value = (
+        fields.count("attention.key_length"),
+        fields.count("attention.value_length"),
+    )
+    key = fields.count("attention.key_length_mla", plain_key)
+    value = fields.count("attention.value_length_mla", plain_value)
+    if key <= turned:
+        fields.refuse("attention.key_length", key, f"{turned} numbers of a key are turned")
+    width = _expert_width(fields, shapes)
+    gating = fields.count("expert_gating_func", 1)
+    queries = fields.count("attention.q_lora_rank", None)
+    groups = fields.count("expert_group_count", None)
+    used = fields.count("expert_group_used_count", None)
+    if groups is None and (gating == 2 or queries is not None):
+        fields.refuse("expert_group_count", "nothing", "which experts may be chosen depends on it")
+    grouped = groups not in (None, 1)
+    rope = _rope(fields)
+    if rope["rope_type"] == "yarn":
+        whole = _shortest_of(10 * fields.positive("rope.scaling.yarn_log_multiplier"))
+        rope |= {"mscale": whole, "mscale_all_dim": whole}  # the two are equal in this family
+    fields.only("nextn_predict_layers", 0)
+    common = {
+        **config,
+        "intermediate_size": fields.count("feed_forward_length"),
+        "moe_intermediate_size": width,
+        "n_routed_experts": fields.count("expert_count"),
+        "n_shared_experts": fields.count("expert_shared_count", None),
+        "first_k_dense_replace": fields.whole("leading_dense_block_count", 0),
+        "routed_scaling_factor": fields.positive("expert_weights_scale", 1.0),
+        "kv_lora_rank": rank,
+        "q_lora_rank": queries,
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned,
+        "v_head_dim": value,
+        "n_group": groups or 1,
+        "topk_group": used or 1,
+        "attention_bias": False,
+        "rope_parameters": rope,
+    }
+    if gating == 2:
+        return {
+            "model_type": "deepseek_v3",
+            "architectures": ["DeepseekV3ForCausalLM"],
+            **common,
+            "norm_topk_prob": fields.truth("expert_weights_norm", False),
+            "num_nextn_predict_layers": 0,
+        }
+    fields.only("expert_gating_func", 1)
+    fields.only("expert_weights_norm", False)
+    return {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **common,
+        "norm_topk_prob": False,
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+    }
+
+
+def _shortest_of(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
 def _mixtral(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     config = _decoder(fields, shapes)
     fields.only("expert_gating_func", 1)
@@ -247,6 +317,11 @@ def _mixtral(fields: Fields, shapes: Shapes) -> dict[str, Any]:
 
 _QWEN_SHARED = tuple(
     f"mlp.shared_expert{one}.weight" for one in ("_gate", ".gate_proj", ".up_proj", ".down_proj")
+)
+
+_LATENT = (
+    *("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm"),
+    *("kv_b_proj", "o_proj"),
 )
 
 FAMILIES = {
@@ -296,6 +371,25 @@ FAMILIES = {
                 "self_attn.sinks": "self_attn.sinks.weight",
                 "mlp.experts.down_proj_bias": "mlp.experts.down_proj.bias",
             },
+        ),
+        Family(
+            "deepseek2",
+            _deepseek,
+            (
+                *_NORMS,
+                *(f"self_attn.{one}.weight" for one in _LATENT),
+                *(f"mlp.{one}.weight" for one in ("gate", *_PROJECTIONS)),
+                *(f"mlp.shared_experts.{one}.weight" for one in _PROJECTIONS),
+                "mlp.gate.e_score_correction_bias",
+            ),
+            experts=_per_expert("mlp.experts", _PROJECTIONS),
+            joined={
+                "self_attn.kv_b_proj.weight": (
+                    "self_attn.k_b_proj.weight",
+                    "self_attn.v_b_proj.weight",
+                )
+            },
+            aliases={"mlp.gate.e_score_correction_bias": "mlp.gate.e_score_correction.bias"},
         ),
         Family(
             "llama",

@@ -22,7 +22,7 @@ _MOST_LAYERS = 4096
 # Rotary frequencies that llama.cpp reads in the place of those that it computes.
 _FREQUENCIES = "rope_"
 
-How = Literal["rows", "turned", "paired", "flipped"]
+How = Literal["rows", "turned", "paired", "flipped", "joined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,9 @@ class GgufLogical:
         stored: the tensors of the file that it is made of.
         first: the first row of it in a stored tensor, seen as [rows, columns].
         how: ``rows`` as they are; ``turned`` has them in the order of ``heads`` rotary embeddings; ``paired`` is
-            gate and up, interleaved, and transposed; ``flipped`` is transposed.
-        heads: for ``turned``.
+            gate and up, interleaved, and transposed; ``flipped`` is transposed; ``joined`` is, for each of ``heads``
+            heads, a transposed stack and another one below it.
+        heads: for ``turned`` and ``joined``.
     """
 
     name: str
@@ -145,6 +146,8 @@ class _Making:
                 self._experts(start + name, start + known)
             for name, known in family.flipped.items():
                 self._flipped(start + name, start + known)
+            for name, pair in family.joined.items():
+                self._joined(start + name, [start + one for one in pair])
             for name, pair in family.pairs.items():
                 self._paired(start + name, [start + one for one in pair])
         if self.left:
@@ -245,6 +248,27 @@ class _Making:
                 how="paired",
             )
         )
+
+    def _joined(self, name: str, known: list[str]) -> None:
+        found = [entry for one in known if (entry := self._take(one)) is not None]
+        if not found:
+            return
+        keys, values = found[0], found[-1]
+        if len(found) != 2 or len(keys.shape) != 3 or len(values.shape) != 3:
+            raise self._odd(keys, "and what belongs below it is missing or of another shape")
+        heads, rank, high = keys.shape
+        if values.shape[0] != heads or values.shape[2] != rank or name in self.made:
+            raise self._odd(values, f"which does not belong below {keys.name}")
+        shape = (heads * (high + values.shape[1]), rank)
+        form = "+".join(sorted({one.dtype.lower() for one in found}))
+        dtypes = {self._dtype(one) for one in found}
+        dtype = dtypes.pop() if len(dtypes) == 1 else self.config["dtype"]
+        self._add(
+            GgufLogical(
+                name, dtype, shape, form, keys.nbytes + values.nbytes, (keys.name, values.name),
+                how="joined", heads=heads,
+            )
+        )  # fmt: skip
 
     def _odd(self, entry: TensorEntry, why: str) -> CheckpointError:
         return CheckpointError(

@@ -37,6 +37,13 @@ class Fields:
             self._wrong(key, value, "it is a whole number above 0")
         return value
 
+    def whole(self, key: str, default: Any = MISSING) -> Any:
+        """A whole number, 0 included."""
+        value = self._get(key, default)
+        if value is not default and (type(value) is not int or not 0 <= value < _MOST):
+            self._wrong(key, value, "it is a whole number")
+        return value
+
     def number(self, key: str, default: Any = MISSING) -> Any:
         """A finite number."""
         value = self._get(key, default)

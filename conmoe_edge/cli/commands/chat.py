@@ -16,6 +16,7 @@ from conmoe_edge.cli.ui.cli_options import (
     package_budget_option,
     run_device_option,
     special_tokens_option,
+    template_option,
 )
 from conmoe_edge.errors import PackageError, UsageError
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @cache_policy_option
 @misses_option
 @special_tokens_option
+@template_option
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -68,6 +70,7 @@ def chat(
     cache_policy: str | None,
     misses: str,
     allow_special_tokens: bool,
+    template: str | None,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -110,6 +113,7 @@ def chat(
         cache_policy,
         misses,
         allow_special_tokens=allow_special_tokens,
+        template=template,
     )
     settle()
     drawn = SamplingSettings(**sampling)

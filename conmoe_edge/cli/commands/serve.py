@@ -17,6 +17,7 @@ from conmoe_edge.cli.ui.cli_options import (
     package_budget_option,
     run_device_option,
     special_tokens_option,
+    template_option,
 )
 from conmoe_edge.errors import ConmoeError, UsageError
 
@@ -95,6 +96,7 @@ _LARGEST_KEY_FILE = 4096
 @cache_policy_option
 @misses_option
 @special_tokens_option
+@template_option
 @common_options
 def serve(
     folder: Path,
@@ -137,6 +139,7 @@ def serve(
         context=context,
         cache_policy=cache_policy,
         misses=misses,
+        template=words["template"],
     )
     server = Server(settings, load, on_ready=lambda: _ready(server, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")

@@ -172,6 +172,14 @@ special_tokens_option = click.option(
 """``--allow-special-tokens`` of the commands that answer."""
 
 
+template_option = click.option(
+    "--template",
+    metavar="NAME",
+    help="Chat template to use, of a model that has several.  [default: the one called default]",
+)
+"""``--template`` of the commands that answer."""
+
+
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json --quiet --debug`` on a command, handed to it as one ``output``."""
 

@@ -13,7 +13,6 @@ import os
 import sys
 from typing import Any
 
-import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 TOO_OLD, UNKNOWN_TYPE = 3, 4
@@ -21,6 +20,8 @@ TOO_OLD, UNKNOWN_TYPE = 3, 4
 
 def main() -> int:
     """Do the job; returns the status."""
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
     job = json.load(sys.stdin)
     kind = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{job['type']}", None)
     if kind is None:
@@ -32,17 +33,17 @@ def main() -> int:
     if job["importance"] is not None:
         if not hasattr(llama_cpp, "llama_model_imatrix_data"):
             return TOO_OLD
-        params.imatrix = _importance(job["importance"], kept)
+        params.imatrix = _importance(llama_cpp.llama_model_imatrix_data, job["importance"], kept)
     return llama_cpp.llama_model_quantize(
         os.fsencode(job["source"]), os.fsencode(job["out"]), ctypes.byref(params)
     )
 
 
-def _importance(path: str, kept: list[Any]) -> Any:
+def _importance(entry_of: Any, path: str, kept: list[Any]) -> Any:
     """A C array of names and numbers; the last one has no name."""
     with np.load(path, allow_pickle=False) as file:
         found = {name: np.ascontiguousarray(file[name], np.float32).ravel() for name in file.files}
-    array = (llama_cpp.llama_model_imatrix_data * (len(found) + 1))()
+    array = (entry_of * (len(found) + 1))()
     for entry, (name, values) in zip(array, sorted(found.items()), strict=False):
         entry.name = name.encode()
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -15,11 +15,15 @@ from typing import Any
 from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.chat_template import shared
 from conmoe_edge.offload.generation.control_tokens import ControlTokens, may_be_part
+from conmoe_edge.offload.generation.named_templates import default_template
 from conmoe_edge.offload.generation.text_origin import StandIns
 from conmoe_edge.offload.generation.text_tokens import ALLOW, control_tokens_in, encode_apart
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that a template may write into a control token; others must not be a part of one."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of what stands before a conversation."""
 
 _LETTER = "a"
 
@@ -51,12 +55,12 @@ def prompt_tokens(
     if not messages:
         raise UsageError("There is no message to answer.", "", "send at least one message")
     plain = [template_view(message) for message in messages]
-    template = _template(tokenizer)
+    template = default_template(tokenizer)
     if not template:
         text = plain[-1].get("content")
         if not isinstance(text, str):
             raise UsageError("The last message has no text.", "", "send a message with text")
-        if len(plain) > 1 and plain[0].get("role") == "system":
+        if len(plain) > 1 and plain[0].get("role") in SYSTEM_ROLES:
             text = f"{plain[0].get('content')}\n\n{text}"
         if check is not None:
             check(text)
@@ -102,7 +106,7 @@ def text_tokens(tokenizer: Any, text: str, *, allow_special_tokens: bool = False
     whole = list(tokenizer(text).input_ids)
     if allow_special_tokens:
         return whole
-    control = ControlTokens.of(tokenizer, _template(tokenizer))
+    control = ControlTokens.of(tokenizer, default_template(tokenizer))
     safe = encode_apart(tokenizer, text, lambda begin, end: end > begin, control)
     body = list(tokenizer(text, add_special_tokens=False).input_ids)
     if safe == body:
@@ -158,22 +162,6 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     found.add(tokenizer.eos_token_id)
     return frozenset(token for token in found if token is not None)
-
-
-def _template(tokenizer: Any) -> str:
-    """The source of the chat template; empty where there is none."""
-    found = getattr(tokenizer, "chat_template", None)
-    if not found:
-        return ""
-    if not isinstance(found, dict):
-        return tokenizer.get_chat_template()
-    if "default" not in found and len(found) > 1:
-        raise UsageError(
-            "The model has several chat templates, and none is called default.",
-            f"they are called {', '.join(sorted(map(str, found)))}"[:200],
-            "call one of them default, in the folder's tokenizer_config.json or additional_chat_templates",
-        )
-    return found["default"] if "default" in found else next(iter(found.values()))
 
 
 def _check_written(text: str | None, messages: Sequence[Mapping[str, Any]]) -> None:

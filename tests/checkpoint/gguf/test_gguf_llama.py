@@ -24,7 +24,9 @@ TEXTS = (
 
 
 def written(kind: str, folder: Path, **options: Any) -> Path:
-    plain = plain_model(kind, folder / "plain")
+    # llama.cpp knows the models of this family without compressed queries by their 27 layers.
+    sizes = {"num_hidden_layers": 27} if kind == "deepseek_v2" else {}
+    plain = plain_model(kind, folder / "plain", **sizes)
     config = AutoConfig.from_pretrained(folder / "plain")
     path = folder / "model.gguf"
     write_gguf(path, kind, config, plain, **options)

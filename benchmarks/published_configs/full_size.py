@@ -44,12 +44,13 @@ class Written(NamedTuple):
 def write_headers(config: dict[str, Any], folder: Path) -> Written:
     """Write ``config.json`` and the shards of the model into the new ``folder``."""
     folder.mkdir(parents=True)
+    config, method, written_as = _declared(config)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if knows(config):
         shapes = checkpoint_shapes(build(config, torch.bfloat16, "meta"))
     else:  # refused by its kind, whatever the tensors are
         shapes = {"model.embed_tokens.weight": (8, 8)}
-    headers, form = _stored(shapes, config)
+    headers = _stored(shapes, method)
     shards: list[dict[str, Header]] = [{}]
     filled = 0
     for name, one in headers.items():
@@ -66,16 +67,27 @@ def write_headers(config: dict[str, Any], folder: Path) -> Written:
     total = sum(one.nbytes for one in headers.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return Written(len(headers), total, form)
+    return Written(len(headers), total, written_as)
 
 
-def _stored(
-    shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
-) -> tuple[dict[str, Header], str]:
-    """The tensors in the form that the config declares, and its name."""
+def _declared(config: dict[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """The config to write, the form of its weights, and what the table says of it. Forms whose tensors are not written
+    here (packed integers, NVFP4) become bf16, and nothing declares them then.
+    """
     text = config.get("text_config")
-    declared = config.get("quantization_config") or (text or {}).get("quantization_config") or {}
-    method = declared.get("quant_method", "plain")
+    inner = text if isinstance(text, dict) else {}
+    declared = config.get("quantization_config") or inner.get("quantization_config") or {}
+    method = str(declared.get("quant_method", "plain"))
+    if method in ("plain", "fp8", "mxfp4"):
+        return config, method, method
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if inner:
+        plain["text_config"] = {k: v for k, v in inner.items() if k != "quantization_config"}
+    return plain, "plain", f"bf16 ({method} as published)"
+
+
+def _stored(shapes: dict[str, tuple[int, ...]], method: str) -> dict[str, Header]:
+    """The tensors in that form."""
     headers: dict[str, Header] = {}
     for name, shape in shapes.items():
         if method == "fp8" and len(shape) == 2 and not _NEVER_FP8.search(name):
@@ -89,7 +101,7 @@ def _stored(
             headers[f"{name}_scales"] = Header("U8", blocks)
         else:
             headers[name] = Header("BF16", shape)
-    return headers, method
+    return headers
 
 
 def _write_shard(path: Path, tensors: dict[str, Header]) -> None:

@@ -84,8 +84,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         part.pop("quantization_config", None)
         part.pop("torch_dtype", None)
         part.pop("dtype", None)
-    within = small.get("text_config")
-    inner: dict[str, Any] = within if isinstance(within, dict) else small
+    nested = small.get("text_config")
+    inner: dict[str, Any] = nested if isinstance(nested, dict) else small
     _cut_layers(inner, text.num_hidden_layers, layers)
     for part in _parts(small):
         _make_narrow(part)

@@ -26,12 +26,12 @@ on {date} with transformers {transformers} and torch {torch}. No weights were do
 **Full size**: the model is built by transformers on the meta device from its published configuration; the names and
 shapes of its tensors, as its class stores them, go into sparse files (FP8 and MXFP4 where the configuration declares
 that), and `plan` looks at them, for three fifths of their bytes. Layers that predict further tokens are left out.
-*Seconds* is the time of the processor that `plan` took, with its machine busy with other work.
+Under *s* stand the seconds of the processor that `plan` took, on a machine that was busy with other work.
 
 **Small**: the same configuration with few layers (every kind of layer stays), narrow, with few experts and random
 weights in fp32: `fit` at rate 0, whose logits are compared with transformers' own; `fit` at 50 %, `chat` (a greedy
-answer) and `eval`. Models whose small configurations are the same share a run. A model that is refused is refused by
-`plan`, before anything is fetched; the reason is that of the refusal.
+answer) and `eval`. Models whose small configurations are the same share a run; where the column is empty there was no
+run. A model that is refused is refused by `plan`, before anything is fetched; the reason is that of the refusal.
 
 Where each configuration comes from is in its file in `benchmarks/published_configs/configs/`. Some are the defaults of
 transformers' own class, which names the model.

@@ -160,12 +160,10 @@ def trial(published: Published, work: Path, *, small: bool = True) -> dict[str, 
     """Both, as JSON; what is in ``work`` already is not done again."""
     work.mkdir(parents=True, exist_ok=True)
     full = _kept(work / "full.json", lambda: plan_full(published, work))
+    done: dict[str, Any] = {}
     # What is refused at full size is refused small.
-    done = (
-        _kept(work / "small.json", lambda: run_small(published, work))
-        if small and full["ok"]
-        else {}
-    )
+    if full["ok"] and (small or (work / "small.json").is_file()):
+        done = _kept(work / "small.json", lambda: run_small(published, work))
     return {
         "name": published.name,
         "model_type": published.config.get("model_type"),

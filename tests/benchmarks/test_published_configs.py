@@ -20,11 +20,11 @@ from benchmarks.published_configs.shrink import shrunk  # noqa: E402
 from benchmarks.published_configs.trial import run_commands  # noqa: E402
 
 PUBLISHED = {one.name: one for one in collection()}
-# Mamba beside attention; experts that share layers with Mamba; experts in attention; layers of a single kind of part.
+# Mamba, other recurrences and layers of a single part beside attention; dense experts that run beside routed ones.
 KINDS = [
     "ai21labs/Jamba-v0.1",
     "ibm-granite/granite-4.0-h-tiny",
-    "jetmoe/jetmoe-8b",
+    "moonshotai/Kimi-Linear-48B-A3B-Instruct",
     "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
     "google/gemma-4-26B-A4B",
 ]

@@ -88,16 +88,24 @@ class ExpandedTensor:
         return self._expanded(slice(None))[key]
 
     def _expanded(self, run: slice) -> Tensor:
-        one, form = self._logical, FORMS[self._logical.form]
+        one = self._logical
         parts = {part: self._reader[name] for part, name in one.parts.items()}
         if len(one.shape) == 2:
-            return form.expand(one, {part: lazy[...] for part, lazy in parts.items()})
+            return self._checked({part: lazy[...] for part, lazy in parts.items()})
         first, last, _ = run.indices(one.shape[0])
         out = torch.empty(max(0, last - first), *one.shape[1:], dtype=self.dtype)
         for number in range(first, last):
             own = {part: _of_expert(lazy, number) for part, lazy in parts.items()}
-            out[number - first] = form.expand(one, own)
+            out[number - first] = self._checked(own)
         return out
+
+    def _checked(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """One matrix. FP8 has codes for NaN, and a product may be too large for the format of the model."""
+        one = self._logical
+        found = FORMS[one.form].expand(one, parts)
+        if not bool(found.isfinite().all()):
+            raise one.broken("values", "holds numbers that are none, or too large")
+        return found
 
 
 def _of_expert(lazy: Lazy, number: int) -> Tensor:

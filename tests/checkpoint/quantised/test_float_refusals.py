@@ -142,6 +142,7 @@ def other_state(tensors: State) -> None:
 
 
 VALUES: list[tuple[str, Callable[[State], Any], str]] = [
+    ("fp8-modelopt", fill(WEIGHT, float("nan")), "numbers that are none"),
     ("nvfp4-modelopt", fill(f"{WEIGHT}_scale", float("nan")), "weight_scale"),
     ("nvfp4-modelopt", fill(f"{WEIGHT}_scale", -1.0), "weight_scale"),
     ("nvfp4-modelopt", fill(f"{WEIGHT}_scale_2", 0.0), "weight_scale_2"),

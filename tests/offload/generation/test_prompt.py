@@ -262,4 +262,4 @@ def test_named_templates(bytes_tokenizer: Any) -> None:
     bytes_tokenizer.chat_template = {"tools": CHATML, "plain": BARE}
     with pytest.raises(UsageError, match="several") as caught:
         prompt_tokens(bytes_tokenizer, _user("hi"))
-    assert "plain, tools" in caught.value.why and "default" in caught.value.fix
+    assert "plain, tools" in caught.value.why and "--template plain" in caught.value.fix

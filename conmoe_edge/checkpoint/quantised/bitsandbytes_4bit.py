@@ -22,7 +22,8 @@ from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
 NAME = "bitsandbytes-4bit"
 _KINDS = ("nf4", "fp4")
-_STATE = ".quant_state.bitsandbytes__"
+STATE = ".quant_state.bitsandbytes__"
+"""In the name of the JSON beside every weight in this form."""
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DTYPES = ("bfloat16", "float16", "float32")
 _PLAIN_KEYS = frozenset({"quant_type", "blocksize", "dtype", "shape"})
@@ -52,12 +53,12 @@ def declares(settings: Mapping[str, Any]) -> bool:
 
 def find(name: str, headers: Headers) -> Logical | None:
     """A weight with a state beside it, whatever format its bytes pretend to have."""
-    kinds = [kind for kind in _KINDS if f"{name}{_STATE}{kind}" in headers.stored]
+    kinds = [kind for kind in _KINDS if f"{name}{STATE}{kind}" in headers.stored]
     if not kinds:
         return None
     kind = kinds[0]
-    own = headers.partner(name, *(f"{name}{_STATE}{one}" for one in _KINDS))
-    like = f"{headers.first_like(name)}{_STATE}{kind}"
+    own = headers.partner(name, *(f"{name}{STATE}{one}" for one in _KINDS))
+    like = f"{headers.first_like(name)}{STATE}{kind}"
     source = like if like in headers.stored else own
     state = _parsed(source, headers.values_of(source), kind)
     if len(state.shape) != 2:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, PLAIN
+from conmoe_edge.checkpoint.quantised.bitsandbytes_4bit import STATE
 from conmoe_edge.checkpoint.quantised.forms import FORMS
 from conmoe_edge.checkpoint.quantised.stored import (
     PLAIN_VERSION,
@@ -20,6 +21,8 @@ from conmoe_edge.checkpoint.quantised.stored import (
 )
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
+_FLOATS = frozenset({"float32", "bfloat16", "float16"})
+"""Only bitsandbytes stores packed numbers as these; all other tensors in them are quick to tell."""
 # Scales of activations, keys and values among them: the weights are the same without them, and neither activations nor
 # the cache are rounded here.
 _ACTIVATIONS = (
@@ -69,7 +72,10 @@ def find_scheme(
     headers = Headers(stored, declared, dtype, peek)
     found: dict[str, Logical] = {}
     used: set[str] = set()
-    for name in stored:
+    disguised = any(STATE in name for name in stored)
+    for name, one in stored.items():
+        if one.dtype in _FLOATS and not disguised:
+            continue
         logical = next(filter(None, (form.find(name, headers) for form in FORMS.values())), None)
         if logical is None:
             continue

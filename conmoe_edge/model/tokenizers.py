@@ -96,7 +96,11 @@ def load_tokenizer(folder: Path) -> Any:
         file = vocabulary_file(folder)
         with TemporaryDirectory(prefix="conmoe-tokenizer-") as private:
             _copy(folder, Path(private))
-            tokenizer = _open(folder, Path(private), config, file)
+            try:
+                tokenizer = _open(folder, Path(private), config, file)
+            except CalibrationError as error:  # libraries name the copy
+                why = error.why.replace(private, str(folder))
+                raise CalibrationError(error.what, why, error.fix) from error
     except CheckpointError as error:
         raise _unusable(
             folder, ": ".join(filter(None, (error.what.rstrip("."), error.why)))

@@ -207,10 +207,25 @@ def test_who_is_gone_does_not_hold_it_up(renderer: TemplateRenderer) -> None:
 
 
 def test_an_interrupt_leaves_no_answer_behind(renderer: TemplateRenderer) -> None:
+    seen = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        seen.set()
+        raise KeyboardInterrupt
+
+    def press() -> None:  # again where one came just before a thread went to sleep in a read
+        while not seen.wait(0.2):
+            os.kill(os.getpid(), signal.SIGINT)
+
     renderer.render(SIMPLE, [HELLO], {})
-    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        renderer.render(HOSTILE["a loop in a loop"], [HELLO], {})
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render(HOSTILE["a loop in a loop"], [HELLO], {})
+    finally:
+        seen.set()
+        signal.signal(signal.SIGINT, before)
     assert renderer.render(SIMPLE, [HELLO], {}) == ["user: Hello\n"]
 
 

@@ -76,6 +76,8 @@ _OTHER_FILES = frozenset(
 
 _LINE = "".join(map(chr, range(32, 127))) + "\n\téß中文\u200d🙂𐍈 a"
 _SIDES = ("left", "right")
+_PROGRAM_ALONE = frozenset({"deepseek_v3"})
+"""Kinds whose tiktoken files (Moonlight) have their rules in a program; transformers 5.21 took its own for them."""
 _ONE_FILE = (
     "put a tokenizer.json with the model's tokens into the folder; copies of a model for other "
     "programs often have one"
@@ -265,6 +267,9 @@ def _open(
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
         _check_class(folder, private, config, tokenizer_class_from_name, PreTrainedTokenizerBase)
+        ranks = file is not None and file.library == "tiktoken"
+        if ranks and config.model_type in _PROGRAM_ALONE and _own_code(private):
+            raise _why_not(folder, private, file, "custom code")
         return AutoTokenizer.from_pretrained(
             str(private), config=config, local_files_only=True, trust_remote_code=False
         )

@@ -82,12 +82,14 @@ def refit(
         residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
     ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
     for place, (one, weight) in enumerate(zip(features, weights, strict=True)):
-        before = weight.clone()
         if len(one.rows):
-            weight += _step(one.gram, ridge, one.values.T @ residual[one.rows])
+            step = _step(one.gram, ridge, one.values.T @ residual[one.rows])
+            weight += step
+            residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
         if rounded is not None:
-            weight.copy_(rounded(place, weight.T, one.gram).T)
-        residual.index_add_(0, one.rows, one.values @ (weight - before), alpha=-1.0)
+            change = rounded(place, weight.T, one.gram).T - weight
+            weight += change
+            residual.index_add_(0, one.rows, one.values @ change, alpha=-1.0)
     table = torch.zeros(gates.shape[1], residual.shape[1])
     if constants:
         gram = gates.T @ gates

@@ -61,7 +61,9 @@ _BLOCK = 1 << 18
 """Numbers that are worked on at a time, so that the passes over them stay in the processor's cache."""
 
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1: tuple[float, ...] = (*_SIZES, *(-one for one in _SIZES))
+"""The number of each code of E2M1."""
 _E8M0_NAN = 255
 
 
@@ -291,7 +293,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 def _expand_mxfp4(packed: Tensor, scales: Tensor, tile: int) -> Tensor:
     """Values uint8 [r, K / 2] and scales uint8 [K / 32, r] -> fp32 [r, K]."""
     codes = _unpack(packed, tile)
-    table = torch.tensor([*_E2M1, *[-one for one in _E2M1]], device=packed.device)
+    table = torch.tensor(E2M1, device=packed.device)
     wide = table.index_select(0, codes.flatten().int()).view(codes.shape)
     exponents = scales.T.int()  # [r, K / 32]
     factor = power_of_two(exponents - 127)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.gguf.logical import GgufLogical
 from conmoe_edge.checkpoint.gguf.types import expand_blocks
+from conmoe_edge.checkpoint.tensors.described import Described
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy, ShardReader
 from conmoe_edge.errors import CheckpointError
 
@@ -40,7 +40,7 @@ class GgufTensors(Mapping[str, Lazy]):
         return len(self._tensors)
 
 
-class GgufTensor:
+class GgufTensor(Described):
     """One tensor; ``tensor[...]`` reads and expands it. A run of its first axis reads only that run, unless its rows
     are put in another order.
 
@@ -51,31 +51,9 @@ class GgufTensor:
     __slots__ = ("_logical", "_reader")
 
     def __init__(self, logical: GgufLogical, reader: ShardReader) -> None:
+        super().__init__(logical.name, logical.shape, logical.dtype)
         self._logical = logical
         self._reader = reader
-
-    @property
-    def name(self) -> str:
-        """As a plain checkpoint has it."""
-        return self._logical.name
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the whole, expanded."""
-        return torch.Size(self._logical.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that a read gives."""
-        return getattr(torch, self._logical.dtype)
-
-    def get_shape(self) -> list[int]:
-        """As the slice object of safetensors has it."""
-        return list(self._logical.shape)
-
-    def get_dtype(self) -> str:
-        """The header's code of ``dtype``."""
-        return CODES[self._logical.dtype]
 
     def __getitem__(self, key: Any) -> Tensor:
         shape = self._logical.shape

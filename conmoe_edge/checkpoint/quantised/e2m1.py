@@ -8,13 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NUMBERS: tuple[float, ...] = (*_VALUES, *(-value for value in _VALUES))
-"""The number of each code."""
+from conmoe_edge.checkpoint.format.quantise import E2M1
 
 
 def unpacked(values: Tensor) -> Tensor:
     """[R, C/2] bytes -> [R, C] numbers in fp32."""
-    table = torch.tensor(NUMBERS)
+    table = torch.tensor(E2M1)
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1)  # of each byte
     return pairs[values.int()].flatten(-2)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.quantised.forms import FORMS
 from conmoe_edge.checkpoint.quantised.scheme import Scheme
 from conmoe_edge.checkpoint.quantised.stored import Logical
+from conmoe_edge.checkpoint.tensors.described import Described
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 
 
@@ -39,7 +39,7 @@ class ExpandedTensors(Mapping[str, Lazy]):
         return len(self._scheme.tensors)
 
 
-class ExpandedTensor:
+class ExpandedTensor(Described):
     """One quantised tensor; ``tensor[...]`` reads and expands it. A run of experts of a stack reads only those.
 
     Raises:
@@ -49,31 +49,9 @@ class ExpandedTensor:
     __slots__ = ("_logical", "_reader")
 
     def __init__(self, logical: Logical, reader: Mapping[str, Lazy]) -> None:
+        super().__init__(logical.name, logical.shape, logical.dtype)
         self._logical = logical
         self._reader = reader
-
-    @property
-    def name(self) -> str:
-        """As a plain checkpoint has it."""
-        return self._logical.name
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the whole, expanded."""
-        return torch.Size(self._logical.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that a read gives."""
-        return getattr(torch, self._logical.dtype)
-
-    def get_shape(self) -> list[int]:
-        """As the slice object of safetensors has it."""
-        return list(self._logical.shape)
-
-    def get_dtype(self) -> str:
-        """The header's code of ``dtype``."""
-        return CODES[self._logical.dtype]
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, EllipsisType):

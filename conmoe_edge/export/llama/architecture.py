@@ -160,3 +160,12 @@ def stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, group in groups.items():
         found[name] = torch.stack([group[number] for number in range(len(group))])
     return found
+
+
+def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head of a model that shares it with the embeddings as a tensor of its own, for llama.cpp's classes that want
+    one; into ``tensors``.
+    """
+    if "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return tensors

@@ -18,6 +18,7 @@ from conmoe_edge.export.llama.architecture import (
     check_rope,
     not_computed,
     require,
+    with_head,
 )
 
 _WINDOWS = ("sliding_attention", "full_attention")
@@ -68,9 +69,7 @@ def _reshaped(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
             found[f"{name}.weight"] = tensor
         else:
             found[name] = tensor
-    if "lm_head.weight" not in found and "model.embed_tokens.weight" in found:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    return found
+    return with_head(found)
 
 
 GPT_OSS = Architecture(gguf.MODEL_ARCH.GPT_OSS, _check, _add_fields, _reshaped)

@@ -15,6 +15,7 @@ from conmoe_edge.export.llama.architecture import (
     check_rope,
     require,
     stacked_experts,
+    with_head,
 )
 
 _OF_KEYS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
@@ -54,9 +55,7 @@ def _reshaped(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         for name, tensor in found.items():
             if name.endswith(_OF_KEYS):
                 found[name] = _repeated(tensor, config.num_key_value_heads, _times(config))
-    if "lm_head.weight" not in found and "model.embed_tokens.weight" in found:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    return found
+    return with_head(found)
 
 
 def _times(config: Any) -> int:

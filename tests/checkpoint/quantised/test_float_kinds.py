@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from families import save_tokenizer
-from safetensors.torch import load_file, save_file
+from quantised_fits import check_fits
+from safetensors.torch import load_file
 
-from conmoe_edge import api
 from conmoe_edge.checkpoint.quantised.forms import FORMS
 from conmoe_edge.checkpoint.sources.locate import locate
-from conmoe_edge.cli.main import main
-from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.opened import OpenedModel, open_model
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "quantised"
@@ -85,48 +82,10 @@ def test_undeclared_it_is_read_all_the_same(tmp_path: Path) -> None:
                 assert torch.equal(tensors[name][...], wanted[name]), name
 
 
-def fit(source: Path, out: Path, rate: float) -> None:
-    text = source.parent / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 30)
-    api.fit(
-        str(source), out, budget="4GB", device="cpu", rate=rate, method="conmoe",
-        calibration=text, calibration_tokens=256,
-    )  # fmt: skip
-
-
-def by_transformers(kind: str, folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    folder.mkdir()
-    save_file(plain_of(kind), folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((DATA / kind / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
-
-
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_fit_at_two_rates_and_chat(kind: str, tmp_path: Path) -> None:
     """At rate 0, in fp32, the package computes what transformers computes with the expanded weights."""
-    source = source_of(kind, tmp_path / "source")
-    fit(source, tmp_path / "whole", 0.0)
-    found = logits(load_package(tmp_path / "whole", device="cpu", dtype=torch.float32))
-    wanted = logits(by_transformers(kind, tmp_path / "plain"))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
-    fit(source, tmp_path / "half", 0.5)
-    half = logits(load_package(tmp_path / "half", device="cpu", dtype=torch.float32))
-    assert half.isfinite().all() and not torch.allclose(half, wanted, atol=1e-3)
-    arguments = ["chat", str(tmp_path / "half"), "--prompt", "hello", "--max-tokens", "4"]
-    said = CliRunner().invoke(main, arguments)
-    assert said.exit_code == 0, said.output
+    check_fits(source_of(kind, tmp_path / "source"), plain_of(kind), tmp_path)
 
 
 def test_every_form_of_floats_has_a_fixture() -> None:

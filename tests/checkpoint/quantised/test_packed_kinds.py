@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from packed_kinds import DATA, KINDS, WEIGHT, digest, opened, reference_of, source_of
-from safetensors.torch import load_file, save_file
+from quantised_fits import check_fits
+from safetensors.torch import load_file
 
-from conmoe_edge import api
 from conmoe_edge.checkpoint.quantised.bit_fields import unpack
-from conmoe_edge.cli.main import main
-from conmoe_edge.integrations.load import load_package
 
 RUN = ("ct-w4-group-asym", "gptq-w4-desc-asym", "awq-gemm")
 """The kinds of which the default tests make packages; the slow ones take all."""
@@ -61,50 +58,12 @@ def test_a_file_beside_config_json_declares_it(tmp_path: Path) -> None:
         assert digest(tensors[WEIGHT][...]) == reference_of("gptq-w4")[WEIGHT]
 
 
-def fit(source: Path, out: Path, rate: float) -> None:
-    text = source.parent / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 30)
-    api.fit(
-        str(source), out, budget="4GB", device="cpu", rate=rate, method="conmoe",
-        calibration=text, calibration_tokens=256,
-    )  # fmt: skip
-
-
-def by_transformers(source: Path, folder: Path) -> torch.nn.Module:
-    """The plain model with the expanded weights, whose digests are those of the library."""
-    from transformers import AutoModelForCausalLM
-
-    folder.mkdir()
-    with opened(source).tensors() as tensors:
-        plain = {name: tensors[name][...] for name in tensors}
-    save_file(plain, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (folder / "config.json").write_text(json.dumps(config))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    ).eval()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
-
-
 @pytest.mark.parametrize(
     "kind", [pytest.param(one, marks=[] if one in RUN else pytest.mark.slow) for one in KINDS]
 )
 def test_fit_at_two_rates_and_chat(kind: str, tmp_path: Path) -> None:
     """At rate 0, in fp32, the package computes what transformers computes with the expanded weights."""
     source = source_of(kind, tmp_path / "source")
-    fit(source, tmp_path / "whole", 0.0)
-    found = logits(load_package(tmp_path / "whole", device="cpu", dtype=torch.float32))
-    wanted = logits(by_transformers(source, tmp_path / "plain"))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
-    fit(source, tmp_path / "half", 0.5)
-    half = logits(load_package(tmp_path / "half", device="cpu", dtype=torch.float32))
-    assert half.isfinite().all() and not torch.allclose(half, wanted, atol=1e-3)
-    arguments = ["chat", str(tmp_path / "half"), "--prompt", "hello", "--max-tokens", "4"]
-    said = CliRunner().invoke(main, arguments)
-    assert said.exit_code == 0, said.output
+    with opened(source).tensors() as tensors:  # their digests are those of the library
+        plain = {name: tensors[name][...] for name in tensors}
+    check_fits(source, plain, tmp_path)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
 from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
+from conmoe_edge.checkpoint.format.grid_search import best_line
 
 PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a number -> bits of its planes, the lower ones first."""
@@ -76,7 +77,10 @@ def unpack(values: Tensor, bits: int, tile: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where the weights of some rows may lie: S and Z of each row, fp32 [..., R, 1], rounded to bf16."""
+    """Where the weights of some rows may lie: S and Z of each row in fp32, rounded to bf16.
+
+    Rows lie along the last axis of what it works on, the columns of a group along the one before.
+    """
 
     bits: int
     scale: Tensor
@@ -84,12 +88,14 @@ class Grid:
 
     @classmethod
     def over(cls, weight: Tensor, bits: int) -> Grid:
-        """For ``weight`` [..., R, K]: wide enough for every group of a row."""
+        """For ``weight`` [..., R, K]: wide enough for every group of a row; S and Z [..., 1, R]."""
         grouped = weight.unflatten(-1, (-1, GROUP))
         low, high = grouped.amin(-1), grouped.amax(-1)  # [..., R, G]
-        widest = (high - low).amax(-1, keepdim=True) / ((1 << bits) - 1)
-        furthest = ((high + low) / 2).abs().amax(-1, keepdim=True)
-        return cls(bits, _bf16(widest / _STEPS), _bf16(furthest / _REACH))
+        widest = (high - low).amax(-1) / ((1 << bits) - 1)
+        furthest = ((high + low) / 2).abs().amax(-1)
+        return cls(
+            bits, _bf16(widest / _STEPS).unsqueeze(-2), _bf16(furthest / _REACH).unsqueeze(-2)
+        )
 
     @property
     def middle(self) -> float:
@@ -97,44 +103,28 @@ class Grid:
         return ((1 << self.bits) - 1) / 2
 
     def fit(self, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group.
+        """s and z, whole numbers in fp32 [..., 1, R], for the weights ``group`` [..., 32, R] of one group.
 
-        Several clipped ranges are tried, each improved by least squares over the numbers that it gives; the one with
-        the least squared error is taken, errors weighted with ``weights`` [..., 1 or R, 32], the first where they tie.
+        The best of several lines (``grid_search.py``), errors weighted with ``weights`` [..., 32, 1].
         """
-        weights = weights.expand_as(group)
-        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-        mean = (weights * group).sum(-1, keepdim=True) / total
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for clip in _CLIPS[self.bits]:
-            step, zero = (high - low) * (clip / (2 * self.middle)), (high + low) / 2
-            level = self._levels(group, step, zero)
-            centre = (weights * level).sum(-1, keepdim=True) / total
-            apart = weights * (level - centre)
-            spread = (apart * level).sum(-1, keepdim=True)
-            slope = (apart * group).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1.0)
-            step = torch.where(spread > 0, slope, step)
-            s = self._whole(step, self.scale).clamp_(0, _STEPS)
-            zero = mean - s * self.scale * centre
-            z = self._whole(zero, self.zero).add_(_MIDDLE).clamp_(0, _STEPS)
-            error = (group - self.values(self.codes(group, s, z), s, z)).square_()
-            error = (error * weights).sum(-1, keepdim=True)
-            if best is None:
-                best = error, s, z
-            else:
-                better = error < best[0]
-                best = (
-                    torch.where(better, error, best[0]),
-                    torch.where(better, s, best[1]),
-                    torch.where(better, z, best[2]),
-                )
-        assert best is not None
-        return best[1], best[2]
+        inverse = torch.where(self.scale > 0, 1.0 / self.scale, 0.0)
+        unit = torch.where(self.zero > 0, 1.0 / self.zero, 0.0)
+
+        def snap(step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+            s = (step * inverse).round_().clamp_(0, _STEPS)
+            z = (zero * unit).round_().add_(_MIDDLE).clamp_(0, _STEPS)
+            return s * self.scale, self.shifts(z), s, z
+
+        top = (1 << self.bits) - 1
+        _, _, s, z = best_line(group, weights, _CLIPS[self.bits], -self.middle, top, snap)
+        return s, z
 
     def codes(self, weight: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """The numbers q, fp32, that come closest to ``weight`` [..., R, any]."""
-        return self._levels(weight, s * self.scale, self.shifts(z)) + self.middle
+        """The numbers q, fp32, that come closest to ``weight`` [..., any, R]."""
+        step = s * self.scale
+        inverse = torch.where(step != 0, 1.0 / step, 0.0)
+        found = (weight - self.shifts(z)) * inverse + self.middle
+        return found.round_().clamp_(0, 2 * self.middle)
 
     def values(self, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """The weights that numbers stand for."""
@@ -144,50 +134,38 @@ class Grid:
         """What is added to every weight of a group."""
         return self.zero * (z - _MIDDLE)
 
-    def _levels(self, weight: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-        """q - c."""
-        inverse = torch.where(step != 0, 1.0 / step, 0.0)
-        codes = ((weight - zero) * inverse + self.middle).round_().clamp_(0, 2 * self.middle)
-        return codes - self.middle
-
-    @staticmethod
-    def _whole(value: Tensor, unit: Tensor) -> Tensor:
-        return torch.where(unit != 0, value / torch.where(unit != 0, unit, 1.0), 0.0).round()
-
 
 def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Values and scales of one matrix: ``codes`` [R, K], ``s`` and ``z`` [R, G], whole numbers of any type."""
-    pairs = torch.cat([grid.scale, grid.zero], 1).to(torch.bfloat16).contiguous()  # [R, 2]
+    """Values and scales of one matrix: ``codes`` [K, R], ``s`` and ``z`` [G, R], whole numbers of any type."""
+    pairs = torch.cat([grid.scale, grid.zero]).T.to(torch.bfloat16).contiguous()  # [R, 2]
     head = pairs.view(torch.uint8).view(HEAD, -1)
-    tail = (s.to(torch.uint8) | (z.to(torch.uint8) << 4)).T
-    return pack(codes.to(torch.uint8), grid.bits, tile), torch.cat([head, tail])
+    tail = s.to(torch.uint8) | (z.to(torch.uint8) << 4)
+    return pack(codes.T.to(torch.uint8).contiguous(), grid.bits, tile), torch.cat([head, tail])
 
 
 def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
-    """The grid, and s and z fp32 [R, G], of stored scales."""
+    """The grid, S and Z [1, R], and s and z fp32 [G, R], of stored scales."""
     rows = scales.shape[1]
-    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float()  # [R, 2]
-    tail = scales[HEAD:].T
-    return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
+    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float().T  # [2, R]
+    tail = scales[HEAD:]
+    return Grid(bits, pairs[:1], pairs[1:]), (tail & 15).float(), (tail >> 4).float()
 
 
 def expand(values: Tensor, scales: Tensor, bits: int, tile: int) -> Tensor:
     """fp32 [R, K]."""
     grid, s, z = load(scales, bits)
     wide = unpack(values, bits, tile).float().unflatten(1, (-1, GROUP))  # [R, G, 32]
-    step, zero = (s * grid.scale).unsqueeze(2), grid.shifts(z).unsqueeze(2)
+    step, zero = (s * grid.scale).T.unsqueeze(2), grid.shifts(z).T.unsqueeze(2)
     return wide.sub_(grid.middle).mul_(step).add_(zero).flatten(1)
 
 
 def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
     wide = weight.float()
-    grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
-    alike = torch.ones(1, 1, GROUP, device=wide.device)
-    spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
-    grouped = wide.unflatten(1, (groups, GROUP))
-    s, z = spread.fit(grouped, alike)  # [R, G, 1]
-    return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
+    grid = Grid.over(wide, bits)
+    grouped = wide.T.unflatten(0, (-1, GROUP)).contiguous()  # [G, 32, R]
+    s, z = grid.fit(grouped, torch.ones(1, GROUP, 1, device=wide.device))  # [G, 1, R]
+    return store(grid, grid.codes(grouped, s, z).flatten(0, 1), s.squeeze(1), z.squeeze(1), tile)
 
 
 def rows_of(scales: Tensor, rows: slice) -> Tensor:

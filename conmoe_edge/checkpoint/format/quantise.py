@@ -168,12 +168,28 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
     for block in _blocks(*weight.shape):
         rows = weight[block].float()
-        # Rounded up, so that the largest number of a row is never clipped.
-        scale = _up_to_bf16(rows.abs().amax(1) / 127)  # [r]
+        scale = row_scales(rows)  # [r]
         wide = scale.float().unsqueeze(1)
         values[block] = torch.where(wide > 0, rows / wide, 0.0).round_().clamp_(-127, 127)
         scales[block] = scale
     return values, scales
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """bf16 [..., R] for weights fp32 [..., R, K]; rounded up, so that the largest number of a row is never clipped."""
+    return _up_to_bf16(weight.abs().amax(-1) / 127)
+
+
+def int8_matrix(numbers: Tensor, scales: Tensor) -> Matrix:
+    """From int8 [R, K] and bf16 [R]."""
+    return Matrix("int8", numbers.contiguous(), scales, *numbers.shape)
+
+
+def int4_matrix(numbers: Tensor, pairs: Tensor) -> Matrix:
+    """From numbers 0..15, uint8 [R, K], and their (scale, zero) [G, R, 2], which are bf16 numbers already."""
+    rows, columns = numbers.shape
+    values = _pack(numbers.contiguous(), first_divisor(TILES, rows))
+    return Matrix("int4", values, pairs.to(torch.bfloat16), rows, columns, group_of(columns))
 
 
 def _up_to_bf16(value: Tensor) -> Tensor:

@@ -122,14 +122,14 @@ def test_fewer_bits_lose_more_and_none_more_than_int4_beyond_its_bytes() -> None
 
 
 def test_a_column_that_counts_is_kept_nearer() -> None:
-    weight, counts = drawn(1, 64, 32), torch.ones(1, 1, 32)
-    counts[..., 7] = 200.0
-    grid = low_bits.Grid.over(weight, 2)
+    weight, counts = drawn(64, 32), torch.ones(32, 1)
+    counts[7] = 200.0
+    grid, columns = low_bits.Grid.over(weight, 2), weight.T
     found = []
-    for weights in (torch.ones(1, 1, 32), counts):
-        s, z = grid.fit(weight, weights)
-        error = (grid.values(grid.codes(weight, s, z), s, z) - weight).square()
-        found.append((float(error[..., 7].mean()), float((error * weights).mean())))
+    for weights in (torch.ones(32, 1), counts):
+        s, z = grid.fit(columns, weights)
+        error = (grid.values(grid.codes(columns, s, z), s, z) - columns).square()
+        found.append((float(error[7].mean()), float((error * weights).mean())))
     assert found[1][0] < 0.5 * found[0][0]
 
 

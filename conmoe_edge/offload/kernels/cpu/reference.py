@@ -41,7 +41,7 @@ def _zeros(matrix: Matrix) -> Tensor | None:
         return matrix.scales[..., 1].double()
     if matrix.kind in LOW_BITS:
         grid, _, z = low_bits.load(matrix.scales, LOW_BITS[matrix.kind])
-        return grid.shifts(z).T.double()
+        return grid.shifts(z).double()
     return None
 
 

@@ -56,6 +56,12 @@ class ExpertsAnatomy:
         shape = next(part.shape for part in self.parts if part.name == DOWN)
         return neurons(shape, self.transposed)
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that an expert takes and gives for a token: the model's hidden size, or that of a latent space."""
+        shape = next(part.shape for part in self.parts if part.name == DOWN)
+        return shape[-1 if self.transposed else -2]
+
     def narrowed(self, width: int) -> ExpertsAnatomy:
         """The same experts with ``width`` neurons each."""
         return replace(self, parts=tuple(self._narrowed(part, width) for part in self.parts))

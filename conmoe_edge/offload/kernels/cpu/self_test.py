@@ -60,7 +60,7 @@ class _Check:
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self) -> None:
-        for kind in ("plain", "int8", "int4", "mxfp4", "q4", "q3", "q2"):
+        for kind in ("plain", "int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"):
             self.products(kind)
         self.gates()
         self.combine()
@@ -106,7 +106,7 @@ class _Check:
         """gpt-oss's gate, with biases."""
         made, size = self.made, 2 * _WIDTH
         how = ExpertGate(alpha=1.7, limit=1.0, interleaved=True)
-        for kind in ("int8", "int4", "mxfp4", "q4", "q3", "q2"):
+        for kind in ("int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"):
             (up, one), (down, other) = (
                 self.matrix(2 * size, size, kind),
                 self.matrix(size, size, kind),

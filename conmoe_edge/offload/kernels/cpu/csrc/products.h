@@ -24,7 +24,7 @@ constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that sha
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8 };
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8, Q6 = 9 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -713,11 +713,14 @@ bool in_tiles(int kind, Run run) {
     case Q2:
       run(Low<2>{});
       return true;
+    case Q6:
+      run(Low<6>{});
+      return true;
   }
   return false;
 }
 
-inline bool tiled(int kind) { return kind >= INT4 && kind <= Q2; }
+inline bool tiled(int kind) { return kind >= INT4 && kind <= Q6; }
 
 // Whether columns are whole groups of a size that the tiles take.
 inline bool grouped(int kind, int64_t columns, int64_t group) {

@@ -139,6 +139,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
         UsageError: the context is longer than the model's positions.
+        UnsupportedModel: the cache has no form in the precision that is asked for.
     """
     check_values(model, loading.folder)
     finish_dense(model, loading.products)
@@ -158,13 +159,14 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         cache_policy=options.cache_policy,
         misses=options.misses,
         cache_bytes=memory.cache_bytes,
+        kv_precision=memory.kv_precision,
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)
-    runtime.fast_path = install(model, runtime.arithmetic.machine, context)
+    runtime.fast_path = install(model, runtime.arithmetic.machine, context, memory.kv_precision)
 
 
 def attach_unchanged(

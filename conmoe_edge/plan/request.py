@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
+from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
@@ -47,6 +48,7 @@ class Levers(TypedDict, total=False):
     scope: Scope
     precision: str
     dense_precision: str
+    kv_precision: str
     prefer: Preference
     min_resident: float | None
     method: str | None
@@ -69,6 +71,8 @@ class PlanRequest:
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
             routers keep their numbers.
+        kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
+            plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
@@ -90,6 +94,7 @@ class PlanRequest:
     scope: Scope = "auto"
     precision: str = "auto"
     dense_precision: str = "source"
+    kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
     method: str | None = None
@@ -147,6 +152,7 @@ class PlanRequest:
                 f"there are {', '.join(DENSE_PRECISIONS)}",
                 "--dense-precision int8",
             )
+        check_kv_precision(None if self.kv_precision == "auto" else self.kv_precision)
         if self.prefer not in PREFERENCES:
             raise UsageError(
                 f"--prefer {self.prefer} is not known.", "", "--prefer quality, or --prefer speed"

@@ -46,17 +46,8 @@ _SILU = ExpertGate()
 _SILU_STRUCT = _SILU.struct
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_TOKEN = (
-    _at,
-    _at,
-    _at,
-    _long,
-    _at,
-    _at,
-    _long,
-    _long,
-    _long,
-)  # x, cos, sin, ..., keys, values, ...
+_TOKEN = (_at, _at, _at, _long, _at, _at, _long, _long, _long, _int)
+"""x, cos, sin, ..., keys, values, ..., whether they are packed."""
 _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "few_rows": (_int, (_int, _long, _at, _at, _at, _long, _long, _at, _long, _long, _long, _int)),
     "gated_experts": (
@@ -395,7 +386,7 @@ class Operator:
         out = torch.empty_like(x)
         failed = function(
             *(table.address, x.data_ptr(), *table.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             out.data_ptr(),
         )
         if failed:
@@ -415,7 +406,7 @@ class Operator:
         out, normed = torch.empty_like(x), torch.empty_like(x)
         failed = self._block(
             *(table.address, x.data_ptr(), *attention.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(out.data_ptr(), normed.data_ptr()),
         )
         if failed:
@@ -495,7 +486,7 @@ class Operator:
         count = self._decoder(
             *(block.address, first, second, third, x.data_ptr()),
             *attention.turning.angles(positions),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(between, out.data_ptr()),
         )
         if count == _ABSENT:

@@ -14,6 +14,11 @@
 
 #include "low_bits.h"
 
+extern "C" {
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+}
+
 namespace {
 
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
@@ -351,28 +356,43 @@ void add_weighted(const typename Form::T* w, const float* p, int64_t step, float
       for (int64_t r = 0; r < rows; ++r) y[t * columns + j] += Form::one(w[r * columns + j]) * p[t * step + r];
 }
 
+// So many numbers for every thread of a parallel region. It is made outside of one, where it may fail.
+class RoomOfThreads {
+ public:
+  explicit RoomOfThreads(int64_t count) : count(count), numbers(count * omp_get_max_threads()) {}
+  float* own() { return numbers.data() + count * omp_get_thread_num(); }
+
+ private:
+  int64_t count;
+  Room<float> numbers;
+};
+
 // y[i, t] = sum over r of p[i, t, r] * W_i[r]: the rows of a matrix added up, as attention does with its values. Rows are
-// summed in parts of a fixed size, so that a long cache has work for all threads.
-template <class Form>
-void weighted(int64_t count, const void* const* values, const float* p, int64_t tokens, Target y, int64_t rows,
+// summed in parts of a fixed size, so that a long cache has work for all threads. `values.at` has some rows of a matrix in
+// its form, perhaps expanded into a `room` of floats (kv_rows.h).
+template <class Values>
+void weighted(int64_t count, const Values& values, const float* p, int64_t tokens, Target y, int64_t rows,
               int64_t columns) {
+  using Form = typename Values::Form;
   constexpr int64_t PART = 512, NEAR = 16;  // NEAR rows stay in the first cache while all tokens pass over them
   const int64_t parts = (rows + PART - 1) / PART, size = tokens * columns;
   std::vector<float> sums(size_t(count * parts * size), 0.0f);
+  RoomOfThreads rooms(values.room(NEAR));
 #pragma omp parallel for schedule(static) if (count * rows * columns > MANY)
   for (int64_t number = 0; number < count * parts; ++number) {
     const int64_t which = number / parts, first = number % parts * PART, last = std::min(rows, first + PART);
-    const auto* w = static_cast<const typename Form::T*>(values[which]);
+    float* const room = rooms.own();
     const float* weights = p + which * tokens * rows;
     float* const to = sums.data() + number * size;
     for (int64_t row = first; row < last; row += NEAR) {
       const int64_t height = std::min(NEAR, last - row);
+      const typename Form::T* const w = values.at(which, row, height, room);
       int64_t token = 0;
       for (; token + TOKENS <= tokens; token += TOKENS)
-        add_weighted<Form, TOKENS, 1>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+        add_weighted<Form, TOKENS, 1>(w, weights + token * rows + row, rows, to + token * columns, height,
                                       columns);
       for (; token < tokens; ++token)
-        add_weighted<Form, 1, 8>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+        add_weighted<Form, 1, 8>(w, weights + token * rows + row, rows, to + token * columns, height,
                                  columns);
     }
   }

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 
+from conmoe_edge.checkpoint.format.forms import Grid
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise
 from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build
@@ -14,7 +15,13 @@ from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
-QUANTISED = ["int8", "int4", "mxfp4", "q4", "q3", "q2"]
+GRIDS = {
+    "grid4": Grid(32, "float16", False),
+    "grid4, zeros": Grid(16, "float16", True),
+    "grid4, bf16": Grid(32, "bfloat16", False),
+    "grid4, bf16, zeros": Grid(32, "bfloat16", True),
+}
+QUANTISED = ["int8", "int4", "mxfp4", "q4", "q3", "q2", *GRIDS]
 KINDS = ["bf16", "fp16", "fp32", *QUANTISED]
 MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
 
@@ -43,7 +50,7 @@ def matrix_of(kind: str, weight: torch.Tensor) -> Matrix:
     plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if kind in plain:
         return quantise(weight.to(plain[kind]), "plain")
-    return quantise(weight, kind)
+    return quantise(weight, "grid4" if kind in GRIDS else kind, GRIDS.get(kind))
 
 
 def activations(*shape: int) -> torch.Tensor:

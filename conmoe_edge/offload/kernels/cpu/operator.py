@@ -31,6 +31,7 @@ from conmoe_edge.offload.kernels.cpu.decoder_tables import (
 )
 from conmoe_edge.offload.kernels.cpu.structs import (
     CODES,
+    GRID_CODES,
     PLAIN,
     TILE,
     ExpertGate,
@@ -133,6 +134,9 @@ class Operator:
         rows, columns, group, scales = matrix.rows, matrix.columns, matrix.group, matrix.scales
         plain = matrix.kind == "plain"
         code = PLAIN.get(matrix.values.dtype) if plain else CODES.get(matrix.kind)
+        grid = matrix.grid if matrix.kind == "grid4" else None
+        if grid is not None:
+            code = GRID_CODES[grid.dtype, grid.zeros]
         tensors = [one for one in (matrix.values, scales) if one is not None]
         if code is None or any(
             not one.is_contiguous() or one.device.type != "cpu" for one in tensors
@@ -143,7 +147,9 @@ class Operator:
             if rows % TILE or group < 2 or group % 2 or columns % group:
                 return None
             shape, scaled = (rows, columns * bits_of(matrix.kind) // 8), columns // group * rows
-            if matrix.kind == "int4":
+            if grid is not None:
+                scaled, scale_dtype = scaled * (1 + grid.zeros), getattr(torch, grid.dtype)
+            elif matrix.kind == "int4":
                 scaled *= 2
             elif matrix.kind == "mxfp4":
                 scale_dtype = torch.float8_e8m0fnu

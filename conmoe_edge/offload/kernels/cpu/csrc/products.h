@@ -24,7 +24,8 @@ constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that sha
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8 };
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8,
+            GRID_FP16 = 9, GRID_FP16_ZEROS = 10, GRID_BF16 = 11, GRID_BF16_ZEROS = 12 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -412,6 +413,37 @@ struct Int4 {
   static void numbers(const uint8_t* w, Lanes& low, Lanes& high) { load_nibbles(w, low, high); }
 };
 
+// Numbers as int4 with scales as the checkpoint has them, alone or with a zero point; grids.py has the form. Products are
+// not rounded to the format of the scales here, weights that are expanded are.
+template <bool FP16, bool ZEROS>
+struct Grid : Int4 {
+  static constexpr int64_t PAIR = ZEROS ? 2 : 1;
+  static void load_scales(const T* here, Lanes& scale, Lanes& zero_point) {
+    if constexpr (ZEROS) {
+      FP16 ? load_half_pairs(here, scale, zero_point) : load_pairs(here, scale, zero_point);
+      zero_point = add(zero_point, all(-float(OFFSET)));
+    } else {
+      scale = FP16 ? load_half(here) : load(here);
+      zero_point = zero();
+    }
+  }
+  static Lanes add_group(Lanes total, Lanes whole, Lanes factor, Lanes inputs, const T* here) {
+    Lanes scale, shift;
+    load_scales(here, scale, shift);
+    Lanes sum = fma(whole, factor, zero());
+    if constexpr (ZEROS) sum = fma(fma(shift, all(-1.0f), zero()), inputs, sum);
+    return fma(sum, scale, total);
+  }
+  static Lanes value(Lanes number, const T* here) {
+    Lanes scale, shift;
+    load_scales(here, scale, shift);
+    float wide[LANES];
+    store(wide, fma(fma(shift, all(-1.0f), number), scale, zero()));
+    for (float& one : wide) one = FP16 ? from_fp16(to_fp16(one)) : from_bf16(to_bf16(one));
+    return load(wide);
+  }
+};
+
 struct Mxfp4 {
   static constexpr int32_t OFFSET = 12;
   static constexpr int64_t SAFE = 8, PAIR = 1;
@@ -704,6 +736,18 @@ bool in_tiles(int kind, Run run) {
     case MXFP4:
       run(Halves<Mxfp4>{});
       return true;
+    case GRID_FP16:
+      run(Halves<Grid<true, false>>{});
+      return true;
+    case GRID_FP16_ZEROS:
+      run(Halves<Grid<true, true>>{});
+      return true;
+    case GRID_BF16:
+      run(Halves<Grid<false, false>>{});
+      return true;
+    case GRID_BF16_ZEROS:
+      run(Halves<Grid<false, true>>{});
+      return true;
     case Q4:
       run(Low<4>{});
       return true;
@@ -717,11 +761,11 @@ bool in_tiles(int kind, Run run) {
   return false;
 }
 
-inline bool tiled(int kind) { return kind >= INT4 && kind <= Q2; }
+inline bool tiled(int kind) { return kind >= INT4 && kind <= GRID_BF16_ZEROS; }
 
 // Whether columns are whole groups of a size that the tiles take.
 inline bool grouped(int kind, int64_t columns, int64_t group) {
-  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind == INT4 || group == BLOCK);
+  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind == INT4 || kind >= GRID_FP16 || group == BLOCK);
 }
 
 int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from conmoe_edge.checkpoint.format.forms import DOWN
+from conmoe_edge.checkpoint.format.forms import DOWN, Grid
 from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
 
@@ -21,7 +21,8 @@ class ExpertPart:
     ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
     ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
     ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to;
-    ``nbytes`` is what they take in the checkpoint, scales included.
+    ``nbytes`` is what they take in the checkpoint, scales included. ``grid``: where they lie, if they have 4 bits there
+    that a record can hold as they are.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ExpertPart:
     dtype: str
     nbytes: int
     form: str = "plain"
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from conmoe_edge.checkpoint.format.forms import (
     Part,
     best_kind,
     factored_parts,
+    grid_of,
     kind_of,
     quantised_parts,
 )
@@ -120,12 +121,13 @@ def _held(
         wanted = ((name, shape, part.dtype),)
     else:
         scales = parts.get(name + SCALE)
-        kind = None
+        kind = grid = None
         if scales is not None:
-            kind = kind_of((part.dtype, part.shape), (scales.dtype, scales.shape))
+            formats = (part.dtype, part.shape), (scales.dtype, scales.shape)
+            kind, grid = kind_of(*formats), grid_of(*formats)
         if kind is None or len(shape) != 2 or best_kind(rows, columns, kind) != kind:
             return None
-        wanted = quantised_parts(name, rows, columns, kind)
+        wanted = quantised_parts(name, rows, columns, kind, grid)
     found = [parts[one] for one, _, _ in wanted if one in parts]
     if [(one.name, one.shape, one.dtype) for one in found] != list(wanted):
         return None

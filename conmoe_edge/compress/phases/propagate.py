@@ -47,7 +47,7 @@ def aim(
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to
     the original's stream, and the stream without the experts is returned, for ``propagate``.
-    Elsewhere (a norm comes after the experts, or a way out of a latent space) it is what the original experts give here.
+    Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts give.
     """
     module = model.experts[index][1]
     stream = streams["package"]

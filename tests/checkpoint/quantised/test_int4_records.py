@@ -1,4 +1,4 @@
-"""Experts of an int4 checkpoint become records with the same numbers: whole ones bit for bit, narrow ones row by row."""
+"""Experts of an int4 checkpoint become records with the same numbers: whole ones bit for bit, narrow ones by rows."""
 
 from __future__ import annotations
 

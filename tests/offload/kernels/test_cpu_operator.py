@@ -7,31 +7,22 @@ import ctypes
 import pytest
 import torch
 
-<<<<<<< HEAD
 from conmoe_edge.checkpoint.format import low_bits
-from conmoe_edge.checkpoint.format.forms import LOW_BITS, Kind
+from conmoe_edge.checkpoint.format.forms import LOW_BITS, Grid, Kind
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
-=======
-from conmoe_edge.checkpoint.format.forms import Grid
-from conmoe_edge.checkpoint.format.quantise import Matrix, quantise
->>>>>>> h-int4
 from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
-<<<<<<< HEAD
-QUANTISED = ["int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"]
-=======
 GRIDS = {
     "grid4": Grid(32, "float16", False),
     "grid4, zeros": Grid(16, "float16", True),
     "grid4, bf16": Grid(32, "bfloat16", False),
     "grid4, bf16, zeros": Grid(32, "bfloat16", True),
 }
-QUANTISED = ["int8", "int4", "mxfp4", "q4", "q3", "q2", *GRIDS]
->>>>>>> h-int4
+QUANTISED = ["int8", "int4", "mxfp4", "q6", "q4", "q3", "q2", *GRIDS]
 KINDS = ["bf16", "fp16", "fp32", *QUANTISED]
 MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
 

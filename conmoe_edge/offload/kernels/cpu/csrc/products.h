@@ -29,12 +29,8 @@ constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that sha
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-<<<<<<< HEAD
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8, Q6 = 9 };
-=======
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8,
-            GRID_FP16 = 9, GRID_FP16_ZEROS = 10, GRID_BF16 = 11, GRID_BF16_ZEROS = 12 };
->>>>>>> h-int4
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8, Q6 = 9,
+            GRID_FP16 = 10, GRID_FP16_ZEROS = 11, GRID_BF16 = 12, GRID_BF16_ZEROS = 13 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -808,11 +804,7 @@ bool in_tiles(int kind, Run run) {
   return false;
 }
 
-<<<<<<< HEAD
-inline bool tiled(int kind) { return kind >= INT4 && kind <= Q6; }
-=======
 inline bool tiled(int kind) { return kind >= INT4 && kind <= GRID_BF16_ZEROS; }
->>>>>>> h-int4
 
 // Whether columns are whole groups of a size that the tiles take.
 inline bool grouped(int kind, int64_t columns, int64_t group) {

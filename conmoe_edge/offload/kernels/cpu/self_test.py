@@ -96,15 +96,16 @@ class _Check:
         made, x = self.made, self.random(1, 2, _HIDDEN)
         up, one = self.matrix(2 * _WIDTH, _HIDDEN, kind, grid)
         wanted = reference.product(up, x[0])
-        _same(f"few_rows, {kind}", made.few_rows([one], x)[0], wanted, 1e-4)
-        _same(f"one_row, {kind}", made.one_row(one, x[0, :1]), wanted[:1], 1e-4)
+        # An activation in 8 bits may fall to either side where it lies between two numbers.
+        near = 1e-4 if kind == "plain" else 2e-3
+        _same(f"few_rows, {kind}", made.few_rows([one], x)[0], wanted, near)
+        _same(f"one_row, {kind}", made.one_row(one, x[0, :1]), wanted[:1], near)
         wide = up.dequantise()
         _same(f"expand, {kind}", made.expand(one, torch.empty_like(wide)), wide, 1e-6)
         down, other = self.matrix(2 * _WIDTH, _WIDTH, kind, grid)  # int4 takes 64 rows at a time
         up, one = self.matrix(2 * _WIDTH, 2 * _WIDTH, kind, grid)
         x = self.random(1, 2 * _WIDTH)
-        # An activation in 8 bits may fall to either side where it lies between two numbers.
-        near = 1e-4 if kind == "plain" else 2e-2
+        near = 1e-4 if kind == "plain" else 2e-2  # and here more of them, one behind the other
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
 

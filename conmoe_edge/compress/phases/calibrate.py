@@ -137,7 +137,7 @@ def _train(
     hidden_size = run.job.anatomy.hidden_size
     listening = nullcontext()
     tracker = tap.tracker = StatisticsTracker(count)
-    if len(run.sizes.kinds) > 1:
+    if not (run.sizes.alike or run.sizes.free):
         tap.sample = RowSample(count, hidden_size)
     if needs.vectors:
         tap.vectors = VectorTracker(count, hidden_size)

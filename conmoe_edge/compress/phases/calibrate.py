@@ -137,7 +137,7 @@ def _train(
     count = experts.count
     listening = nullcontext()
     tracker = tap.tracker = StatisticsTracker(count)
-    if len(run.sizes.kinds) > 1:
+    if not (run.sizes.alike or run.sizes.free):
         tap.sample = RowSample(count, experts.outputs)
     if needs.vectors:
         tap.vectors = VectorTracker(count, experts.outputs)

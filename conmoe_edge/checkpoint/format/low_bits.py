@@ -1,4 +1,4 @@
-"""Weights in 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
+"""Weights in 6, 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
 
 A matrix [R, K] (rows are outputs), K a multiple of 32, R of 16. A weight is ``S s (q - c) + Z (z - 8)``: q in
 0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S
@@ -6,11 +6,12 @@ and Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K
 llama.cpp's K-quants; four bits for each do for small groups.
 
 Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
-and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 3 bits are a plane of the lower
-two and one of the upper one. Of a plane with p bits a word of 32 bits has 32 / p columns of a row. Its byte b has, p
-bits each from the lowest on, the columns b, 4 + b, 8 + b, ...; words of the tile's rows lie one after another, and
-behind them those of the next columns. So ``word >> p j & mask`` is four neighbouring columns of a row in four bytes,
-and a vector is that of 8 or 16 rows, which is what the products of bytes that processors have want.
+and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 6 bits are a plane of the lower
+four and one of the upper two, 3 bits one of the lower two and one of the upper one. Of a plane with p bits a word of
+32 bits has 32 / p columns of a row. Its byte b has, p bits each from the lowest on, the columns b, 4 + b, 8 + b, ...;
+words of the tile's rows lie one after another, and behind them those of the next columns. So ``word >> p j & mask`` is
+four neighbouring columns of a row in four bytes, and a vector is that of 8 or 16 rows, which is what the products of
+bytes that processors have want.
 
 Scales: uint8 [4 + K / 32, R]. The first four rows are R pairs (S, Z) in bf16, one after another; then one byte
 ``s | z << 4`` for each row, group by group.
@@ -31,12 +32,17 @@ from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
 from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
 from conmoe_edge.checkpoint.format.grid_search import best_line
 
-PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a number -> bits of its planes, the lower ones first."""
 
 _STEPS, _MIDDLE, _REACH = 15, 8, 7
 """Largest s; the z that stands for 0; the largest z above it that S and Z are chosen for."""
-_CLIPS = {4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
+_CLIPS = {
+    6: (1.0, 1.05, 1.1, 1.2),
+    4: (1.0, 0.95, 0.9, 0.85),
+    3: (1.0, 0.9, 0.8, 0.7),
+    2: (1.0, 0.9, 0.8, 0.7, 0.6),
+}
 """Shares of a group's range that are tried: outliers are clipped, all else is finer."""
 
 
@@ -77,10 +83,7 @@ def unpack(values: Tensor, bits: int, tile: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Where the weights of some rows may lie: S and Z of each row in fp32, rounded to bf16.
-
-    Rows lie along the last axis of what it works on, the columns of a group along the one before.
-    """
+    """Where the weights of some rows may lie: S and Z of each row, fp32 [..., R, 1], rounded to bf16."""
 
     bits: int
     scale: Tensor
@@ -88,14 +91,12 @@ class Grid:
 
     @classmethod
     def over(cls, weight: Tensor, bits: int) -> Grid:
-        """For ``weight`` [..., R, K]: wide enough for every group of a row; S and Z [..., 1, R]."""
+        """For ``weight`` [..., R, K]: wide enough for every group of a row."""
         grouped = weight.unflatten(-1, (-1, GROUP))
         low, high = grouped.amin(-1), grouped.amax(-1)  # [..., R, G]
-        widest = (high - low).amax(-1) / ((1 << bits) - 1)
-        furthest = ((high + low) / 2).abs().amax(-1)
-        return cls(
-            bits, _bf16(widest / _STEPS).unsqueeze(-2), _bf16(furthest / _REACH).unsqueeze(-2)
-        )
+        widest = (high - low).amax(-1, keepdim=True) / ((1 << bits) - 1)
+        furthest = ((high + low) / 2).abs().amax(-1, keepdim=True)
+        return cls(bits, _bf16(widest / _STEPS), _bf16(furthest / _REACH))
 
     @property
     def middle(self) -> float:
@@ -103,28 +104,15 @@ class Grid:
         return ((1 << self.bits) - 1) / 2
 
     def fit(self, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """s and z, whole numbers in fp32 [..., 1, R], for the weights ``group`` [..., 32, R] of one group.
-
-        The best of several lines (``grid_search.py``), errors weighted with ``weights`` [..., 32, 1].
+        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group, errors
+        weighted with ``weights`` [..., 1, 32].
         """
-        inverse = torch.where(self.scale > 0, 1.0 / self.scale, 0.0)
-        unit = torch.where(self.zero > 0, 1.0 / self.zero, 0.0)
-
-        def snap(step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-            s = (step * inverse).round_().clamp_(0, _STEPS)
-            z = (zero * unit).round_().add_(_MIDDLE).clamp_(0, _STEPS)
-            return s * self.scale, self.shifts(z), s, z
-
-        top = (1 << self.bits) - 1
-        _, _, s, z = best_line(group, weights, _CLIPS[self.bits], -self.middle, top, snap)
-        return s, z
+        s, z = fit_columns(self, group.mT, weights.mT)
+        return s.mT, z.mT
 
     def codes(self, weight: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """The numbers q, fp32, that come closest to ``weight`` [..., any, R]."""
-        step = s * self.scale
-        inverse = torch.where(step != 0, 1.0 / step, 0.0)
-        found = (weight - self.shifts(z)) * inverse + self.middle
-        return found.round_().clamp_(0, 2 * self.middle)
+        """The numbers q, fp32, that come closest to ``weight`` [..., R, any]."""
+        return self._levels(weight, s * self.scale, self.shifts(z)) + self.middle
 
     def values(self, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """The weights that numbers stand for."""
@@ -134,44 +122,86 @@ class Grid:
         """What is added to every weight of a group."""
         return self.zero * (z - _MIDDLE)
 
+    def _levels(self, weight: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+        """q - c."""
+        inverse = torch.where(step != 0, 1.0 / step, 0.0)
+        codes = ((weight - zero) * inverse + self.middle).round_().clamp_(0, 2 * self.middle)
+        return codes - self.middle
+
+
+def fit_columns(grid: Grid, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``Grid.fit`` with rows along the last axis, where it is several times faster: s and z [..., 1, R] for ``group``
+    [..., 32, R] and ``weights`` [..., 32, 1]. The best of several lines (``grid_search.py``).
+    """
+    scale, unit = grid.scale.mT, grid.zero.mT  # [..., 1, R]
+    by_scale, by_unit = (torch.where(one > 0, 1.0 / one, 0.0) for one in (scale, unit))
+
+    def snap(step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+        s = (step * by_scale).round_().clamp_(0, _STEPS)
+        z = (zero * by_unit).round_().add_(_MIDDLE).clamp_(0, _STEPS)
+        return s * scale, unit * (z - _MIDDLE), s, z
+
+    top = (1 << grid.bits) - 1
+    _, _, s, z = best_line(group, weights, _CLIPS[grid.bits], -grid.middle, top, snap)
+    return s, z
+
 
 def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Values and scales of one matrix: ``codes`` [K, R], ``s`` and ``z`` [G, R], whole numbers of any type."""
-    pairs = torch.cat([grid.scale, grid.zero]).T.to(torch.bfloat16).contiguous()  # [R, 2]
+    """Values and scales of one matrix: ``codes`` [R, K], ``s`` and ``z`` [R, G], whole numbers of any type."""
+    pairs = torch.cat([grid.scale, grid.zero], 1).to(torch.bfloat16).contiguous()  # [R, 2]
     head = pairs.view(torch.uint8).view(HEAD, -1)
-    tail = s.to(torch.uint8) | (z.to(torch.uint8) << 4)
-    return pack(codes.T.to(torch.uint8).contiguous(), grid.bits, tile), torch.cat([head, tail])
+    tail = (s.to(torch.uint8) | (z.to(torch.uint8) << 4)).T
+    return pack(codes.to(torch.uint8), grid.bits, tile), torch.cat([head, tail])
 
 
 def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
-    """The grid, S and Z [1, R], and s and z fp32 [G, R], of stored scales."""
-    rows = scales.shape[1]
-    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float().T  # [2, R]
-    tail = scales[HEAD:]
-    return Grid(bits, pairs[:1], pairs[1:]), (tail & 15).float(), (tail >> 4).float()
+    """The grid, and s and z fp32 [R, G], of stored scales."""
+    pairs = units(scales).float()  # [R, 2]
+    tail = scales[HEAD:].T
+    return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
 
 
 def expand(values: Tensor, scales: Tensor, bits: int, tile: int) -> Tensor:
     """fp32 [R, K]."""
     grid, s, z = load(scales, bits)
     wide = unpack(values, bits, tile).float().unflatten(1, (-1, GROUP))  # [R, G, 32]
-    step, zero = (s * grid.scale).T.unsqueeze(2), grid.shifts(z).T.unsqueeze(2)
+    step, zero = (s * grid.scale).unsqueeze(2), grid.shifts(z).unsqueeze(2)
     return wide.sub_(grid.middle).mul_(step).add_(zero).flatten(1)
 
 
 def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
     wide = weight.float()
-    grid = Grid.over(wide, bits)
-    grouped = wide.T.unflatten(0, (-1, GROUP)).contiguous()  # [G, 32, R]
-    s, z = grid.fit(grouped, torch.ones(1, GROUP, 1, device=wide.device))  # [G, 1, R]
-    return store(grid, grid.codes(grouped, s, z).flatten(0, 1), s.squeeze(1), z.squeeze(1), tile)
+    grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
+    alike = torch.ones(1, GROUP, 1, device=wide.device)
+    spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
+    grouped = wide.unflatten(1, (groups, GROUP))
+    columns = grouped.permute(1, 2, 0).contiguous()  # [G, 32, R]
+    s, z = (one.permute(2, 0, 1) for one in fit_columns(grid, columns, alike))  # [R, G, 1]
+    return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
+
+
+def units(scales: Tensor) -> Tensor:
+    """S and Z of stored scales: bf16 [R, 2]."""
+    return scales[:HEAD].contiguous().view(-1, HEAD).view(torch.bfloat16)
 
 
 def rows_of(scales: Tensor, rows: slice) -> Tensor:
     """The stored scales of a run of rows."""
     head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
     return torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def picked(
+    values: Tensor, scales: Tensor, bits: int, tile: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of single rows, int64 [n] of a matrix in tiles of ``tile``, as a matrix in tiles of one."""
+    groups = values.shape[1] * 8 // (bits * GROUP)
+    # A group of a row is as many words of 32 bits as a number has bits, whatever its planes.
+    blocks = values.view(-1, groups, bits, tile, 4)
+    words = blocks[rows // tile, :, :, rows % tile]  # [n, G, bits, 4]
+    head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
+    return words.flatten(1), torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -65,12 +65,11 @@ class RoundedPrototypes:
         self._layouts, self._tokens = layouts, tokens
         self._routes = {layer: self._routed(layer) for layer in tokens}
         self._spread = {layer: _spread(self._routes[layer], len(tokens[layer])) for layer in tokens}
-        self._common = common_gram(
-            [(tokens[layer].hidden, self._spread[layer]) for layer in tokens],
-            len(decision.prototypes),
-        ).to(scope.device)
+        self._common: Tensor | None = None
         self._ready: dict[ExpertId, tuple[Parts, Mapping[str, Matrix]]] = {}
-        self._changed = {layer: torch.zeros(()) for layer in decision.constants if layer in tokens}
+        # What the method has rounded itself, it has solved its constants for.
+        layers = () if decision.made else decision.constants
+        self._changed = {layer: torch.zeros(()) for layer in layers if layer in tokens}
 
     def parts(self, expert: ExpertId) -> Parts:
         """The weights of a prototype before they are rounded."""
@@ -128,7 +127,7 @@ class RoundedPrototypes:
         missing, layout = self._missing(experts[0]), self._layouts[experts[0]]
         for name in [one for one in missing if one != DOWN]:
             grams = torch.stack([gram(*self._inputs(expert)) for expert in experts])
-            self._fill(made, own, name, grams, layout, self._common)
+            self._fill(made, own, name, grams, layout, self._common_inputs())
         if DOWN in missing:
             inside = [self._inside(expert, own[expert], made[expert]) for expert in experts]
             grams, common = (torch.stack(one) for one in zip(*inside, strict=True))
@@ -151,6 +150,13 @@ class RoundedPrototypes:
         found = round_matrices(torch.stack(weights), grams, form_of(layout, name), common)
         for expert, matrix in zip(own, found, strict=True):
             made[expert][name] = matrix
+
+    def _common_inputs(self) -> Tensor:
+        if self._common is None:
+            inputs = [(one.hidden, self._spread[layer]) for layer, one in self._tokens.items()]
+            found = common_gram(inputs, len(self._decision.prototypes))
+            self._common = found.to(self._scope.device)
+        return self._common
 
     def _inside(
         self, expert: ExpertId, own: Parts, made: Mapping[str, Matrix]
@@ -180,7 +186,8 @@ class RoundedPrototypes:
         for layer, changed in self._changed.items():
             tokens = self._tokens[layer]
             if not changed.dim():
-                self._changed[layer] = changed = torch.zeros(len(tokens), tokens.hidden.shape[1])
+                outputs = self._decision.constants[layer].shape[1]
+                self._changed[layer] = changed = torch.zeros(len(tokens), outputs)
             rows, alpha = _of(self._routes[layer], number)
             for some, weights in zip(rows.split(_BATCH), alpha.split(_BATCH), strict=True):
                 hidden = tokens.hidden[some].to(scope.device, scope.dtype)

@@ -8,8 +8,7 @@ Peak memory: the scope's last layer, and what the method takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -140,7 +139,7 @@ def _rounded(
     last = scope[-1]
     came: dict[int, LayerTokens] = {}
     if entered is not None:
-        came[last] = entered.tokens.weighted()
+        came[last] = replace(entered.tokens, target=None).weighted()
     else:
         assert tokens is not None, "what is rounded needs the tokens"
         came = {layer: LayerTokens.load(run.work.tokens(layer)) for layer in scope[:-1]}
@@ -190,6 +189,9 @@ def _view(
             selections.get(layer),
         )
 
+    def layout_of(width: int, kind: str = "") -> RecordLayout:
+        return sizes.layout(last, kind or sizes.kinds[0], width)
+
     return ScopeView(
         sizes.pool(scope),
         tuple(layer_view(layer) for layer in scope),
@@ -202,7 +204,8 @@ def _view(
         run.dtype,
         run.job.device,
         _may_add(run, last),
-        partial(sizes.layout, last, sizes.kinds[0]) if len(sizes.kinds) == 1 else None,
+        layout_of if sizes.alike or sizes.free else None,
+        sizes.options(last),
     )
 
 
@@ -220,7 +223,9 @@ def _kinds_of(
     parts: Callable[[ExpertId], Parts],
 ) -> dict[ExpertId, str]:
     """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
-    if len(run.sizes.kinds) == 1:
+    if decision.kinds:
+        return {one: decision.kinds[one] for one in decision.prototypes}
+    if run.sizes.alike:
         return dict.fromkeys(decision.prototypes, run.sizes.kinds[0])
     wide, narrow = run.sizes.kinds
     count = run.sizes.wide_count(scope, run.journal.budgets)

@@ -67,10 +67,7 @@ def enter(
         tokens = silent.tokens.result()
         plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
         attach(module, own)  # the other one holds on to nothing, but computes nothing either
-        given = (one.hidden.float() - stream.hidden[:1].float()).double()
-        off = given - one.padded(plain.float()).double()
-        # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
-        if float(off.norm()) <= _ADDS * float(given.norm()):
+        if _adds_up(one, stream, plain):
             return Entered(replace(tokens, weights=_weights(streams["train"])), stream.hidden)
         stream.hidden = entered
         return Entered(tokens, None)
@@ -80,7 +77,8 @@ def aim(run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream
     """``enter``, with what the experts of each token should give.
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to the original's
-    stream. Elsewhere it is what the original experts give here.
+    stream. Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts
+    give.
     """
     found, stream = enter(run, model, index, streams), streams["package"]
     with run.clock.part("attention"):
@@ -90,6 +88,18 @@ def aim(run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream
             target = expert_sum(model.experts[index][1], RoutedTap(), found.tokens, model.device)
     tokens = replace(found.tokens, target=target, **_marks(run, stream))
     return Entered(tokens, found.before)
+
+
+def _adds_up(one: Stream, without: Stream, plain: torch.Tensor) -> bool:
+    """Whether ``plain``, what the experts give, is what the layer adds to the stream: ``one`` has its first sequence
+    with the experts, ``without`` all of them without.
+    """
+    given = (one.hidden.float() - without.hidden[:1].float()).double()
+    if plain.shape[-1] != given.shape[-1]:
+        return False
+    off = given - one.padded(plain.float()).double()
+    # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
+    return float(off.norm()) <= _ADDS * float(given.norm())
 
 
 def _weights(stream: Stream) -> torch.Tensor:

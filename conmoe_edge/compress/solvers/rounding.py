@@ -83,16 +83,18 @@ class _LowBits:
         self.low, self.top = -self._grid.middle, (1 << LOW_BITS[kind]) - 1
 
     def fit(self, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        s, z = self._grid.fit(columns, counts)
+        s, z = low_bits.fit_columns(self._grid, columns, counts)
         self._s.append(s.to(torch.uint8))
         self._z.append(z.to(torch.uint8))
-        return s * self._grid.scale, self._grid.shifts(z)
+        return s * self._grid.scale.mT, self._grid.shifts(z.mT).mT
 
     def matrix(self, place: int, codes: Tensor, asked: Tensor) -> Matrix:
         columns, rows = codes.shape
-        s, z = (torch.cat([group[place] for group in one])[asked] for one in (self._s, self._z))
+        s, z = (torch.cat([group[place] for group in one])[asked].T for one in (self._s, self._z))
         grid = low_bits.Grid(self._grid.bits, self._grid.scale[place], self._grid.zero[place])
-        values, scales = low_bits.store(grid, codes, s, z, first_divisor(TILES, rows))
+        values, scales = low_bits.store(
+            grid, codes.T.contiguous(), s, z, first_divisor(TILES, rows)
+        )
         return Matrix(self._kind, values, scales, rows, columns, LOW_GROUP)
 
 

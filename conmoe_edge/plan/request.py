@@ -7,6 +7,7 @@ by. No torch, no files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -51,6 +52,7 @@ class Levers(TypedDict, total=False):
     dense_precision: str
     prefer: Preference
     min_resident: float | None
+    min_speed: float | None
     method: str | None
     widths: Widths
     calibration_tokens: int | None
@@ -75,6 +77,7 @@ class PlanRequest:
             routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        min_speed: tokens a second that the target is expected to reach; the mildest setting that does is taken.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
             Its name is checked where the methods are (``compress/methods/resolve_method.py``).
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
@@ -97,6 +100,7 @@ class PlanRequest:
     dense_precision: str = "source"
     prefer: Preference = "quality"
     min_resident: float | None = None
+    min_speed: float | None = None
     method: str | None = None
     widths: Widths = "free"
     calibration_tokens: int | None = None
@@ -164,6 +168,8 @@ class PlanRequest:
                 "it lies between 0 and 1",
                 "--min-resident 0.8",
             )
+        if self.min_speed is not None:
+            self._check_speed(self.min_speed)
         if self.widths not in WIDTHS:
             raise UsageError(
                 f"--widths {self.widths} is not known.",
@@ -199,6 +205,27 @@ class PlanRequest:
                     "each prototype gets the neurons and bits that it is worth, in bytes that all share",
                     f"leave out {flag}, or leave out {own}",
                 )
+
+    def _check_speed(self, speed: float) -> None:
+        """What does not go with ``min_speed``."""
+        if not 0.0 < speed < math.inf:
+            raise UsageError(
+                f"--min-speed {speed:g} is no speed.", "it is tokens a second", "--min-speed 10"
+            )
+        fixed = {"--bits": self.bits, "--rate": self.forced_rate, "--for": self.engine}
+        for flag, value in fixed.items():
+            if value is not None:
+                raise UsageError(
+                    f"--min-speed {speed:g} does not go with {flag} {value}.",
+                    "it is the plan that looks for the setting that is fast enough",
+                    f"leave out {flag}, or leave out --min-speed",
+                )
+
+    @property
+    def chooses_bytes(self) -> bool:
+        """Whether nothing was asked of bits, rate and widths, so that a method that trims may choose all of them."""
+        asked = (self.precision, self.rate, self.scope_layers, self.equal, self.engine)
+        return asked == ("auto", "auto", 1, False, None)
 
     @property
     def free(self) -> bool:

@@ -49,7 +49,7 @@ def test_a_choice_is_within_the_room_and_within_a_step_of_the_best(
     found = total(errors, nothing, chosen)
     # The bytes of the last step that was taken back are the most that can be missing.
     steepest = max(
-        (max(own + [gone]) - min(own)) / min(NBYTES)
+        (max([*own, gone]) - min(own)) / min(NBYTES)
         for own, gone in zip(errors, nothing, strict=True)
     )
     assert best <= found <= best + steepest * NBYTES[-1] + 1e-9

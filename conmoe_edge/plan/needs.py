@@ -139,7 +139,7 @@ def _dense_note(anatomy: ModelAnatomy) -> str:
     note = "everything outside the routed experts"
     if anatomy.dense_precision == "source":
         return note
-    return f"{note}, linear layers in {anatomy.dense_precision}"
+    return f"{note}, matrices in {anatomy.dense_precision}"
 
 
 def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:

@@ -67,8 +67,8 @@ class PlanRequest:
         rate: share of the routed experts that is removed, from 0 and below 1.
         scope: neighbouring MoE layers that share prototypes.
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
-        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
-            routers keep their numbers.
+        dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.

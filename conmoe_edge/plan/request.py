@@ -73,8 +73,8 @@ class PlanRequest:
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).
-        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
-            routers keep their numbers.
+        dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
         kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
             plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.

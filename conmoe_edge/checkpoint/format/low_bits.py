@@ -171,8 +171,7 @@ def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[T
 
 def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
     """The grid, and s and z fp32 [R, G], of stored scales."""
-    rows = scales.shape[1]
-    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float()  # [R, 2]
+    pairs = units(scales).float()  # [R, 2]
     tail = scales[HEAD:].T
     return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
 
@@ -196,10 +195,27 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
 
 
+def units(scales: Tensor) -> Tensor:
+    """S and Z of stored scales: bf16 [R, 2]."""
+    return scales[:HEAD].contiguous().view(-1, HEAD).view(torch.bfloat16)
+
+
 def rows_of(scales: Tensor, rows: slice) -> Tensor:
     """The stored scales of a run of rows."""
     head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
     return torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def picked(
+    values: Tensor, scales: Tensor, bits: int, tile: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of single rows, int64 [n] of a matrix in tiles of ``tile``, as a matrix in tiles of one."""
+    groups = values.shape[1] * 8 // (bits * GROUP)
+    # A group of a row is as many words of 32 bits as a number has bits, whatever its planes.
+    blocks = values.view(-1, groups, bits, tile, 4)
+    words = blocks[rows // tile, :, :, rows % tile]  # [n, G, bits, 4]
+    head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
+    return words.flatten(1), torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 def on_grid(grid: Grid, own: torch.dtype, seed: int = 0) -> Tensor:
-    """Weights in ``own`` as the libraries multiply them, some scales below 0, some groups all 0 or with a single step."""
+    """Weights in ``own`` as the libraries multiply them, some scales below 0, some groups all 0 or with one step."""
     drawn = torch.Generator().manual_seed(seed)
     shape = (ROWS, COLUMNS // grid.group)
     scales = torch.rand(shape, generator=drawn) / 100 + 0.002

@@ -58,6 +58,12 @@ class ExpertsAnatomy:
         shape = next(part.shape for part in self.parts if part.name == DOWN)
         return neurons(shape, self.transposed)
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that an expert takes and gives for a token: the model's hidden size, or that of a latent space."""
+        shape = next(part.shape for part in self.parts if part.name == DOWN)
+        return shape[-1 if self.transposed else -2]
+
     def narrowed(self, width: int) -> ExpertsAnatomy:
         """The same experts with ``width`` neurons each."""
         return replace(self, parts=tuple(self._narrowed(part, width) for part in self.parts))
@@ -124,14 +130,21 @@ room for the tokens that follow (``offload/fastpath/window_cache.py``).
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Cache of one decoder layer for one sequence: ``constant + per_token * held(tokens)`` bytes.
+    """Cache of one decoder layer for one sequence.
 
-    ``window`` is ``None`` for full attention; a linear-attention layer has ``per_token == 0``.
+    Attributes:
+        per_token: bytes of a token in the model's own format; 0 in a linear-attention layer.
+        constant: bytes whatever the number of tokens.
+        window: ``None`` for full attention.
+        packed: bytes of a token in 8 bits (``model/kv_rows.py``); ``None`` where the layer has no such form.
+        in_int8: whether it is kept in those (``plan/kv_precision.py`` makes the anatomy).
     """
 
     per_token: int
     constant: int = 0
     window: int | None = None
+    packed: int | None = None
+    in_int8: bool = False
 
     def held(self, tokens: int) -> int:
         """Tokens that it has memory for at ``tokens`` tokens of context."""
@@ -139,6 +152,11 @@ class KVLayer:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens of context."""
+        each = self.packed if self.in_int8 and self.packed is not None else self.per_token
+        return self.constant + each * self.held(tokens)
+
+    def expanded(self, tokens: int) -> int:
+        """Bytes of all that in the model's own format, as attention of many tokens is given it."""
         return self.constant + self.per_token * self.held(tokens)
 
 
@@ -172,6 +190,7 @@ class ModelAnatomy:
     dense_matrices: tuple[DenseMatrix, ...] = ()
     dense_precision: str = "source"
     source_form: str = "plain"
+    kv_precision: str = "source"
 
     @property
     def moe_layers(self) -> tuple[LayerAnatomy, ...]:

@@ -7,8 +7,9 @@ parameter where they differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,27 @@ PLAIN_FORMATS = ("bfloat16", "float16", "float32")
 def mismatch(folder: Path, why: str) -> PackageError:
     """The error for a package whose manifest and ``config.json`` disagree."""
     return PackageError(f"The package in {folder} does not match its config.json.", why, AGAIN)
+
+
+def token_size(folder: Path, modules: Iterable[nn.Module]) -> int:
+    """Numbers of a token as the experts of every layer get it: the model's hidden size, or that of a latent space.
+
+    Args:
+        folder: for errors.
+        modules: the experts of every layer that has some.
+
+    Raises:
+        PackageError: layers differ.
+    """
+    found: set[int] = set()
+    for module in modules:
+        down: Any = module.down_proj
+        found.add(int(down.shape[2 if module.is_transposed else 1]))
+    if len(found) != 1:
+        raise mismatch(
+            folder, f"experts of different layers take {sorted(found)} numbers of a token"
+        )
+    return found.pop()
 
 
 def check_records(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["plain", "int8", "int4", "grid4", "mxfp4", "q4", "q3", "q2"]
+Kind = Literal["plain", "int8", "int4", "grid4", "mxfp4", "q6", "q4", "q3", "q2"]
 Stored = tuple[str, Sequence[int]]
 """Number format (torch's name) and shape of a tensor."""
 Part = tuple[str, tuple[int, ...], str]
@@ -28,7 +28,7 @@ MX_BLOCK = 32
 UP, DOWN = "gate_up_proj", "down_proj"
 """The two weight matrices of a gated expert: gate and up rows together, and down rows."""
 
-LOW_BITS: dict[Kind, int] = {"q4": 4, "q3": 3, "q2": 2}
+LOW_BITS: dict[Kind, int] = {"q6": 6, "q4": 4, "q3": 3, "q2": 2}
 """Bits of a number in the forms of ``low_bits.py``."""
 
 LOW_GROUP, LOW_HEAD = 32, 4
@@ -144,8 +144,8 @@ def columns_of(kind: Kind, values: Sequence[int]) -> int:
 
 
 def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
-    """``wished``, or where it cannot take a matrix of this shape: int8 for int4, q4, q3 and q2; plain for mxfp4, whose
-    numbers stay what they are.
+    """``wished``, or where it cannot take a matrix of this shape: int8 for int4 and those of ``LOW_BITS``; plain for
+    mxfp4, whose numbers stay what they are.
     """
     if not in_tiles(wished):
         return wished

@@ -11,7 +11,8 @@ grid4     as of int4                                          fp16 or bf16 [K //
                                                               pairs (scale, zero point); see ``grids.py``
 mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
           tiles
-q4 q3 q2  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
+q6 q4 q3  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
+q2
 ========  ==================================================  ==================================================
 
 Tiles of int4, grid4, mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A

@@ -47,17 +47,8 @@ _SILU = ExpertGate()
 _SILU_STRUCT = _SILU.struct
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_TOKEN = (
-    _at,
-    _at,
-    _at,
-    _long,
-    _at,
-    _at,
-    _long,
-    _long,
-    _long,
-)  # x, cos, sin, ..., keys, values, ...
+_TOKEN = (_at, _at, _at, _long, _at, _at, _long, _long, _long, _int)
+"""x, cos, sin, ..., keys, values, ..., whether they are packed."""
 _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "few_rows": (_int, (_int, _long, _at, _at, _at, _long, _long, _at, _long, _long, _long, _int)),
     "gated_experts": (
@@ -75,7 +66,7 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "route": (_int, (_at, _at, _at, _at, _at)),
     "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
     "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
-    "expand": (_int, (_int, _at, _at, _at, _long, _long, _long)),
+    "expand": (_int, (_int, _at, _at, _at, _int, _long, _long, _long)),
 }
 """Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``."""
 
@@ -401,7 +392,7 @@ class Operator:
         out = torch.empty_like(x)
         failed = function(
             *(table.address, x.data_ptr(), *table.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             out.data_ptr(),
         )
         if failed:
@@ -421,7 +412,7 @@ class Operator:
         out, normed = torch.empty_like(x), torch.empty_like(x)
         failed = self._block(
             *(table.address, x.data_ptr(), *attention.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(out.data_ptr(), normed.data_ptr()),
         )
         if failed:
@@ -501,7 +492,7 @@ class Operator:
         count = self._decoder(
             *(block.address, first, second, third, x.data_ptr()),
             *attention.turning.angles(positions),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(between, out.data_ptr()),
         )
         if count == _ABSENT:
@@ -544,15 +535,17 @@ class Operator:
         return out
 
     def expand(self, matrix: Prepared, out: Tensor) -> Tensor:
-        """The weights as fp32 into ``out`` [R, K], contiguous."""
+        """The weights into ``out`` [R, K], contiguous, in fp32 or, rounded from it, in bf16."""
         form = matrix.form
-        if _narrow(out, form.rows * form.columns) or out.shape != (form.rows, form.columns):
+        narrow = _narrow(out, form.rows * form.columns)
+        if out.shape != (form.rows, form.columns):
             _refuse(f"room {list(out.shape)} in {out.dtype} for [{form.rows}, {form.columns}]")
         failed = self._expand(
             form.code,
             matrix.values,
             matrix.scales,
             out.data_ptr(),
+            narrow,
             form.rows,
             form.columns,
             form.group,

@@ -2,7 +2,7 @@
 
 Beside plain weights activations are what they are. Beside others they are rounded: every block of columns (32;
 int4, grid4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of
-int4, grid4, q4, q3 and q2 are multiplied with the exact sum of a group.
+int4, grid4 and of ``LOW_BITS`` are multiplied with the exact sum of a group.
 
 Products are fp64, so memory is the weights in fp64.
 """

@@ -18,6 +18,8 @@ experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
@@ -25,6 +27,7 @@ from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
 from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.free_bytes import count_free
+from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
 from conmoe_edge.plan.placement import Placement
@@ -60,7 +63,14 @@ def make_plan(
             "there is nothing to consolidate in a dense model",
             "Choose a Mixture-of-Experts model",
         )
-    anatomy = stored(anatomy, request.dense_precision)
+    if request.kv_precision == "auto":
+        asked = request
+
+        def plan_in(precision: str) -> Plan:
+            return make_plan(anatomy, budget, replace(asked, kv_precision=precision), trims=trims)
+
+        return chosen_kv(anatomy, plan_in)
+    anatomy = with_kv(stored(anatomy, request.dense_precision), request.kv_precision)
     tokens = _checked_context(anatomy, request.context)
     if request.engine in PLAIN:
         trims = True
@@ -82,6 +92,7 @@ def make_plan(
         scratch_bytes=_scratch_bytes(anatomy, candidate, request.tokens, trims=trims),
         prefer=request.prefer,
         dense_precision=request.dense_precision,
+        kv_precision=request.kv_precision,
     )
 
 

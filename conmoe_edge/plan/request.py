@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict, get_args
 from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
+from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.levers import FREE, PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
@@ -50,6 +51,7 @@ class Levers(TypedDict, total=False):
     precision: str
     bits: float | None
     dense_precision: str
+    kv_precision: str
     prefer: Preference
     min_resident: float | None
     min_speed: float | None
@@ -73,8 +75,10 @@ class PlanRequest:
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).
-        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
-            routers keep their numbers.
+        dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
+        kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
+            plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         min_speed: tokens a second that the target is expected to reach; the mildest setting that does is taken.
@@ -98,6 +102,7 @@ class PlanRequest:
     precision: str = "auto"
     bits: float | None = None
     dense_precision: str = "source"
+    kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
     min_speed: float | None = None
@@ -158,6 +163,7 @@ class PlanRequest:
                 f"there are {', '.join(DENSE_PRECISIONS)}",
                 "--dense-precision int8",
             )
+        check_kv_precision(None if self.kv_precision == "auto" else self.kv_precision)
         if self.prefer not in PREFERENCES:
             raise UsageError(
                 f"--prefer {self.prefer} is not known.", "", "--prefer quality, or --prefer speed"

@@ -122,6 +122,7 @@ def fit(
     from conmoe_edge.compress.run.job import Job, Progress
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
     from conmoe_edge.compress.stream.layer_stream import compute_dtype
+    from conmoe_edge.compress.stream.match_places import MatchPlaces
     from conmoe_edge.model.opened import open_model
     from conmoe_edge.offload.simulate.machine_file import save_machine_file
     from conmoe_edge.offload.simulate.planned_caching import planned_caching, planned_prefetch
@@ -189,7 +190,10 @@ def fit(
         decided = report.plan.without_measurements()
         if keep_source:
             source = _downloaded(source)
-        job = Job(source, asked.request, decided, train, held_out, target, __version__, passes)
+        places = MatchPlaces(held_out, tokenizer)
+        job = Job(
+            source, asked.request, decided, train, held_out, target, __version__, passes, places
+        )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):

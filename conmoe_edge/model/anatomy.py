@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from conmoe_edge.checkpoint.format.forms import DOWN
+from conmoe_edge.checkpoint.format.forms import DOWN, Grid
 from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
 
@@ -21,7 +21,8 @@ class ExpertPart:
     ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
     ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
     ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to;
-    ``nbytes`` is what they take in the checkpoint, scales included.
+    ``nbytes`` is what they take in the checkpoint, scales included. ``grid``: where they lie, if they have 4 bits there
+    that a record can hold as they are.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ExpertPart:
     dtype: str
     nbytes: int
     form: str = "plain"
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class ExpertsAnatomy:
         """Neurons of one expert: the inputs of its down projection."""
         shape = next(part.shape for part in self.parts if part.name == DOWN)
         return neurons(shape, self.transposed)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that an expert takes and gives for a token: the model's hidden size, or that of a latent space."""
+        shape = next(part.shape for part in self.parts if part.name == DOWN)
+        return shape[-1 if self.transposed else -2]
 
     def narrowed(self, width: int) -> ExpertsAnatomy:
         """The same experts with ``width`` neurons each."""
@@ -103,15 +111,18 @@ class LayerAnatomy:
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """The weight of a linear layer outside the routed experts that may be stored in fewer bits.
+    """A matrix outside the routed experts that may be stored in fewer bits.
 
-    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it.
+    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it;
+    the others as in ``model/linears.py``.
     """
 
     layer: int | None
     rows: int
     columns: int
     nbytes: int
+    in_rows: bool = False
+    looked_up: bool = False
 
 
 WINDOW_AHEAD = MAX_CHUNK

@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.format.dtypes import nbytes_of
+from conmoe_edge.checkpoint.format.forms import Grid
+from conmoe_edge.checkpoint.package.dense_names import own_shapes
 from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
 from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -47,18 +49,21 @@ _SHAPES_ONLY = "conmoe_shapes"
 
 class TensorFacts(NamedTuple):
     """What a header says of one tensor: torch's name of the dtype, its bytes in the file and its shape. For a quantised
-    one, dtype and shape are those of its expansion, and ``form`` says how it is stored (``mxfp4``, ``fp8``).
+    one, dtype and shape are those of its expansion, and ``form`` says how it is stored (``mxfp4``, ``fp8``); ``grid``
+    as of ``Logical``.
     """
 
     dtype: str
     nbytes: int
     shape: tuple[int, ...]
     form: str = "plain"
+    grid: Grid | None = None
 
 
 def facts_of(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorFacts]:
     """The facts of the tensors of a checkpoint on this disk."""
-    return {name: TensorFacts(e.torch_name, e.nbytes, e.shape) for name, e in tensors.items()}
+    shapes = own_shapes(tensors)
+    return {name: TensorFacts(e.torch_name, e.nbytes, shapes[name]) for name, e in tensors.items()}
 
 
 def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -183,7 +188,14 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, expanded_bytes(facts[key]))
+            DenseMatrix(
+                _layer_of(key, prefix),
+                shape.rows,
+                shape.columns,
+                expanded_bytes(facts[key]),
+                shape.in_rows,
+                shape.looked_up,
+            )
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
@@ -228,8 +240,19 @@ def _experts_anatomy(
             nbytes = sum(one.nbytes for one in found) // count
         # Experts of one layer in several forms have none in common.
         form = forms.pop() if len(forms) == 1 else "plain"
-        parts.append(ExpertPart(name, shape, dtype, nbytes, form))
+        grid = _grid(shape, found, bool(module.is_transposed))
+        parts.append(ExpertPart(name, shape, dtype, nbytes, form, grid))
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
+
+
+def _grid(shape: Sequence[int], found: Sequence[TensorFacts], transposed: bool) -> Grid | None:
+    """What all tensors of a fused parameter have in common, whose experts have this shape."""
+    grids = {(one.grid, one.shape[-1]) for one in found}
+    if len(grids) != 1 or len(shape) != 2:
+        return None
+    ((grid, wide),) = grids
+    rows, columns = reversed(shape) if transposed else shape
+    return grid if grid and wide == columns and grid.takes(rows, columns) else None
 
 
 def top_k_of(text: PretrainedConfig) -> int:

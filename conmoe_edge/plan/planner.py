@@ -23,6 +23,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.free_bytes import count_free
 from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
@@ -107,11 +108,20 @@ def _choose_levers(
     anatomy: ModelAnatomy, budget: Budget, tokens: int, request: PlanRequest, *, trims: bool
 ) -> tuple[Candidate, tuple[Candidate, ...], Placement]:
     """The combination that is taken, all that were looked at, and how the memory is divided with the first."""
+    if request.free:
+        options = [count_free(anatomy, budget, tokens, request)]
+        return _explained(anatomy, budget, tokens, request, options)
     combinations = _combinations(precisions(anatomy, request.precision), request.forced_rate)
     options = [
         count_option(anatomy, budget, tokens, name, rate, request, trims=trims)
         for name, rate in combinations
     ]
+    return _explained(anatomy, budget, tokens, request, options)
+
+
+def _explained(
+    anatomy: ModelAnatomy, budget: Budget, tokens: int, request: PlanRequest, options: list[Option]
+) -> tuple[Candidate, tuple[Candidate, ...], Placement]:
     chosen = _choose(options)
     if chosen is None:
         allowed = [option.candidate for option in options if option.allowed]

@@ -1,4 +1,4 @@
-"""Weights in 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
+"""Weights in 6, 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
 
 A matrix [R, K] (rows are outputs), K a multiple of 32, R of 16. A weight is ``S s (q - c) + Z (z - 8)``: q in
 0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S
@@ -6,11 +6,12 @@ and Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K
 llama.cpp's K-quants; four bits for each do for small groups.
 
 Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
-and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 3 bits are a plane of the lower
-two and one of the upper one. Of a plane with p bits a word of 32 bits has 32 / p columns of a row. Its byte b has, p
-bits each from the lowest on, the columns b, 4 + b, 8 + b, ...; words of the tile's rows lie one after another, and
-behind them those of the next columns. So ``word >> p j & mask`` is four neighbouring columns of a row in four bytes,
-and a vector is that of 8 or 16 rows, which is what the products of bytes that processors have want.
+and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 6 bits are a plane of the lower
+four and one of the upper two, 3 bits one of the lower two and one of the upper one. Of a plane with p bits a word of
+32 bits has 32 / p columns of a row. Its byte b has, p bits each from the lowest on, the columns b, 4 + b, 8 + b, ...;
+words of the tile's rows lie one after another, and behind them those of the next columns. So ``word >> p j & mask`` is
+four neighbouring columns of a row in four bytes, and a vector is that of 8 or 16 rows, which is what the products of
+bytes that processors have want.
 
 Scales: uint8 [4 + K / 32, R]. The first four rows are R pairs (S, Z) in bf16, one after another; then one byte
 ``s | z << 4`` for each row, group by group.
@@ -30,12 +31,17 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
 from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
 
-PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a number -> bits of its planes, the lower ones first."""
 
 _STEPS, _MIDDLE, _REACH = 15, 8, 7
 """Largest s; the z that stands for 0; the largest z above it that S and Z are chosen for."""
-_CLIPS = {4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
+_CLIPS = {
+    6: (1.0, 1.05, 1.1, 1.2),
+    4: (1.0, 0.95, 0.9, 0.85),
+    3: (1.0, 0.9, 0.8, 0.7),
+    2: (1.0, 0.9, 0.8, 0.7, 0.6),
+}
 """Shares of a group's range that are tried: outliers are clipped, all else is finer."""
 
 
@@ -165,8 +171,7 @@ def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[T
 
 def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
     """The grid, and s and z fp32 [R, G], of stored scales."""
-    rows = scales.shape[1]
-    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float()  # [R, 2]
+    pairs = units(scales).float()  # [R, 2]
     tail = scales[HEAD:].T
     return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
 
@@ -190,10 +195,27 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
 
 
+def units(scales: Tensor) -> Tensor:
+    """S and Z of stored scales: bf16 [R, 2]."""
+    return scales[:HEAD].contiguous().view(-1, HEAD).view(torch.bfloat16)
+
+
 def rows_of(scales: Tensor, rows: slice) -> Tensor:
     """The stored scales of a run of rows."""
     head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
     return torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def picked(
+    values: Tensor, scales: Tensor, bits: int, tile: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of single rows, int64 [n] of a matrix in tiles of ``tile``, as a matrix in tiles of one."""
+    groups = values.shape[1] * 8 // (bits * GROUP)
+    # A group of a row is as many words of 32 bits as a number has bits, whatever its planes.
+    blocks = values.view(-1, groups, bits, tile, 4)
+    words = blocks[rows // tile, :, :, rows % tile]  # [n, G, bits, 4]
+    head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
+    return words.flatten(1), torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

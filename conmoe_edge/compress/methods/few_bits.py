@@ -8,7 +8,7 @@ Peak memory: two [H, H] in fp32, and what ``round_matrix`` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import form_of
-from conmoe_edge.compress.methods.interface import Parts, ScopeView
+from conmoe_edge.compress.methods.interface import LayoutOf, Parts, ScopeView
 from conmoe_edge.compress.solvers.rounding import round_matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 
@@ -29,7 +29,8 @@ class Rounding:
     made: what is rounded so far.
     """
 
-    _record: Callable[[int], RecordLayout]
+    _record: LayoutOf
+    _kinds: Mapping[ExpertId, str]
     _transposed: bool
     _hidden: Tensor
     _common: Tensor
@@ -37,13 +38,15 @@ class Rounding:
     _layouts: dict[ExpertId, RecordLayout] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scope: ScopeView, tokens: LayerTokens, gates: Tensor) -> Rounding | None:
-        """For a layer; ``None`` where its records do not have weights in few bits."""
+    def of(
+        cls, scope: ScopeView, tokens: LayerTokens, gates: Tensor, kinds: Mapping[ExpertId, str]
+    ) -> Rounding | None:
+        """For a layer, ``kinds`` as of ``Decision``; ``None`` where its records do not have weights in few bits."""
         record = scope.record
-        if record is None or not in_few_bits(record(scope.widths[-1])):
+        if record is None or not (kinds or in_few_bits(record(scope.widths[-1]))):
             return None
         common = _gram(tokens.hidden, gates.square().sum(1).sqrt()) / len(scope.pool)
-        return cls(record, bool(scope.module.is_transposed), tokens.hidden, common)
+        return cls(record, kinds, bool(scope.module.is_transposed), tokens.hidden, common)
 
     def inputs(self, name: ExpertId, parts: Parts, alpha: Tensor) -> dict[str, Tensor]:
         """Round what a prototype multiplies with the layer's input: everything but its down projection.
@@ -56,7 +59,8 @@ class Rounding:
         Returns:
             The rounded weights, fp32, as its module keeps them.
         """
-        layout = self._layouts[name] = self._record(neurons(parts[DOWN].shape, self._transposed))
+        width = neurons(parts[DOWN].shape, self._transposed)
+        layout = self._layouts[name] = self._record(width, self._kinds.get(name, ""))
         rows = alpha.nonzero().squeeze(1)
         gram = _gram(self._hidden[rows], alpha[rows])
         self.made[name] = {

@@ -19,6 +19,7 @@ from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
+from conmoe_edge.plan.record_options import RecordOption
 
 Parts = Mapping[str, Tensor]
 """The tensors of one expert by parameter name, as its module keeps them; with a precision of the
@@ -30,6 +31,14 @@ class PoolWeights(Protocol):
 
     def parts(self, expert: ExpertId) -> Parts:
         """One expert's tensors; views, not to be written to."""
+        ...
+
+
+class LayoutOf(Protocol):
+    """The layout of a prototype's record."""
+
+    def __call__(self, width: int, kind: str = "") -> RecordLayout:
+        """With so many neurons; of the job's only kind, where none is named."""
         ...
 
 
@@ -86,7 +95,8 @@ class ScopeView:
             number counts.
         dtype, device: in which and where experts are computed.
         constants: whether a router slot may add a constant; another engine may have no place for one.
-        record: the layout of a prototype with so many neurons; ``None`` where records are of two kinds.
+        record: the layout of a prototype; ``None`` where the plan says how many records are of which of two kinds.
+        options: where prototypes have kinds of their own, the records that one may become, by bytes ascending.
     """
 
     pool: tuple[ExpertId, ...]
@@ -100,7 +110,8 @@ class ScopeView:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     constants: bool = True
-    record: Callable[[int], RecordLayout] | None = None
+    record: LayoutOf | None = None
+    options: tuple[RecordOption, ...] = ()
 
     def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
         """[P] float64: a number of every expert, layer after layer in the order of the pool."""
@@ -121,6 +132,7 @@ class Decision:
             for every prototype, in their order. ``None``: all are pretrained, bit for bit.
         made: weights of prototypes that are in their stored form already, and are written as they are.
         widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
+        kinds: of a prototype's record, where they have kinds of their own.
         left: [T, H] fp32 where the method has it: what is left of the target of its layer's tokens as
             ``LayerTokens.weighted`` gives it, with weights that are not rounded to a record's numbers yet.
         notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
@@ -133,6 +145,7 @@ class Decision:
     parts: Callable[[ExpertId], Parts] | None = None
     made: Mapping[ExpertId, Mapping[str, Matrix]] = field(default_factory=dict)
     widths: Mapping[ExpertId, int] = field(default_factory=dict)
+    kinds: Mapping[ExpertId, str] = field(default_factory=dict)
     left: Tensor | None = None
     notes: tuple[str, ...] = ()
 

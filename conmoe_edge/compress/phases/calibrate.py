@@ -19,6 +19,7 @@ from conmoe_edge.checkpoint.package.slot_constants import (
     write_constants,
 )
 from conmoe_edge.compress.phases.decide import decide
+from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.phases.propagate import aim, propagate
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
@@ -59,7 +60,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
     """Take every layer and decide every scope; what is decided goes into the journal.
 
     Returns:
-        The files that need all layers: trace, predictor, constants.
+        The files that need all layers: trace, predictor, constants, the index of dense weights.
     """
     job, needs = run.job, run.method.needs
     sets = {"train": job.train, "held_out": job.held_out}
@@ -67,11 +68,15 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
         model.routers()  # looked for while nothing is loaded
     if needs.target:
         sets |= {"package": job.train, "probe": job.train.some(1)}
+    forms = DenseForms.of(model, job.dense_precision)
     streams = run.open_streams(model, sets, "calibrate")
+    own = streams.get("package", streams["train"])  # the package's own where there is one
     for index in range(run.journal.done, run.layers):
         run.meter.announce("calibrate", index)
         with timed_layer(model, index, run.clock, with_experts=True):
+            moments = forms.layer_moments(run, model, index, own)
             tokens = _observe(run, model, index, streams, trace)
+            forms.round_layer(run, model, index, moments)
             before = left = None
             if needs.target and index in model.experts:
                 tokens, before = aim(run, model, index, streams)
@@ -80,8 +85,9 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
             if needs.target:
                 propagate(run, model, index, streams["package"], tokens, before, left)
         run.layer_done("calibrate", index, streams)
+    forms.round_head(run, model, own)
     run.work.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
-    return _whole_files(run, trace)
+    return [*_whole_files(run, trace), *forms.index(run)]
 
 
 def _whole_files(run: Run, trace: Trace) -> list[WrittenFile]:
@@ -133,14 +139,14 @@ def _train(
     run: Run, model: StreamedModel, index: int, stream: Stream, tap: RoutedTap
 ) -> LayerTokens | None:
     """The calibration set through a loaded layer with everything gathered that the method needs."""
-    needs, count = run.method.needs, run.sizes.experts(index).count
-    hidden_size = run.job.anatomy.hidden_size
+    needs, experts = run.method.needs, run.sizes.experts(index)
+    count = experts.count
     listening = nullcontext()
     tracker = tap.tracker = StatisticsTracker(count)
-    if len(run.sizes.kinds) > 1:
-        tap.sample = RowSample(count, hidden_size)
+    if not (run.sizes.alike or run.sizes.free):
+        tap.sample = RowSample(count, experts.outputs)
     if needs.vectors:
-        tap.vectors = VectorTracker(count, hidden_size)
+        tap.vectors = VectorTracker(count, experts.outputs)
     if needs.tokens and not needs.target:
         tap.tokens = TokenRecorder()
         if needs.logits:

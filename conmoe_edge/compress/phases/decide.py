@@ -8,12 +8,11 @@ Peak memory: the scope's last layer, and what the method takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.layout import make_layout
-from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
@@ -119,6 +118,9 @@ def _view(
             selections.get(layer),
         )
 
+    def layout_of(width: int, kind: str = "") -> RecordLayout:
+        return sizes.layout(last, kind or sizes.kinds[0], width)
+
     return ScopeView(
         sizes.pool(scope),
         tuple(layer_view(layer) for layer in scope),
@@ -131,7 +133,8 @@ def _view(
         run.dtype,
         run.job.device,
         _may_add(run, last),
-        partial(sizes.layout, last, sizes.kinds[0]) if len(sizes.kinds) == 1 else None,
+        layout_of if sizes.alike or sizes.free else None,
+        sizes.options(last),
     )
 
 
@@ -149,7 +152,9 @@ def _kinds_of(
     parts: Callable[[ExpertId], Parts],
 ) -> dict[ExpertId, str]:
     """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
-    if len(run.sizes.kinds) == 1:
+    if decision.kinds:
+        return {one: decision.kinds[one] for one in decision.prototypes}
+    if run.sizes.alike:
         return dict.fromkeys(decision.prototypes, run.sizes.kinds[0])
     wide, narrow = run.sizes.kinds
     count = run.sizes.wide_count(scope, run.journal.budgets)

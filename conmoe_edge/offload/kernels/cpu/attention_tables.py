@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.forms import in_tiles
 from conmoe_edge.model.kv_rows import row_bytes
 from conmoe_edge.offload.kernels.cpu.structs import (
     _NO_MATRIX,
     _NO_NORM,
-    CODES,
     Prepared,
     RmsNorm,
     Turn,
@@ -198,7 +198,7 @@ class LatentTable:
             query: ``q_proj``, or ``q_b_proj`` behind ``compress_query`` and ``query_norm``.
             compress: ``kv_a_proj_with_mqa`` and its bias.
             norm: ``kv_a_layernorm``.
-            expand: ``kv_b_proj``, not in int4.
+            expand: ``kv_b_proj``, not in tiles.
             output: ``o_proj`` and its bias.
             heads: how many there are.
             turned: numbers of a head that turn, the last ones.
@@ -225,7 +225,7 @@ class LatentTable:
             fits = fits and compress_query is not None and query_norm.columns == query.form.columns
         if not fits:
             raise ValueError("the matrices of a compressed attention do not go together")
-        if expand.form.code in (CODES["int4"], CODES["mxfp4"]):
+        if in_tiles(expand.matrix.kind):
             raise ValueError("the matrix that expands keys and values is not taken in tiles")
         self.hidden, self.cache = hidden, (1, rank, turned)
         self.turning = _Turning(turn, turned)

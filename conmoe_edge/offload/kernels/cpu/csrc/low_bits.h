@@ -1,4 +1,4 @@
-// Weights in 4, 3 or 2 bits with a byte of scales for 32 columns: see checkpoint/format/low_bits.py.
+// Weights in 6, 4, 3 or 2 bits with a byte of scales for 32 columns: see checkpoint/format/low_bits.py.
 //
 // A vector of words is 8 or 16 rows, a word's bytes after a shift four neighbouring columns: what products of bytes take.
 
@@ -11,7 +11,7 @@ namespace {
 #if CONMOE_INTEGERS
 
 // Vectors of words, a row each. `add_products` adds up products of four bytes of every word; eight of them fit into what
-// it has for that, which is 16 bits without VNNI: 8 * 2 * 15 * 127.
+// it has for that, which is 16 bits without VNNI: 8 * 2 * 15 * 127. Of numbers of 6 bits two do: 2 * 2 * 63 * 127.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Words {
   using T = __m512i;
@@ -29,6 +29,7 @@ struct Words {
   }
   static T add_products(T sums, T w, T x) { return _mm512_dpbusd_epi32(sums, w, x); }
   static T finish(T sums) { return sums; }
+  static T add(T a, T b) { return _mm512_add_epi32(a, b); }
   static void store(int32_t* to, T sums) { _mm512_storeu_si512(to, sums); }
 };
 #else
@@ -53,6 +54,7 @@ struct Words {
   static T add_products(T sums, T w, T x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x)); }
   static T finish(T sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 #endif
+  static T add(T a, T b) { return _mm256_add_epi32(a, b); }
   static void store(int32_t* to, T sums) { _mm256_storeu_si256((T*)to, sums); }
 };
 #endif
@@ -72,19 +74,33 @@ struct Low {
   // Columns 4 * STEP ... 4 * STEP + 3 of the rows of one vector, of the words that `w` begins with.
   template <class V, int STEP>
   static typename V::T columns_of(const uint8_t* w) {
-    constexpr int PLANE = WIDTH == 4 ? 4 : 2, INSIDE = 8 / PLANE;
+    constexpr int PLANE = WIDTH >= 4 ? 4 : 2, INSIDE = 8 / PLANE;
     const auto found = V::template bits<PLANE * (STEP % INSIDE), (1 << PLANE) - 1>(V::load(w + STEP / INSIDE * 4 * TILE));
     if constexpr (WIDTH == 3)
       return V::either(found, V::template bits<STEP - 2, 4>(V::load(w + 8 * TILE)));
+    else if constexpr (WIDTH == 6)
+      return V::either(found, V::template bits<2 * (STEP % 4) - 4, 48>(V::load(w + (4 + STEP / 4) * 4 * TILE)));
     else
       return found;
   }
 
-  template <class V, int... STEP>
-  static typename V::T rows_of(const uint8_t* w, const typename V::T* x, std::integer_sequence<int, STEP...>) {
+  // STEPS of them from FIRST on, which fit into what adds them up.
+  template <class V, int FIRST, int... STEP>
+  static typename V::T some_of(const uint8_t* w, const typename V::T* x, std::integer_sequence<int, STEP...>) {
     auto sums = V::none();
-    ((sums = V::add_products(sums, columns_of<V, STEP>(w), x[STEP])), ...);
+    ((sums = V::add_products(sums, columns_of<V, FIRST + STEP>(w), x[FIRST + STEP])), ...);
     return V::finish(sums);
+  }
+
+  template <class V>
+  static typename V::T rows_of(const uint8_t* w, const typename V::T* x) {
+    if constexpr (WIDTH == 6) {
+      const auto two = std::make_integer_sequence<int, 2>{};
+      const auto first = V::add(some_of<V, 0>(w, x, two), some_of<V, 2>(w, x, two));
+      return V::add(first, V::add(some_of<V, 4>(w, x, two), some_of<V, 6>(w, x, two)));
+    } else {
+      return some_of<V, 0>(w, x, std::make_integer_sequence<int, 8>{});
+    }
   }
 
   // sums[r] = sum over the group's columns of the numbers of row r times q.
@@ -98,28 +114,34 @@ struct Low {
     }
     for (int64_t line = 0; line < 4 * WIDTH; ++line) __builtin_prefetch(w + 64 * line + AHEAD);
     for (int64_t row = 0; row < TILE; row += V::ROWS)
-      V::store(sums + row, rows_of<V>(w + 4 * row, x, std::make_integer_sequence<int, 8>{}));
+      V::store(sums + row, rows_of<V>(w + 4 * row, x));
   }
 
   // The numbers of one row of a group, in the order of its columns.
   static void row_of(const uint8_t* w, int8_t* to) {
     for (int half = 0; half < 2; ++half) {
       int32_t words[2];
-      if (WIDTH == 4) {
+      if (WIDTH >= 4) {
         std::memcpy(words, w + 2 * half * 4 * TILE, 4);
         std::memcpy(words + 1, w + (2 * half + 1) * 4 * TILE, 4);
       } else {
         std::memcpy(words, w + half * 4 * TILE, 4);
         words[1] = words[0];
       }
-      const __m128i spread = _mm_setr_epi32(words[0], WIDTH == 4 ? words[0] : words[1], words[1], words[1]);
-      const __m128i shifts = WIDTH == 4 ? _mm_setr_epi32(0, 4, 0, 4) : _mm_setr_epi32(0, 2, 4, 6);
-      __m128i found = _mm_and_si128(_mm_srlv_epi32(spread, shifts), _mm_set1_epi8(WIDTH == 4 ? 15 : 3));
+      const __m128i spread = _mm_setr_epi32(words[0], WIDTH >= 4 ? words[0] : words[1], words[1], words[1]);
+      const __m128i shifts = WIDTH >= 4 ? _mm_setr_epi32(0, 4, 0, 4) : _mm_setr_epi32(0, 2, 4, 6);
+      __m128i found = _mm_and_si128(_mm_srlv_epi32(spread, shifts), _mm_set1_epi8(WIDTH >= 4 ? 15 : 3));
       if (WIDTH == 3) {
         int32_t word;
         std::memcpy(&word, w + 8 * TILE, 4);
         const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(word), _mm_add_epi32(_mm_setr_epi32(0, 1, 2, 3), _mm_set1_epi32(4 * half)));
         found = _mm_or_si128(found, _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi8(1)), 2));
+      }
+      if (WIDTH == 6) {
+        int32_t word;
+        std::memcpy(&word, w + (4 + half) * 4 * TILE, 4);
+        const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(word), _mm_setr_epi32(0, 2, 4, 6));
+        found = _mm_or_si128(found, _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi8(3)), 4));
       }
       _mm_storeu_si128((__m128i*)(to + 16 * half), found);
     }
@@ -128,11 +150,12 @@ struct Low {
 #else
 
   static void row_of(const uint8_t* w, int8_t* to) {
-    constexpr int PLANE = WIDTH == 4 ? 4 : 2, INSIDE = 8 / PLANE;
+    constexpr int PLANE = WIDTH >= 4 ? 4 : 2, INSIDE = 8 / PLANE;
     for (int column = 0; column < GROUP; ++column) {
       const int step = column / 4, byte = column % 4;
       int number = w[step / INSIDE * 4 * TILE + byte] >> (PLANE * (step % INSIDE)) & ((1 << PLANE) - 1);
       if (WIDTH == 3) number |= (w[8 * TILE + byte] >> step & 1) << 2;
+      if (WIDTH == 6) number |= (w[(4 + step / 4) * 4 * TILE + byte] >> 2 * (step % 4) & 3) << 4;
       to[column] = int8_t(number);
     }
   }

@@ -174,8 +174,8 @@ int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* l
   });
 }
 
-// The weights as fp32 [rows, columns].
-int conmoe_expand(int kind, const void* values, const void* scales, float* out, int64_t rows, int64_t columns,
+// The weights [rows, columns] as fp32, or as bf16 where `out` is `narrow`.
+int conmoe_expand(int kind, const void* values, const void* scales, void* out, int narrow, int64_t rows, int64_t columns,
                   int64_t group) {
   const bool right = given(values, out) && rows >= 0 && columns > 0 && group >= 0;
   return guarded(right, [&] {
@@ -183,13 +183,13 @@ int conmoe_expand(int kind, const void* values, const void* scales, float* out, 
     if (tiled(kind)) {
       if (rows % TILE || group % LANES || !grouped(kind, columns, group)) return int(FORM);
       in_tiles(kind, [&](auto form) {
-        expand_tiles<decltype(form)>(values, scales, out, rows, columns, group);
+        expand_tiles<decltype(form)>(values, scales, out, narrow, rows, columns, group);
       });
       return 0;
     }
     const bool known = in_rows(kind, [&](auto form) {
       using Form = decltype(form);
-      expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, rows, columns);
+      expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, narrow, rows, columns);
     });
     return known ? 0 : int(FORM);
   });

@@ -74,6 +74,7 @@ def _plan(manifest: Manifest) -> list[str]:
         ("Prototypes kept", f"{len(manifest.prototypes):,}"),
         ("Number format of prototypes", manifest.precision),
         ("Number format of the rest", manifest.dense_precision),
+        ("Keys and values", manifest.kv_precision),
         ("Layers that share prototypes", f"{manifest.scope:,}"),
         ("Size on disk", human_size(sum(one["size"] for one in manifest.files.values()))),
     ]

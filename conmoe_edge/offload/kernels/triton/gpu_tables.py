@@ -28,7 +28,7 @@ KINDS = {
     **{"bfloat16": 0, "float16": 1, "int8": 3, "int4": 4, "mxfp4": 5},
     **{"q4": 6, "q3": 7, "q2": 8},
 }
-"""Number format of a plain weight, or form of another -> what the kernels call it. fp32, q6 and grid4 are left to torch."""
+"""Number format of a plain weight, or form of another -> what the kernels call it. fp32, q6, grid4: torch."""
 HALVES = (KINDS["int4"], KINDS["mxfp4"])
 """Two numbers to a byte, of different rows."""
 PLANES = {KINDS[kind]: bits for kind, bits in LOW_BITS.items() if kind in KINDS}

@@ -1,8 +1,9 @@
 """What happens to a model while transformers loads it as a package.
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
-closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache, fast path.
+closed, handles on, places for weights in fewer bits. ``finish_loading`` runs when the dense weights are where they
+stay: dense products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache,
+fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -108,7 +109,7 @@ def begin_loading(
     device = device_of(device_map)
     with torch.device("cpu"):
         products = products_for(device)
-    take_quantised(model, package.index, products, in_int8=manifest.dense_precision != "source")
+    take_quantised(model, package.index, products, quantised=manifest.dense_precision != "source")
     return Loading(folder, manifest, device, tuple(handles), products)
 
 

@@ -111,15 +111,18 @@ class LayerAnatomy:
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """The weight of a linear layer outside the routed experts that may be stored in fewer bits.
+    """A matrix outside the routed experts that may be stored in fewer bits.
 
-    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it.
+    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it;
+    the others as in ``model/linears.py``.
     """
 
     layer: int | None
     rows: int
     columns: int
     nbytes: int
+    in_rows: bool = False
+    looked_up: bool = False
 
 
 WINDOW_AHEAD = MAX_CHUNK

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.format.dtypes import nbytes_of
 from conmoe_edge.checkpoint.format.forms import Grid
+from conmoe_edge.checkpoint.package.dense_names import own_shapes
 from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
 from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -61,7 +62,8 @@ class TensorFacts(NamedTuple):
 
 def facts_of(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorFacts]:
     """The facts of the tensors of a checkpoint on this disk."""
-    return {name: TensorFacts(e.torch_name, e.nbytes, e.shape) for name, e in tensors.items()}
+    shapes = own_shapes(tensors)
+    return {name: TensorFacts(e.torch_name, e.nbytes, shapes[name]) for name, e in tensors.items()}
 
 
 def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -186,7 +188,14 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, expanded_bytes(facts[key]))
+            DenseMatrix(
+                _layer_of(key, prefix),
+                shape.rows,
+                shape.columns,
+                expanded_bytes(facts[key]),
+                shape.in_rows,
+                shape.looked_up,
+            )
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",

@@ -1,7 +1,6 @@
 """A candidate in which every prototype has the neurons and the bits that it is worth: only bytes are planned.
 
-Bytes are those of the bits that were asked for, else as many as leave every prototype resident beside the workspace
-that a resident model gets. What becomes of each expert is found by the fit, so all of them are counted as prototypes,
+What becomes of each expert is found by the fit, so all of them are counted as prototypes,
 records as their mean, and what a token reads as the mean too. Arithmetic only.
 """
 
@@ -12,7 +11,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option
 from conmoe_edge.plan.levers import FREE
-from conmoe_edge.plan.needs import Needs, needs_of
+from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.record_options import (
@@ -31,17 +30,14 @@ def count_free(
     budget: Budget,
     context: int,
     request: PlanRequest,
-    bits: float | None = None,
+    *,
+    pool: int,
+    allowed: bool = True,
 ) -> Option:
-    """Count it at ``bits`` a weight, else at what the request says, else at what the budget gives.
-
-    Raises:
-        UsageError: the request's bits are fewer or more than there can be.
-    """
+    """Count it with ``pool`` bytes in all. ``allowed`` as of ``Option``; ``verdict`` and ``reason`` stay empty."""
     needs = needs_of(anatomy, budget.device, context)
     largest = _largest(anatomy)
     prototypes = anatomy.expert_count
-    pool = _pool_bytes(anatomy, needs, budget, largest, request.bits if bits is None else bits)
     placement = place(
         needs,
         budget.device_bytes,
@@ -79,16 +75,22 @@ def count_free(
         bits=bits_of_bytes(anatomy, pool),
     )
     meets = placement.fits and share >= request.least_resident - 1e-9
-    return Option(candidate, placement, True, False, meets)
+    return Option(candidate, placement, allowed, False, meets)
 
 
-def _pool_bytes(
-    anatomy: ModelAnatomy, needs: Needs, budget: Budget, largest: int, bits: float | None
-) -> int:
+def resident_bytes(anatomy: ModelAnatomy, budget: Budget, context: int) -> int:
+    """The most bytes that leave every prototype resident beside the workspace; below 0 where there is no room."""
+    needs = needs_of(anatomy, budget.device, context)
+    return room_beside_workspace(needs, budget.device_bytes, _largest(anatomy))
+
+
+def asked_bytes(anatomy: ModelAnatomy, bits: float) -> int:
+    """Bytes for the bits that were asked for.
+
+    Raises:
+        UsageError: they are fewer or more than there can be.
+    """
     least, most = free_range(anatomy)
-    if bits is None:
-        room = room_beside_workspace(needs, budget.device_bytes, largest)
-        return max(least, min(most, room))
     pool = bytes_of_bits(anatomy, bits)
     if pool < least:
         enough = -(-least * 800 // expert_weights(anatomy)) / 100

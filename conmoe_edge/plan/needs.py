@@ -142,7 +142,7 @@ def _dense_note(anatomy: ModelAnatomy) -> str:
     note = "everything outside the routed experts"
     if anatomy.dense_precision == "source":
         return note
-    return f"{note}, linear layers in {anatomy.dense_precision}"
+    return f"{note}, matrices in {anatomy.dense_precision}"
 
 
 def _cache_note(anatomy: ModelAnatomy) -> str:

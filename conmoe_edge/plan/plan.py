@@ -79,7 +79,7 @@ class Plan:
         scratch_bytes: disk that the run needs beside them while it works, constants and predictor of the package
             included.
         prefer: what ties and the floor of residency were decided by.
-        dense_precision: how the linear layers outside the routed experts are stored.
+        dense_precision: how the matrices outside the routed experts are stored.
         kv_precision: how the key-value cache is kept, ``source`` or ``int8``.
     """
 

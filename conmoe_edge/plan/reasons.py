@@ -46,7 +46,10 @@ def explain(
         return replace(candidate, verdict="fits", reason=reason)
     if not option.meets:
         return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate))
-    if not option.allowed:
+    more_bits = candidate.bits > chosen.candidate.bits > 0
+    if not option.allowed and more_bits:
+        reason = f"more bits, but only {percent(candidate.resident_share)} resident"
+    elif not option.allowed and not candidate.bits:
         reason = f"would do, but you asked for {percent(chosen.candidate.rate)}"
     elif candidate.rate > chosen.candidate.rate:
         reason = "would do, but removes more than is needed"

@@ -8,7 +8,8 @@ Bytes are those of whole records, pages and fallbacks of shapes that a form cann
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
@@ -27,6 +28,12 @@ class RecordOption:
 
 def record_options(experts: ExpertsAnatomy, precision: str) -> tuple[RecordOption, ...]:
     """All of them, by bytes ascending, then width; of a mixed precision those of its narrow kind."""
+    # Of layers that are alike the same is asked again and again.
+    return _record_options(replace(experts, module="", count=1, top_k=1), precision)
+
+
+@lru_cache(maxsize=64)
+def _record_options(experts: ExpertsAnatomy, precision: str) -> tuple[RecordOption, ...]:
     if precision != FREE:
         kind = PRECISIONS[precision].kinds[-1]
         return tuple(

@@ -7,6 +7,7 @@ by. No torch, no files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -53,6 +54,7 @@ class Levers(TypedDict, total=False):
     kv_precision: str
     prefer: Preference
     min_resident: float | None
+    min_speed: float | None
     method: str | None
     widths: Widths
     calibration_tokens: int | None
@@ -73,12 +75,13 @@ class PlanRequest:
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).
-        dense_precision: ``int8`` stores the linear layers outside the routed experts in 8 bits; embeddings, norms and
-            routers keep their numbers.
+        dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
         kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
             plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        min_speed: tokens a second that the target is expected to reach; the mildest setting that does is taken.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
             Its name is checked where the methods are (``compress/methods/resolve_method.py``).
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
@@ -102,6 +105,7 @@ class PlanRequest:
     kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
+    min_speed: float | None = None
     method: str | None = None
     widths: Widths = "free"
     calibration_tokens: int | None = None
@@ -170,6 +174,8 @@ class PlanRequest:
                 "it lies between 0 and 1",
                 "--min-resident 0.8",
             )
+        if self.min_speed is not None:
+            self._check_speed(self.min_speed)
         if self.widths not in WIDTHS:
             raise UsageError(
                 f"--widths {self.widths} is not known.",
@@ -205,6 +211,27 @@ class PlanRequest:
                     "each prototype gets the neurons and bits that it is worth, in bytes that all share",
                     f"leave out {flag}, or leave out {own}",
                 )
+
+    def _check_speed(self, speed: float) -> None:
+        """What does not go with ``min_speed``."""
+        if not 0.0 < speed < math.inf:
+            raise UsageError(
+                f"--min-speed {speed:g} is no speed.", "it is tokens a second", "--min-speed 10"
+            )
+        fixed = {"--bits": self.bits, "--rate": self.forced_rate, "--for": self.engine}
+        for flag, value in fixed.items():
+            if value is not None:
+                raise UsageError(
+                    f"--min-speed {speed:g} does not go with {flag} {value}.",
+                    "it is the plan that looks for the setting that is fast enough",
+                    f"leave out {flag}, or leave out --min-speed",
+                )
+
+    @property
+    def chooses_bytes(self) -> bool:
+        """Whether nothing was asked of bits, rate and widths, so that a method that trims may choose all of them."""
+        asked = (self.precision, self.rate, self.scope_layers, self.equal, self.engine)
+        return asked == ("auto", "auto", 1, False, None)
 
     @property
     def free(self) -> bool:

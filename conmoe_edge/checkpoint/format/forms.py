@@ -31,6 +31,9 @@ UP, DOWN = "gate_up_proj", "down_proj"
 LOW_BITS: dict[Kind, int] = {"q6": 6, "q4": 4, "q3": 3, "q2": 2}
 """Bits of a number in the forms of ``low_bits.py``."""
 
+DENSE_KINDS: dict[str, Kind] = {"int8": "int8", "q6": "q6", "q4": "q4"}
+"""The forms of matrices outside the routed experts, by the names of their precisions, mildest first."""
+
 LOW_GROUP, LOW_HEAD = 32, 4
 """Columns that share a byte of scales there, and rows of the scales before those bytes."""
 
@@ -154,6 +157,17 @@ def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
     if first_divisor(TILES, rows) and group:
         return wished
     return "plain" if wished == "mxfp4" else "int8"
+
+
+def dense_kind(rows: int, columns: int, wished: Kind, *, in_rows: bool = False) -> Kind:
+    """``wished``, int8 or one of ``LOW_BITS``, or int8 where it does not suit a matrix outside the routed experts.
+
+    Of those with tiles only whole ones of 64 rows are taken, since others are none for the CPU operator; ``in_rows``
+    where a matrix cannot lie in tiles at all.
+    """
+    if in_rows or rows % TILES[0] or columns % LOW_GROUP:
+        return "int8"
+    return wished
 
 
 def quantised_parts(

@@ -3,8 +3,8 @@
 With numbers q = 0..top given to the weights of a group, the line that comes nearest to them is weighted least
 squares, a closed form; with a line given, each weight takes the nearest number. So a range is tried, the weights take
 their numbers, and the line is solved for those. Several shares of the widest range are tried: outliers are clipped, all
-else is finer. Of the lines, as they are stored, the one with the least weighted squared error for those numbers is
-taken, the first where they tie.
+else is finer. Of the lines, as they are stored, the one with the least weighted squared error is taken, the first where
+they tie.
 
 Groups are columns: rows of the matrix lie along the last axis, so that sums over a group are products with its weights.
 Peak memory: four copies of the group.
@@ -56,8 +56,12 @@ def best_line(
         centre = first + low
         found = snap(slope, mean - slope * centre)
         step, off = found[0], found[1] - mean
-        error = step * (step * (square + (2 * low) * first + low * low) - 2 * together)
-        error += off * (2 * step * centre + off)
+        inverse = torch.where(step > 0, 1.0 / step, 0.0)
+        base = off + low * step
+        # ``numbers`` are squares by now and not needed any more.
+        torch.addcmul(-base * inverse, apart, inverse, out=numbers).round_().clamp_(0, top)
+        left = torch.addcmul(base - apart, numbers, step)
+        error = part @ left.square_()
         if best is None:
             best = error, *found
         else:

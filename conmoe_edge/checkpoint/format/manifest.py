@@ -150,7 +150,7 @@ class Manifest:
     Attributes:
         source: name, revision, fingerprint of the model that was consolidated.
         method, rate, scope, precision: the levers.
-        dense_precision: how linear layers outside the routed experts are stored: ``source`` or ``int8``.
+        dense_precision: how matrices outside the routed experts are stored: ``source``, ``int8``, ``q6`` or ``q4``.
         layouts: record layouts; ``PrototypeEntry.layout`` is an index into them.
         prototypes: sorted by ``id``; position = prototype number.
         slots: decoder layer -> one ``SlotRecord`` per router slot.

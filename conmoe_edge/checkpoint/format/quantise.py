@@ -38,7 +38,7 @@ for a matrix that a kind cannot take (``best_kind`` says which it can), a mistak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -57,6 +57,7 @@ from conmoe_edge.checkpoint.format.forms import (
     first_divisor,
     grid_of,
     group_of,
+    in_tiles,
 )
 
 _SHRINK = 0.96
@@ -115,6 +116,40 @@ class Matrix:
                 )
             out[block] = wide
         return out
+
+    def part(self, rows: slice) -> Matrix:
+        """A run of rows, whole tiles of forms that have them.
+
+        Raises:
+            ValueError: the run cuts a tile, or would have others.
+        """
+        start, stop, _ = rows.indices(self.rows)
+        part = Matrix(
+            self.kind, self.values[rows], self.scales, stop - start, self.columns, self.group
+        )
+        if in_tiles(self.kind) and (start % self.tile or part.tile != self.tile):
+            raise ValueError(f"rows {start} to {stop} are no whole tiles of {self.tile}")
+        if self.scales is None:
+            return part
+        scales = self.scales[rows] if self.kind == "int8" else self.scales[:, rows]
+        if self.kind in LOW_BITS:
+            scales = low_bits.rows_of(self.scales, rows)
+        return replace(part, scales=scales)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """Single rows, by their numbers int64 [n]: fp32 [n, K]. Int8 and the forms of ``low_bits.py``.
+
+        Raises:
+            IndexError: a number that no row has.
+        """
+        assert self.scales is not None
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
+            raise IndexError(f"a row of {self.rows} that is not there: {rows.tolist()!s:.80}")
+        if self.kind == "int8":
+            return self.values[rows].float().mul_(self.scales[rows].float().unsqueeze(1))
+        bits = LOW_BITS[self.kind]
+        values, scales = low_bits.picked(self.values, self.scales, bits, self.tile, rows)
+        return low_bits.expand(values, scales, bits, 1)
 
     @property
     def tile(self) -> int:
@@ -199,9 +234,11 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def row_scales(weight: Tensor) -> Tensor:
-    """bf16 [..., R] for weights fp32 [..., R, K]; rounded up, so that the largest number of a row is never clipped."""
-    return _up_to_bf16(weight.abs().amax(-1) / 127)
+def row_scales(rows: Tensor) -> Tensor:
+    """The scales of int8 for ``rows`` fp32 [..., r, K]: bf16 [..., r], rounded up, so that the largest number of a row
+    is never clipped.
+    """
+    return _up_to_bf16(rows.abs().amax(-1) / 127)
 
 
 def int8_matrix(numbers: Tensor, scales: Tensor) -> Matrix:

@@ -140,7 +140,7 @@ class ManifestJson(_Strict):
     rate: Annotated[Finite, Field(ge=0, lt=1)]
     scope: Annotated[int, Field(ge=1, lt=1 << 16)]
     precision: Name
-    dense_precision: Literal["source", "int8"] = "source"
+    dense_precision: Literal["source", "int8", "q6", "q4"] = "source"
     layouts: Annotated[list[LayoutJson], Field(max_length=1 << 16)]
     prototypes: list[PrototypeJson]
     remap: dict[Layer, Annotated[list[Id | None], Field(min_length=1, max_length=1 << 16)]]

@@ -317,6 +317,12 @@ _LEVERS = (
         help="Least share of the prototypes that must be in device memory at once, 0.8 or 80%.",
     ),
     click.option(
+        "--min-speed",
+        metavar="TOK/S",
+        type=float,
+        help="Tokens a second that the target is expected to make; the mildest setting that does is taken.",
+    ),
+    click.option(
         "--for",
         "engine",
         type=click.Choice(ENGINES),

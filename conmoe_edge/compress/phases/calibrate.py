@@ -20,6 +20,7 @@ from conmoe_edge.checkpoint.package.slot_constants import (
     write_constants,
 )
 from conmoe_edge.compress.phases.decide import Entering, decide
+from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.phases.propagate import aim, enter, propagate
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
@@ -60,7 +61,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
     """Take every layer and decide every scope; what is decided goes into the journal.
 
     Returns:
-        The files that need all layers: trace, predictor, constants.
+        The files that need all layers: trace, predictor, constants, the index of dense weights.
     """
     job, needs = run.job, run.needs
     sets = {"train": job.train, "held_out": job.held_out}
@@ -68,11 +69,15 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
         model.routers()  # looked for while nothing is loaded
     if run.has_package_stream:
         sets |= {"package": job.train, "probe": job.train.some(1)}
+    forms = DenseForms.of(model, job.dense_precision)
     streams = run.open_streams(model, sets, "calibrate")
+    own = streams.get("package", streams["train"])  # the package's own where there is one
     for index in range(run.journal.done, run.layers):
         run.meter.announce("calibrate", index)
         with timed_layer(model, index, run.clock, with_experts=True):
+            moments = forms.layer_moments(run, model, index, own)
             seen = _observe(run, model, index, streams, trace)
+            forms.round_layer(run, model, index, moments)
             entered = left = None
             if index in model.experts:
                 entering = _entering(run, model, index, streams)
@@ -83,8 +88,9 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
             if run.has_package_stream:
                 propagate(run, model, index, streams["package"], entered, left)
         run.layer_done("calibrate", index, streams)
+    forms.round_head(run, model, own)
     run.work.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
-    return _whole_files(run, trace)
+    return [*_whole_files(run, trace), *forms.index(run)]
 
 
 def _entering(

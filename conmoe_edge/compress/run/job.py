@@ -91,7 +91,7 @@ class Job:
 
     @property
     def dense_precision(self) -> str:
-        """Number format of the linear layers outside the routed experts."""
+        """Number format of the matrices outside the routed experts."""
         return self.decided.dense_precision
 
     @property

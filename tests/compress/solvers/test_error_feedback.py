@@ -8,7 +8,6 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.compress.solvers import error_feedback
 from conmoe_edge.compress.solvers.error_feedback import Grid, damped, round_with_feedback
 from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrices, round_matrix
 
@@ -150,13 +149,12 @@ def test_experts_that_few_came_to_follow_the_others(tokens: int) -> None:
     assert bool(nothing.dequantise().isfinite().all())
 
 
-def test_a_matrix_that_fp32_cannot_factor_is_factored_in_fp64(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(error_feedback, "DAMPING", 1e-7)
-    seen = inputs(1, 64, 20)  # of rank 20
-    moment = damped(seen.mT @ seen)
-    assert int(torch.linalg.cholesky_ex(moment)[1].max()) > 0, "it would have done"
+def test_a_matrix_that_fp32_cannot_factor_is_factored_in_fp64() -> None:
+    """Whole numbers of low rank and a ridge that fp32 just holds."""
+    seen = drawn(1, 20, 64).sign()
+    moment = seen.mT @ seen
+    moment.diagonal(dim1=1, dim2=2).add_(2.0**-19)
+    assert int(torch.linalg.cholesky_ex(moment.flip(1, 2))[1].max()) > 0, "it would have done"
     found, _, _ = rounded(drawn(1, 8, 64), moment, 32)
     assert bool(found.isfinite().all())
 

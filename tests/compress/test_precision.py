@@ -140,8 +140,8 @@ def assert_in_precision(parts: dict[str, Tensor], kind: str, own: dict[str, Tens
         else:
             step = matrix.scales[..., 0].float().abs().T.repeat_interleave(matrix.group, 1)
         step = (step.T if transposed else step).expand_as(error)
-        # Columns make up for each other, so a weight may go a few steps; most go to the nearest number.
-        assert float(error.square().mean()) < 0.5 * float(step.square().mean())
+        # Columns make up for each other, so a weight may go a few steps. Other weights are ten steps away and more.
+        assert float(error.square().mean()) < 4.0 * float(step.square().mean())
         assert error.max() > 0.2 * step.min()
 
 

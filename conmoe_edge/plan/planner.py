@@ -38,7 +38,7 @@ from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
 from conmoe_edge.plan.serving import PLAIN
 
 _BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
-"""What comes before free prototypes, every expert kept."""
+"""What comes before free prototypes, every expert kept; and int4, of experts that are published in it."""
 
 
 def make_plan(
@@ -120,7 +120,7 @@ def _choose_levers(
         names = precisions(anatomy, request.precision)
         chooses = trims and request.chooses_bytes
         if chooses:
-            names = tuple(name for name in names if name in _BEFORE_FREE)
+            names = tuple(name for name in names if name in _BEFORE_FREE) or names
         combinations = [(name, 0.0) for name in names]
         if not chooses:
             combinations = _combinations(names, request.forced_rate)

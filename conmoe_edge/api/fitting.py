@@ -326,6 +326,7 @@ def _fit_unchanged(
             plan=plan_to_json(report.plan.without_measurements()),
             tool_version=__version__,
             prefill_chunk=report.plan.prefill_chunk,
+            kv_precision=report.plan.kv_precision,
             notes=notes,
         )
         saved = save_manifest(staged.path, manifest)

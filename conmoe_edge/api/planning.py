@@ -121,8 +121,8 @@ def plan(
         keep_source, passes: as of ``fit``; they decide what is fetched.
         keep_vision: as of ``fit``.
         levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
-            ``scope``, ``precision``, ``dense_precision``, ``prefer``, ``min_resident``, ``method``, ``widths``,
-            ``calibration_tokens``. They win over those of ``request``.
+            ``scope``, ``precision``, ``dense_precision``, ``kv_precision``, ``prefer``, ``min_resident``, ``method``,
+            ``widths``, ``calibration_tokens``. They win over those of ``request``.
 
     Raises:
         DoesNotFit: nothing meets the budget; says the smallest one that works.

@@ -61,14 +61,15 @@ _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
     """The precisions to look at, mildest first: the one asked for, or all that need no asking.
 
-    Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 in the
-    checkpoint stay so: int4 takes more bytes and loses more (``docs/quantised-sources.md``).
+    Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 or int4 in
+    the checkpoint stay so: other numbers take more bytes or lose more (``docs/quantised-sources.md``).
 
     Raises:
         UsageError: MXFP4 was asked for, and the experts are not.
     """
-    if is_mxfp4(anatomy):
-        return ("mxfp4",) if asked in ("auto", "source") else (asked,)
+    published = published_in(anatomy)
+    if published is not None:
+        return (published,) if asked in ("auto", "source") else (asked,)
     if asked == "mxfp4":
         raise UsageError(
             f"--precision mxfp4 is for experts that are published in MXFP4; those of {anatomy.architecture} are not.",
@@ -94,16 +95,21 @@ def keeps_weights(anatomy: ModelAnatomy, precision: str) -> bool:
     """Whether a prototype in this precision is bit for bit the checkpoint's expert."""
     if precision == "source":
         return True
-    if precision == "mxfp4":
-        return is_mxfp4(anatomy)
+    if precision == published_in(anatomy):
+        return True
     parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
     return precision == "bf16" and all(part.dtype == "bfloat16" for part in parts)
 
 
-def is_mxfp4(anatomy: ModelAnatomy) -> bool:
-    """Whether all weight matrices of the routed experts are MXFP4 in the checkpoint."""
+def published_in(anatomy: ModelAnatomy) -> str | None:
+    """``mxfp4`` or ``int4`` where all weight matrices of the routed experts are that in the checkpoint, and records
+    hold their numbers as they are.
+    """
     parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
-    return {part.form for part in parts if len(part.shape) == 2} == {"mxfp4"}
+    matrices = [part for part in parts if len(part.shape) == 2]
+    if matrices and all(part.form == "mxfp4" for part in matrices):
+        return "mxfp4"
+    return "int4" if matrices and all(part.grid is not None for part in matrices) else None
 
 
 def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
@@ -111,7 +117,8 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
     number format.
 
     A quantised or factored projection is [out, in] also where the module keeps it transposed, and
-    has its scales or other parts behind it; a projection whose shape int4 cannot take is int8.
+    has its scales or other parts behind it; a projection whose shape int4 cannot take is int8. In int4 one that is
+    published in 4 bits has those.
     Biases are small and stay as they are.
     """
     parts: list[Part] = []
@@ -119,7 +126,9 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
         rows, columns = 0, 0
         if len(part.shape) == 2:
             rows, columns = reversed(part.shape) if experts.transposed else part.shape
-        if kind == LOW_RANK and columns:
+        if kind == "int4" and part.grid is not None and part.grid.takes(rows, columns):
+            parts += quantised_parts(part.name, rows, columns, "grid4", part.grid)
+        elif kind == LOW_RANK and columns:
             parts += factored_parts(part.name, rows, columns, part.dtype)
         elif kind in _QUANTISED and columns:
             parts += quantised_parts(
@@ -161,14 +170,14 @@ def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
 def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
     """Indices of the MoE layers that share prototypes, ``size`` neighbours at a time.
 
-    Dense layers in between are skipped; layers whose experts differ in shape or number format never share, however the
-    checkpoint stores them. The last scope of a run may be smaller.
+    Dense layers in between are skipped; layers whose experts differ in shape, number format or the grid of their 4 bits
+    never share, however else the checkpoint stores them. The last scope of a run may be smaller.
     """
     runs: list[list[int]] = []
-    previous: list[Part] | None = None
+    previous: list[tuple[object, ...]] | None = None
     for layer in anatomy.moe_layers:
         assert layer.experts is not None
-        parts = [(part.name, part.shape, part.dtype) for part in layer.experts.parts]
+        parts = [(part.name, part.shape, part.dtype, part.grid) for part in layer.experts.parts]
         if parts != previous:
             runs.append([])
         runs[-1].append(layer.index)

@@ -73,6 +73,7 @@ class Plan:
             included.
         prefer: what ties and the floor of residency were decided by.
         dense_precision: how the matrices outside the routed experts are stored.
+        kv_precision: how the key-value cache is kept, ``source`` or ``int8``.
     """
 
     budget: Budget
@@ -87,6 +88,7 @@ class Plan:
     scratch_bytes: int
     prefer: Preference
     dense_precision: str = "source"
+    kv_precision: str = "source"
 
     @property
     def device_bytes_used(self) -> int:

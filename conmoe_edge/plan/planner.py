@@ -16,11 +16,14 @@ experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option, count_option
-from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.dense_precision import chosen_dense, stored
+from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
 from conmoe_edge.plan.placement import Placement
@@ -53,7 +56,22 @@ def make_plan(
             "there is nothing to consolidate in a dense model",
             "Choose a Mixture-of-Experts model",
         )
-    anatomy = stored(anatomy, request.dense_precision)
+    if request.kv_precision == "auto":
+        asked = request
+
+        def plan_in(precision: str) -> Plan:
+            return make_plan(anatomy, budget, replace(asked, kv_precision=precision), trims=trims)
+
+        return chosen_kv(anatomy, plan_in)
+    if request.dense_precision == "auto":
+        asked_for = request
+
+        def plan_with(precision: str) -> Plan:
+            changed = replace(asked_for, dense_precision=precision)
+            return make_plan(anatomy, budget, changed, trims=trims)
+
+        return chosen_dense(anatomy, plan_with)
+    anatomy = with_kv(stored(anatomy, request.dense_precision), request.kv_precision)
     tokens = _checked_context(anatomy, request.context)
     if request.engine in PLAIN:
         trims = True
@@ -75,6 +93,7 @@ def make_plan(
         scratch_bytes=_scratch_bytes(anatomy, candidate, request.tokens, trims=trims),
         prefer=request.prefer,
         dense_precision=request.dense_precision,
+        kv_precision=request.kv_precision,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option
-from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
+from conmoe_edge.plan.levers import PRECISIONS, keeps_weights, published_in
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import human_size
@@ -97,7 +97,9 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: 
         used = human_size(terms + candidate.resident_bytes)
         return f"fits unchanged: {used} of {human_size(budget.device_bytes)}, nothing is removed"
     if option.meets and candidate.rate == 0.0 and candidate.slots == candidate.prototypes:
-        return f"fits {stored_words(candidate)}, nothing is removed"
+        own = candidate.precision == "int4" and published_in(anatomy) == "int4"
+        words = "in int4 as published" if own else stored_words(candidate)
+        return f"fits {words}, nothing is removed"
     if option.meets:
         share = request.least_resident
         wish = f"at least {percent(share)} resident" if share < 1 else "every prototype resident"

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, get_args
 from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
+from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
@@ -47,6 +48,7 @@ class Levers(TypedDict, total=False):
     scope: Scope
     precision: str
     dense_precision: str
+    kv_precision: str
     prefer: Preference
     min_resident: float | None
     method: str | None
@@ -68,7 +70,9 @@ class PlanRequest:
         scope: neighbouring MoE layers that share prototypes.
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
-            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers. ``auto`` is the plan's to choose.
+        kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
+            plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
@@ -90,6 +94,7 @@ class PlanRequest:
     scope: Scope = "auto"
     precision: str = "auto"
     dense_precision: str = "source"
+    kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
     method: str | None = None
@@ -141,12 +146,13 @@ class PlanRequest:
                 f"there are auto, {', '.join(PRECISIONS)}",
                 "--precision auto",
             )
-        if self.dense_precision not in DENSE_PRECISIONS:
+        if self.dense_precision not in ("auto", *DENSE_PRECISIONS):
             raise UsageError(
                 f"{self.dense_precision!r} is not a precision for the dense part.",
-                f"there are {', '.join(DENSE_PRECISIONS)}",
+                f"there are auto, {', '.join(DENSE_PRECISIONS)}",
                 "--dense-precision int8",
             )
+        check_kv_precision(None if self.kv_precision == "auto" else self.kv_precision)
         if self.prefer not in PREFERENCES:
             raise UsageError(
                 f"--prefer {self.prefer} is not known.", "", "--prefer quality, or --prefer speed"

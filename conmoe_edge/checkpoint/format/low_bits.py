@@ -7,11 +7,11 @@ llama.cpp's K-quants; four bits for each do for small groups.
 
 Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
 and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 6 bits are a plane of the lower
-four and one of the upper two, 3 bits one of the lower two and one of the upper one. Of a plane with p bits a word of 32
-bits has 32 / p columns of a row. Its byte b has, p bits each from the lowest on, the columns b, 4 + b, 8 + b, ...;
-words of the tile's rows lie one after another, and behind them those of the next columns. So ``word >> p j & mask`` is four
-neighbouring columns of a row in four bytes, and a vector is that of 8 or 16 rows, which is what the products of bytes
-that processors have want.
+four and one of the upper two, 3 bits one of the lower two and one of the upper one. Of a plane with p bits a word of
+32 bits has 32 / p columns of a row. Its byte b has, p bits each from the lowest on, the columns b, 4 + b, 8 + b, ...;
+words of the tile's rows lie one after another, and behind them those of the next columns. So ``word >> p j & mask`` is
+four neighbouring columns of a row in four bytes, and a vector is that of 8 or 16 rows, which is what the products of
+bytes that processors have want.
 
 Scales: uint8 [4 + K / 32, R]. The first four rows are R pairs (S, Z) in bf16, one after another; then one byte
 ``s | z << 4`` for each row, group by group.

@@ -7,14 +7,16 @@ plain     [R, K] in a floating-point format                   none
 int8      int8 [R, K]                                         bf16 [R]: value = q * scale
 int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, R, 2], pairs (scale, zero):
           (below)                                             value = (q - 8) * scale + zero, q in 0..15
+grid4     as of int4                                          fp16 or bf16 [K // group, R], or [K // group, 2 R] in
+                                                              pairs (scale, zero point); see ``grids.py``
 mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
           tiles
 q6 q4 q3  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
 q2
 ========  ==================================================  ==================================================
 
-Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
-is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
+Tiles of int4, grid4, mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A
+tile is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
 ``tile / 2`` rows and the high one to the others. So one load brings many rows of one column, which is how vector units
 like it; with 64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package
 needs no repacking there. Everywhere else the form is plain enough to be expanded.
@@ -42,16 +44,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format import low_bits
+from conmoe_edge.checkpoint.format import grids, low_bits
 from conmoe_edge.checkpoint.format.forms import (
     LOW_BITS,
     LOW_GROUP,
     MX_BLOCK,
     TILES,
+    Grid,
     Kind,
     best_kind,
     columns_of,
     first_divisor,
+    grid_of,
     group_of,
     in_tiles,
 )
@@ -100,6 +104,9 @@ class Matrix:
                 wide = _expand_mxfp4(
                     self.values[block], self.scales.view(torch.uint8)[:, block], self.tile
                 )
+            elif self.kind == "grid4":
+                part = grids.rows_of(self.scales, block, self.rows)
+                wide = grids.expand(_unpack(self.values[block], self.tile), part, self.grid)
             elif self.kind in LOW_BITS:
                 scales = low_bits.rows_of(self.scales, block)
                 wide = low_bits.expand(self.values[block], scales, LOW_BITS[self.kind], self.tile)
@@ -127,6 +134,8 @@ class Matrix:
         scales = self.scales[rows] if self.kind == "int8" else self.scales[:, rows]
         if self.kind in LOW_BITS:
             scales = low_bits.rows_of(self.scales, rows)
+        elif self.kind == "grid4":
+            scales = grids.rows_of(self.scales, rows, self.rows)
         return replace(part, scales=scales)
 
     def look_up(self, rows: Tensor) -> Tensor:
@@ -149,9 +158,20 @@ class Matrix:
         """Rows of a tile of a form that has them."""
         return first_divisor(TILES, self.rows)
 
+    @property
+    def grid(self) -> Grid:
+        """Of a matrix in grid4."""
+        assert self.scales is not None
+        formats = [
+            (str(one.dtype).removeprefix("torch."), one.shape) for one in (self.values, self.scales)
+        ]
+        found = grid_of(*formats)
+        assert found is not None, "its kind says that it has one"
+        return found
 
-def quantise(weight: Tensor, kind: Kind) -> Matrix:
-    """``weight`` [R, K] (rows are outputs) in a stored form.
+
+def quantise(weight: Tensor, kind: Kind, grid: Grid | None = None) -> Matrix:
+    """``weight`` [R, K] (rows are outputs) in a stored form; ``grid`` is that of grid4.
 
     Raises:
         ValueError: the form cannot take this shape.
@@ -164,6 +184,11 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
         return Matrix(kind, values, scales, rows, columns)
     if best_kind(rows, columns, kind) != kind:
         raise ValueError(f"{kind} cannot take a matrix of {rows} rows and {columns} columns")
+    if kind == "grid4":
+        if grid is None or not grid.takes(rows, columns):
+            raise ValueError(f"{grid} cannot take a matrix of {rows} rows and {columns} columns")
+        values, scales = _grid4(weight, grid)
+        return Matrix(kind, values, scales, rows, columns, grid.group)
     if kind == "mxfp4":
         values, scales = _mxfp4(weight)
         return Matrix(kind, values, scales, rows, columns, MX_BLOCK)
@@ -260,6 +285,17 @@ def _nearest(grouped: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """The numbers 0..15 that come closest; 8 where a group has a single value."""
     inverse = torch.where(step != 0, 1.0 / step, 0.0)
     return ((grouped - zero) * inverse).round_().add_(8).clamp_(0, 15)
+
+
+def _grid4(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    tile, parts = first_divisor(TILES, rows), []
+    for block in _blocks(rows, columns):
+        number, scales = grids.round_to(weight[block], grid)
+        packed[block] = _pack(number, tile)
+        parts.append(scales)
+    return packed, torch.cat(parts, 1)
 
 
 def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:

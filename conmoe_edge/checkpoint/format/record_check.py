@@ -18,8 +18,10 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.forms import COLUMNS, RIGHT, SCALE
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
-_SIGN_OFF, _INFINITE = np.int16(0x7FFF), 0x7F80
-"""Of a number in bf16: all bits but its sign, and the least that is infinity or NaN without it."""
+_SIGN_OFF = np.int16(0x7FFF)
+"""All bits of a number but its sign."""
+_INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
+"""Number format of scales -> the least bits without the sign that are infinity or NaN."""
 _NOT_ONE = 255
 """NaN in E8M0."""
 
@@ -32,7 +34,7 @@ class RecordCheck:
         self._scales = [
             part
             for name, part in parts.items()
-            if name.endswith(SCALE) and part.dtype == "bfloat16" and part.nbytes
+            if name.endswith(SCALE) and part.dtype in _INFINITE and part.nbytes
         ]
         self._exponents = [
             part
@@ -52,7 +54,7 @@ class RecordCheck:
         raw = record.numpy()
         for part in self._scales:
             values = raw[part.offset : part.offset + part.nbytes].view(np.int16)
-            if int((values & _SIGN_OFF).max()) >= _INFINITE:
+            if int((values & _SIGN_OFF).max()) >= _INFINITE[part.dtype]:
                 return f"{part.name} holds NaN or infinity"
         for part in self._exponents:
             if int(raw[part.offset : part.offset + part.nbytes].max()) == _NOT_ONE:

@@ -153,5 +153,6 @@ class ManifestJson(_Strict):
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
     prefill_chunk: Annotated[int, Field(ge=1, le=MAX_CHUNK)] | None = None
+    kv_precision: Literal["source", "int8"] = "source"
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}

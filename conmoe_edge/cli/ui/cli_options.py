@@ -17,6 +17,7 @@ import click
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
+from conmoe_edge.plan.kv_precision import KV_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
 from conmoe_edge.plan.serving import ENGINES, request_for
@@ -164,6 +165,14 @@ misses_option = click.option(
 )
 """``--misses`` of the commands that answer."""
 
+kv_precision_option = click.option(
+    "--kv-precision",
+    type=click.Choice(KV_PRECISIONS),
+    help="Keep keys and values in the model's own format (source) or in 8 bits. Answers depend on it.  [default: what "
+    "the package was planned for]",
+)
+"""``--kv-precision`` of the commands that run a package."""
+
 special_tokens_option = click.option(
     "--allow-special-tokens",
     is_flag=True,
@@ -264,11 +273,19 @@ _LEVERS = (
     ),
     click.option(
         "--dense-precision",
-        type=click.Choice(DENSE_PRECISIONS),
+        type=click.Choice(["auto", *DENSE_PRECISIONS]),
         default="source",
         show_default=True,
-        help="Number format of attention, shared experts and head; source keeps the checkpoint's "
-        "own.",
+        help="Number format of attention, shared experts, embeddings and head: 8, 6 or 4 bits; source "
+        "keeps the checkpoint's own, auto lets the plan choose.",
+    ),
+    click.option(
+        "--kv-precision",
+        type=click.Choice(("auto", *KV_PRECISIONS)),
+        default="auto",
+        show_default=True,
+        help="Number format of keys and values in the cache: source is the model's own, int8 takes about half of it; "
+        "auto takes int8 where the room keeps more of the model.",
     ),
     planned_context_option,
     click.option(

@@ -139,14 +139,14 @@ def _train(
     run: Run, model: StreamedModel, index: int, stream: Stream, tap: RoutedTap
 ) -> LayerTokens | None:
     """The calibration set through a loaded layer with everything gathered that the method needs."""
-    needs, count = run.method.needs, run.sizes.experts(index).count
-    hidden_size = run.job.anatomy.hidden_size
+    needs, experts = run.method.needs, run.sizes.experts(index)
+    count = experts.count
     listening = nullcontext()
     tracker = tap.tracker = StatisticsTracker(count)
     if len(run.sizes.kinds) > 1:
-        tap.sample = RowSample(count, hidden_size)
+        tap.sample = RowSample(count, experts.outputs)
     if needs.vectors:
-        tap.vectors = VectorTracker(count, hidden_size)
+        tap.vectors = VectorTracker(count, experts.outputs)
     if needs.tokens and not needs.target:
         tap.tokens = TokenRecorder()
         if needs.logits:

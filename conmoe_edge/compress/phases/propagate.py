@@ -47,7 +47,7 @@ def aim(
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to
     the original's stream, and the stream without the experts is returned, for ``propagate``.
-    Elsewhere (a norm comes after the experts) it is what the original experts give here.
+    Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts give.
     """
     module = model.experts[index][1]
     stream = streams["package"]
@@ -67,10 +67,7 @@ def aim(
             run_layer(model, index, stream, silent)
         tokens = silent.tokens.result()
         plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
-        given = (one.hidden.float() - stream.hidden[:1].float()).double()
-        off = given - one.padded(plain.float()).double()
-        # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
-        if float(off.norm()) <= _ADDS * float(given.norm()):
+        if _adds_up(one, stream, plain):
             gap = streams["train"].hidden.float() - stream.hidden.float()
             target = stream.real_rows(gap)
             weights = _weights(streams["train"])
@@ -81,6 +78,18 @@ def aim(
             stream.hidden = entered
     marked = replace(tokens, target=target, weights=weights, **_marks(run, stream))
     return marked, before
+
+
+def _adds_up(one: Stream, without: Stream, plain: torch.Tensor) -> bool:
+    """Whether ``plain``, what the experts give, is what the layer adds to the stream: ``one`` has its first sequence
+    with the experts, ``without`` all of them without.
+    """
+    given = (one.hidden.float() - without.hidden[:1].float()).double()
+    if plain.shape[-1] != given.shape[-1]:
+        return False
+    off = given - one.padded(plain.float()).double()
+    # Rounding of the sum to 16 bits is a few per cent of it; a norm in between changes all.
+    return float(off.norm()) <= _ADDS * float(given.norm())
 
 
 def _weights(stream: Stream) -> torch.Tensor:

@@ -34,7 +34,7 @@ from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.compute.fused_embedding import QuantisedEmbedding
 from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.compute.stored_weight import StoredWeight, room_for
-from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine, Scratch
+from conmoe_edge.offload.compute.torch_backend import EXPANDED, MANY_ROWS, Machine, Scratch
 from conmoe_edge.offload.kernels.cpu.bindings import Prepared, operator
 from conmoe_edge.offload.storage.slot_pool import host_buffer
 from conmoe_edge.plan.needs import DENSE_BLOCK_BYTES
@@ -109,7 +109,7 @@ class DenseProducts:
         """Some rows of the weights in ``dtype``, in the scratch."""
         part = matrix.part(block)
         out = self._scratch.matrix(part.rows, part.columns, dtype)
-        prepared = self.prepare(part) if dtype == torch.float32 else None
+        prepared = self.prepare(part) if dtype in EXPANDED else None
         if prepared is not None and self.operator is not None:
             return self.operator.expand(prepared, out)
         return part.dequantise(out=out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conmoe_edge.checkpoint.format import low_bits
-from conmoe_edge.checkpoint.format.forms import LOW_BITS, Kind
+from conmoe_edge.checkpoint.format.forms import LOW_BITS, Grid, Kind
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build
@@ -16,7 +16,13 @@ from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
 
-QUANTISED = ["int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"]
+GRIDS = {
+    "grid4": Grid(32, "float16", False),
+    "grid4, zeros": Grid(16, "float16", True),
+    "grid4, bf16": Grid(32, "bfloat16", False),
+    "grid4, bf16, zeros": Grid(32, "bfloat16", True),
+}
+QUANTISED = ["int8", "int4", "mxfp4", "q6", "q4", "q3", "q2", *GRIDS]
 KINDS = ["bf16", "fp16", "fp32", *QUANTISED]
 MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
 
@@ -45,7 +51,7 @@ def matrix_of(kind: str, weight: torch.Tensor) -> Matrix:
     plain = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if kind in plain:
         return quantise(weight.to(plain[kind]), "plain")
-    return quantise(weight, kind)
+    return quantise(weight, "grid4" if kind in GRIDS else kind, GRIDS.get(kind))
 
 
 def activations(*shape: int) -> torch.Tensor:
@@ -103,6 +109,14 @@ def test_expanding_is_dequantising(operator: Operator, kind: str) -> None:
     one = matrix(kind, 128, 160)
     out = operator.expand(operator.prepare(one), torch.empty(128, 160))
     assert torch.allclose(out, one.dequantise(), atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_expanding_to_bf16_rounds_what_fp32_has(operator: Operator, kind: str) -> None:
+    prepared = operator.prepare(matrix(kind, 128, 160))
+    wide = operator.expand(prepared, torch.empty(128, 160))
+    narrow = operator.expand(prepared, torch.empty(128, 160, dtype=torch.bfloat16))
+    assert torch.equal(narrow, wide.bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["q6", "q4", "q3", "q2"])

@@ -1,8 +1,8 @@
 """What the operator computes, in plain tensor operations: for the check when it is loaded, and for the tests.
 
 Beside plain weights activations are what they are. Beside others they are rounded: every block of columns (32;
-int4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of int4 and of
-``LOW_BITS`` are multiplied with the exact sum of a group.
+int4, grid4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of
+int4, grid4 and of ``LOW_BITS`` are multiplied with the exact sum of a group.
 
 Products are fp64, so memory is the weights in fp64.
 """
@@ -39,6 +39,9 @@ def _zeros(matrix: Matrix) -> Tensor | None:
         return None
     if matrix.kind == "int4":
         return matrix.scales[..., 1].double()
+    if matrix.kind == "grid4" and matrix.grid.zeros:
+        pairs = matrix.scales.view(len(matrix.scales), -1, 2).double()
+        return (8 - pairs[..., 1]) * pairs[..., 0]
     if matrix.kind in LOW_BITS:
         grid, _, z = low_bits.load(matrix.scales, LOW_BITS[matrix.kind])
         return grid.shifts(z).T.double()
@@ -49,7 +52,7 @@ def rounded(x: Tensor, matrix: Matrix) -> Tensor:
     """Activations [..., K] as they meet the weights of ``matrix``, in fp32."""
     if matrix.kind == "plain":
         return x.float()
-    block = matrix.group if matrix.kind == "int4" else BLOCK
+    block = matrix.group if matrix.kind in ("int4", "grid4") else BLOCK
     columns = x.shape[-1]
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
     most = blocks.abs().amax(-1, keepdim=True)

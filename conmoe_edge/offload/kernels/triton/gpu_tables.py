@@ -52,6 +52,8 @@ class GpuForm:
         kinds = [KINDS.get(part.dtype) for part in pair]
         if any(one is not None and one.dtype != "bfloat16" for one in scales):
             return None  # mxfp4: values as of int4, scales in E8M0
+        if any(one is not None and len(one.shape) == 2 for one in scales):
+            return None  # grid4
         if None in kinds or any(len(part.shape) != 2 for part in pair):
             return None
         rows = [part.shape[0] for part in pair]

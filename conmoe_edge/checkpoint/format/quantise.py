@@ -134,6 +134,8 @@ class Matrix:
         scales = self.scales[rows] if self.kind == "int8" else self.scales[:, rows]
         if self.kind in LOW_BITS:
             scales = low_bits.rows_of(self.scales, rows)
+        elif self.kind == "grid4":
+            scales = grids.rows_of(self.scales, rows, self.rows)
         return replace(part, scales=scales)
 
     def look_up(self, rows: Tensor) -> Tensor:

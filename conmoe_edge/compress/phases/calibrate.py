@@ -19,14 +19,9 @@ from conmoe_edge.checkpoint.package.slot_constants import (
     read_rows,
     write_constants,
 )
-<<<<<<< HEAD
-from conmoe_edge.compress.phases.decide import decide
-from conmoe_edge.compress.phases.dense import DenseForms
-from conmoe_edge.compress.phases.propagate import aim, propagate
-=======
 from conmoe_edge.compress.phases.decide import Entering, decide
+from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.phases.propagate import aim, enter, propagate
->>>>>>> h-feedback
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
@@ -80,17 +75,10 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
     for index in range(run.journal.done, run.layers):
         run.meter.announce("calibrate", index)
         with timed_layer(model, index, run.clock, with_experts=True):
-<<<<<<< HEAD
             moments = forms.layer_moments(run, model, index, own)
-            tokens = _observe(run, model, index, streams, trace)
-            forms.round_layer(run, model, index, moments)
-            before = left = None
-            if needs.target and index in model.experts:
-                tokens, before = aim(run, model, index, streams)
-=======
             seen = _observe(run, model, index, streams, trace)
+            forms.round_layer(run, model, index, moments)
             entered = left = None
->>>>>>> h-feedback
             if index in model.experts:
                 entering = _entering(run, model, index, streams)
                 if needs.target and entering is not None:

@@ -25,7 +25,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
 from conmoe_edge.plan.candidate import Option, count_option
-from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.dense_precision import chosen_dense, stored
 from conmoe_edge.plan.free_bytes import count_free
 from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
 from conmoe_edge.plan.least import does_not_fit
@@ -70,6 +70,14 @@ def make_plan(
             return make_plan(anatomy, budget, replace(asked, kv_precision=precision), trims=trims)
 
         return chosen_kv(anatomy, plan_in)
+    if request.dense_precision == "auto":
+        asked_for = request
+
+        def plan_with(precision: str) -> Plan:
+            changed = replace(asked_for, dense_precision=precision)
+            return make_plan(anatomy, budget, changed, trims=trims)
+
+        return chosen_dense(anatomy, plan_with)
     anatomy = with_kv(stored(anatomy, request.dense_precision), request.kv_precision)
     tokens = _checked_context(anatomy, request.context)
     if request.engine in PLAIN:

@@ -62,6 +62,8 @@ def method_line(facts: PackageSummary) -> str:
         parts.append(precision_name(printable(manifest.precision)))
     if manifest.dense_precision != "source":
         parts.append(f"dense {manifest.dense_precision}")
+    if manifest.kv_precision != "source":
+        parts.append(f"keys and values {manifest.kv_precision}")
     if manifest.tool_version:
         parts.append(f"by conmoe-edge {printable(manifest.tool_version)}")
     return " · ".join(parts)

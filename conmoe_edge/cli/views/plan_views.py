@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole, printable, span
+from conmoe_edge.cli.views.match_lines import match_lines
+from conmoe_edge.compress.stats.match_counts import matches_in
 from conmoe_edge.plan.advice import cost, measured
 from conmoe_edge.plan.priors import demo_divergence
 from conmoe_edge.plan.record_options import bits_of_bytes
@@ -255,7 +257,8 @@ def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:
     for name in sorted(domains):
         table.add_row(*_receipt_row(name, domains[name]))
     note = "  On text that calibration did not see. Loss: nats a token; KL: to the original."
-    return Group(table, Text(note, style="dim"))
+    exact = [Text(f"  {line}") for line in match_lines(matches_in(receipt), "original")]
+    return Group(table, *exact, Text(note, style="dim"))
 
 
 def _receipt_row(name: str, row: Mapping[str, Any]) -> list[Text]:

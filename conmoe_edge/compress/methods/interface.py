@@ -52,12 +52,16 @@ class Needs:
     ``target``: the tokens are those of the package's stream so far, each with what its routed experts
     would have to give to be back on the original's residual stream (another T * H, and the stream of
     the original beside that of the package); with ``tokens``, for scopes of one layer.
+    ``inputs``: the tokens that come to the prototypes, for rounding them with error feedback: of the
+    package's stream so far where scopes have one layer (another stream beside the original's), else of
+    the original's (T * H for every layer of a scope). What is rounded asks for this, not the method.
     """
 
     vectors: bool = False
     tokens: bool = False
     logits: bool = False
     target: bool = False
+    inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import DOWN, LOW_BITS, SCALE, Kind, best_kind
+from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, Kind, best_kind
 from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.checkpoint.format.records import form_of
@@ -31,7 +31,7 @@ from conmoe_edge.compress.methods.narrowing import Narrowing
 from conmoe_edge.compress.methods.rebuild import down_rows
 from conmoe_edge.compress.solvers.error_feedback import DAMPING
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
-from conmoe_edge.compress.solvers.rounding import round_matrix
+from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.model.experts import inner_activations
 
@@ -219,8 +219,8 @@ def _rounding(moments: Tensor, kind: Kind, common: Tensor) -> Callable[[Tensor],
 
 def _as_packages_have(weight: Tensor, moments: Tensor, kind: Kind, common: Tensor | None) -> Tensor:
     """fp32 [R, K], rounded as it will be."""
-    rows, columns = weight.shape
-    if best_kind(rows, columns, kind) in LOW_BITS:
+    kind = best_kind(*weight.shape, kind)
+    if kind in FED_BACK:
         return round_matrix(weight, moments, kind, common).dequantise()
     return _nearest(weight, kind)
 

@@ -50,6 +50,6 @@ def matches_in(receipt: Mapping[str, Any]) -> dict[str, ExactMatch]:
     for kind in (WORDS, RESULTS):
         row = stored.get(kind) if isinstance(stored, Mapping) else None
         counts: list[Any] = [row.get(name) for name in names] if isinstance(row, Mapping) else []
-        if counts and all(type(count) is int and count >= 0 for count in counts):
+        if all(type(count) is int and count >= 0 for count in counts) and any(counts[:1]):
             found[kind] = ExactMatch(*counts)
     return found

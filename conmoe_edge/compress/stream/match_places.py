@@ -26,7 +26,7 @@ from conmoe_edge.compress.stream.calibration_text import TokenSet
 
 _UNKNOWN = "\ufffd"
 _PATTERNS = {
-    # No letter, digit or half of a character on either side; the space is the word's own token in some vocabularies.
+    # No letter, digit or half of a character may follow.
     WORDS: re.compile(rf"(?<= )[^\W\d_]{{4,}}(?![\w{_UNKNOWN}])"),
     RESULTS: re.compile(rf"(?<=[\d)%])\s*=\s*\$?(\d+(?:[.,]\d+)*)(?![\w{_UNKNOWN}])"),
 }
@@ -67,7 +67,7 @@ class MatchPlaces:
             for match in pattern.finditer(text):
                 begin, end = match.span(match.lastindex or 0)
                 start, stop = places.get(begin), places.get(end)
-                if kind == WORDS and start is None:
+                if start is None and text[begin - 1] == " ":  # it is in the same token
                     start = places.get(begin - 1)
                 if start is not None and stop is not None and 0 < start < stop:
                     found.append(_Item(kind, start, stop))
@@ -108,6 +108,8 @@ class _Pieces:
         )
 
     def _of(self, before: int, token: int) -> str:
+        if token == self._tokenizer.unk_token_id:
+            return _UNKNOWN
         # Behind another token: some vocabularies drop the space in front of the first one.
         alone, both = self._alone(before), self._decode(before, token)
         return both[len(alone) :] if both.startswith(alone) else _UNKNOWN

@@ -107,10 +107,10 @@ def test_what_is_planned_is_what_the_buffers_take(folder: Path) -> None:
         one.conmoe.close()
 
 
-def test_a_key_that_is_no_number_is_an_error_that_names_the_layer(folder: Path) -> None:
+def test_a_value_that_is_no_number_is_an_error_that_names_the_layer(folder: Path) -> None:
     model: Any = load_package(folder, budget=_budget(2 << 30), context=CONTEXT)
     names = [name for name, _ in model.named_parameters() if "layers.1.self_attn" in name]
-    name = next(one for one in names if "k_proj" in one or "kv_a_layernorm" in one)
+    name = next(one for one in names if "v_proj" in one or "kv_a_layernorm" in one)
     model.get_parameter(name).data[..., 0] = float("nan")
     with pytest.raises(NotFinite) as error, torch.no_grad():
         model(torch.arange(5, 17)[None])

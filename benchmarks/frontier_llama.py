@@ -55,7 +55,7 @@ Change = Callable[[int | None, nn.Module], None]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Weights of the original: all experts, dense matrices, embeddings and head, the rest; and bytes of one as stored."""
+    """Weights of the original: all experts, dense matrices, embeddings and head, the rest; bytes of one as stored."""
 
     experts: int
     dense: int

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from conmoe_edge.errors import UnsupportedModel, UsageError
+from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
@@ -34,7 +34,7 @@ from conmoe_edge.plan.placement import Placement
 from conmoe_edge.plan.plain_widths import choose_width
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
-from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
+from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest, check_positions
 from conmoe_edge.plan.serving import PLAIN
 
 _BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
@@ -181,13 +181,7 @@ def _choose(options: list[Option]) -> Option | None:
 
 
 def _checked_context(anatomy: ModelAnatomy, context: int | None) -> int:
-    longest = anatomy.max_context
     if context is None:
-        return min(DEFAULT_CONTEXT, longest)
-    if context > longest:
-        raise UsageError(
-            f"--context {context} is longer than {anatomy.architecture} can read.",
-            f"its longest context is {longest} tokens",
-            f"--context {longest}",
-        )
+        return min(DEFAULT_CONTEXT, anatomy.max_context)
+    check_positions(context, anatomy.max_context, anatomy.architecture)
     return context

@@ -82,6 +82,16 @@ class Arguments:
             )
         return cls(names, cache)
 
+    def with_cache(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that gave no cache, with one."""
+        place = self.positional.index(self.cache)
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), dict(kwargs)
+        left = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+        return args, {**left, self.cache: cache}
+
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from conmoe_edge.checkpoint.format.forms import Kind, Part, quantised_parts
+from conmoe_edge.checkpoint.format.forms import Kind, Part, bits_of, quantised_parts
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
@@ -69,13 +69,13 @@ def write_package(
     constants: Mapping[int, torch.Tensor] | None = None,
     weights: Mapping[ExpertId, float] | None = None,
     plan: dict[str, Any] | None = None,
-    in_int8: Collection[str] = (),
+    in_int8: Collection[str] | Mapping[str, Kind] = (),
     hub_names: bool = False,
     widths: Mapping[ExpertId, int] | None = None,
     kind: Kind = "plain",
     prefill_chunk: int | None = None,
 ) -> Path:
-    """Write ``model`` with its experts consolidated by ``slots``, the dense weights ``in_int8`` in 8 bits; with
+    """Write ``model`` with its experts consolidated by ``slots``, dense weights ``in_int8`` in 8 bits or as said; with
     ``hub_names`` under the names that its checkpoints have, which other engines read. A prototype named in ``widths``
     keeps so many neurons, the first ones. Prototypes are stored as ``kind``.
     """
@@ -120,6 +120,9 @@ def write_package(
     }
     if hub_names:
         weights_outside = saved_names(model, weights_outside)
+    forms: dict[str, Kind] = dict.fromkeys(in_int8, "int8")
+    if isinstance(in_int8, Mapping):
+        forms.update({n: one for n, one in in_int8.items() if isinstance(one, str)})
     dense = write_dense(
         folder,
         [
@@ -127,7 +130,7 @@ def write_package(
                 name, str(t.dtype).removeprefix("torch."), tuple(t.shape), lambda t=t: t.detach()
             )
             for key, weight in weights_outside.items()
-            for name, t in dense_tensors(key, weight, key in in_int8)
+            for name, t in dense_tensors(key, weight, forms.get(key))
         ],
     )
     files = [records, *dense]
@@ -148,7 +151,7 @@ def write_package(
         rate=1 - len(ids) / total,
         scope=1,
         precision="source" if kind == "plain" else kind,
-        dense_precision="int8" if in_int8 else "source",
+        dense_precision=min(forms.values(), key=bits_of) if forms else "source",
         layouts=tuple(layouts),
         prototypes=tuple(
             PrototypeEntry(
@@ -175,11 +178,11 @@ def write_package(
     return folder
 
 
-def dense_tensors(name: str, weight: Any, in_int8: bool) -> list[tuple[str, torch.Tensor]]:
+def dense_tensors(name: str, weight: Any, kind: Kind | None) -> list[tuple[str, torch.Tensor]]:
     """What a package stores of a dense weight."""
-    if not in_int8:
+    if kind is None:
         return [(name, weight)]
-    matrix = quantise(weight, "int8")
+    matrix = quantise(weight.detach(), kind)
     assert matrix.scales is not None
     return [(name, matrix.values), (name + DENSE_SCALE, matrix.scales)]
 

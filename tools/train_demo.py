@@ -1,12 +1,21 @@
 """Train, evaluate and export the small Mixture-of-Experts model that ships with the package.
 
-    python tools/train_demo.py --corpora DIR --minutes 80 --work DIR --out DIR
+    python tools/train_demo.py --corpora DIR --tokens 30M --work WORK --out DIR
+    python tools/train_demo.py --corpora DIR --tokens 30M --work WORK --out DIR --resume
+    python tools/train_demo.py --corpora DIR --work WORK --export DIR
     python tools/train_demo.py --evaluate conmoe_edge/data/demo --corpora DIR
 
 The model is an ``OlmoeForCausalLM`` (6 layers, 32 experts of width 96, 4 per token) with a
-byte-level BPE vocabulary of 4,096.  Training is limited by time: learning rate and context length
-follow the elapsed share of ``--minutes``.  Matrices are trained with Muon (momentum whose update
-is orthogonalised by a few Newton-Schulz steps), everything else with AdamW.
+byte-level BPE vocabulary of 4,096.  Learning rate and context length follow the tokens seen of
+``--tokens``, and the order of the data follows ``--seed``, so a run is the same however often it
+is stopped.  Matrices are trained with Muon (momentum whose update is orthogonalised by a few
+Newton-Schulz steps), everything else with AdamW.
+
+Every ``--save-seconds``, at the end, and on SIGTERM or SIGINT the whole state of the run goes to
+``WORK/checkpoint.pt``: weights, both optimisers, random numbers, the place in the data, and the
+settings.  ``--resume`` goes on from there, and begins where there is no checkpoint yet.  Another
+``--tokens`` on resuming is allowed: the schedule then goes on at the share of the new number.
+``--export`` writes the model of the last checkpoint, also while the run goes on.
 
 The ``--corpora`` folder holds ``DOMAIN.train.txt`` and ``DOMAIN.valid.txt`` for the domains books,
 french, german, math, code and wiki.
@@ -18,6 +27,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -72,17 +82,32 @@ SYSTEM_PROMPTS = (
     "You are a teacher.",
     "Be concise and accurate.",
 )
-# Share of the training tokens drawn from each stream.
+# Share of the training tokens drawn from each stream. Small streams get little, so that 30M tokens
+# are at most about six passes over each text.
 MIXTURE = {
-    "books": 0.31,
-    "code": 0.17,
+    "books": 0.34,
+    "code": 0.19,
     "math": 0.13,
-    "math_chat": 0.11,
-    "wiki": 0.10,
+    "math_chat": 0.12,
+    "wiki": 0.06,
     "prose_chat": 0.06,
-    "french": 0.07,
-    "german": 0.05,
+    "french": 0.06,
+    "german": 0.04,
 }
+# What a resumed run may not change, since its losses would be those of another run.
+SETTINGS = (
+    "seed",
+    "optimizer",
+    "lr",
+    "muon_lr",
+    "ns_steps",
+    "warmup",
+    "batch_tokens",
+    "length",
+    "long_length",
+    "long_from",
+    "bf16",
+)
 TOKENIZER_BYTES = {
     "books": 1.0,
     "math": 0.35,
@@ -228,6 +253,23 @@ class Sampler:
         picks = np.searchsorted(np.cumsum(shares), points, side="right")
         windows = [self.window(names[min(i, len(names) - 1)], length) for i in picks]
         return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+    def state(self) -> str:
+        """Return the place in every stream as JSON (its integers have up to 128 bits)."""
+        queues = [[name, length, queue] for (name, length), queue in self.queues.items()]
+        rng = self.rng.bit_generator.state
+        sizes = {name: len(stream) for name, stream in self.streams.items()}
+        return json.dumps({"rng": rng, "queues": queues, "drawn": self.drawn, "sizes": sizes})
+
+    def restore(self, state: str) -> None:
+        """Go on at the place that ``state`` returned; other streams are refused."""
+        saved = json.loads(state)
+        sizes = {name: len(stream) for name, stream in self.streams.items()}
+        if saved["sizes"] != sizes:
+            raise SystemExit(f"The corpora have changed: {saved['sizes']} tokens, now {sizes}")
+        self.rng.bit_generator.state = saved["rng"]
+        self.queues = {(name, length): queue for name, length, queue in saved["queues"]}
+        self.drawn = saved["drawn"]
 
 
 # ---------------------------------------------------------------- model
@@ -375,7 +417,7 @@ def make_optimisers(
 
 
 def lr_scale(progress: float, warmup: float) -> float:
-    """Linear warm-up, then linear decay to 2 % at the end of the time budget."""
+    """Linear warm-up, then linear decay to 2 % at the end of the tokens."""
     if progress < warmup:
         return progress / warmup + 0.01
     return 0.02 + 0.98 * (1 - progress) / (1 - warmup)
@@ -386,7 +428,7 @@ def lr_scale(progress: float, warmup: float) -> float:
 
 @dataclass
 class Run:
-    """Everything a checkpoint holds besides model and optimiser."""
+    """Counters of a run: seconds of training, steps, tokens, and what was logged."""
 
     elapsed: float = 0.0
     step: int = 0
@@ -394,29 +436,58 @@ class Run:
     history: list[dict] = field(default_factory=list)
 
 
-def save_checkpoint(
-    path: Path, model: OlmoeForCausalLM, optimisers: list[torch.optim.Optimizer], run: Run
-) -> None:
-    """Write a checkpoint atomically."""
-    state = {
-        "model": model.state_dict(),
-        "run": vars(run),
-        "optimisers": [o.state_dict() for o in optimisers],
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+@dataclass
+class Training:
+    """All that changes while a run goes on, which is what a checkpoint holds."""
+
+    model: OlmoeForCausalLM
+    optimisers: list[torch.optim.Optimizer]
+    sampler: Sampler
+    settings: dict
+    run: Run = field(default_factory=Run)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint beside the last one, then put it in its place."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "sampler": self.sampler.state(),
+            "random": torch.get_rng_state(),
+            "settings": self.settings,
+            "run": vars(self.run),
+        }
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Restore a checkpoint; one of a run with other settings is refused."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in self.settings.items():
+            if (saved := state["settings"][name]) != value:
+                flag = name.replace("_", "-")
+                raise SystemExit(f"The run in {path} has --{flag} {saved}, not {value}")
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.sampler.restore(state["sampler"])
+        torch.set_rng_state(state["random"])
+        self.run = Run(**state["run"])
 
 
-def load_checkpoint(
-    path: Path, model: OlmoeForCausalLM, optimisers: list[torch.optim.Optimizer]
-) -> Run:
-    """Restore a checkpoint and return the run's counters."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=False):
-        optimiser.load_state_dict(saved)
-    return Run(**state["run"])
+class StopFlag:
+    """Set by SIGTERM and SIGINT, so that a run ends between two steps."""
+
+    def __init__(self) -> None:
+        self.set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.set = True
 
 
 def train_step(
@@ -442,52 +513,75 @@ def train_step(
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train for ``--minutes`` and export."""
+    """Train for ``--tokens`` and export."""
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = args.work / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise SystemExit(f"{checkpoint} is there: go on with --resume, or choose another --work")
     tokenizer = prepare_tokenizer(args)
     streams = build_streams(args.corpora, tokenizer, args.seed)
     print({k: len(v) for k, v in streams.items()}, flush=True)
     model = build_model(tokenizer).to(args.device)
     model.set_experts_implementation("sorted_unbound")
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    optimisers = make_optimisers(model, args)
-    run = load_checkpoint(checkpoint, model, optimisers) if args.resume else Run()
-    sampler = Sampler(streams, np.random.default_rng([args.seed, run.step]))
+    training = Training(
+        model,
+        make_optimisers(model, args),
+        Sampler(streams, np.random.default_rng(args.seed)),
+        {name: getattr(args, name) for name in SETTINGS},
+    )
+    if checkpoint.exists():
+        training.load(checkpoint)
+        print(f"resumed at step {training.run.step}, {training.run.tokens:,} tokens", flush=True)
     model.train()
-    budget = args.minutes * 60
-    begin = time.time() - run.elapsed
-    saved = logged = time.time()
-    since, window = run.tokens, []
-    while (elapsed := time.time() - begin) < budget:
-        run.elapsed = elapsed
-        progress = run.elapsed / budget
+    stop = StopFlag()
+    take_steps(training, args, checkpoint, stop)
+    training.save(checkpoint)
+    run = training.run
+    (args.work / "run.json").write_text(json.dumps(vars(run)))
+    drawn = training.sampler.drawn.items()
+    print({k: round(v / len(streams[k]), 2) for k, v in drawn}, "passes", flush=True)
+    if stop.set:
+        print(f"stopped at {run.tokens:,} of {args.tokens:,} tokens; --resume goes on", flush=True)
+    elif args.out:
+        export(model, tokenizer, args.out)
+
+
+def take_steps(
+    training: Training, args: argparse.Namespace, checkpoint: Path, stop: StopFlag
+) -> None:
+    """Step until ``--tokens`` are seen or ``stop`` is set; log and save on the way."""
+    run = training.run
+    saved = logged = begin = time.time()
+    before, since, window = run.elapsed, run.tokens, []
+    while run.tokens < args.tokens and not stop.set:
+        progress = run.tokens / args.tokens
         length = args.length if progress < args.long_from else args.long_length
         rows = max(1, args.batch_tokens // length)
-        batch = sampler.batch(rows, length).to(args.device)
-        window.append(train_step(model, optimisers, batch, args, lr_scale(progress, args.warmup)))
+        batch = training.sampler.batch(rows, length).to(args.device)
+        scale = lr_scale(progress, args.warmup)
+        window.append(train_step(training.model, training.optimisers, batch, args, scale))
         run.step += 1
         run.tokens += rows * length
-        if time.time() - logged > args.log_seconds:
+        now = time.time()
+        run.elapsed = before + now - begin
+        if run.step % args.log_steps == 0:
             means = {k: float(np.mean([w[k] for w in window])) for k in window[0]}
-            rate = (run.tokens - since) / (time.time() - logged)
+            rate = (run.tokens - since) / (now - logged)
             print(
-                f"{run.elapsed / 60:6.1f} min step {run.step} tokens {run.tokens / 1e6:.2f}M "
-                f"loss {means['loss']:.3f} balance {means['balance']:.3f} "
-                f"norm {means['norm']:.2f} {rate:.0f} tok/s",
+                f"{time.strftime('%d.%m. %H:%M')} step {run.step} "
+                f"tokens {run.tokens / 1e6:.3f}M of {args.tokens / 1e6:g}M "
+                f"loss {means['loss']:.4f} balance {means['balance']:.3f} "
+                f"norm {means['norm']:.2f} {rate:.0f} tok/s "
+                f"ETA {(args.tokens - run.tokens) / rate / 3600:.1f} h",
                 flush=True,
             )
-            run.history.append({"minutes": run.elapsed / 60, "tokens": run.tokens, **means})
-            logged, since, window = time.time(), run.tokens, []
-        if time.time() - saved > 300:
-            save_checkpoint(checkpoint, model, optimisers, run)
-            saved = time.time()
-    save_checkpoint(checkpoint, model, optimisers, run)
-    print({k: round(v / len(streams[k]), 2) for k, v in sampler.drawn.items()}, "passes")
-    (args.work / "run.json").write_text(json.dumps(vars(run)))
-    if args.out:
-        export(model, tokenizer, args.out)
+            run.history.append({"step": run.step, "tokens": run.tokens, **means})
+            logged, since, window = now, run.tokens, []
+        if now - saved >= args.save_seconds:
+            training.save(checkpoint)
+            saved = now
 
 
 def prepare_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
@@ -624,11 +718,17 @@ def sample(args: argparse.Namespace) -> None:
             print(f"### {prompt}\n[{'sampled' if options['do_sample'] else 'greedy'}] {text}\n")
 
 
+def token_count(text: str) -> int:
+    """Read a number of tokens such as 30M, 500k or 8192."""
+    factor = {"k": 1_000, "M": 1_000_000}.get(text[-1:], 1)
+    return int(float(text.rstrip("kM")) * factor)
+
+
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpora", type=Path, help="folder with the corpora")
-    parser.add_argument("--minutes", type=float, default=80.0, help="training time")
+    parser.add_argument("--tokens", type=token_count, default="30M", help="tokens to train on")
     parser.add_argument("--work", type=Path, default=Path("train_demo"), help="checkpoints")
     parser.add_argument("--out", type=Path, help="folder to export the trained model to")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
@@ -639,12 +739,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3, help="peak rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=8e-3, help="peak rate of Muon")
     parser.add_argument("--ns-steps", type=int, default=4, help="Newton-Schulz steps of Muon")
-    parser.add_argument("--warmup", type=float, default=0.02, help="share of the time")
+    parser.add_argument("--warmup", type=float, default=0.02, help="share of the tokens")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256, help="context length at first")
     parser.add_argument("--long-length", type=int, default=512, help="context length at the end")
-    parser.add_argument("--long-from", type=float, default=0.75, help="share of the time")
-    parser.add_argument("--log-seconds", type=float, default=30.0)
+    parser.add_argument("--long-from", type=float, default=0.75, help="share of the tokens")
+    parser.add_argument("--log-steps", type=int, default=10, help="steps of one line of the log")
+    parser.add_argument("--save-seconds", type=float, default=300.0)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -672,7 +773,8 @@ def main() -> None:
     elif args.export:
         tokenizer = prepare_tokenizer(args)
         model = build_model(tokenizer)
-        load_checkpoint(args.work / "checkpoint.pt", model, [])
+        path = args.work / "checkpoint.pt"
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
         export(model, tokenizer, args.export)
     else:
         train(args)

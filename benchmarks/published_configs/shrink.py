@@ -28,7 +28,6 @@ _SMALL = {
     "moe_intermediate_size": 32,
     "d_ff": 48,
     "ffn_hidden_size": 48,
-    "vocab_size": VOCABULARY,
     "head_dim": 16,
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -69,6 +68,9 @@ _TOP_COUNT = re.compile(
     r"^num_experts_per_tok(en)?$|^moe_k$|^moe_topk$|^top_k_experts$|^moe_top_k$"
 )
 _WIDTH = re.compile(r"(intermediate|ffn|hidden|head)_?(size|dim)$|_rank$|expert_dim$|_dim$")
+_LATENT_SHARE = 8
+"""Where keys come from a latent vector, parts of a head add up and are rotated by shares: all are cut alike."""
+_HEAD_SIZES = ("head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TOKEN = re.compile(r"(token_id|token_index|_id)$")
 _KEPT_DIMS = re.compile(r"conv|kernel|patch|spatial|temporal")
@@ -87,6 +89,9 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     nested = small.get("text_config")
     inner: dict[str, Any] = nested if isinstance(nested, dict) else small
     _cut_layers(inner, text.num_hidden_layers, layers)
+    for name, part in small.items():
+        if name.endswith("_config") and isinstance(part, dict) and part is not inner:
+            _add_missing(part, getattr(full.config, name, None))
     for part in _parts(small):
         _make_narrow(part)
     inner |= _TOKENS  # those of a class may be beyond the small vocabulary
@@ -164,10 +169,19 @@ def _cut_layers(config: dict[str, Any], before: int, layers: int) -> None:
             config[name] = 0
 
 
+def _add_missing(part: dict[str, Any], built: Any) -> None:
+    """Sizes that a file calls something else than the class, or leaves to it: what the class has, under its name."""
+    for name, value in sorted(vars(built).items()) if built is not None else ():
+        if type(value) is int and name not in part and not name.startswith("_"):
+            part[name] = value
+    if "num_hidden_layers" in part:
+        part["num_hidden_layers"] = min(part["num_hidden_layers"], 2)
+
+
 def _make_narrow(config: dict[str, Any]) -> None:
     heads = config.get("num_attention_heads")
-    both = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
-    one_size = both == config.get("head_dim")
+    latent = "qk_rope_head_dim" in config or "qk_nope_head_dim" in config
+    rotated = config.get("rotary_dim", 0) / (config.get("head_dim") or 1)
     for name, value in list(config.items()):
         if isinstance(value, bool) or not isinstance(value, int):
             if isinstance(value, list) and value and all(type(one) is int for one in value):
@@ -181,9 +195,12 @@ def _make_narrow(config: dict[str, Any]) -> None:
             elif isinstance(value, dict) and name.startswith(("rope", "linear_attn")):
                 _make_rope_narrow(value)
             continue
-        config[name] = _small(name, value, heads)
-    if one_size:
-        config["head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        if latent and name in _HEAD_SIZES:
+            config[name] = max(4, value // _LATENT_SHARE)
+        else:
+            config[name] = _small(name, value, heads)
+    if rotated and config.get("head_dim"):
+        config["rotary_dim"] = int(rotated * config["head_dim"])
     for name in ("n_group", "num_expert_group"):
         if (config.get(name) or 1) > 1:
             config[name], config["topk_group"] = 2, 1
@@ -200,6 +217,8 @@ def _small(name: str, value: int, heads: Any) -> int:
         return 1 if value == 1 else _HEADS if value == heads else 2
     if name in _SMALL:
         return min(value, _SMALL[name])
+    if name.endswith("vocab_size"):
+        return min(value, VOCABULARY)
     if _TOKEN.search(name):
         return _TOKENS.get(name, min(value, VOCABULARY - 1))
     if _WIDTH.search(name) and not _KEPT_DIMS.search(name):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.api.bench_report import BenchFacts
 from conmoe_edge.memory.bandwidth import Meter, threads
+from conmoe_edge.plan.kv_precision import with_kv
 from conmoe_edge.plan.speed import distinct_share, expected_seconds, planned_step
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def gather(
 
     runtime, model = session.runtime, session.model
     manifest, anatomy, stats = runtime.manifest, loaded_anatomy(model), runtime.stats()
+    anatomy = with_kv(anatomy, runtime.kv_precision)
     assert runtime.budget is not None, "a package is loaded within a budget"
     budget = _with_rates(runtime.budget, rates)
     prompt, tokens = settings["prompt_tokens"], settings["tokens"]
@@ -93,7 +95,12 @@ def gather(
             "slots": stats.slots,
         },
         settings={"context": session.context, **settings},
-        runtime={"kernel": stats.kernel, "policy": stats.policy, "reads": stats.read_mode},
+        runtime={
+            "kernel": stats.kernel,
+            "policy": stats.policy,
+            "reads": stats.read_mode,
+            "kv_precision": runtime.kv_precision,
+        },
         budget=budget,
         threads=threads(),
         dense_bytes=dense,

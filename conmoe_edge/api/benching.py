@@ -27,6 +27,7 @@ def bench(
     device: str | None = None,
     context: int | None = None,
     misses: str = "copy",
+    kv_precision: str | None = None,
     prompt_tokens: int = 512,
     tokens: int = 64,
     repeats: int = 3,
@@ -39,7 +40,7 @@ def bench(
 
     Args:
         path: folder that ``fit`` wrote.
-        budget, device, context, misses: as for ``load``.
+        budget, device, context, misses, kv_precision: as for ``load``.
         prompt_tokens: length of each prompt.
         tokens: that are generated after it.
         repeats: rounds, each with another prompt.
@@ -61,7 +62,9 @@ def bench(
     stage("machine")
     rates = bench_facts.measured_rates(folder)
     stage("load")
-    session = open_session(folder, budget=budget, device=device, context=context, misses=misses)
+    session = open_session(
+        *(folder, budget, device, context), misses=misses, kv_precision=kv_precision
+    )
     prompts = prompts_of(
         session.tokenizer,
         words,

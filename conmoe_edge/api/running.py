@@ -24,6 +24,7 @@ def load(
     context: int | None = None,
     cache_policy: str | None = None,
     misses: str = "copy",
+    kv_precision: str | None = None,
 ) -> PreTrainedModel:
     """Open a package: a transformers model whose ``generate`` works, inside the budget.
 
@@ -36,6 +37,8 @@ def load(
             would have had the most hits on the calibration's routing. Changes speed only.
         misses: with a GPU, what becomes of prototypes that are not there: ``copy``, or ``auto`` to let the processor
             compute as many of them as is faster. It rounds differently, so the last bits of a result may change.
+        kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; by default what
+            was planned. Answers depend on it.
 
     Raises:
         PackageError: the folder is no package, or it is damaged.
@@ -52,6 +55,7 @@ def load(
         context=context,
         cache_policy=cache_policy,
         misses=misses,
+        kv_precision=kv_precision,
     )
 
 
@@ -65,11 +69,12 @@ def open_session(
     *,
     allow_special_tokens: bool = False,
     template: str | None = None,
+    kv_precision: str | None = None,
 ) -> ChatSession:
     """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
 
     Args:
-        path, budget, device, context, cache_policy, misses: as for ``load``.
+        path, budget, device, context, cache_policy, misses, kv_precision: as for ``load``.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
         template: name of a chat template; by default the only one, or the one called ``default``.
 
@@ -85,7 +90,7 @@ def open_session(
     if template is not None:  # before the model is loaded for it
         tokenizer = load_tokenizer(Path(path))
         choose_template(tokenizer, template)
-    model = load(path, budget, device, context, cache_policy, misses)
+    model = load(path, budget, device, context, cache_policy, misses, kv_precision)
     tokenizer = tokenizer or load_tokenizer(Path(path))
     return ChatSession(model, tokenizer, context, allow_special_tokens=allow_special_tokens)
 
@@ -100,6 +105,7 @@ def evaluate_tasks(
     budget: str | Budget | None = None,
     device: str | None = None,
     context: int | None = None,
+    kv_precision: str | None = None,
     bars: bool = True,
 ) -> TaskReport:
     """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
@@ -111,8 +117,8 @@ def evaluate_tasks(
         limit: examples of each task at the most.
         fewshot: examples in front of each question; by default what the task says.
         bars: whether lm-eval shows its progress on stderr.
-        budget, device, context: as for ``load``. The scores of one sequence over the vocabulary, which lm-eval asks
-            for, come on top of the budget.
+        budget, device, context, kv_precision: as for ``load``. The scores of one sequence over the vocabulary, which
+            lm-eval asks for, come on top of the budget.
 
     Raises:
         UsageError: lm-eval is not installed, or there is no such task.
@@ -121,7 +127,7 @@ def evaluate_tasks(
     from conmoe_edge.integrations.harness import require_harness, run_tasks
 
     require_harness()
-    model = load(path, budget=budget, device=device, context=context)
+    model = load(path, budget=budget, device=device, context=context, kv_precision=kv_precision)
     return run_tasks(
         model,
         load_tokenizer(Path(path)),

@@ -1,6 +1,7 @@
 """The whole consolidation of one model: from a checked checkpoint to the files of a package.
 
     prepare     dense weights and side files                            -> files
+                (dense matrices in fewer bits: as calibrate comes to their layer, ``dense``)
     survey      what each layer is worth, where layers get numbers of their own  -> prototypes of every layer
     calibrate   layer by layer over the calibration text; a scope is decided and written as soon as its
                 last layer has run (``decide``)                         -> prototypes, router slots, routing trace
@@ -26,6 +27,7 @@ import torch
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.compress.phases.calibrate import Trace, calibrate
+from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.phases.measure_receipt import measure
 from conmoe_edge.compress.phases.prepare import prepare
 from conmoe_edge.compress.phases.survey import survey
@@ -71,7 +73,7 @@ class Consolidation:
                                 tensors,
                                 job.model.folder,
                                 run.package,
-                                job.dense_precision,
+                                DenseForms.of(model, job.dense_precision),
                                 job.model.beside.tensors if job.model.keeps_vision else (),
                             )
                         )

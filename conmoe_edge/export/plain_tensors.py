@@ -35,6 +35,7 @@ from conmoe_edge.export.export_form import Decided, decide
 from conmoe_edge.export.slot_experts import check_slots, layer_experts
 from conmoe_edge.model.bridge import build_meta, read_config, saved_names, without_quantization
 from conmoe_edge.model.experts import part_names
+from conmoe_edge.model.record_match import token_size
 from conmoe_edge.model.source_facts import read_source
 from conmoe_edge.model.streaming import StreamedModel
 
@@ -114,7 +115,7 @@ class PlainTensors:
         self._constants = read_constants(
             opened.folder / CONSTANTS_FILE,
             SlotMap.of_manifest(opened.manifest),
-            config.get_text_config().hidden_size,
+            token_size(opened.folder, self._experts.values()),
         )
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """What happens to a model while transformers loads it as a package.
 
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
-closed, handles on, places for int8 weights. ``finish_loading`` runs when the dense weights are where they stay: dense
-products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache, fast path.
+closed, handles on, places for weights in fewer bits. ``finish_loading`` runs when the dense weights are where they
+stay: dense products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache,
+fast path.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
@@ -35,7 +36,7 @@ from conmoe_edge.integrations.package_match import check_choice, check_layers, c
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.probe import top_k_of
-from conmoe_edge.model.record_match import check_records, mismatch
+from conmoe_edge.model.record_match import check_records, token_size
 from conmoe_edge.model.rerouting import reroute
 from conmoe_edge.model.router import find_routers
 from conmoe_edge.model.slot_tensors import SlotTensors
@@ -88,7 +89,9 @@ def begin_loading(
         check_records(folder, manifest, layer, module, part_names(module))
     maps = SlotMap.of_manifest(manifest)
     with torch.device("cpu"):  # transformers has made meta the default device around this call
-        constants = _check_files(folder, manifest, maps, _hidden_size(folder, experts))
+        constants = _check_files(
+            folder, manifest, maps, token_size(folder, [module for _, module in experts.values()])
+        )
     handles = []
     for layer, (path, module) in experts.items():
         names = part_names(module)
@@ -106,7 +109,7 @@ def begin_loading(
     device = device_of(device_map)
     with torch.device("cpu"):
         products = products_for(device)
-    take_quantised(model, package.index, products, in_int8=manifest.dense_precision != "source")
+    take_quantised(model, package.index, products, quantised=manifest.dense_precision != "source")
     return Loading(folder, manifest, device, tuple(handles), products)
 
 
@@ -137,6 +140,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     Raises:
         DoesNotFit: the budget holds no prototype.
         UsageError: the context is longer than the model's positions.
+        UnsupportedModel: the cache has no form in the precision that is asked for.
     """
     check_values(model, loading.folder)
     finish_dense(model, loading.products)
@@ -156,13 +160,14 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         cache_policy=options.cache_policy,
         misses=options.misses,
         cache_bytes=memory.cache_bytes,
+        kv_precision=memory.kv_precision,
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]
     guard_context(model, context, runtime.make_room)
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)
-    runtime.fast_path = install(model, runtime.arithmetic.machine, context)
+    runtime.fast_path = install(model, runtime.arithmetic.machine, context, memory.kv_precision)
 
 
 def attach_unchanged(
@@ -191,16 +196,3 @@ def _check_files(
     if manifest.prefetch is not None:
         read_maps(folder, maps, hidden)
     return read_constants(folder / CONSTANTS_FILE, maps, hidden)
-
-
-def _hidden_size(folder: Path, experts: Mapping[int, tuple[str, nn.Module]]) -> int:
-    """Numbers of a token as the experts of every layer get it."""
-    found = set()
-    for _, module in experts.values():
-        down: Any = module.down_proj
-        found.add(int(down.shape[2 if module.is_transposed else 1]))
-    if len(found) != 1:
-        raise mismatch(
-            folder, f"experts of different layers take {sorted(found)} numbers of a token"
-        )
-    return found.pop()

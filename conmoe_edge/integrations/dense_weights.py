@@ -1,10 +1,11 @@
-"""The dense part of a package on its way into a model: int8 weights find their place, bf16 weights their fast products.
+"""The dense part of a package on its way into a model: weights in fewer bits find their place, bf16 weights their fast
+products.
 
 ``take_quantised`` works on the meta model, before any weight is read: every tensor has a number format that the model
-has a use for, and where the package has a weight in int8, an ``FusedLinear`` with room for values and scales stands in
-its layer's place, and ``from_pretrained`` fills both by name. ``check_values`` looks at them when they are there.
-``finish_dense`` runs when the weights are there. Peak memory: one weight twice. Raises ``PackageError`` where the
-package has int8 weights that the model has no linear layer for.
+has a use for, and where the package has a weight in fewer bits, a ``FusedLinear`` or a ``QuantisedEmbedding`` with room
+for values and scales stands in its layer's place, and ``from_pretrained`` fills both by name. ``check_values`` looks at
+them when they are there. ``finish_dense`` runs when the weights are there. Peak memory: one weight twice. Raises
+``PackageError`` where the package has such weights that the model has no place for.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from conmoe_edge.checkpoint.package.dense_names import quantised_names
+from conmoe_edge.checkpoint.format import low_bits
+from conmoe_edge.checkpoint.format.forms import LOW_BITS, Kind
+from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, own_shapes, quantised_forms
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
-from conmoe_edge.errors import PackageError
+from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.model import bridge
+from conmoe_edge.model.linears import embeddings_of, tied_head
 from conmoe_edge.model.record_match import AGAIN, mismatch
 from conmoe_edge.model.text_part import absent_in, lies_in
+from conmoe_edge.offload.compute.fused_embedding import QuantisedEmbedding
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.generation.finite import all_finite
@@ -30,33 +35,67 @@ from conmoe_edge.offload.generation.finite import all_finite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SCALES = "weight_scale"
 _FLOATING = ("BF16", "F16", "F32", "F64")
 
 
 def take_quantised(
-    model: PreTrainedModel, index: CheckpointIndex, products: DenseProducts, *, in_int8: bool
+    model: PreTrainedModel, index: CheckpointIndex, products: DenseProducts, *, quantised: bool
 ) -> tuple[str, ...]:
-    """Make room in a meta model for the int8 weights among the dense ones of a package, ``index``, which may have some
-    where it is said to be ``in_int8``; their names.
+    """Make room in a meta model for the weights in fewer bits among the dense ones of a package, ``index``, which may
+    have some where it is said to be ``quantised``; their names.
 
     Raises:
-        PackageError: a tensor in a format that nothing in the model has, or int8 values without scales.
+        PackageError: a tensor in a format that nothing in the model has, or values without scales.
     """
     folder, tensors = index.folder, index.tensors
-    names = quantised_names(tensors) if in_int8 else ()
-    _check_formats(model, folder, tensors, names)
-    linears = {path: one for path, one in model.named_modules() if type(one) is nn.Linear}
-    for name in names:
+    forms = quantised_forms(tensors) if quantised else {}
+    scales = {name + DENSE_SCALE for name in forms}
+    _check_formats(model, folder, tensors, forms.keys() | scales)
+    shapes, modules, table = own_shapes(tensors), dict(model.named_modules()), embeddings_of(model)
+    for name, kind in forms.items():
         path, _, last = name.rpartition(".")
-        if last != "weight" or path not in linears:
+        module = modules.get(path)
+        looked_up = table is not None and path == table[0]
+        if last != "weight" or not (looked_up or type(module) is nn.Linear):
             raise mismatch(
-                folder, f"{name} is stored in int8, but the model has no linear layer there"
+                folder, f"{name} is stored in {kind}, but the model has no linear layer there"
             )
-        if linears[path].weight.shape != tensors[name].shape:
-            shape = list(linears[path].weight.shape)
-            raise mismatch(folder, f"{name} is {list(tensors[name].shape)}, the model's is {shape}")
-        model.set_submodule(path, FusedLinear(linears[path], products, int8=True), strict=True)
-    return names
+        weight: Tensor = module.weight  # pyright: ignore[reportOptionalMemberAccess, reportAssignmentType]
+        if weight.shape != shapes[name]:
+            raise mismatch(
+                folder, f"{name} is {list(shapes[name])}, the model's is {list(weight.shape)}"
+            )
+        if isinstance(module, nn.Embedding):
+            _take_table(model, path, module, kind, products)
+        elif isinstance(module, nn.Linear):
+            model.set_submodule(path, FusedLinear(module, products, kind), strict=True)
+    return tuple(forms)
+
+
+def _take_table(
+    model: PreTrainedModel, path: str, module: nn.Embedding, kind: Kind, products: DenseProducts
+) -> None:
+    """Room for the embeddings, and a head that shares them."""
+    head = tied_head(model, path)
+    made = QuantisedEmbedding(module, kind)
+    model.set_submodule(path, made, strict=True)
+    if head is not None:
+        linear = model.get_submodule(head)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(head, FusedLinear(linear, products, kind, made), strict=True)
+    rows = made.num_embeddings
+
+    def resize(new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        if new_num_tokens in (None, rows):
+            return made
+        raise UsageError(
+            f"The vocabulary of this package cannot become {new_num_tokens} tokens.",
+            f"its embeddings are stored in {kind}, {rows} rows",
+            "--dense-precision source when the package is made",
+        )
+
+    model.resize_token_embeddings = resize
 
 
 def _check_formats(
@@ -66,7 +105,7 @@ def _check_formats(
     quantised: Collection[str],
 ) -> None:
     """transformers converts whatever it finds into the format of the parameter, also numbers that mean nothing without
-    their scales: only floating point is taken, ``quantised`` weights, and what the model itself has in that format.
+    their scales: only floating point is taken, what is ``quantised``, and what the model itself has in that format.
     """
     own = {name: one.dtype for name, one in model.state_dict().items()}
     absent = absent_in(model)
@@ -82,6 +121,12 @@ def _check_formats(
         )
 
 
+def in_few_bits(module: nn.Module) -> bool:
+    """Whether a module has scales of its own in the form of ``low_bits.py``."""
+    stored = module.stored if isinstance(module, FusedLinear | QuantisedEmbedding) else None
+    return stored is not None and stored.kind in LOW_BITS
+
+
 def check_values(model: nn.Module, folder: Path) -> None:
     """No dense weight holds NaN or infinity.
 
@@ -91,8 +136,10 @@ def check_values(model: nn.Module, folder: Path) -> None:
     Raises:
         PackageError: naming the tensor.
     """
+    packed = {f"{path}.{SCALES}" for path, one in model.named_modules() if in_few_bits(one)}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point() and not all_finite(tensor.detach()):
+        numbers = low_bits.units(tensor) if name in packed else tensor.detach()
+        if numbers.is_floating_point() and not all_finite(numbers):
             raise PackageError(
                 f"The package in {folder} is damaged.", f"{name} holds NaN or infinity", AGAIN
             )
@@ -114,8 +161,10 @@ def finish_dense(model: PreTrainedModel, products: DenseProducts) -> None:
         for path, module in list(model.named_modules()):
             weight = module.weight if type(module) is nn.Linear else None
             if weight is not None and weight.dtype == torch.bfloat16:
-                model.set_submodule(path, FusedLinear(module, products, int8=False), strict=True)  # pyright: ignore[reportArgumentType]
-    into_one_place(model.parameters())
+                model.set_submodule(path, FusedLinear(module, products), strict=True)  # pyright: ignore[reportArgumentType]
+    scales = [one.weight_scale for one in model.modules() if isinstance(one, FusedLinear)]
+    scales += [one.weight_scale for one in model.modules() if isinstance(one, QuantisedEmbedding)]
+    into_one_place([*model.parameters(), *(one for one in scales if one is not None)])
 
 
 def products_for(device: torch.device) -> DenseProducts:

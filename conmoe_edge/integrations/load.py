@@ -24,6 +24,7 @@ from conmoe_edge.model.text_part import text_class
 from conmoe_edge.offload.compute.miss_split import check_misses
 from conmoe_edge.offload.generation.sequence import is_out_of_memory
 from conmoe_edge.offload.residency.policies import check_policy
+from conmoe_edge.plan.kv_precision import check_kv_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ def load_package(
     misses: str = "copy",
     beside: Callable[[int, int], int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kv_precision: str | None = None,
 ) -> PreTrainedModel:
     """Load the package in ``path``.
 
@@ -60,15 +62,18 @@ def load_package(
         beside: bytes that the caller holds beside the model, by the budget's bytes and the tokens of context; they are
             left free on a CPU.
         progress: called with (records read, records to read) while the slots are filled.
+        kv_precision: how keys and values are kept, ``source`` or ``int8``; by default what the package says.
 
     Raises:
         PackageError: the package is damaged.
         DoesNotFit: the budget holds no prototype.
         UsageError: the device is not there.
-        UnsupportedModel: the context cannot be counted with this release of transformers.
+        UnsupportedModel: the context cannot be counted with this release of transformers, or the model's cache has no
+            form in 8 bits.
     """
     folder = Path(path)
     check_policy(cache_policy)
+    check_kv_precision(kv_precision)
     check_misses(misses)
     package = open_package(folder)
     where = _device(device, budget)
@@ -92,6 +97,7 @@ def load_package(
             beside=beside,
             progress=progress,
             package=package,
+            kv_precision=kv_precision,
         )
         with loading(options) as whereabouts:
             try:

@@ -31,6 +31,7 @@ class LoadOptions:
         counted on a CPU, where the process shares the RAM with the model.
     progress: called with (records read, records to read).
     package: what is going to be loaded, where it is open already.
+    kv_precision: how keys and values are kept, ``source`` or ``int8``; ``None`` for what the package says.
     """
 
     budget: Budget | None = None
@@ -41,6 +42,7 @@ class LoadOptions:
     beside: Callable[[int, int], int] | None = None
     progress: Callable[[int, int], None] | None = None
     package: OpenedPackage | None = None
+    kv_precision: str | None = None
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from conmoe_edge.model.bridge import without_quantization
 from conmoe_edge.model.probe import probe
 from conmoe_edge.offload.residency.prefetch import prefetch_bytes
 from conmoe_edge.offload.residency.quota import slots_for
+from conmoe_edge.plan.kv_precision import with_kv
 from conmoe_edge.plan.least import least_size
 from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.plan import Plan
@@ -45,12 +46,14 @@ class Memory:
         slots: cache slots of every record layout.
         prefill_chunk: tokens of a prompt that go through the model at a time.
         cache_bytes: bytes of the key-value cache at so many tokens; ``None`` where the caller chose the slots.
+        kv_precision: how that cache is kept.
     """
 
     budget: Budget
     slots: tuple[int, ...]
     prefill_chunk: int
     cache_bytes: Callable[[int], int] | None = None
+    kv_precision: str = "source"
 
 
 def plan_memory(
@@ -64,6 +67,7 @@ def plan_memory(
 
     Raises:
         DoesNotFit: the budget holds not one prototype of each layout beside the package's chunk.
+        UnsupportedModel: the cache has no form in the precision that is asked for.
     """
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     budget = options.budget or default_budget(planned_by(manifest), kind)
@@ -71,9 +75,12 @@ def plan_memory(
     counts = [0] * len(manifest.layouts)
     for entry in manifest.prototypes:
         counts[entry.layout] += 1
-    if options.slots is not None:
+    kv = options.kv_precision or manifest.kv_precision
+    if options.slots is not None and kv == "source":
         return Memory(budget, tuple(options.slots), chunk)
-    anatomy = loaded_anatomy(model)
+    anatomy = with_kv(loaded_anatomy(model), kv)
+    if options.slots is not None:
+        return Memory(budget, tuple(options.slots), chunk, kv_precision=kv)
     records = [
         (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
     ]
@@ -85,7 +92,8 @@ def plan_memory(
     least = fixed + sum(nbytes for nbytes, count in records if count)
     if least > budget.device_bytes:
         raise _too_small(fixed, least, chunk, budget, unchanged=not records)
-    return Memory(budget, slots_for(budget.device_bytes, fixed, records), chunk, anatomy.kv_bytes)
+    slots = slots_for(budget.device_bytes, fixed, records)
+    return Memory(budget, slots, chunk, anatomy.kv_bytes, kv)
 
 
 def _too_small(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from conmoe_edge.checkpoint.format.forms import DOWN
+from conmoe_edge.checkpoint.format.forms import DOWN, Grid
 from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
 
@@ -21,7 +21,8 @@ class ExpertPart:
     ``name`` is the attribute of the module (``gate_up_proj``, ``down_proj``, ``gate_up_proj_bias``, ...),
     ``shape`` the shape without the leading expert axis, ``dtype`` the checkpoint's (``bfloat16``, ``float32``, ...).
     ``form``: how the checkpoint stores these numbers (``plain``, ``mxfp4``, ...); ``dtype`` is what it expands to;
-    ``nbytes`` is what they take in the checkpoint, scales included.
+    ``nbytes`` is what they take in the checkpoint, scales included. ``grid``: where they lie, if they have 4 bits there
+    that a record can hold as they are.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ExpertPart:
     dtype: str
     nbytes: int
     form: str = "plain"
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,12 @@ class ExpertsAnatomy:
         """Neurons of one expert: the inputs of its down projection."""
         shape = next(part.shape for part in self.parts if part.name == DOWN)
         return neurons(shape, self.transposed)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that an expert takes and gives for a token: the model's hidden size, or that of a latent space."""
+        shape = next(part.shape for part in self.parts if part.name == DOWN)
+        return shape[-1 if self.transposed else -2]
 
     def narrowed(self, width: int) -> ExpertsAnatomy:
         """The same experts with ``width`` neurons each."""
@@ -103,15 +111,18 @@ class LayerAnatomy:
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """The weight of a linear layer outside the routed experts that may be stored in fewer bits.
+    """A matrix outside the routed experts that may be stored in fewer bits.
 
-    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it.
+    ``layer`` is its decoder layer, ``None`` outside of them; ``rows`` are outputs; ``nbytes`` as the checkpoint has it;
+    the others as in ``model/linears.py``.
     """
 
     layer: int | None
     rows: int
     columns: int
     nbytes: int
+    in_rows: bool = False
+    looked_up: bool = False
 
 
 WINDOW_AHEAD = MAX_CHUNK
@@ -122,14 +133,21 @@ room for the tokens that follow (``offload/fastpath/window_cache.py``).
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Cache of one decoder layer for one sequence: ``constant + per_token * held(tokens)`` bytes.
+    """Cache of one decoder layer for one sequence.
 
-    ``window`` is ``None`` for full attention; a linear-attention layer has ``per_token == 0``.
+    Attributes:
+        per_token: bytes of a token in the model's own format; 0 in a linear-attention layer.
+        constant: bytes whatever the number of tokens.
+        window: ``None`` for full attention.
+        packed: bytes of a token in 8 bits (``model/kv_rows.py``); ``None`` where the layer has no such form.
+        in_int8: whether it is kept in those (``plan/kv_precision.py`` makes the anatomy).
     """
 
     per_token: int
     constant: int = 0
     window: int | None = None
+    packed: int | None = None
+    in_int8: bool = False
 
     def held(self, tokens: int) -> int:
         """Tokens that it has memory for at ``tokens`` tokens of context."""
@@ -137,6 +155,11 @@ class KVLayer:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens of context."""
+        each = self.packed if self.in_int8 and self.packed is not None else self.per_token
+        return self.constant + each * self.held(tokens)
+
+    def expanded(self, tokens: int) -> int:
+        """Bytes of all that in the model's own format, as attention of many tokens is given it."""
         return self.constant + self.per_token * self.held(tokens)
 
 
@@ -170,6 +193,7 @@ class ModelAnatomy:
     dense_matrices: tuple[DenseMatrix, ...] = ()
     dense_precision: str = "source"
     source_form: str = "plain"
+    kv_precision: str = "source"
 
     @property
     def moe_layers(self) -> tuple[LayerAnatomy, ...]:

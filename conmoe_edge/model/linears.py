@@ -1,8 +1,7 @@
-"""Which weights outside the routed experts may be stored in fewer bits: those of linear layers.
+"""Which matrices outside the routed experts may be stored in fewer bits: linear layers, and the table of embeddings.
 
-Embeddings, norms and routers keep the checkpoint's numbers: they are small, or steer everything behind them, or (an
-embedding) are looked up and not multiplied. A head that is tied to the embedding stays with it. Works on the meta
-model; nothing is allocated.
+Norms and routers keep the checkpoint's numbers: they are small, or steer everything behind them. A head that is tied to
+the embedding is stored with it, once. Works on the meta model; nothing is allocated.
 """
 
 from __future__ import annotations
@@ -13,17 +12,27 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
+from conmoe_edge.checkpoint.format.forms import DENSE_KINDS, Kind, dense_kind
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
 
 LEAST_SIDE = 16
 """Rows and columns from which on a matrix is worth a scale for each of its rows."""
 
+IN_ROWS = (".kv_b_proj.weight",)
+"""Ends of the names of matrices whose rows are added up as well as multiplied (compressed attention, ``latent.h``),
+which tiles of rows do not allow."""
+
 
 class Shape(NamedTuple):
-    """Outputs and inputs of a linear layer."""
+    """A matrix: its outputs (or the rows that are looked up) and inputs, and what becomes of it.
+
+    ``in_rows``: only forms whose rows lie one after another suit. ``looked_up``: a table of embeddings.
+    """
 
     rows: int
     columns: int
+    in_rows: bool = False
+    looked_up: bool = False
 
 
 def quantisable_weights(
@@ -42,11 +51,56 @@ def quantisable_weights(
         decoder: of the model, where the caller has found it already.
     """
     own = None if targets is None else _under_own_name(targets)
-    return {
-        name: Shape(linear.out_features, linear.in_features)
-        for name, linear in sorted(_linears(model, decoder or find_decoder(model)))
-        if own is None or name in own
+    found = {
+        name: Shape(one.out_features, one.in_features, name.endswith(IN_ROWS))
+        for name, one in _linears(model, decoder or find_decoder(model))
     }
+    if (table := embeddings_of(model)) is not None:
+        path, module = table
+        found[f"{path}.weight"] = Shape(module.num_embeddings, module.embedding_dim, looked_up=True)
+    return {name: shape for name, shape in sorted(found.items()) if own is None or name in own}
+
+
+def dense_forms(shapes: Mapping[str, Shape], precision: str) -> dict[str, Kind]:
+    """How each of ``quantisable_weights`` is stored in a ``precision`` other than ``source``."""
+    wished = DENSE_KINDS[precision]
+    return {
+        name: dense_kind(one.rows, one.columns, wished, in_rows=one.in_rows)
+        for name, one in shapes.items()
+    }
+
+
+def embeddings_of(model: PreTrainedModel) -> tuple[str, nn.Embedding] | None:
+    """The table of embeddings and its path; ``None`` where it does more than look up, or shares its numbers with
+    something else than the head.
+    """
+    module = model.get_input_embeddings()
+    # A subclass may scale what it looks up, and ``max_norm`` changes the table.
+    if type(module) is not nn.Embedding or module.max_norm is not None:
+        return None
+    if min(module.num_embeddings, module.embedding_dim) < LEAST_SIDE:
+        return None
+    path = next((path for path, one in model.named_modules() if one is module), None)
+    if path is None:
+        return None
+    partners = _tied_to(model, f"{path}.weight")
+    head = tied_head(model, path)
+    return (path, module) if partners <= ({f"{head}.weight"} if head else set()) else None
+
+
+def tied_head(model: PreTrainedModel, embeddings: str) -> str | None:
+    """The path of a plain linear head that has its weight from the table at the path ``embeddings``."""
+    partners, head = _tied_to(model, f"{embeddings}.weight"), model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and f"{path}.weight" in partners:
+            return path if type(module) is nn.Linear else None
+    return None
+
+
+def _tied_to(model: PreTrainedModel, name: str) -> set[str]:
+    """The other parameters that have their numbers from, or give them to, ``name``."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {one for pair in tied.items() if name in pair for one in pair} - {name}
 
 
 def _under_own_name(targets: Mapping[str, str]) -> set[str]:

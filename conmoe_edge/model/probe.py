@@ -8,16 +8,21 @@ meta device and what its cache holds is weighed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from conmoe_edge.checkpoint.format.dtypes import nbytes_of
+from conmoe_edge.checkpoint.format.forms import Grid
+from conmoe_edge.checkpoint.package.dense_names import own_shapes
 from conmoe_edge.checkpoint.tensors.tensor_index import TensorEntry
 from conmoe_edge.compat import TRANSFORMERS, cache_of
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
@@ -33,6 +38,7 @@ from conmoe_edge.model.anatomy import (
 )
 from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
+from conmoe_edge.model.kv_rows import row_bytes
 from conmoe_edge.model.layer_chain import requiring_chain
 from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.meta_forward import meta_forward
@@ -43,18 +49,21 @@ _SHAPES_ONLY = "conmoe_shapes"
 
 class TensorFacts(NamedTuple):
     """What a header says of one tensor: torch's name of the dtype, its bytes in the file and its shape. For a quantised
-    one, dtype and shape are those of its expansion, and ``form`` says how it is stored (``mxfp4``, ``fp8``).
+    one, dtype and shape are those of its expansion, and ``form`` says how it is stored (``mxfp4``, ``fp8``); ``grid``
+    as of ``Logical``.
     """
 
     dtype: str
     nbytes: int
     shape: tuple[int, ...]
     form: str = "plain"
+    grid: Grid | None = None
 
 
 def facts_of(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorFacts]:
     """The facts of the tensors of a checkpoint on this disk."""
-    return {name: TensorFacts(e.torch_name, e.nbytes, e.shape) for name, e in tensors.items()}
+    shapes = own_shapes(tensors)
+    return {name: TensorFacts(e.torch_name, e.nbytes, shapes[name]) for name, e in tensors.items()}
 
 
 def _shapes_only(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -179,7 +188,14 @@ def _assemble(
         outside_bytes=outside,
         kv=_weigh_cache(model, decoder),
         dense_matrices=tuple(
-            DenseMatrix(_layer_of(key, prefix), *shape, expanded_bytes(facts[key]))
+            DenseMatrix(
+                _layer_of(key, prefix),
+                shape.rows,
+                shape.columns,
+                expanded_bytes(facts[key]),
+                shape.in_rows,
+                shape.looked_up,
+            )
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
@@ -224,8 +240,19 @@ def _experts_anatomy(
             nbytes = sum(one.nbytes for one in found) // count
         # Experts of one layer in several forms have none in common.
         form = forms.pop() if len(forms) == 1 else "plain"
-        parts.append(ExpertPart(name, shape, dtype, nbytes, form))
+        grid = _grid(shape, found, bool(module.is_transposed))
+        parts.append(ExpertPart(name, shape, dtype, nbytes, form, grid))
     return ExpertsAnatomy(path, count, min(top_k, count), tuple(parts), bool(module.is_transposed))
+
+
+def _grid(shape: Sequence[int], found: Sequence[TensorFacts], transposed: bool) -> Grid | None:
+    """What all tensors of a fused parameter have in common, whose experts have this shape."""
+    grids = {(one.grid, one.shape[-1]) for one in found}
+    if len(grids) != 1 or len(shape) != 2:
+        return None
+    ((grid, wide),) = grids
+    rows, columns = reversed(shape) if transposed else shape
+    return grid if grid and wide == columns and grid.takes(rows, columns) else None
 
 
 def top_k_of(text: PretrainedConfig) -> int:
@@ -317,16 +344,34 @@ def _weigh_cache(model: PreTrainedModel, decoder: Decoder) -> tuple[KVLayer, ...
         window = getattr(two, "sliding_window", None) if getattr(two, "is_sliding", False) else None
         if window is not None:
             tokens = max(int(two.keys.shape[-2]), 1)
-            found.append(KVLayer(_nbytes(two.keys, two.values) // tokens, 0, int(window)))
+            per_token = _nbytes(two.keys, two.values) // tokens
+            found.append(KVLayer(per_token, 0, int(window), _packed_bytes(after, two)))
             continue
         small, large = _nbytes(vars(one)), _nbytes(vars(two))
         per_token = (large - small) // (long - short)
-        found.append(KVLayer(per_token, max(0, large - per_token * long)))
+        constant = max(0, large - per_token * long)
+        packed = None
+        if not constant:
+            packed = _packed_bytes(after, two) if per_token else 0
+        found.append(KVLayer(per_token, constant, packed=packed))
     loose = {name: value for name, value in vars(after).items() if name != "layers"}
     extra = _nbytes(loose)
     if extra and found:
-        found[0] = KVLayer(found[0].per_token, found[0].constant + extra, found[0].window)
+        found[0] = replace(found[0], constant=found[0].constant + extra, packed=None)
     return tuple(found)
+
+
+def _packed_bytes(cache: Any, layer: Any) -> int | None:
+    """Bytes of a token of a cache layer in 8 bits; ``None`` where it has no such form."""
+    if type(cache) is not DynamicCache or type(layer) not in (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    ):
+        return None
+    parts = (layer.keys, layer.values)
+    if not all(one.is_floating_point() and one.dtype != torch.float64 for one in parts):
+        return None
+    return sum(math.prod(one.shape[:-2]) * row_bytes(one.shape[-1]) for one in parts)
 
 
 def _cache_after(model: PreTrainedModel, tokens: int) -> Any:

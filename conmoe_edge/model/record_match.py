@@ -7,8 +7,9 @@ parameter where they differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from conmoe_edge.checkpoint.format.forms import (
     Part,
     best_kind,
     factored_parts,
+    grid_of,
     kind_of,
     quantised_parts,
 )
@@ -34,6 +36,27 @@ PLAIN_FORMATS = ("bfloat16", "float16", "float32")
 def mismatch(folder: Path, why: str) -> PackageError:
     """The error for a package whose manifest and ``config.json`` disagree."""
     return PackageError(f"The package in {folder} does not match its config.json.", why, AGAIN)
+
+
+def token_size(folder: Path, modules: Iterable[nn.Module]) -> int:
+    """Numbers of a token as the experts of every layer get it: the model's hidden size, or that of a latent space.
+
+    Args:
+        folder: for errors.
+        modules: the experts of every layer that has some.
+
+    Raises:
+        PackageError: layers differ.
+    """
+    found: set[int] = set()
+    for module in modules:
+        down: Any = module.down_proj
+        found.add(int(down.shape[2 if module.is_transposed else 1]))
+    if len(found) != 1:
+        raise mismatch(
+            folder, f"experts of different layers take {sorted(found)} numbers of a token"
+        )
+    return found.pop()
 
 
 def check_records(
@@ -98,12 +121,13 @@ def _held(
         wanted = ((name, shape, part.dtype),)
     else:
         scales = parts.get(name + SCALE)
-        kind = None
+        kind = grid = None
         if scales is not None:
-            kind = kind_of((part.dtype, part.shape), (scales.dtype, scales.shape))
+            formats = (part.dtype, part.shape), (scales.dtype, scales.shape)
+            kind, grid = kind_of(*formats), grid_of(*formats)
         if kind is None or len(shape) != 2 or best_kind(rows, columns, kind) != kind:
             return None
-        wanted = quantised_parts(name, rows, columns, kind)
+        wanted = quantised_parts(name, rows, columns, kind, grid)
     found = [parts[one] for one, _, _ in wanted if one in parts]
     if [(one.name, one.shape, one.dtype) for one in found] != list(wanted):
         return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME, Manifest
+from conmoe_edge.checkpoint.package.dense_names import own_shapes
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.model.config_json import says, values_of
@@ -112,7 +113,7 @@ def bounds_in(folder: Path) -> SizeBounds:
 
 def bounds_of(index: CheckpointIndex, manifest: Manifest | None) -> SizeBounds:
     """The bounds of a model, or of a package with its ``manifest``, whose headers are read already."""
-    own = SizeBounds.of({name: entry.shape for name, entry in index.tensors.items()})
+    own = SizeBounds.of(own_shapes(index.tensors))
     if manifest is None:
         return own
     # The experts of a package are records; what they hold, and how many slots lead to them, is in its manifest.

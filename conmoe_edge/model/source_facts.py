@@ -81,7 +81,7 @@ def read_gguf(gguf: GgufModel) -> SourceFacts:
 
 def _facts_of(scheme: Scheme) -> dict[str, TensorFacts]:
     return {
-        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form)
+        name: TensorFacts(one.dtype, one.nbytes, one.shape, one.form, one.grid)
         for name, one in scheme.tensors.items()
     }
 

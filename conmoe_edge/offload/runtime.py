@@ -123,6 +123,7 @@ class Runtime:
         cache_policy: str | None = None,
         misses: str = "copy",
         cache_bytes: Callable[[int], int] | None = None,
+        kv_precision: str = "source",
         progress: Progress | None = None,
     ) -> None:
         """Allocate the slots and read what they hold.
@@ -140,6 +141,7 @@ class Runtime:
             misses: with a GPU, whether the processor may compute what is not there (``miss_split.py``).
             cache_bytes: of the key-value cache at so many tokens, where the room that is kept for it may serve as cache
                 slots until it is needed.
+            kv_precision: how that cache is kept, ``source`` or ``int8``.
             progress: called with (records read, records to read) at start.
         """
         self.folder = folder
@@ -153,7 +155,7 @@ class Runtime:
         self._process = psutil.Process()
         self.closed = False
         self._filled = False  # whether there are slots to compute with
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.kv_precision = cache_bytes, kv_precision
         self._handles = tuple(handles)
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)

@@ -64,6 +64,8 @@ def _dense(anatomy: ModelAnatomy, mixture: FileType) -> int:
     rest = anatomy.dense_bytes - vocab * hidden * size
     total = matrix_bytes(mixture.most, vocab, hidden) + matrix_bytes(mixture.head, vocab, hidden)
     for one in anatomy.dense_matrices:
+        if one.looked_up:
+            continue
         rest -= one.nbytes
         if (one.layer, one.rows) != (None, vocab):
             total += matrix_bytes(mixture.dense or mixture.most, one.rows, one.columns)

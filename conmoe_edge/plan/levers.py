@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conmoe_edge.checkpoint.format.forms import (
+    DOWN,
     Kind,
     Part,
     best_kind,
@@ -25,6 +26,12 @@ RATE_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # the speed.
 AUTO_RATE_LIMIT = 0.5
 
+FREE = "free"
+"""Bits and neurons of every prototype as they are worth most, in bytes that are given as bits a weight."""
+
+FREE_KINDS = ("int8", "q4", "q3-q4", "q3", "q2-q3", "q2")
+"""What a prototype may be stored in then, the widest first. ``A-B``: gate and up in A, down in B."""
+
 LOW_RANK = "lowrank"
 """Matrices as low rank and a few columns, in the checkpoint's own numbers: what ``mc-smoe`` writes, and only that."""
 
@@ -34,7 +41,8 @@ class Precision:
     """How the numbers of the prototypes are stored, mildest first in ``PRECISIONS``.
 
     ``kinds`` are the record layouts of a package in this precision: one, or two where the
-    prototypes that lose most by the second are stored in the first (mixed precision).
+    prototypes that lose most by the second are stored in the first (mixed precision), or those of
+    ``FREE_KINDS``, of which each prototype gets what it is worth.
     """
 
     name: str
@@ -42,16 +50,24 @@ class Precision:
 
     @property
     def mixed(self) -> bool:
-        """Whether there are records of two kinds."""
+        """Whether there are records of two kinds, and the plan says how many of each."""
         return len(self.kinds) == 2
+
+    @property
+    def free(self) -> bool:
+        """Whether only bytes are given, and each prototype gets the bits that it is worth in them."""
+        return self.name == FREE
 
 
 PRECISIONS = {
-    name: Precision(name, tuple(name.split("+")))
-    for name in (
-        *("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4"),
-        *("q4", "q3", "q2", LOW_RANK),
-    )
+    **{
+        name: Precision(name, tuple(name.split("+")))
+        for name in (
+            *("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4"),
+            *("q4", "q3", "q2", LOW_RANK),
+        )
+    },
+    FREE: Precision(FREE, FREE_KINDS),
 }
 _QUANTISED: dict[str, Kind] = {kind: kind for kind in ("int8", "int4", "mxfp4", "q4", "q3", "q2")}
 _UNASKED = ("bf16", "int8", "int8+int4", "int4")
@@ -61,14 +77,15 @@ _UNASKED = ("bf16", "int8", "int8+int4", "int4")
 def precisions(anatomy: ModelAnatomy, asked: str) -> tuple[str, ...]:
     """The precisions to look at, mildest first: the one asked for, or all that need no asking.
 
-    Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 in the
-    checkpoint stay so: int4 takes more bytes and loses more (``docs/quantised-sources.md``).
+    Of those, one that makes no record smaller than the milder ones do is left out. Experts that are MXFP4 or int4 in
+    the checkpoint stay so: other numbers take more bytes or lose more (``docs/quantised-sources.md``).
 
     Raises:
         UsageError: MXFP4 was asked for, and the experts are not.
     """
-    if is_mxfp4(anatomy):
-        return ("mxfp4",) if asked in ("auto", "source") else (asked,)
+    published = published_in(anatomy)
+    if published is not None:
+        return (published,) if asked in ("auto", "source") else (asked,)
     if asked == "mxfp4":
         raise UsageError(
             f"--precision mxfp4 is for experts that are published in MXFP4; those of {anatomy.architecture} are not.",
@@ -94,24 +111,30 @@ def keeps_weights(anatomy: ModelAnatomy, precision: str) -> bool:
     """Whether a prototype in this precision is bit for bit the checkpoint's expert."""
     if precision == "source":
         return True
-    if precision == "mxfp4":
-        return is_mxfp4(anatomy)
+    if precision == published_in(anatomy):
+        return True
     parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
     return precision == "bf16" and all(part.dtype == "bfloat16" for part in parts)
 
 
-def is_mxfp4(anatomy: ModelAnatomy) -> bool:
-    """Whether all weight matrices of the routed experts are MXFP4 in the checkpoint."""
+def published_in(anatomy: ModelAnatomy) -> str | None:
+    """``mxfp4`` or ``int4`` where all weight matrices of the routed experts are that in the checkpoint, and records
+    hold their numbers as they are.
+    """
     parts = [part for layer in anatomy.moe_layers if layer.experts for part in layer.experts.parts]
-    return {part.form for part in parts if len(part.shape) == 2} == {"mxfp4"}
+    matrices = [part for part in parts if len(part.shape) == 2]
+    if matrices and all(part.form == "mxfp4" for part in matrices):
+        return "mxfp4"
+    return "int4" if matrices and all(part.grid is not None for part in matrices) else None
 
 
 def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
-    """The tensors of a record of one ``kind`` (a precision that is not mixed) in order: name, shape,
-    number format.
+    """The tensors of a record of one ``kind`` (a precision that is not mixed, or one of ``FREE_KINDS``) in order:
+    name, shape, number format.
 
     A quantised or factored projection is [out, in] also where the module keeps it transposed, and
-    has its scales or other parts behind it; a projection whose shape int4 cannot take is int8.
+    has its scales or other parts behind it; a projection whose shape int4 cannot take is int8. In int4 one that is
+    published in 4 bits has those.
     Biases are small and stay as they are.
     """
     parts: list[Part] = []
@@ -119,16 +142,25 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
         rows, columns = 0, 0
         if len(part.shape) == 2:
             rows, columns = reversed(part.shape) if experts.transposed else part.shape
-        if kind == LOW_RANK and columns:
+        own = _kind_of(kind, part.name)
+        if kind == "int4" and part.grid is not None and part.grid.takes(rows, columns):
+            parts += quantised_parts(part.name, rows, columns, "grid4", part.grid)
+        elif kind == LOW_RANK and columns:
             parts += factored_parts(part.name, rows, columns, part.dtype)
-        elif kind in _QUANTISED and columns:
+        elif own in _QUANTISED and columns:
             parts += quantised_parts(
-                part.name, rows, columns, best_kind(rows, columns, _QUANTISED[kind])
+                part.name, rows, columns, best_kind(rows, columns, _QUANTISED[own])
             )
         else:
             dtype = "bfloat16" if kind == "bf16" else part.dtype
             parts.append((part.name, part.shape, dtype))
     return tuple(parts)
+
+
+def _kind_of(kind: str, name: str) -> str:
+    """What a projection is stored in, in records of a kind."""
+    inputs, _, down = kind.partition("-")
+    return down if down and name == DOWN else inputs
 
 
 def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:
@@ -161,14 +193,14 @@ def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
 def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
     """Indices of the MoE layers that share prototypes, ``size`` neighbours at a time.
 
-    Dense layers in between are skipped; layers whose experts differ in shape or number format never share, however the
-    checkpoint stores them. The last scope of a run may be smaller.
+    Dense layers in between are skipped; layers whose experts differ in shape, number format or the grid of their 4 bits
+    never share, however else the checkpoint stores them. The last scope of a run may be smaller.
     """
     runs: list[list[int]] = []
-    previous: list[Part] | None = None
+    previous: list[tuple[object, ...]] | None = None
     for layer in anatomy.moe_layers:
         assert layer.experts is not None
-        parts = [(part.name, part.shape, part.dtype) for part in layer.experts.parts]
+        parts = [(part.name, part.shape, part.dtype, part.grid) for part in layer.experts.parts]
         if parts != previous:
             runs.append([])
         runs[-1].append(layer.index)

@@ -12,7 +12,8 @@ KV cache                  ``ModelAnatomy.kv_bytes(N)``
 Workspace                 hidden states, attention projections   10·T·H·b
                           routed rows through the experts        T·k·(2I + I + H)·b
                           router probabilities                   3·T·E·4
-                          growing one layer's cache copies it    its bytes at N
+                          growing one layer's cache copies it,
+                       or expands it from 8 bits              its bytes at N, in b
                           grouped-query heads are repeated       4·N·H·b, if cached narrower
                           attention mask                         4·T·N
                           logits of the last position            V·(4 + b)
@@ -124,7 +125,9 @@ def needs_of(anatomy: ModelAnatomy, device: DeviceKind, context: int) -> Needs:
         moe_layers=len(experts),
         runtime=runtime,
         dense=Term("Dense weights", anatomy.dense_bytes, _dense_note(anatomy)),
-        cache=Term(f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), "one conversation"),
+        cache=Term(
+            f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), _cache_note(anatomy)
+        ),
         chunk_bytes=10 * hidden * size + routed * size + router + 4 * context,
         base_bytes=base,
     )
@@ -139,7 +142,12 @@ def _dense_note(anatomy: ModelAnatomy) -> str:
     note = "everything outside the routed experts"
     if anatomy.dense_precision == "source":
         return note
-    return f"{note}, linear layers in {anatomy.dense_precision}"
+    return f"{note}, matrices in {anatomy.dense_precision}"
+
+
+def _cache_note(anatomy: ModelAnatomy) -> str:
+    note = "one conversation"
+    return note if anatomy.kv_precision == "source" else f"{note}, in 8 bits"
 
 
 def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
@@ -148,7 +156,7 @@ def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
     for layer in anatomy.kv:
         if layer.per_token == 0:
             continue
-        copied = layer.nbytes(context)
+        copied = layer.expanded(context)
         repeated = 4 * layer.held(context) * anatomy.hidden_size * size
         grouped = layer.per_token < 2 * anatomy.hidden_size * size
         most = max(most, copied + repeated if grouped else copied)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option
-from conmoe_edge.plan.levers import PRECISIONS, keeps_weights
+from conmoe_edge.plan.levers import PRECISIONS, keeps_weights, published_in
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.units import human_size
@@ -46,7 +46,10 @@ def explain(
         return replace(candidate, verdict="fits", reason=reason)
     if not option.meets:
         return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate))
-    if not option.allowed:
+    more_bits = candidate.bits > chosen.candidate.bits > 0
+    if not option.allowed and more_bits:
+        reason = f"more bits, but only {percent(candidate.resident_share)} resident"
+    elif not option.allowed and not candidate.bits:
         reason = f"would do, but you asked for {percent(chosen.candidate.rate)}"
     elif candidate.rate > chosen.candidate.rate:
         reason = "would do, but removes more than is needed"
@@ -77,6 +80,8 @@ def percent(share: float) -> str:
 
 def stored_words(candidate: Candidate) -> str:
     """How the prototypes are stored, for a sentence: ``at 8 bits``."""
+    if candidate.bits:
+        return f"in {candidate.bits:.3g} bits a weight"
     kinds = PRECISIONS[candidate.precision].kinds
     few, all_of_them = candidate.wide_prototypes, candidate.prototypes
     if len(kinds) == 1 or few in (0, all_of_them):
@@ -89,6 +94,8 @@ def stored_words(candidate: Candidate) -> str:
 
 def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: PlanRequest) -> str:
     candidate = option.candidate
+    if candidate.bits:
+        return _why_free(budget, option, request)
     if request.forced_rate:
         asked = f"you asked for {percent(candidate.rate)}"
         return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate)}"
@@ -97,7 +104,9 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: 
         used = human_size(terms + candidate.resident_bytes)
         return f"fits unchanged: {used} of {human_size(budget.device_bytes)}, nothing is removed"
     if option.meets and candidate.rate == 0.0 and candidate.slots == candidate.prototypes:
-        return f"fits {stored_words(candidate)}, nothing is removed"
+        own = candidate.precision == "int4" and published_in(anatomy) == "int4"
+        words = "in int4 as published" if own else stored_words(candidate)
+        return f"fits {words}, nothing is removed"
     if option.meets:
         share = request.least_resident
         wish = f"at least {percent(share)} resident" if share < 1 else "every prototype resident"
@@ -105,6 +114,17 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: 
     if request.forced_rate is not None:
         return f"you asked for {percent(candidate.rate)}; {_shortcoming(budget, candidate)}"
     return f"the most that is removed unasked; {_shortcoming(budget, candidate)}"
+
+
+def _why_free(budget: Budget, option: Option, request: PlanRequest) -> str:
+    """Of a candidate whose bytes are spent where they are worth most."""
+    candidate = option.candidate
+    if request.bits is not None:
+        asked = f"you asked for {request.bits:g} bits"
+        return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate)}"
+    if option.meets:
+        return f"{candidate.bits:.2f} bits a weight leave every prototype resident"
+    return f"the fewest bits that there are; {_shortcoming(budget, candidate)}"
 
 
 def _shortcoming(budget: Budget, candidate: Candidate) -> str:

@@ -23,6 +23,7 @@ _PLAIN_LEVERS: Mapping[str, Any] = {
     "scope": 1,
     "precision": "source",
     "dense_precision": "source",
+    "kv_precision": "source",
     "min_resident": 1.0,
     "widths": "equal",
     "method": "auto",
@@ -32,6 +33,7 @@ _FORCED: Mapping[str, Mapping[str, Any]] = {
         "scope": 1,
         "precision": "source",
         "dense_precision": "source",
+        "kv_precision": "source",
         "min_resident": 1.0,
         "widths": "equal",
     },
@@ -41,7 +43,8 @@ _FORCED: Mapping[str, Mapping[str, Any]] = {
 _FREE: Mapping[str, tuple[Any, ...]] = {
     "scope": ("auto",),
     "precision": ("auto", "bf16"),
-    "dense_precision": (),
+    "dense_precision": ("auto",),
+    "kv_precision": ("auto",),
     "min_resident": (None,),
     "widths": ("free",),
     "method": (None,),
@@ -51,6 +54,7 @@ _WHY = {
     "method": "only auto keeps every expert and removes neurons",
     "precision": "vLLM holds prototypes in the model's own number format, so fewer bits would save no memory there",
     "dense_precision": "vLLM reads dense weights as the model's own",
+    "kv_precision": "the engine keeps a key-value cache of its own",
     "widths": "vLLM holds the prototypes of a layer as one tensor",
     "min_resident": "vLLM keeps every prototype on the device",
 }
@@ -59,6 +63,7 @@ _WHY_PLAIN = {
     "scope": "a plain checkpoint has an expert of its own for every router slot",
     "precision": "a plain checkpoint holds experts in the model's own number format",
     "dense_precision": "a plain checkpoint holds dense weights in the model's own number format",
+    "kv_precision": "the engine keeps a key-value cache of its own",
     "widths": "a plain checkpoint has one width for all experts",
     "min_resident": "the engine keeps every expert in memory",
 }

@@ -24,7 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from conmoe_edge.checkpoint.format.forms import LOW_GROUP, MX_BLOCK
+from conmoe_edge.checkpoint.format.forms import DOWN, LOW_GROUP, MX_BLOCK
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, kept, record_bytes
 
@@ -55,7 +55,7 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
     make a narrow record as large as the whole.
     """
     width, kind = experts.width, PRECISIONS[precision].kinds[-1]
-    step = _step(width, kind)
+    step = _step(experts, kind)
     dear = record_bytes(experts, kind) / width * _DEAREST
     # Of widths whose records take the same pages, the widest.
     widest = {
@@ -70,10 +70,16 @@ def steps(experts: ExpertsAnatomy, precision: str) -> tuple[int, ...]:
     return (*sorted(found), width)
 
 
-def _step(width: int, kind: str) -> int:
-    """Neurons of a step; in MXFP4, and in few bits, whole blocks, or all neurons where there are none."""
-    if kind in _BLOCKS:
-        return _BLOCKS[kind] if width % _BLOCKS[kind] == 0 else width
+def _step(experts: ExpertsAnatomy, kind: str) -> int:
+    """Neurons of a step; in MXFP4, in few bits and in 4 bits as published whole blocks, or all neurons where there are
+    none.
+    """
+    width, block = experts.width, _BLOCKS.get(kind)
+    if kind == "int4":
+        grids = [part.grid for part in experts.parts if part.name == DOWN]
+        block = grids[0].group if grids and grids[0] is not None else None
+    if block:
+        return block if width % block == 0 else width
     return next(size for size in _STEPS if size <= max(1, width // _FINEST) and width % size == 0)
 
 
@@ -82,7 +88,7 @@ def narrow_width(experts: ExpertsAnatomy, rate: float, precision: str) -> int:
     width = experts.width
     if rate == 0.0:
         return width
-    step = _step(width, PRECISIONS[precision].kinds[-1])
+    step = _step(experts, PRECISIONS[precision].kinds[-1])
     left = 1.0 - rate
     wanted = width * math.sqrt(left)
     widths = [

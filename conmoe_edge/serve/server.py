@@ -191,6 +191,7 @@ def package_loader(
     cache_policy: str | None,
     misses: str = "copy",
     template: str | None = None,
+    kv_precision: str | None = None,
 ) -> Callable[[Callable[[int, int], None]], Loaded]:
     """What opens a package for a server: the model inside its budget, and its tokenizer, with the chat template of that
     name where one is given.
@@ -215,6 +216,7 @@ def package_loader(
             misses=misses,
             beside=beside,
             progress=progress,
+            kv_precision=kv_precision,
         )
         return Loaded(model, tokenizer, fewest)
 

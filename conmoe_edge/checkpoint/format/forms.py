@@ -7,9 +7,10 @@ written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["plain", "int8", "int4", "mxfp4", "q4", "q3", "q2"]
+Kind = Literal["plain", "int8", "int4", "grid4", "mxfp4", "q6", "q4", "q3", "q2"]
 Stored = tuple[str, Sequence[int]]
 """Number format (torch's name) and shape of a tensor."""
 Part = tuple[str, tuple[int, ...], str]
@@ -27,8 +28,11 @@ MX_BLOCK = 32
 UP, DOWN = "gate_up_proj", "down_proj"
 """The two weight matrices of a gated expert: gate and up rows together, and down rows."""
 
-LOW_BITS: dict[Kind, int] = {"q4": 4, "q3": 3, "q2": 2}
+LOW_BITS: dict[Kind, int] = {"q6": 6, "q4": 4, "q3": 3, "q2": 2}
 """Bits of a number in the forms of ``low_bits.py``."""
+
+DENSE_KINDS: dict[str, Kind] = {"int8": "int8", "q6": "q6", "q4": "q4"}
+"""The forms of matrices outside the routed experts, by the names of their precisions, mildest first."""
 
 LOW_GROUP, LOW_HEAD = 32, 4
 """Columns that share a byte of scales there, and rows of the scales before those bytes."""
@@ -44,6 +48,11 @@ _KIND_OF_FORMATS: dict[tuple[str, str], Kind] = {
 }
 """Number formats of a quantised weight's values and scales -> its form."""
 
+_HALVES = ("float16", "bfloat16")
+"""Number formats that the scales of grid4 may have: those of the checkpoint."""
+_LANES = 16
+"""What a group of grid4 is a multiple of: kernels take so many columns at a time."""
+
 LEFT, RIGHT, KEPT, COLUMNS = ".left", ".right", ".kept", ".columns"
 """What the names of a factored weight's parts have behind the name of the weight (``factored.py``)."""
 
@@ -51,6 +60,41 @@ _RANK_SHARE = 24
 """Of the shorter side of a matrix, the part that is its rank."""
 _KEPT_SHARE = 10
 """Of the columns, the part that is kept beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where the weights lie that other tools have rounded to 4 bits: weight = (number - zero point) * scale.
+
+    Attributes:
+        group: columns that share a scale.
+        dtype: number format of the scales, which the product is rounded to.
+        zeros: whether groups have zero points of their own; they are 8 otherwise.
+    """
+
+    group: int
+    dtype: str
+    zeros: bool
+
+    def takes(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape can be stored so (``grid4``)."""
+        return first_divisor(TILES, rows) > 0 and columns % self.group == 0
+
+    def scales(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape of the scales: those of a group one after another, with zero points in pairs."""
+        return columns // self.group, rows * (1 + self.zeros)
+
+
+def grid_of(values: Stored, scales: Stored) -> Grid | None:
+    """The grid of a weight in grid4 by its values and scales; ``None`` where they are not in that form."""
+    if values[0] != "uint8" or scales[0] not in _HALVES or len(values[1]) != 2:
+        return None
+    if len(scales[1]) != 2 or 0 in values[1] or 0 in scales[1]:
+        return None
+    (rows, half), (groups, wide) = values[1], scales[1]
+    if wide not in (rows, 2 * rows) or 2 * half % groups or 2 * half // groups % _LANES:
+        return None
+    return Grid(2 * half // groups, scales[0], wide > rows)
 
 
 def first_divisor(sizes: tuple[int, ...], length: int) -> int:
@@ -72,6 +116,8 @@ def kind_of(values: Stored, scales: Stored | None) -> Kind | None:
         return "plain"
     if (values[0], scales[0]) == ("uint8", "uint8"):
         return _low_kind(values[1], scales[1])
+    if grid_of(values, scales) is not None:
+        return "grid4"
     return _KIND_OF_FORMATS.get((values[0], scales[0]))
 
 
@@ -92,7 +138,7 @@ def bits_of(kind: Kind) -> int:
 
 def in_tiles(kind: Kind | None) -> bool:
     """Whether rows lie in tiles, several numbers in a byte."""
-    return kind in ("int4", "mxfp4") or kind in LOW_BITS
+    return kind in ("int4", "grid4", "mxfp4") or kind in LOW_BITS
 
 
 def columns_of(kind: Kind, values: Sequence[int]) -> int:
@@ -101,24 +147,42 @@ def columns_of(kind: Kind, values: Sequence[int]) -> int:
 
 
 def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
-    """``wished``, or where it cannot take a matrix of this shape: int8 for int4, q4, q3 and q2; plain for mxfp4, whose
-    numbers stay what they are.
+    """``wished``, or where it cannot take a matrix of this shape: int8 for int4 and those of ``LOW_BITS``; plain for
+    mxfp4, whose numbers stay what they are.
     """
     if not in_tiles(wished):
         return wished
     group = group_of(columns) if wished == "int4" else not columns % LOW_GROUP
+    group = group or wished == "grid4"  # whose groups are its own
     if first_divisor(TILES, rows) and group:
         return wished
     return "plain" if wished == "mxfp4" else "int8"
 
 
-def quantised_parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Part, Part]:
-    """Values and scales of the weight ``name`` [rows, columns] (rows are outputs) in the form ``kind``."""
+def dense_kind(rows: int, columns: int, wished: Kind, *, in_rows: bool = False) -> Kind:
+    """``wished``, int8 or one of ``LOW_BITS``, or int8 where it does not suit a matrix outside the routed experts.
+
+    Of those with tiles only whole ones of 64 rows are taken, since others are none for the CPU operator; ``in_rows``
+    where a matrix cannot lie in tiles at all.
+    """
+    if in_rows or rows % TILES[0] or columns % LOW_GROUP:
+        return "int8"
+    return wished
+
+
+def quantised_parts(
+    name: str, rows: int, columns: int, kind: Kind, grid: Grid | None = None
+) -> tuple[Part, Part]:
+    """Values and scales of the weight ``name`` [rows, columns] (rows are outputs) in the form ``kind``; ``grid`` is
+    that of grid4.
+    """
     if kind == "plain":
         raise ValueError("plain is no quantised form")
     values = rows, columns * bits_of(kind) // 8
     if kind == "int8":
         return (name, values, "int8"), (name + SCALE, (rows,), "bfloat16")
+    if grid is not None:
+        return (name, values, "uint8"), (name + SCALE, grid.scales(rows, columns), grid.dtype)
     scales: tuple[int, ...] = columns // LOW_GROUP + LOW_HEAD, rows
     dtype = "uint8"
     if kind == "int4":

@@ -1,4 +1,4 @@
-"""Weights in 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
+"""Weights in 6, 4, 3 or 2 bits with a byte of scales for 32 columns, and the way there and back.
 
 A matrix [R, K] (rows are outputs), K a multiple of 32, R of 16. A weight is ``S s (q - c) + Z (z - 8)``: q in
 0..2^bits - 1 and its middle c = (2^bits - 1) / 2; s and z in 0..15, one pair for a row in a group of 32 columns; S
@@ -6,11 +6,12 @@ and Z in bf16, one pair for a row. So scales cost 0.25 bits a weight, and 32 / K
 llama.cpp's K-quants; four bits for each do for small groups.
 
 Values: uint8 [R, K bits / 8]. Rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows),
-and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 3 bits are a plane of the lower
-two and one of the upper one. Of a plane with p bits a word of 32 bits has 32 / p columns of a row. Its byte b has, p
-bits each from the lowest on, the columns b, 4 + b, 8 + b, ...; words of the tile's rows lie one after another, and
-behind them those of the next columns. So ``word >> p j & mask`` is four neighbouring columns of a row in four bytes,
-and a vector is that of 8 or 16 rows, which is what the products of bytes that processors have want.
+and columns 32 at a time. The numbers of such a block lie in planes of 4, 2 or 1 bits: 6 bits are a plane of the lower
+four and one of the upper two, 3 bits one of the lower two and one of the upper one. Of a plane with p bits a word of
+32 bits has 32 / p columns of a row. Its byte b has, p bits each from the lowest on, the columns b, 4 + b, 8 + b, ...;
+words of the tile's rows lie one after another, and behind them those of the next columns. So ``word >> p j & mask`` is
+four neighbouring columns of a row in four bytes, and a vector is that of 8 or 16 rows, which is what the products of
+bytes that processors have want.
 
 Scales: uint8 [4 + K / 32, R]. The first four rows are R pairs (S, Z) in bf16, one after another; then one byte
 ``s | z << 4`` for each row, group by group.
@@ -29,13 +30,19 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
 from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
+from conmoe_edge.checkpoint.format.grid_search import best_line
 
-PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+PLANES = {6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a number -> bits of its planes, the lower ones first."""
 
 _STEPS, _MIDDLE, _REACH = 15, 8, 7
 """Largest s; the z that stands for 0; the largest z above it that S and Z are chosen for."""
-_CLIPS = {4: (1.0, 0.95, 0.9, 0.85), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6)}
+_CLIPS = {
+    6: (1.0, 1.05, 1.1, 1.2),
+    4: (1.0, 0.95, 0.9, 0.85),
+    3: (1.0, 0.9, 0.8, 0.7),
+    2: (1.0, 0.9, 0.8, 0.7, 0.6),
+}
 """Shares of a group's range that are tried: outliers are clipped, all else is finer."""
 
 
@@ -97,40 +104,11 @@ class Grid:
         return ((1 << self.bits) - 1) / 2
 
     def fit(self, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group.
-
-        Several clipped ranges are tried, each improved by least squares over the numbers that it gives; the one with
-        the least squared error is taken, errors weighted with ``weights`` [..., 1 or R, 32], the first where they tie.
+        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group, errors
+        weighted with ``weights`` [..., 1, 32].
         """
-        weights = weights.expand_as(group)
-        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-        mean = (weights * group).sum(-1, keepdim=True) / total
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for clip in _CLIPS[self.bits]:
-            step, zero = (high - low) * (clip / (2 * self.middle)), (high + low) / 2
-            level = self._levels(group, step, zero)
-            centre = (weights * level).sum(-1, keepdim=True) / total
-            apart = weights * (level - centre)
-            spread = (apart * level).sum(-1, keepdim=True)
-            slope = (apart * group).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1.0)
-            step = torch.where(spread > 0, slope, step)
-            s = self._whole(step, self.scale).clamp_(0, _STEPS)
-            zero = mean - s * self.scale * centre
-            z = self._whole(zero, self.zero).add_(_MIDDLE).clamp_(0, _STEPS)
-            error = (group - self.values(self.codes(group, s, z), s, z)).square_()
-            error = (error * weights).sum(-1, keepdim=True)
-            if best is None:
-                best = error, s, z
-            else:
-                better = error < best[0]
-                best = (
-                    torch.where(better, error, best[0]),
-                    torch.where(better, s, best[1]),
-                    torch.where(better, z, best[2]),
-                )
-        assert best is not None
-        return best[1], best[2]
+        s, z = fit_columns(self, group.mT, weights.mT)
+        return s.mT, z.mT
 
     def codes(self, weight: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """The numbers q, fp32, that come closest to ``weight`` [..., R, any]."""
@@ -150,9 +128,22 @@ class Grid:
         codes = ((weight - zero) * inverse + self.middle).round_().clamp_(0, 2 * self.middle)
         return codes - self.middle
 
-    @staticmethod
-    def _whole(value: Tensor, unit: Tensor) -> Tensor:
-        return torch.where(unit != 0, value / torch.where(unit != 0, unit, 1.0), 0.0).round()
+
+def fit_columns(grid: Grid, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``Grid.fit`` with rows along the last axis, where it is several times faster: s and z [..., 1, R] for ``group``
+    [..., 32, R] and ``weights`` [..., 32, 1]. The best of several lines (``grid_search.py``).
+    """
+    scale, unit = grid.scale.mT, grid.zero.mT  # [..., 1, R]
+    by_scale, by_unit = (torch.where(one > 0, 1.0 / one, 0.0) for one in (scale, unit))
+
+    def snap(step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+        s = (step * by_scale).round_().clamp_(0, _STEPS)
+        z = (zero * by_unit).round_().add_(_MIDDLE).clamp_(0, _STEPS)
+        return s * scale, unit * (z - _MIDDLE), s, z
+
+    top = (1 << grid.bits) - 1
+    _, _, s, z = best_line(group, weights, _CLIPS[grid.bits], -grid.middle, top, snap)
+    return s, z
 
 
 def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -165,8 +156,7 @@ def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[T
 
 def load(scales: Tensor, bits: int) -> tuple[Grid, Tensor, Tensor]:
     """The grid, and s and z fp32 [R, G], of stored scales."""
-    rows = scales.shape[1]
-    pairs = scales[:HEAD].contiguous().view(rows, HEAD).view(torch.bfloat16).float()  # [R, 2]
+    pairs = units(scales).float()  # [R, 2]
     tail = scales[HEAD:].T
     return Grid(bits, pairs[:, :1], pairs[:, 1:]), (tail & 15).float(), (tail >> 4).float()
 
@@ -183,17 +173,35 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
     wide = weight.float()
     grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
-    alike = torch.ones(1, 1, GROUP, device=wide.device)
+    alike = torch.ones(1, GROUP, 1, device=wide.device)
     spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
     grouped = wide.unflatten(1, (groups, GROUP))
-    s, z = spread.fit(grouped, alike)  # [R, G, 1]
+    columns = grouped.permute(1, 2, 0).contiguous()  # [G, 32, R]
+    s, z = (one.permute(2, 0, 1) for one in fit_columns(grid, columns, alike))  # [R, G, 1]
     return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
+
+
+def units(scales: Tensor) -> Tensor:
+    """S and Z of stored scales: bf16 [R, 2]."""
+    return scales[:HEAD].contiguous().view(-1, HEAD).view(torch.bfloat16)
 
 
 def rows_of(scales: Tensor, rows: slice) -> Tensor:
     """The stored scales of a run of rows."""
     head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
     return torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def picked(
+    values: Tensor, scales: Tensor, bits: int, tile: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and scales of single rows, int64 [n] of a matrix in tiles of ``tile``, as a matrix in tiles of one."""
+    groups = values.shape[1] * 8 // (bits * GROUP)
+    # A group of a row is as many words of 32 bits as a number has bits, whatever its planes.
+    blocks = values.view(-1, groups, bits, tile, 4)
+    words = blocks[rows // tile, :, :, rows % tile]  # [n, G, bits, 4]
+    head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
+    return words.flatten(1), torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

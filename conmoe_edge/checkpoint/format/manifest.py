@@ -150,7 +150,7 @@ class Manifest:
     Attributes:
         source: name, revision, fingerprint of the model that was consolidated.
         method, rate, scope, precision: the levers.
-        dense_precision: how linear layers outside the routed experts are stored: ``source`` or ``int8``.
+        dense_precision: how matrices outside the routed experts are stored: ``source``, ``int8``, ``q6`` or ``q4``.
         layouts: record layouts; ``PrototypeEntry.layout`` is an index into them.
         prototypes: sorted by ``id``; position = prototype number.
         slots: decoder layer -> one ``SlotRecord`` per router slot.
@@ -159,6 +159,8 @@ class Manifest:
         prefill_chunk: tokens of a prompt that go through the model at a time, from its first token on; part of what
             a package computes, as the portions decide the last bits of sums. ``None`` in packages from before the
             field was there: the plan's then (``integrations/memory_plan.py``).
+        kv_precision: how a runtime keeps keys and values, ``source`` or ``int8``; part of what a package computes, as
+            the chunk is.
         files: file name -> {"size": int, "sha256": str}.
         cache: one entry a layout for the planned slots; empty where every prototype is resident or nothing was tried.
         prefetch: ``None`` where there is no predictor.
@@ -187,6 +189,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     rerouted: tuple[int, ...] = ()
     prefill_chunk: int | None = None
+    kv_precision: str = "source"
 
     def open_slots(self, layer: int) -> list[bool]:
         """One flag a router slot of a layer: whether the router may choose it."""

@@ -7,13 +7,16 @@ plain     [R, K] in a floating-point format                   none
 int8      int8 [R, K]                                         bf16 [R]: value = q * scale
 int4      uint8 [R, K // 2], two numbers a byte, in tiles     bf16 [K // group, R, 2], pairs (scale, zero):
           (below)                                             value = (q - 8) * scale + zero, q in 0..15
+grid4     as of int4                                          fp16 or bf16 [K // group, R], or [K // group, 2 R] in
+                                                              pairs (scale, zero point); see ``grids.py``
 mxfp4     uint8 [R, K // 2], two E2M1 numbers a byte, in      E8M0 [K // 32, R]: value = number * 2^(scale - 127)
           tiles
-q4 q3 q2  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
+q6 q4 q3  uint8 [R, K bits // 8], see ``low_bits.py``         uint8 [K // 32 + 4, R]
+q2
 ========  ==================================================  ==================================================
 
-Tiles of int4 and mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A tile
-is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
+Tiles of int4, grid4, mxfp4: rows are taken ``tile`` at a time (64, or 32 or 16 where 64 does not divide the rows). A
+tile is one run of bytes: for each column its ``tile / 2`` bytes, of which the low half-byte belongs to the tile's first
 ``tile / 2`` rows and the high one to the others. So one load brings many rows of one column, which is how vector units
 like it; with 64 rows it is also the order that torch's own 4-bit kernel reads on processors with AVX-512, so a package
 needs no repacking there. Everywhere else the form is plain enough to be expanded.
@@ -35,23 +38,26 @@ for a matrix that a kind cannot take (``best_kind`` says which it can), a mistak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format import low_bits
+from conmoe_edge.checkpoint.format import grids, low_bits
 from conmoe_edge.checkpoint.format.forms import (
     LOW_BITS,
     LOW_GROUP,
     MX_BLOCK,
     TILES,
+    Grid,
     Kind,
     best_kind,
     columns_of,
     first_divisor,
+    grid_of,
     group_of,
+    in_tiles,
 )
 
 _SHRINK = 0.96
@@ -98,6 +104,9 @@ class Matrix:
                 wide = _expand_mxfp4(
                     self.values[block], self.scales.view(torch.uint8)[:, block], self.tile
                 )
+            elif self.kind == "grid4":
+                part = grids.rows_of(self.scales, block, self.rows)
+                wide = grids.expand(_unpack(self.values[block], self.tile), part, self.grid)
             elif self.kind in LOW_BITS:
                 scales = low_bits.rows_of(self.scales, block)
                 wide = low_bits.expand(self.values[block], scales, LOW_BITS[self.kind], self.tile)
@@ -108,14 +117,61 @@ class Matrix:
             out[block] = wide
         return out
 
+    def part(self, rows: slice) -> Matrix:
+        """A run of rows, whole tiles of forms that have them.
+
+        Raises:
+            ValueError: the run cuts a tile, or would have others.
+        """
+        start, stop, _ = rows.indices(self.rows)
+        part = Matrix(
+            self.kind, self.values[rows], self.scales, stop - start, self.columns, self.group
+        )
+        if in_tiles(self.kind) and (start % self.tile or part.tile != self.tile):
+            raise ValueError(f"rows {start} to {stop} are no whole tiles of {self.tile}")
+        if self.scales is None:
+            return part
+        scales = self.scales[rows] if self.kind == "int8" else self.scales[:, rows]
+        if self.kind in LOW_BITS:
+            scales = low_bits.rows_of(self.scales, rows)
+        elif self.kind == "grid4":
+            scales = grids.rows_of(self.scales, rows, self.rows)
+        return replace(part, scales=scales)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """Single rows, by their numbers int64 [n]: fp32 [n, K]. Int8 and the forms of ``low_bits.py``.
+
+        Raises:
+            IndexError: a number that no row has.
+        """
+        assert self.scales is not None
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
+            raise IndexError(f"a row of {self.rows} that is not there: {rows.tolist()!s:.80}")
+        if self.kind == "int8":
+            return self.values[rows].float().mul_(self.scales[rows].float().unsqueeze(1))
+        bits = LOW_BITS[self.kind]
+        values, scales = low_bits.picked(self.values, self.scales, bits, self.tile, rows)
+        return low_bits.expand(values, scales, bits, 1)
+
     @property
     def tile(self) -> int:
         """Rows of a tile of a form that has them."""
         return first_divisor(TILES, self.rows)
 
+    @property
+    def grid(self) -> Grid:
+        """Of a matrix in grid4."""
+        assert self.scales is not None
+        formats = [
+            (str(one.dtype).removeprefix("torch."), one.shape) for one in (self.values, self.scales)
+        ]
+        found = grid_of(*formats)
+        assert found is not None, "its kind says that it has one"
+        return found
 
-def quantise(weight: Tensor, kind: Kind) -> Matrix:
-    """``weight`` [R, K] (rows are outputs) in a stored form.
+
+def quantise(weight: Tensor, kind: Kind, grid: Grid | None = None) -> Matrix:
+    """``weight`` [R, K] (rows are outputs) in a stored form; ``grid`` is that of grid4.
 
     Raises:
         ValueError: the form cannot take this shape.
@@ -128,6 +184,11 @@ def quantise(weight: Tensor, kind: Kind) -> Matrix:
         return Matrix(kind, values, scales, rows, columns)
     if best_kind(rows, columns, kind) != kind:
         raise ValueError(f"{kind} cannot take a matrix of {rows} rows and {columns} columns")
+    if kind == "grid4":
+        if grid is None or not grid.takes(rows, columns):
+            raise ValueError(f"{grid} cannot take a matrix of {rows} rows and {columns} columns")
+        values, scales = _grid4(weight, grid)
+        return Matrix(kind, values, scales, rows, columns, grid.group)
     if kind == "mxfp4":
         values, scales = _mxfp4(weight)
         return Matrix(kind, values, scales, rows, columns, MX_BLOCK)
@@ -168,12 +229,28 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
     for block in _blocks(*weight.shape):
         rows = weight[block].float()
-        # Rounded up, so that the largest number of a row is never clipped.
-        scale = _up_to_bf16(rows.abs().amax(1) / 127)  # [r]
+        scale = row_scales(rows)  # [r]
         wide = scale.float().unsqueeze(1)
         values[block] = torch.where(wide > 0, rows / wide, 0.0).round_().clamp_(-127, 127)
         scales[block] = scale
     return values, scales
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """bf16 [..., R] for weights fp32 [..., R, K]; rounded up, so that the largest number of a row is never clipped."""
+    return _up_to_bf16(weight.abs().amax(-1) / 127)
+
+
+def int8_matrix(numbers: Tensor, scales: Tensor) -> Matrix:
+    """From int8 [R, K] and bf16 [R]."""
+    return Matrix("int8", numbers.contiguous(), scales, *numbers.shape)
+
+
+def int4_matrix(numbers: Tensor, pairs: Tensor) -> Matrix:
+    """From numbers 0..15, uint8 [R, K], and their (scale, zero) [G, R, 2], which are bf16 numbers already."""
+    rows, columns = numbers.shape
+    values = _pack(numbers.contiguous(), first_divisor(TILES, rows))
+    return Matrix("int4", values, pairs.to(torch.bfloat16), rows, columns, group_of(columns))
 
 
 def _up_to_bf16(value: Tensor) -> Tensor:
@@ -218,6 +295,17 @@ def _nearest(grouped: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """The numbers 0..15 that come closest; 8 where a group has a single value."""
     inverse = torch.where(step != 0, 1.0 / step, 0.0)
     return ((grouped - zero) * inverse).round_().add_(8).clamp_(0, 15)
+
+
+def _grid4(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    tile, parts = first_divisor(TILES, rows), []
+    for block in _blocks(rows, columns):
+        number, scales = grids.round_to(weight[block], grid)
+        packed[block] = _pack(number, tile)
+        parts.append(scales)
+    return packed, torch.cat(parts, 1)
 
 
 def _mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:

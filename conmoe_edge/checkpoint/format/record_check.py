@@ -26,8 +26,10 @@ from conmoe_edge.checkpoint.format.forms import (
 )
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
-_SIGN_OFF, _INFINITE = np.int16(0x7FFF), 0x7F80
-"""Of a number in bf16: all bits but its sign, and the least that is infinity or NaN without it."""
+_SIGN_OFF = np.int16(0x7FFF)
+"""All bits of a number but its sign."""
+_INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
+"""Number format of scales -> the least bits without the sign that are infinity or NaN."""
 _NOT_ONE = 255
 """NaN in E8M0."""
 
@@ -40,9 +42,9 @@ class RecordCheck:
         self._scales = [
             (part, part.offset + part.nbytes)
             for name, part in parts.items()
-            if name.endswith(SCALE) and part.dtype == "bfloat16" and part.nbytes
+            if name.endswith(SCALE) and part.dtype in _INFINITE and part.nbytes
         ]
-        """Parts that begin with numbers in bf16, and where those end."""
+        """Parts that are such numbers or, in few bits, begin with pairs in bf16; and where those end."""
         self._scales += [
             (part, part.offset + LOW_HEAD * part.shape[1])
             for name, part in parts.items()
@@ -66,7 +68,7 @@ class RecordCheck:
         raw = record.numpy()
         for part, end in self._scales:
             values = raw[part.offset : end].view(np.int16)
-            if int((values & _SIGN_OFF).max()) >= _INFINITE:
+            if int((values & _SIGN_OFF).max()) >= _INFINITE.get(part.dtype, _INFINITE["bfloat16"]):
                 return f"{part.name} holds NaN or infinity"
         for part in self._exponents:
             if int(raw[part.offset : part.offset + part.nbytes].max()) == _NOT_ONE:

@@ -17,7 +17,17 @@ import torch
 
 from conmoe_edge.checkpoint.format.dtypes import CODES
 from conmoe_edge.checkpoint.format.factored import factors_of
-from conmoe_edge.checkpoint.format.forms import COLUMNS, KEPT, LEFT, RIGHT, SCALE, Kind, kind_of
+from conmoe_edge.checkpoint.format.forms import (
+    COLUMNS,
+    KEPT,
+    LEFT,
+    RIGHT,
+    SCALE,
+    Grid,
+    Kind,
+    grid_of,
+    kind_of,
+)
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
@@ -45,7 +55,7 @@ def encode(
             matrix = None if made is None else made.get(name)
             if matrix is None:
                 weight = weights[name].T if transposed else weights[name]
-                matrix = quantise(weight, form_of(layout, name))
+                matrix = quantise(weight, form_of(layout, name), _grid(parts, name))
             assert matrix.scales is not None
             found[name], found[name + SCALE] = matrix.values, matrix.scales
         elif name not in found:
@@ -66,6 +76,11 @@ def form_of(layout: RecordLayout, name: str) -> Kind:
     if kind is None:
         raise ValueError(f"{name} is {part.dtype} with scales: no form that is known")
     return kind
+
+
+def _grid(parts: Mapping[str, RecordPart], name: str) -> Grid | None:
+    part, scales = parts[name], parts[name + SCALE]
+    return grid_of((part.dtype, part.shape), (scales.dtype, scales.shape))
 
 
 def decode(

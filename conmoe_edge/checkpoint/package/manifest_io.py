@@ -153,6 +153,8 @@ def to_json(manifest: Manifest) -> bytes:
         value["rerouted"] = list(manifest.rerouted)
     if manifest.prefill_chunk is not None:
         value["prefill_chunk"] = manifest.prefill_chunk
+    if manifest.kv_precision != "source":
+        value["kv_precision"] = manifest.kv_precision
     if manifest.prefetch is not None:
         value["prefetch"] = {
             "depth": manifest.prefetch.depth,
@@ -340,6 +342,7 @@ def _build(parsed: ManifestJson) -> Manifest:
         format_version=parsed.format_version,
         rerouted=tuple(parsed.rerouted),
         prefill_chunk=parsed.prefill_chunk,
+        kv_precision=parsed.kv_precision,
     )
 
 

@@ -143,7 +143,7 @@ class ManifestJson(_Strict):
     rate: Annotated[Finite, Field(ge=0, lt=1)]
     scope: Annotated[int, Field(ge=1, lt=1 << 16)]
     precision: Name
-    dense_precision: Literal["source", "int8"] = "source"
+    dense_precision: Literal["source", "int8", "q6", "q4"] = "source"
     layouts: Annotated[list[LayoutJson], Field(max_length=1 << 16)]
     prototypes: list[PrototypeJson]
     remap: dict[Layer, Annotated[list[Id | None], Field(min_length=1, max_length=1 << 16)]]
@@ -156,5 +156,6 @@ class ManifestJson(_Strict):
     prefetch: PrefetchJson | None = None
     rerouted: Annotated[list[Layer], Field(max_length=1 << 16)] = []
     prefill_chunk: Annotated[int, Field(ge=1, le=MAX_CHUNK)] | None = None
+    kv_precision: Literal["source", "int8"] = "source"
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}

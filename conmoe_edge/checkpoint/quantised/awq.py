@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.quantised.bit_fields import unpack
-from conmoe_edge.checkpoint.quantised.grouped import SCALES, check_scales, product
+from conmoe_edge.checkpoint.quantised.grouped import SCALES, check_scales, four_bits, product
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 from conmoe_edge.checkpoint.quantised.word_settings import awq_settings, packing_in
 
@@ -61,7 +61,10 @@ def find(name: str, headers: Headers) -> Logical | None:
         raise headers.odd(name, zeros)
     parts = {"values": name, "scales": scales, "zeros": zeros}
     nbytes, layout = headers.nbytes(*parts.values()), (fitting[0], settings.by_columns)
-    return Logical(f"{base}.weight", headers.dtype, (rows, columns), NAME, nbytes, parts, layout)
+    return Logical(
+        *(f"{base}.weight", headers.dtype, (rows, columns), NAME, nbytes, parts, layout),
+        grid=four_bits(columns, fitting[0], other.dtype, zeros=True),
+    )
 
 
 def _fits(by_columns: bool, scales: tuple[int, ...], rows: int, columns: int, size: int) -> bool:

@@ -21,6 +21,7 @@ from conmoe_edge.checkpoint.quantised.bit_fields import unpack, words_of
 from conmoe_edge.checkpoint.quantised.grouped import (
     SCALES,
     check_scales,
+    four_bits,
     group_of_columns,
     product,
 )
@@ -99,7 +100,11 @@ def find(name: str, headers: Headers) -> Logical | None:
     nbytes = headers.nbytes(*parts.values())
     layout = Layout(bits, size, settings)
     shape = (rows, wide)
-    return Logical(f"{base}.weight", headers.dtype, shape, NAME, nbytes, parts, layout)
+    grid = None
+    if bits == 4 and ("groups" not in parts or settings.ordered is False):
+        dtype = headers.stored[scales].dtype
+        grid = four_bits(wide, size, dtype, zeros=settings.symmetric is not True)
+    return Logical(f"{base}.weight", headers.dtype, shape, NAME, nbytes, parts, layout, grid)
 
 
 def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:

@@ -9,12 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.forms import Grid
 from conmoe_edge.checkpoint.quantised.stored import Logical
 
 SCALES = frozenset({"float32", "bfloat16", "float16"})
 """Formats that scales may have."""
+_HELD = ("float16", "bfloat16")
+"""Formats of scales that records can have, too."""
+_GROUPS = (128, 64, 32, 16)
+"""Columns that share a scale in a record where more do in the file: activations are rounded with one scale for each."""
 _AT_ONCE = 1 << 20
 """Numbers that are multiplied at a time."""
+
+
+def four_bits(columns: int, group: int, scales: str, *, zeros: bool) -> Grid | None:
+    """How a record holds numbers of 4 bits as they are; ``None`` where it cannot.
+
+    Args:
+        columns: of the matrix.
+        group: those that share a scale, one after another.
+        scales: their format.
+        zeros: whether groups have zero points of their own.
+    """
+    if scales not in _HELD or columns % group or group % _GROUPS[-1]:
+        return None
+    size = group if group <= _GROUPS[0] else next(one for one in _GROUPS if group % one == 0)
+    return Grid(size, scales, zeros)
 
 
 def check_scales(logical: Logical, scales: Tensor, signed: bool = False) -> None:

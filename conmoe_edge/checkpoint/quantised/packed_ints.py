@@ -23,6 +23,7 @@ from conmoe_edge.checkpoint.quantised.compressed_settings import (
 from conmoe_edge.checkpoint.quantised.grouped import (
     SCALES,
     check_scales,
+    four_bits,
     group_of_columns,
     product,
 )
@@ -73,7 +74,11 @@ def find(name: str, headers: Headers) -> Logical | None:
     rows = one.shape[0]
     _check_others(headers, parts, kind, rows, columns)
     nbytes = headers.nbytes(*parts.values())
-    return Logical(base, headers.dtype, (rows, columns), NAME, nbytes, parts, kind)
+    grid = None
+    if kind.bits == 4 and "groups" not in parts:
+        wide, dtype = kind.columns_of(columns), headers.stored[scales].dtype
+        grid = four_bits(columns, wide, dtype, zeros="zeros" in parts)
+    return Logical(base, headers.dtype, (rows, columns), NAME, nbytes, parts, kind, grid)
 
 
 def _columns(kind: IntWeights, packed: tuple[int, ...], scales: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from conmoe_edge.checkpoint.format.forms import Grid
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
 
@@ -129,6 +130,7 @@ class Logical:
         nbytes: bytes that it takes in the checkpoint, scales included.
         parts: names of the tensors of the file that it is made of, by what they are (``values``, ``scales``, ...).
         layout: what else its form knows of it, such as the size of a block.
+        grid: where its numbers lie, if records can hold them as they are (``format/grids.py``).
     """
 
     name: str
@@ -138,6 +140,7 @@ class Logical:
     nbytes: int
     parts: Mapping[str, str]
     layout: Any = None
+    grid: Grid | None = None
 
     def broken(self, part: str, what: str) -> CheckpointError:
         """For values of a part that no quantised weight has."""

@@ -27,7 +27,7 @@ from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize, nbytes_of
 from conmoe_edge.checkpoint.format.layout import PAGE, record_alignment
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, finish, temporary_name, write_json
 from conmoe_edge.checkpoint.fs.disk import disk_errors
-from conmoe_edge.checkpoint.tensors.tensor_index import INDEX_FILE
+from conmoe_edge.checkpoint.tensors.tensor_index import INDEX_FILE, index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.units import GIB, round_up
 
@@ -113,11 +113,25 @@ def write_dense(
         write_tensors(folder / f"dense-{number:05d}-of-{len(shards):05d}.safetensors", shard)
         for number, shard in enumerate(shards, start=1)
     ]
-    index = {
-        "metadata": {"total_size": sum(source.nbytes for source in sources)},
-        "weight_map": {name: file.name for file in written for name in sorted(file.offsets)},
-    }
-    return [*written, write_json(folder / INDEX_FILE, index)]
+    total = sum(source.nbytes for source in sources)
+    weight_map = {name: file.name for file in written for name in sorted(file.offsets)}
+    return [*written, _write_index(folder, total, weight_map)]
+
+
+def write_dense_index(folder: Path, names: Sequence[str]) -> WrittenFile:
+    """The index of weights files that are there already.
+
+    Raises:
+        CheckpointError: the header of one is damaged.
+    """
+    tensors = index_files(folder, names).tensors
+    total = sum(entry.nbytes for entry in tensors.values())
+    return _write_index(folder, total, {name: tensors[name].file for name in sorted(tensors)})
+
+
+def _write_index(folder: Path, total: int, weight_map: Mapping[str, str]) -> WrittenFile:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return write_json(folder / INDEX_FILE, index)
 
 
 def write_tensors(

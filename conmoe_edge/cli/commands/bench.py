@@ -12,6 +12,7 @@ import click
 from conmoe_edge.cli.ui.cli_options import (
     common_options,
     file_option,
+    kv_precision_option,
     misses_option,
     number_option,
     package_budget_option,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @package_budget_option
 @run_device_option
+@kv_precision_option
 @misses_option
 @planned_context_option
 @tokens_option("--prompt-tokens", "Length of the prompt.", default=512)

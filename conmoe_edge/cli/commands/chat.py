@@ -12,6 +12,7 @@ from conmoe_edge.cli.ui.cli_options import (
     Tokens,
     cache_policy_option,
     common_options,
+    kv_precision_option,
     misses_option,
     package_budget_option,
     run_device_option,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     help="Tokens of conversation to keep room for, 4096 or 32k.",
 )
 @run_device_option
+@kv_precision_option
 @cache_policy_option
 @misses_option
 @special_tokens_option
@@ -67,6 +69,7 @@ def chat(
     system: str,
     context: int | None,
     device: str,
+    kv_precision: str | None,
     cache_policy: str | None,
     misses: str,
     allow_special_tokens: bool,
@@ -114,6 +117,7 @@ def chat(
         misses,
         allow_special_tokens=allow_special_tokens,
         template=template,
+        kv_precision=kv_precision,
     )
     settle()
     drawn = SamplingSettings(**sampling)

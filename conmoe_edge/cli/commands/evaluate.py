@@ -10,6 +10,7 @@ import click
 from conmoe_edge.cli.ui.cli_options import (
     common_options,
     file_option,
+    kv_precision_option,
     number_option,
     package_budget_option,
     run_device_option,
@@ -32,7 +33,7 @@ _STREAMED = (
     "revision",
     "offline",
 )
-_TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context")
+_TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context", "kv_precision")
 
 
 @click.command("eval", short_help="Measure how good a package is, beside its source.")
@@ -84,6 +85,7 @@ _TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context")
 )
 @package_budget_option
 @tokens_option("--context", "Context to load for, with --tasks.")
+@kv_precision_option
 @run_device_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a MODEL on the hub.")
 @click.option("--offline", is_flag=True, help="Use only what is on this disk; open no socket.")
@@ -165,6 +167,7 @@ def _tasks(folder: str, tasks: str, given: dict[str, Any], output: Output) -> No
         budget=given["gpu"],
         device=None if given["device"] == "auto" else given["device"],
         context=given["context"],
+        kv_precision=given["kv_precision"],
         bars=not output.quiet,
     )
     output.note()

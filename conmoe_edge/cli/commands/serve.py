@@ -13,6 +13,7 @@ from conmoe_edge.cli.ui.cli_options import (
     Tokens,
     cache_policy_option,
     common_options,
+    kv_precision_option,
     misses_option,
     package_budget_option,
     run_device_option,
@@ -93,6 +94,7 @@ _LARGEST_KEY_FILE = 4096
     help="Tokens to keep room for, 4096 or 32k, over all answers that are made at once.",
 )
 @run_device_option
+@kv_precision_option
 @cache_policy_option
 @misses_option
 @special_tokens_option
@@ -140,6 +142,7 @@ def serve(
         cache_policy=cache_policy,
         misses=misses,
         template=words["template"],
+        kv_precision=words["kv_precision"],
     )
     server = Server(settings, load, on_ready=lambda: _ready(server, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")

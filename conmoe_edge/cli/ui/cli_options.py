@@ -17,6 +17,7 @@ import click
 from conmoe_edge.cli.ui.name_completion import complete_budget, complete_method
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
+from conmoe_edge.plan.kv_precision import KV_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
 from conmoe_edge.plan.serving import ENGINES, request_for
@@ -164,6 +165,14 @@ misses_option = click.option(
 )
 """``--misses`` of the commands that answer."""
 
+kv_precision_option = click.option(
+    "--kv-precision",
+    type=click.Choice(KV_PRECISIONS),
+    help="Keep keys and values in the model's own format (source) or in 8 bits. Answers depend on it.  [default: what "
+    "the package was planned for]",
+)
+"""``--kv-precision`` of the commands that run a package."""
+
 special_tokens_option = click.option(
     "--allow-special-tokens",
     is_flag=True,
@@ -260,15 +269,31 @@ _LEVERS = (
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
         "hurts most; auto takes fewer bits before it removes experts. mxfp4 is for models that are published in it, "
-        "and stay in it; lowrank is what --method mc-smoe writes.",
+        "and stay in it; lowrank is what --method mc-smoe writes; free gives each prototype the neurons and bits that "
+        "it is worth in the bytes there are.",
+    ),
+    click.option(
+        "--bits",
+        metavar="B",
+        type=float,
+        help="Average bits a weight of the routed experts, 2.6 say; each prototype gets the neurons and bits that "
+        "it is worth.",
     ),
     click.option(
         "--dense-precision",
-        type=click.Choice(DENSE_PRECISIONS),
+        type=click.Choice(["auto", *DENSE_PRECISIONS]),
         default="source",
         show_default=True,
-        help="Number format of attention, shared experts and head; source keeps the checkpoint's "
-        "own.",
+        help="Number format of attention, shared experts, embeddings and head: 8, 6 or 4 bits; source "
+        "keeps the checkpoint's own, auto lets the plan choose.",
+    ),
+    click.option(
+        "--kv-precision",
+        type=click.Choice(("auto", *KV_PRECISIONS)),
+        default="auto",
+        show_default=True,
+        help="Number format of keys and values in the cache: source is the model's own, int8 takes about half of it; "
+        "auto takes int8 where the room keeps more of the model.",
     ),
     planned_context_option,
     click.option(
@@ -290,6 +315,12 @@ _LEVERS = (
         metavar="S",
         type=Share(),
         help="Least share of the prototypes that must be in device memory at once, 0.8 or 80%.",
+    ),
+    click.option(
+        "--min-speed",
+        metavar="TOK/S",
+        type=float,
+        help="Tokens a second that the target is expected to make; the mildest setting that does is taken.",
     ),
     click.option(
         "--for",

@@ -14,10 +14,9 @@ from conmoe_edge.checkpoint.package.sidefiles import copy_side_files
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_dense
+from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.stream.dense_conversion import dense_sources
-from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.config_json import read_to_write
-from conmoe_edge.model.linears import quantisable_weights
 from conmoe_edge.model.streaming import StreamedModel
 
 
@@ -26,23 +25,20 @@ def prepare(
     tensors: Mapping[str, Lazy],
     folder: Path,
     package: Path,
-    dense_precision: str,
+    forms: DenseForms,
     beside: Sequence[str] = (),
 ) -> list[WrittenFile]:
     """Write dense weights, side files and ``config.json`` of ``model`` into ``package``.
 
     ``tensors`` are those of the whole model, whose small files lie in ``folder``; those named ``beside`` it are
-    written as well.
+    written as well. Matrices that ``forms`` has for later are not.
     """
     keys = [*model.outside_keys]
     for layer in range(len(model.layers)):
         keys += model.layer_keys(layer)
-    dense = [key for key in keys if key not in model.expert_keys]
-    in_int8: frozenset[str] = frozenset()
-    if dense_precision != "source":
-        targets = targets_of(model.model, tensors)
-        in_int8 = frozenset(quantisable_weights(model.model, targets))
-    written = [*write_dense(package, dense_sources(tensors, [*dense, *beside], in_int8))]
+    left_out = model.expert_keys | forms.later
+    dense = [key for key in keys if key not in left_out]
+    written = [*write_dense(package, dense_sources(tensors, [*dense, *beside], forms.at_once))]
     written += copy_side_files(folder, package)
     config = read_to_write(folder, CONFIG_FILE)  # without names of code
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": FORMAT_VERSION}

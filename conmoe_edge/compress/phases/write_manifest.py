@@ -47,4 +47,5 @@ def describe(job: Job, sizes: RecordSizes, journal: Journal) -> Manifest:
         tool_version=job.tool_version,
         rerouted=tuple(layer for layer in layers if journal.open_slots(layer) is not None),
         prefill_chunk=job.plan.get("prefill_chunk"),
+        kv_precision=job.decided.kv_precision,
     )

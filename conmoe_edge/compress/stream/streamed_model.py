@@ -59,7 +59,7 @@ from conmoe_edge.model.bridge import read_config, without_quantization
 from conmoe_edge.model.experts import part_names
 from conmoe_edge.model.opened import OpenedModel
 from conmoe_edge.model.probe import facts_of, probe
-from conmoe_edge.model.record_match import check_records
+from conmoe_edge.model.record_match import check_records, token_size
 from conmoe_edge.model.rerouting import rerouted
 from conmoe_edge.model.size_bounds import bounds_of
 from conmoe_edge.model.slot_tensors import SlotTensors
@@ -262,8 +262,6 @@ def package_subject(
     }
     closed = {layer: manifest.open_slots(layer) for layer in manifest.rerouted}
     slot_maps = SlotMap.of_manifest(manifest)
-    hidden = config.get_text_config().hidden_size
-    constants = read_constants(index.folder / CONSTANTS_FILE, slot_maps, hidden)
     held = record_index(index.folder, manifest)
     with ShardReader(index) as dense, ShardReader(held) as prototypes:
         model = stream_model(config, anatomy, Dequantised(dense), device)
@@ -275,6 +273,8 @@ def package_subject(
             )
         for layer, (_, module) in model.experts.items():
             check_records(index.folder, manifest, layer, module, part_names(module))
+        size = token_size(index.folder, [module for _, module in model.experts.values()])
+        constants = read_constants(index.folder / CONSTANTS_FILE, slot_maps, size)
 
         def tap(layer: int) -> Tap:
             rows, is_open = constants.get(layer), closed.get(layer)

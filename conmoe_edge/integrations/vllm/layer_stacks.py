@@ -98,6 +98,12 @@ def check_servable(folder: Path, manifest: Manifest) -> None:
             "vLLM reads them as the model's own",
             f"conmoe-edge fit MODEL --for vllm --out DIR; or {export}",
         )
+    if manifest.kv_precision != "source":
+        raise NotServable(
+            f"The package in {folder} keeps keys and values in {manifest.kv_precision}.",
+            "vLLM keeps them in a cache of its own, and would answer otherwise than this package does here",
+            f"conmoe-edge fit MODEL --for vllm --out DIR, or without --for and with --kv-precision source; or {export}",
+        )
     masked = sorted(rerouted(manifest))
     if masked:
         raise NotServable(

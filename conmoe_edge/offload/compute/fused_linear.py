@@ -1,12 +1,12 @@
-"""Linear layers outside the routed experts: weights in int8, and fast products with bf16 weights on a CPU.
+"""Linear layers outside the routed experts: weights in 8, 6 and 4 bits, fast products with bf16 weights on a CPU.
 
 ``FusedLinear`` stands where transformers has ``nn.Linear``. How it multiplies follows from the processor, the stored
 form and the number of rows (tokens), never from memory or a stopwatch:
 
 ==============================  =====================================================================================
 fewer than 16 rows on a CPU     the native operator, which reads each weight once; without it torch's
-                                own kernels (``mv``, ``_weight_int8pack_mm``)
-int8, else                      a block of weight rows at a time is expanded and multiplied: in fp32 on processors
+                                own kernels (``mv``, ``_weight_int8pack_mm``), where there is one
+quantised, else                 a block of weight rows at a time is expanded and multiplied: in fp32 on processors
                                 without bf16 instructions, in the format of the activations elsewhere
 bf16, 16 rows and more on a     the same: a block at a time in fp32
 CPU without bf16 instructions
@@ -28,10 +28,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from conmoe_edge import compat
-from conmoe_edge.checkpoint.format.quantise import Matrix, stored
+from conmoe_edge.checkpoint.format.forms import Kind, in_tiles
+from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.memory.heap import trim_heap
+from conmoe_edge.offload.compute.fused_embedding import QuantisedEmbedding
 from conmoe_edge.offload.compute.steady_rows import padded
-from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine, Scratch
+from conmoe_edge.offload.compute.stored_weight import StoredWeight, room_for
+from conmoe_edge.offload.compute.torch_backend import EXPANDED, MANY_ROWS, Machine, Scratch
 from conmoe_edge.offload.kernels.cpu.bindings import Prepared, operator
 from conmoe_edge.offload.storage.slot_pool import host_buffer
 from conmoe_edge.plan.needs import DENSE_BLOCK_BYTES
@@ -78,7 +81,7 @@ class DenseProducts:
             wide = x if bias is None and x.dtype != torch.float16 else x.float()
             y = self.operator.few_rows([prepared], wide.contiguous().unsqueeze(0))[0]
         elif matrix.scales is not None:
-            if compat.INT8_PRODUCT is None:
+            if compat.INT8_PRODUCT is None or matrix.kind != "int8":
                 return self._in_blocks(matrix, x, bias)
             y = compat.INT8_PRODUCT(x.contiguous(), matrix.values, matrix.scales.to(x.dtype))
         elif len(x) == 1 and bias is None:
@@ -94,6 +97,8 @@ class DenseProducts:
         wide = padded(x.to(dtype))
         out = torch.empty(x.shape[0], matrix.rows, dtype=x.dtype, device=x.device)
         step = max(1, DENSE_BLOCK_BYTES // (dtype.itemsize * matrix.columns))
+        if in_tiles(matrix.kind):
+            step = max(1, step // matrix.tile) * matrix.tile
         for start in range(0, matrix.rows, step):
             block = slice(start, min(start + step, matrix.rows))
             y = (wide @ self._block(matrix, block, dtype).T)[: len(x)]
@@ -102,10 +107,9 @@ class DenseProducts:
 
     def _block(self, matrix: Matrix, block: slice, dtype: torch.dtype) -> Tensor:
         """Some rows of the weights in ``dtype``, in the scratch."""
-        scales = None if matrix.scales is None else matrix.scales[block]
-        part = stored(matrix.kind, matrix.values[block], scales)
+        part = matrix.part(block)
         out = self._scratch.matrix(part.rows, part.columns, dtype)
-        prepared = self.prepare(part) if dtype == torch.float32 else None
+        prepared = self.prepare(part) if dtype in EXPANDED else None
         if prepared is not None and self.operator is not None:
             return self.operator.expand(prepared, out)
         return part.dequantise(out=out)
@@ -121,29 +125,37 @@ def call_at_once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class FusedLinear(nn.Linear):
     """A linear layer of a loaded package: y = x W^T + b, for inference only.
 
-    ``weight`` is bf16 [out, in], or int8 with ``weight_scale`` bf16 [out].
+    ``weight`` is bf16 [out, in], or the values of a quantised form with ``weight_scale`` as ``quantise.py`` has it.
     """
 
-    weight_scale: nn.Parameter | None
+    weight_scale: Tensor | None
     __call__ = call_at_once
 
-    def __init__(self, like: nn.Linear, products: DenseProducts, *, int8: bool) -> None:
-        """Take the place of ``like``: with its weight, or on the meta device with room for int8."""
+    def __init__(
+        self,
+        like: nn.Linear,
+        products: DenseProducts,
+        kind: Kind = "plain",
+        shares: QuantisedEmbedding | None = None,
+    ) -> None:
+        """Take the place of ``like``: with its weight, or on the meta device with room for a quantised ``kind``.
+
+        A head that has its weight from the table ``shares`` has its scales from there.
+        """
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.bias = like.bias
         self.products = products
-        self._matrix: Matrix | None = None
-        self._place = 0
+        self.stored = StoredWeight(kind)
         self._prepared: Prepared | None = None
-        if int8:
-            values = torch.empty(like.weight.shape, dtype=torch.int8, device="meta")
-            scale = torch.empty(like.out_features, dtype=torch.bfloat16, device="meta")
-            self.weight = nn.Parameter(values, requires_grad=False)
-            self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        else:
-            self.weight = like.weight
-            self.register_parameter("weight_scale", None)
+        object.__setattr__(self, "_table", shares)  # a module of another place
+        self.register_buffer("weight_scale", None)
+        self.weight = like.weight
+        if shares is not None:
+            self.weight = shares.weight
+        elif kind != "plain":
+            # No parameter: the first one in floating point would be taken for the model's own format.
+            self.weight, self.weight_scale = room_for(like.out_features, like.in_features, kind)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the format of ``input``."""
@@ -171,20 +183,18 @@ class FusedLinear(nn.Linear):
 
     def _current(self) -> Matrix:
         """The weights as they lie now; they may have been moved since the last call."""
-        matrix = self._matrix
         # Not by name: attributes of a module that are parameters are slow to look up.
-        if matrix is None or self._place != self._parameters["weight"].data_ptr():  # pyright: ignore[reportOptionalMemberAccess]
-            self._place = self.weight.data_ptr()
-            if self.weight_scale is None:
-                matrix = stored("plain", self.weight.detach(), None)
-            else:
-                matrix = stored("int8", self.weight.detach(), self.weight_scale.detach())
-            self._matrix = matrix
+        weight = self._parameters["weight"]
+        matrix = self.stored.known(weight)  # pyright: ignore[reportArgumentType]
+        if matrix is None:
+            table: QuantisedEmbedding | None = self._table  # pyright: ignore[reportAssignmentType]
+            scales = self.weight_scale if table is None else table.weight_scale
+            matrix = self.stored.matrix(self.weight, scales)
             self._prepared = self.products.prepare(matrix)
         return matrix
 
 
-def into_one_place(weights: Iterable[nn.Parameter]) -> int:
+def into_one_place(weights: Iterable[Tensor]) -> int:
     """Move weights on the CPU out of the files that they are mapped from, into one mapping of huge pages; the bytes
     that it holds.
 
@@ -193,7 +203,7 @@ def into_one_place(weights: Iterable[nn.Parameter]) -> int:
     each weight gets memory of its own, and the result is 0. One weight at a time is there twice.
     """
     found = {id(one): one for one in weights if one.device.type == "cpu"}.values()
-    places: list[tuple[nn.Parameter, int]] = []
+    places: list[tuple[Tensor, int]] = []
     end = 0
     for weight in found:  # a shared one once
         places.append((weight, end))

@@ -50,6 +50,9 @@ from conmoe_edge.offload.storage.stored_expert import StoredExpert
 MANY_ROWS = 16
 """From this many tokens on an expert's products are arithmetic; below, they are reading."""
 
+EXPANDED = (torch.float32, torch.bfloat16)
+"""Formats that the operator expands quantised weights to."""
+
 # torch's elementwise operations take two vectors at a time and what is left one by one, with functions that differ in
 # the last bit, and share work among threads from a certain size on.
 _WHOLE_VECTORS = 64
@@ -268,7 +271,8 @@ class Arithmetic:
                 return plain_products(module, expert.parts, dtype)(name, x)
             matrix = matrix_of(expert.parts, name)
             weight = self.scratch.matrix(matrix.rows, matrix.columns, dtype)
-            if self._operator is not None and name in expert.prepared and dtype == torch.float32:
+            prepared = dtype in EXPANDED and name in expert.prepared
+            if self._operator is not None and prepared:
                 self._operator.expand(expert.prepared[name], weight)
             else:
                 matrix.dequantise(out=weight)

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
+from conmoe_edge.model.kv_rows import unpack_rows
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.attention_function import SUITED
-from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer
+from conmoe_edge.offload.fastpath.kv_cache import GrowingLayer, widths_of
+from conmoe_edge.offload.fastpath.packed_cache import PackedLayer, PackedWindowLayer
 from conmoe_edge.offload.fastpath.report import Served, warn_of_another_result
 from conmoe_edge.offload.fastpath.rms_norm import FusedNorm
 from conmoe_edge.offload.fastpath.supported import Attention, Latent, Refusal, look_up
@@ -91,12 +93,19 @@ class Rehearsal:
         """Whether ``compute`` gives what is ``wanted``, and writes the keys and values that transformers has written:
         the same bits where ``exact``, else close.
         """
-        found = compute(Cached.of(self._copies[0], self._copies[1], self._held))
+        widths = widths_of(self._layer)
+        found = compute(Cached.of(self._copies[0], self._copies[1], self._held, widths))
         same = torch.equal if exact else _close
         own = (self._layer.keys, self._layer.values)
-        return same(found, wanted) and all(
-            same(copy[:, :, -1], one[:, :, -1]) for copy, one in zip(self._copies, own, strict=True)
-        )
+        if not same(found, wanted):
+            return False
+        for copy, one, width in zip(self._copies, own, widths or (None, None), strict=True):
+            rows = [tensor[:, :, -1] for tensor in (copy, one)]
+            if width is not None and not exact:
+                rows = [unpack_rows(row, width, torch.bfloat16) for row in rows]
+            if not same(*rows):
+                return False
+        return True
 
 
 def _with_room(held: Tensor) -> Tensor:
@@ -211,9 +220,9 @@ class FusedAttention:
         layer, table = cache.layers[self._index], self._current()
         if table is None:
             return None
-        if type(layer) is GrowingLayer:
+        if type(layer) in (GrowingLayer, PackedLayer):
             cached = layer.room_for_one(*table.cache)
-        elif type(layer) is DynamicSlidingWindowLayer and self.windows:
+        elif type(layer) in (DynamicSlidingWindowLayer, PackedWindowLayer) and self.windows:
             cached = room_in_window(layer, *table.cache)
         else:
             return None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from conmoe_edge.checkpoint.format.quantise import Matrix, stored
+from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.attention import unchanged
 from conmoe_edge.offload.fastpath.supported import Mlp, Refusal, look_up
@@ -51,7 +51,10 @@ class DenseMlp:
             joined = prepared[0]
             if joined is None or biases[0] is not None:
                 return None
-            prepared[:1] = [self._engine.prepare(half) for half in _halves(joined.matrix)]
+            halves = _halves(joined.matrix)
+            if halves is None:
+                return None
+            prepared[:1] = [self._engine.prepare(half) for half in halves]
             biases = [None, *biases]
         gate, up, down = prepared
         if gate is None or up is None or down is None:
@@ -82,11 +85,10 @@ def dense_mlp(
     return DenseMlp(module, spec, share, engine)  # pyright: ignore[reportArgumentType]
 
 
-def _halves(matrix: Matrix) -> list[Matrix]:
-    """The upper and the lower rows."""
-    half, scales = matrix.rows // 2, matrix.scales
-    rows = (slice(0, half), slice(half, None))
-    return [
-        stored(matrix.kind, matrix.values[one], None if scales is None else scales[one])
-        for one in rows
-    ]
+def _halves(matrix: Matrix) -> list[Matrix] | None:
+    """The upper and the lower rows; ``None`` where that cuts a tile."""
+    half = matrix.rows // 2
+    try:
+        return [matrix.part(slice(0, half)), matrix.part(slice(half, matrix.rows))]
+    except ValueError:
+        return None

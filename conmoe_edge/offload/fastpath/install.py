@@ -24,15 +24,18 @@ from conmoe_edge.offload.fastpath.attention_function import suit_attention
 from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
 from conmoe_edge.offload.fastpath.fused_router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
+from conmoe_edge.offload.fastpath.packed_cache import pack_in_steps
 from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 
 
-def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathReport:
+def install(
+    model: PreTrainedModel, machine: Machine, context: int, kv_precision: str = "source"
+) -> FastPathReport:
     """Let ``model`` take single tokens through the operator wherever it can, and let its caches grow in steps up to
-    ``context`` tokens.
+    ``context`` tokens, in ``kv_precision`` (``plan/kv_precision.py``).
 
     Its weights are where they stay, and its linear layers are ``FusedLinear``. The order below is the only one: an
     attention wants fused norms, and a layer a fused attention and a fused router.
@@ -58,7 +61,7 @@ def install(model: PreTrainedModel, machine: Machine, context: int) -> FastPathR
         ):
             _put_in_front(model, make, refused)
     layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
-    steps = _Steps(Arguments.of(model), context, layers, served)
+    steps = _Steps(Arguments.of(model), context, layers, served, kv_precision)
     model.register_forward_pre_hook(steps.before, with_kwargs=True)
     if layers:
         model.register_forward_hook(steps.behind, always_call=True)
@@ -75,21 +78,39 @@ class _Steps:
     """
 
     def __init__(
-        self, arguments: Arguments, context: int, layers: Sequence[FusedLayer], served: Served
+        self,
+        arguments: Arguments,
+        context: int,
+        layers: Sequence[FusedLayer],
+        served: Served,
+        kv_precision: str,
     ) -> None:
         """``arguments`` of the model; ``layers`` in any order."""
         self._arguments = arguments
         self._context, self._layers, self._served = context, layers, served
+        self._packed = kv_precision != "source"
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In front of it: the cache first, as the layers look at its buffers."""
+    def before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """In front of it: the cache first, as the layers look at its buffers. In 8 bits a forward without a cache gets
+        one, so that attention sees the same keys and values in every forward.
+        """
         named = self._arguments.named(args, kwargs)
         held, ids = cache_of(named), named.get("input_ids")
-        grow_in_steps(held, self._context)
+        given = None
+        if not self._packed:
+            grow_in_steps(held, self._context)
+        else:
+            if held is None:
+                held = DynamicCache(config=module.config)
+                given = self._arguments.with_cache(args, kwargs, held)
+            pack_in_steps(held, self._context)
         single = isinstance(ids, Tensor) and ids.shape == (1, 1)
         self._served.tokens += single
         for layer in self._layers:
             layer.prepare(held if single else None)
+        return given
 
     def behind(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Behind it, called with nothing where it failed: then the token is in no layer's cache."""

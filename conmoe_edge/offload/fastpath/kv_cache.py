@@ -16,12 +16,14 @@ new buffers at once (the plan's workspace has that term).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from conmoe_edge.model.kv_rows import row_bytes
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 STEP_TOKENS = 256
@@ -31,6 +33,26 @@ at 256 copying is below a hundredth of what attention reads.
 
 LIMIT = "_conmoe_limit"
 """The attribute of a cache layer with a window that says how many tokens a conversation may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What the rows of a layer in 8 bits stand for (``packed_cache.py``): numbers of a key, of a value, the format."""
+
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a key and of a value."""
+        return self.key_width, self.value_width
+
+
+def widths_of(layer: Any) -> tuple[int, int] | None:
+    """Numbers of a key and of a value in a layer in 8 bits; ``None`` for one whose rows are numbers."""
+    packing: Packing | None = getattr(layer, "packing", None)
+    return None if packing is None else packing.widths
 
 
 class GrowingLayer(DynamicLayer):
@@ -65,7 +87,7 @@ class GrowingLayer(DynamicLayer):
         keys: Any = self.keys
         values: Any = self.values
         if not (_can_append(keys, key_states) and _can_append(values, value_states)):
-            self._key_buffer = self._value_buffer = None
+            self.forget_buffers()
             return super().update(key_states, value_states, *args, **kwargs)
         held = self.get_seq_length()
         needed = held + key_states.shape[-2]
@@ -94,7 +116,7 @@ class GrowingLayer(DynamicLayer):
         if key_buffer is not self._key_buffer or value_buffer is not self._value_buffer:
             self._key_buffer, self._value_buffer = key_buffer, value_buffer
             self._show(held)
-        return Cached.of(key_buffer, value_buffer, held)
+        return Cached.of(key_buffer, value_buffer, held, widths_of(self))
 
     def has_one_more(self) -> None:
         """What ``room_for_one`` gave has been written to."""
@@ -102,8 +124,12 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Drop everything, the buffers too."""
-        self._key_buffer = self._value_buffer = None
+        self.forget_buffers()
         super().reset()
+
+    def forget_buffers(self) -> None:
+        """Something else than the buffers' tokens is held from now on."""
+        self._key_buffer = self._value_buffer = None
 
     def _show(self, held: int) -> None:
         assert self._key_buffer is not None and self._value_buffer is not None
@@ -113,16 +139,21 @@ class GrowingLayer(DynamicLayer):
 
 def takes_one_more(layer: Any, groups: int, width: int, value_width: int) -> bool:
     """Whether the operator can write behind what a cache layer holds: keys and values [1, groups, tokens, width] of one
-    token and more, in bf16 on the CPU, without gradients.
+    token and more, in bf16 or packed from it, on the CPU, without gradients.
     """
     keys, values = layer.keys, layer.values
     if not layer.is_initialized or keys.requires_grad or values.requires_grad:
         return False
-    held = keys.shape[-2]
-    for one, columns in ((keys, width), (values, value_width)):
-        if one.shape != (1, groups, held, columns) or not held:
+    held, wanted, columns = keys.shape[-2], torch.bfloat16, (width, value_width)
+    packing: Packing | None = getattr(layer, "packing", None)
+    if packing is not None:
+        if packing != Packing(width, value_width, torch.bfloat16):
             return False
-        if one.dtype != torch.bfloat16 or one.device.type != "cpu":
+        wanted, columns = torch.int8, (row_bytes(width), row_bytes(value_width))
+    for one, count in zip((keys, values), columns, strict=True):
+        if one.shape != (1, groups, held, count) or not held:
+            return False
+        if one.dtype != wanted or one.device.type != "cpu":
             return False
     return True
 

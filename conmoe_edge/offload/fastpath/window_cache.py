@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from conmoe_edge.offload.fastpath.kv_cache import LIMIT, STEP_TOKENS, takes_one_more
+from conmoe_edge.offload.fastpath.kv_cache import LIMIT, STEP_TOKENS, takes_one_more, widths_of
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 _BUFFERS = "_conmoe_buffers"
@@ -27,8 +27,8 @@ _BUFFERS = "_conmoe_buffers"
 def room_in_window(
     layer: DynamicSlidingWindowLayer, heads: int, width: int, value_width: int
 ) -> Cached | None:
-    """Where another token can be written behind what is held, [1, heads, tokens, width] in bf16; ``None`` where it
-    cannot. What is held moves where there is no room behind it.
+    """Where another token can be written behind what is held, [1, heads, tokens, width] in bf16 or in rows of bytes;
+    ``None`` where it cannot. What is held moves where there is no room behind it.
     """
     if layer.record_past or not takes_one_more(layer, heads, width, value_width):
         return None
@@ -45,7 +45,7 @@ def room_in_window(
         places.append((buffer, start))
     setattr(layer, _BUFFERS, (places[0][0], places[1][0]))
     first, second = [buffer.narrow(-2, start, buffer.shape[-2] - start) for buffer, start in places]
-    return Cached.of(first, second, held)
+    return Cached.of(first, second, held, widths_of(layer))
 
 
 def has_one_more(layer: DynamicSlidingWindowLayer) -> None:

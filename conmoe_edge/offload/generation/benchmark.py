@@ -140,9 +140,15 @@ def dense_weights(model: nn.Module) -> tuple[int, int]:
     """
     head = {one.data_ptr() for one in _tensors(_part(model, "get_output_embeddings"))}
     inner = last = 0
+    whole = {  # of those that are stored with several numbers in a byte
+        one.weight.data_ptr(): one.in_features * one.out_features
+        for one in model.modules()
+        if isinstance(one, nn.Linear)
+    }
     for one in _dense_tensors(model):
         if one.dim() >= 2:
-            count = one.numel() * (2 if one.dtype == torch.uint8 else 1)  # two of 4 bits a byte
+            # What is left in bytes are scales.
+            count = whole.get(one.data_ptr(), 0 if one.dtype == torch.uint8 else one.numel())
             if one.data_ptr() in head:
                 last += count
             else:

@@ -1,4 +1,4 @@
-"""q4, q3 and q2: where every number lies, what a grid stands for, and what is looked for under weights of columns."""
+"""Forms of few bits: where every number lies, what a grid stands for, what is looked for under weights of columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conmoe_edge.checkpoint.format.layout import expert_width, make_layout
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
 from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 
-KINDS: tuple[Kind, ...] = ("q4", "q3", "q2")
+KINDS: tuple[Kind, ...] = ("q6", "q4", "q3", "q2")
 SHAPES = ((16, 32), (48, 96), (64, 64), (160, 192), (1088, 320))
 """Tiles of 16, 32 and 64 rows; the last is quantised in several runs of rows."""
 
@@ -33,7 +33,7 @@ def by_plain_loops(values: torch.Tensor, bits: int, tile: int, row: int, column:
     columns = values.shape[1] * 8 // bits
     block = (row // tile) * (columns // 32) + column // 32
     place, found, shift = block * tile * 32 * bits // 8, 0, 0
-    for plane in {4: (4,), 3: (2, 1), 2: (2,)}[bits]:
+    for plane in {6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}[bits]:
         of_a_word = 32 // plane
         word, inside = divmod(column % 32, of_a_word)
         byte = bytes_[place + (word * tile + row % tile) * 4 + inside % 4]
@@ -43,7 +43,7 @@ def by_plain_loops(values: torch.Tensor, bits: int, tile: int, row: int, column:
     return found
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("bits", [6, 4, 3, 2])
 @pytest.mark.parametrize("tile", [16, 32, 64])
 def test_every_number_lies_where_the_layout_says(bits: int, tile: int) -> None:
     generator = torch.Generator().manual_seed(bits)
@@ -117,7 +117,9 @@ def test_fewer_bits_lose_more_and_none_more_than_int4_beyond_its_bytes() -> None
         kind: float((quantise(weight, kind).dequantise() - weight).square().mean())
         for kind in ("int8", "int4", *KINDS)
     }
-    assert errors["int8"] < errors["q4"] < errors["int4"] < errors["q3"] < errors["q2"]
+    assert (
+        errors["int8"] < errors["q6"] < errors["q4"] < errors["int4"] < errors["q3"] < errors["q2"]
+    )
     assert quantise(weight, "q4").nbytes < quantise(weight, "int4").nbytes
 
 
@@ -158,7 +160,7 @@ def test_shapes_that_cannot_be_taken_are_int8(kind: Kind) -> None:
 
 def test_scales_of_another_shape_are_no_form() -> None:
     values, scales = ("uint8", (64, 24)), ("uint8", (7, 64))
-    assert kind_of(("uint8", (64, 32)), scales) is None  # 96 columns: 48, 36 or 24 bytes
+    assert kind_of(("uint8", (64, 32)), scales) is None  # 96 columns: 72, 48, 36 or 24 bytes
     assert kind_of(values, ("uint8", (7, 32))) is None
     assert kind_of(values, ("uint8", (4, 64))) is None
     assert kind_of(values, scales) == "q2"

@@ -10,7 +10,7 @@ from families import FAMILIES, save_tiny, save_tokenizer
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, quantised_names
+from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, quantised_forms
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
@@ -19,7 +19,7 @@ from conmoe_edge.compress.stream.dense_conversion import Dequantised, dense_sour
 from conmoe_edge.errors import CheckpointError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.model.bridge import build_meta, read_config, targets_of
-from conmoe_edge.model.linears import quantisable_weights
+from conmoe_edge.model.linears import dense_forms, quantisable_weights
 from conmoe_edge.model.probe import facts_of, probe
 from conmoe_edge.plan.dense_precision import stored
 
@@ -37,13 +37,13 @@ def test_planned_bytes_are_written_bytes(name: str, dtype: torch.dtype, tmp_path
     model = build_meta(config, dtype)
     targets = targets_of(model, source.tensors)
     experts = {n for n, target in targets.items() if ".experts." in target}
-    names = frozenset(quantisable_weights(model, targets))
+    names = dense_forms(quantisable_weights(model, targets), "int8")
     (tmp_path / "out").mkdir()
     with ShardReader(source) as reader:
         keys = [key for key in targets if key not in experts]
         written = write_dense(tmp_path / "out", dense_sources(reader, keys, names))
         package = CheckpointIndex.open(_with_config(tmp_path))
-        assert set(quantised_names(package.tensors)) == names
+        assert quantised_forms(package.tensors) == names
         planned = stored(anatomy, "int8").dense_bytes
         assert sum(entry.nbytes for entry in package.tensors.values()) == planned
         assert planned < anatomy.dense_bytes and len(written) == 2
@@ -71,7 +71,7 @@ def test_a_broken_weight_is_named(tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text("{}")
     with ShardReader(CheckpointIndex.open(tmp_path)) as reader:
-        sources = dense_sources(reader, ["w"], frozenset({"w"}))
+        sources = dense_sources(reader, ["w"], {"w": "int8"})
         with pytest.raises(CheckpointError, match="w holds NaN"):
             sources[0].load()
 

@@ -1,4 +1,4 @@
-"""The whole-number sums of few bits bit for bit in every instruction set, those of ARM too where they can be emulated."""
+"""The whole-number sums of few bits bit for bit in every instruction set, those of ARM where they can be emulated."""
 
 from __future__ import annotations
 

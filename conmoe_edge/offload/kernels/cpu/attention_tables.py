@@ -10,10 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.forms import in_tiles
+from conmoe_edge.model.kv_rows import row_bytes
 from conmoe_edge.offload.kernels.cpu.structs import (
     _NO_MATRIX,
     _NO_NORM,
-    CODES,
     Prepared,
     RmsNorm,
     Turn,
@@ -197,7 +198,7 @@ class LatentTable:
             query: ``q_proj``, or ``q_b_proj`` behind ``compress_query`` and ``query_norm``.
             compress: ``kv_a_proj_with_mqa`` and its bias.
             norm: ``kv_a_layernorm``.
-            expand: ``kv_b_proj``, not in int4.
+            expand: ``kv_b_proj``, not in tiles.
             output: ``o_proj`` and its bias.
             heads: how many there are.
             turned: numbers of a head that turn, the last ones.
@@ -224,7 +225,7 @@ class LatentTable:
             fits = fits and compress_query is not None and query_norm.columns == query.form.columns
         if not fits:
             raise ValueError("the matrices of a compressed attention do not go together")
-        if expand.form.code in (CODES["int4"], CODES["mxfp4"]):
+        if in_tiles(expand.matrix.kind):
             raise ValueError("the matrix that expands keys and values is not taken in tiles")
         self.hidden, self.cache = hidden, (1, rank, turned)
         self.turning = _Turning(turn, turned)
@@ -240,7 +241,8 @@ class LatentTable:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """Keys and values of ``held`` tokens in memory that has room for one more: bf16 [heads, room, width].
+    """Keys and values of ``held`` tokens in memory that has room for one more: bf16 [heads, room, width], or rows of
+    bytes [heads, room, row_bytes(width)] in int8 (``model/kv_rows.py``).
 
     Addresses of the first head's, and how many numbers lie between two heads. ``sizes``: heads, width of a key and of a
     value, which have to be those of the table (``AttentionTable.cache``).
@@ -252,10 +254,14 @@ class Cached:
     value_step: int
     held: int
     sizes: tuple[int, int, int]
+    packed: bool = False
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, held: int) -> Cached:
+    def of(
+        cls, keys: Tensor, values: Tensor, held: int, widths: tuple[int, int] | None = None
+    ) -> Cached:
         """In ``keys`` and ``values`` [1, heads, room, width], whose rows are contiguous; they are not kept alive.
+        ``widths``: of a key and of a value, where they are rows of bytes.
 
         Raises:
             ValueError: no room for one more, or tensors of another order or format.
@@ -264,16 +270,29 @@ class Cached:
         _, others, other_room, value_width = values.shape
         _, key_step, key_row, key_unit = keys.stride()
         _, value_step, value_row, value_unit = values.stride()
-        if keys.dtype is not torch.bfloat16 or values.dtype is not torch.bfloat16:
-            raise ValueError(f"a cache in {keys.dtype} and {values.dtype}")
+        wanted = torch.bfloat16 if widths is None else torch.int8
+        if keys.dtype is not wanted or values.dtype is not wanted:
+            raise ValueError(f"a cache in {keys.dtype} and {values.dtype}, not {wanted}")
         if not keys.is_cpu or not values.is_cpu or key_unit != 1 or value_unit != 1:
             raise ValueError(f"a cache on {keys.device}, strides {keys.stride()}")
         if key_row != width or value_row != value_width:
             raise ValueError(f"a cache whose rows are not contiguous: {keys.stride()}")
         if held < 0 or held >= room or held >= other_room or heads != others:
             raise ValueError(f"a cache with {held} of {room} tokens has no room")
-        sizes = (heads, width, value_width)
-        return cls(keys.data_ptr(), values.data_ptr(), key_step, value_step, held, sizes)
+        if widths is not None:
+            if (width, value_width) != (row_bytes(widths[0]), row_bytes(widths[1])):
+                raise ValueError(f"rows of {width} and {value_width} bytes for {widths} numbers")
+            width, value_width = widths
+        place = (keys.data_ptr(), values.data_ptr(), key_step, value_step, held)
+        return cls(*place, (heads, width, value_width), widths is not None)
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, int, bool]:
+        """What the operator's functions are told of it."""
+        return (
+            *(self.keys, self.values, self.key_step, self.value_step, self.held),
+            self.packed,
+        )
 
 
 class Positions:

@@ -31,6 +31,7 @@ from conmoe_edge.offload.kernels.cpu.decoder_tables import (
 )
 from conmoe_edge.offload.kernels.cpu.structs import (
     CODES,
+    GRID_CODES,
     PLAIN,
     TILE,
     ExpertGate,
@@ -46,17 +47,8 @@ _SILU = ExpertGate()
 _SILU_STRUCT = _SILU.struct
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_TOKEN = (
-    _at,
-    _at,
-    _at,
-    _long,
-    _at,
-    _at,
-    _long,
-    _long,
-    _long,
-)  # x, cos, sin, ..., keys, values, ...
+_TOKEN = (_at, _at, _at, _long, _at, _at, _long, _long, _long, _int)
+"""x, cos, sin, ..., keys, values, ..., whether they are packed."""
 _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "few_rows": (_int, (_int, _long, _at, _at, _at, _long, _long, _at, _long, _long, _long, _int)),
     "gated_experts": (
@@ -74,7 +66,7 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "route": (_int, (_at, _at, _at, _at, _at)),
     "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
     "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
-    "expand": (_int, (_int, _at, _at, _at, _long, _long, _long)),
+    "expand": (_int, (_int, _at, _at, _at, _int, _long, _long, _long)),
 }
 """Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``."""
 
@@ -133,6 +125,9 @@ class Operator:
         rows, columns, group, scales = matrix.rows, matrix.columns, matrix.group, matrix.scales
         plain = matrix.kind == "plain"
         code = PLAIN.get(matrix.values.dtype) if plain else CODES.get(matrix.kind)
+        grid = matrix.grid if matrix.kind == "grid4" else None
+        if grid is not None:
+            code = GRID_CODES[grid.dtype, grid.zeros]
         tensors = [one for one in (matrix.values, scales) if one is not None]
         if code is None or any(
             not one.is_contiguous() or one.device.type != "cpu" for one in tensors
@@ -143,7 +138,9 @@ class Operator:
             if rows % TILE or group < 2 or group % 2 or columns % group:
                 return None
             shape, scaled = (rows, columns * bits_of(matrix.kind) // 8), columns // group * rows
-            if matrix.kind == "int4":
+            if grid is not None:
+                scaled, scale_dtype = scaled * (1 + grid.zeros), getattr(torch, grid.dtype)
+            elif matrix.kind == "int4":
                 scaled *= 2
             elif matrix.kind == "mxfp4":
                 scale_dtype = torch.float8_e8m0fnu
@@ -395,7 +392,7 @@ class Operator:
         out = torch.empty_like(x)
         failed = function(
             *(table.address, x.data_ptr(), *table.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             out.data_ptr(),
         )
         if failed:
@@ -415,7 +412,7 @@ class Operator:
         out, normed = torch.empty_like(x), torch.empty_like(x)
         failed = self._block(
             *(table.address, x.data_ptr(), *attention.turning.angles(positions)),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(out.data_ptr(), normed.data_ptr()),
         )
         if failed:
@@ -495,7 +492,7 @@ class Operator:
         count = self._decoder(
             *(block.address, first, second, third, x.data_ptr()),
             *attention.turning.angles(positions),
-            *(cached.keys, cached.values, cached.key_step, cached.value_step, cached.held),
+            *cached.arguments,
             *(between, out.data_ptr()),
         )
         if count == _ABSENT:
@@ -538,15 +535,17 @@ class Operator:
         return out
 
     def expand(self, matrix: Prepared, out: Tensor) -> Tensor:
-        """The weights as fp32 into ``out`` [R, K], contiguous."""
+        """The weights into ``out`` [R, K], contiguous, in fp32 or, rounded from it, in bf16."""
         form = matrix.form
-        if _narrow(out, form.rows * form.columns) or out.shape != (form.rows, form.columns):
+        narrow = _narrow(out, form.rows * form.columns)
+        if out.shape != (form.rows, form.columns):
             _refuse(f"room {list(out.shape)} in {out.dtype} for [{form.rows}, {form.columns}]")
         failed = self._expand(
             form.code,
             matrix.values,
             matrix.scales,
             out.data_ptr(),
+            narrow,
             form.rows,
             form.columns,
             form.group,

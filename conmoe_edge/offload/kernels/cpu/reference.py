@@ -1,8 +1,8 @@
 """What the operator computes, in plain tensor operations: for the check when it is loaded, and for the tests.
 
 Beside plain weights activations are what they are. Beside others they are rounded: every block of columns (32;
-int4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of int4, q4, q3
-and q2 are multiplied with the exact sum of a group.
+int4, grid4: a group of the weights) becomes whole numbers of -127..127 times its largest size / 127. The zeros of
+int4, grid4 and of ``LOW_BITS`` are multiplied with the exact sum of a group.
 
 Products are fp64, so memory is the weights in fp64.
 """
@@ -24,7 +24,7 @@ BLOCK = 32
 def product(matrix: Matrix, x: Tensor) -> Tensor:
     """W x for activations [t, K]: fp64 [t, R]."""
     seen = rounded(x, matrix).double()
-    wide = matrix.dequantise().double()  # [R, K]
+    wide = _not_rounded(matrix)  # [R, K]
     zeros = _zeros(matrix)
     if zeros is None:
         return seen @ wide.T
@@ -33,12 +33,26 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     return seen @ numbers.T + sums @ zeros
 
 
+def _not_rounded(matrix: Matrix) -> Tensor:
+    """The weights, fp64 [R, K]; those of grid4 as its numbers times the scale, not rounded to the scales' format."""
+    wide = matrix.dequantise().double()
+    if matrix.kind != "grid4" or matrix.scales is None:
+        return wide
+    pairs = matrix.scales.view(len(matrix.scales), matrix.rows, -1)
+    scale = pairs[..., :1].double().transpose(0, 1)  # [R, K / group, 1]
+    steps = wide.unflatten(1, (-1, matrix.group)) / torch.where(scale != 0, scale, 1.0)
+    return (steps.round() * scale).flatten(1)
+
+
 def _zeros(matrix: Matrix) -> Tensor | None:
     """What is added to every weight of a group, fp64 [K / group, R]; ``None`` for forms that have none."""
     if matrix.scales is None:
         return None
     if matrix.kind == "int4":
         return matrix.scales[..., 1].double()
+    if matrix.kind == "grid4" and matrix.grid.zeros:
+        pairs = matrix.scales.view(len(matrix.scales), -1, 2).double()
+        return (8 - pairs[..., 1]) * pairs[..., 0]
     if matrix.kind in LOW_BITS:
         grid, _, z = low_bits.load(matrix.scales, LOW_BITS[matrix.kind])
         return grid.shifts(z).T.double()
@@ -49,7 +63,7 @@ def rounded(x: Tensor, matrix: Matrix) -> Tensor:
     """Activations [..., K] as they meet the weights of ``matrix``, in fp32."""
     if matrix.kind == "plain":
         return x.float()
-    block = matrix.group if matrix.kind == "int4" else BLOCK
+    block = matrix.group if matrix.kind in ("int4", "grid4") else BLOCK
     columns = x.shape[-1]
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
     most = blocks.abs().amax(-1, keepdim=True)

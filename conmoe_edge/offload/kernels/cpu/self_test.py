@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.forms import Grid
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
 from conmoe_edge.offload.kernels.cpu import reference
 from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
@@ -25,6 +27,7 @@ from conmoe_edge.offload.kernels.cpu.decoder_tables import (
 )
 from conmoe_edge.offload.kernels.cpu.operator import Operator
 from conmoe_edge.offload.kernels.cpu.structs import (
+    GRID_CODES,
     ExpertGate,
     Form,
     LayerTable,
@@ -60,8 +63,10 @@ class _Check:
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self) -> None:
-        for kind in ("plain", "int8", "int4", "mxfp4", "q4", "q3", "q2"):
+        for kind in ("plain", "int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"):
             self.products(kind)
+        for dtype, zeros in GRID_CODES:
+            self.products("grid4", Grid(32, dtype, zeros))
         self.two_kinds()
         self.gates()
         self.combine()
@@ -79,27 +84,30 @@ class _Check:
     def narrow(self, *shape: int) -> Tensor:
         return self.random(*shape, dtype=_BF16)
 
-    def matrix(self, rows: int, columns: int, kind: Kind = "plain") -> tuple[Matrix, Prepared]:
+    def matrix(
+        self, rows: int, columns: int, kind: Kind = "plain", grid: Grid | None = None
+    ) -> tuple[Matrix, Prepared]:
         weight = self.random(rows, columns) * 0.1
-        matrix = quantise(weight.to(_BF16) if kind == "plain" else weight, kind)
+        matrix = quantise(weight.to(_BF16) if kind == "plain" else weight, kind, grid)
         prepared = self.made.prepare(matrix)
         if prepared is None:
             raise Unavailable(f"the compiled operator does not take {kind} weights")
         return matrix, prepared
 
-    def products(self, kind: Kind) -> None:
+    def products(self, kind: Kind, grid: Grid | None = None) -> None:
         made, x = self.made, self.random(1, 2, _HIDDEN)
-        up, one = self.matrix(2 * _WIDTH, _HIDDEN, kind)
+        up, one = self.matrix(2 * _WIDTH, _HIDDEN, kind, grid)
         wanted = reference.product(up, x[0])
-        _same(f"few_rows, {kind}", made.few_rows([one], x)[0], wanted, 1e-4)
-        _same(f"one_row, {kind}", made.one_row(one, x[0, :1]), wanted[:1], 1e-4)
+        # An activation in 8 bits may fall to either side where it lies between two numbers.
+        near = 1e-4 if kind == "plain" else 2e-3
+        _same(f"few_rows, {kind}", made.few_rows([one], x)[0], wanted, near)
+        _same(f"one_row, {kind}", made.one_row(one, x[0, :1]), wanted[:1], near)
         wide = up.dequantise()
         _same(f"expand, {kind}", made.expand(one, torch.empty_like(wide)), wide, 1e-6)
-        down, other = self.matrix(2 * _WIDTH, _WIDTH, kind)  # int4 takes 64 rows at a time
-        up, one = self.matrix(2 * _WIDTH, 2 * _WIDTH, kind)
+        down, other = self.matrix(2 * _WIDTH, _WIDTH, kind, grid)  # int4 takes 64 rows at a time
+        up, one = self.matrix(2 * _WIDTH, 2 * _WIDTH, kind, grid)
         x = self.random(1, 2 * _WIDTH)
-        # An activation in 8 bits may fall to either side where it lies between two numbers.
-        near = 1e-4 if kind == "plain" else 2e-2
+        near = 1e-4 if kind == "plain" else 2e-2  # and here more of them, one behind the other
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
 
@@ -120,7 +128,7 @@ class _Check:
         """gpt-oss's gate, with biases."""
         made, size = self.made, 2 * _WIDTH
         how = ExpertGate(alpha=1.7, limit=1.0, interleaved=True)
-        for kind in ("int8", "int4", "mxfp4", "q4", "q3", "q2"):
+        for kind in ("int8", "int4", "mxfp4", "q6", "q4", "q3", "q2"):
             (up, one), (down, other) = (
                 self.matrix(2 * size, size, kind),
                 self.matrix(size, size, kind),
@@ -241,6 +249,16 @@ class _Check:
         mixed = reference.attend(query, past[0][0], past[1][0], 0.2).to(_BF16)
         wanted = reference.product(linears[3][0], mixed.view(1, -1))
         _same("attention", attended, wanted, 3e-2)
+
+        rows = [pack_rows(one) for one in past]
+        packed = Cached.of(rows[0], rows[1], _HELD, (_HEAD, _HEAD))
+        attended_again = made.attention(table, normed, positions, packed)
+        for name, row, its in zip(("keys", "values"), rows, own, strict=True):
+            _equal(f"{name} in 8 bits", row[:, :, _HELD], pack_rows(its[:, :, _HELD]))
+        wide = [unpack_rows(row, _HEAD, _BF16)[0] for row in rows]
+        mixed = reference.attend(query, wide[0], wide[1], 0.2).to(_BF16)
+        wanted = reference.product(linears[3][0], mixed.view(1, -1))
+        _same("attention over 8 bits", attended_again, wanted, 3e-2)
 
         again = [one.clone() for one in own]
         block = BlockTable(table, before, after)

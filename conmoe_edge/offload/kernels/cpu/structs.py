@@ -20,7 +20,14 @@ from conmoe_edge.checkpoint.format.quantise import Kind, Matrix
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 
 PLAIN = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-CODES: dict[Kind, int] = {"int8": 3, "int4": 4, "mxfp4": 5, "q4": 6, "q3": 7, "q2": 8}
+CODES: dict[Kind, int] = {"int8": 3, "int4": 4, "mxfp4": 5, "q4": 6, "q3": 7, "q2": 8, "q6": 9}
+GRID_CODES = {
+    ("float16", False): 10,
+    ("float16", True): 11,
+    ("bfloat16", False): 12,
+    ("bfloat16", True): 13,
+}
+"""Number format of the scales of grid4, and whether there are zero points."""
 TILE = TILES[0]
 Turn = Literal["halves", "split", "pairs-wide", "halves-wide", "not"]
 """How rotary positions turn the numbers of a head (``attention_tables.py``)."""

@@ -28,10 +28,10 @@ KINDS = {
     **{"bfloat16": 0, "float16": 1, "int8": 3, "int4": 4, "mxfp4": 5},
     **{"q4": 6, "q3": 7, "q2": 8},
 }
-"""Number format of a plain weight, or form of another -> what the kernels call it. fp32 is left to torch."""
+"""Number format of a plain weight, or form of another -> what the kernels call it. fp32, q6, grid4: torch."""
 HALVES = (KINDS["int4"], KINDS["mxfp4"])
 """Two numbers to a byte, of different rows."""
-PLANES = {KINDS[kind]: bits for kind, bits in LOW_BITS.items()}
+PLANES = {KINDS[kind]: bits for kind, bits in LOW_BITS.items() if kind in KINDS}
 """Numbers in planes of bits (``low_bits.py``) -> bits of a number."""
 _TILE = 64
 _ALIGNED = 16

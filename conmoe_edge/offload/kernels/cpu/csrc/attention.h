@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "products.h"
+#include "kv_rows.h"
 
 namespace {
 
@@ -62,15 +62,14 @@ void rms_norm(const Norm& norm, const void* x, void* out, int64_t rows, bool nar
 }
 
 void attend(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each, void* out,
-            int64_t length, int64_t columns, int64_t width, float scaling) {
-  const Source query(q, true, groups * each * columns);
+            int64_t length, RowForm key, RowForm value, float scaling) {
+  const Source query(q, true, groups * each * key.width);
   Room<float> scores(groups * each * length);
-  const std::vector<const void*> none(size_t(groups), nullptr);
-  products(BF16, groups, keys, none.data(), query.values, false, each, Target{scores.data(), false}, length, columns, 0);
+  row_scores(groups, keys, key, query.values, each, scores.data(), length);
   const int64_t rows = groups * each;
 #pragma omp parallel for schedule(static) if (rows * length > MANY)
   for (int64_t row = 0; row < rows; ++row) softmax(scores.data() + row * length, length, scaling);
-  weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
+  row_sums(groups, values, value, scores.data(), each, Target{out, true}, length);
 }
 
 inline float rounded(float value) { return from_bf16(to_bf16(value)); }
@@ -189,13 +188,6 @@ struct Rotary {
   }
 };
 
-// Where a layer's keys and values lie: `held` tokens of every head, with room for one more.
-struct Cached {
-  uint16_t* keys;
-  uint16_t* values;
-  int64_t key_step, value_step, held;
-};
-
 // A layer's attention. Norms of queries and keys are over whole rows or over heads, as their columns say; a norm without
 // weight is none. `doubled`: the rows of queries are twice as many, for each head those of its query and those of a gate.
 // `gate`: a layer for the gates, without values none. What attention gives is times the sigmoid of a gate.
@@ -212,11 +204,10 @@ struct Attention {
 
 // `attend` with every step rounded to bf16, as it is where each is an operation of its own; sinks: [groups, each] or null.
 void attend_eagerly(int64_t groups, const void* const* keys, const void* const* values, const void* q, int64_t each,
-                    void* out, int64_t length, int64_t columns, int64_t width, float scaling, const uint16_t* sinks) {
-  const Source query(q, true, groups * each * columns);
+                    void* out, int64_t length, RowForm key, RowForm value, float scaling, const uint16_t* sinks) {
+  const Source query(q, true, groups * each * key.width);
   Room<float> scores(groups * each * length);
-  const std::vector<const void*> none(size_t(groups), nullptr);
-  products(BF16, groups, keys, none.data(), query.values, false, each, Target{scores.data(), false}, length, columns, 0);
+  row_scores(groups, keys, key, query.values, each, scores.data(), length);
   const int64_t rows = groups * each;
 #pragma omp parallel for schedule(static) if (rows * length > MANY)
   for (int64_t row = 0; row < rows; ++row) {
@@ -229,7 +220,7 @@ void attend_eagerly(int64_t groups, const void* const* keys, const void* const* 
     const float total = sum_of(x, length) + (sinks ? std::exp(rounded(sink - top)) : 0.0f);
     for (int64_t k = 0; k < length; ++k) x[k] = rounded(x[k] / total);
   }
-  weighted<Bf16>(groups, values, scores.data(), each, Target{out, true}, length, width);
+  row_sums(groups, values, value, scores.data(), each, Target{out, true}, length);
 }
 
 // x [count] times the sigmoids of as many gates; both steps are rounded.
@@ -272,18 +263,17 @@ int attention(const Attention& layer, const uint16_t* x, Rotary rotary, const Ca
   const int64_t all = cached.held + 1, length = layer.window ? std::min(layer.window, all) : all, before = all - length;
   std::vector<const void*> keys, values;
   for (int64_t group = 0; group < groups; ++group) {
-    uint16_t* const first = cached.keys + group * cached.key_step;
-    uint16_t* const second = cached.values + group * cached.value_step;
-    std::copy_n(key + group * width, width, first + cached.held * width);
-    std::copy_n(value + group * values_wide, values_wide, second + cached.held * values_wide);
-    keys.push_back(first + before * width);
-    values.push_back(second + before * values_wide);
+    cached.put(cached.key(group, cached.held, width), key + group * width, width);
+    cached.put(cached.value(group, cached.held, values_wide), value + group * values_wide, values_wide);
+    keys.push_back(cached.key(group, before, width));
+    values.push_back(cached.value(group, before, values_wide));
   }
+  const RowForm of_keys = cached.form(width), of_values = cached.form(values_wide);
   if (layer.eager)
-    attend_eagerly(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, width, values_wide,
+    attend_eagerly(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, of_keys, of_values,
                    layer.scaling, layer.sinks);
   else
-    attend(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, width, values_wide,
+    attend(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, of_keys, of_values,
            layer.scaling);
   if (layer.doubled || layer.gate.values) times_sigmoid(mixed.data(), gates.data(), mixed_size);
   return linears(&layer.output, 1, mixed.data(), out);

@@ -60,6 +60,16 @@ inline uint16_t to_bf16(float value) {  // to the nearest, ties to even, as torc
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+inline uint16_t to_fp16(float value) {  // likewise
+  const uint32_t bits = to_bits(value), size = bits & 0x7fffffffu;
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  if (size > 0x7f800000u) return uint16_t(sign | 0x7e00);
+  if (size >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // 65520 and more
+  if (size < 0x38800000u)  // below 2^-14: in steps of 2^-24, which is the last digit of a number from 0.5 to 1
+    return uint16_t(sign | uint16_t(to_bits(from_bits(size) + 0.5f) - 0x3f000000u));
+  return uint16_t(sign | uint16_t((size - 0x38000000u + 0xfffu + ((size >> 13) & 1)) >> 13));
+}
+
 // Room for numbers that are all written before they are read: a vector would set them to zero first.
 template <class T>
 class Room {
@@ -164,6 +174,12 @@ inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   first.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   second.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
 }
+// The same of fp16.
+inline void load_half_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  first.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  second.v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
 
 #elif CONMOE_AVX2
 
@@ -234,6 +250,16 @@ inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
   second = {_mm256_castsi256_ps(_mm256_and_si256(a, upper)), _mm256_castsi256_ps(_mm256_and_si256(b, upper))};
 }
+// The same of fp16.
+inline void load_half_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  float wide[2][LANES];
+  for (int64_t i = 0; i < LANES; ++i) {
+    wide[0][i] = from_fp16(from[2 * i]);
+    wide[1][i] = from_fp16(from[2 * i + 1]);
+  }
+  first = load(wide[0]);
+  second = load(wide[1]);
+}
 inline float sum(Lanes x) { return sum_of(_mm256_add_ps(x.a, x.b)); }
 
 #else
@@ -277,6 +303,10 @@ inline Lanes load_exponents(const uint8_t* from) {
 inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   first = each([=](int64_t i) { return from_bf16(from[2 * i]); });
   second = each([=](int64_t i) { return from_bf16(from[2 * i + 1]); });
+}
+inline void load_half_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
+  first = each([=](int64_t i) { return from_fp16(from[2 * i]); });
+  second = each([=](int64_t i) { return from_fp16(from[2 * i + 1]); });
 }
 inline float sum(Lanes a) {
   for (int64_t half = LANES / 2; half; half /= 2)

@@ -57,8 +57,8 @@ bool latent_attention(const Latent& layer, const uint16_t* x, Rotary rotary, con
   rotary.how = layer.turn;
   rotary.turn(state.data() + rank);
   for (int64_t head = 0; head < heads; ++head) rotary.turn(query.data() + head * width + still);
-  std::copy_n(state.data(), rank, cached.keys + cached.held * rank);
-  std::copy_n(state.data() + rank, turned, cached.values + cached.held * turned);
+  cached.put(cached.key(0, cached.held, rank), state.data(), rank);
+  cached.put(cached.value(0, cached.held, turned), state.data() + rank, turned);
 
   Room<float> latent(heads * rank), angles(heads * turned), scores(heads * length), other(heads * length);
   Room<float> sums(heads * rank), values(heads * values_wide);
@@ -73,16 +73,15 @@ bool latent_attention(const Latent& layer, const uint16_t* x, Rotary rotary, con
     }
     const void* const rows = cached.keys;
     const void* const parts = cached.values;
-    const void* const none = nullptr;
-    products(BF16, 1, &rows, &none, latent.data(), false, heads, Target{scores.data(), false}, length, rank, 0);
-    products(BF16, 1, &parts, &none, angles.data(), false, heads, Target{other.data(), false}, length, turned, 0);
+    row_scores(1, &rows, cached.form(rank), latent.data(), heads, scores.data(), length);
+    row_scores(1, &parts, cached.form(turned), angles.data(), heads, other.data(), length);
 #pragma omp parallel for schedule(static) if (heads * length > MANY)
     for (int64_t head = 0; head < heads; ++head) {
       float* const row = scores.data() + head * length;
       for_each(other.data() + head * length, row, length, [](Lanes a, Lanes b) { return add(a, b); });
       softmax(row, length, layer.scaling);
     }
-    weighted<Bf16>(1, &rows, scores.data(), heads, Target{sums.data(), false}, length, rank);
+    row_sums(1, &rows, cached.form(rank), scores.data(), heads, Target{sums.data(), false}, length);
 #pragma omp parallel for schedule(static) if (heads * each * rank > MANY)
     for (int64_t head = 0; head < heads; ++head)
       some_rows<Form>(layer.expand, head * each + still, values_wide, sums.data() + head * rank,

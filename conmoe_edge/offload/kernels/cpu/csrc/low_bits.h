@@ -1,4 +1,4 @@
-// Weights in 4, 3 or 2 bits with a byte of scales for 32 columns: see checkpoint/format/low_bits.py.
+// Weights in 6, 4, 3 or 2 bits with a byte of scales for 32 columns: see checkpoint/format/low_bits.py.
 //
 // A vector of words is 8 or 16 rows, a word's bytes after a shift four neighbouring columns: what products of bytes take.
 
@@ -173,6 +173,14 @@ struct Low {
   // sums[t][r] = sum over the group's columns of the numbers of row r times q[t].
   template <int64_t COUNT>
   static void sums_of(const uint8_t* w, const int8_t* const* q, int32_t (*sums)[TILE]) {
+    if constexpr (WIDTH == 6) {  // planes as those of 4 bits and of 2
+      int32_t high[COUNT][TILE];
+      Low<4>::template sums_of<COUNT>(w, q, sums);
+      Low<2>::template sums_of<COUNT>(w + 4 * 4 * TILE, q, high);
+      for (int t = 0; t < COUNT; ++t)
+        for (int64_t row = 0; row < TILE; ++row) sums[t][row] += 16 * high[t][row];
+      return;
+    }
     using V = Words;
     for (int64_t row = 0; row < TILE; row += V::ROWS) {
       typename V::Sums lower[COUNT], upper[COUNT];
@@ -210,21 +218,27 @@ struct Low {
   static void row_of(const uint8_t* w, int8_t* to) {
     for (int half = 0; half < 2; ++half) {
       int32_t words[2];
-      if (WIDTH == 4) {
+      if (WIDTH >= 4) {
         std::memcpy(words, w + 2 * half * 4 * TILE, 4);
         std::memcpy(words + 1, w + (2 * half + 1) * 4 * TILE, 4);
       } else {
         std::memcpy(words, w + half * 4 * TILE, 4);
         words[1] = words[0];
       }
-      const __m128i spread = _mm_setr_epi32(words[0], WIDTH == 4 ? words[0] : words[1], words[1], words[1]);
-      const __m128i shifts = WIDTH == 4 ? _mm_setr_epi32(0, 4, 0, 4) : _mm_setr_epi32(0, 2, 4, 6);
-      __m128i found = _mm_and_si128(_mm_srlv_epi32(spread, shifts), _mm_set1_epi8(WIDTH == 4 ? 15 : 3));
+      const __m128i spread = _mm_setr_epi32(words[0], WIDTH >= 4 ? words[0] : words[1], words[1], words[1]);
+      const __m128i shifts = WIDTH >= 4 ? _mm_setr_epi32(0, 4, 0, 4) : _mm_setr_epi32(0, 2, 4, 6);
+      __m128i found = _mm_and_si128(_mm_srlv_epi32(spread, shifts), _mm_set1_epi8(WIDTH >= 4 ? 15 : 3));
       if (WIDTH == 3) {
         int32_t word;
         std::memcpy(&word, w + 8 * TILE, 4);
         const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(word), _mm_add_epi32(_mm_setr_epi32(0, 1, 2, 3), _mm_set1_epi32(4 * half)));
         found = _mm_or_si128(found, _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi8(1)), 2));
+      }
+      if (WIDTH == 6) {
+        int32_t word;
+        std::memcpy(&word, w + (4 + half) * 4 * TILE, 4);
+        const __m128i high = _mm_srlv_epi32(_mm_set1_epi32(word), _mm_setr_epi32(0, 2, 4, 6));
+        found = _mm_or_si128(found, _mm_slli_epi32(_mm_and_si128(high, _mm_set1_epi8(3)), 4));
       }
       _mm_storeu_si128((__m128i*)(to + 16 * half), found);
     }
@@ -233,11 +247,12 @@ struct Low {
 #else
 
   static void row_of(const uint8_t* w, int8_t* to) {
-    constexpr int PLANE = WIDTH == 4 ? 4 : 2, INSIDE = 8 / PLANE;
+    constexpr int PLANE = WIDTH >= 4 ? 4 : 2, INSIDE = 8 / PLANE;
     for (int column = 0; column < GROUP; ++column) {
       const int step = column / 4, byte = column % 4;
       int number = w[step / INSIDE * 4 * TILE + byte] >> (PLANE * (step % INSIDE)) & ((1 << PLANE) - 1);
       if (WIDTH == 3) number |= (w[8 * TILE + byte] >> step & 1) << 2;
+      if (WIDTH == 6) number |= (w[(4 + step / 4) * 4 * TILE + byte] >> 2 * (step % 4) & 3) << 4;
       to[column] = int8_t(number);
     }
   }

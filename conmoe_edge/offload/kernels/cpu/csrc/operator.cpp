@@ -106,36 +106,39 @@ int conmoe_attend(int64_t groups, const void* const* keys, const void* const* va
                   void* out, int64_t length, int64_t columns, int64_t width, float scaling) {
   const bool right = given(keys, values, q, out) && groups > 0 && each > 0 && length > 0 && columns > 0 && width > 0;
   return guarded(right, [&] {
-    attend(groups, keys, values, q, each, out, length, columns, width, scaling);
+    attend(groups, keys, values, q, each, out, length, RowForm{columns, false}, RowForm{width, false}, scaling);
     return 0;
   });
 }
 
 // A layer's attention for one new token: x [columns of q] to out [rows of o], both bf16. cos and sin: of its position, for
 // the first `rotary` numbers of a head (attention.h). keys and values: the first head's rows of a cache that holds `held`
-// tokens and has room for another, bf16, heads `key_step` and `value_step` numbers apart; the new token's are written there.
+// tokens and has room for another, heads `key_step` and `value_step` numbers apart: bf16, or where it is `packed` rows of
+// bytes (kv_rows.h); the new token's are written there.
 int conmoe_attention(const Attention* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary,
-                     uint16_t* keys, uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
+                     void* keys, void* values, int64_t key_step, int64_t value_step, int64_t held, int packed,
+                     uint16_t* out) {
   return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held};
+    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
     return attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
   });
 }
 
 // The same with compressed keys and values (latent.h), whose cache has one head.
-int conmoe_latent(const Latent* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, uint16_t* keys,
-                  uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* out) {
+int conmoe_latent(const Latent* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, void* keys,
+                  void* values, int64_t key_step, int64_t value_step, int64_t held, int packed, uint16_t* out) {
   return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held};
+    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
     return latent_attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
   });
 }
 
 // Attention with what stands around it: x to the sum behind it and that through the norm `after`, all bf16.
-int conmoe_block(const Block* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, uint16_t* keys,
-                 uint16_t* values, int64_t key_step, int64_t value_step, int64_t held, uint16_t* sum, uint16_t* normed) {
+int conmoe_block(const Block* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, void* keys,
+                 void* values, int64_t key_step, int64_t value_step, int64_t held, int packed, uint16_t* sum,
+                 uint16_t* normed) {
   return guarded(given(layer, x, keys, values, sum, normed) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held};
+    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
     return block(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, sum, normed) ? int(FORM) : 0;
   });
 }
@@ -160,19 +163,19 @@ int64_t conmoe_feed_forward(const Block* around, const Router* router, const Lay
 
 // A whole decoder layer for one token, x to out: `conmoe_block`, then as `conmoe_feed_forward`.
 int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp, const uint16_t* x,
-                       const void* cos, const void* sin, int64_t rotary, uint16_t* keys, uint16_t* values,
-                       int64_t key_step, int64_t value_step, int64_t held, const Between* between, uint16_t* out) {
+                       const void* cos, const void* sin, int64_t rotary, void* keys, void* values, int64_t key_step,
+                       int64_t value_step, int64_t held, int packed, const Between* between, uint16_t* out) {
   const bool right = given(around, x, keys, values, between, out) && (mlp || router) && !router == !layer && held >= 0 &&
                      turns(cos, sin, rotary);
   return guarded(right, [&] {
-    const Cached cached{keys, values, key_step, value_step, held};
+    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
     if (block(*around, x, Rotary{cos, sin, rotary, NOT}, cached, between->sum, between->normed)) return FORM;
     return feed_forward(*around, router, layer, mlp, *between, out);
   });
 }
 
-// The weights as fp32 [rows, columns].
-int conmoe_expand(int kind, const void* values, const void* scales, float* out, int64_t rows, int64_t columns,
+// The weights [rows, columns] as fp32, or as bf16 where `out` is `narrow`.
+int conmoe_expand(int kind, const void* values, const void* scales, void* out, int narrow, int64_t rows, int64_t columns,
                   int64_t group) {
   const bool right = given(values, out) && rows >= 0 && columns > 0 && group >= 0;
   return guarded(right, [&] {
@@ -180,13 +183,13 @@ int conmoe_expand(int kind, const void* values, const void* scales, float* out, 
     if (tiled(kind)) {
       if (rows % TILE || group % LANES || !grouped(kind, columns, group)) return int(FORM);
       in_tiles(kind, [&](auto form) {
-        expand_tiles<decltype(form)>(values, scales, out, rows, columns, group);
+        expand_tiles<decltype(form)>(values, scales, out, narrow, rows, columns, group);
       });
       return 0;
     }
     const bool known = in_rows(kind, [&](auto form) {
       using Form = decltype(form);
-      expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, rows, columns);
+      expand_rows<Form>(static_cast<const typename Form::T*>(values), steps, out, narrow, rows, columns);
     });
     return known ? 0 : int(FORM);
   });

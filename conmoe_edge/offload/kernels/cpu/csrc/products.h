@@ -1,4 +1,4 @@
-// Products of stored weights and few rows of activations, and weights expanded to fp32.
+// Products of stored weights and few rows of activations, and weights expanded to fp32 or bf16.
 //
 // Stored forms: see checkpoint/quantise.py. With plain weights products and sums are fp32. With weights in 8 or 4 bits
 // the activations are rounded to 8 bits as well, in blocks of 32 columns (int4: of a group) with a scale each, and a
@@ -14,6 +14,11 @@
 
 #include "low_bits.h"
 
+extern "C" {
+int omp_get_max_threads(void);
+int omp_get_thread_num(void);
+}
+
 namespace {
 
 constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
@@ -24,7 +29,8 @@ constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that sha
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
 
-enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8 };
+enum Kind { BF16 = 0, FP16 = 1, FP32 = 2, INT8 = 3, INT4 = 4, MXFP4 = 5, Q4 = 6, Q3 = 7, Q2 = 8, Q6 = 9,
+            GRID_FP16 = 10, GRID_FP16_ZEROS = 11, GRID_BF16 = 12, GRID_BF16_ZEROS = 13 };
 
 // ---- matrices whose rows lie one after another ---------------------------------------------------------------------
 
@@ -351,28 +357,43 @@ void add_weighted(const typename Form::T* w, const float* p, int64_t step, float
       for (int64_t r = 0; r < rows; ++r) y[t * columns + j] += Form::one(w[r * columns + j]) * p[t * step + r];
 }
 
+// So many numbers for every thread of a parallel region. It is made outside of one, where it may fail.
+class RoomOfThreads {
+ public:
+  explicit RoomOfThreads(int64_t count) : count(count), numbers(count * omp_get_max_threads()) {}
+  float* own() { return numbers.data() + count * omp_get_thread_num(); }
+
+ private:
+  int64_t count;
+  Room<float> numbers;
+};
+
 // y[i, t] = sum over r of p[i, t, r] * W_i[r]: the rows of a matrix added up, as attention does with its values. Rows are
-// summed in parts of a fixed size, so that a long cache has work for all threads.
-template <class Form>
-void weighted(int64_t count, const void* const* values, const float* p, int64_t tokens, Target y, int64_t rows,
+// summed in parts of a fixed size, so that a long cache has work for all threads. `values.at` has some rows of a matrix in
+// its form, perhaps expanded into a `room` of floats (kv_rows.h).
+template <class Values>
+void weighted(int64_t count, const Values& values, const float* p, int64_t tokens, Target y, int64_t rows,
               int64_t columns) {
+  using Form = typename Values::Form;
   constexpr int64_t PART = 512, NEAR = 16;  // NEAR rows stay in the first cache while all tokens pass over them
   const int64_t parts = (rows + PART - 1) / PART, size = tokens * columns;
   std::vector<float> sums(size_t(count * parts * size), 0.0f);
+  RoomOfThreads rooms(values.room(NEAR));
 #pragma omp parallel for schedule(static) if (count * rows * columns > MANY)
   for (int64_t number = 0; number < count * parts; ++number) {
     const int64_t which = number / parts, first = number % parts * PART, last = std::min(rows, first + PART);
-    const auto* w = static_cast<const typename Form::T*>(values[which]);
+    float* const room = rooms.own();
     const float* weights = p + which * tokens * rows;
     float* const to = sums.data() + number * size;
     for (int64_t row = first; row < last; row += NEAR) {
       const int64_t height = std::min(NEAR, last - row);
+      const typename Form::T* const w = values.at(which, row, height, room);
       int64_t token = 0;
       for (; token + TOKENS <= tokens; token += TOKENS)
-        add_weighted<Form, TOKENS, 1>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+        add_weighted<Form, TOKENS, 1>(w, weights + token * rows + row, rows, to + token * columns, height,
                                       columns);
       for (; token < tokens; ++token)
-        add_weighted<Form, 1, 8>(w + row * columns, weights + token * rows + row, rows, to + token * columns, height,
+        add_weighted<Form, 1, 8>(w, weights + token * rows + row, rows, to + token * columns, height,
                                  columns);
     }
   }
@@ -410,6 +431,37 @@ struct Int4 {
     return fma(number, scale, shift);
   }
   static void numbers(const uint8_t* w, Lanes& low, Lanes& high) { load_nibbles(w, low, high); }
+};
+
+// Numbers as int4 with scales as the checkpoint has them, alone or with a zero point; grids.py has the form. Products are
+// not rounded to the format of the scales here, weights that are expanded are.
+template <bool FP16, bool ZEROS>
+struct Grid : Int4 {
+  static constexpr int64_t PAIR = ZEROS ? 2 : 1;
+  static void load_scales(const T* here, Lanes& scale, Lanes& zero_point) {
+    if constexpr (ZEROS) {
+      FP16 ? load_half_pairs(here, scale, zero_point) : load_pairs(here, scale, zero_point);
+      zero_point = add(zero_point, all(-float(OFFSET)));
+    } else {
+      scale = FP16 ? load_half(here) : load(here);
+      zero_point = zero();
+    }
+  }
+  static Lanes add_group(Lanes total, Lanes whole, Lanes factor, Lanes inputs, const T* here) {
+    Lanes scale, shift;
+    load_scales(here, scale, shift);
+    Lanes sum = fma(whole, factor, zero());
+    if constexpr (ZEROS) sum = fma(fma(shift, all(-1.0f), zero()), inputs, sum);
+    return fma(sum, scale, total);
+  }
+  static Lanes value(Lanes number, const T* here) {
+    Lanes scale, shift;
+    load_scales(here, scale, shift);
+    float wide[LANES];
+    store(wide, fma(fma(shift, all(-1.0f), number), scale, zero()));
+    for (float& one : wide) one = FP16 ? from_fp16(to_fp16(one)) : from_bf16(to_bf16(one));
+    return load(wide);
+  }
 };
 
 struct Mxfp4 {
@@ -637,12 +689,33 @@ void expand_halves(const uint8_t* w, const typename Form::T* scales, int64_t row
   }
 }
 
+// Calls `fill(row, to)` for runs of `each` rows of a matrix, which writes them as fp32, rows lying `columns` apart; they
+// end in `out`, as fp32 or, where it is narrow, rounded to bf16.
+template <class Fill>
+void expanded(void* out, bool narrow, int64_t rows, int64_t columns, int64_t each, Fill fill) {
+#pragma omp parallel
+  {
+    std::vector<float> wide(narrow ? size_t(each * columns) : 0);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row += each) {
+      if (!narrow) {
+        fill(row, static_cast<float*>(out) + row * columns);
+        continue;
+      }
+      fill(row, wide.data());
+      uint16_t* const to = static_cast<uint16_t*>(out) + row * columns;
+      for (int64_t k = 0; k < each * columns; ++k) to[k] = to_bf16(wide[size_t(k)]);
+    }
+  }
+}
+
 template <class Form>
-void expand_tiles(const void* values, const void* scales, float* out, int64_t rows, int64_t columns, int64_t group) {
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row += TILE)
+void expand_tiles(const void* values, const void* scales, void* out, bool narrow, int64_t rows, int64_t columns,
+                  int64_t group) {
+  expanded(out, narrow, rows, columns, TILE, [&](int64_t row, float* to) {
     Form::expand(tile_at<Form>(values, row, columns), static_cast<const typename Form::T*>(scales), row, rows, columns,
-                 group, out + row * columns);
+                 group, to);
+  });
 }
 
 // The forms of half-bytes, with their tiles.
@@ -662,19 +735,18 @@ struct Halves : Form {
 };
 
 template <class Form>
-void expand_rows(const typename Form::T* values, const uint16_t* scales, float* out, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
+void expand_rows(const typename Form::T* values, const uint16_t* scales, void* out, bool narrow, int64_t rows,
+                 int64_t columns) {
+  expanded(out, narrow, rows, columns, 1, [&](int64_t row, float* to) {
     const float scale = scales ? from_bf16(scales[row]) : 1.0f;
     const typename Form::T* w = values + row * columns;
-    float* to = out + row * columns;
     const int64_t whole = columns - columns % LANES;
     for (int64_t k = 0; k < whole; k += LANES) {
       const Lanes value = Form::lanes(w + k);
       store(to + k, scales ? fma(value, all(scale), zero()) : value);
     }
     for (int64_t k = whole; k < columns; ++k) to[k] = Form::one(w[k]) * scale;
-  }
+  });
 }
 
 
@@ -708,6 +780,18 @@ bool in_tiles(int kind, Run run) {
     case MXFP4:
       run(Halves<Mxfp4>{});
       return true;
+    case GRID_FP16:
+      run(Halves<Grid<true, false>>{});
+      return true;
+    case GRID_FP16_ZEROS:
+      run(Halves<Grid<true, true>>{});
+      return true;
+    case GRID_BF16:
+      run(Halves<Grid<false, false>>{});
+      return true;
+    case GRID_BF16_ZEROS:
+      run(Halves<Grid<false, true>>{});
+      return true;
     case Q4:
       run(Low<4>{});
       return true;
@@ -717,15 +801,18 @@ bool in_tiles(int kind, Run run) {
     case Q2:
       run(Low<2>{});
       return true;
+    case Q6:
+      run(Low<6>{});
+      return true;
   }
   return false;
 }
 
-inline bool tiled(int kind) { return kind >= INT4 && kind <= Q2; }
+inline bool tiled(int kind) { return kind >= INT4 && kind <= GRID_BF16_ZEROS; }
 
 // Whether columns are whole groups of a size that the tiles take.
 inline bool grouped(int kind, int64_t columns, int64_t group) {
-  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind == INT4 || group == BLOCK);
+  return group > 0 && group % 2 == 0 && columns % group == 0 && (kind == INT4 || kind >= GRID_FP16 || group == BLOCK);
 }
 
 int products(int kind, int64_t count, const void* const* values, const void* const* scales, const float* x,

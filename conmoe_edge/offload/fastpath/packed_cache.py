@@ -1,0 +1,110 @@
+"""Layers of a key-value cache that hold 8 bits a number (``--kv-precision int8``).
+
+``keys`` and ``values`` are the whole state, as in every cache layer of transformers, but they are rows of bytes
+[B, heads, tokens, row_bytes(width)] (``model/kv_rows.py``): what comes in is packed, and what attention is given is
+expanded again, the tokens that came in as well. So a token's keys are the same numbers in the forward that makes them
+and in every later one, whatever the chunks, and cropping, beam search and ``generate`` work on rows as on numbers. The
+operator reads the rows as they lie (``attention.py``).
+
+For inference: no gradient goes through a row.
+
+Memory: the rows; while attention of many tokens runs, one layer's numbers expanded (``plan/needs.py`` counts them).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from conmoe_edge.errors import UsageError
+from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
+from conmoe_edge.offload.fastpath.kv_cache import LIMIT, GrowingLayer, Packing
+
+
+class _Packing:
+    """In front of a cache layer's class: rows go in, numbers come out."""
+
+    packing: Packing | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens [B, heads, n, width]; all that attention is to see, as numbers of that format."""
+        self.packing = packing = _packing_of(key_states, value_states)
+        layer: Any = super()
+        keys, values = layer.update(pack_rows(key_states), pack_rows(value_states), *args, **kwargs)
+        return (
+            unpack_rows(keys, packing.key_width, packing.dtype),
+            unpack_rows(values, packing.value_width, packing.dtype),
+        )
+
+
+class PackedLayer(_Packing, GrowingLayer):
+    """A layer that keeps every token."""
+
+
+class PackedWindowLayer(_Packing, DynamicSlidingWindowLayer):
+    """A layer that keeps the last tokens."""
+
+
+def pack_in_steps(cache: Any, limit: int) -> None:
+    """Swap the layers of ``cache`` for layers in 8 bits; what they hold already is packed.
+
+    Raises:
+        UsageError: the cache is not transformers' general one, or has layers of another kind.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise _refused(type(cache).__name__)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = functools.partial(PackedLayer, limit)
+    for i, layer in enumerate(cache.layers):
+        kind = type(layer)
+        if kind is PackedLayer:
+            continue
+        if kind is PackedWindowLayer:
+            setattr(layer, LIMIT, limit)
+        elif kind in (DynamicLayer, GrowingLayer):
+            cache.layers[i] = _filled(PackedLayer(limit), layer, limit)
+        elif kind is DynamicSlidingWindowLayer:
+            own = PackedWindowLayer(layer.sliding_window)
+            setattr(own, LIMIT, limit)
+            cache.layers[i] = _filled(own, layer, limit)
+        elif isinstance(layer, DynamicLayer):
+            raise _refused(kind.__name__)
+
+
+def _filled(own: Any, layer: Any, limit: int) -> Any:
+    """``own`` with the state of ``layer``."""
+    keys, values = layer.keys, layer.values
+    if not layer.is_initialized or not keys.numel():
+        return own
+    kept = {name: one for name, one in vars(layer).items() if not name.startswith("_conmoe")}
+    vars(own).update(kept)
+    own.packing = _packing_of(keys, values)
+    own.keys, own.values = pack_rows(keys), pack_rows(values)
+    if isinstance(own, GrowingLayer):
+        own.forget_buffers()
+        own.limit = limit
+    return own
+
+
+def _packing_of(keys: Tensor, values: Tensor) -> Packing:
+    if not keys.is_floating_point() or keys.dtype is torch.float64 or keys.dtype != values.dtype:
+        raise UsageError(
+            f"Keys in {keys.dtype} and values in {values.dtype} are not kept in 8 bits.",
+            "there are steps for bfloat16, float16 and float32",
+            "load with kv_precision='source'",
+        )
+    return Packing(keys.shape[-1], values.shape[-1], keys.dtype)
+
+
+def _refused(name: str) -> UsageError:
+    return UsageError(
+        f"A {name} does not hold keys and values in 8 bits.",
+        "the package was loaded with a key-value cache in 8 bits, and answers would not be the same",
+        "leave the cache to the model, or load with kv_precision='source'",
+    )

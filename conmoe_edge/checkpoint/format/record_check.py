@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import COLUMNS, RIGHT, SCALE
+from conmoe_edge.checkpoint.format.forms import COLUMNS, LOW_HEAD, RIGHT, SCALE
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
 _SIGN_OFF = np.int16(0x7FFF)
@@ -41,6 +41,11 @@ class RecordCheck:
             for name, part in parts.items()
             if name.endswith(SCALE) and part.dtype == "float8_e8m0fnu" and part.nbytes
         ]
+        self._pairs = [  # scales of ``low_bits.py``: a bf16 pair for each row, then bytes
+            (part, part.offset, LOW_HEAD * part.shape[1])
+            for name, part in parts.items()
+            if name.endswith(SCALE) and part.dtype == "uint8" and part.nbytes
+        ]
         self._columns: list[tuple[RecordPart, int]] = []
         for name, part in parts.items():
             right = parts.get(name.removesuffix(COLUMNS) + RIGHT)
@@ -49,9 +54,13 @@ class RecordCheck:
 
     def wrong(self, record: Tensor) -> str:
         """What is wrong with a record uint8 [record bytes] on the host; empty where nothing is."""
-        if not self._scales and not self._exponents and not self._columns:
+        if not (self._scales or self._exponents or self._pairs or self._columns):
             return ""
         raw = record.numpy()
+        for part, start, length in self._pairs:
+            values = raw[start : start + length].view(np.int16)
+            if int((values & _SIGN_OFF).max()) >= _INFINITE["bfloat16"]:
+                return f"{part.name} holds NaN or infinity"
         for part in self._scales:
             values = raw[part.offset : part.offset + part.nbytes].view(np.int16)
             if int((values & _SIGN_OFF).max()) >= _INFINITE[part.dtype]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from conmoe_edge.errors import DoesNotFit, UnsupportedModel, UsageError
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.kept import kept_by
 from conmoe_edge.plan.plan import Plan
 
 KV_PRECISIONS = ("source", "int8")
@@ -80,11 +81,4 @@ def chosen_kv(anatomy: ModelAnatomy, plan_in: Callable[[str], Plan]) -> Plan:
     if plain.unchanged:
         return plain
     packed = plan_in("int8")
-    return packed if _worth(packed) > _worth(plain) else plain
-
-
-def _worth(plan: Plan) -> tuple[float, ...]:
-    """What a plan keeps; of two the greater is the milder."""
-    chosen = plan.chosen
-    kept = float(plan.unchanged), -chosen.rate, chosen.pool_bytes, chosen.wide_prototypes
-    return (*kept, chosen.resident_share)
+    return packed if kept_by(packed) > kept_by(plain) else plain

@@ -76,7 +76,7 @@ class PlanRequest:
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).
         dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
-            among them, in 8, 6 or 4 bits; norms and routers keep their numbers.
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers. ``auto`` is the plan's to choose.
         kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
             plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
@@ -157,10 +157,10 @@ class PlanRequest:
             )
         if self.free:
             self._check_free()
-        if self.dense_precision not in DENSE_PRECISIONS:
+        if self.dense_precision not in ("auto", *DENSE_PRECISIONS):
             raise UsageError(
                 f"{self.dense_precision!r} is not a precision for the dense part.",
-                f"there are {', '.join(DENSE_PRECISIONS)}",
+                f"there are auto, {', '.join(DENSE_PRECISIONS)}",
                 "--dense-precision int8",
             )
         check_kv_precision(None if self.kv_precision == "auto" else self.kv_precision)
@@ -266,3 +266,17 @@ class PlanRequest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the same for requests that mean the same number of calibration tokens."""
         return {**asdict(self), "calibration_tokens": self.tokens}
+
+
+def check_positions(context: int, longest: int, model: str) -> None:
+    """Refuse a context that ``model`` (its name, for the message) has no positions for.
+
+    Raises:
+        UsageError: names the longest one.
+    """
+    if context > longest:
+        raise UsageError(
+            f"--context {context} is longer than {model} can read.",
+            f"its longest context is {longest} tokens",
+            f"--context {longest}",
+        )

@@ -43,7 +43,7 @@ _FORCED: Mapping[str, Mapping[str, Any]] = {
 _FREE: Mapping[str, tuple[Any, ...]] = {
     "scope": ("auto",),
     "precision": ("auto", "bf16"),
-    "dense_precision": (),
+    "dense_precision": ("auto",),
     "kv_precision": ("auto",),
     "min_resident": (None,),
     "widths": ("free",),

@@ -1,4 +1,4 @@
-"""The dense term with linear layers in int8, and where it leads."""
+"""The dense term with matrices in fewer bits, where it leads, and when it is chosen unasked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
-from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, expert_bits, stored
+from conmoe_edge.plan.kept import kept_by
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
@@ -37,6 +38,55 @@ def test_int8_bytes_by_hand(with_matrices) -> None:
     assert small.experts_bytes == with_matrices.experts_bytes
     assert stored(with_matrices, "source") is with_matrices
     assert stored(small, "int8") is small
+
+
+def test_few_bits_by_hand(with_matrices) -> None:
+    """Six and four bits, a byte for 32 columns and four for a row; what suits no tile is in 8 bits."""
+
+    def per_row(bits: int) -> int:
+        return 2048 * bits // 8 + 2048 // 32 + 4
+
+    odd = DenseMatrix(None, 2048, 64, 2 * 2048 * 64, in_rows=True)
+    anatomy = replace(with_matrices, dense_matrices=(*with_matrices.dense_matrices, odd))
+    for precision, bits in (("q6", 6), ("q4", 4)):
+        found = stored(anatomy, precision)
+        saved = (64 * 2048 + 50304) * (2 * 2048 - per_row(bits)) + 2048 * (64 - 2)
+        assert found.dense_bytes == anatomy.dense_bytes - saved
+    with pytest.raises(ValueError, match="already"):
+        stored(stored(anatomy, "q6"), "q4")
+
+
+def test_the_plan_takes_the_mildest_that_is_worth_it(with_matrices) -> None:
+    """From everything as it is, over 8 bits, to fewer where the experts would be left with less than 4 and 3 bits."""
+    found = {}
+    for size in (64, 9, 6, 5, 4, 3):
+        budget = Budget("cpu", size * 10**9, f"{size}GB", "test")
+        plan = make_plan(with_matrices, budget, PlanRequest(dense_precision="auto"))
+        given = [
+            make_plan(with_matrices, budget, PlanRequest(dense_precision=one))
+            for one in DENSE_PRECISIONS
+        ]
+        assert plan in given
+        assert kept_by(plan) >= kept_by(given[0])
+        if plan.dense_precision != "source":
+            assert kept_by(plan) > kept_by(given[0])
+        bits = expert_bits(with_matrices, given[1])
+        if plan.dense_precision in ("q6", "q4"):
+            assert bits < 4
+        found[size] = plan.dense_precision
+    assert make_plan(with_matrices, Budget("cpu", 64 * 10**9, "64GB", "test")).unchanged
+    assert found[64] == "source" and "int8" in found.values() and "q4" in found.values()
+
+
+def test_where_nothing_fits_the_narrowest_is_what_is_told(with_matrices) -> None:
+    asked = PlanRequest(dense_precision="auto")
+    with pytest.raises(DoesNotFit) as told:
+        make_plan(with_matrices, Budget("cpu", 10**8, "100MB", "test"), asked)
+    (size,) = re.findall(r"--gpu (\S+)", told.value.fix)
+    least = parse_size(size)
+    assert least is not None
+    plan = make_plan(with_matrices, Budget("cpu", least, size, "test"), asked)
+    assert plan.dense_precision == "q4"
 
 
 def test_plan_shows_and_counts_it(with_matrices) -> None:

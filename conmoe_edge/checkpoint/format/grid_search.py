@@ -56,7 +56,7 @@ def best_line(
         centre = first + low
         found = snap(slope, mean - slope * centre)
         step, off = found[0], found[1] - mean
-        inverse = torch.where(step > 0, 1.0 / step, 0.0)
+        inverse = torch.where(step != 0, 1.0 / step, 0.0)
         base = off + low * step
         # ``numbers`` are squares by now and not needed any more.
         torch.addcmul(-base * inverse, apart, inverse, out=numbers).round_().clamp_(0, top)

@@ -134,6 +134,8 @@ class Matrix:
         scales = self.scales[rows] if self.kind == "int8" else self.scales[:, rows]
         if self.kind in LOW_BITS:
             scales = low_bits.rows_of(self.scales, rows)
+        elif self.kind == "grid4":
+            scales = grids.rows_of(self.scales, rows, self.rows)
         return replace(part, scales=scales)
 
     def look_up(self, rows: Tensor) -> Tensor:
@@ -234,11 +236,9 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def row_scales(rows: Tensor) -> Tensor:
-    """The scales of int8 for ``rows`` fp32 [..., r, K]: bf16 [..., r], rounded up, so that the largest number of a row
-    is never clipped.
-    """
-    return _up_to_bf16(rows.abs().amax(-1) / 127)
+def row_scales(weight: Tensor) -> Tensor:
+    """bf16 [..., R] for weights fp32 [..., R, K]; rounded up, so that the largest number of a row is never clipped."""
+    return _up_to_bf16(weight.abs().amax(-1) / 127)
 
 
 def int8_matrix(numbers: Tensor, scales: Tensor) -> Matrix:

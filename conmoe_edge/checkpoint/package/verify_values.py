@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format import low_bits
+from conmoe_edge.checkpoint.format.forms import LOW_BITS
 from conmoe_edge.checkpoint.format.manifest import (
     CONSTANTS_FILE,
     PREDICTOR_FILE,
@@ -25,6 +27,7 @@ from conmoe_edge.checkpoint.format.manifest import (
 from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import view
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
+from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, quantised_forms
 from conmoe_edge.checkpoint.package.record_headers import record_index, record_name
 from conmoe_edge.checkpoint.package.slot_constants import read_constants
 from conmoe_edge.checkpoint.package.small_tensors import AGAIN, damaged, header_of, read_values
@@ -43,8 +46,11 @@ def verify_values(folder: Path, manifest: Manifest) -> None:
     """
     try:
         with ShardReader(CheckpointIndex.open(folder)) as reader:
+            forms = quantised_forms(reader.index.tensors)
+            packed = {name + DENSE_SCALE for name, kind in forms.items() if kind in LOW_BITS}
             for name in reader:
-                if is_broken(reader[name][...]):
+                tensor = reader[name][...]
+                if is_broken(low_bits.units(tensor) if name in packed else tensor):
                     file = reader.index.tensors[name].file
                     raise damaged(folder / file, f"{name} {NOT_NUMBERS}")
     except CheckpointError as error:

@@ -281,11 +281,11 @@ _LEVERS = (
     ),
     click.option(
         "--dense-precision",
-        type=click.Choice(DENSE_PRECISIONS),
+        type=click.Choice(["auto", *DENSE_PRECISIONS]),
         default="source",
         show_default=True,
-        help="Number format of attention, shared experts and head; source keeps the checkpoint's "
-        "own.",
+        help="Number format of attention, shared experts, embeddings and head: 8, 6 or 4 bits; source "
+        "keeps the checkpoint's own, auto lets the plan choose.",
     ),
     click.option(
         "--kv-precision",

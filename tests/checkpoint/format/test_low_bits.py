@@ -16,6 +16,7 @@ from conmoe_edge.checkpoint.format.forms import (
 )
 from conmoe_edge.checkpoint.format.layout import expert_width, make_layout
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
+from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 
 KINDS: tuple[Kind, ...] = ("q6", "q4", "q3", "q2")
@@ -148,6 +149,16 @@ def test_a_record(kind: Kind) -> None:
     back = decode(view(layout, record), torch.float32, transposed=False)
     for name, weight in weights.items():
         assert torch.equal(back[name], quantise(weight, kind).dequantise())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_with_a_scale_that_is_no_number_is_found(kind: Kind) -> None:
+    layout = make_layout(quantised_parts("down_proj", 96, 64, kind), kind)
+    record = pack(layout, encode(layout, {"down_proj": drawn(96, 64)}, transposed=False))
+    check = RecordCheck(layout)
+    assert not check.wrong(record)
+    view(layout, record)["down_proj.scale"].flatten()[190:192] = torch.tensor([0xC0, 0x7F])
+    assert check.wrong(record) == "down_proj.scale holds NaN or infinity"
 
 
 @pytest.mark.parametrize("kind", KINDS)

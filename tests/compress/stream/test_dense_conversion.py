@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,59 @@ def test_a_fit_in_int8(fitted: Path) -> None:
     model = load_package(fitted / "out", device="cpu", slots=(3,))
     ids = torch.arange(5, 25)[None]
     assert bool(torch.isfinite(model(ids).logits).all())
+
+
+WIDE = {
+    **{"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32},
+    **{"intermediate_size": 64, "shared_expert_intermediate_size": 64, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fit_in_four_bits(tied: bool, tmp_path: Path) -> None:
+    """Bytes planned are bytes written, twice the same, and what runs is what was rounded."""
+    model = tmp_path / "model"
+    save_tiny("qwen2_moe", model, dtype=torch.bfloat16, tie_word_embeddings=tied, **WIDE)
+    save_tokenizer(model)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefg hijklmn opqr " * 60)
+
+    def fit(out: Path, **levers: Any) -> dict[str, Any]:
+        settings = {"rate": 0.0, "calibration": text, "calibration_tokens": 256, **levers}
+        api.fit(str(model), out, budget="2GB", device="cpu", dense_precision="q4", **settings)
+        return {
+            name: facts["sha256"]
+            for name, facts in load_manifest(out).files.items()
+            if name.endswith(".safetensors")
+        }
+
+    found = fit(tmp_path / "out")
+    assert found == fit(tmp_path / "again")
+    assert "dense-layer-00001.safetensors" in found
+    assert ("dense-head.safetensors" in found) != tied
+    manifest, package = (
+        load_manifest(tmp_path / "out"),
+        CheckpointIndex.open(tmp_path / "out"),
+    )
+    planned = {term["name"]: term for term in manifest.plan["terms"]}["Dense weights"]
+    assert manifest.dense_precision == "q4"
+    assert sum(entry.nbytes for entry in package.tensors.values()) == planned["nbytes"]
+    forms = quantised_forms(package.tensors)
+    shared = "model.layers.0.mlp.shared_expert.gate_proj.weight"
+    assert forms["model.embed_tokens.weight"] == forms[shared] == "q4"
+    assert 0 < manifest.receipt["kl"] < 1
+    loaded: Any = load_package(tmp_path / "out", device="cpu", slots=(99,))
+    ids = torch.arange(5, 45)[None]
+    with ShardReader(package) as reader, torch.no_grad():
+        again = Dequantised(reader)
+        wide = again["model.embed_tokens.weight"][...]
+        torch.testing.assert_close(loaded.get_input_embeddings()(ids)[0], wide[ids[0]].bfloat16())
+        x = torch.randn(40, 64).bfloat16()
+        head = wide if tied else again["lm_head.weight"][...]
+        torch.testing.assert_close(
+            loaded.lm_head(x).float(), x.float() @ head.T, rtol=0.03, atol=0.03
+        )
+    assert bool(torch.isfinite(loaded(ids).logits).all())
 
 
 def test_the_receipt_sees_the_head_that_runs(fitted: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
 from conmoe_edge.offload.compute import fused_linear as dense
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
@@ -32,17 +33,20 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
-def test_int8_is_the_dequantised_product(native, machine, rows, dtype, bias, monkeypatch) -> None:
+@pytest.mark.parametrize(("kind", "height"), [("int8", 96), ("q6", 192), ("q4", 192)])
+def test_fewer_bits_are_the_dequantised_product(
+    native, machine, rows, dtype, bias, kind, height, monkeypatch
+) -> None:
     monkeypatch.setattr(dense, "DENSE_BLOCK_BYTES", 37 * 4 * 64)  # blocks that do not divide
-    matrix = quantise(random(96, 64), "int8")
+    matrix = quantise(random(height, 64), kind)
     ways = products(machine, native)
     x = random(rows, 64, dtype=dtype, seed=1)
-    offset = random(96, dtype=dtype, seed=2) if bias else None
+    offset = random(height, dtype=dtype, seed=2) if bias else None
     y = ways.apply(matrix, ways.prepare(matrix), x, offset)
     rounds = native and rows < MANY_ROWS
     right = product(matrix, x) if rounds else x.double() @ matrix.dequantise(torch.float64).T
     right = right if offset is None else right + offset.double()
-    assert y.dtype == dtype and y.shape == (rows, 96)
+    assert y.dtype == dtype and y.shape == (rows, height)
     torch.testing.assert_close(
         y.double(), right, **({"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else LOOSE)
     )
@@ -66,6 +70,28 @@ def test_bf16_is_no_worse_than_transformers_own(native, machine, rows, monkeypat
     assert y.dtype == torch.bfloat16
     assert (y - right).abs().max() <= 1.05 * (own - right).abs().max() + 0.02
     torch.testing.assert_close(y.double(), right, **LOOSE)
+
+
+@pytest.mark.parametrize("kind", ["int8", "q6", "q4"])
+def test_rows_that_are_looked_up_are_those_of_the_whole(kind: Kind) -> None:
+    matrix = quantise(random(192, 96, dtype=torch.float32), kind)
+    rows = torch.tensor([0, 191, 63, 64, 5, 5, 130])
+    assert torch.equal(matrix.look_up(rows), matrix.dequantise()[rows])
+    assert matrix.look_up(rows[:0]).shape == (0, 96)
+    for wrong in (-1, 192):
+        with pytest.raises(IndexError):
+            matrix.look_up(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4", "q6", "q4"])
+def test_a_run_of_rows_is_a_matrix(kind: Kind) -> None:
+    matrix = quantise(random(192, 96, dtype=torch.float32), kind)
+    part = matrix.part(slice(64, 192))
+    assert torch.equal(part.dequantise(), matrix.dequantise()[64:])
+    if kind != "int8":
+        for start, stop in ((32, 96), (64, 96)):
+            with pytest.raises(ValueError, match="no whole tiles"):
+                matrix.part(slice(start, stop))
 
 
 def test_fewer_rows_are_the_same_bits() -> None:
@@ -92,7 +118,7 @@ def test_layer_follows_its_weights_when_they_move(monkeypatch) -> None:
     shared = nn.Linear(64, 96, bias=False).bfloat16()
     shared.weight = plain[1].weight
     ways = products(OLD, native=True)
-    layers = [FusedLinear(one, ways, int8=False) for one in (*plain, shared)]
+    layers = [FusedLinear(one, ways) for one in (*plain, shared)]
     x = random(2, 3, 64, seed=1)
     before = [layer(x) for layer in layers]
     held = [layer.weight.data_ptr() for layer in layers]
@@ -108,7 +134,7 @@ def test_layer_follows_its_weights_when_they_move(monkeypatch) -> None:
 
 
 def test_small_weights_get_memory_of_their_own() -> None:
-    layer = FusedLinear(nn.Linear(64, 96).bfloat16(), products(OLD, native=False), int8=False)
+    layer = FusedLinear(nn.Linear(64, 96).bfloat16(), products(OLD, native=False))
     x = random(2, 64)
     before, held = layer(x.bfloat16()), layer.weight.data_ptr()
     assert into_one_place([layer.weight]) == 0

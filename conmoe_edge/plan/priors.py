@@ -12,9 +12,12 @@ from itertools import pairwise
 
 DEMO = (
     (1.75, 0.0398),
-    (2.06, 0.0240),
+    (2.06, 0.0187),
+    (2.31, 0.0131),
     (2.56, 0.0114),
+    (3.06, 0.0054),
     (3.44, 0.0040),
+    (4.50, 0.0016),
 )
 """Bits a weight of the routed experts, and the mean KL divergence in nats from the original on held-out text."""
 

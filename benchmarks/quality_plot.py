@@ -8,7 +8,7 @@ lowest and the highest seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 from xml.sax.saxutils import escape
 
@@ -29,6 +29,10 @@ COLOURS = (
     ("#57606a", "#9198a1"),
     ("#9a6700", "#d29922"),
 )
+SUBTITLE = (
+    "rise of the held-out loss, nats a token (log); whiskers: lowest and highest calibration seed"
+)
+X_LABEL = "MB of prototypes"
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 _DROPPED = "+drop"
 
@@ -37,7 +41,7 @@ def plot(cells: Sequence[Cell], title: str) -> str:
     """The SVG's text."""
     lines = _lines([cell for cell in cells if cell.rise > 0])
     if not lines:
-        return _frame(title, [], len(COLOURS))
+        return frame(title, SUBTITLE, X_LABEL, [])
     every = [point for points in lines.values() for point in points]
     low_x, high_x = min(p[0] for p in every), max(p[0] for p in every)
     room_x = (high_x - low_x) * 0.04 or 1.0
@@ -51,7 +55,7 @@ def plot(cells: Sequence[Cell], title: str) -> str:
     def y(rise: float) -> float:
         return TOP + (high - math.log10(rise)) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM)
 
-    parts = _axes(low, high, low_x, high_x, x, y)
+    parts = axes(low, high, low_x, high_x, x, y)
     ends = []
     others = [name for name in lines if name != OWN]
     for name in (*others, *(n for n in lines if n == OWN)):
@@ -71,7 +75,7 @@ def plot(cells: Sequence[Cell], title: str) -> str:
                 )
             parts.append(f'<circle class="dot {kind}" cx="{at:.1f}" cy="{y(rise):.1f}" r="3.5"/>')
         ends.append((y(points[0][1]), x(points[0][0]), kind, name))
-    return _frame(title, [*parts, *_names(ends)], len(COLOURS))
+    return frame(title, SUBTITLE, X_LABEL, [*parts, *_names(ends)])
 
 
 def _lines(cells: Sequence[Cell]) -> dict[str, list[tuple[float, float, float, float]]]:
@@ -109,7 +113,15 @@ def _best_scope(cells: Sequence[Cell], method: str) -> int:
     return min(rises, key=lambda scope: (mean(rises[scope]), scope))
 
 
-def _axes(low: float, high: float, low_x: float, high_x: float, x, y) -> list[str]:
+def axes(
+    low: float,
+    high: float,
+    low_x: float,
+    high_x: float,
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+) -> list[str]:
+    """Rails and figures: y logarithmic from 10**low to 10**high, x linear; ``x``, ``y`` give places in the picture."""
     parts = []
     for power in range(math.floor(low), math.ceil(high) + 1):
         for factor in (1, 2, 5):
@@ -162,10 +174,14 @@ def _names(ends: Sequence[tuple[float, float, str, str]]) -> list[str]:
     return parts
 
 
-def _frame(title: str, parts: Sequence[str], colours: int) -> str:
+def frame(
+    title: str, subtitle: str, x_label: str, parts: Sequence[str], left: float = LEFT + NAMES
+) -> str:
+    """The whole picture around ``parts``; ``left`` is where the x axis begins."""
+
     def rules(side: int) -> str:
         own = ("#1a7f37", "#3fb950")[side]
-        pairs = [("own", own), *((f"c{i}", COLOURS[i][side]) for i in range(colours))]
+        pairs = [("own", own), *((f"c{i}", COLOURS[i][side]) for i in range(len(COLOURS)))]
         return " ".join(f".{kind} {{ --c: {colour} }}" for kind, colour in pairs)
 
     style = f"""
@@ -181,7 +197,7 @@ def _frame(title: str, parts: Sequence[str], colours: int) -> str:
     {rules(1)}
   }}
 """
-    middle = LEFT + NAMES + (WIDTH - LEFT - NAMES - RIGHT) / 2
+    middle = left + (WIDTH - left - RIGHT) / 2
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
@@ -189,11 +205,10 @@ def _frame(title: str, parts: Sequence[str], colours: int) -> str:
             f"<style>{style}</style>",
             f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
             f'<text class="text" x="24" y="30" font-size="17" font-weight="600">{escape(title)}</text>',
-            '<text class="soft" x="24" y="48">rise of the held-out loss, nats a token (log); '
-            "whiskers: lowest and highest calibration seed</text>",
+            f'<text class="soft" x="24" y="48">{escape(subtitle)}</text>',
             *parts,
             f'<text class="soft" x="{middle:.0f}" y="{HEIGHT - 14}" text-anchor="middle">'
-            "MB of prototypes</text>",
+            f"{escape(x_label)}</text>",
             "</svg>",
             "",
         ]

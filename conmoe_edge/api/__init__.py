@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from conmoe_edge.api.evaluating import evaluate
     from conmoe_edge.api.exporting import export
     from conmoe_edge.api.fitting import FitReport, fit
+    from conmoe_edge.api.fitting_loss import fit_within_loss
     from conmoe_edge.api.listing import models
     from conmoe_edge.api.planning import PlanReport, plan
     from conmoe_edge.api.publishing import pull, push
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "fit",
+    "fit_within_loss",
     "load",
     "models",
     "plan",
@@ -44,6 +46,7 @@ _PLACES = {
     "evaluate_tasks": "running",
     "export": "exporting",
     "fit": "fitting",
+    "fit_within_loss": "fitting_loss",
     "load": "running",
     "models": "listing",
     "plan": "planning",

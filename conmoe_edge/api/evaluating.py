@@ -105,15 +105,16 @@ def evaluate(
         device=where,
         free_memory=free,
     )
-    total, domains, continued, cost, seconds = measured(
+    figures, continued, cost, seconds = measured(
         one, other, words, settings, on_cost=on_cost, progress=tell
     )
     sizes = [_experts_bytes(folder) for folder in (one, other) if folder is not None]
     return EvaluationReport(
         model=described(one, sizes[0]),
         reference=None if other is None else described(other, sizes[1], is_origin),
-        quality=total,
-        per_domain=domains,
+        quality=figures.quality,
+        per_domain=figures.per_domain,
+        exact_match=figures.exact_match,
         continuations=continued,
         settings={
             "text": "bundled" if text is None else str(text),

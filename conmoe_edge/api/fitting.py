@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -25,6 +25,7 @@ from conmoe_edge.checkpoint.package.manifest_io import save_manifest, verify_pac
 from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.sources.locate import find, locate
 from conmoe_edge.checkpoint.sources.origin import differs
+from conmoe_edge.compress.quality.division import Division, division_of
 from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.outcomes import Outcome, remember
@@ -36,6 +37,7 @@ from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.run.job import OnProgress
+    from conmoe_edge.model.anatomy import ModelAnatomy
     from conmoe_edge.model.opened import OpenedModel
 
 PLAN_FILE = "plan.json"
@@ -48,7 +50,8 @@ NO_TOKENIZER = (
 @dataclass(frozen=True, slots=True)
 class FitReport:
     """What a fit did. ``seconds`` by part, earlier runs of the same fit included; ``resumed_from``
-    layers were there; ``notes`` are the method's, such as a fallback that was taken.
+    layers were there; ``notes`` are the method's, such as a fallback that was taken; ``division`` says how many
+    prototypes have which bits and how many neurons, empty where the model is linked as it is.
     """
 
     out: Path
@@ -58,6 +61,7 @@ class FitReport:
     resumed_from: int = 0
     bytes_written: int = 0
     notes: tuple[str, ...] = ()
+    division: tuple[Division, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -69,6 +73,7 @@ class FitReport:
             "resumed_from": self.resumed_from,
             "bytes_written": self.bytes_written,
             "notes": list(self.notes),
+            "division": [asdict(one) for one in self.division],
         }
 
 
@@ -122,6 +127,7 @@ def fit(
     from conmoe_edge.compress.run.job import Job, Progress
     from conmoe_edge.compress.stream.calibration_text import bundled_text, read_text, token_sets
     from conmoe_edge.compress.stream.layer_stream import compute_dtype
+    from conmoe_edge.compress.stream.match_places import MatchPlaces
     from conmoe_edge.model.opened import open_model
     from conmoe_edge.offload.simulate.machine_file import save_machine_file
     from conmoe_edge.offload.simulate.planned_caching import planned_caching, planned_prefetch
@@ -189,7 +195,10 @@ def fit(
         decided = report.plan.without_measurements()
         if keep_source:
             source = _downloaded(source)
-        job = Job(source, asked.request, decided, train, held_out, target, __version__, passes)
+        places = MatchPlaces(held_out, tokenizer)
+        job = Job(
+            source, asked.request, decided, train, held_out, target, __version__, passes, places
+        )
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):
@@ -223,7 +232,13 @@ def fit(
             run.state.resumed_from,
             written,
             manifest.notes,
+            _division(manifest, anatomy),
         )
+
+
+def _division(manifest: Manifest, anatomy: ModelAnatomy) -> tuple[Division, ...]:
+    transposed = any(one.experts.transposed for one in anatomy.moe_layers if one.experts)
+    return division_of(manifest, transposed=transposed)
 
 
 def _downloaded(
@@ -358,5 +373,6 @@ def _remember(model: str, plan: Plan, manifest: Manifest, calibration: str) -> N
             tokens=receipt["tokens"],
             calibration=calibration,
             version=__version__,
+            bits=chosen.bits,
         )
     )

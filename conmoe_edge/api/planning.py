@@ -20,6 +20,7 @@ from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.fetching import Fetching, fetching_of
+from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import Levers, PlanRequest
@@ -121,8 +122,8 @@ def plan(
         keep_source, passes: as of ``fit``; they decide what is fetched.
         keep_vision: as of ``fit``.
         levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
-            ``scope``, ``precision``, ``dense_precision``, ``kv_precision``, ``prefer``, ``min_resident``, ``method``,
-            ``widths``, ``calibration_tokens``. They win over those of ``request``.
+            ``scope``, ``precision``, ``bits``, ``dense_precision``, ``kv_precision``, ``prefer``, ``min_resident``,
+            ``method``, ``widths``, ``calibration_tokens``. They win over those of ``request``.
 
     Raises:
         DoesNotFit: nothing meets the budget; says the smallest one that works.
@@ -204,7 +205,8 @@ def resolve_request(request: PlanRequest | None, levers: Levers) -> Resolved:
     request = replace(request or PlanRequest(), **levers)
     if request.engine is not None:
         request = request_for(request.engine, request)
-    asked = asked_method(request.method, request.scope, request.precision)
+    precision = FREE if request.free else request.precision
+    asked = asked_method(request.method, request.scope, precision)
     named = replace(request, method=asked.method.name, precision=asked.precision)
     return Resolved(named, asked.method, asked.note)
 

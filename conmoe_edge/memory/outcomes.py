@@ -28,7 +28,8 @@ _MOST_ENTRIES = 500
 class Outcome:
     """One setting of one model, and what it cost.
 
-    ``model`` is the source's fingerprint; ``pool_bytes`` all records; ``loss_rise`` nats a token on
+    ``model`` is the source's fingerprint; ``pool_bytes`` all records; ``bits`` a weight, where each prototype has those
+    that it is worth, else 0; ``loss_rise`` nats a token on
     ``tokens`` held-out tokens of the text with the hash ``calibration``, ``kl`` against the original.
     """
 
@@ -45,6 +46,7 @@ class Outcome:
     tokens: int
     calibration: str
     version: str
+    bits: float = 0.0
 
     @property
     def setting(self) -> tuple[object, ...]:
@@ -52,6 +54,7 @@ class Outcome:
         return (
             *(self.model, self.method, self.rate, self.scope, self.precision),
             *(self.dense_precision, self.wide_prototypes, self.calibration),
+            round(self.bits, 2),
         )
 
 
@@ -86,8 +89,10 @@ def _entries() -> list[Outcome]:
 
 def _entry(value: Any) -> Outcome | None:
     """One entry if it is whole and its numbers are numbers, else ``None``."""
-    if not isinstance(value, Mapping) or set(value) != {one.name for one in fields(Outcome)}:
+    names = {one.name for one in fields(Outcome)}
+    if not isinstance(value, Mapping) or not names - {"bits"} <= set(value) <= names:
         return None
+    value = {"bits": 0.0, **value}  # an entry of a version that had none
     kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
     for one in fields(Outcome):
         item = value[one.name]

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.checkpoint.fs.contained import is_there, read_inside
-from conmoe_edge.checkpoint.tensors.folder_check import check_folder
+from conmoe_edge.checkpoint.tensors.folder_check import TEMPLATES_FOLDER, check_folder
 from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE
 from conmoe_edge.errors import CalibrationError, CheckpointError
 from conmoe_edge.model.config_json import believed, read_object, read_settings
@@ -41,7 +41,6 @@ _JSON = (
     "tekken.json",
 )
 _OTHERS = ("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja")
-_TEMPLATES = "additional_chat_templates"
 _MOST_BYTES = 128 << 20
 _MOST_TEMPLATES = 64
 
@@ -204,12 +203,12 @@ def _copy(folder: Path, private: Path) -> None:
             (private / name).write_text(json.dumps(settings), encoding="utf-8")
         elif name in _JSON or any(fnmatchcase(name, pattern) for pattern in _OTHERS):
             (private / name).write_bytes(read_inside(folder, name, _MOST_BYTES))
-    templates = folder / _TEMPLATES
+    templates = folder / TEMPLATES_FOLDER
     if templates.is_dir() and not templates.is_symlink():
-        (private / _TEMPLATES).mkdir()
+        (private / TEMPLATES_FOLDER).mkdir()
         for path in sorted(templates.glob("*.jinja"))[:_MOST_TEMPLATES]:
             data = read_inside(templates, path.name, _MOST_BYTES)
-            (private / _TEMPLATES / path.name).write_bytes(data)
+            (private / TEMPLATES_FOLDER / path.name).write_bytes(data)
 
 
 def _cleaned(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,23 @@ from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import percent
 from conmoe_edge.units import human_size
 
+_SAME_BITS = 0.02
+
 
 def measured(
     candidate: Candidate, dense_precision: str, outcomes: Sequence[Outcome], method: str
 ) -> Outcome | None:
-    """The newest outcome of a candidate's setting; at rate 0 all methods are the same."""
+    """The newest outcome of a candidate's setting; at rate 0 all methods are the same, and so are bits that hardly
+    differ.
+    """
     for one in reversed(outcomes):
+        if candidate.bits and one.bits:
+            if (
+                abs(one.bits - candidate.bits) < _SAME_BITS
+                and one.dense_precision == dense_precision
+            ):
+                return one
+            continue
         same = (one.precision, one.rate, one.scope if one.rate else candidate.scope)
         wanted = (candidate.precision, candidate.rate, candidate.scope)
         if (
@@ -28,6 +39,7 @@ def measured(
             and one.dense_precision == dense_precision
             and one.wide_prototypes == candidate.wide_prototypes
             and (one.method == method or one.rate == 0.0)
+            and not (candidate.bits or one.bits)
         ):
             return one
     return None
@@ -85,7 +97,9 @@ def advise(plan: Plan, outcomes: Sequence[Outcome], method: str) -> str:
 
 
 def setting(one: Outcome) -> str:
-    """``int4``, ``25 % auto int4``."""
+    """``int4``, ``25 % auto int4``, ``2.60 bits``."""
+    if one.bits:
+        return f"{one.bits:.2f} bits"
     return one.precision if one.rate == 0.0 else f"{percent(one.rate)} {one.method} {one.precision}"
 
 
@@ -96,6 +110,8 @@ def cost(one: Outcome) -> str:
 
 def flags(one: Outcome) -> str:
     """What to type for it."""
+    if one.bits:
+        return f"--bits {one.bits:.2f}"
     parts = [f"--precision {one.precision}", f"--rate {one.rate:g}"]
     if one.rate:
         parts.append(f"--method {one.method}")

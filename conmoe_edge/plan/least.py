@@ -114,4 +114,5 @@ def _placed(needs: Needs, candidate: Candidate, device_bytes: int) -> Placement:
         prototypes=candidate.prototypes,
         record_bytes=candidate.record_bytes,
         pool_bytes=candidate.pool_bytes,
+        slot_bytes=-(-candidate.pool_bytes // candidate.prototypes) if candidate.bits else None,
     )

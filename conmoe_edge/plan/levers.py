@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conmoe_edge.checkpoint.format.forms import (
+    DOWN,
     Kind,
     Part,
     best_kind,
@@ -25,6 +26,12 @@ RATE_GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 # the speed.
 AUTO_RATE_LIMIT = 0.5
 
+FREE = "free"
+"""Bits and neurons of every prototype as they are worth most, in bytes that are given as bits a weight."""
+
+FREE_KINDS = ("int8", "q4", "q3-q4", "q3", "q2-q3", "q2")
+"""What a prototype may be stored in then, the widest first. ``A-B``: gate and up in A, down in B."""
+
 LOW_RANK = "lowrank"
 """Matrices as low rank and a few columns, in the checkpoint's own numbers: what ``mc-smoe`` writes, and only that."""
 
@@ -34,7 +41,8 @@ class Precision:
     """How the numbers of the prototypes are stored, mildest first in ``PRECISIONS``.
 
     ``kinds`` are the record layouts of a package in this precision: one, or two where the
-    prototypes that lose most by the second are stored in the first (mixed precision).
+    prototypes that lose most by the second are stored in the first (mixed precision), or those of
+    ``FREE_KINDS``, of which each prototype gets what it is worth.
     """
 
     name: str
@@ -42,16 +50,24 @@ class Precision:
 
     @property
     def mixed(self) -> bool:
-        """Whether there are records of two kinds."""
+        """Whether there are records of two kinds, and the plan says how many of each."""
         return len(self.kinds) == 2
+
+    @property
+    def free(self) -> bool:
+        """Whether only bytes are given, and each prototype gets the bits that it is worth in them."""
+        return self.name == FREE
 
 
 PRECISIONS = {
-    name: Precision(name, tuple(name.split("+")))
-    for name in (
-        *("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4"),
-        *("q4", "q3", "q2", LOW_RANK),
-    )
+    **{
+        name: Precision(name, tuple(name.split("+")))
+        for name in (
+            *("source", "mxfp4", "bf16", "bf16+int8", "int8", "int8+int4", "int4"),
+            *("q4", "q3", "q2", LOW_RANK),
+        )
+    },
+    FREE: Precision(FREE, FREE_KINDS),
 }
 _QUANTISED: dict[str, Kind] = {kind: kind for kind in ("int8", "int4", "mxfp4", "q4", "q3", "q2")}
 _UNASKED = ("bf16", "int8", "int8+int4", "int4")
@@ -113,8 +129,8 @@ def published_in(anatomy: ModelAnatomy) -> str | None:
 
 
 def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
-    """The tensors of a record of one ``kind`` (a precision that is not mixed) in order: name, shape,
-    number format.
+    """The tensors of a record of one ``kind`` (a precision that is not mixed, or one of ``FREE_KINDS``) in order:
+    name, shape, number format.
 
     A quantised or factored projection is [out, in] also where the module keeps it transposed, and
     has its scales or other parts behind it; a projection whose shape int4 cannot take is int8. In int4 one that is
@@ -126,18 +142,25 @@ def record_parts(experts: ExpertsAnatomy, kind: str) -> tuple[Part, ...]:
         rows, columns = 0, 0
         if len(part.shape) == 2:
             rows, columns = reversed(part.shape) if experts.transposed else part.shape
+        own = _kind_of(kind, part.name)
         if kind == "int4" and part.grid is not None and part.grid.takes(rows, columns):
             parts += quantised_parts(part.name, rows, columns, "grid4", part.grid)
         elif kind == LOW_RANK and columns:
             parts += factored_parts(part.name, rows, columns, part.dtype)
-        elif kind in _QUANTISED and columns:
+        elif own in _QUANTISED and columns:
             parts += quantised_parts(
-                part.name, rows, columns, best_kind(rows, columns, _QUANTISED[kind])
+                part.name, rows, columns, best_kind(rows, columns, _QUANTISED[own])
             )
         else:
             dtype = "bfloat16" if kind == "bf16" else part.dtype
             parts.append((part.name, part.shape, dtype))
     return tuple(parts)
+
+
+def _kind_of(kind: str, name: str) -> str:
+    """What a projection is stored in, in records of a kind."""
+    inputs, _, down = kind.partition("-")
+    return down if down and name == DOWN else inputs
 
 
 def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.speed import REACH, decode_bound, dense_read_bytes, planned_step
+from conmoe_edge.plan.speed import (
+    REACH,
+    decode_bound,
+    dense_read_bytes,
+    kernel_share,
+    planned_step,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def pace(
         bound = decode_bound(step, budget)
         if bound is None:
             return None
-        compute.append(nbytes / (reach.kernels.get(kind, plain) * budget.device_bandwidth))
+        compute.append(nbytes / (kernel_share(reach.kernels, kind) * budget.device_bandwidth))
         read.append(bound.below)
     dense_rate = plain * budget.device_bandwidth
     outside = dense_read_bytes(anatomy) - sum(layer.dense_bytes for layer in anatomy.layers)

@@ -45,18 +45,20 @@ def place(
     record_bytes: int,
     pool_bytes: int,
     wanted_share: float = 0.0,
+    slot_bytes: int | None = None,
 ) -> Placement:
     """Divide ``device_bytes``; ``wanted_share`` of the prototypes are made resident before the
     workspace may grow.
 
-    A slot holds the largest record, ``record_bytes``, unless all ``prototypes`` have one: those take
-    ``pool_bytes``. The floor is one slot a MoE layer (or one a prototype, where there are fewer
-    prototypes than layers).
+    A slot holds the largest record, ``record_bytes`` (``slot_bytes`` on the average, where that is known), unless all
+    ``prototypes`` have one: those take ``pool_bytes``. The floor is one slot a MoE layer (or one a prototype, where
+    there are fewer prototypes than layers).
     """
 
     def nbytes(slots: int) -> int:
-        return pool_bytes if slots == prototypes else min(slots * record_bytes, pool_bytes)
+        return pool_bytes if slots == prototypes else min(slots * slot, pool_bytes)
 
+    slot = slot_bytes or record_bytes
     floor = min(prototypes, needs.moe_layers)
     fixed = needs.fixed(record_bytes)
     left = device_bytes - fixed
@@ -75,7 +77,7 @@ def place(
         terms=needs.terms(record_bytes, workspace, chunk),
         prefill_chunk=chunk,
         left_for_prototypes=remaining,
-        slots=prototypes if remaining >= pool_bytes else max(0, remaining // record_bytes),
+        slots=prototypes if remaining >= pool_bytes else max(0, remaining // slot),
         fits=device_bytes >= least,
         least_bytes=least,
     )

@@ -32,7 +32,9 @@ class Candidate:
     once; ``verdict`` is one word (``chosen``, ``fits``, ``slow``, ``too big``), ``reason`` a sentence for the user.
     ``wide_prototypes`` of the prototypes have the wider kind of a mixed precision (``levers.spread`` says which scopes
     they belong to), 0 in every other precision. ``width``: neurons of every prototype where all experts are kept and
-    are narrowed alike; 0 where the rate says how many are kept.
+    are narrowed alike; 0 where the rate says how many are kept. ``bits``: bits a weight of the original's routed
+    experts, where each prototype gets the neurons and bits that it is worth; else 0. ``prototypes`` counts all experts
+    then: how many stay is found by the fit.
     """
 
     precision: str
@@ -48,10 +50,15 @@ class Candidate:
     reason: str
     wide_prototypes: int = 0
     width: int = 0
+    bits: float = 0.0
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the slots: all records where each has one, else slots of the largest."""
+        """Bytes of the slots: all records where each has one, else slots of the largest; their share of all bytes where
+        every prototype has a size of its own.
+        """
+        if self.bits:
+            return -(-self.pool_bytes * self.slots // self.prototypes)
         return min(self.slots * self.record_bytes, self.pool_bytes)
 
 

@@ -2,10 +2,12 @@
 
 1. A model that fits as it is stays as it is: rate 0, every expert resident.
 2. Otherwise the mildest combination whose resident share reaches ``min_resident`` (0.8 to prefer
-   quality, 1.0 to prefer speed). Fewer bits come before fewer experts: the checkpoint's own numbers,
-   bf16, 8 bits, 8 and 4 bits, 4 bits, then the rates, in the narrowest of these.
-3. Where nothing up to a rate of 50 % reaches that, 50 % is taken and the rest stays offloaded:
-   too little memory then costs speed. More than half is removed only by an explicit rate.
+   quality, 1.0 to prefer speed): the checkpoint's own numbers, bf16, 8 bits. Behind these a method
+   that trims spends the bytes that leave every prototype resident where they are worth most, bits and
+   neurons together (``bits_ladder.py``). For others fewer bits come before fewer experts: 8 and 4
+   bits, 4 bits, then the rates, in the narrowest of these.
+3. Where nothing down to 2 bits a weight, or up to a rate of 50 %, reaches that, it is taken and the
+   rest stays offloaded: too little memory then costs speed. More goes only where it is asked for.
 
 Forced levers are obeyed, also when they make the model slow. A larger budget never gives a higher
 rate or, at the same rate, fewer slots.
@@ -21,8 +23,10 @@ from dataclasses import replace
 from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
 from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import chosen_dense, stored
+from conmoe_edge.plan.free_bytes import count_free
 from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
@@ -32,6 +36,9 @@ from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
 from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
 from conmoe_edge.plan.serving import PLAIN
+
+_BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
+"""What comes before free prototypes, every expert kept."""
 
 
 def make_plan(
@@ -115,15 +122,34 @@ def _choose_levers(
     anatomy: ModelAnatomy, budget: Budget, tokens: int, request: PlanRequest, *, trims: bool
 ) -> tuple[Candidate, tuple[Candidate, ...], Placement]:
     """The combination that is taken, all that were looked at, and how the memory is divided with the first."""
-    combinations = _combinations(precisions(anatomy, request.precision), request.forced_rate)
-    options = [
-        count_option(anatomy, budget, tokens, name, rate, request, trims=trims)
-        for name, rate in combinations
-    ]
+    if request.free:
+        options = free_options(anatomy, budget, tokens, request)
+    else:
+        names = precisions(anatomy, request.precision)
+        chooses = trims and request.chooses_bytes
+        if chooses:
+            names = tuple(name for name in names if name in _BEFORE_FREE)
+        combinations = [(name, 0.0) for name in names]
+        if not chooses:
+            combinations = _combinations(names, request.forced_rate)
+        options = [
+            count_option(anatomy, budget, tokens, name, rate, request, trims=trims)
+            for name, rate in combinations
+        ]
+        if chooses:
+            options = ladder(anatomy, budget, tokens, request, options)
     chosen = _choose(options)
     if chosen is None:
         allowed = [option.candidate for option in options if option.allowed]
         raise does_not_fit(anatomy, budget, tokens, allowed)
+    if request.min_speed is not None:
+
+        def count(pool: int) -> Option:
+            return count_free(anatomy, budget, tokens, request, pool=pool)
+
+        chosen = fast_enough(anatomy, options, chosen, request.min_speed, count)
+        if chosen not in options:
+            options = [*options, chosen]
     explained = tuple(explain(anatomy, budget, option, chosen, request) for option in options)
     return explained[options.index(chosen)], explained, chosen.placement
 

@@ -46,7 +46,10 @@ def explain(
         return replace(candidate, verdict="fits", reason=reason)
     if not option.meets:
         return replace(candidate, verdict="slow", reason=_shortcoming(budget, candidate))
-    if not option.allowed:
+    more_bits = candidate.bits > chosen.candidate.bits > 0
+    if not option.allowed and more_bits:
+        reason = f"more bits, but only {percent(candidate.resident_share)} resident"
+    elif not option.allowed and not candidate.bits:
         reason = f"would do, but you asked for {percent(chosen.candidate.rate)}"
     elif candidate.rate > chosen.candidate.rate:
         reason = "would do, but removes more than is needed"
@@ -77,6 +80,8 @@ def percent(share: float) -> str:
 
 def stored_words(candidate: Candidate) -> str:
     """How the prototypes are stored, for a sentence: ``at 8 bits``."""
+    if candidate.bits:
+        return f"in {candidate.bits:.3g} bits a weight"
     kinds = PRECISIONS[candidate.precision].kinds
     few, all_of_them = candidate.wide_prototypes, candidate.prototypes
     if len(kinds) == 1 or few in (0, all_of_them):
@@ -89,6 +94,8 @@ def stored_words(candidate: Candidate) -> str:
 
 def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: PlanRequest) -> str:
     candidate = option.candidate
+    if candidate.bits:
+        return _why_free(budget, option, request)
     if request.forced_rate:
         asked = f"you asked for {percent(candidate.rate)}"
         return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate)}"
@@ -107,6 +114,17 @@ def _why_chosen(anatomy: ModelAnatomy, budget: Budget, option: Option, request: 
     if request.forced_rate is not None:
         return f"you asked for {percent(candidate.rate)}; {_shortcoming(budget, candidate)}"
     return f"the most that is removed unasked; {_shortcoming(budget, candidate)}"
+
+
+def _why_free(budget: Budget, option: Option, request: PlanRequest) -> str:
+    """Of a candidate whose bytes are spent where they are worth most."""
+    candidate = option.candidate
+    if request.bits is not None:
+        asked = f"you asked for {request.bits:g} bits"
+        return asked if option.meets else f"{asked}; {_shortcoming(budget, candidate)}"
+    if option.meets:
+        return f"{candidate.bits:.2f} bits a weight leave every prototype resident"
+    return f"the fewest bits that there are; {_shortcoming(budget, candidate)}"
 
 
 def _shortcoming(budget: Budget, candidate: Candidate) -> str:

@@ -7,6 +7,7 @@ by. No torch, no files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -14,7 +15,7 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
 from conmoe_edge.plan.kv_precision import check_kv_precision
-from conmoe_edge.plan.levers import PRECISIONS
+from conmoe_edge.plan.levers import FREE, PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -34,6 +35,7 @@ HELD_OUT_SHARE = 4
 """There is one held-out token for so many calibration tokens."""
 
 _LEAST_RESIDENT: dict[Preference, float] = {"quality": 0.8, "speed": 1.0}
+_MOST_BITS = 32
 _AUTO_SCOPE = 1
 """Larger scopes brought nothing that could be measured (docs/algorithm-conmoe.md), so they are opt-in."""
 
@@ -47,10 +49,12 @@ class Levers(TypedDict, total=False):
     rate: Rate
     scope: Scope
     precision: str
+    bits: float | None
     dense_precision: str
     kv_precision: str
     prefer: Preference
     min_resident: float | None
+    min_speed: float | None
     method: str | None
     widths: Widths
     calibration_tokens: int | None
@@ -69,12 +73,15 @@ class PlanRequest:
         rate: share of the routed experts that is removed, from 0 and below 1.
         scope: neighbouring MoE layers that share prototypes.
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
+        bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
+            it is worth in these bytes (the precision ``free``).
         dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
             among them, in 8, 6 or 4 bits; norms and routers keep their numbers. ``auto`` is the plan's to choose.
         kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
             plan's to choose (``plan/kv_precision.py``).
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
+        min_speed: tokens a second that the target is expected to reach; the mildest setting that does is taken.
         method: consolidation method; by default ``auto``, or ``conmoe`` where ``scope`` is more than one layer.
             Its name is checked where the methods are (``compress/methods/resolve_method.py``).
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
@@ -93,10 +100,12 @@ class PlanRequest:
     rate: Rate = "auto"
     scope: Scope = "auto"
     precision: str = "auto"
+    bits: float | None = None
     dense_precision: str = "source"
     kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
+    min_speed: float | None = None
     method: str | None = None
     widths: Widths = "free"
     calibration_tokens: int | None = None
@@ -146,6 +155,8 @@ class PlanRequest:
                 f"there are auto, {', '.join(PRECISIONS)}",
                 "--precision auto",
             )
+        if self.free:
+            self._check_free()
         if self.dense_precision not in ("auto", *DENSE_PRECISIONS):
             raise UsageError(
                 f"{self.dense_precision!r} is not a precision for the dense part.",
@@ -163,6 +174,8 @@ class PlanRequest:
                 "it lies between 0 and 1",
                 "--min-resident 0.8",
             )
+        if self.min_speed is not None:
+            self._check_speed(self.min_speed)
         if self.widths not in WIDTHS:
             raise UsageError(
                 f"--widths {self.widths} is not known.",
@@ -175,6 +188,55 @@ class PlanRequest:
                 "",
                 f"--calibration-tokens {CALIBRATION_TOKENS}",
             )
+
+    def _check_free(self) -> None:
+        """What does not go with prototypes that have the bits that they are worth."""
+        if self.bits is not None and not 0.0 < self.bits <= _MOST_BITS:
+            raise UsageError(
+                f"--bits {self.bits:g} is no number of bits a weight.",
+                f"it lies above 0 and is at most {_MOST_BITS}",
+                "--bits 3",
+            )
+        own = f"--precision {FREE}" if self.bits is None else f"--bits {self.bits:g}"
+        others = {
+            "--rate": self.rate if self.rate != "auto" else None,
+            "--precision": self.precision if self.precision not in ("auto", FREE) else None,
+            "--widths": "equal" if self.equal else None,
+            "--for": self.engine,
+        }
+        for flag, value in others.items():
+            if value is not None:
+                raise UsageError(
+                    f"{own} does not go with {flag} {value}.",
+                    "each prototype gets the neurons and bits that it is worth, in bytes that all share",
+                    f"leave out {flag}, or leave out {own}",
+                )
+
+    def _check_speed(self, speed: float) -> None:
+        """What does not go with ``min_speed``."""
+        if not 0.0 < speed < math.inf:
+            raise UsageError(
+                f"--min-speed {speed:g} is no speed.", "it is tokens a second", "--min-speed 10"
+            )
+        fixed = {"--bits": self.bits, "--rate": self.forced_rate, "--for": self.engine}
+        for flag, value in fixed.items():
+            if value is not None:
+                raise UsageError(
+                    f"--min-speed {speed:g} does not go with {flag} {value}.",
+                    "it is the plan that looks for the setting that is fast enough",
+                    f"leave out {flag}, or leave out --min-speed",
+                )
+
+    @property
+    def chooses_bytes(self) -> bool:
+        """Whether nothing was asked of bits, rate and widths, so that a method that trims may choose all of them."""
+        asked = (self.precision, self.rate, self.scope_layers, self.equal, self.engine)
+        return asked == ("auto", "auto", 1, False, None)
+
+    @property
+    def free(self) -> bool:
+        """Whether each prototype shall have the bits that it is worth."""
+        return self.precision == FREE or self.bits is not None
 
     @property
     def forced_rate(self) -> float | None:

@@ -56,8 +56,8 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
             MappingProxyType(
-                # mxfp4, q4, q3 and q2 are not measured: about as int4. lowrank neither: half of source, for three
-                # small products, not one.
+                # mxfp4, q4, q3 and q2 are not measured: about as int4; free is a mix of them. lowrank neither: half of
+                # source, for three small products, not one.
                 {
                     "source": 0.84,
                     "bf16": 0.84,
@@ -67,6 +67,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                     "q4": 0.80,
                     "q3": 0.80,
                     "q2": 0.75,
+                    "free": 0.80,
                     "lowrank": 0.42,
                 }
             ),
@@ -85,6 +86,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                     "q4": 0.40,
                     "q3": 0.40,
                     "q2": 0.40,
+                    "free": 0.40,
                     "lowrank": 0.35,
                 }
             ),
@@ -93,6 +95,9 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
         ),
     }
 )
+
+
+_BITS = {"int8": 8, "int4": 4.5, "mxfp4": 4.25, "q4": 4.25, "q3": 3.25, "q2": 2.25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,19 @@ class Bound:
         return max(self.device, self.below)
 
 
+def kernel_share(kernels: Mapping[str, float], kind: str) -> float:
+    """The share of a kind of record. Where gate and up have another form than down, both count by their bytes, gate
+    and up being two thirds of the numbers; a kind that is not known counts as plain.
+    """
+    plain = kernels["source"]
+    inputs, _, down = kind.partition("-")
+    if not down:
+        return kernels.get(kind, plain)
+    sizes = (2 * _BITS.get(inputs, 16), _BITS.get(down, 16))
+    seconds = sizes[0] / kernels.get(inputs, plain) + sizes[1] / kernels.get(down, plain)
+    return sum(sizes) / seconds
+
+
 def decode_bound(step: StepBytes, budget: Budget) -> Bound | None:
     """The bound of one token; ``None`` where a bandwidth that matters is unknown."""
     below = _below_seconds(step.from_disk, step.from_host, budget)
@@ -166,7 +184,7 @@ def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     reach = REACH[budget.device]
     plain = reach.kernels["source"]
     # A kind that is not known comes from a manifest of another version.
-    moved = sum(nbytes / reach.kernels.get(kind, plain) for kind, nbytes in step.routed.items())
+    moved = sum(nbytes / kernel_share(reach.kernels, kind) for kind, nbytes in step.routed.items())
     moved += step.dense / plain
     beside = step.layers * reach.layer_seconds + step.missed * reach.miss_seconds
     return moved / budget.device_bandwidth + below + beside

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.report.match_rows import MATCH_HEADERS, MATCH_LEAD, match_rows
 from conmoe_edge.units import human_size
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
@@ -74,6 +75,7 @@ def _plan(manifest: Manifest) -> list[str]:
         ("Prototypes kept", f"{len(manifest.prototypes):,}"),
         ("Number format of prototypes", manifest.precision),
         ("Number format of the rest", manifest.dense_precision),
+        ("Keys and values", manifest.kv_precision),
         ("Layers that share prototypes", f"{manifest.scope:,}"),
         ("Size on disk", human_size(sum(one["size"] for one in manifest.files.values()))),
     ]
@@ -100,7 +102,16 @@ def _receipt(receipt: Mapping[str, Any]) -> list[str]:
         "the distribution of the next token is from the original's.",
         "",
         *_table(("text", *(title for _, title, _ in _COLUMNS)), cells),
+        *_exact(receipt),
     ]
+
+
+def _exact(receipt: Mapping[str, Any]) -> list[str]:
+    """What greedy decoding writes; nothing where a receipt has no counts of it."""
+    rows = match_rows(receipt)
+    if not rows:
+        return []
+    return ["", MATCH_LEAD, "", *_table(MATCH_HEADERS, rows)]
 
 
 def _figure(value: object, form: str) -> str:

@@ -219,6 +219,7 @@ def to_json(facts: PackageSummary) -> dict[str, Any]:
             "scope": manifest.scope,
             "precision": manifest.precision,
             "dense_precision": manifest.dense_precision,
+            "kv_precision": manifest.kv_precision,
             "tool_version": manifest.tool_version,
             "format_version": manifest.format_version,
             "files": manifest.files,

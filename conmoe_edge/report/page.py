@@ -86,6 +86,8 @@ def _header(facts: PackageSummary) -> Markup:
         parts.append(f"prototypes in {' and '.join(forms)}")
     if manifest.dense_precision != "source":
         parts.append(f"dense weights in {manifest.dense_precision}")
+    if manifest.kv_precision != "source":
+        parts.append(f"keys and values in {manifest.kv_precision}")
     tiles = [tag("div", tag("dt", word), tag("dd", figure)) for figure, word in _figures(facts)]
     return tag(
         "header",

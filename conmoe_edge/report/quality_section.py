@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.report.markup import Markup, figure, stretched, table, tag, text
+from conmoe_edge.report.match_rows import MATCH_HEADERS, MATCH_LEAD, match_rows
 from conmoe_edge.report.package_summary import PackageSummary
 
 _HEADERS = ("text", "tokens", "loss before", "after", "rise", "perplexity", "KL", "same top")
@@ -29,10 +30,19 @@ def quality(facts: PackageSummary) -> Markup:
     return figure(
         "What it cost in quality",
         tag("div", table(_HEADERS, body, _WIDE), class_="quality"),
+        *_exact(receipt),
         lead="The written package against the original, on text that calibration did not see. Loss in nats a "
         "token; KL is how far the package's distribution of the next token is from the original's.",
         id_="quality",
     )
+
+
+def _exact(receipt: Mapping[str, Any]) -> list[Markup]:
+    """What greedy decoding writes; nothing where a receipt has no counts of it."""
+    rows = match_rows(receipt)
+    if not rows:
+        return []
+    return [tag("p", text(MATCH_LEAD)), tag("div", table(MATCH_HEADERS, rows), class_="quality")]
 
 
 def _row(name: str, row: Mapping[str, Any], most: Mapping[str, float]) -> tuple[str, ...]:

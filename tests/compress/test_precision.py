@@ -137,12 +137,11 @@ def assert_in_precision(parts: dict[str, Tensor], kind: str, own: dict[str, Tens
         if kind == "int8":
             step = matrix.scales.float().unsqueeze(1)
             assert matrix.values.abs().amax() == 127
-            limit = step * 0.501
         else:
             step = matrix.scales[..., 0].float().abs().T.repeat_interleave(matrix.group, 1)
-            limit = step * 1.5  # the ends of a group are clipped a little
-        limit = limit.T if transposed else limit
-        assert bool((error <= limit).all())
+        step = (step.T if transposed else step).expand_as(error)
+        # Columns make up for each other, so a weight may go a few steps; most go to the nearest number.
+        assert float(error.square().mean()) < 0.5 * float(step.square().mean())
         assert error.max() > 0.2 * step.min()
 
 

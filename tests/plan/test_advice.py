@@ -44,7 +44,7 @@ def test_what_was_measured_on_another_text_is_not_compared() -> None:
 
 
 def test_an_outcome_belongs_to_its_setting(olmoe, budget) -> None:
-    plan = make_plan(olmoe, budget("4GB"), trims=True)
+    plan = make_plan(olmoe, budget("4GB"), PlanRequest(rate=0.25), trims=True)
     by_rate = {(one.precision, one.rate): one for one in plan.candidates}
     whole, part = by_rate["int4", 0.0], by_rate["int4", 0.25]
     mine = outcome("int4", 0.25, 2600, 0.14)

@@ -15,9 +15,8 @@ ASKED = PlanRequest(budget="24GB", rate=0.25)
 
 
 def test_what_is_left_open_is_forced_and_all_else_is_as_it_was() -> None:
-    assert request_for("vllm", ASKED) == replace(
-        ASKED, scope=1, precision="source", min_resident=1.0, widths="equal"
-    )
+    forced = {"scope": 1, "precision": "source", "min_resident": 1.0, "widths": "equal"}
+    assert request_for("vllm", ASKED) == replace(ASKED, **forced, kv_precision="source")
 
 
 def test_equal_widths_may_be_asked_for() -> None:
@@ -35,6 +34,7 @@ def test_sixteen_bits_may_be_asked_for(precision: str) -> None:
         ("scope", 2, "--scope 2"),
         ("precision", "int4", "--precision int4"),
         ("dense_precision", "int8", "--dense-precision int8"),
+        ("kv_precision", "int8", "--kv-precision int8"),
         ("min_resident", 0.5, "--min-resident 0.5"),
     ],
 )

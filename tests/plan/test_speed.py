@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.speed import (
     REACH,
     StepBytes,
@@ -14,6 +15,7 @@ from conmoe_edge.plan.speed import (
     dense_read_bytes,
     distinct_share,
     expected_seconds,
+    kernel_share,
     planned_step,
     prefill_bound,
     routed_bytes,
@@ -147,8 +149,12 @@ def test_every_kind_of_record_has_its_constants():
     from conmoe_edge.plan.levers import PRECISIONS
 
     kinds = {kind for one in PRECISIONS.values() for kind in one.kinds}
+    pairs = {kind for kind in kinds if "-" in kind}
     for reach in REACH.values():
-        assert set(reach.kernels) == kinds
+        assert set(reach.kernels) == {*(kinds - pairs), FREE}
+        for kind in pairs:  # between those of its two forms
+            both = [reach.kernels[one] for one in kind.split("-")]
+            assert min(both) <= kernel_share(reach.kernels, kind) <= max(both)
         assert all(0 < share <= 1 for share in reach.kernels.values())
 
 

@@ -76,6 +76,7 @@ def _interrupted(corpora: Path, work: Path, number: signal.Signals, *more: str) 
     return "".join(lines)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_losses(corpora: Path, tmp_path: Path) -> None:
     whole = _run(corpora, tmp_path / "whole", "--out", str(tmp_path / "a"))
     assert whole.returncode == 0, whole.stderr

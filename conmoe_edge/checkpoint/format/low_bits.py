@@ -30,6 +30,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP as GROUP
 from conmoe_edge.checkpoint.format.forms import LOW_HEAD as HEAD
+from conmoe_edge.checkpoint.format.grid_search import best_line
 
 PLANES = {6: (4, 2), 4: (4,), 3: (2, 1), 2: (2,)}
 """Bits of a number -> bits of its planes, the lower ones first."""
@@ -103,40 +104,11 @@ class Grid:
         return ((1 << self.bits) - 1) / 2
 
     def fit(self, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group.
-
-        Several clipped ranges are tried, each improved by least squares over the numbers that it gives; the one with
-        the least squared error is taken, errors weighted with ``weights`` [..., 1 or R, 32], the first where they tie.
+        """s and z, whole numbers in fp32 [..., R, 1], for the weights ``group`` [..., R, 32] of one group, errors
+        weighted with ``weights`` [..., 1, 32].
         """
-        weights = weights.expand_as(group)
-        total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        low, high = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-        mean = (weights * group).sum(-1, keepdim=True) / total
-        best: tuple[Tensor, Tensor, Tensor] | None = None
-        for clip in _CLIPS[self.bits]:
-            step, zero = (high - low) * (clip / (2 * self.middle)), (high + low) / 2
-            level = self._levels(group, step, zero)
-            centre = (weights * level).sum(-1, keepdim=True) / total
-            apart = weights * (level - centre)
-            spread = (apart * level).sum(-1, keepdim=True)
-            slope = (apart * group).sum(-1, keepdim=True) / torch.where(spread > 0, spread, 1.0)
-            step = torch.where(spread > 0, slope, step)
-            s = self._whole(step, self.scale).clamp_(0, _STEPS)
-            zero = mean - s * self.scale * centre
-            z = self._whole(zero, self.zero).add_(_MIDDLE).clamp_(0, _STEPS)
-            error = (group - self.values(self.codes(group, s, z), s, z)).square_()
-            error = (error * weights).sum(-1, keepdim=True)
-            if best is None:
-                best = error, s, z
-            else:
-                better = error < best[0]
-                best = (
-                    torch.where(better, error, best[0]),
-                    torch.where(better, s, best[1]),
-                    torch.where(better, z, best[2]),
-                )
-        assert best is not None
-        return best[1], best[2]
+        s, z = fit_columns(self, group.mT, weights.mT)
+        return s.mT, z.mT
 
     def codes(self, weight: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """The numbers q, fp32, that come closest to ``weight`` [..., R, any]."""
@@ -156,9 +128,22 @@ class Grid:
         codes = ((weight - zero) * inverse + self.middle).round_().clamp_(0, 2 * self.middle)
         return codes - self.middle
 
-    @staticmethod
-    def _whole(value: Tensor, unit: Tensor) -> Tensor:
-        return torch.where(unit != 0, value / torch.where(unit != 0, unit, 1.0), 0.0).round()
+
+def fit_columns(grid: Grid, group: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``Grid.fit`` with rows along the last axis, where it is several times faster: s and z [..., 1, R] for ``group``
+    [..., 32, R] and ``weights`` [..., 32, 1]. The best of several lines (``grid_search.py``).
+    """
+    scale, unit = grid.scale.mT, grid.zero.mT  # [..., 1, R]
+    by_scale, by_unit = (torch.where(one > 0, 1.0 / one, 0.0) for one in (scale, unit))
+
+    def snap(step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+        s = (step * by_scale).round_().clamp_(0, _STEPS)
+        z = (zero * by_unit).round_().add_(_MIDDLE).clamp_(0, _STEPS)
+        return s * scale, unit * (z - _MIDDLE), s, z
+
+    top = (1 << grid.bits) - 1
+    _, _, s, z = best_line(group, weights, _CLIPS[grid.bits], -grid.middle, top, snap)
+    return s, z
 
 
 def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -188,10 +173,11 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
     wide = weight.float()
     grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
-    alike = torch.ones(1, 1, GROUP, device=wide.device)
+    alike = torch.ones(1, GROUP, 1, device=wide.device, dtype=torch.float32)
     spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
     grouped = wide.unflatten(1, (groups, GROUP))
-    s, z = spread.fit(grouped, alike)  # [R, G, 1]
+    columns = grouped.permute(1, 2, 0).contiguous()  # [G, 32, R]
+    s, z = (one.permute(2, 0, 1) for one in fit_columns(grid, columns, alike))  # [R, G, 1]
     return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
 
 

@@ -236,11 +236,21 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def row_scales(rows: Tensor) -> Tensor:
-    """The scales of int8 for ``rows`` fp32 [r, K]: bf16 [r], rounded up, so that the largest number of a row is never
-    clipped.
-    """
-    return _up_to_bf16(rows.abs().amax(1) / 127)
+def row_scales(weight: Tensor) -> Tensor:
+    """bf16 [..., R] for weights fp32 [..., R, K]; rounded up, so that the largest number of a row is never clipped."""
+    return _up_to_bf16(weight.abs().amax(-1) / 127)
+
+
+def int8_matrix(numbers: Tensor, scales: Tensor) -> Matrix:
+    """From int8 [R, K] and bf16 [R]."""
+    return Matrix("int8", numbers.contiguous(), scales, *numbers.shape)
+
+
+def int4_matrix(numbers: Tensor, pairs: Tensor) -> Matrix:
+    """From numbers 0..15, uint8 [R, K], and their (scale, zero) [G, R, 2], which are bf16 numbers already."""
+    rows, columns = numbers.shape
+    values = _pack(numbers.contiguous(), first_divisor(TILES, rows))
+    return Matrix("int4", values, pairs.to(torch.bfloat16), rows, columns, group_of(columns))
 
 
 def _up_to_bf16(value: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.fs.contained import is_plain_name
 from conmoe_edge.checkpoint.gguf.files import PART, SUFFIX, first_part
+from conmoe_edge.checkpoint.tensors.folder_check import TEMPLATES_FOLDER
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -36,9 +37,22 @@ ALLOWED = [
     "NOTICE*",
     "README.md",
 ]
+
+
+def _in_other_folders(folder: str) -> list[str]:
+    """Patterns of all that lies in a folder other than ``folder``, or deeper: patterns have no word for "not"."""
+    name = f"{folder}/"
+    others = [f"{name[:at]}[!{letter}]*/*" for at, letter in enumerate(name)]
+    return [*others, *(f"{name[:at]}/*" for at in range(1, len(folder))), f"{name}*/*"]
+
+
 # Subfolders hold the same weights in the publisher's other formats; "consolidated" is Mistral's own
 # second copy.
-IGNORED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.py"]
+IGNORED = [
+    *_in_other_folders(TEMPLATES_FOLDER),
+    *(f"{TEMPLATES_FOLDER}/*.{kind}" for kind in ("json", "safetensors", "model", "txt")),
+    *("consolidated*", "*.bin", "*.pt", "*.pth", "*.py"),
+]
 
 
 def is_offline(offline: bool) -> bool:

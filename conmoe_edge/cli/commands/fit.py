@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from conmoe_edge.cli.ui.cli_options import (
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.cli.ui.name_completion import complete_model
 from conmoe_edge.cli.ui.text import path_text
-from conmoe_edge.errors import OutputExists
+from conmoe_edge.errors import OutputExists, UsageError
 
 if TYPE_CHECKING:
     from conmoe_edge.api import FitReport, PlanReport
+    from conmoe_edge.api.fitting_loss import Tried
     from conmoe_edge.cli.ui.output import Output
     from conmoe_edge.cli.ui.progress import ProgressView
 
@@ -49,6 +51,12 @@ if TYPE_CHECKING:
     "Which parts of the calibration text are used: 0 spreads them evenly, others draw them.",
     least=0,
     default=0,
+)
+@click.option(
+    "--max-loss",
+    metavar="NATS",
+    type=float,
+    help="Write the smallest package whose held-out loss rises by no more; takes several fits, each measured.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on where a run stopped.")
@@ -78,7 +86,13 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     from conmoe_edge import api
     from conmoe_edge.cli.ui.progress import ProgressView
 
-    request = plan_request(parameters)
+    request, max_loss = plan_request(parameters), parameters["max_loss"]
+    if dry_run and max_loss is not None:
+        raise UsageError(
+            "--max-loss says nothing without fits.",
+            "what a package loses is known when it has been made and measured",
+            "leave out --dry-run; plan shows what earlier fits of this model lost",
+        )
     places = ("revision", "offline", "keep_source", "keep_vision", "passes")
     place = {name: parameters[name] for name in places}
     if dry_run:
@@ -100,22 +114,24 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     view = ProgressView(output)
     try:
         with view:
-            report = api.fit(
-                model,
-                out,
-                request,
+            options = {
                 **place,
-                calibration=parameters["calibration"],
-                seed=parameters["seed"],
-                fresh=parameters["fresh"],
-                overwrite=overwrite,
-                no_tokenizer=parameters["no_tokenizer"],
-                on_plan=on_plan,
-                progress=view.update,
-            )
+                "calibration": parameters["calibration"],
+                "seed": parameters["seed"],
+                "fresh": parameters["fresh"],
+                "overwrite": overwrite,
+                "no_tokenizer": parameters["no_tokenizer"],
+                "on_plan": on_plan,
+                "progress": view.update,
+            }
+            tried: tuple[Tried, ...] = ()
+            if max_loss is None:
+                report = api.fit(model, out, request, **options)
+            else:
+                report, tried = api.fit_within_loss(model, out, max_loss, request, **options)
     except KeyboardInterrupt:
         raise Interrupted(_stopped(view)) from None
-    _show(output, report)
+    _show(output, report, tried)
 
 
 def _may_replace(out: Path, output: Output, *, overwrite: bool, yes: bool) -> bool:
@@ -151,17 +167,24 @@ def _stopped(view: ProgressView) -> str:
     return f"Stopped after layer {view.layers_done} of {view.layers}. Nothing is lost: {again}"
 
 
-def _show(output: Output, report: FitReport) -> None:
+def _show(output: Output, report: FitReport, tried: tuple[Tried, ...]) -> None:
     """Receipt and the next command."""
     from conmoe_edge.cli.ui.text import duration
+    from conmoe_edge.cli.views.division_view import division_view
     from conmoe_edge.cli.views.plan_views import receipt_view
     from conmoe_edge.plan.reasons import keeps_every_weight
     from conmoe_edge.units import human_size
 
-    output.value(report.to_json())
+    fits = {"max_loss_fits": [asdict(one) for one in tried]} if tried else {}
+    output.value({**report.to_json(), **fits})
+    for one in tried:
+        output.result(f"Measured: {one.bits:.2f} bits a weight lose {one.rise:+.4f} nats.")
     receipt = receipt_view(report.receipt)
     if receipt is not None:
         output.result(receipt)
+        output.result("")
+    if report.plan.plan.chosen.bits:
+        output.result(division_view(report))
         output.result("")
     for note in report.notes:
         output.result(f"Note: {note}")

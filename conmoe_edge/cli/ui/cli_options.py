@@ -269,7 +269,15 @@ _LEVERS = (
         show_default=True,
         help="Number format of the prototypes: source keeps the checkpoint's own, A+B stores in A those that B "
         "hurts most; auto takes fewer bits before it removes experts. mxfp4 is for models that are published in it, "
-        "and stay in it; lowrank is what --method mc-smoe writes.",
+        "and stay in it; lowrank is what --method mc-smoe writes; free gives each prototype the neurons and bits that "
+        "it is worth in the bytes there are.",
+    ),
+    click.option(
+        "--bits",
+        metavar="B",
+        type=float,
+        help="Average bits a weight of the routed experts, 2.6 say; each prototype gets the neurons and bits that "
+        "it is worth.",
     ),
     click.option(
         "--dense-precision",
@@ -307,6 +315,12 @@ _LEVERS = (
         metavar="S",
         type=Share(),
         help="Least share of the prototypes that must be in device memory at once, 0.8 or 80%.",
+    ),
+    click.option(
+        "--min-speed",
+        metavar="TOK/S",
+        type=float,
+        help="Tokens a second that the target is expected to make; the mildest setting that does is taken.",
     ),
     click.option(
         "--for",

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from conmoe_edge.cli.ui.text import counted, percent, printable
+from conmoe_edge.cli.views.match_lines import match_lines
 from conmoe_edge.cli.views.plan_views import precision_name, table_view
 from conmoe_edge.units import human_size
 
@@ -33,7 +34,7 @@ def cost_lines(cost: Cost) -> Iterator[str]:
 
 
 def evaluation_view(report: EvaluationReport) -> RenderableType:
-    """Names, the table, the continuations, and how to read it."""
+    """Names, the table, what greedy decoding writes, and how to read it."""
     parts: list[RenderableType] = [_named("Model", report.model)]
     if report.reference is not None:
         parts.append(_named("Against", report.reference))
@@ -41,8 +42,11 @@ def evaluation_view(report: EvaluationReport) -> RenderableType:
             note = "         not the model that the package was made from"
             parts.append(Text(note, style="yellow"))
     parts += [Text(), _table(report)]
+    generated = list(match_lines(report.exact_match))
     if report.continuations is not None:
-        parts += [Text(), Text(_continued(report))]
+        generated.append(_continued(report))
+    if generated:
+        parts += [Text(), *(Text(line) for line in generated)]
     parts.append(Text())
     if report.reference is None:
         parts.append(Text(f"Compared with nothing: {printable(report.alone)}.", style="dim"))

@@ -57,14 +57,26 @@ def method_line(facts: PackageSummary) -> str:
     manifest = facts.manifest
     parts = [printable(manifest.method)]
     if not facts.unchanged:
-        parts.append(f"{percent(manifest.rate)} removed" if manifest.rate else "nothing removed")
+        parts.append(_removed(facts))
         parts.append(f"scope {manifest.scope}")
         parts.append(precision_name(printable(manifest.precision)))
     if manifest.dense_precision != "source":
         parts.append(f"dense {manifest.dense_precision}")
+    if manifest.kv_precision != "source":
+        parts.append(f"keys and values {manifest.kv_precision}")
     if manifest.tool_version:
         parts.append(f"by conmoe-edge {printable(manifest.tool_version)}")
     return " · ".join(parts)
+
+
+def _removed(facts: PackageSummary) -> str:
+    """What went: experts, or bits and neurons of all of them."""
+    manifest = facts.manifest
+    chosen = manifest.plan.get("chosen") if manifest.plan else None
+    bits = chosen.get("bits") if isinstance(chosen, dict) else None
+    if isinstance(bits, float) and bits > 0:
+        return f"{bits:.2f} bits a weight"
+    return f"{percent(manifest.rate)} removed" if manifest.rate else "nothing removed"
 
 
 def files_line(facts: PackageSummary) -> str:

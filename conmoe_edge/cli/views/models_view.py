@@ -48,6 +48,8 @@ def _fits(row: ModelRow) -> str:
     plan = row.report.plan
     chosen = plan.chosen
     parts = ["fits unchanged"] if plan.unchanged else [f"in {precision_name(chosen.precision)}"]
+    if chosen.bits:
+        parts = [f"in {chosen.bits:.2g} bits"]
     if chosen.rate:
         parts.append(f"{percent(chosen.rate)} removed")
     if chosen.resident_share < 1:

@@ -14,7 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole, printable, span
+from conmoe_edge.cli.views.match_lines import match_lines
+from conmoe_edge.compress.stats.match_counts import matches_in
 from conmoe_edge.plan.advice import cost, measured
+from conmoe_edge.plan.priors import demo_divergence
+from conmoe_edge.plan.record_options import bits_of_bytes
 from conmoe_edge.units import human_size, unit_for
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         Text(),
     ]
     parts += [_unchanged(plan) if plan.unchanged else _candidates(report), Text()]
-    if plan.chosen.rate:
+    if plan.chosen.rate or plan.chosen.bits:
         parts.append(_head("Method", report.method, printable(report.method_note)))
     if report.tokenizer is False:
         parts.append(
@@ -174,6 +178,7 @@ def _candidates(report: PlanReport) -> RenderableType:
     table = _grid(padding=(0, 2, 0, 0))
     table.add_column(width=1)
     headers = ["rate", "scope", *(["precision"] if precisions else []), "prototypes", "size"]
+    headers.insert(-2, "bits")
     headers += ["resident", *(["tok/s"] if speeds else [])]
     for header in headers:
         table.add_column(justify="left" if header == "precision" else "right", no_wrap=True)
@@ -181,8 +186,10 @@ def _candidates(report: PlanReport) -> RenderableType:
     table.add_row("", *(Text(h, style="bold") for h in headers), Text("verdict", style="bold"))
     for candidate in rows:
         chosen = candidate == plan.chosen
-        cells = [percent(candidate.rate), str(candidate.scope) if candidate.rate else "–"]
+        rate = "–" if candidate.bits else percent(candidate.rate)
+        cells = [rate, str(candidate.scope) if candidate.rate else "–"]
         cells += [precision_name(candidate.precision)] if precisions else []
+        cells.append(f"{bits_of_bytes(report.anatomy, candidate.pool_bytes):.2f}")
         cells += [f"{candidate.prototypes:,}", human_size(candidate.pool_bytes)]
         cells.append(percent_whole(candidate.resident_share))
         if speeds:
@@ -207,7 +214,10 @@ def _verdict(candidate: Candidate, report: PlanReport) -> str:
     reason = _SHARE_FIRST.sub("", candidate.reason)
     text = f"{candidate.verdict}: {reason}" if reason else candidate.verdict
     known = measured(candidate, report.plan.dense_precision, report.outcomes, report.method)
-    return text if known is None else f"{text}; measured: {cost(known)}"
+    if known is not None:
+        return f"{text}; measured: {cost(known)}"
+    prior = demo_divergence(candidate.bits) if candidate.bits else None
+    return text if prior is None else f"{text}; measured on the demo model: KL {prior:.3f}"
 
 
 def _disk(report: PlanReport, out: Path, free: int | None) -> Text:
@@ -247,7 +257,8 @@ def receipt_view(receipt: Mapping[str, Any]) -> RenderableType | None:
     for name in sorted(domains):
         table.add_row(*_receipt_row(name, domains[name]))
     note = "  On text that calibration did not see. Loss: nats a token; KL: to the original."
-    return Group(table, Text(note, style="dim"))
+    exact = [Text(f"  {line}") for line in match_lines(matches_in(receipt), "original")]
+    return Group(table, *exact, Text(note, style="dim"))
 
 
 def _receipt_row(name: str, row: Mapping[str, Any]) -> list[Text]:

@@ -26,14 +26,17 @@ Peak memory: that of ``rebuild`` beside the layer's tokens, and one [I, I] in fp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.compress.methods.few_bits import in_few_bits
 from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.methods.narrowing import narrowings
+from conmoe_edge.compress.methods.option_costs import option_errors
 from conmoe_edge.compress.methods.rebuild import (
     StandIns,
     error_on,
@@ -43,6 +46,7 @@ from conmoe_edge.compress.methods.rebuild import (
     whole_width,
 )
 from conmoe_edge.compress.solvers.facility import assign, must_stay, select, slot_map_of, strongest
+from conmoe_edge.compress.solvers.record_menu import Menu
 from conmoe_edge.compress.solvers.slot_errors import (
     SAMPLE_TOKENS,
     SlotErrors,
@@ -52,9 +56,12 @@ from conmoe_edge.compress.solvers.slot_errors import (
 from conmoe_edge.compress.solvers.widths import choose
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.model.experts import expert_forward
+from conmoe_edge.plan.record_options import RecordOption
 
 FITTED, MEASURED = 8192, 4096
 """Tokens that candidates are fitted on and measured on."""
+_ENOUGH = ("int8", "q4", "q3-q4", "q3")
+"""Kinds of record that an expert which has to stay may have."""
 _VISITS = 128
 """Tokens that a slot without its expert is measured on, as a mean over them."""
 
@@ -69,6 +76,8 @@ def decide(scope: ScopeView, keep: int) -> Decision:
         "auto needs the tokens and their target"
     )
     count, whole = len(scope.pool), scope.widths[-1] >= whole_width(scope)
+    if scope.options:
+        return _by_records(scope, tokens.weighted())
     if scope.room:
         keep = max(1, scope.room // scope.sizes[-1])
     if (
@@ -95,15 +104,62 @@ def _by_worth(scope: ScopeView, tokens: LayerTokens) -> Decision:
     grams, narrowed = narrowings(scope, tokens, gates_of(tokens, count))
     chosen = choose([one.errors for one in narrowed], (0, *scope.sizes), scope.room, least)
     kept = [expert for expert in range(count) if chosen[expert]]
-    layer = scope.layers[0].layer
-    slot_map = slot_map_of(layer, range(count))
-    if len(kept) < count:
-        gone = [expert for expert in range(count) if not chosen[expert]]
-        sample = _about(tokens, torch.tensor(gone))
-        errors = slot_errors(sample, count, forward, kept, gone)
-        slot_map = assign(errors, kept, layer)
+    slot_map = _slot_map(scope, tokens, forward, kept)
     neurons = {expert: narrowed[expert].neurons[chosen[expert] - 1] for expert in kept}
     return rebuild(scope, tokens, StandIns(slot_map, neurons), grams)
+
+
+def _by_records(scope: ScopeView, tokens: LayerTokens) -> Decision:
+    """Prototypes with the neurons and the bits that they are worth."""
+    count, options = len(scope.pool), scope.options
+    forward = _forward(scope)
+    gates = gates_of(tokens, count)
+    grams, narrowed = narrowings(scope, tokens, gates)
+    errors = option_errors(scope, tokens, gates, grams, narrowed)
+    nothing = [one.errors[0] for one in narrowed]
+    sizes = [one.nbytes for one in options]
+    seen = routed_outputs(tokens.sample(SAMPLE_TOKENS), count, forward)
+    forced = must_stay(seen.energy, seen.peak, scope.room // sizes[-1])
+    held = [
+        [
+            error if _may_have(scope, option) else math.inf
+            for option, error in zip(options, row, strict=True)
+        ]
+        if expert in forced
+        else row
+        for expert, row in enumerate(errors)
+    ]
+    stays = [math.inf if expert in forced else error for expert, error in enumerate(nothing)]
+    chosen = Menu.of(sizes, held, stays).chosen(scope.room)
+    if chosen is None:  # no room for what has to stay
+        chosen = Menu.of(sizes, errors, nothing).chosen(scope.room)
+    assert chosen is not None
+    places = {width: place for place, width in enumerate(scope.widths)}
+    kept = {expert: options[one] for expert, one in enumerate(chosen) if one >= 0}
+    neurons = {expert: narrowed[expert].neurons[places[one.width]] for expert, one in kept.items()}
+    kinds = {expert: one.kind for expert, one in kept.items()}
+    slot_map = _slot_map(scope, tokens, forward, sorted(kept))
+    return rebuild(scope, tokens, StandIns(slot_map, neurons, kinds), grams)
+
+
+def _may_have(scope: ScopeView, option: RecordOption) -> bool:
+    """Whether a record is enough for an expert that has to stay."""
+    return 2 * option.width >= scope.widths[-1] and option.kind in _ENOUGH
+
+
+def _slot_map(
+    scope: ScopeView,
+    tokens: LayerTokens,
+    forward: Callable[[int, Tensor], Tensor],
+    kept: Sequence[int],
+) -> SlotMap:
+    """Of every router slot: its own expert where that is ``kept``, else what stands in for it best."""
+    count, layer = len(scope.pool), scope.layers[0].layer
+    if len(kept) == count:
+        return slot_map_of(layer, range(count))
+    gone = sorted(set(range(count)) - set(kept))
+    sample = _about(tokens, torch.tensor(gone))
+    return assign(slot_errors(sample, count, forward, list(kept), gone), kept, layer)
 
 
 def _about(tokens: LayerTokens, slots: Tensor) -> LayerTokens:

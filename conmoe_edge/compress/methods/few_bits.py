@@ -8,19 +8,24 @@ Peak memory: two [H, H] in fp32, and what ``round_matrix`` takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import DOWN, LOW_BITS, SCALE
+from conmoe_edge.checkpoint.format.forms import DOWN, SCALE
 from conmoe_edge.checkpoint.format.layout import neurons
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import form_of
-from conmoe_edge.compress.methods.interface import Parts, ScopeView
-from conmoe_edge.compress.solvers.rounding import round_matrix
+from conmoe_edge.compress.methods.interface import LayoutOf, Parts, ScopeView
+from conmoe_edge.compress.solvers.gram_matrix import gram
+from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+
+COMMON_TOKENS = 2
+"""Times the width of a token: how many of a layer's tokens make up its mean Gram matrix."""
 
 
 @dataclass(slots=True)
@@ -29,7 +34,8 @@ class Rounding:
     made: what is rounded so far.
     """
 
-    _record: Callable[[int], RecordLayout]
+    _record: LayoutOf
+    _kinds: Mapping[ExpertId, str]
     _transposed: bool
     _hidden: Tensor
     _common: Tensor
@@ -37,13 +43,15 @@ class Rounding:
     _layouts: dict[ExpertId, RecordLayout] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scope: ScopeView, tokens: LayerTokens, gates: Tensor) -> Rounding | None:
-        """For a layer; ``None`` where its records do not have weights in few bits."""
+    def of(
+        cls, scope: ScopeView, tokens: LayerTokens, gates: Tensor, kinds: Mapping[ExpertId, str]
+    ) -> Rounding | None:
+        """For a layer, ``kinds`` as of ``Decision``; ``None`` where its records do not have weights in few bits."""
         record = scope.record
-        if record is None or not in_few_bits(record(scope.widths[-1])):
+        if record is None or not (kinds or in_few_bits(record(scope.widths[-1]))):
             return None
-        common = _gram(tokens.hidden, gates.square().sum(1).sqrt()) / len(scope.pool)
-        return cls(record, bool(scope.module.is_transposed), tokens.hidden, common)
+        common = common_gram([(tokens.hidden, gates.square().sum(1).sqrt())], len(scope.pool))
+        return cls(record, kinds, bool(scope.module.is_transposed), tokens.hidden, common)
 
     def inputs(self, name: ExpertId, parts: Parts, alpha: Tensor) -> dict[str, Tensor]:
         """Round what a prototype multiplies with the layer's input: everything but its down projection.
@@ -56,14 +64,15 @@ class Rounding:
         Returns:
             The rounded weights, fp32, as its module keeps them.
         """
-        layout = self._layouts[name] = self._record(neurons(parts[DOWN].shape, self._transposed))
+        width = neurons(parts[DOWN].shape, self._transposed)
+        layout = self._layouts[name] = self._record(width, self._kinds.get(name, ""))
         rows = alpha.nonzero().squeeze(1)
-        gram = _gram(self._hidden[rows], alpha[rows])
+        own = gram(self._hidden[rows], alpha[rows])
         self.made[name] = {
             weight: round_matrix(
-                self._rows(parts[weight]), gram, form_of(layout, weight), self._common
+                self._rows(parts[weight]), own, form_of(layout, weight), self._common
             )
-            for weight in _low(layout)
+            for weight in fed_back(layout)
             if weight != DOWN
         }
         return {weight: self._rows(one.dequantise()) for weight, one in self.made[name].items()}
@@ -71,12 +80,12 @@ class Rounding:
     def outputs(self, names: Sequence[ExpertId]) -> Callable[[int, Tensor, Tensor], Tensor]:
         """What ``refit`` calls for each of ``names``."""
 
-        def rounded(place: int, weight: Tensor, gram: Tensor) -> Tensor:
+        def rounded(place: int, weight: Tensor, own: Tensor) -> Tensor:
             name = names[place]
             layout = self._layouts[name]
-            if DOWN not in _low(layout):
+            if DOWN not in fed_back(layout):
                 return weight
-            matrix = round_matrix(weight, gram, form_of(layout, DOWN))
+            matrix = round_matrix(weight, own, form_of(layout, DOWN))
             self.made[name][DOWN] = matrix
             return matrix.dequantise()
 
@@ -88,17 +97,31 @@ class Rounding:
 
 
 def in_few_bits(layout: RecordLayout) -> bool:
-    """Whether records of a layout have weights in few bits."""
-    return bool(_low(layout))
+    """Whether records of a layout have weights that are rounded with error feedback."""
+    return bool(fed_back(layout))
 
 
-def _gram(hidden: Tensor, weights: Tensor) -> Tensor:
-    weighted = hidden.float() * weights.unsqueeze(1)
-    return weighted.T @ weighted
-
-
-def _low(layout: RecordLayout) -> list[str]:
-    """Names of the weights in few bits."""
+def fed_back(layout: RecordLayout) -> list[str]:
+    """Names of the weights that are rounded with error feedback."""
     named = {part.name for part in layout.parts}
     there = [one.removesuffix(SCALE) for one in sorted(named) if one.endswith(SCALE)]
-    return [name for name in there if form_of(layout, name) in LOW_BITS]
+    return [name for name in there if form_of(layout, name) in FED_BACK]
+
+
+def common_gram(inputs: Sequence[tuple[Tensor, Tensor]], prototypes: int) -> Tensor:
+    """fp32 [H, H]: the mean Gram matrix of a scope's prototypes.
+
+    Taken over at most ``COMMON_TOKENS`` times H tokens of each layer, evenly spread: a share of it is all that is used.
+
+    Args:
+        inputs: of every layer the tokens [T, H], and fp32 [T], the root of the sum of a token's squared routing
+            weights.
+        prototypes: of the scope.
+    """
+    total: Tensor | float = 0.0
+    for hidden, weights in inputs:
+        count = len(hidden)
+        most = min(count, COMMON_TOKENS * hidden.shape[1])
+        rows = torch.arange(most) * count // max(1, most)
+        total = total + gram(hidden[rows], weights[rows]) * (count / max(1, most))
+    return torch.as_tensor(total) / prototypes

@@ -19,6 +19,7 @@ from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import LayerStatistics, OutputVectors
 from conmoe_edge.model.router import Selection
+from conmoe_edge.plan.record_options import RecordOption
 
 Parts = Mapping[str, Tensor]
 """The tensors of one expert by parameter name, as its module keeps them; with a precision of the
@@ -33,6 +34,14 @@ class PoolWeights(Protocol):
         ...
 
 
+class LayoutOf(Protocol):
+    """The layout of a prototype's record."""
+
+    def __call__(self, width: int, kind: str = "") -> RecordLayout:
+        """With so many neurons; of the job's only kind, where none is named."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What calibration has to keep for a method.
@@ -43,12 +52,16 @@ class Needs:
     ``target``: the tokens are those of the package's stream so far, each with what its routed experts
     would have to give to be back on the original's residual stream (another T * H, and the stream of
     the original beside that of the package); with ``tokens``, for scopes of one layer.
+    ``inputs``: the tokens that come to the prototypes, for rounding them with error feedback: of the
+    package's stream so far where scopes have one layer (another stream beside the original's), else of
+    the original's (T * H for every layer of a scope). What is rounded asks for this, not the method.
     """
 
     vectors: bool = False
     tokens: bool = False
     logits: bool = False
     target: bool = False
+    inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,8 @@ class ScopeView:
             number counts.
         dtype, device: in which and where experts are computed.
         constants: whether a router slot may add a constant; another engine may have no place for one.
-        record: the layout of a prototype with so many neurons; ``None`` where records are of two kinds.
+        record: the layout of a prototype; ``None`` where the plan says how many records are of which of two kinds.
+        options: where prototypes have kinds of their own, the records that one may become, by bytes ascending.
     """
 
     pool: tuple[ExpertId, ...]
@@ -100,7 +114,8 @@ class ScopeView:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     constants: bool = True
-    record: Callable[[int], RecordLayout] | None = None
+    record: LayoutOf | None = None
+    options: tuple[RecordOption, ...] = ()
 
     def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
         """[P] float64: a number of every expert, layer after layer in the order of the pool."""
@@ -121,6 +136,7 @@ class Decision:
             for every prototype, in their order. ``None``: all are pretrained, bit for bit.
         made: weights of prototypes that are in their stored form already, and are written as they are.
         widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
+        kinds: of a prototype's record, where they have kinds of their own.
         left: [T, H] fp32 where the method has it: what is left of the target of its layer's tokens as
             ``LayerTokens.weighted`` gives it, with weights that are not rounded to a record's numbers yet.
         notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
@@ -133,6 +149,7 @@ class Decision:
     parts: Callable[[ExpertId], Parts] | None = None
     made: Mapping[ExpertId, Mapping[str, Matrix]] = field(default_factory=dict)
     widths: Mapping[ExpertId, int] = field(default_factory=dict)
+    kinds: Mapping[ExpertId, str] = field(default_factory=dict)
     left: Tensor | None = None
     notes: tuple[str, ...] = ()
 

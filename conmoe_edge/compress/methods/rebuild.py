@@ -37,10 +37,12 @@ class StandIns:
         slot_map: every router slot's prototype, by its expert number, and scale; no constants yet.
         neurons: those that a prototype keeps, int64, ascending; where it is not named, they are looked for among its
             own, as many as the scope allows.
+        kinds: of the record of every prototype, where they have kinds of their own.
     """
 
     slot_map: SlotMap
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
+    kinds: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def prototypes(self) -> tuple[int, ...]:
@@ -62,7 +64,8 @@ def rebuild(
     layer = scope.layers[0].layer
     gates = gates_of(tokens, len(scope.pool))
     alpha = weights_of(chosen.slot_map, tokens.slots, tokens.gates)
-    rounding = Rounding.of(scope, tokens, gates)
+    kinds = {scope.pool[expert]: kind for expert, kind in chosen.kinds.items()}
+    rounding = Rounding.of(scope, tokens, gates, kinds)
     features: list[Features] = []
     down: list[Tensor] = []
     kept: list[Tensor] = []
@@ -110,7 +113,12 @@ def rebuild(
     widths = {name: len(neurons) for name, neurons in zip(names, kept, strict=True)}
     made = {} if rounding is None else rounding.made
     return Decision(
-        tuple(names), slots, constants, parts=parts, made=made, widths=widths, left=left
+        *(tuple(names), slots, constants),
+        parts=parts,
+        made=made,
+        widths=widths,
+        kinds=kinds,
+        left=left,
     )
 
 

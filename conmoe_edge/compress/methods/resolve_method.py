@@ -8,6 +8,7 @@ from typing import Literal
 from conmoe_edge.compress.methods import METHODS
 from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.errors import UsageError
+from conmoe_edge.plan.levers import FREE
 
 DEFAULT_METHOD = "auto"
 """What ``fit`` and ``plan`` take where no method is named and layers do not share prototypes."""
@@ -63,6 +64,12 @@ def _within_layers(method: Method) -> bool:
 
 def _precision(method: Method, precision: str) -> str:
     own = method.precision
+    if precision == FREE and not method.trims:
+        raise UsageError(
+            f"{method.name} keeps whole experts in one number of bits.",
+            "bits that each prototype is worth are what auto finds (--bits, --precision free)",
+            "--method auto, or --precision q3",
+        )
     if own is not None:
         if precision not in ("auto", own):
             raise UsageError(

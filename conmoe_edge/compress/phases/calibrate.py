@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
@@ -18,9 +19,9 @@ from conmoe_edge.checkpoint.package.slot_constants import (
     read_rows,
     write_constants,
 )
-from conmoe_edge.compress.phases.decide import decide
+from conmoe_edge.compress.phases.decide import Entering, decide
 from conmoe_edge.compress.phases.dense import DenseForms
-from conmoe_edge.compress.phases.propagate import aim, propagate
+from conmoe_edge.compress.phases.propagate import aim, enter, propagate
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
@@ -62,11 +63,11 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
     Returns:
         The files that need all layers: trace, predictor, constants, the index of dense weights.
     """
-    job, needs = run.job, run.method.needs
+    job, needs = run.job, run.needs
     sets = {"train": job.train, "held_out": job.held_out}
     if needs.logits or run.method.reroutes:
         model.routers()  # looked for while nothing is loaded
-    if needs.target:
+    if run.has_package_stream:
         sets |= {"package": job.train, "probe": job.train.some(1)}
     forms = DenseForms.of(model, job.dense_precision)
     streams = run.open_streams(model, sets, "calibrate")
@@ -75,19 +76,33 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
         run.meter.announce("calibrate", index)
         with timed_layer(model, index, run.clock, with_experts=True):
             moments = forms.layer_moments(run, model, index, own)
-            tokens = _observe(run, model, index, streams, trace)
+            seen = _observe(run, model, index, streams, trace)
             forms.round_layer(run, model, index, moments)
-            before = left = None
-            if needs.target and index in model.experts:
-                tokens, before = aim(run, model, index, streams)
+            entered = left = None
             if index in model.experts:
-                left = decide(run, model.experts[index][1], index, tokens, model.routers)
-            if needs.target:
-                propagate(run, model, index, streams["package"], tokens, before, left)
+                entering = _entering(run, model, index, streams)
+                if needs.target and entering is not None:
+                    seen = entering(None).tokens
+                module = model.experts[index][1]
+                entered, left = decide(run, module, index, seen, model.routers, entering)
+            if run.has_package_stream:
+                propagate(run, model, index, streams["package"], entered, left)
         run.layer_done("calibrate", index, streams)
     forms.round_head(run, model, own)
     run.work.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})
     return [*_whole_files(run, trace), *forms.index(run)]
+
+
+def _entering(
+    run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream]
+) -> Entering | None:
+    """What brings the package's stream in front of a layer's experts; ``None`` where there is no such stream."""
+    if not run.has_package_stream:
+        return None
+    if run.needs.target:
+        found = aim(run, model, index, streams)
+        return lambda _: found  # methods that aim leave routers alone
+    return partial(enter, run, model, index, streams)
 
 
 def _whole_files(run: Run, trace: Trace) -> list[WrittenFile]:
@@ -107,7 +122,7 @@ def _observe(
 ) -> LayerTokens | None:
     """The original's streams through a loaded layer; what is seen of its experts goes to journal and work folder.
 
-    Returns the layer's tokens, where the method needs those of the original.
+    Returns the layer's tokens, where the method or rounding needs those of the original.
     """
     start, tap = time.perf_counter(), RoutedTap()
     if index not in model.experts:
@@ -139,15 +154,15 @@ def _train(
     run: Run, model: StreamedModel, index: int, stream: Stream, tap: RoutedTap
 ) -> LayerTokens | None:
     """The calibration set through a loaded layer with everything gathered that the method needs."""
-    needs, experts = run.method.needs, run.sizes.experts(index)
+    needs, experts = run.needs, run.sizes.experts(index)
     count = experts.count
     listening = nullcontext()
     tracker = tap.tracker = StatisticsTracker(count)
-    if len(run.sizes.kinds) > 1:
+    if not (run.sizes.alike or run.sizes.free):
         tap.sample = RowSample(count, experts.outputs)
     if needs.vectors:
         tap.vectors = VectorTracker(count, experts.outputs)
-    if needs.tokens and not needs.target:
+    if (needs.tokens and not needs.target) or (needs.inputs and not run.has_package_stream):
         tap.tokens = TokenRecorder()
         if needs.logits:
             listening = logits_to(model.routers()[index], tap.take_logits)

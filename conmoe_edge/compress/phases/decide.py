@@ -8,16 +8,18 @@ Peak memory: the scope's last layer, and what the method takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.layout import make_layout
-from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
+from conmoe_edge.compress.methods.rounded_prototypes import RoundedPrototypes
 from conmoe_edge.compress.quality.slot_overview import slot_distances
+from conmoe_edge.compress.run.feedback import feeds_back
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.solvers.weight_distance import distances
@@ -36,25 +38,47 @@ from conmoe_edge.model.router import Router
 from conmoe_edge.plan.levers import record_parts
 
 
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """The package's stream in front of the experts of a layer.
+
+    Attributes:
+        tokens: that enter them, with the slots that the router chooses.
+        before: [N, T, H], the stream without the experts, where the layer adds their output to what it gives without
+            them; ``None`` elsewhere (a norm comes after the experts).
+    """
+
+    tokens: LayerTokens
+    before: Tensor | None
+
+
+Entering = Callable[[Sequence[bool] | None], Entered]
+"""Brings the package's stream in front of a layer's experts, with one flag a router slot where its router is kept from
+some.
+"""
+
+
 def decide(
     run: Run,
     module: nn.Module,
     index: int,
     tokens: LayerTokens | None,
     routers: Callable[[], Mapping[int, Router]],
-) -> Tensor | None:
+    entering: Entering | None,
+) -> tuple[Entered | None, Tensor | None]:
     """At the last layer of a scope: decide and write its prototypes. Before that: keep the layer's experts.
 
     Args:
         run: its journal and work folder get what is decided.
         module: the layer's loaded experts.
         index: the decoder layer.
-        tokens: of the layer, where the method needs them.
+        tokens: of the layer, where the method or rounding needs them.
         routers: asked where the method changes what they may choose.
+        entering: where the calibration text goes through the layers as they were written, too.
 
     Returns:
-        ``Decision.left`` where it holds for what was written, too: records in the checkpoint's own numbers round so
-        little.
+        What ``entering`` gave; and ``Decision.left`` where it holds for what was written, too: records in the
+        checkpoint's own numbers round so little.
     """
     scope, experts = run.sizes.scope_of(index), run.sizes.experts(index)
     source = make_layout(record_parts(experts, "source"), "source")
@@ -69,7 +93,7 @@ def decide(
             )
             if tokens is not None:
                 tokens.save(run.work.tokens(index))
-        return None
+        return None, None
     earlier = [ScratchLayer(run.work.experts(layer), source) for layer in scope[:-1]]
     layers: dict[int, LayerWeights] = {index: here, **dict(zip(scope[:-1], earlier, strict=True))}
     weights = ScopeWeights(layers, matrix_views(module))
@@ -79,13 +103,59 @@ def decide(
     parts = weights.parts if decision.parts is None else decision.parts
     with run.clock.part("precision"):
         kinds = _kinds_of(run, scope, view, decision, parts)
-    _write(run, scope, decision, kinds, parts)
+    entered = None if entering is None else entering(_open_in(decision, index))
+    rounded = _rounded(run, scope, view, decision, kinds, entered, tokens)
+    _write(run, scope, decision, kinds, parts, rounded)
+    if rounded is not None:
+        decision = rounded.decision()
     with run.clock.part("distance"):
         run.journal.distances.update(slot_distances(view.pool, decision.slots, weights))
     _keep(run, scope, view.pool, decision)
     for layer in earlier:
         layer.close()
-    return decision.left if set(kinds.values()) == {"source"} else None
+    return entered, decision.left if set(kinds.values()) == {"source"} else None
+
+
+def _open_in(decision: Decision, layer: int) -> list[bool] | None:
+    """One flag a router slot of a layer whose router is kept from some; the layer is its scope's only one."""
+    if layer not in decision.rerouted:
+        return None
+    return [not slot.dropped for slot in decision.slots]
+
+
+def _rounded(
+    run: Run,
+    scope: Sequence[int],
+    view: ScopeView,
+    decision: Decision,
+    kinds: Mapping[ExpertId, str],
+    entered: Entered | None,
+    tokens: LayerTokens | None,
+) -> RoundedPrototypes | None:
+    """The prototypes as error feedback rounds them; ``None`` where no record has a form for that."""
+    layouts = _layouts(run, scope, decision, kinds)
+    if not any(feeds_back(layout) for layout in layouts.values()):
+        return None
+    last = scope[-1]
+    came: dict[int, LayerTokens] = {}
+    if entered is not None:
+        came[last] = replace(entered.tokens, target=None).weighted()
+    else:
+        assert tokens is not None, "what is rounded needs the tokens"
+        came = {layer: LayerTokens.load(run.work.tokens(layer)) for layer in scope[:-1]}
+        came[last] = tokens
+    return RoundedPrototypes(view, decision, layouts, came)
+
+
+def _layouts(
+    run: Run, scope: Sequence[int], decision: Decision, kinds: Mapping[ExpertId, str]
+) -> dict[ExpertId, RecordLayout]:
+    """Of every prototype's record."""
+    last, sizes = scope[-1], run.sizes
+    return {
+        one: sizes.layout(last, kind, decision.widths.get(one, sizes.widths(last)[-1]))
+        for one, kind in kinds.items()
+    }
 
 
 def _view(
@@ -119,6 +189,9 @@ def _view(
             selections.get(layer),
         )
 
+    def layout_of(width: int, kind: str = "") -> RecordLayout:
+        return sizes.layout(last, kind or sizes.kinds[0], width)
+
     return ScopeView(
         sizes.pool(scope),
         tuple(layer_view(layer) for layer in scope),
@@ -131,7 +204,8 @@ def _view(
         run.dtype,
         run.job.device,
         _may_add(run, last),
-        partial(sizes.layout, last, sizes.kinds[0]) if len(sizes.kinds) == 1 else None,
+        layout_of if sizes.alike or sizes.free else None,
+        sizes.options(last),
     )
 
 
@@ -149,7 +223,9 @@ def _kinds_of(
     parts: Callable[[ExpertId], Parts],
 ) -> dict[ExpertId, str]:
     """The kind of record of each prototype: in a mixed precision the wide one where it helps most."""
-    if len(run.sizes.kinds) == 1:
+    if decision.kinds:
+        return {one: decision.kinds[one] for one in decision.prototypes}
+    if run.sizes.alike:
         return dict.fromkeys(decision.prototypes, run.sizes.kinds[0])
     wide, narrow = run.sizes.kinds
     count = run.sizes.wide_count(scope, run.journal.budgets)
@@ -180,22 +256,24 @@ def _write(
     decision: Decision,
     kinds: Mapping[ExpertId, str],
     parts: Callable[[ExpertId], Parts],
+    rounded: RoundedPrototypes | None,
 ) -> None:
     """The prototypes of a scope as records of the package."""
     last, sizes = scope[-1], run.sizes
-    widths = {one: decision.widths.get(one, sizes.widths(last)[-1]) for one in kinds}
+    layouts = _layouts(run, scope, decision, kinds)
     with run.clock.part("write"):
         written = write_experts(
             run.package / prototypes_file(scope[0]),
-            [(one, sizes.layout(last, kind, widths[one])) for one, kind in kinds.items()],
-            parts,
+            list(layouts.items()),
+            parts if rounded is None else rounded.parts,
             transposed=sizes.experts(last).transposed,
-            made=decision.made,
+            made=None if rounded is None else rounded.made,
         )
     run.journal.add_files([written])
     for one, kind in kinds.items():
         offset = written.offsets[record_name(one)]
-        run.journal.store(one, StoredRecord(written.name, offset, kind, widths[one]))
+        width = decision.widths.get(one, sizes.widths(last)[-1])
+        run.journal.store(one, StoredRecord(written.name, offset, kind, width))
 
 
 def _keep(run: Run, scope: Sequence[int], pool: Sequence[ExpertId], decision: Decision) -> None:

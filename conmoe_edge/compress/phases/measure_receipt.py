@@ -53,4 +53,5 @@ def _compare(
     if run.job.dense_precision != "source":
         original = run.original(tensors)
         original.load_outside()
-    return compare_heads(original, hidden, package, after.hidden, run.job.held_out)
+    job = run.job
+    return compare_heads(original, hidden, package, after.hidden, job.held_out, job.match_places)

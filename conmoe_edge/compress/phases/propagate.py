@@ -1,7 +1,8 @@
 """The stream of the package so far, beside that of the original.
 
-Methods with ``Needs.target`` take each layer's tokens from the package's stream and aim at the original's residual
-stream behind the layer (``aim``). Once the layer is written, the package's stream goes through it (``propagate``).
+Prototypes are rounded for the tokens of the package's stream (``enter``). Methods with ``Needs.target`` take each
+layer's tokens from there and aim at the original's residual stream behind the layer (``aim``). Once the layer is
+written, the package's stream goes through it (``propagate``).
 
 Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,9 +20,8 @@ from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.package.slot_constants import read_rows
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
-from conmoe_edge.compress.phases.decide import prototypes_file
+from conmoe_edge.compress.phases.decide import Entered, prototypes_file
 from conmoe_edge.compress.run.state import Run
-from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stream.expert_hooks import (
     MappedTap,
     RoutedTap,
@@ -40,18 +40,19 @@ _ADDS = 0.3
 """Most that a layer's output may differ from the sum of its parts, of what its experts bring."""
 
 
-def aim(
-    run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream]
-) -> tuple[LayerTokens, torch.Tensor | None]:
-    """The tokens of the package's stream at this layer, each with what its experts should give.
-
-    Where a layer adds its experts' output to what it gives without them, that is the way back to
-    the original's stream, and the stream without the experts is returned, for ``propagate``.
-    Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts give.
-    """
+def enter(
+    run: Run,
+    model: StreamedModel,
+    index: int,
+    streams: Mapping[str, Stream],
+    is_open: Sequence[bool] | None = None,
+) -> Entered:
+    """Take the package's stream up to the experts of a layer; ``is_open`` as of ``Entering``."""
     module = model.experts[index][1]
     stream = streams["package"]
-    with run.clock.part("attention"):
+    with run.clock.part("attention"), ExitStack() as stack:
+        if is_open is not None:
+            stack.enter_context(rerouted(model.routers()[index], is_open))
         entered = stream.hidden.clone()
         own = RoutedTap()
         attach(module, own)
@@ -60,24 +61,33 @@ def aim(
         run_layer(model, index, one, own)
         silent = SilentTap()
         attach(module, silent)
-        listening = nullcontext()
-        if run.method.needs.logits:
-            listening = logits_to(model.routers()[index], silent.take_logits)
-        with listening:
-            run_layer(model, index, stream, silent)
+        if run.needs.target and run.needs.logits:
+            stack.enter_context(logits_to(model.routers()[index], silent.take_logits))
+        run_layer(model, index, stream, silent)
         tokens = silent.tokens.result()
         plain = expert_sum(module, own, tokens.rows(torch.arange(one.tokens)), model.device)
+        attach(module, own)  # the other one holds on to nothing, but computes nothing either
         if _adds_up(one, stream, plain):
-            gap = streams["train"].hidden.float() - stream.hidden.float()
-            target = stream.real_rows(gap)
-            weights = _weights(streams["train"])
-            before = stream.hidden
+            return Entered(replace(tokens, weights=_weights(streams["train"])), stream.hidden)
+        stream.hidden = entered
+        return Entered(tokens, None)
+
+
+def aim(run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream]) -> Entered:
+    """``enter``, with what the experts of each token should give.
+
+    Where a layer adds its experts' output to what it gives without them, that is the way back to the original's
+    stream. Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts
+    give.
+    """
+    found, stream = enter(run, model, index, streams), streams["package"]
+    with run.clock.part("attention"):
+        if found.before is not None:
+            target = stream.real_rows(streams["train"].hidden.float() - stream.hidden.float())
         else:
-            target = expert_sum(module, own, tokens, model.device)
-            weights = before = None
-            stream.hidden = entered
-    marked = replace(tokens, target=target, weights=weights, **_marks(run, stream))
-    return marked, before
+            target = expert_sum(model.experts[index][1], RoutedTap(), found.tokens, model.device)
+    tokens = replace(found.tokens, target=target, **_marks(run, stream))
+    return Entered(tokens, found.before)
 
 
 def _adds_up(one: Stream, without: Stream, plain: torch.Tensor) -> bool:
@@ -120,27 +130,27 @@ def propagate(
     model: StreamedModel,
     index: int,
     stream: Stream,
-    tokens: LayerTokens | None,
-    before: torch.Tensor | None,
+    entered: Entered | None,
     left: torch.Tensor | None,
 ) -> None:
     """Take the package's stream through the layer as it was just written.
 
-    ``tokens`` and ``before`` are what ``aim`` gave for this layer, or ``None``; ``left`` what ``decide`` gave.
+    ``entered`` is what ``enter`` or ``aim`` gave for this layer, ``left`` what ``decide`` gave.
     """
     start = time.perf_counter()
-    if before is not None and left is not None:
-        assert tokens is not None and tokens.target is not None and tokens.weights is not None
+    before = None if entered is None else entered.before
+    if entered is not None and before is not None and left is not None:
+        tokens = entered.tokens
+        assert tokens.target is not None and tokens.weights is not None
         stream.hidden = before
         stream.add_rows(tokens.target - left / tokens.weights.unsqueeze(1))
     elif index in model.experts:
         is_open, module = run.journal.open_slots(index), model.experts[index][1]
         with ShardReader(index_files(run.package, [prototypes_file(index)])) as reader:
             tap = _written_tap(run, index, reader, is_open)
-            if before is not None:
-                assert tokens is not None
+            if entered is not None and before is not None:
                 stream.hidden = before
-                stream.add_rows(expert_sum(module, tap, tokens, model.device))
+                stream.add_rows(expert_sum(module, tap, entered.tokens, model.device))
             else:
                 attach(module, tap)
                 rerouting = nullcontext()

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from conmoe_edge.compress.methods.interface import LayerView, ScopeView
-from conmoe_edge.compress.methods.narrowing import NarrowedLayer, StandInLayer
+from conmoe_edge.compress.methods.stand_ins import NarrowedLayer, StandInLayer
 from conmoe_edge.compress.quality.receipt import ReceiptTracker
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
@@ -190,5 +190,7 @@ def _stand_ins(run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> 
         sizes.sizes(index),
         dtype=run.dtype,
         device=run.job.device,
+        record=lambda width, kind="": sizes.layout(index, kind or sizes.kinds[0], width),
+        options=sizes.options(index),
     )
     return StandInLayer(scope, tokens, sizes.unit(index))

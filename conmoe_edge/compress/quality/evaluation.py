@@ -30,6 +30,7 @@ from conmoe_edge.compress.quality.continuation import (
     prompts_of,
     repetition,
 )
+from conmoe_edge.compress.quality.exact_match import MatchTracker
 from conmoe_edge.compress.quality.metrics import (
     Continuations,
     Cost,
@@ -39,8 +40,10 @@ from conmoe_edge.compress.quality.metrics import (
 )
 from conmoe_edge.compress.quality.receipt import LossTracker, compare_heads
 from conmoe_edge.compress.run.job import OnProgress, Progress
+from conmoe_edge.compress.stats.match_counts import ExactMatch, matches_in
 from conmoe_edge.compress.stream.calibration_text import CalibrationText, TokenSet, evaluation_set
 from conmoe_edge.compress.stream.layer_stream import Stream, open_stream, sequence_logits
+from conmoe_edge.compress.stream.match_places import MatchPlaces
 from conmoe_edge.compress.stream.streamed_model import (
     Subject,
     is_package,
@@ -83,6 +86,15 @@ class Folder:
     model: OpenedModel | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Over the whole text, by domain, and exact matches by kind."""
+
+    quality: Quality
+    per_domain: dict[str, Quality]
+    exact_match: dict[str, ExactMatch]
+
+
 def evaluate(
     model: Folder,
     reference: Folder | None,
@@ -91,8 +103,8 @@ def evaluate(
     *,
     on_cost: Callable[[Cost], None] | None = None,
     progress: OnProgress = lambda step: None,
-) -> tuple[Quality, dict[str, Quality], Continuations | None, Cost, dict[str, float]]:
-    """All figures: over the whole text, by domain, of the continuations; what it took, and seconds by part."""
+) -> tuple[Figures, Continuations | None, Cost, dict[str, float]]:
+    """All figures: of the text, of the continuations; what it took, and seconds by part."""
     tokens = _tokens(model, reference, text, settings)
     clock = Clock()
     with torch.no_grad(), ExitStack() as stack:
@@ -114,7 +126,7 @@ def evaluate(
         ]
         progress(Progress("compare", 0, 1, "logits"))
         with clock.part("compare"):
-            quality, domains = _figures(opened, hidden, tokens)
+            figures = _figures(opened, hidden, tokens, MatchPlaces(tokens, model.tokenizer))
         found = None
         if prompts is not None:
             rows = [
@@ -122,7 +134,7 @@ def evaluate(
                 for subject, held, name in zip(opened, cost.held, names, strict=False)
             ]
             found = _continuations(prompts, rows, _ends(model.tokenizer), settings.steps)
-    return quality, domains, found, cost, clock.seconds
+    return figures, found, cost, clock.seconds
 
 
 def _tokens(
@@ -169,21 +181,29 @@ def _through(
 
 
 def _figures(
-    subjects: list[Subject], hidden: list[Tensor], tokens: TokenSet
-) -> tuple[Quality, dict[str, Quality]]:
+    subjects: list[Subject], hidden: list[Tensor], tokens: TokenSet, places: MatchPlaces
+) -> Figures:
     with _outside(subjects):
         if len(subjects) == 1:
-            tracker = LossTracker(tokens)
+            tracker, matches = LossTracker(tokens), MatchTracker(places)
             for row in range(len(tokens.domains)):
-                tracker.add(row, sequence_logits(subjects[0].model, tokens, hidden[0], row))
+                logits = sequence_logits(subjects[0].model, tokens, hidden[0], row)
+                tracker.add(row, logits)
+                matches.add(row, logits)
             total, domains = tracker.result()
-            return Quality.of_loss(*total), {
-                name: Quality.of_loss(*row) for name, row in domains.items()
-            }
-        receipt = compare_heads(subjects[1].model, hidden[1], subjects[0].model, hidden[0], tokens)
-    return Quality.of_receipt(receipt), {
-        name: Quality.of_receipt(row) for name, row in receipt["per_domain"].items()
-    }
+            return Figures(
+                Quality.of_loss(*total),
+                {name: Quality.of_loss(*row) for name, row in domains.items()},
+                matches.result(alone=True),
+            )
+        receipt = compare_heads(
+            subjects[1].model, hidden[1], subjects[0].model, hidden[0], tokens, places
+        )
+    return Figures(
+        Quality.of_receipt(receipt),
+        {name: Quality.of_receipt(row) for name, row in receipt["per_domain"].items()},
+        matches_in(receipt),
+    )
 
 
 @contextmanager

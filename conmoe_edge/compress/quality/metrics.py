@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from conmoe_edge.compress.stats.match_counts import ExactMatch
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
@@ -121,7 +123,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """A model, what it was compared with, and the figures.
+    """A model, what it was compared with, and the figures; ``exact_match`` by kind (``match_counts.py``).
 
     ``alone``: why there is no reference, where there is none. ``settings``: text, its SHA-256, tokens,
     sequence length, seed, device and dtype, which together make the figures reproducible.
@@ -131,6 +133,7 @@ class EvaluationReport:
     reference: Evaluated | None
     quality: Quality
     per_domain: dict[str, Quality]
+    exact_match: dict[str, ExactMatch]
     continuations: Continuations | None
     settings: dict[str, Any]
     alone: str = ""

@@ -8,6 +8,8 @@ Original and written package give logits for the same sequences; per domain and 
 - ``top1_agreement``: share of positions with the same most likely token
 - ``overlap``: mean over positions of the sum of min(p, q)
 
+and over all ``exact_match``: by kind the counts of ``match_counts.py``, where items were looked for.
+
 Padding, and the position after it, are not counted. Peak memory: the logits of one sequence, twice,
 and a few blocks of 64 positions in fp32.
 """
@@ -16,14 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.quality.exact_match import MatchTracker
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.layer_stream import sequence_logits
+from conmoe_edge.compress.stream.match_places import MatchPlaces
 from conmoe_edge.model.streaming import StreamedModel
 
 _POSITIONS = 64
@@ -88,16 +92,23 @@ def compare_heads(
     model: StreamedModel,
     after: Tensor,
     tokens: TokenSet,
+    places: MatchPlaces | None = None,
 ) -> dict[str, Any]:
     """The receipt: hidden states [N, T, H] behind the last layers through norm and head, one sequence at a time.
 
-    What is outside the decoder layers must be loaded in both.
+    What is outside the decoder layers must be loaded in both. ``places``: of ``tokens``.
     """
     tracker = ReceiptTracker(tokens)
+    matches = None if places is None else MatchTracker(places)
     for row in range(tokens.ids.shape[0]):
         wanted = sequence_logits(reference, tokens, before, row)
-        tracker.add(row, wanted, sequence_logits(model, tokens, after, row))
-    return tracker.result()
+        found = sequence_logits(model, tokens, after, row)
+        tracker.add(row, wanted, found)
+        if matches is not None:
+            matches.add(row, found, wanted)
+    counts = {} if matches is None else matches.result()
+    exact = {"exact_match": {kind: asdict(one) for kind, one in counts.items()}} if counts else {}
+    return {**tracker.result(), **exact}
 
 
 class LossTracker:

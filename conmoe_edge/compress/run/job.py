@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from conmoe_edge.compress.stream.calibration_text import TokenSet
+from conmoe_edge.compress.stream.match_places import MatchPlaces
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.opened import OpenedModel
 from conmoe_edge.plan.plan import Plan
@@ -28,6 +29,7 @@ class Job:
         train, held_out: tokens to calibrate on and to measure on.
         device: where to compute.
         tool_version: of this program.
+        match_places: of ``held_out``, where the receipt is to have exact matches.
         passes: 1 reads every weight once, 2 measures before that what each layer is worth.
     """
 
@@ -39,6 +41,7 @@ class Job:
     device: torch.device
     tool_version: str
     passes: int = 2
+    match_places: MatchPlaces | None = None
 
     @property
     def config(self) -> PretrainedConfig:

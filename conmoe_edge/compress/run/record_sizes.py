@@ -15,6 +15,7 @@ from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes, spread
+from conmoe_edge.plan.record_options import RecordOption, layer_room, record_options
 from conmoe_edge.plan.width_levers import (
     PARTS,
     alike,
@@ -40,6 +41,7 @@ class RecordSizes:
         shares_out: whether layers get numbers of their own. In a mixed precision the plan counts with equal ones.
         wide: prototypes of the package in the wider kind, where there are two.
         every: whether every expert is kept, all as narrow as ``narrow`` says.
+        pool_bytes: of all prototypes, where the plan gives bytes and prototypes have kinds of their own; else 0.
     """
 
     anatomy: ModelAnatomy
@@ -53,11 +55,12 @@ class RecordSizes:
     shares_out: bool
     wide: int
     every: bool = False
+    pool_bytes: int = 0
 
     @classmethod
     def of(cls, job: Job, method: Method) -> RecordSizes:
         """For a job and its method."""
-        kinds = PRECISIONS[job.precision].kinds
+        kinds, free = PRECISIONS[job.precision].kinds, PRECISIONS[job.precision].free
         every = job.width > 0
         differs = method.trims and not alike(job.precision, equal=job.equal) and not every
         trims = method.trims and not differs and not every
@@ -75,9 +78,12 @@ class RecordSizes:
             scopes=tuple(scopes(job.anatomy, job.scope)),
             trims=trims,
             differs=differs,
-            shares_out=method.budgets and job.rate > 0.0 and len(kinds) == 1 and not every,
+            shares_out=method.budgets
+            and (free or (job.rate > 0.0 and len(kinds) == 1))
+            and not every,
             wide=job.wide_prototypes,
             every=every,
+            pool_bytes=job.decided.chosen.pool_bytes if free else 0,
         )
 
     @property
@@ -103,9 +109,25 @@ class RecordSizes:
 
     def widths(self, layer: int) -> tuple[int, ...]:
         """Numbers of neurons that a prototype of the package may have, ascending."""
+        if self.free:
+            return tuple(sorted({one.width for one in self.options(layer)}))
         if self.differs:
             return steps(self.experts(layer), self.precision)
         return (_experts(self.narrow, layer).width,)
+
+    @property
+    def free(self) -> bool:
+        """Whether each prototype has the bits that it is worth."""
+        return self.pool_bytes > 0
+
+    @property
+    def alike(self) -> bool:
+        """Whether all records are of one kind."""
+        return len(self.kinds) == 1
+
+    def options(self, layer: int) -> tuple[RecordOption, ...]:
+        """The records that a prototype may become, by bytes ascending; where each has the bits that it is worth."""
+        return record_options(self.experts(layer), self.precision) if self.free else ()
 
     def sizes(self, layer: int) -> tuple[int, ...]:
         """Bytes of the smallest record of every width."""
@@ -120,12 +142,17 @@ class RecordSizes:
 
     def unit(self, layer: int) -> int:
         """Bytes of what ``count`` counts: a prototype, or a part of one where widths differ."""
+        if self.free:
+            room = layer_room(self.anatomy, layer, self.pool_bytes)
+            return max(1, room // (PARTS * self.experts(layer).count))
         return self.sizes(layer)[-1] // (PARTS if self.differs else 1)
 
     def uniform(self, scope: Sequence[int]) -> int:
         """Units of a scope where all scopes get the same."""
         if self.every:
             return sum(self.experts(layer).count for layer in scope)
+        if self.free:
+            return PARTS * sum(self.experts(layer).count for layer in scope)
         count = pool_kept(self.anatomy, scope, self.rate, self.precision, trims=self.trims)
         return count * PARTS if self.differs else count
 

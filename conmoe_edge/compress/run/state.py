@@ -14,7 +14,8 @@ import torch
 
 from conmoe_edge.checkpoint.tensors.tensor_reader import Lazy
 from conmoe_edge.compress.methods import METHODS
-from conmoe_edge.compress.methods.interface import Method
+from conmoe_edge.compress.methods.interface import Method, Needs
+from conmoe_edge.compress.run.feedback import needs_of, takes_package_stream
 from conmoe_edge.compress.run.job import Job, OnProgress
 from conmoe_edge.compress.run.journal import Journal
 from conmoe_edge.compress.run.meter import Meter
@@ -72,6 +73,16 @@ class Run:
     def clock(self) -> Clock:
         """Seconds by part, earlier runs included."""
         return self.meter.clock
+
+    @property
+    def needs(self) -> Needs:
+        """What calibration has to keep."""
+        return needs_of(self.method, self.sizes)
+
+    @property
+    def has_package_stream(self) -> bool:
+        """Whether the calibration text also goes through the layers as they were written."""
+        return takes_package_stream(self.needs, self.sizes)
 
     @property
     def layers(self) -> int:

@@ -6,20 +6,16 @@ result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format import low_bits
-from conmoe_edge.checkpoint.format.forms import LOW_GROUP, TILES, Kind, first_divisor
-from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, row_scales
-from conmoe_edge.compress.solvers.error_feedback import damped, round_with_feedback
+from conmoe_edge.checkpoint.format.forms import LOW_GROUP, TILES, Kind
+from conmoe_edge.checkpoint.format.quantise import Matrix, quantise
 from conmoe_edge.compress.solvers.rounding import round_matrix
 
 _RUN = 1 << 24
 """Numbers that are rounded at a time."""
-_STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 def round_dense(weight: Tensor, moments: Tensor | None, kind: Kind) -> Matrix:
@@ -34,35 +30,12 @@ def round_dense(weight: Tensor, moments: Tensor | None, kind: Kind) -> Matrix:
         return quantise(weight, kind)
     rows, columns = weight.shape
     step = max(1, _RUN // columns // TILES[0]) * TILES[0]
-    runs = [weight[start : start + step] for start in range(0, rows, step)]
-    if kind == "int8":
-        made = [_int8(run, moments) for run in runs]
-        values, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
-        return Matrix(kind, values, scales, rows, columns)
     parts = []
-    for run in runs:
-        matrix = round_matrix(run, moments, kind)
+    for start in range(0, rows, step):
+        matrix = round_matrix(weight[start : start + step], moments, kind)
         assert matrix.scales is not None
         parts.append((matrix.values, matrix.scales))
-    return Matrix(kind, *low_bits.joined(parts), rows, columns, LOW_GROUP)
-
-
-def _int8(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and scales; each row keeps the scale that it has without feedback."""
-    wide = weight.float().unsqueeze(0)
-    scales = row_scales(wide[0])
-    step = torch.where(scales > 0, scales.float(), 1.0).view(1, -1, 1)
-    codes: list[Tensor] = []
-
-    def group(columns: Tensor, counts: Tensor) -> Callable[[Tensor], Tensor]:
-        def nearest(column: Tensor) -> Tensor:
-            found = (column / step).round_().clamp_(-127, 127)
-            codes.append(found[0].to(torch.int8))
-            return found * step
-
-        return nearest
-
-    round_with_feedback(
-        wide, damped(moments.unsqueeze(0)), first_divisor(_STEPS, wide.shape[2]), group
-    )
-    return torch.cat(codes, 1), scales
+    if kind != "int8":
+        return Matrix(kind, *low_bits.joined(parts), rows, columns, LOW_GROUP)
+    values, scales = (torch.cat(one) for one in zip(*parts, strict=True))
+    return Matrix(kind, values, scales, rows, columns)

@@ -92,10 +92,15 @@ def refit(
             residual.index_add_(0, one.rows, one.values @ change, alpha=-1.0)
     table = torch.zeros(gates.shape[1], residual.shape[1])
     if constants:
-        gram = gates.T @ gates
-        table = _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
+        table = solve_constants(gates, residual)
         residual.addmm_(gates, table, alpha=-1.0)
     return [weight.T for weight in weights], table
+
+
+def solve_constants(gates: Tensor, residual: Tensor) -> Tensor:
+    """fp32 [C, H]: what slots whose gates are ``gates`` fp32 [T, C] add, to be nearest to ``residual`` fp32 [T, H]."""
+    gram = gates.T @ gates
+    return _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
 
 
 def _ridge(grams: Sequence[Tensor], visits: int) -> float:

@@ -13,7 +13,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 Curve = Sequence[float]
-"""Errors of one expert, one for every width, falling to 0."""
+"""Errors of one expert, one for every width, falling to 0; of records of several kinds (``record_menu.py``) the larger
+one may lose more.
+"""
 
 
 def choose(
@@ -31,8 +33,8 @@ def choose(
     if sum(sizes[one] for one in floors) > room:
         floors = [0] * len(curves)
     chosen = [len(sizes) - 1] * len(curves)
-    for expert, place, _ in _steps(curves, sizes, floors):
-        if sum(sizes[one] for one in chosen) <= room:
+    for expert, place, slope in _steps(curves, sizes, floors):
+        if slope >= 0 and sum(sizes[one] for one in chosen) <= room:
             break
         chosen[expert] = place
     left = room - sum(sizes[one] for one in chosen)
@@ -41,7 +43,7 @@ def choose(
             ((curve[now] - curve[wider]) / (sizes[wider] - sizes[now]), -expert, wider)
             for expert, (curve, now) in enumerate(zip(curves, chosen, strict=True))
             for wider in range(now + 1, len(sizes))
-            if sizes[wider] - sizes[now] <= left
+            if sizes[wider] - sizes[now] <= left and curve[wider] <= curve[now]
         ]
         if not gains:
             break

@@ -57,14 +57,14 @@ class LayerTokens:
         return LayerTokens(**found)  # type: ignore[arg-type]
 
     def weighted(self) -> LayerTokens:
-        """Gates and targets times the weights: a layer's output is linear in its gates, so plain
+        """Gates, and targets where there are any, times the weights: a layer's output is linear in its gates, so plain
         squares over these are the weighted squares over the tokens as they are.
         """
         if self.weights is None:
             return self
-        assert self.target is not None
         factor = self.weights.unsqueeze(1)
-        return replace(self, gates=self.gates * factor, target=self.target * factor, weights=None)
+        target = None if self.target is None else self.target * factor
+        return replace(self, gates=self.gates * factor, target=target, weights=None)
 
     def routed(self, slot: int) -> tuple[Tensor, Tensor]:
         """Row numbers [n] and gates [n] of the tokens that chose a slot."""

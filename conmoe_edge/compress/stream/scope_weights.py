@@ -195,18 +195,19 @@ def write_experts(
     parts_of: Callable[[ExpertId], Mapping[str, Tensor]],
     *,
     transposed: bool,
-    made: Mapping[ExpertId, Mapping[str, Matrix]] | None = None,
+    made: Callable[[ExpertId], Mapping[str, Matrix]] | None = None,
 ) -> WrittenFile:
     """Experts as records, each in the forms of its layout; one buffer for all, one expert quantised at a time.
 
-    ``made``: weights that are in these forms already.
+    ``made``: weights that are in these forms already. It and ``parts_of`` are called for one expert after another.
     """
     sizes = {record_name(expert): layout.nbytes for expert, layout in records}
     buffer = torch.empty(max(sizes.values()), dtype=torch.uint8)
 
     def packed():
         for expert, layout in records:
-            tensors = encode(layout, parts_of(expert), transposed, (made or {}).get(expert))
+            own = None if made is None else made(expert)
+            tensors = encode(layout, parts_of(expert), transposed, own)
             yield record_name(expert), pack(layout, tensors, buffer[: layout.nbytes])
 
     return write_records(path, sizes, packed())

@@ -102,7 +102,7 @@ def check_servable(folder: Path, manifest: Manifest) -> None:
         raise NotServable(
             f"The package in {folder} keeps keys and values in {manifest.kv_precision}.",
             "vLLM keeps them in a cache of its own, and would answer otherwise than this package does here",
-            f"conmoe-edge fit MODEL --for vllm --out DIR; or {export}",
+            f"conmoe-edge fit MODEL --for vllm --out DIR, or without --for and with --kv-precision source; or {export}",
         )
     masked = sorted(rerouted(manifest))
     if masked:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from conmoe_edge.checkpoint.package.sidefiles import copy_side_files, side_files
 from conmoe_edge.errors import CheckpointError
+from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.offload.generation.named_templates import templates_of
 
+DEMO = Path(__file__).resolve().parents[3] / "conmoe_edge" / "data" / "demo"
 TRAVEL = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,3 +98,61 @@ def test_dangling_links_and_pipes_are_errors(source: Path, tmp_path: Path) -> No
     os.mkfifo(source / "merges.txt")
     with pytest.raises(CheckpointError, match=r"merges\.txt is not a plain file"):
         copy_side_files(source, tmp_path / "target")
+
+
+def with_templates(source: Path, **templates: str) -> Path:
+    """A tokenizer with these templates in a folder of their own."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(DEMO / name, source / name)
+    (source / "additional_chat_templates").mkdir()
+    for name, text in templates.items():
+        (source / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    return source
+
+
+@pytest.mark.parametrize("default", ["file", "settings", "list", "none"])
+def test_templates_in_a_folder_of_their_own_travel(
+    default: str, source: Path, tmp_path: Path
+) -> None:
+    """The package's tokenizer has all templates that transformers finds in the model's folder, under the same names."""
+    with_templates(source, tool_use="{{ tools }}", rag="{{ documents }}")
+    path = source / "tokenizer_config.json"
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}
+    if default == "file":
+        (source / "chat_template.jinja").write_text("{{ messages }}")
+    elif default == "settings":
+        settings["chat_template"] = "{{ messages }}"
+    elif default == "list":
+        (source / "chat_template.jinja").write_text("{{ messages }}")
+        settings["chat_template"] = [{"name": "rag", "template": "old"}]
+    path.write_text(json.dumps(settings))
+    wanted = {"rag": "{{ documents }}", "tool_use": "{{ tools }}"}
+    if default != "none":
+        wanted["default"] = "{{ messages }}"
+    target = tmp_path / "target"
+    written = copy_side_files(source, target)
+    shutil.copy(source / "config.json", target / "config.json")
+    found = templates_of(load_tokenizer(target))
+    assert found == wanted
+    if default in ("file", "list"):  # transformers reads the folder only beside that file
+        assert found == templates_of(load_tokenizer(source))
+    assert {one.name for one in written} == {"tokenizer.json", "tokenizer_config.json"}
+    assert all(path.is_file() for path in target.iterdir())
+
+
+def test_damaged_templates_are_errors(source: Path, tmp_path: Path) -> None:
+    with_templates(source, tool_use="x")
+    inside, target = source / "additional_chat_templates", tmp_path / "target"
+    (inside / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"bytes\.jinja is no text"):
+        copy_side_files(source, target)
+    (inside / "bytes.jinja").unlink()
+    (inside / "away.jinja").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("secret")
+    with pytest.raises(CheckpointError, match=r"away\.jinja"):
+        copy_side_files(source, target)
+    (inside / "away.jinja").unlink()
+    for number in range(65):
+        (inside / f"{number}.jinja").write_text("x")
+    with pytest.raises(CheckpointError, match="holds 66 templates"):
+        copy_side_files(source, target)

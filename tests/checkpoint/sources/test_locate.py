@@ -336,10 +336,16 @@ def test_what_is_downloaded() -> None:
         "tokenizer.model",
         "merges.txt",
         "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "LICENSE",
         "README.md",
     }
     unwanted = {
+        "additional_chat_templates/a/x.jinja",
+        "additional_chat_templates/model.safetensors",
+        "additional_chat_template/x.jinja",
+        "add/x.jinja",
+        "a/config.json",
         "pytorch_model.bin",
         "model.pt",
         "consolidated.00.pth",

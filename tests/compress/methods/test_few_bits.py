@@ -1,4 +1,4 @@
-"""Whole fits in 4, 3 and 2 bits: what is written, what it is worth beside plain rounding, and that it runs."""
+"""Whole fits in 8 to 2 bits: what is written, what it is worth beside plain rounding, and that it runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
+from conmoe_edge.compress.methods import few_bits
 from conmoe_edge.integrations.load import load_package
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -53,16 +54,58 @@ def kl(manifest: Manifest) -> float:
     return float(manifest.receipt["kl"])
 
 
-@pytest.mark.parametrize("precision", ["q4", "q3", "q2"])
-def test_every_weight_is_in_few_bits_and_less_is_lost_than_by_rounding(
-    source: Path, precision: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "precision", "most"),
+    [
+        ("auto", "q4", 0.7),
+        ("auto", "q2", 0.7),
+        ("conmoe", "int8", 0.95),
+        ("conmoe", "int4", 0.85),
+        ("conmoe", "q4", 0.85),
+        ("conmoe", "q3", 0.85),
+        ("conmoe", "q2", 0.85),
+    ],
+)
+def test_every_weight_is_in_its_form_and_less_is_lost_than_by_rounding_to_the_nearest(
+    source: Path,
+    method: str,
+    precision: str,
+    most: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = fit(source, tmp_path / "auto", precision)
-    verify_package(tmp_path / "auto", deep=True)
+    found = fit(source, tmp_path / "fed back", precision, method=method)
+    verify_package(tmp_path / "fed back", deep=True)
     for layout in found.layouts:
         assert [form_of(layout, name) for name in ("gate_up_proj", "down_proj")] == [precision] * 2
-    rounded = fit(source, tmp_path / "rounded", precision, method="conmoe")
-    assert kl(found) < 0.7 * kl(rounded)
+    monkeypatch.setattr(few_bits, "FED_BACK", frozenset())
+    nearest = fit(source, tmp_path / "nearest", precision, method="conmoe")
+    assert kl(found) < most * kl(nearest)
+
+
+@pytest.mark.parametrize("method", ["reap", "mone", "hc-smoe"])
+def test_methods_that_remove_experts(
+    source: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some close router slots, some add constants, some merge: the same fit twice, and nearer than without feedback."""
+    for name in ("one", "two"):
+        found = fit(source, tmp_path / name, "q2", 0.25, method=method)
+    for path in (tmp_path / "one").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    plain = fit(source, tmp_path / "plain", "source", 0.25, method=method)
+    monkeypatch.setattr(few_bits, "FED_BACK", frozenset())
+    nearest = fit(source, tmp_path / "nearest", "q2", 0.25, method=method)
+    assert plain.slots == found.slots == nearest.slots
+    assert kl(found) < kl(nearest)
+
+
+def test_two_layers_that_share_prototypes_take_the_tokens_of_the_original(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levers: dict[str, Any] = {"method": "conmoe", "scope": 2}
+    found = fit(source, tmp_path / "fed back", "q2", 0.25, **levers)
+    monkeypatch.setattr(few_bits, "FED_BACK", frozenset())
+    assert kl(found) < kl(fit(source, tmp_path / "nearest", "q2", 0.25, **levers))
 
 
 def test_fewer_neurons_in_fewer_bits(source: Path, tmp_path: Path) -> None:

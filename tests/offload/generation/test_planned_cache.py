@@ -33,17 +33,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [one for row in value for one in _tensors(row)] if isinstance(value, tuple) else []
 
 
+@pytest.mark.parametrize("kept", ["source", "int8"])
 @pytest.mark.parametrize("context", [90, 600])
 @pytest.mark.parametrize(
     ("family", "window"), [("gpt_oss", 8), ("gpt_oss", 64), ("afmoe", 300), ("olmoe", 0)]
 )
 def test_no_forward_leaves_more_than_was_planned(
-    family: str, window: int, context: int, tmp_path: Path
+    family: str, window: int, context: int, kept: str, tmp_path: Path
 ) -> None:
     more = {"sliding_window": window} if window else {}
     plain = tiny_model(family, dtype=torch.bfloat16, max_position_embeddings=1024, **more)
     folder = write_package(plain, tmp_path, thirds(plain), prefill_chunk=min(context, 512))
-    model: Any = load_package(folder, budget=Budget("cpu", 4 << 30, "4GiB", ""), context=context)
+    budget = Budget("cpu", 4 << 30, "4GiB", "")
+    model: Any = load_package(folder, budget=budget, context=context, kv_precision=kept)
     planned = model.conmoe.cache_bytes(context)
     most = 0
     for prompt in (1, context // 2, context - 20):

@@ -68,9 +68,12 @@ def main() -> None:
             for kind, code in (("bf16", 0), ("fp16", 1), ("int8", 3)):
                 options = {"KIND": code, **shape}
                 each[f"rows {kind} {gated}"] = loads("rows", types, options, capability)
-            for step in (32, 64):
-                options = {"GATED": gated, "STEP": step}
-                each[f"tiles {step} {gated}"] = loads("tiles", types, options, capability)
+            for kind, step in ((4, 32), (4, 64), (5, 32)):
+                options = {"KIND": kind, "GATED": gated, "STEP": step}
+                each[f"tiles {step} {kind} {gated}"] = loads("tiles", types, options, capability)
+            for bits in (4, 3, 2):
+                options = {"BITS": bits, "GATED": gated, "GROUPS": gpu._GROUPS}
+                each[f"planes {bits} {gated}"] = loads("planes", types, options, capability)
         options = {"SCALED": True, "COUNTED": True, "ROOM": 8}
         each["merge"] = loads("merge", _ROUTED, options, capability)
         options = {"CONSTANTS": True, "BLOCK": gpu._BLOCK}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from conmoe_edge.checkpoint.format import low_bits
 from conmoe_edge.checkpoint.format.forms import LOW_BITS, Grid, Kind
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
+from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
 from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
@@ -301,3 +303,87 @@ def test_bf16_in_and_out_is_rounded_as_torch_does(operator: Operator) -> None:
     narrow = operator.few_rows([thirds], wide.bfloat16())
     exact = operator.few_rows([thirds], wide.bfloat16().float())
     assert torch.equal(narrow, exact.bfloat16())
+
+
+class _Keys:
+    """A layer's attention with past keys and values."""
+
+    def __init__(self, operator: Operator, head: int, heads: int, groups: int, held: int) -> None:
+        generator = torch.Generator().manual_seed(head + held)
+
+        def narrow(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).bfloat16()
+
+        self.operator, self.head, self.held = operator, head, held
+        rows = (heads * head, groups * head, groups * head)
+        self.linears = [
+            operator.prepare(matrix("bf16", count, 64, seed)) for seed, count in enumerate(rows)
+        ]
+        self.linears.append(operator.prepare(matrix("bf16", 64, heads * head, 3)))
+        self.x, self.angles = narrow(1, 64), narrow(2, 1, head)
+        self.past = [narrow(1, groups, held + 1, head) * 3 for _ in range(2)]
+
+    def attend(self, cached: native.Cached, window: int = 0) -> torch.Tensor:
+        linears = [(one, None) for one in self.linears]
+        table = native.AttentionTable(linears, [None, None], self.head, 0.2, window=window)
+        positions = native.Positions(self.angles[:1], self.angles[1:])
+        return self.operator.attention(table, self.x, positions, cached)
+
+    def packed(self) -> tuple[list[torch.Tensor], native.Cached]:
+        rows = [pack_rows(one) for one in self.past]
+        return rows, native.Cached.of(rows[0], rows[1], self.held, (self.head, self.head))
+
+
+@pytest.mark.parametrize(("heads", "groups", "held"), [(4, 4, 5), (8, 2, 1), (6, 1, 600)])
+@pytest.mark.parametrize("head", [8, 64, 72, 80, 96, 128])
+def test_keys_in_8_bits_give_the_bits_of_their_expansion(
+    operator: Operator, head: int, heads: int, groups: int, held: int
+) -> None:
+    """Few and many tokens, grouped heads, a window."""
+    one = _Keys(operator, head, heads, groups, held)
+    for window in (0, 4):
+        rows, cached = one.packed()
+        found = one.attend(cached, window)
+        wide = [unpack_rows(pack_rows(past), head, torch.bfloat16) for past in one.past]
+        one.attend(native.Cached.of(wide[0], wide[1], held))
+        for mine, other in zip(rows, wide, strict=True):
+            assert torch.equal(mine[:, :, held], pack_rows(other[:, :, held])), "the token's row"
+        first = 0 if window == 0 else max(0, held + 1 - window)
+        keys, values = [
+            unpack_rows(mine, head, torch.bfloat16)[:, :, first:].contiguous() for mine in rows
+        ]
+        mixed = operator.attend(
+            _turned(operator, one.linears[0], one.x, one.angles, head), keys, values, 0.2
+        )
+        assert mixed is not None
+        wanted = operator.few_rows([one.linears[3]], mixed.reshape(1, 1, -1))
+        assert torch.equal(found.view(-1), wanted.view(-1))
+
+
+def test_a_key_that_is_no_number_stays_none(operator: Operator) -> None:
+    one = _Keys(operator, 80, 4, 2, 3)
+    one.x[0, 0] = float("nan")
+    rows, cached = one.packed()
+    assert one.attend(cached).isnan().all()
+    for row in rows:
+        assert unpack_rows(row, 80, torch.bfloat16)[:, :, 3].isnan().all()
+    one = _Keys(operator, 80, 4, 2, 3)
+    one.past[0][0, 1, 1, 70] = float("inf")
+    assert one.attend(one.packed()[1]).isnan().any()
+
+
+def _turned(
+    operator: Operator, prepared: Any, x: torch.Tensor, angles: torch.Tensor, head: int
+) -> torch.Tensor:
+    """Queries [1, heads, 1, head] as transformers turns them."""
+    rows = operator.few_rows([prepared], x.view(1, 1, -1)).view(-1, head)
+    half = torch.cat([-rows[:, head // 2 :], rows[:, : head // 2]], -1)
+    return (rows * angles[0] + half * angles[1]).view(1, -1, 1, head)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    rows = pack_rows(torch.randn(1, 2, 4, 64))
+    with pytest.raises(ValueError, match="bytes"):
+        native.Cached.of(rows, rows, 3, (63, 64))
+    with pytest.raises(ValueError, match="int8"):
+        native.Cached.of(rows, rows, 3)

@@ -32,24 +32,31 @@ from tests.offload.fastpath.single_tokens import steps
 from tests.offload.kernels.interpreted import CPU, interpreted_operator
 
 HIDDEN = 128
-KINDS: tuple[Kind, ...] = ("plain", "int8", "int4")
+KINDS: tuple[Kind, ...] = ("plain", "int8", "int4", "mxfp4", "q4", "q3", "q2")
+PAIRS = [(kind, kind) for kind in KINDS] + [("q3", "q4"), ("q2", "int8"), ("int4", "q2")]
+"""Forms of gate and up rows, and of down rows."""
 
 
-def layout_of(kind: Kind, width: int, dtype: str = "bfloat16") -> RecordLayout:
+def layout_of(kinds: Kind | tuple[Kind, Kind], width: int, dtype: str = "bfloat16") -> RecordLayout:
+    up, down = (kinds, kinds) if isinstance(kinds, str) else kinds
     parts = []
-    for name, rows, columns in ((UP, 2 * width, HIDDEN), (DOWN, HIDDEN, width)):
-        parts += gpu._parts(name, rows, columns, kind)
-    if kind == "plain":
-        parts = [(name, shape, dtype) for name, shape, _ in parts]
+    for name, rows, columns, kind in ((UP, 2 * width, HIDDEN, up), (DOWN, HIDDEN, width, down)):
+        made = gpu._parts(name, rows, columns, kind)
+        parts += [(name, shape, dtype) for name, shape, _ in made] if kind == "plain" else made
     return make_layout(parts)
 
 
 class Lying:
     """Experts of different widths in records in memory, and what they should compute."""
 
-    def __init__(self, kind: Kind, widths: Sequence[int], dtype: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        kinds: Kind | tuple[Kind, Kind],
+        widths: Sequence[int],
+        dtype: str = "bfloat16",
+    ) -> None:
         generator = torch.Generator().manual_seed(1)
-        layouts = [layout_of(kind, width, dtype) for width in widths]
+        layouts = [layout_of(kinds, width, dtype) for width in widths]
         self.table = GpuTable(layouts, list(range(len(widths))), CPU)
         self.records, self.experts = [], []
         for number, (layout, width) in enumerate(zip(layouts, widths, strict=True)):
@@ -132,13 +139,15 @@ def test_merging_is_that_of_plain_numbers(dtype: torch.dtype, scaled: bool) -> N
     assert lying.table.asked.item() == asked
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_experts_of_any_width(kind: Kind, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [*[(pair, torch.bfloat16) for pair in PAIRS], (("plain", "plain"), torch.float16)],
+)
+def test_experts_of_any_width(kinds: tuple[Kind, Kind], dtype: torch.dtype) -> None:
     """Against fp64, and each the same bits alone."""
     engine = interpreted_operator()
     widths = (64, 32, 96, 160)
-    lying = Lying(kind, widths, str(dtype).removeprefix("torch."))
+    lying = Lying(kinds, widths, str(dtype).removeprefix("torch."))
     layer, _ = layer_of(lying.table, list(range(len(widths))))
     x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
     slots, gates = torch.arange(4).unsqueeze(0), torch.ones(1, 4)
@@ -186,6 +195,8 @@ def test_what_the_kernels_do_not_take() -> None:
     biased = [(UP, (64, HIDDEN), "bfloat16"), (DOWN, (HIDDEN, 32), "bfloat16")]
     assert GpuForm.of(make_layout(biased)) is not None
     assert GpuForm.of(make_layout([*biased, (UP + "_bias", (64,), "bfloat16")])) is None
+    assert GpuForm.of(layout_of("q3", 16)) is None, "a group has 32 columns, a tile 64 rows"
+    assert GpuForm.of(layout_of(("q3", "q4"), 32)) is not None
     layouts = [layout_of("plain", 32), layout_of("int8", 32)]
     mixed = GpuTable(layouts, [0, 1], CPU)
 
@@ -231,7 +242,7 @@ def on_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any
 TOKENS = [3, 1, 4]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4", "q3"])
 def test_a_package_gives_the_same_bits_at_any_number_of_slots(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,17 +298,15 @@ def test_other_gates_keep_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(found, wanted)
 
 
-def test_mxfp4_goes_through_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels do not read its scales: a GPU computes such records as a processor without the operator does."""
-    folder = package_of(tmp_path, "mxfp4")
-    monkeypatch.setattr("conmoe_edge.offload.compute.torch_backend.operator", lambda: None)
-    monkeypatch.setattr("conmoe_edge.offload.storage.stored_expert.operator", lambda: None)
-    wanted, _ = steps(load_package(folder), TOKENS)
-    model = on_gpu(folder, monkeypatch)
-    found, _ = steps(model, TOKENS)
-    assert model.conmoe.manifest.precision == "mxfp4"
-    assert model.conmoe.stats().kernel == "triton" and model.conmoe.stats().hits > 0
-    assert torch.equal(found, wanted)
+def test_both_matrices_have_scales_where_a_module_keeps_them_the_other_way() -> None:
+    """A plain weight of such a module is [in, out], which the kernels do not read."""
+    for kinds, whole in (
+        (("q3", "q4"), True),
+        (("q3", "plain"), False),
+        (("plain", "int8"), False),
+    ):
+        layer, _ = layer_of(GpuTable([layout_of(kinds, 32)], [0], CPU), [0])
+        assert layer.quantised is whole
 
 
 # -- the compiler --------------------------------------------------------------------------------------
@@ -317,9 +326,9 @@ def loads() -> dict[str, dict[str, list[str]]]:
 @pytest.mark.parametrize("capability", ["75", "80", "90"])
 def test_every_kernel_compiles_and_reads_weights_16_bytes_at_a_time(capability: str) -> None:
     found = loads()[capability]
-    assert {name.split()[0] for name in found} == {"rows", "tiles", "merge", "combine"}
+    assert {name.split()[0] for name in found} == {"rows", "tiles", "planes", "merge", "combine"}
     for name, widths in found.items():
-        if name.startswith(("rows", "tiles 64")):
+        if name.startswith(("rows", "tiles 64", "planes")):
             assert "v4.b32" in widths, name
         if name.startswith(("rows bf16", "rows fp16")):  # elsewhere scales are read in twos
             assert "b16" not in widths, name

@@ -57,7 +57,7 @@ _LINK = (
     "-Wl,-z,defs",
 )  # what is undefined is an error now, not a crash at the first call
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
-_SECONDS, _SANITIZED_SECONDS = 120, 900
+_SECONDS, _SANITIZED_SECONDS = 400, 900
 _DIGEST_BYTES = 32
 TOLD_SUFFIX = ".tried"
 """Of the file beside a library that says what its self test gave: the library's digest and, in a second line, what is

@@ -24,13 +24,24 @@ BLOCK = 32
 def product(matrix: Matrix, x: Tensor) -> Tensor:
     """W x for activations [t, K]: fp64 [t, R]."""
     seen = rounded(x, matrix).double()
-    wide = matrix.dequantise().double()  # [R, K]
+    wide = _not_rounded(matrix)  # [R, K]
     zeros = _zeros(matrix)
     if zeros is None:
         return seen @ wide.T
     numbers = (wide.unflatten(1, (-1, matrix.group)) - zeros.T.unsqueeze(-1)).flatten(1)
     sums = x.double().unflatten(-1, (-1, matrix.group)).sum(-1)  # [t, K / group]
     return seen @ numbers.T + sums @ zeros
+
+
+def _not_rounded(matrix: Matrix) -> Tensor:
+    """The weights, fp64 [R, K]; those of grid4 as its numbers times the scale, not rounded to the scales' format."""
+    wide = matrix.dequantise().double()
+    if matrix.kind != "grid4" or matrix.scales is None:
+        return wide
+    pairs = matrix.scales.view(len(matrix.scales), matrix.rows, -1)
+    scale = pairs[..., :1].double().transpose(0, 1)  # [R, K / group, 1]
+    steps = wide.unflatten(1, (-1, matrix.group)) / torch.where(scale != 0, scale, 1.0)
+    return (steps.round() * scale).flatten(1)
 
 
 def _zeros(matrix: Matrix) -> Tensor | None:

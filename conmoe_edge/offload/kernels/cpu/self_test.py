@@ -12,6 +12,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.forms import Grid
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
+from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
 from conmoe_edge.offload.kernels.cpu import reference
 from conmoe_edge.offload.kernels.cpu.attention_tables import (
     AttentionTable,
@@ -234,6 +235,16 @@ class _Check:
         mixed = reference.attend(query, past[0][0], past[1][0], 0.2).to(_BF16)
         wanted = reference.product(linears[3][0], mixed.view(1, -1))
         _same("attention", attended, wanted, 3e-2)
+
+        rows = [pack_rows(one) for one in past]
+        packed = Cached.of(rows[0], rows[1], _HELD, (_HEAD, _HEAD))
+        attended_again = made.attention(table, normed, positions, packed)
+        for name, row, its in zip(("keys", "values"), rows, own, strict=True):
+            _equal(f"{name} in 8 bits", row[:, :, _HELD], pack_rows(its[:, :, _HELD]))
+        wide = [unpack_rows(row, _HEAD, _BF16)[0] for row in rows]
+        mixed = reference.attend(query, wide[0], wide[1], 0.2).to(_BF16)
+        wanted = reference.product(linears[3][0], mixed.view(1, -1))
+        _same("attention over 8 bits", attended_again, wanted, 3e-2)
 
         again = [one.clone() for one in own]
         block = BlockTable(table, before, after)

@@ -11,13 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, UP
-from conmoe_edge.checkpoint.format.manifest import RecordLayout
+from conmoe_edge.checkpoint.format.forms import (
+    DOWN,
+    LOW_BITS,
+    MX_BLOCK,
+    SCALE,
+    UP,
+    columns_of,
+    in_tiles,
+    kind_of,
+)
+from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.model.slot_tensors import SlotTensors
 
-KINDS = {"bfloat16": 0, "float16": 1, "int8": 3, "uint8": 4}
-"""Number format of a weight's values -> what the kernels call it. fp32 is left to torch."""
-INT4 = KINDS["uint8"]
+KINDS = {
+    **{"bfloat16": 0, "float16": 1, "int8": 3, "int4": 4, "mxfp4": 5},
+    **{"q4": 6, "q3": 7, "q2": 8},
+}
+"""Number format of a plain weight, or form of another -> what the kernels call it. fp32, q6, grid4: torch."""
+HALVES = (KINDS["int4"], KINDS["mxfp4"])
+"""Two numbers to a byte, of different rows."""
+PLANES = {KINDS[kind]: bits for kind, bits in LOW_BITS.items() if kind in KINDS}
+"""Numbers in planes of bits (``low_bits.py``) -> bits of a number."""
 _TILE = 64
 _ALIGNED = 16
 """Numbers that the rows of every matrix are a multiple of, so that they are read 16 bytes at a time."""
@@ -28,10 +43,10 @@ class GpuForm:
     """Where the two matrices of an expert lie in its record.
 
     Attributes:
-        kinds: of gate and up rows together, and of down rows.
+        kinds: of gate and up rows together, and of down rows, which may differ.
         values, scales: byte offsets of both; 0 for no scales.
         hidden, width: numbers of a token, of neurons.
-        groups: columns that share a scale in int4; 0 in other forms.
+        groups: columns that share a scale in int4 and mxfp4; 0 in other forms.
     """
 
     kinds: tuple[int, int]
@@ -49,40 +64,40 @@ class GpuForm:
             return None
         pair = [parts[name] for name in (UP, DOWN)]
         scales = [parts.get(name + SCALE) for name in (UP, DOWN)]
-        kinds = [KINDS.get(part.dtype) for part in pair]
-        if any(one is not None and one.dtype != "bfloat16" for one in scales):
-            return None  # mxfp4: values as of int4, scales in E8M0
-        if any(one is not None and len(one.shape) == 2 for one in scales):
-            return None  # grid4
-        if None in kinds or any(len(part.shape) != 2 for part in pair):
+        sides = [_side(part, one) for part, one in zip(pair, scales, strict=True)]
+        if sides[0] is None or sides[1] is None:
             return None
         rows = [part.shape[0] for part in pair]
-        columns = [
-            part.shape[1] * (2 if kind == INT4 else 1)
-            for part, kind in zip(pair, kinds, strict=True)
-        ]
+        columns = [side[1] for side in (sides[0], sides[1])]
         if columns[0] != rows[1] or rows[0] != 2 * columns[1]:
             return None
-        if any(kind == INT4 and row % _TILE for kind, row in zip(kinds, rows, strict=True)):
-            return None
-        if any(column % _ALIGNED for column in columns):
-            return None
-        groups = [
-            column // one.shape[0] if kind == INT4 and one is not None else 0
-            for column, kind, one in zip(columns, kinds, scales, strict=True)
-        ]
         return cls(
-            kinds=(kinds[0] or 0, kinds[1] or 0),
+            kinds=(sides[0][0], sides[1][0]),
             values=(pair[0].offset, pair[1].offset),
             scales=(_offset(scales[0]), _offset(scales[1])),
             hidden=rows[1],
             width=columns[1],
-            groups=(groups[0], groups[1]),
+            groups=(sides[0][2], sides[1][2]),
         )
 
 
-def _offset(part: object) -> int:
-    return int(getattr(part, "offset", 0))
+def _side(part: RecordPart, scales: RecordPart | None) -> tuple[int, int, int] | None:
+    """Kind, columns and group of one matrix; ``None`` where the kernels do not take it."""
+    pair = None if scales is None else (scales.dtype, scales.shape)
+    kind = kind_of((part.dtype, part.shape), pair)
+    if kind is None or len(part.shape) != 2:
+        return None
+    code = KINDS.get(part.dtype if kind == "plain" else kind)
+    columns = part.shape[1] if kind == "plain" else columns_of(kind, part.shape)
+    if code is None or columns % _ALIGNED or (in_tiles(kind) and part.shape[0] % _TILE):
+        return None
+    if kind == "int4" and scales is not None:
+        return code, columns, columns // scales.shape[0]
+    return code, columns, MX_BLOCK if kind == "mxfp4" else 0
+
+
+def _offset(part: RecordPart | None) -> int:
+    return 0 if part is None else part.offset
 
 
 class GpuTable:
@@ -131,7 +146,7 @@ class GpuLayer:
         kinds: of its prototypes' matrices.
         hidden: numbers of a token.
         width: neurons of its widest prototype.
-        steps: the smallest group of columns of its matrices in int4; 0 for other kinds.
+        steps: the smallest group of columns of its matrices in int4 and mxfp4; 0 for other kinds.
     """
 
     table: GpuTable
@@ -143,8 +158,8 @@ class GpuLayer:
 
     @property
     def quantised(self) -> bool:
-        """Whether the matrices have scales, and are [out, in] whatever the module's own order is."""
-        return self.kinds[0] in (KINDS["int8"], INT4)
+        """Whether both matrices have scales, and are [out, in] whatever the module's own order is."""
+        return all(kind >= KINDS["int8"] for kind in self.kinds)
 
     @classmethod
     def of(cls, table: GpuTable, slots: SlotTensors) -> GpuLayer | None:

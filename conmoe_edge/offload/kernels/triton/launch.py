@@ -28,13 +28,21 @@ from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.records import decode, encode, pack, view
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.model.slot_tensors import SlotTensors
-from conmoe_edge.offload.kernels.triton.gpu_tables import INT4, GpuForm, GpuLayer, GpuTable
+from conmoe_edge.offload.kernels.triton.gpu_tables import (
+    HALVES,
+    PLANES,
+    GpuForm,
+    GpuLayer,
+    GpuTable,
+)
 
 __all__ = ["Chosen", "GpuForm", "GpuLayer", "GpuOperator", "GpuTable", "gpu_operator", "why_not"]
 
 MOST_SLOTS = 30
 """That a router may choose: a bit each in a number of 32."""
 _ROWS, _STEP, _BLOCK = 8, 256, 256
+_GROUPS = 4
+"""Groups of columns that are read at once where numbers lie in planes: 16 bytes for each of 128 threads in 2 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +114,22 @@ class GpuOperator:
                     table.scales[side],
                     table.widths,
                 )
-                if layer.kinds[side] == INT4:
-                    self._kernels.tiles[(-(-height // 64), chosen.numbers.numel())](
-                        *(*arguments, table.groups[side], given, step, out, out_step, hidden),
+                blocks, count = -(-height // 64), chosen.numbers.numel()
+                kind, rest = layer.kinds[side], (given, step, out, out_step, hidden)
+                if kind in HALVES:
+                    self._kernels.tiles[(blocks, count)](
+                        *(*arguments, table.groups[side], *rest),
+                        KIND=kind,
                         GATED=side == 1,
                         STEP=layer.steps[side],
                     )
+                elif kind in PLANES:
+                    self._kernels.planes[(blocks, count)](
+                        *(*arguments, *rest), BITS=PLANES[kind], GATED=side == 1, GROUPS=_GROUPS
+                    )
                 else:
-                    self._kernels.rows[(-(-height // _ROWS), chosen.numbers.numel())](
-                        *(*arguments, given, step, out, out_step, hidden),
-                        KIND=layer.kinds[side],
-                        GATED=side == 1,
-                        ROWS=_ROWS,
-                        STEP=_STEP,
+                    self._kernels.rows[(-(-height // _ROWS), count)](
+                        *(*arguments, *rest), KIND=kind, GATED=side == 1, ROWS=_ROWS, STEP=_STEP
                     )
 
     def combine(
@@ -173,17 +184,20 @@ def _state(device: torch.device) -> tuple[GpuOperator | None, str]:
 
 
 def check(made: GpuOperator) -> str:
-    """A compiler's mistake must not become a model's mistake: a small layer in each form; what is wrong, or nothing."""
+    """A compiler's mistake must not become a model's mistake: a small layer for each form of gate and up rows, with
+    another one of down rows; what is wrong, or nothing.
+    """
     generator = torch.Generator().manual_seed(0)
-    kinds: tuple[Kind, ...] = ("plain", "int8", "int4")
-    for kind in kinds:
-        wrong = _check(made, kind, generator)
+    kinds: tuple[Kind, ...] = ("plain", "int8", "int4", "mxfp4", "q4", "q3", "q2")
+    for place, kind in enumerate(kinds):
+        wrong = _check(made, (kind, kinds[place - 1]), generator)
         if wrong:
             return wrong
     return ""
 
 
-def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
+def _check(made: GpuOperator, kinds: tuple[Kind, Kind], generator: torch.Generator) -> str:
+    """``kinds``: of gate and up rows, and of down rows."""
     hidden, width, device = 128, 64, made.device
 
     def random(*shape: int) -> Tensor:
@@ -193,7 +207,10 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
     layout = make_layout(
         [
             part
-            for name, rows, columns in ((UP, 2 * width, hidden), (DOWN, hidden, width))
+            for name, rows, columns, kind in (
+                (UP, 2 * width, hidden, kinds[0]),
+                (DOWN, hidden, width, kinds[1]),
+            )
             for part in _parts(name, rows, columns, kind)
         ]
     )
@@ -209,7 +226,7 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
     some = SlotMap(0, targets=(1, NONE, 0, 1), scales=(1.0,) * 4, constants=(NONE,) * 4)
     layer = GpuLayer.of(table, SlotTensors.of(some, None, device))
     if layer is None:
-        return f"{kind}: the kernels do not take it"
+        return f"{' and '.join(kinds)}: the kernels do not take it"
     x = random(1, hidden).bfloat16()
     slots = torch.tensor([[3, 1, 0, 2]], dtype=torch.int64, device=device)
     gates = torch.tensor([[0.5, 0.25, 0.75, 1.5]], dtype=torch.float32, device=device)
@@ -221,7 +238,7 @@ def _check(made: GpuOperator, kind: Kind, generator: torch.Generator) -> str:
         gate, up = (x.float() @ expert[UP].T).chunk(2, -1)
         wanted += weight * ((torch.nn.functional.silu(gate) * up) @ expert[DOWN].T)
     near = torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
-    return "" if near else f"{kind}: its kernels compute something else"
+    return "" if near else f"{' and '.join(kinds)}: the kernels compute something else"
 
 
 def _parts(name: str, rows: int, columns: int, kind: Kind) -> tuple[Part, ...]:

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -20,6 +21,11 @@
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define CONMOE_AVX2 1
+#endif
+
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define CONMOE_NEON 1
 #endif
 
 namespace {
@@ -151,6 +157,17 @@ inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
   low.v = _mm512_permutexvar_ps(wide, table);
   high.v = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
 }
+// Of 16 bytes the lower halves, and 16 times the upper ones less 8.
+inline void load_steps(const uint8_t* from, Lanes& low, Lanes& high) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  low.v = _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)));
+  high.v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(240)), _mm512_set1_epi32(128)));
+}
+// 2^(e - 127) of 16 bytes e, also where it is below the least normal number.
+inline Lanes load_exponents(const uint8_t* from) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(wide, 23), _mm512_set1_epi32(1 << 22)))};
+}
 // 16 pairs of bf16: the first of each, the second of each.
 inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   const __m512i pairs = _mm512_loadu_si512(from);
@@ -214,6 +231,19 @@ inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
   high = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(a, 4), eight)),
           _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(b, 4), eight))};
 }
+inline void load_steps(const uint8_t* from, Lanes& low, Lanes& high) {
+  const __m256i mask = _mm256_set1_epi32(15), upper = _mm256_set1_epi32(240), middle = _mm256_set1_epi32(128);
+  const __m256i a = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8)));
+  low = {_mm256_cvtepi32_ps(_mm256_and_si256(a, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(b, mask))};
+  high = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(a, upper), middle)),
+          _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(b, upper), middle))};
+}
+inline __m256 exponents(const uint8_t* from) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_slli_epi32(wide, 23), _mm256_set1_epi32(1 << 22)));
+}
+inline Lanes load_exponents(const uint8_t* from) { return {exponents(from), exponents(from + 8)}; }
 inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   const __m256i a = _mm256_loadu_si256((const __m256i*)from), b = _mm256_loadu_si256((const __m256i*)(from + 16));
   const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
@@ -262,6 +292,13 @@ inline Lanes load(const int8_t* from) { return each([=](int64_t i) { return floa
 inline void load_nibbles(const uint8_t* from, Lanes& low, Lanes& high) {
   low = each([=](int64_t i) { return float(int(from[i] & 15) - 8); });
   high = each([=](int64_t i) { return float(int(from[i] >> 4) - 8); });
+}
+inline void load_steps(const uint8_t* from, Lanes& low, Lanes& high) {
+  low = each([=](int64_t i) { return float(from[i] & 15); });
+  high = each([=](int64_t i) { return float(int(from[i] & 240) - 128); });
+}
+inline Lanes load_exponents(const uint8_t* from) {
+  return each([=](int64_t i) { return from_bits(std::max(uint32_t(from[i]) << 23, 1u << 22)); });
 }
 inline void load_pairs(const uint16_t* from, Lanes& first, Lanes& second) {
   first = each([=](int64_t i) { return from_bf16(from[2 * i]); });

@@ -8,114 +8,211 @@
 
 namespace {
 
+// Vectors of words, a row each. `add_products` adds up products of four bytes of every word. With VNNI its sums have 32
+// bits, so that numbers in the upper halves of bytes are multiplied where they lie and add up apart, 16 times too large.
+// With AVX2 alone sums have 16 bits, which hold eight times four numbers of at most 15: 8 * 2 * 15 * 127.
 #if CONMOE_INTEGERS
 
-// Vectors of words, a row each. `add_products` adds up products of four bytes of every word; eight of them fit into what
-// it has for that, which is 16 bits without VNNI: 8 * 2 * 15 * 127. Of numbers of 6 bits two do: 2 * 2 * 63 * 127.
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 struct Words {
   using T = __m512i;
+  using Sums = __m512i;
   static constexpr int64_t ROWS = 16;
   static T load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static T all(int32_t value) { return _mm512_set1_epi32(value); }
-  static T none() { return _mm512_setzero_si512(); }
-  static T either(T a, T b) { return _mm512_or_si512(a, b); }
-  // A mask of each byte, after a shift to the right, or to the left where that is below 0.
-  template <int SHIFT, int MASK>
-  static T bits(T x) {
-    if constexpr (SHIFT > 0) x = _mm512_srli_epi32(x, SHIFT);
-    if constexpr (SHIFT < 0) x = _mm512_slli_epi32(x, -SHIFT);
-    return _mm512_and_si512(x, _mm512_set1_epi8(MASK));
+  static T four(const int8_t* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof(word));
+    return _mm512_set1_epi32(word);
   }
-  static T add_products(T sums, T w, T x) { return _mm512_dpbusd_epi32(sums, w, x); }
-  static T finish(T sums) { return sums; }
-  static T add(T a, T b) { return _mm512_add_epi32(a, b); }
-  static void store(int32_t* to, T sums) { _mm512_storeu_si512(to, sums); }
+  static Sums none() { return _mm512_setzero_si512(); }
+  // To the right, or to the left where that is below 0.
+  template <int SHIFT>
+  static T shift(T x) {
+    if constexpr (SHIFT > 0) return _mm512_srli_epi32(x, SHIFT);
+    if constexpr (SHIFT < 0) return _mm512_slli_epi32(x, -SHIFT);
+    return x;
+  }
+  // Bytes times 2, which processors have more room for than for a shift.
+  static T twice(T x) { return _mm512_add_epi8(x, x); }
+  // Of each byte the bits of MASK of `a`, and the others of `b`.
+  template <int MASK>
+  static T choose(T a, T b) { return _mm512_ternarylogic_epi32(_mm512_set1_epi8(MASK), a, b, 0xca); }
+  template <int MASK>
+  static T lower(T x) { return _mm512_and_si512(x, _mm512_set1_epi8(MASK)); }
+  template <int MASK>
+  static T upper(T x) { return _mm512_and_si512(x, _mm512_set1_epi8(char(MASK << 4))); }
+  static Sums add_products(Sums sums, T w, T x) { return _mm512_dpbusd_epi32(sums, w, x); }
+  static Sums finish(Sums lower, Sums upper) { return _mm512_add_epi32(lower, _mm512_srai_epi32(upper, 4)); }
+  static void store(int32_t* to, Sums sums) { _mm512_storeu_si512(to, sums); }
 };
 #else
 struct Words {
   using T = __m256i;
+  using Sums = __m256i;
   static constexpr int64_t ROWS = 8;
   static T load(const uint8_t* from) { return _mm256_loadu_si256((const T*)from); }
-  static T all(int32_t value) { return _mm256_set1_epi32(value); }
-  static T none() { return _mm256_setzero_si256(); }
-  static T either(T a, T b) { return _mm256_or_si256(a, b); }
-  // A mask of each byte, after a shift to the right, or to the left where that is below 0.
-  template <int SHIFT, int MASK>
-  static T bits(T x) {
-    if constexpr (SHIFT > 0) x = _mm256_srli_epi32(x, SHIFT);
-    if constexpr (SHIFT < 0) x = _mm256_slli_epi32(x, -SHIFT);
-    return _mm256_and_si256(x, _mm256_set1_epi8(MASK));
+  static T four(const int8_t* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof(word));
+    return _mm256_set1_epi32(word);
   }
+  static Sums none() { return _mm256_setzero_si256(); }
+  template <int SHIFT>
+  static T shift(T x) {
+    if constexpr (SHIFT > 0) return _mm256_srli_epi32(x, SHIFT);
+    if constexpr (SHIFT < 0) return _mm256_slli_epi32(x, -SHIFT);
+    return x;
+  }
+  static T twice(T x) { return _mm256_add_epi8(x, x); }
+  template <int MASK>
+  static T choose(T a, T b) {
+    return _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8(MASK)), _mm256_andnot_si256(_mm256_set1_epi8(MASK), b));
+  }
+  template <int MASK>
+  static T lower(T x) { return _mm256_and_si256(x, _mm256_set1_epi8(MASK)); }
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  static T add_products(T sums, T w, T x) { return _mm256_dpbusd_epi32(sums, w, x); }
-  static T finish(T sums) { return sums; }
+  template <int MASK>
+  static T upper(T x) { return _mm256_and_si256(x, _mm256_set1_epi8(char(MASK << 4))); }
+  static Sums add_products(Sums sums, T w, T x) { return _mm256_dpbusd_epi32(sums, w, x); }
+  static Sums finish(Sums lower, Sums upper) { return _mm256_add_epi32(lower, _mm256_srai_epi32(upper, 4)); }
 #else
-  static T add_products(T sums, T w, T x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x)); }
-  static T finish(T sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+  template <int MASK>
+  static T upper(T x) { return _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(MASK)); }
+  static Sums add_products(Sums sums, T w, T x) { return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, x)); }
+  static Sums finish(Sums lower, Sums upper) { return _mm256_madd_epi16(_mm256_add_epi16(lower, upper), _mm256_set1_epi16(1)); }
 #endif
-  static T add(T a, T b) { return _mm256_add_epi32(a, b); }
-  static void store(int32_t* to, T sums) { _mm256_storeu_si256((T*)to, sums); }
+  static void store(int32_t* to, Sums sums) { _mm256_storeu_si256((Sums*)to, sums); }
 };
 #endif
+
+#elif CONMOE_NEON
+
+// Numbers and activations both have a sign here. Without products of four bytes it is two halves that are added at the end.
+struct Words {
+  using T = uint8x16_t;
+  static constexpr int64_t ROWS = 4;
+  static T load(const uint8_t* from) { return vld1q_u8(from); }
+  static T four(const int8_t* from) {
+    int32_t word;
+    std::memcpy(&word, from, sizeof(word));
+    return vreinterpretq_u8_s32(vdupq_n_s32(word));
+  }
+  template <int SHIFT>
+  static T shift(T x) {
+    if constexpr (SHIFT > 0) return vshrq_n_u8(x, SHIFT);
+    if constexpr (SHIFT < 0) return vshlq_n_u8(x, -SHIFT);
+    return x;
+  }
+  static T twice(T x) { return vaddq_u8(x, x); }
+  template <int MASK>
+  static T choose(T a, T b) { return vbslq_u8(vdupq_n_u8(MASK), a, b); }
+  template <int MASK>
+  static T lower(T x) { return vandq_u8(x, vdupq_n_u8(MASK)); }
+  template <int MASK>
+  static T upper(T x) { return vandq_u8(vshrq_n_u8(x, 4), vdupq_n_u8(MASK)); }
+#if defined(__ARM_FEATURE_DOTPROD)
+  using Sums = int32x4_t;
+  static Sums none() { return vdupq_n_s32(0); }
+  static Sums add_products(Sums sums, T w, T x) { return vdotq_s32(sums, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x)); }
+  static int32x4_t finish(Sums lower, Sums upper) { return vaddq_s32(lower, upper); }
+#else
+  struct Sums {
+    int32x4_t first, second;
+  };
+  static Sums none() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+  static Sums add_products(Sums sums, T w, T x) {
+    const int8x16_t a = vreinterpretq_s8_u8(w), b = vreinterpretq_s8_u8(x);
+    return {vpadalq_s16(sums.first, vmull_s8(vget_low_s8(a), vget_low_s8(b))),
+            vpadalq_s16(sums.second, vmull_s8(vget_high_s8(a), vget_high_s8(b)))};
+  }
+  static int32x4_t finish(Sums lower, Sums upper) {
+    return vpaddq_s32(vaddq_s32(lower.first, upper.first), vaddq_s32(lower.second, upper.second));
+  }
+#endif
+  static void store(int32_t* to, int32x4_t sums) { vst1q_s32(to, sums); }
+};
 
 #endif
 
 template <int WIDTH>
 struct Low {
   static constexpr int64_t BITS = WIDTH;
+  static constexpr bool SEVERAL = true;  // tokens at once, by `times`
   static constexpr int64_t GROUP = 32, HEAD = 4;
   static constexpr int32_t LAST = (1 << WIDTH) - 1;  // twice the middle that is subtracted
-  static constexpr int64_t AHEAD = 4096;         // bytes; one page, as processors read ahead within one only
+  static constexpr int64_t AHEAD = 8;            // groups: scales lie too far apart for what a processor reads ahead itself
   using T = uint8_t;
 
-#if CONMOE_INTEGERS
+#if CONMOE_INTEGERS || CONMOE_NEON
 
-  // Columns 4 * STEP ... 4 * STEP + 3 of the rows of one vector, of the words that `w` begins with.
-  template <class V, int STEP>
-  static typename V::T columns_of(const uint8_t* w) {
-    constexpr int PLANE = WIDTH >= 4 ? 4 : 2, INSIDE = 8 / PLANE;
-    const auto found = V::template bits<PLANE * (STEP % INSIDE), (1 << PLANE) - 1>(V::load(w + STEP / INSIDE * 4 * TILE));
-    if constexpr (WIDTH == 3)
-      return V::either(found, V::template bits<STEP - 2, 4>(V::load(w + 8 * TILE)));
-    else if constexpr (WIDTH == 6)
-      return V::either(found, V::template bits<2 * (STEP % 4) - 4, 48>(V::load(w + (4 + STEP / 4) * 4 * TILE)));
-    else
-      return found;
-  }
-
-  // STEPS of them from FIRST on, which fit into what adds them up.
-  template <class V, int FIRST, int... STEP>
-  static typename V::T some_of(const uint8_t* w, const typename V::T* x, std::integer_sequence<int, STEP...>) {
-    auto sums = V::none();
-    ((sums = V::add_products(sums, columns_of<V, FIRST + STEP>(w), x[FIRST + STEP])), ...);
-    return V::finish(sums);
-  }
-
-  template <class V>
-  static typename V::T rows_of(const uint8_t* w, const typename V::T* x) {
-    if constexpr (WIDTH == 6) {
-      const auto two = std::make_integer_sequence<int, 2>{};
-      const auto first = V::add(some_of<V, 0>(w, x, two), some_of<V, 2>(w, x, two));
-      return V::add(first, V::add(some_of<V, 4>(w, x, two), some_of<V, 6>(w, x, two)));
+  // Gives the words of a vector of rows to `use`, whose first two arguments say which four columns (4 * STEP ... 4 * STEP + 3)
+  // have their numbers in the lower halves of the bytes, and which in the upper ones. Other bits of the halves are anything.
+  template <class V, class Use>
+  static void pairs_of(const uint8_t* w, Use use) {
+    constexpr int64_t NEXT = 4 * TILE;
+    if constexpr (WIDTH == 4) {
+      for (int word = 0; word < 4; ++word) use(2 * word, 2 * word + 1, V::load(w + word * NEXT));
+    } else if constexpr (WIDTH == 2) {
+      for (int word = 0; word < 2; ++word) {
+        const auto both = V::load(w + word * NEXT);
+        use(4 * word, 4 * word + 2, both);
+        use(4 * word + 1, 4 * word + 3, V::template shift<2>(both));
+      }
     } else {
-      return some_of<V, 0>(w, x, std::make_integer_sequence<int, 8>{});
+      const auto first = V::load(w), second = V::load(w + NEXT), high = V::load(w + 2 * NEXT);
+      const auto even = V::template choose<15>(first, V::template shift<-4>(second));  // steps 0, 1, 4, 5
+      const auto odd = V::template choose<15>(V::template shift<4>(first), second);    // steps 2, 3, 6, 7
+      const auto twice = V::twice(high);
+      use(0, 4, V::template choose<0x44>(V::twice(twice), even));
+      use(1, 5, V::template choose<0x44>(twice, V::template shift<2>(even)));
+      use(2, 6, V::template choose<0x44>(high, odd));
+      use(3, 7, V::template choose<0x44>(V::template shift<1>(high), V::template shift<2>(odd)));
     }
   }
 
-  // sums[r] = sum over the group's columns of the numbers of row r times q.
-  static void sums_of(const uint8_t* w, const int8_t* q, int32_t* sums) {
-    using V = Words;
-    typename V::T x[8];
-    for (int step = 0; step < 8; ++step) {
-      int32_t four;
-      std::memcpy(&four, q + 4 * step, sizeof(four));
-      x[step] = V::all(four);
+  // sums[t][r] = sum over the group's columns of the numbers of row r times q[t].
+  template <int64_t COUNT>
+  static void sums_of(const uint8_t* w, const int8_t* const* q, int32_t (*sums)[TILE]) {
+    if constexpr (WIDTH == 6) {  // planes as those of 4 bits and of 2
+      int32_t high[COUNT][TILE];
+      Low<4>::template sums_of<COUNT>(w, q, sums);
+      Low<2>::template sums_of<COUNT>(w + 4 * 4 * TILE, q, high);
+      for (int t = 0; t < COUNT; ++t)
+        for (int64_t row = 0; row < TILE; ++row) sums[t][row] += 16 * high[t][row];
+      return;
     }
-    for (int64_t line = 0; line < 4 * WIDTH; ++line) __builtin_prefetch(w + 64 * line + AHEAD);
-    for (int64_t row = 0; row < TILE; row += V::ROWS)
-      V::store(sums + row, rows_of<V>(w + 4 * row, x));
+    using V = Words;
+    for (int64_t row = 0; row < TILE; row += V::ROWS) {
+      typename V::Sums lower[COUNT], upper[COUNT];
+      for (int t = 0; t < COUNT; ++t) lower[t] = upper[t] = V::none();
+      pairs_of<V>(w + 4 * row, [&](int first, int second, typename V::T both) {
+        const auto low = V::template lower<LAST>(both), high = V::template upper<LAST>(both);
+        for (int t = 0; t < COUNT; ++t) {
+          lower[t] = V::add_products(lower[t], low, V::four(q[t] + 4 * first));
+          upper[t] = V::add_products(upper[t], high, V::four(q[t] + 4 * second));
+        }
+      });
+      for (int t = 0; t < COUNT; ++t) V::store(sums[t] + row, V::finish(lower[t], upper[t]));
+    }
   }
+
+#else
+
+  template <int64_t COUNT>
+  static void sums_of(const uint8_t* w, const int8_t* const* q, int32_t (*sums)[TILE]) {
+    for (int64_t row = 0; row < TILE; ++row) {
+      int8_t numbers[GROUP];
+      row_of(w + 4 * row, numbers);
+      for (int t = 0; t < COUNT; ++t) {
+        sums[t][row] = 0;
+        for (int64_t k = 0; k < GROUP; ++k) sums[t][row] += int32_t(numbers[k]) * q[t][k];
+      }
+    }
+  }
+
+#endif
+
+#if CONMOE_INTEGERS
 
   // The numbers of one row of a group, in the order of its columns.
   static void row_of(const uint8_t* w, int8_t* to) {
@@ -160,33 +257,7 @@ struct Low {
     }
   }
 
-  static void sums_of(const uint8_t* w, const int8_t* q, int32_t* sums) {
-    for (int64_t row = 0; row < TILE; ++row) {
-      int8_t numbers[GROUP];
-      row_of(w + 4 * row, numbers);
-      sums[row] = 0;
-      for (int64_t k = 0; k < GROUP; ++k) sums[row] += int32_t(numbers[k]) * q[k];
-    }
-  }
-
 #endif
-
-  // s and z - 8 of 16 rows.
-  static void steps(const uint8_t* here, Lanes& s, Lanes& z) {
-    int8_t low[LANES], high[LANES];
-#if CONMOE_INTEGERS
-    const __m128i both = _mm_loadu_si128((const __m128i*)here), mask = _mm_set1_epi8(15);
-    _mm_storeu_si128((__m128i*)low, _mm_and_si128(both, mask));
-    _mm_storeu_si128((__m128i*)high, _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(both, 4), mask), _mm_set1_epi8(8)));
-#else
-    for (int64_t i = 0; i < LANES; ++i) {
-      low[i] = int8_t(here[i] & 15);
-      high[i] = int8_t((here[i] >> 4) - 8);
-    }
-#endif
-    s = load(low);
-    z = load(high);
-  }
 
   // S and Z of 16 rows.
   static void units(const uint8_t* head, Lanes& scale, Lanes& zero) {
@@ -195,28 +266,43 @@ struct Low {
     load_pairs(pairs, scale, zero);
   }
 
-  // The 64 rows of a tile, the first of which is `row` of the matrix's `rows`, times one token.
-  static void tile(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, int64_t, Token x,
-                   float* sums) {
-    Lanes stepped[4] = {zero(), zero(), zero(), zero()}, shifted[4] = {zero(), zero(), zero(), zero()};
+  // The 64 rows of a tile, the first of which is `row` of the matrix's `rows`, times `COUNT` tokens: [COUNT, 64]. A
+  // token's sums are the same bits whatever their number.
+  template <int64_t COUNT>
+  static void times(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, const Token* x,
+                    float* sums) {
+    Lanes stepped[COUNT][4], shifted[COUNT][4];
+    for (int t = 0; t < COUNT; ++t)
+      for (int64_t j = 0; j < 4; ++j) stepped[t][j] = shifted[t][j] = zero();
     const uint8_t* here = scales + HEAD * rows + row;
     for (int64_t block = 0; block < columns / GROUP; ++block, here += rows, w += TILE * GROUP * WIDTH / 8) {
-      int32_t whole[TILE];
-      sums_of(w, x.q + block * GROUP, whole);
-      const float factor = x.scale[block];
-      const Lanes by = all(factor), middle = all(-0.5f * float(LAST) * float(x.whole[block]) * factor), inputs = all(x.sum[block]);
+      __builtin_prefetch(here + AHEAD * rows);
+      int32_t whole[COUNT][TILE];
+      const int8_t* q[COUNT];
+      for (int t = 0; t < COUNT; ++t) q[t] = x[t].q + block * GROUP;
+      sums_of<COUNT>(w, q, whole);
       for (int64_t j = 0; j < 4; ++j) {
-        Lanes s, z;
-        steps(here + j * LANES, s, z);
-        stepped[j] = fma(fma(load(whole + j * LANES), by, middle), s, stepped[j]);
-        shifted[j] = fma(z, inputs, shifted[j]);
+        Lanes s, z;  // z times 16
+        load_steps(here + j * LANES, s, z);
+        for (int t = 0; t < COUNT; ++t) {
+          const float factor = x[t].scale[block];
+          const Lanes by = all(factor), middle = all(-0.5f * float(LAST) * float(x[t].whole[block]) * factor);
+          stepped[t][j] = fma(fma(load(whole[t] + j * LANES), by, middle), s, stepped[t][j]);
+          shifted[t][j] = fma(z, all(x[t].sum[block] * 0.0625f), shifted[t][j]);
+        }
       }
     }
     for (int64_t j = 0; j < 4; ++j) {
       Lanes scale, zeros;
       units(scales + HEAD * (row + j * LANES), scale, zeros);
-      store(sums + j * LANES, fma(stepped[j], scale, fma(shifted[j], zeros, zero())));
+      for (int t = 0; t < COUNT; ++t)
+        store(sums + t * TILE + j * LANES, fma(stepped[t][j], scale, fma(shifted[t][j], zeros, zero())));
     }
+  }
+
+  static void tile(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, int64_t, Token x,
+                   float* sums) {
+    times<1>(w, scales, row, rows, columns, &x, sums);
   }
 
   // The weights of a tile, fp32, where rows lie `columns` apart.

@@ -476,16 +476,10 @@ struct Mxfp4 {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), halves);
   }
 #endif
-  // 2^(e - 127), also where it is below the least normal number.
-  static Lanes scales(const T* here) {
-    float wide[LANES];
-    for (int64_t i = 0; i < LANES; ++i) wide[i] = from_bits(std::max(uint32_t(here[i]) << 23, 1u << 22));
-    return load(wide);
-  }
   static Lanes add_group(Lanes total, Lanes whole, Lanes factor, Lanes, const T* here) {
-    return fma(fma(fma(whole, all(0.5f), zero()), factor, zero()), scales(here), total);
+    return fma(fma(fma(whole, all(0.5f), zero()), factor, zero()), load_exponents(here), total);
   }
-  static Lanes value(Lanes number, const T* here) { return fma(number, scales(here), zero()); }
+  static Lanes value(Lanes number, const T* here) { return fma(number, load_exponents(here), zero()); }
   static void numbers(const uint8_t* w, Lanes& low, Lanes& high) {
     float wide[2][LANES];
     for (int64_t i = 0; i < LANES; ++i) {
@@ -520,7 +514,6 @@ inline void tile_sums(const uint8_t* w, const int8_t* q, int64_t count, int32_t 
     for (__m256i& one : part) one = _mm256_setzero_si256();
     for (int64_t k = start; k < stop; k += 2) {
       const uint8_t* bytes = w + k * (TILE / 2);
-      __builtin_prefetch(bytes + 2048);
       int16_t two;
       std::memcpy(&two, q + k, sizeof(two));
       const __m256i x = _mm256_set1_epi16(two);
@@ -595,7 +588,17 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = tile_at<Form>(values[which], row, columns);
     const auto* steps = static_cast<const typename Form::T*>(scales[which]);
-    for (int64_t token = 0; token < tokens; ++token) {
+    int64_t token = 0;
+    if constexpr (Form::SEVERAL)
+      for (; token + TOKENS <= tokens; token += TOKENS) {
+        Token each[TOKENS];
+        for (int64_t t = 0; t < TOKENS; ++t) each[t] = x.token((shared ? 0 : which * tokens) + token + t);
+        float sums[TOKENS * TILE];
+        Form::template times<TOKENS>(w, steps, row, rows, columns, each, sums);
+        for (int64_t t = 0; t < TOKENS; ++t)
+          for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t * TILE + r]);
+      }
+    for (; token < tokens; ++token) {
       float sums[TILE];
       Form::tile(w, steps, row, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
       for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
@@ -719,6 +722,7 @@ void expand_tiles(const void* values, const void* scales, void* out, bool narrow
 template <class Form>
 struct Halves : Form {
   static constexpr int64_t BITS = 4;
+  static constexpr bool SEVERAL = false;
   using T = typename Form::T;
   static void tile(const uint8_t* w, const T* scales, int64_t row, int64_t rows, int64_t columns, int64_t group, Token x,
                    float* sums) {

@@ -253,6 +253,8 @@ def _tokens(folder: Path, options: Any, seed: int | None) -> Any:
 
 
 def _done(data: dict[str, Any], ledger: Path, key: str, row: dict[str, Any]) -> None:
+    if ledger.is_file():  # another process may run the other side
+        data["arms"] = json.loads(ledger.read_text(encoding="utf-8"))["arms"] | data["arms"]
     data["arms"][key] = row
     _write(ledger, data)
     rise = row["loss"] - row["loss_original"]

@@ -55,25 +55,25 @@ Change = Callable[[int | None, nn.Module], None]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the original, in weights and bytes: all experts, dense matrices, embeddings and head, and what is left."""
+    """Weights of the original: all experts, dense matrices, embeddings and head, the rest; bytes of one as stored."""
 
     experts: int
     dense: int
     edges: int
-    small_bytes: int
-    dense_bytes: int
-    edges_bytes: int
+    small: int
+    width: int
 
     @property
     def all_weights(self) -> int:
-        """Weights of the whole model; what is small counts as 16 bits each."""
-        return self.experts + self.dense + self.edges + self.small_bytes // 2
+        """Weights of the whole model."""
+        return self.experts + self.dense + self.edges + self.small
 
     def whole(self, experts_bits: float, dense_bits: float | None, edges_bits: float | None) -> int:
         """Bytes of all weights; ``None`` is the checkpoint's own form."""
-        dense = self.dense_bytes if dense_bits is None else self.dense * dense_bits / 8
-        edges = self.edges_bytes if edges_bits is None else self.edges * edges_bits / 8
-        return round(self.experts * experts_bits / 8 + dense + edges + self.small_bytes)
+        own = 8 * self.width
+        bits = self.experts * experts_bits + self.small * own
+        bits += self.dense * (dense_bits or own) + self.edges * (edges_bits or own)
+        return round(bits / 8)
 
 
 class Importance(Tap):
@@ -193,8 +193,8 @@ def sizes_of(model: Path) -> Sizes:
         dense = sum(one.weight.numel() for one in matrices)
         edges = sum(one.weight.numel() for _, one in _edges(network))
         everything = sum(one.numel() for one in network.parameters())
-    left = everything - sum(experts.values()) - dense - edges
-    return Sizes(sum(experts.values()), dense, edges, left * width, dense * width, edges * width)
+    total = sum(experts.values())
+    return Sizes(total, dense, edges, everything - total - dense - edges, width)
 
 
 def _stored(model: Path) -> torch.dtype:

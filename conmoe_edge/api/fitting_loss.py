@@ -32,6 +32,9 @@ LEAST_BITS, MOST_BITS = 1.0, 8.0
 """Where packages are looked for."""
 _CLOSE = 0.85
 """A rise of this share of what is allowed is close enough."""
+_LEAST_SLOPE = 0.2
+"""By which the logarithm of the loss falls with a bit, at the least."""
+_TINY = 1e-7
 _STEP = 0.1
 """Bits between two fits that are close enough."""
 
@@ -127,7 +130,7 @@ def search(
             below, low = one, bits
         if high - low < _STEP:
             break
-        bits = _next(wanted, one, above, below, low, high)
+        bits = _next(wanted, tried, above, below, low, high)
     return best, tried
 
 
@@ -144,14 +147,21 @@ def _slope() -> float:
 
 
 def _next(
-    wanted: float, last: Tried, above: Tried | None, below: Tried | None, low: float, high: float
+    wanted: float,
+    tried: list[Tried],
+    above: Tried | None,
+    below: Tried | None,
+    low: float,
+    high: float,
 ) -> float:
-    aim = wanted * (1 + _CLOSE) / 2
-    if above is not None and below is not None and above.rise > 0:
-        slope = math.log(below.rise / above.rise) / (above.bits - below.bits)
-        bits = below.bits + math.log(below.rise / aim) / slope
-    else:
-        bits = last.bits + math.log(max(last.rise, 1e-6) / aim) / _slope()
+    aim, last = wanted * (1 + _CLOSE) / 2, tried[-1]
+    pair = (below, above) if above and below else tuple(tried[-2:])
+    slope = _slope()
+    if len(pair) == 2:
+        few, many = sorted((one for one in pair if one), key=lambda one: one.bits)
+        fall = math.log(max(few.rise, _TINY) / max(many.rise, _TINY)) / (many.bits - few.bits)
+        slope = max(_LEAST_SLOPE, fall)
+    bits = last.bits + math.log(max(last.rise, _TINY) / aim) / slope
     margin = min(_STEP / 2, (high - low) / 4)
     return _within(bits, low + margin if below else low, high - margin if above else high)
 

@@ -197,7 +197,7 @@ def scopes(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, ...], ...]:
     never share, however else the checkpoint stores them. The last scope of a run may be smaller.
     """
     runs: list[list[int]] = []
-    previous: list[tuple[object, ...]] | None = None
+    previous: Sequence[tuple[object, ...]] | None = None
     for layer in anatomy.moe_layers:
         assert layer.experts is not None
         parts = [(part.name, part.shape, part.dtype, part.grid) for part in layer.experts.parts]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from conmoe_edge.errors import UnsupportedModel, UsageError
+from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
@@ -34,11 +34,11 @@ from conmoe_edge.plan.placement import Placement
 from conmoe_edge.plan.plain_widths import choose_width
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
-from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest
+from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest, check_positions
 from conmoe_edge.plan.serving import PLAIN
 
 _BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
-"""What comes before free prototypes, every expert kept."""
+"""What comes before free prototypes, every expert kept; and int4, of experts that are published in it."""
 
 
 def make_plan(
@@ -128,7 +128,7 @@ def _choose_levers(
         names = precisions(anatomy, request.precision)
         chooses = trims and request.chooses_bytes
         if chooses:
-            names = tuple(name for name in names if name in _BEFORE_FREE)
+            names = tuple(name for name in names if name in _BEFORE_FREE) or names
         combinations = [(name, 0.0) for name in names]
         if not chooses:
             combinations = _combinations(names, request.forced_rate)
@@ -181,13 +181,7 @@ def _choose(options: list[Option]) -> Option | None:
 
 
 def _checked_context(anatomy: ModelAnatomy, context: int | None) -> int:
-    longest = anatomy.max_context
     if context is None:
-        return min(DEFAULT_CONTEXT, longest)
-    if context > longest:
-        raise UsageError(
-            f"--context {context} is longer than {anatomy.architecture} can read.",
-            f"its longest context is {longest} tokens",
-            f"--context {longest}",
-        )
+        return min(DEFAULT_CONTEXT, anatomy.max_context)
+    check_positions(context, anatomy.max_context, anatomy.architecture)
     return context

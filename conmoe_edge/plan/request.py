@@ -266,3 +266,17 @@ class PlanRequest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the same for requests that mean the same number of calibration tokens."""
         return {**asdict(self), "calibration_tokens": self.tokens}
+
+
+def check_positions(context: int, longest: int, model: str) -> None:
+    """Refuse a context that ``model`` (its name, for the message) has no positions for.
+
+    Raises:
+        UsageError: names the longest one.
+    """
+    if context > longest:
+        raise UsageError(
+            f"--context {context} is longer than {model} can read.",
+            f"its longest context is {longest} tokens",
+            f"--context {longest}",
+        )

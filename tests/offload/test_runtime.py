@@ -155,7 +155,7 @@ def test_slots_are_aligned(folder: Path) -> None:
     model = load_package(folder)
     pool = model.conmoe.residency.pools[0]
     for slot in range(pool.slots):
-        assert pool.record(slot).data_ptr() % 4096 == 0
+        assert pool.record(slot).data_ptr() % 64 == 0
         assert all(part.data_ptr() % 64 == 0 for part in pool.parts(slot).parts.values())
 
 

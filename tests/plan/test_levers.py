@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conmoe_edge.checkpoint.format.layout import SMALL_RECORD
 from conmoe_edge.model.anatomy import ExpertPart, ExpertsAnatomy
 from conmoe_edge.plan.levers import (
     keeps_weights,
@@ -34,20 +35,24 @@ def test_olmoe_record_is_3072_pages(olmoe):
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [((1,), 4096), ((4096,), 4096), ((4096, 1), 8192), ((1, 4032), 4096), ((1, 4033), 8192)],
+    [
+        *[((1,), 64), ((4096,), 4096), ((4096, 1), 4160), ((1, 4032), 4096), ((1, 4033), 4160)],
+        *[((SMALL_RECORD,), SMALL_RECORD), ((1, SMALL_RECORD - 64), SMALL_RECORD)],
+        *[((1, SMALL_RECORD - 63), SMALL_RECORD + 4096), ((SMALL_RECORD - 64,), SMALL_RECORD - 64)],
+    ],
 )
-def test_parts_start_64_aligned_and_records_are_whole_pages(sizes, expected):
+def test_parts_start_64_aligned_and_large_records_are_whole_pages(sizes, expected):
     assert record_bytes(_experts(*sizes), "source") == expected
 
 
-@given(st.lists(st.integers(1, 20_000), min_size=1, max_size=5))
+@given(st.lists(st.integers(1, 80_000), min_size=1, max_size=5))
 def test_record_equals_placing_byte_by_byte(sizes):
     position = 0
     for size in sizes:
         while position % 64:
             position += 1
         position += size
-    while position % 4096:
+    while position % (4096 if position >= SMALL_RECORD else 64):
         position += 1
     assert record_bytes(_experts(*sizes), "source") == position
 
@@ -64,7 +69,7 @@ def _gated(hidden: int, width: int, transposed: bool = False) -> ExpertsAnatomy:
 
 def test_bf16_halves_float32():
     experts = _gated(64, 32)
-    assert record_bytes(experts, "source") == 28672 and record_bytes(experts, "bf16") == 16384
+    assert record_bytes(experts, "source") == 24832 and record_bytes(experts, "bf16") == 12416
     assert {dtype for _, _, dtype in record_parts(experts, "bf16")} == {"bfloat16"}
 
 
@@ -109,8 +114,8 @@ def test_precisions_asked_and_unasked(model):
 
 
 def test_a_precision_that_saves_nothing_is_not_looked_at(model):
-    tiny = model(hidden=32, width=16)  # every record is one page
-    assert record_bytes(tiny.layers[0].experts, "source") == 4096 * 1
+    tiny = model(hidden=4, width=4)  # two parts, of 64 bytes each; with scales four
+    assert record_bytes(tiny.layers[0].experts, "source") == 2 * 64
     assert precisions(tiny, "auto") == ("source",)
     odd = model(hidden=80, width=80)  # int4 can take neither matrix
     assert precisions(odd, "auto") == ("source", "int8")

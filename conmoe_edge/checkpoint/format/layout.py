@@ -1,7 +1,8 @@
 """One expert as one run of bytes: where each of its tensors begins, and how long the whole is. No torch here.
 
 The plan counts with what packages are written with: ``forms.py`` for a matrix, this file for a record. Parts start
-64-aligned (vector loads, a cache line), records are multiples of 4096 bytes (direct reads, page-sized copies).
+64-aligned (vector loads, a cache line). Records of 256 KiB and more are multiples of 4096 bytes (direct reads,
+page-sized copies); smaller ones are multiples of 64, because half a page of each would be several hundredths of all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 from conmoe_edge.units import round_up
 
 PART_ALIGNMENT = 64
-RECORD_ALIGNMENT = 4096
+PAGE = 4096
+SMALL_RECORD = 256 << 10
+"""Below this many bytes records share pages."""
+
+
+def record_alignment(nbytes: int) -> int:
+    """What the size and the place of a record of ``nbytes`` bytes are multiples of."""
+    return PART_ALIGNMENT if nbytes < SMALL_RECORD else PAGE
 
 
 def make_layout(parts: Sequence[Part], precision: str = "source") -> RecordLayout:
@@ -32,7 +40,7 @@ def make_layout(parts: Sequence[Part], precision: str = "source") -> RecordLayou
         nbytes = nbytes_of(dtype, shape)
         placed.append(RecordPart(name, tuple(shape), dtype, offset, nbytes))
         end = offset + nbytes
-    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), RECORD_ALIGNMENT))
+    return RecordLayout(precision, tuple(placed), round_up(max(end, 1), record_alignment(end)))
 
 
 def neurons(down: Sequence[int], transposed: bool) -> int:

@@ -66,7 +66,7 @@ class RecordPart:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """How one expert lies in a record of ``nbytes`` bytes (a multiple of 4096). Parts start 64-aligned."""
+    """How one expert lies in a record of ``nbytes`` bytes (``layout.py``). Parts start 64-aligned."""
 
     precision: str
     parts: tuple[RecordPart, ...]

@@ -2,7 +2,8 @@
 
 The numbers of columns that a factored weight keeps (``factored.py``): they say which inputs are read, so each of them
 must be one. And the scales of quantised weights: one that is NaN or infinite makes a whole row or group so. Scales in
-E8M0 have one number that is NaN, 255, and none that is infinite.
+E8M0 have one number that is NaN, 255, and none that is infinite. In the forms of ``low_bits.py`` the pairs of the rows
+can be none; the bytes behind them cannot.
 
 Both are a small part of a record (a few hundredths in int4, thousandths in int8), and looking at them costs about a
 hundredth of reading it. All other values are left to ``inspect --verify``, and to the check of what the model says.
@@ -15,7 +16,14 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.forms import COLUMNS, LOW_HEAD, RIGHT, SCALE
+from conmoe_edge.checkpoint.format.forms import (
+    COLUMNS,
+    LOW_BITS,
+    LOW_HEAD,
+    RIGHT,
+    SCALE,
+    kind_of,
+)
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
 _SIGN_OFF = np.int16(0x7FFF)
@@ -32,19 +40,20 @@ class RecordCheck:
     def __init__(self, layout: RecordLayout) -> None:
         parts = {part.name: part for part in layout.parts}
         self._scales = [
-            part
+            (part, part.offset + part.nbytes)
             for name, part in parts.items()
             if name.endswith(SCALE) and part.dtype in _INFINITE and part.nbytes
+        ]
+        """Parts that are such numbers or, in few bits, begin with pairs in bf16; and where those end."""
+        self._scales += [
+            (part, part.offset + LOW_HEAD * part.shape[1])
+            for name, part in parts.items()
+            if name.endswith(SCALE) and _in_few_bits(parts.get(name.removesuffix(SCALE)), part)
         ]
         self._exponents = [
             part
             for name, part in parts.items()
             if name.endswith(SCALE) and part.dtype == "float8_e8m0fnu" and part.nbytes
-        ]
-        self._pairs = [  # scales of ``low_bits.py``: a bf16 pair for each row, then bytes
-            (part, part.offset, LOW_HEAD * part.shape[1])
-            for name, part in parts.items()
-            if name.endswith(SCALE) and part.dtype == "uint8" and part.nbytes
         ]
         self._columns: list[tuple[RecordPart, int]] = []
         for name, part in parts.items():
@@ -54,16 +63,12 @@ class RecordCheck:
 
     def wrong(self, record: Tensor) -> str:
         """What is wrong with a record uint8 [record bytes] on the host; empty where nothing is."""
-        if not (self._scales or self._exponents or self._pairs or self._columns):
+        if not self._scales and not self._exponents and not self._columns:
             return ""
         raw = record.numpy()
-        for part, start, length in self._pairs:
-            values = raw[start : start + length].view(np.int16)
-            if int((values & _SIGN_OFF).max()) >= _INFINITE["bfloat16"]:
-                return f"{part.name} holds NaN or infinity"
-        for part in self._scales:
-            values = raw[part.offset : part.offset + part.nbytes].view(np.int16)
-            if int((values & _SIGN_OFF).max()) >= _INFINITE[part.dtype]:
+        for part, end in self._scales:
+            values = raw[part.offset : end].view(np.int16)
+            if int((values & _SIGN_OFF).max()) >= _INFINITE.get(part.dtype, _INFINITE["bfloat16"]):
                 return f"{part.name} holds NaN or infinity"
         for part in self._exponents:
             if int(raw[part.offset : part.offset + part.nbytes].max()) == _NOT_ONE:
@@ -75,3 +80,9 @@ class RecordCheck:
             ):
                 return f"{part.name} are not ascending columns of {width}"
         return ""
+
+
+def _in_few_bits(values: RecordPart | None, scales: RecordPart) -> bool:
+    if values is None:
+        return False
+    return kind_of((values.dtype, values.shape), (scales.dtype, scales.shape)) in LOW_BITS

@@ -34,6 +34,8 @@ class Family:
         layer: parameters of a decoder layer outside the routed experts; those that a file lacks are left out.
         experts: for each stack of experts in the file, by the name that the tensor map knows it under, the name in the
             plain checkpoint; ``{}`` stands for the expert's number.
+        fused: which two of the latter are ``gate`` and ``up``, which a file may have in one stack.
+        experts_everywhere: llama.cpp has no layers without experts in this architecture.
         pairs: names of parameters that hold gate and up of all experts, interleaved and transposed, and where they are
             in the file; ``flipped`` the same for a stack that is only transposed.
         turned: parameters whose rows were put in llama.cpp's order for rotary embeddings, and the field with the number
@@ -46,6 +48,8 @@ class Family:
     config: Callable[[Fields, Shapes], dict[str, Any]]
     layer: tuple[str, ...]
     experts: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
+    experts_everywhere: bool = False
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     flipped: Mapping[str, str] = field(default_factory=dict)
     turned: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +61,10 @@ def _per_expert(module: str, names: Mapping[str, str]) -> dict[str, str]:
     return {
         f"{module}.{known}.weight": f"{module}.{{}}.{name}.weight" for known, name in names.items()
     }
+
+
+def _gate_and_up(module: str, gate: str, up: str) -> dict[str, str]:
+    return {f"{module}.{{}}.{gate}.weight": "gate", f"{module}.{{}}.{up}.weight": "up"}
 
 
 _PROJECTIONS = {one: one for one in ("gate_proj", "up_proj", "down_proj")}
@@ -160,25 +168,17 @@ def _olmoe(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _qwen2_moe(fields: Fields, shapes: Shapes) -> dict[str, Any]:
+def _qwen(fields: Fields, shapes: Shapes, *, normalised: bool) -> dict[str, Any]:
+    """What Qwen2-MoE and Qwen3-MoE have in common; ``normalised``: what llama.cpp makes of the weights of experts."""
     config = _decoder(fields, shapes)
-    usual = config["hidden_size"] // max(1, config["num_attention_heads"])
-    if _head_width(fields, config) != usual:
-        fields.refuse("attention.key_length", "", f"heads of this model have {usual} numbers")
-    shared = _width_of(shapes, "ffn_down_shexp.weight", -1)
-    fields.only("expert_shared_feed_forward_length", shared)
     fields.only("expert_gating_func", 1)
     width = _expert_width(fields, shapes)
     return {
-        "model_type": "qwen2_moe",
-        "architectures": ["Qwen2MoeForCausalLM"],
         **config,
         "num_experts": fields.count("expert_count"),
         "intermediate_size": fields.count("feed_forward_length", width),
         "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": shared,
-        "norm_topk_prob": fields.truth("expert_weights_norm", False),
-        "qkv_bias": _has(shapes, "attn_q.bias"),
+        "norm_topk_prob": fields.truth("expert_weights_norm", normalised),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "use_sliding_window": False,
@@ -186,24 +186,30 @@ def _qwen2_moe(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _qwen2_moe(fields: Fields, shapes: Shapes) -> dict[str, Any]:
+    config = _qwen(fields, shapes, normalised=False)
+    usual = config["hidden_size"] // max(1, config["num_attention_heads"])
+    if _head_width(fields, config) != usual:
+        fields.refuse("attention.key_length", "", f"heads of this model have {usual} numbers")
+    shared = _width_of(shapes, "ffn_down_shexp.weight", -1)
+    fields.only("expert_shared_feed_forward_length", shared)
+    return {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **config,
+        "shared_expert_intermediate_size": shared,
+        "qkv_bias": _has(shapes, "attn_q.bias"),
+    }
+
+
 def _qwen3_moe(fields: Fields, shapes: Shapes) -> dict[str, Any]:
-    config = _decoder(fields, shapes)
-    fields.only("expert_gating_func", 1)
-    width = _expert_width(fields, shapes)
+    config = _qwen(fields, shapes, normalised=True)
     return {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
         **config,
         "head_dim": _head_width(fields, config),
-        "num_experts": fields.count("expert_count"),
-        "intermediate_size": fields.count("feed_forward_length", width),
-        "moe_intermediate_size": width,
-        "norm_topk_prob": fields.truth("expert_weights_norm", True),
         "attention_bias": _has(shapes, "attn_q.bias"),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-        "rope_parameters": _rope(fields),
     }
 
 
@@ -332,18 +338,23 @@ FAMILIES = {
             _olmoe,
             (*_NORMS, *_ATTENTION, *_HEAD_NORMS, "mlp.gate.weight"),
             experts=_per_expert("mlp.experts", _PROJECTIONS),
+            fused=_gate_and_up("mlp.experts", "gate_proj", "up_proj"),
         ),
         Family(
             "qwen2moe",
             _qwen2_moe,
             (*_NORMS, *_ATTENTION, "mlp.gate.weight", *_QWEN_SHARED),
             experts=_per_expert("mlp.experts", _PROJECTIONS),
+            fused=_gate_and_up("mlp.experts", "gate_proj", "up_proj"),
+            experts_everywhere=True,
         ),
         Family(
             "qwen3moe",
             _qwen3_moe,
             (*_NORMS, *_ATTENTION, *_HEAD_NORMS, "mlp.gate.weight"),
             experts=_per_expert("mlp.experts", _PROJECTIONS),
+            fused=_gate_and_up("mlp.experts", "gate_proj", "up_proj"),
+            experts_everywhere=True,
         ),
         Family(
             "gpt-oss",
@@ -383,6 +394,7 @@ FAMILIES = {
                 "mlp.gate.e_score_correction_bias",
             ),
             experts=_per_expert("mlp.experts", _PROJECTIONS),
+            fused=_gate_and_up("mlp.experts", "gate_proj", "up_proj"),
             joined={
                 "self_attn.kv_b_proj.weight": (
                     "self_attn.k_b_proj.weight",
@@ -398,6 +410,7 @@ FAMILIES = {
             experts=_per_expert(
                 "block_sparse_moe.experts", {one: one for one in ("w1", "w2", "w3")}
             ),
+            fused=_gate_and_up("block_sparse_moe.experts", "w1", "w3"),
             turned={
                 "self_attn.q_proj.weight": "num_attention_heads",
                 "self_attn.k_proj.weight": "num_key_value_heads",

@@ -7,6 +7,7 @@ name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from conmoe_edge.errors import CheckpointError, UnsupportedModel
 _MOST_LAYERS = 4096
 # Rotary frequencies that llama.cpp reads in the place of those that it computes.
 _FREQUENCIES = "rope_"
+
+_DENSE = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.weight")
 
 How = Literal["rows", "turned", "paired", "flipped", "joined"]
 
@@ -142,6 +145,7 @@ class _Making:
             start = f"model.layers.{layer}."
             for name in family.layer:
                 self._rows(start + name, start + family.aliases.get(name, name))
+            self._fused_experts(layer)
             for known, name in family.experts.items():
                 self._experts(start + name, start + known)
             for name, known in family.flipped.items():
@@ -158,7 +162,10 @@ class _Making:
         """The tensor of the file that the library's map has for a name in a plain checkpoint."""
         name = self.names.get_name(known, try_suffixes=(".weight", ".bias"))
         entry = None if name is None else self.left.pop(name, None)
-        if entry is not None and not can_expand(entry.dtype):
+        return None if entry is None else self._expandable(entry)
+
+    def _expandable(self, entry: TensorEntry) -> TensorEntry:
+        if not can_expand(entry.dtype):
             raise UnsupportedModel(
                 f"The tensor {entry.name} of {self.files.path} is stored as {entry.dtype}.",
                 "the gguf library cannot expand this format",
@@ -195,16 +202,36 @@ class _Making:
         entry = self._take(known)
         if entry is None:
             return
-        if len(entry.shape) != 3:
+        self._stack([name], entry)
+
+    def _fused_experts(self, layer: int) -> None:
+        """Gate and up of all experts in one stack, the rows of the gate first (``--fuse-gate-up-exps`` of llama.cpp's
+        script). The library's maps name it for a few architectures only, llama.cpp reads it for all of these.
+        """
+        known = {place: name for name, place in self.family.fused.items()}
+        entry = self.left.pop(f"blk.{layer}.ffn_gate_up_exps.weight", None) if known else None
+        if entry is None:
+            return
+        start = f"model.layers.{layer}."
+        self._stack([start + known["gate"], start + known["up"]], self._expandable(entry))
+
+    def _stack(self, names: list[str], entry: TensorEntry) -> None:
+        """A stack of matrices, or of matrices below one another, as the tensors ``names`` of each expert."""
+        if len(entry.shape) != 3 or entry.shape[1] % len(names):
             raise self._odd(entry, "which is no stack of matrices")
-        count, rows, _ = entry.shape
+        count, rows, columns = entry.shape
+        rows //= len(names)
         for number in range(count):
-            self._add(
-                GgufLogical(
-                    name.format(number), self._dtype(entry), entry.shape[1:], entry.dtype.lower(),
-                    entry.nbytes // count, (entry.name,), number * rows,
-                )
-            )  # fmt: skip
+            for place, name in enumerate(names):
+                if name.format(number) in self.made:
+                    raise self._odd(entry, "and its experts are in the file twice")
+                self._add(
+                    GgufLogical(
+                        name.format(number), self._dtype(entry), (rows, columns),
+                        entry.dtype.lower(), entry.nbytes // count // len(names), (entry.name,),
+                        (number * len(names) + place) * rows,
+                    )
+                )  # fmt: skip
 
     def _flipped(self, name: str, known: str) -> None:
         entry = self._take(known)
@@ -281,6 +308,11 @@ class _Making:
         why = "nothing here knows what it does to the model"
         if name.startswith(_FREQUENCIES) or f".{_FREQUENCIES}" in name:
             why = "it holds rotary frequencies of its own, which are not read here"
+        elif self.family.experts_everywhere and _DENSE.fullmatch(name):
+            why = (
+                f"it is of a layer without experts, and llama.cpp has experts in every layer of "
+                f"{self.family.architecture}"
+            )
         raise UnsupportedModel(
             f"The tensor {name} of {self.files.path} has no place in the model.", why, PLAIN_MODEL
         )

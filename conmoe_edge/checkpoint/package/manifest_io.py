@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from conmoe_edge.checkpoint.format.finite_json import finite
+from conmoe_edge.checkpoint.format.layout import record_alignment
 from conmoe_edge.checkpoint.format.manifest import (
     CONSTANTS_FILE,
     FORMAT_VERSION,
@@ -384,7 +385,10 @@ def _check_prototypes(
             raise _Wrong(f"{where} has a layout that is not there")
         if entry.file not in files:
             raise _Wrong(f"{where} lies in {entry.file}, which is not among the files")
-        end = entry.offset + layouts[entry.layout].nbytes
+        nbytes = layouts[entry.layout].nbytes
+        if entry.offset % record_alignment(nbytes):
+            raise _Wrong(f"{where} does not begin on a multiple of {record_alignment(nbytes)}")
+        end = entry.offset + nbytes
         if end > files[entry.file]["size"]:
             raise _Wrong(f"{where} ends after the end of {entry.file}")
         places.setdefault(entry.file, []).append((entry.offset, end))

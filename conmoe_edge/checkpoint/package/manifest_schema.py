@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize
+from conmoe_edge.checkpoint.format.layout import PART_ALIGNMENT, record_alignment
 from conmoe_edge.checkpoint.format.manifest import FORMAT_VERSION, MAX_CHUNK
 from conmoe_edge.checkpoint.fs.contained import is_plain_name
 
@@ -51,7 +52,7 @@ class PartJson(_Strict):
     name: Name
     shape: Annotated[list[Count], Field(max_length=8)]
     dtype: str
-    offset: Annotated[Count, _aligned(64)]
+    offset: Annotated[Count, _aligned(PART_ALIGNMENT)]
     nbytes: Count
 
     @model_validator(mode="after")
@@ -68,7 +69,7 @@ class LayoutJson(_Strict):
 
     precision: Name
     parts: Annotated[list[PartJson], Field(min_length=1, max_length=64)]
-    nbytes: Annotated[Count, Field(gt=0), _aligned(4096)]
+    nbytes: Annotated[Count, Field(gt=0)]
 
     @model_validator(mode="after")
     def _parts(self) -> LayoutJson:
@@ -79,6 +80,8 @@ class LayoutJson(_Strict):
             end = part.offset + part.nbytes
         if end > self.nbytes:
             raise ValueError("a part lies outside its record")
+        if self.nbytes % record_alignment(self.nbytes):
+            raise ValueError(f"must be a multiple of {record_alignment(self.nbytes)}")
         if len({part.name for part in self.parts}) != len(self.parts):
             raise ValueError("two parts of a record have the same name")
         return self
@@ -89,7 +92,7 @@ class PrototypeJson(_Strict):
 
     id: Id
     file: FileName
-    offset: Annotated[Count, Field(gt=0), _aligned(4096)]
+    offset: Annotated[Count, Field(gt=0), _aligned(PART_ALIGNMENT)]
     layout: Layer
     weight: Annotated[Finite, Field(ge=0)]
 

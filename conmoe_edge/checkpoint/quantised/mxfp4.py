@@ -2,17 +2,19 @@
 
 gpt-oss stacks its experts and has their matrices transposed: ``X_blocks`` and ``X_scales`` are ``X`` [E, C, R].
 compressed-tensors has ``X.weight_packed`` [R, C/2] and ``X.weight_scale``, which are ``X.weight`` [R, C].
-transformers expands both. Source: the OCP Microscaling Formats specification 1.0.
+Source: the OCP Microscaling Formats specification 1.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from conmoe_edge.checkpoint.format.quantise import E2M1, power_of_two
 from conmoe_edge.checkpoint.quantised.stored import Headers, Logical
 
 NAME = "mxfp4"
@@ -75,14 +77,30 @@ def _linear(name: str, headers: Headers) -> Logical | None:
 
 def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
     """One matrix: [C, R] of a stack's blocks [R, C/32, 16], as gpt-oss multiplies by it, else [R, C] of [R, C/2]."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     scales = parts["scales"].view(torch.uint8)
     if bool((scales == NO_NUMBER).any()):
         raise logical.broken("scales", "holds NaN")
-    blocks = (
-        parts["values"].unflatten(-1, (-1, BLOCK // 2)) if not logical.layout else parts["values"]
-    )
-    dtype = getattr(torch, logical.dtype)
-    matrix = convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)[0]
-    return matrix if logical.layout else matrix.T
+    matrix = expanded(parts["values"].flatten(1), scales, getattr(torch, logical.dtype))
+    return matrix.T.contiguous() if logical.layout else matrix
+
+
+def expanded(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 [R, C/2] and [R, C/32] -> [R, C] in ``dtype``: the bits that transformers gives, in a fraction of its time.
+
+    Two numbers come out of the table for each byte. Their product with a power of two is exact in bf16 and fp32, but
+    where it is too small or too large for the format; then it is rounded once, as there.
+    """
+    exact = dtype in (torch.bfloat16, torch.float32)
+    made = dtype if exact else torch.float32
+    pairs = _pairs(made)
+    numbers = pairs.index_select(0, values.flatten().int()).view(made)
+    factor = power_of_two(scales.int() - 127).to(made).unsqueeze(-1)
+    return numbers.view(*scales.shape, BLOCK).mul_(factor).flatten(1).to(dtype)
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> Tensor:
+    """The two numbers of each byte as one whole number of twice the width, the first in the low half."""
+    table = torch.tensor(E2M1, dtype=dtype)
+    both = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1)
+    return both.view(torch.int32 if dtype.itemsize == 2 else torch.int64).flatten()

@@ -1,10 +1,10 @@
 """Write safetensors files as a stream: one tensor in memory at a time, hashed on the way, never
 read back.
 
-``write_records`` makes a prototypes file whose data section and every record lie on multiples of
-4096; ``write_dense`` makes the shards of everything else and their index; ``write_tensors`` is what
-both stand on. A file has its name only when it is whole and on the disk: it grows as ``<name>.tmp``
-and is renamed at the end.
+``write_records`` makes a prototypes file whose data section and every large record lie on multiples of
+4096, small records on such of 64; ``write_dense`` makes the shards of everything else and their index;
+``write_tensors`` is what both stand on. A file has its name only when it is whole and on the disk: it
+grows as ``<name>.tmp`` and is renamed at the end.
 
 The header is written first, since names and sizes are known before the bytes are. The format's own
 library reads each file's header back before the file gets its name. Peak memory: the largest
@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from conmoe_edge.checkpoint.format.dtypes import CODES, itemsize, nbytes_of
-from conmoe_edge.checkpoint.format.layout import RECORD_ALIGNMENT
+from conmoe_edge.checkpoint.format.layout import PAGE, record_alignment
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, finish, temporary_name, write_json
 from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.checkpoint.tensors.tensor_index import INDEX_FILE, index_files
@@ -63,19 +63,20 @@ class TensorSource:
 def write_records(
     path: Path, nbytes: Mapping[str, int], records: Iterable[tuple[str, torch.Tensor]]
 ) -> WrittenFile:
-    """A prototypes file of uint8 records, each on a multiple of 4096.
+    """A prototypes file of uint8 records, each on a multiple of what ``record_alignment`` says.
 
     Args:
         path: the file; an older one is replaced.
-        nbytes: name -> size of every record, in file order; multiples of 4096.
+        nbytes: name -> size of every record, in file order: whole pages before others, where there are large ones.
         records: ``(name, uint8 [nbytes])`` in the same order. A record is written before the next
             is asked for, so one buffer may be filled again and again.
     """
-    wrong = [name for name, size in nbytes.items() if size % RECORD_ALIGNMENT or size <= 0]
-    if wrong:
-        raise ValueError(
-            f"the size of the record {wrong[0]!r} is no multiple of {RECORD_ALIGNMENT}"
-        )
+    place = 0
+    for name, size in nbytes.items():
+        step = record_alignment(size)
+        if size <= 0 or size % step or place % step:
+            raise ValueError(f"size or place of the record {name!r} is no multiple of {step}")
+        place += size
     stream = iter(records)
 
     def take(name: str) -> torch.Tensor:
@@ -88,7 +89,7 @@ def write_records(
         TensorSource(name, "uint8", (size,), lambda name=name: take(name))
         for name, size in nbytes.items()
     ]
-    written = write_tensors(path, sources, alignment=RECORD_ALIGNMENT)
+    written = write_tensors(path, sources, alignment=PAGE)
     if next(stream, None) is not None:
         raise ValueError("more records than were announced")
     return written

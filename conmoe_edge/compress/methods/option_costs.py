@@ -26,10 +26,12 @@ from conmoe_edge.checkpoint.format.forms import DOWN, SCALE, Kind, best_kind
 from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.checkpoint.format.quantise import quantise
 from conmoe_edge.checkpoint.format.records import form_of
+from conmoe_edge.compress.methods.few_bits import common_gram
 from conmoe_edge.compress.methods.interface import Parts, ScopeView
 from conmoe_edge.compress.methods.narrowing import Narrowing
 from conmoe_edge.compress.methods.rebuild import down_rows
 from conmoe_edge.compress.solvers.error_feedback import DAMPING
+from conmoe_edge.compress.solvers.gram_matrix import gram as gram_of
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
@@ -179,7 +181,7 @@ class _Factors:
         downs: Sequence[_Down],
         narrowed: Sequence[Narrowing],
     ) -> _Factors:
-        common = _gram(tokens.hidden, gates.square().sum(1).sqrt()) / len(scope.pool)
+        common = common_gram([(tokens.hidden, gates.square().sum(1).sqrt())], len(scope.pool))
         order = sorted(range(len(narrowed)), key=lambda one: (-narrowed[one].errors[0], one))
         there = [one for one in order if inputs[one] > 0]
         picked = [there[int(place)] for place in _spread(len(there), MEASURED)]
@@ -187,7 +189,7 @@ class _Factors:
         below: dict[Kind, list[float]] = {}
         for expert in picked:
             rows = gates[:, expert].nonzero().squeeze(1)
-            moments = _gram(tokens.hidden[rows], gates[rows, expert])
+            moments = gram_of(tokens.hidden[rows], gates[rows, expert])
             whole = downs[expert].noise(torch.arange(len(downs[expert].columns)))
             for kind in _distinct(forms, 0):
                 error = samples[expert].changed(_rounding(moments, kind, common))
@@ -219,10 +221,11 @@ def _rounding(moments: Tensor, kind: Kind, common: Tensor) -> Callable[[Tensor],
 
 def _as_packages_have(weight: Tensor, moments: Tensor, kind: Kind, common: Tensor | None) -> Tensor:
     """fp32 [R, K], rounded as it will be."""
-    kind = best_kind(*weight.shape, kind)
-    if kind in FED_BACK:
-        return round_matrix(weight, moments, kind, common).dequantise()
-    return _nearest(weight, kind)
+    rows, columns = weight.shape
+    own = best_kind(rows, columns, kind)
+    if own in FED_BACK:
+        return round_matrix(weight, moments, own, common).dequantise()
+    return _nearest(weight, own)
 
 
 def _nearest(weight: Tensor, kind: Kind) -> Tensor:
@@ -266,8 +269,3 @@ def _distinct(forms: Mapping[tuple[int, str], tuple[Kind, Kind]], at: int) -> li
         if pair[at] not in found:
             found.append(pair[at])
     return found
-
-
-def _gram(hidden: Tensor, weights: Tensor) -> Tensor:
-    weighted = hidden.float() * weights.unsqueeze(1)
-    return weighted.T @ weighted

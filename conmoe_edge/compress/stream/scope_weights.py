@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.layout import PAGE
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import encode, pack, view
@@ -201,6 +202,8 @@ def write_experts(
 
     ``made``: weights that are in these forms already. It and ``parts_of`` are called for one expert after another.
     """
+    # Large records lie on pages, so what is no number of pages comes last.
+    records = sorted(records, key=lambda one: one[1].nbytes % PAGE != 0)
     sizes = {record_name(expert): layout.nbytes for expert, layout in records}
     buffer = torch.empty(max(sizes.values()), dtype=torch.uint8)
 

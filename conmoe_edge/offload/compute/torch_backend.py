@@ -36,7 +36,12 @@ from conmoe_edge.checkpoint.format.factored import factors_of
 from conmoe_edge.checkpoint.format.forms import COLUMNS, DOWN, KEPT, LEFT, RIGHT, SCALE, TILES
 from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import matrix_of
-from conmoe_edge.model.experts import expert_forward, sum_dtype, through_expert
+from conmoe_edge.model.experts import (
+    expert_forward,
+    plain_products,
+    sum_dtype,
+    through_expert,
+)
 from conmoe_edge.model.source_digest import source_digest
 from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.kernels.cpu.bindings import ExpertGate, operator
@@ -262,6 +267,8 @@ class Arithmetic:
         """Products in ``dtype`` with one weight matrix at a time expanded into the scratch."""
 
         def project(name: str, x: Tensor) -> Tensor:
+            if module.is_transposed and name + SCALE not in expert.parts:
+                return plain_products(module, expert.parts, dtype)(name, x)
             matrix = matrix_of(expert.parts, name)
             weight = self.scratch.matrix(matrix.rows, matrix.columns, dtype)
             prepared = dtype in EXPANDED and name in expert.prepared
@@ -353,7 +360,7 @@ def _kept_inputs(experts: Sequence[StoredExpert], name: str, x: Tensor) -> Tenso
 
 
 def _weights(expert: StoredExpert) -> list[str]:
-    return [name for name in expert.parts if name + SCALE in expert.parts]
+    return [name for name in expert.parts if not name.endswith((SCALE, "_bias"))]
 
 
 def _torch_takes(matrix: Matrix) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from conmoe_edge.compat import Arguments, cache_of
-from conmoe_edge.errors import ContextFull, UnsupportedModel, UsageError
+from conmoe_edge.errors import ContextFull, UnsupportedModel
+from conmoe_edge.plan.request import check_positions
 
 
 def guard_context(
@@ -83,12 +84,8 @@ def check_context(model: Any, context: int | None) -> None:
         UsageError: names the longest one.
     """
     longest = longest_context(model)
-    if context is not None and longest is not None and context > longest:
-        raise UsageError(
-            f"--context {context} is longer than this model can read.",
-            f"its longest context is {longest} tokens",
-            f"--context {longest}",
-        )
+    if context is not None and longest is not None:
+        check_positions(context, longest, type(model).__name__)
 
 
 def context_full(needed: int, context: int, longest: int | None) -> ContextFull:

@@ -5,7 +5,7 @@ byte and nothing fragments; on Linux its end can be given back (``shrink``). On 
 mapping: page-aligned, so that a record can be read from disk straight into its slot, and touched at once, so that
 missing memory shows at start and not in the middle of an answer. On a GPU it is one tensor of torch's allocator.
 
-Records are multiples of 4096 bytes and their parts start 64-aligned, so every typed view is aligned as well. Raises
+Records are multiples of 64 bytes and their parts start 64-aligned, so every typed view is aligned as well. Raises
 ``OutOfMemory`` where the pool cannot be had.
 """
 

@@ -24,7 +24,8 @@ class StoredExpert:
     Attributes:
         parts: every tensor of the record.
         prepared: the weight matrices that the operator can take, by the names of their parts.
-        quantised: whether the weights have scales; they are [out, in] then, whatever the module's own order.
+        quantised: whether some weights have scales; those are [out, in], whatever the module's own order.
+        some_plain: whether some have none, and are in the module's own order.
         factored: whether they are low rank and a few columns, [out, in] as well.
         forms: what two experts must have in common for a product in one call; ``None`` without the operator.
         matrices: both matrices, where they, perhaps with ``biases``, make up the expert, for ``gated_experts``; else
@@ -33,12 +34,23 @@ class StoredExpert:
         kin: what two experts must have in common there, where they may have different numbers of neurons.
     """
 
-    __slots__ = ("biases", "factored", "forms", "kin", "matrices", "parts", "prepared", "quantised")
+    __slots__ = (
+        "biases",
+        "factored",
+        "forms",
+        "kin",
+        "matrices",
+        "parts",
+        "prepared",
+        "quantised",
+        "some_plain",
+    )
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self.parts = parts
         names = [name for name in parts if not name.endswith((SCALE, COLUMNS, _BIAS))]
         self.quantised = any(name + SCALE in parts for name in names)
+        self.some_plain = any("." not in name and name + SCALE not in parts for name in names)
         self.factored = any(name.endswith(LEFT) for name in names)
         self.prepared: dict[str, Prepared] = {}
         engine = operator() if all(part.device.type == "cpu" for part in parts.values()) else None
@@ -70,6 +82,8 @@ class StoredExpert:
         if self.forms is None or hidden == torch.float64:
             return False
         own = self.quantised or self.factored
+        if module.is_transposed and self.some_plain:
+            return False
         return own or (hidden != torch.float32 and not module.is_transposed)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 
 from conmoe_edge.checkpoint.format.forms import Part, factored_parts, quantised_parts
-from conmoe_edge.checkpoint.format.layout import expert_width, make_layout, neurons
+from conmoe_edge.checkpoint.format.layout import SMALL_RECORD, expert_width, make_layout, neurons
 
 WIDTH, HIDDEN = 96, 64
 
 
-def test_parts_are_aligned_and_records_are_pages() -> None:
+def test_parts_are_aligned_and_large_records_are_pages() -> None:
     layout = make_layout([("a", (3, 5), "float32"), ("b", (), "bfloat16"), ("c", (2000,), "int16")])
     assert [(part.offset, part.nbytes) for part in layout.parts] == [(0, 60), (64, 2), (128, 4000)]
-    assert layout.nbytes == 8192
-    assert make_layout([("nothing", (0,), "float32")]).nbytes == 4096
+    assert layout.nbytes == 4160
+    assert make_layout([("nothing", (0,), "float32")]).nbytes == 64
+    assert make_layout([("a", (SMALL_RECORD - 1,), "uint8")]).nbytes == SMALL_RECORD
+    assert make_layout([("a", (SMALL_RECORD + 1,), "uint8")]).nbytes == SMALL_RECORD + 4096
 
 
 def test_two_parts_of_one_name() -> None:

@@ -28,6 +28,23 @@ def test_a_scale_that_is_no_number(kind, value: float) -> None:  # type: ignore[
     assert RecordCheck(layout).wrong(record) == ""
 
 
+@pytest.mark.parametrize("kind", ["q4", "q3", "q2"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1, -2, -1])
+def test_a_pair_of_a_row_that_is_no_number(kind, value: float, place: int) -> None:  # type: ignore[no-untyped-def]
+    """Bytes of scales behind the pairs may be anything."""
+    layout = make_layout(quantised_parts("w", 64, 64, kind), kind)
+    matrix = quantise(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), kind)
+    assert matrix.scales is not None
+    record = pack(layout, {"w": matrix.values, "w.scale": matrix.scales})
+    scales = view(layout, record)["w.scale"]
+    scales[4:] = 255
+    assert RecordCheck(layout).wrong(record) == ""
+    pairs = scales[:4].view(-1).view(torch.bfloat16)
+    pairs[place] = value
+    assert "w.scale holds NaN" in RecordCheck(layout).wrong(record)
+
+
 def factored(columns: list[int]) -> str:
     rows, width = 30, 40
     parts: tuple[Part, ...] = factored_parts("w", rows, width, "bfloat16")

@@ -47,12 +47,12 @@ def test_layout_and_round_trip(shapes: list[tuple[tuple[int, ...], str]]) -> Non
     parts = [(f"p{number}", shape, dtype) for number, (shape, dtype) in enumerate(shapes)]
     layout = make_layout(parts)
     assert [(part.name, part.shape, part.dtype) for part in layout.parts] == parts
-    assert layout.nbytes % 4096 == 0 and layout.nbytes > 0
+    assert layout.nbytes % 64 == 0 and layout.nbytes > 0
     end = 0
     for part in layout.parts:
         assert part.offset % 64 == 0 and part.offset - end in range(64)
         end = part.offset + part.nbytes
-    assert 0 <= layout.nbytes - end <= 4096
+    assert 0 <= layout.nbytes - end <= 64
 
     tensors = values(layout)
     record = pack(layout, tensors, torch.full((layout.nbytes,), 255, dtype=torch.uint8))

@@ -313,6 +313,44 @@ def test_numbers_that_are_none_stop_the_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "qwen2_moe", "mixtral", "deepseek_v2"])
+def test_gate_and_up_in_one_tensor(kind: str, tmp_path: Path) -> None:
+    """As llama.cpp's script writes them with --fuse-gate-up-exps: the rows of the gate above the others."""
+    path, config, plain = source(kind, tmp_path)
+    tensors = gguf_tensors(kind, config, plain)
+    for name in [one for one in tensors if one.endswith("ffn_gate_exps.weight")]:
+        up = name.replace("gate", "up")
+        both = np.concatenate([tensors.pop(name), tensors[up]], 1)
+        tensors[name.replace("gate", "gate_up")] = both
+    unfused = {one for one in tensors if one.endswith("ffn_up_exps.weight")}
+    write_gguf(path, kind, config, plain, tensors=tensors)
+    with pytest.raises(CheckpointError, match="twice"):
+        open_gguf(path)
+    write_gguf(
+        path, kind, config, plain, all_of("Q8_0"),
+        tensors={one: values for one, values in tensors.items() if one not in unfused},
+    )  # fmt: skip
+    found = open_gguf(path)
+    with ShardReader(found.index) as reader:
+        read = GgufTensors(reader, found.tensors)
+        assert set(read) == set(plain)
+        for name in [one for one in plain if ".experts." in one]:
+            lines = plain[name].float().numpy()
+            kept = gguf.quantize(np.ascontiguousarray(lines), gguf.GGMLQuantizationType.Q8_0)
+            wanted = torch.from_numpy(gguf.dequantize(kept, gguf.GGMLQuantizationType.Q8_0))
+            assert torch.equal(read[name][...], wanted.to(read[name].dtype)), name
+
+
+def test_layers_without_experts_in_qwen_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    path, config, plain = source("qwen3_moe", tmp_path, mlp_only_layers=[0])
+    tensors = gguf_tensors("qwen3_moe", config, plain)
+    assert "blk.0.ffn_gate.weight" in tensors
+    write_gguf(path, "qwen3_moe", config, plain, tensors=tensors)
+    with pytest.raises(UnsupportedModel, match=r"blk\.0\.ffn_down\.weight") as caught:
+        open_gguf(path)
+    assert "llama.cpp has experts in every layer of qwen3moe" in caught.value.why
+
+
 def test_dense_models_and_other_architectures_are_named(tmp_path: Path) -> None:
     for architecture, says in (("llama", "dense"), ("gemma4", "gemma4")):
         path = tmp_path / f"{architecture}.gguf"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conmoe_edge.checkpoint.format.layout import SMALL_RECORD
 from conmoe_edge.checkpoint.format.manifest import (
     CacheSettings,
     ExpertId,
@@ -188,6 +189,25 @@ def test_no_prototype_at_all_is_possible() -> None:
 
 Change = Callable[[dict[str, Any]], object]
 
+
+def _large(value: dict[str, Any], nbytes: int, offset: int) -> None:
+    """Records of ``nbytes``, the first at ``offset``, in a file that has room for both."""
+    value["layouts"][0].update(nbytes=nbytes)
+    for number, one in enumerate(value["prototypes"]):
+        one.update(offset=offset + number * (SMALL_RECORD + 4096))
+    value["files"][FILE].update(size=8 * SMALL_RECORD)
+
+
+def test_records_share_pages_below_a_size() -> None:
+    """What is refused of large records is right for small ones, and whole pages for large ones."""
+    value = json.loads(to_json(manifest()))
+    value["layouts"][0].update(nbytes=4096 - 64)
+    value["prototypes"][1].update(offset=8192 - 64)
+    assert from_json(json.dumps(value).encode()).layouts[0].nbytes == 4096 - 64
+    _large(value, SMALL_RECORD, SMALL_RECORD)
+    assert from_json(json.dumps(value).encode()).layouts[0].nbytes == SMALL_RECORD
+
+
 WRONG: dict[str, Change] = {
     "unknown field": lambda v: v.update(extra=1),
     "missing field": lambda v: v.pop("remap"),
@@ -220,7 +240,10 @@ WRONG: dict[str, Change] = {
     "prototypes not sorted": lambda v: v["prototypes"].reverse(),
     "prototype beyond the experts": lambda v: v["prototypes"][1].update(id=[1, 3]),
     "prototype of no layer": lambda v: v["prototypes"][1].update(id=[2, 0]),
-    "record not aligned": lambda v: v["prototypes"][1].update(offset=8192 + 64),
+    "record not aligned": lambda v: v["prototypes"][1].update(offset=8192 - 32),
+    "record of odd size": lambda v: v["layouts"][0].update(nbytes=4096 - 32),
+    "large record that is no pages": lambda v: _large(v, SMALL_RECORD + 64, SMALL_RECORD),
+    "large record between pages": lambda v: _large(v, SMALL_RECORD, SMALL_RECORD + 64),
     "record in the header": lambda v: v["prototypes"][0].update(offset=0),
     "negative offset": lambda v: v["prototypes"][0].update(offset=-4096),
     "record after the end": lambda v: v["prototypes"][1].update(offset=12288),

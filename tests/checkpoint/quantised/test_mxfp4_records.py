@@ -111,7 +111,7 @@ def test_a_package_that_changes_nothing_has_the_bytes_of_the_checkpoint(
     fitted(source, tmp_path / "out", 0.0, "auto")
     held = sum(one.stat().st_size for one in (tmp_path / "out").glob("*.safetensors"))
     wanted = sum(one.nbytes for one in SHAPE.tensors())
-    pages = (SHAPE.layers * SHAPE.experts + 16) * 4096  # records and headers are whole pages
+    pages = (SHAPE.layers * SHAPE.experts + 16) * 4096  # headers are whole pages
     assert wanted <= held < wanted + pages
 
 

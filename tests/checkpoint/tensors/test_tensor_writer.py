@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from conmoe_edge.checkpoint.format.layout import SMALL_RECORD
 from conmoe_edge.checkpoint.fs import atomic_files as files_module
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile, write_bytes, write_json
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
@@ -50,7 +51,8 @@ def assert_true(written: WrittenFile, folder: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 40])
 def test_records_are_aligned_and_the_library_reads_them(count: int, tmp_path: Path) -> None:
     # 40 long names make a header of more than one page.
-    sizes = {f"{'layer' * 30}.{n:02d}": 4096 * (1 + n % 3) for n in range(count)}
+    sizes = {f"{'layer' * 30}.{n:02d}": 4096 * (1 + n % 3) - 64 * (n // 7) for n in range(count)}
+    sizes = {"large": SMALL_RECORD + 4096} | sizes
     written = write_records(tmp_path / "prototypes-00001.safetensors", sizes, records(sizes))
     assert_true(written, tmp_path)
     data = (tmp_path / written.name).read_bytes()
@@ -59,7 +61,7 @@ def test_records_are_aligned_and_the_library_reads_them(count: int, tmp_path: Pa
         assert set(handle.keys()) == set(sizes)
         for name, expected in records(sizes):
             offset = written.offsets[name]
-            assert offset % 4096 == 0
+            assert offset % (4096 if name == "large" else 64) == 0
             assert torch.equal(handle.get_tensor(name), expected)
             assert data[offset : offset + sizes[name]] == expected.numpy().tobytes()
     assert written.size == min(written.offsets.values()) + sum(sizes.values())
@@ -75,6 +77,8 @@ def test_the_same_records_give_the_same_file(tmp_path: Path) -> None:
     ("sizes", "given"),
     [
         ({"a": 4095}, ["a"]),
+        ({"a": SMALL_RECORD + 64}, ["a"]),
+        ({"a": 64, "b": SMALL_RECORD}, ["a", "b"]),
         ({"a": 0}, ["a"]),
         ({"a": 4096, "b": 4096}, ["a"]),
         ({"a": 4096, "b": 4096}, ["b", "a"]),

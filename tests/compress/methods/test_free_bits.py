@@ -13,6 +13,7 @@ from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
+from conmoe_edge.compress.quality.division import division_of
 from conmoe_edge.errors import ResumeMismatch, UsageError
 from conmoe_edge.integrations.load import load_package
 
@@ -84,6 +85,13 @@ def test_prototypes_have_several_kinds_in_the_bytes_that_were_asked_for(package:
     assert manifest.precision == "free" and manifest.rate == 0
     assert len({layout.precision for layout in manifest.layouts}) >= 2
     assert manifest.plan["chosen"]["bits"] == pytest.approx(BITS, abs=0.01)
+    division = division_of(manifest, transposed=False)
+    assert sum(one.prototypes for one in division) == len(manifest.prototypes)
+    assert sum(one.nbytes for one in division) == nbytes_of(manifest)
+    assert sum(one.weight for one in division) == pytest.approx(1.0)
+    sizes = [one.nbytes / one.prototypes for one in division]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {one.width for one in division} <= {32, 64, 96, 128}
     check_runs(package)
 
 

@@ -28,6 +28,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = Machine("cpu", native_bf16=False)
 CPU = torch.device("cpu")
 EXACT = ("source", "lowrank")  # computed by torch in the format of the weights
+MIXED = ("q2-q3", "q3-q4", "q4-int8", "mxfp4-plain", "plain-int8")
+"""Of gate and up, and of down."""
 MODELS = ("olmoe", "gpt_oss")  # plain; transposed, biased, with a gate of its own
 
 
@@ -72,11 +74,16 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def stored_experts(name: str, precision: str, dtype: torch.dtype) -> tuple[Any, list[StoredExpert]]:
-    """An experts module, and its first experts as records of this precision hold them."""
+    """An experts module, and its first experts as records of this precision hold them; of two with a dash gate and up
+    have the first, down the second.
+    """
     from conmoe_edge.checkpoint.format.quantise import best_kind, quantise
 
     torch.manual_seed(3)
-    sizes = {"intermediate_size": 64} if precision == "mxfp4" else {}  # whole blocks
+    up, _, down = precision.partition("-")
+    sizes = {}
+    if up == "mxfp4" or down:  # whole blocks, and matrices that look alike however they lie
+        sizes = {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}
     model = tiny_model(name, dtype=dtype, **sizes)
     module: Any = next(iter(find_experts(model).values()))[1]
     found = []
@@ -84,18 +91,19 @@ def stored_experts(name: str, precision: str, dtype: torch.dtype) -> tuple[Any, 
         parts = {n: getattr(module, n)[expert].detach() for n in part_names(module)}
         held: dict[str, torch.Tensor] = {}
         for n, part in parts.items():
-            if precision == "source" or n.endswith("_bias"):
+            own = down if down and n.startswith("down") else up
+            if own in ("source", "plain") or n.endswith("_bias"):
                 held[n] = part.contiguous()
                 continue
             weight = part.T if module.is_transposed else part
-            if precision == "lowrank":
+            if own == "lowrank":
                 sizes = factored_sizes(*weight.shape)
-                for own, factor_ in (
+                for part_name, factor_ in (
                     factor(weight, torch.eye(weight.shape[1]), *sizes).named(n).items()
                 ):
-                    held[own] = factor_.to(dtype) if factor_.is_floating_point() else factor_
+                    held[part_name] = factor_.to(dtype) if factor_.is_floating_point() else factor_
                 continue
-            kind = best_kind(*weight.shape, precision)
+            kind = best_kind(*weight.shape, own)
             matrix = quantise(weight, kind)
             held[n], held[n + SCALE] = matrix.values, matrix.scales
         found.append(StoredExpert(held))
@@ -119,7 +127,7 @@ def reference(module: Any, expert: StoredExpert, hidden: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank", *MIXED])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("rows", [1, 3, MANY_ROWS + 2])
 def test_every_path_is_the_plain_product(
@@ -139,7 +147,7 @@ def test_every_path_is_the_plain_product(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank"])
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank", "q3-q4"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_experts_together_are_experts_alone(
     how: str, name: str, precision: str, dtype: torch.dtype

@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def turns(folder: Path) -> Iterator[list[Turn]]:
     """A conversation, each turn answered as a conversation of its own, with everything resident."""
-    model = load_package(folder, device="cpu", context=CONTEXT)
+    model = load_package(folder, budget=_budget(2 << 30), context=CONTEXT)
     generator = torch.Generator().manual_seed(4)
     said, found = list[int](), list[Turn]()
     for more, count in ((CHUNK * 2 + 3, 6), (9, 1), (40, 12)):
@@ -70,7 +70,9 @@ def test_every_budget_and_every_door(folder: Path, turns: list[Turn], slots: int
 
 
 def test_an_override_is_another_setting(folder: Path, turns: list[Turn]) -> None:
-    model: Any = load_package(folder, device="cpu", context=CONTEXT, kv_precision="source")
+    model: Any = load_package(
+        folder, budget=_budget(2 << 30), context=CONTEXT, kv_precision="source"
+    )
     prompt, tokens, scores = turns[-1]
     found = alone(model, prompt, len(tokens))
     assert model.conmoe.kv_precision == "source"
@@ -105,10 +107,10 @@ def test_what_is_planned_is_what_the_buffers_take(folder: Path) -> None:
         one.conmoe.close()
 
 
-def test_a_key_that_is_no_number_is_an_error_that_names_the_layer(folder: Path) -> None:
-    model: Any = load_package(folder, device="cpu", context=CONTEXT)
+def test_a_value_that_is_no_number_is_an_error_that_names_the_layer(folder: Path) -> None:
+    model: Any = load_package(folder, budget=_budget(2 << 30), context=CONTEXT)
     names = [name for name, _ in model.named_parameters() if "layers.1.self_attn" in name]
-    name = next(one for one in names if "k_proj" in one or "kv_a_layernorm" in one)
+    name = next(one for one in names if "v_proj" in one or "kv_a_layernorm" in one)
     model.get_parameter(name).data[..., 0] = float("nan")
     with pytest.raises(NotFinite) as error, torch.no_grad():
         model(torch.arange(5, 17)[None])
@@ -127,7 +129,7 @@ def test_what_has_no_such_form_is_refused_by_name(name: str, tmp_path: Path) -> 
     plain = tiny_model(name)
     write_package(plain, tmp_path, identity(plain))
     with pytest.raises(UnsupportedModel, match=type(plain).__name__) as error:
-        load_package(tmp_path, device="cpu", kv_precision="int8")
+        load_package(tmp_path, budget=_budget(2 << 30), kv_precision="int8")
     assert error.value.fix == "--kv-precision source"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conmoe_edge.checkpoint.format.layout import SMALL_RECORD
 from conmoe_edge.checkpoint.format.manifest import ExpertId, PrototypeEntry, RecordLayout
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.storage import read_mode
@@ -61,13 +62,76 @@ def test_direct_reads_bring_the_same_bytes(tmp_path: Path) -> None:
     assert store.mode == "direct"
 
 
-def test_what_is_not_aligned_is_read_buffered(tmp_path: Path) -> None:
+def test_a_large_record_that_is_not_aligned_is_read_buffered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SMALL_RECORD", LAYOUT.nbytes)
     data, entries = _files(tmp_path, 2)
     store = _direct(tmp_path, entries)
+    monkeypatch.setattr(store, "_by_pages", None)
     target = host_buffer(LAYOUT.nbytes + 4096)[64 : 64 + LAYOUT.nbytes]
     store.read_into(1, target)
     assert bytes(target.numpy()) == data[entries[1].offset : entries[1].offset + LAYOUT.nbytes]
     assert store.mode == "direct", "one odd buffer is no reason to give up"
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("keep_cached", [False, True])
+def test_small_records_share_pages(tmp_path: Path, direct: bool, keep_cached: bool) -> None:
+    """Also at the end of a file, whose last page is not whole, and with a large record among them."""
+    layouts = [RecordLayout("source", (), nbytes) for nbytes in (SMALL_RECORD, 64, 3 * 4096 + 192)]
+    entries, end = [], 4096
+    for number, layout in enumerate([0, 2, 1, 2, 1, 1, 2]):
+        entries.append(PrototypeEntry(ExpertId(0, number), "p.bin", end, layout, 0.0))
+        end += layouts[layout].nbytes
+    data = os.urandom(end)
+    (tmp_path / "p.bin").write_bytes(data)
+    store = RecordStore(tmp_path, entries, layouts, keep_cached=keep_cached)
+    if direct and not store.read_direct():
+        pytest.skip("no direct reads on this file system")
+    for number in (6, 0, 3, 1, 2, 5, 4):
+        nbytes, offset = store.record_bytes(number), entries[number].offset
+        target = host_buffer(nbytes + 64)[64:]
+        store.read_into(number, target)
+        assert bytes(target.numpy()) == data[offset : offset + nbytes]
+    assert store.mode == ("direct" if direct else "buffered")
+    (tmp_path / "p.bin").write_bytes(data[:-1])
+    with pytest.raises(PackageError, match="ends before byte"):
+        store.read_into(6, target[:64].new_zeros(store.record_bytes(6)))
+
+
+def test_small_records_are_read_by_their_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Directly where that works, which the handles tell; else through the cache, whatever went wrong."""
+    layout = RecordLayout("source", (), 192)
+    data = os.urandom(4096 + 100 * 192)
+    (tmp_path / "p.bin").write_bytes(data)
+    entries = [PrototypeEntry(ExpertId(0, i), "p.bin", 4096 + i * 192, 0, 0.0) for i in range(100)]
+    store = RecordStore(tmp_path, entries, [layout])
+    if not store.read_direct():
+        pytest.skip("no direct reads on this file system")
+    direct, calls = set(store._direct.values()), []
+    failing = [0]
+
+    def read(handle: int, buffer: memoryview, offset: int, lock: object) -> int:
+        calls.append((handle in direct, offset % 4096, len(buffer) % 4096))
+        if handle in direct and failing[0]:
+            raise OSError(failing[0], "no")
+        return os.preadv(handle, [buffer], offset)
+
+    monkeypatch.setattr(store_module, "_read_at", read)
+    target = torch.zeros(192, dtype=torch.uint8)
+    for failing[0], mode, ways in (
+        (0, "direct", [True]),
+        (errno.EIO, "direct", [True, False]),
+        (errno.EINVAL, "buffered", [True, False]),
+    ):
+        calls.clear()
+        store.read_into(42, target.zero_())
+        assert bytes(target.numpy()) == data[entries[42].offset :][:192]
+        assert [way for way, _, _ in calls] == ways and calls[0][1:] == (0, 0)
+        assert store.mode == mode
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])

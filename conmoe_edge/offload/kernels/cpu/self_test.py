@@ -67,6 +67,7 @@ class _Check:
             self.products(kind)
         for dtype, zeros in GRID_CODES:
             self.products("grid4", Grid(32, dtype, zeros))
+        self.two_kinds()
         self.gates()
         self.combine()
         self.dense()
@@ -109,6 +110,19 @@ class _Check:
         near = 1e-4 if kind == "plain" else 2e-2  # and here more of them, one behind the other
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
+
+    def two_kinds(self) -> None:
+        """Gate and up rows in fewer bits than down rows."""
+        made, size = self.made, 2 * _WIDTH
+        for first, second in (("q3", "q4"), ("q2", "int8"), ("int8", "q3")):
+            (up, one), (down, other) = (
+                self.matrix(2 * size, size, first),
+                self.matrix(size, size, second),
+            )
+            x = self.random(1, size)
+            found = made.gated_experts([one], [other], x)
+            name = f"gated_experts, {first} and {second}"
+            _same(name, found, reference.gated(up, down, x), 2e-2)
 
     def gates(self) -> None:
         """gpt-oss's gate, with biases."""

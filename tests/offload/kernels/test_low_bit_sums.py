@@ -1,0 +1,44 @@
+"""The whole-number sums of few bits bit for bit in every instruction set, those of ARM where they can be emulated."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conmoe_edge.offload.kernels.cpu import build
+
+CHECK = Path(__file__).with_name("low_bit_sums.cpp")
+ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
+SETS = {
+    "this processor": ("g++", "native", ""),
+    "AVX2": ("g++", "x86-64-v3", ""),
+    "plain": ("g++", "x86-64", ""),
+    "NEON": (ARM[0], "armv8-a", ARM[1]),
+    "NEON with products of four bytes": (ARM[0], "armv8.2-a+dotprod", ARM[1]),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sums(name: str, tmp_path: Path) -> None:
+    compiler, march, emulator = SETS[name]
+    for tool in filter(None, (compiler, emulator)):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} here")
+    if march.startswith("x86") and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"this is no {march}")
+    options = ["-std=c++17", "-O1", f"-march={march}", "-ffp-contract=fast", "-w", "-static"]
+    path = tmp_path / "check"
+    command = [compiler, *options, f"-I{build.SOURCE.parent}", str(CHECK), "-o", str(path)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = subprocess.run(
+        [*filter(None, [emulator]), str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode == -signal.SIGILL:
+        pytest.skip(f"this processor is no {march}")
+    assert (done.returncode, done.stdout) == (0, "")

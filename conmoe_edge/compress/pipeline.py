@@ -66,17 +66,15 @@ class Consolidation:
                     if scratch is not None:
                         scratch.dense_first(keep=job.dense_precision != "source")
                     run.meter.progress(Progress("write", 0, run.layers, "dense weights"))
+                    forms = DenseForms.of(model, job.dense_precision)
+                    beside = job.model.beside.tensors if job.model.keeps_vision else ()
                     with run.clock.part("write"):
                         journal.add_files(
-                            prepare(
-                                model,
-                                tensors,
-                                job.model.folder,
-                                run.package,
-                                DenseForms.of(model, job.dense_precision),
-                                job.model.beside.tensors if job.model.keeps_vision else (),
-                            )
+                            prepare(model, tensors, job.model.folder, run.package, forms, beside)
                         )
+                        if scratch is not None:  # they are read again and again, and come once
+                            for name in sorted(forms.later):
+                                _ = tensors[name][...]
                     if scratch is not None:
                         scratch.layer_by_layer()
                     if note := job.model.beside.note(kept=job.model.keeps_vision):

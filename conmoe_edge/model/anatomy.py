@@ -123,6 +123,7 @@ class DenseMatrix:
     nbytes: int
     in_rows: bool = False
     looked_up: bool = False
+    at_an_end: bool = False
 
 
 WINDOW_AHEAD = MAX_CHUNK

@@ -26,13 +26,15 @@ which tiles of rows do not allow."""
 class Shape(NamedTuple):
     """A matrix: its outputs (or the rows that are looked up) and inputs, and what becomes of it.
 
-    ``in_rows``: only forms whose rows lie one after another suit. ``looked_up``: a table of embeddings.
+    ``in_rows``: only forms whose rows lie one after another suit. ``looked_up``: a table of embeddings. ``at_an_end``:
+    that, or the output head.
     """
 
     rows: int
     columns: int
     in_rows: bool = False
     looked_up: bool = False
+    at_an_end: bool = False
 
 
 def quantisable_weights(
@@ -51,13 +53,18 @@ def quantisable_weights(
         decoder: of the model, where the caller has found it already.
     """
     own = None if targets is None else _under_own_name(targets)
+    head = model.get_output_embeddings()
     found = {
-        name: Shape(one.out_features, one.in_features, name.endswith(IN_ROWS))
+        name: Shape(
+            one.out_features, one.in_features, name.endswith(IN_ROWS), at_an_end=one is head
+        )
         for name, one in _linears(model, decoder or find_decoder(model))
     }
     if (table := embeddings_of(model)) is not None:
         path, module = table
-        found[f"{path}.weight"] = Shape(module.num_embeddings, module.embedding_dim, looked_up=True)
+        found[f"{path}.weight"] = Shape(
+            module.num_embeddings, module.embedding_dim, looked_up=True, at_an_end=True
+        )
     return {name: shape for name, shape in sorted(found.items()) if own is None or name in own}
 
 
@@ -65,7 +72,9 @@ def dense_forms(shapes: Mapping[str, Shape], precision: str) -> dict[str, Kind]:
     """How each of ``quantisable_weights`` is stored in a ``precision`` other than ``source``."""
     wished = DENSE_KINDS[precision]
     return {
-        name: dense_kind(one.rows, one.columns, wished, in_rows=one.in_rows)
+        name: dense_kind(
+            one.rows, one.columns, wished, in_rows=one.in_rows, at_an_end=one.at_an_end
+        )
         for name, one in shapes.items()
     }
 

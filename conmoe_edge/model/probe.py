@@ -195,6 +195,7 @@ def _assemble(
                 expanded_bytes(facts[key]),
                 shape.in_rows,
                 shape.looked_up,
+                shape.at_an_end,
             )
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),

@@ -87,7 +87,9 @@ def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:
 
 def _bytes_in(matrix: DenseMatrix, precision: str) -> int:
     rows, columns = matrix.rows, matrix.columns
-    kind = dense_kind(rows, columns, DENSE_KINDS[precision], in_rows=matrix.in_rows)
+    kind = dense_kind(
+        rows, columns, DENSE_KINDS[precision], in_rows=matrix.in_rows, at_an_end=matrix.at_an_end
+    )
     return sum(
         nbytes_of(dtype, shape) for _, shape, dtype in quantised_parts("", rows, columns, kind)
     )

@@ -26,7 +26,7 @@ def with_matrices(olmoe):
         for layer in olmoe.layers
         for _ in range(4)
     )
-    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048)
+    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048, at_an_end=True)
     return replace(olmoe, dense_matrices=(*attention, head))
 
 
@@ -50,7 +50,8 @@ def test_few_bits_by_hand(with_matrices) -> None:
     anatomy = replace(with_matrices, dense_matrices=(*with_matrices.dense_matrices, odd))
     for precision, bits in (("q6", 6), ("q4", 4)):
         found = stored(anatomy, precision)
-        saved = (64 * 2048 + 50304) * (2 * 2048 - per_row(bits)) + 2048 * (64 - 2)
+        saved = 64 * 2048 * (2 * 2048 - per_row(bits)) + 2048 * (64 - 2)
+        saved += 50304 * (2 * 2048 - per_row(6))  # the head has 6 bits in both
         assert found.dense_bytes == anatomy.dense_bytes - saved
     with pytest.raises(ValueError, match="already"):
         stored(stored(anatomy, "q6"), "q4")

@@ -159,15 +159,18 @@ def best_kind(rows: int, columns: int, wished: Kind) -> Kind:
     return "plain" if wished == "mxfp4" else "int8"
 
 
-def dense_kind(rows: int, columns: int, wished: Kind, *, in_rows: bool = False) -> Kind:
+def dense_kind(
+    rows: int, columns: int, wished: Kind, *, in_rows: bool = False, at_an_end: bool = False
+) -> Kind:
     """``wished``, int8 or one of ``LOW_BITS``, or int8 where it does not suit a matrix outside the routed experts.
 
     Of those with tiles only whole ones of 64 rows are taken, since others are none for the CPU operator; ``in_rows``
-    where a matrix cannot lie in tiles at all.
+    where a matrix cannot lie in tiles at all. ``at_an_end``: embeddings and head have 6 bits beside matrices in 4,
+    because every token goes through them and nothing behind or before makes up for their errors.
     """
     if in_rows or rows % TILES[0] or columns % LOW_GROUP:
         return "int8"
-    return wished
+    return "q6" if at_an_end and wished == "q4" else wished
 
 
 def quantised_parts(

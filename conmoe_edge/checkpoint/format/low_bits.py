@@ -22,7 +22,7 @@ that makes up for it. Everything is deterministic. Peak memory: a dozen fp32 cop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,8 +142,34 @@ def fit_columns(grid: Grid, group: Tensor, weights: Tensor) -> tuple[Tensor, Ten
         return s * scale, unit * (z - _MIDDLE), s, z
 
     top = (1 << grid.bits) - 1
+    if grid.bits == 6:
+        return _widest_enough(group, weights, grid, snap)
     _, _, s, z = best_line(group, weights, _CLIPS[grid.bits], -grid.middle, top, snap)
     return s, z
+
+
+def _widest_enough(
+    group: Tensor, weights: Tensor, grid: Grid, snap: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, Tensor]:
+    """``fit_columns`` for 6 bits, where rounding z moves a range by more than a number's step: the errors are those of
+    what is stored in the end, with all that is clipped then.
+    """
+    top = (1 << grid.bits) - 1
+    least, most = group.amin(-2, keepdim=True), group.amax(-2, keepdim=True)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for share in _CLIPS[grid.bits]:
+        step, zero, s, z = snap((most - least) * (share / top), (most + least) / 2)
+        inverse = torch.where(step > 0, 1.0 / step, 0.0)
+        levels = ((group - zero) * inverse + grid.middle).round_().clamp_(0, top) - grid.middle
+        error = ((levels * step + zero - group).square_() * weights).sum(-2, keepdim=True)
+        if best is None:
+            best = error, s, z
+        else:
+            better = error < best[0]
+            found = zip((error, s, z), best, strict=True)
+            best = tuple(torch.where(better, one, other) for one, other in found)  # pyright: ignore[reportAssignmentType]
+    assert best is not None
+    return best[1], best[2]
 
 
 def store(grid: Grid, codes: Tensor, s: Tensor, z: Tensor, tile: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +199,7 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     """Values and scales of ``weight`` [R, K], every number for itself, all columns alike."""
     wide = weight.float()
     grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
-    alike = torch.ones(1, GROUP, 1, device=wide.device)
+    alike = torch.ones(1, GROUP, 1, device=wide.device, dtype=torch.float32)
     spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
     grouped = wide.unflatten(1, (groups, GROUP))
     columns = grouped.permute(1, 2, 0).contiguous()  # [G, 32, R]

@@ -30,10 +30,12 @@ def round_dense(weight: Tensor, moments: Tensor | None, kind: Kind) -> Matrix:
         return quantise(weight, kind)
     rows, columns = weight.shape
     step = max(1, _RUN // columns // TILES[0]) * TILES[0]
-    runs = [weight[start : start + step] for start in range(0, rows, step)]
-    made = [round_matrix(run, moments, kind) for run in runs]
-    parts = [(one.values, one.scales) for one in made if one.scales is not None]
-    if kind == "int8":
-        values, scales = (torch.cat(each) for each in zip(*parts, strict=True))
-        return Matrix(kind, values, scales, rows, columns)
-    return Matrix(kind, *low_bits.joined(parts), rows, columns, LOW_GROUP)
+    parts = []
+    for start in range(0, rows, step):
+        matrix = round_matrix(weight[start : start + step], moments, kind)
+        assert matrix.scales is not None
+        parts.append((matrix.values, matrix.scales))
+    if kind != "int8":
+        return Matrix(kind, *low_bits.joined(parts), rows, columns, LOW_GROUP)
+    values, scales = (torch.cat(one) for one in zip(*parts, strict=True))
+    return Matrix(kind, values, scales, rows, columns)

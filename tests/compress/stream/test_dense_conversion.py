@@ -104,7 +104,7 @@ def test_a_fit_in_int8(fitted: Path) -> None:
     assert manifest.dense_precision == "int8" == manifest.plan["dense_precision"]
     assert sum(entry.nbytes for entry in package.tensors.values()) == planned["nbytes"]
     assert "model.layers.0.self_attn.q_proj.weight" + DENSE_SCALE in package.tensors
-    model = load_package(fitted / "out", device="cpu", slots=(3,))
+    model = load_package(fitted / "out", device="cpu")
     ids = torch.arange(5, 25)[None]
     assert bool(torch.isfinite(model(ids).logits).all())
 
@@ -146,9 +146,9 @@ def test_a_fit_in_four_bits(tied: bool, tmp_path: Path) -> None:
     assert sum(entry.nbytes for entry in package.tensors.values()) == planned["nbytes"]
     forms = quantised_forms(package.tensors)
     shared = "model.layers.0.mlp.shared_expert.gate_proj.weight"
-    assert forms["model.embed_tokens.weight"] == forms[shared] == "q4"
+    assert (forms["model.embed_tokens.weight"], forms[shared]) == ("q6", "q4")
     assert 0 < manifest.receipt["kl"] < 1
-    loaded: Any = load_package(tmp_path / "out", device="cpu", slots=(99,))
+    loaded: Any = load_package(tmp_path / "out", device="cpu")
     ids = torch.arange(5, 45)[None]
     with ShardReader(package) as reader, torch.no_grad():
         again = Dequantised(reader)

@@ -217,7 +217,8 @@ class FusedAttention:
         """
         if type(cache) is not DynamicCache or self._index >= len(cache.layers):
             return None
-        layer, table = cache.layers[self._index], self._current()
+        layer: Any = cache.layers[self._index]
+        table = self._current()
         if table is None:
             return None
         if type(layer) in (GrowingLayer, PackedLayer):

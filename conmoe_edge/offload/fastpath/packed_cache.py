@@ -60,19 +60,21 @@ def pack_in_steps(cache: Any, limit: int) -> None:
     if type(cache) is not DynamicCache or cache.offloading:
         raise _refused(type(cache).__name__)
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = functools.partial(PackedLayer, limit)
-    for i, layer in enumerate(cache.layers):
+        made: Any = functools.partial(PackedLayer, limit)
+        cache.layer_class_to_replicate = made
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         kind = type(layer)
         if kind is PackedLayer:
             continue
         if kind is PackedWindowLayer:
             setattr(layer, LIMIT, limit)
         elif kind in (DynamicLayer, GrowingLayer):
-            cache.layers[i] = _filled(PackedLayer(limit), layer, limit)
+            layers[i] = _filled(PackedLayer(limit), layer, limit)
         elif kind is DynamicSlidingWindowLayer:
             own = PackedWindowLayer(layer.sliding_window)
             setattr(own, LIMIT, limit)
-            cache.layers[i] = _filled(own, layer, limit)
+            layers[i] = _filled(own, layer, limit)
         elif isinstance(layer, DynamicLayer):
             raise _refused(kind.__name__)
 

@@ -345,7 +345,7 @@ def test_keys_in_8_bits_give_the_bits_of_their_expansion(
         rows, cached = one.packed()
         found = one.attend(cached, window)
         wide = [unpack_rows(pack_rows(past), head, torch.bfloat16) for past in one.past]
-        one.attend(native.Cached.of(wide[0], wide[1], held))
+        one.attend(native.Cached.of(wide[0], wide[1], held), window)
         for mine, other in zip(rows, wide, strict=True):
             assert torch.equal(mine[:, :, held], pack_rows(other[:, :, held])), "the token's row"
         first = 0 if window == 0 else max(0, held + 1 - window)
@@ -369,7 +369,8 @@ def test_a_key_that_is_no_number_stays_none(operator: Operator) -> None:
         assert unpack_rows(row, 80, torch.bfloat16)[:, :, 3].isnan().all()
     one = _Keys(operator, 80, 4, 2, 3)
     one.past[0][0, 1, 1, 70] = float("inf")
-    assert one.attend(one.packed()[1]).isnan().any()
+    rows, cached = one.packed()  # the rows have to live as long as they are written to
+    assert one.attend(cached).isnan().any() and len(rows) == 2
 
 
 def _turned(

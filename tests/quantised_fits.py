@@ -15,12 +15,18 @@ from conmoe_edge.cli.main import main
 from conmoe_edge.integrations.load import load_package
 
 
-def check_fits(source: Path, plain: Mapping[str, torch.Tensor], work: Path) -> None:
-    """``plain``: the tensors of the plain checkpoint that ``source`` stands for."""
+def check_fits(
+    source: Path,
+    plain: Mapping[str, torch.Tensor],
+    work: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """``plain``: the tensors of the plain checkpoint that ``source`` stands for; ``dtype``: in which both run."""
+    near = 2e-5 if dtype == torch.float32 else 2e-2
     fit(source, work / "whole", 0.0)
-    found = logits(load_package(work / "whole", device="cpu", dtype=torch.float32))
-    wanted = logits(by_transformers(source, plain, work / "plain"))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    found = logits(load_package(work / "whole", device="cpu", dtype=dtype))
+    wanted = logits(by_transformers(source, plain, work / "plain").to(dtype))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=near * float(wanted.abs().max()))
     fit(source, work / "half", 0.5)
     half = logits(load_package(work / "half", device="cpu", dtype=torch.float32))
     assert half.isfinite().all() and not torch.allclose(half, wanted, atol=1e-3)

@@ -10,6 +10,7 @@ Peak memory of ``load_subset``: the tensors of the subset once as read and once 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,7 @@ from conmoe_edge.model.text_part import has_whole_class, keep_text
 
 _GATED_INPUT = {"llama4", "llama4_text"}
 _DTYPES = ("dtype", "torch_dtype")
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 _NO_CODE = "use a model whose architecture is part of transformers; code inside a model folder is never run"
 
 
@@ -237,14 +239,26 @@ def targets_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """
     renamings, converters = _split(get_model_conversion_mapping(model))
     state = model.state_dict()
-    found = {}
-    for key in sorted(keys):
+
+    def target_of(key: str) -> str | None:
         target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if target not in state and key in state:
             target = key
-        if target in state:
-            found[key] = target
-    return found
+        return target if target in state else None
+
+    alike: dict[str, list[str]] = {}
+    for key in keys:
+        alike.setdefault(_EXPERT_NUMBER.sub(".experts.*.", key), []).append(key)
+    found: dict[str, str] = {}
+    for group in alike.values():
+        # What the first and the last expert of a layer are fused into, the others are.
+        first, last = target_of(group[0]), target_of(group[-1])
+        same = first == last and first is not None
+        for key in group:
+            target = first if same else target_of(key)
+            if target is not None:
+                found[key] = target
+    return dict(sorted(found.items()))
 
 
 def renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -47,7 +47,11 @@ def find(name: str, headers: Headers) -> Logical | None:
     if len(one.shape) < 2 or 0 in one.shape:
         raise headers.odd(name, scales)
     if other.dtype in _SCALES:
-        block = _block_of(one.shape, other.shape, headers.declared)
+        # Asked of tens of thousands of experts: the settings are gone through once for all of one shape.
+        key = NAME, one.shape, other.shape
+        if key not in headers.known:
+            headers.known[key] = _block_of(one.shape, other.shape, headers.declared)
+        block = headers.known[key]
     else:
         mx = other.dtype == "uint8" and one.shape[-1] % _MX_BLOCK == 0
         fits = mx and other.shape == (*one.shape[:-1], one.shape[-1] // _MX_BLOCK)

@@ -43,12 +43,14 @@ class Headers:
         declared: the settings of its quantisation; empty where no file has any.
         dtype: torch's name of the format that quantised tensors are expanded to.
         peek: reads the values of small tensors; ``None`` where only headers are at hand.
+        known: what forms have found out of shapes and settings.
     """
 
     stored: Mapping[str, Stored]
     declared: Mapping[str, Any]
     dtype: str
     peek: Peek | None = None
+    known: dict[Any, Any] = field(default_factory=dict, compare=False)
     _first: dict[tuple[str, Stored], str] = field(default_factory=dict, compare=False)
     _peeked: dict[str, bytes] = field(default_factory=dict, compare=False)
 
@@ -90,7 +92,8 @@ class Headers:
         Raises:
             CheckpointError: none, or more than one.
         """
-        there = [one for one in candidates if one in self.stored]
+        stored = self.stored
+        there = [one for one in candidates if one in stored]
         if len(there) == 1:
             return there[0]
         if there:
@@ -107,7 +110,8 @@ class Headers:
 
     def nbytes(self, *names: str) -> int:
         """Bytes of these tensors in the file."""
-        return sum(self.stored[name].nbytes for name in names)
+        stored = self.stored
+        return sum([stored[name].nbytes for name in names])
 
     def odd(self, name: str, other: str) -> CheckpointError:
         """For two tensors whose formats or shapes do not fit together."""

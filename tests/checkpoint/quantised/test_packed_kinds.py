@@ -66,4 +66,7 @@ def test_fit_at_two_rates_and_chat(kind: str, tmp_path: Path) -> None:
     source = source_of(kind, tmp_path / "source")
     with opened(source).tensors() as tensors:  # their digests are those of the library
         plain = {name: tensors[name][...] for name in tensors}
-    check_fits(source, plain, tmp_path)
+    # Records in 4 bits have the scales of the file; where these are finer than the model's format, so are the weights
+    # of a package that runs in fp32.
+    mixed = kind == "auto-round-gptq"
+    check_fits(source, plain, tmp_path, torch.bfloat16 if mixed else torch.float32)

@@ -5,8 +5,8 @@
     python -m benchmarks.kernels --kinds int4 q4 q3 q2 mxfp4 q3-q4 --tokens 4
 
 Every kernel computes with so many experts that none is in the processor's cache, 8 at a time, best of several rounds,
-the kernels taking turns. The last column is the share of the rate at which the same threads read one long matrix. Two
-kinds with a dash are those of gate and up, and of down. Peak memory: all experts in one form, 0.5 GB for the default.
+the kernels taking turns. The last column is the share of what the cores read of memory, as the plan counts it.
+Two kinds with a dash are those of gate and up, and of down. Peak memory: all experts in one form, 0.5 GB by default.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.functional import linear, silu
 
 from conmoe_edge.checkpoint.format.forms import LOW_BITS
 from conmoe_edge.checkpoint.format.quantise import Kind, Matrix, quantise, stored
+from conmoe_edge.memory.bandwidth import memory_bandwidth
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 from conmoe_edge.offload.storage.slot_pool import host_buffer
 
@@ -43,11 +45,11 @@ def main() -> None:
     if operator() is None:
         print(f"no compiled operator: {why_not()}")
     kernels = torch.ops.aten
-    rate = read_rate()
+    rate = (memory_bandwidth() or float("nan")) / 1e9
     for kind in arguments.kinds:
         first, _, second = kind.partition("-")
-        ups = copies(2 * width, hidden, first, arguments.experts)
-        downs = copies(hidden, width, second or first, arguments.experts)
+        ups = copies(2 * width, hidden, cast(Kind, first), arguments.experts)
+        downs = copies(hidden, width, cast(Kind, second or first), arguments.experts)
         nbytes = sum(one.nbytes for one in (*ups, *downs))
         if kind == "plain":
             ways: dict[str, Callable[[Tensor, Matrix], Tensor]] = {
@@ -89,19 +91,6 @@ def main() -> None:
                 f"{seconds / arguments.experts * 1e3:7.3f} ms an expert {reached:6.1f} GB/s "
                 f"{reached / rate:6.0%} of {rate:.1f} GB/s"
             )
-
-
-def read_rate() -> float:
-    """GB/s at which the threads read memory: the best product of a long matrix and a vector."""
-    columns = 2048
-    matrix = host_buffer(1 << 29).view(torch.bfloat16).view(-1, columns)
-    vector = torch.ones(columns, dtype=torch.bfloat16)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mv(matrix, vector)
-        best = min(best, time.perf_counter() - start)
-    return matrix.numel() * 2 / best / 1e9
 
 
 def copies(rows: int, columns: int, kind: Kind, count: int) -> list[Matrix]:

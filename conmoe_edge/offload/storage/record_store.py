@@ -160,7 +160,8 @@ class RecordStore:
         if (
             room is None
         ):  # two pages more than a record, of which it may have the end and the beginning
-            room = self._pages.room = memoryview(host_buffer(SMALL_RECORD + 2 * PAGE).numpy())
+            pages: Any = host_buffer(SMALL_RECORD + 2 * PAGE).numpy()
+            room = self._pages.room = memoryview(pages)
         try:
             count = _read_at(handle, room[: round_up(skipped + nbytes, PAGE)], start, self._lock)
         except OSError as error:

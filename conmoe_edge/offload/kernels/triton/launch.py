@@ -204,16 +204,9 @@ def _check(made: GpuOperator, kinds: tuple[Kind, Kind], generator: torch.Generat
         # The first call may come while transformers has set a default device and format of its own.
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    layout = make_layout(
-        [
-            part
-            for name, rows, columns, kind in (
-                (UP, 2 * width, hidden, kinds[0]),
-                (DOWN, hidden, width, kinds[1]),
-            )
-            for part in _parts(name, rows, columns, kind)
-        ]
-    )
+    up, down = kinds
+    parts = [*_parts(UP, 2 * width, hidden, up), *_parts(DOWN, hidden, width, down)]
+    layout = make_layout(parts)
     table = GpuTable([layout], [0, 0], device)
     records, experts = [], []
     for number in range(2):

@@ -12,6 +12,7 @@ is summed in fp32 by one program, in an order that its shape decides: the same b
 # Triton's language is no Python to a type checker.
 # pyright: basic, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ int omp_get_thread_num(void);
 
 namespace {
 
-constexpr int64_t ROWS = 4;         // rows of a matrix that are summed at once
+constexpr int64_t ROWS = 4;         // rows of a matrix in a block, or pages of shorter ones
+constexpr int64_t PARTS = 4;        // vectors of a row that are summed side by side
 constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
 constexpr int64_t MOST = 64;        // rows of a block, at most
 constexpr int64_t TOKENS = 4;       // that a row is multiplied with at once
@@ -63,43 +64,46 @@ struct Int8 {
   static float one(T w) { return float(w); }
 };
 
-// `COUNT` rows that lie `step` numbers apart, times one token.
+// One row times `COUNT` tokens that lie one after another, `PARTS` vectors at once: it is read in one stream, which is
+// what processors read ahead best. A token's sum is the same bits whatever their number.
 template <class Form, int64_t COUNT>
-inline void dot(const typename Form::T* w, int64_t step, int64_t columns, const float* x, float* sums) {
-  Lanes total[COUNT];
-  for (int64_t r = 0; r < COUNT; ++r) total[r] = zero();
-  const int64_t whole = columns - columns % LANES;
-  for (int64_t k = 0; k < whole; k += LANES) {
-    const Lanes value = load(x + k);
-    for (int64_t r = 0; r < COUNT; ++r) {
-      const typename Form::T* row = w + r * step + k;
-      __builtin_prefetch(row + COUNT * step);
-      total[r] = fma(Form::lanes(row), value, total[r]);
+inline void dot_row(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
+  Lanes total[COUNT][PARTS];
+  for (auto& parts : total)
+    for (Lanes& one : parts) one = zero();
+  int64_t k = 0;
+  for (; k + PARTS * LANES <= columns; k += PARTS * LANES)
+    for (int64_t p = 0; p < PARTS; ++p) {
+      const Lanes value = Form::lanes(w + k + p * LANES);
+      for (int64_t t = 0; t < COUNT; ++t) total[t][p] = fma(value, load(x + t * columns + k + p * LANES), total[t][p]);
     }
+  for (; k + LANES <= columns; k += LANES) {
+    const Lanes value = Form::lanes(w + k);
+    for (int64_t t = 0; t < COUNT; ++t) total[t][0] = fma(value, load(x + t * columns + k), total[t][0]);
   }
-  for (int64_t r = 0; r < COUNT; ++r) {
+  for (int64_t t = 0; t < COUNT; ++t) {
     float rest = 0;
-    for (int64_t k = whole; k < columns; ++k) rest += Form::one(w[r * step + k]) * x[k];
-    sums[r] = sum(total[r]) + rest;
+    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t * columns + j];
+    sums[t] = sum(add(add(total[t][0], total[t][1]), add(total[t][2], total[t][3]))) + rest;
   }
 }
 
-// One row times `TOKENS` tokens that lie one after another: the same bits, and the row is turned into fp32 once.
+// `COUNT` rows that lie `step` numbers apart, times one token.
+template <class Form, int64_t COUNT>
+inline void dot(const typename Form::T* w, int64_t step, int64_t columns, const float* x, float* sums) {
+  for (int64_t r = 0; r < COUNT; ++r) dot_row<Form, 1>(w + r * step, columns, x, sums + r);
+}
+
+// One row times `TOKENS` tokens that lie one after another: the same bits. It is turned into fp32 once where the sums fit
+// into registers, else twice.
 template <class Form>
 inline void dot_tokens(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
-  Lanes total[TOKENS];
-  for (Lanes& one : total) one = zero();
-  int64_t k = 0;
-  for (; k + LANES <= columns; k += LANES) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + PAGE);
-    const Lanes value = Form::lanes(w + k);
-    for (int64_t t = 0; t < TOKENS; ++t) total[t] = fma(value, load(x + t * columns + k), total[t]);
-  }
-  for (int64_t t = 0; t < TOKENS; ++t) {
-    float rest = 0;
-    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t * columns + j];
-    sums[t] = sum(total[t]) + rest;
-  }
+#if CONMOE_AVX512
+  constexpr int64_t AT_ONCE = TOKENS;
+#else
+  constexpr int64_t AT_ONCE = TOKENS / 2;
+#endif
+  for (int64_t t = 0; t < TOKENS; t += AT_ONCE) dot_row<Form, AT_ONCE>(w, columns, x + t * columns, sums + t);
 }
 
 // Tokens in fp32, one after another.
@@ -122,43 +126,36 @@ inline __m256i products_of(__m256i w, __m256i x) {
 #endif
 }
 
-// `COUNT` rows of int8 that lie `step` numbers apart, times one token.
-template <int64_t COUNT>
-inline void dot_bytes(const int8_t* w, int64_t step, int64_t columns, Token x, float* sums) {
-  __m256 total[COUNT];
-  for (int64_t r = 0; r < COUNT; ++r) total[r] = _mm256_setzero_ps();
-  const int64_t whole = columns - columns % BLOCK;
-  for (int64_t k = 0; k < whole; k += BLOCK) {
-    const __m256i value = _mm256_loadu_si256((const __m256i*)(x.q + k));
-    const __m256 scale = _mm256_set1_ps(x.scale[k / BLOCK]);
-    for (int64_t r = 0; r < COUNT; ++r) {
-      const int8_t* row = w + r * step + k;
-      __builtin_prefetch(row + COUNT * step);
-      const __m256i part = products_of(_mm256_loadu_si256((const __m256i*)row), value);
-      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), scale, total[r]);
-    }
-  }
-  for (int64_t r = 0; r < COUNT; ++r) {
-    int32_t rest = 0;
-    for (int64_t k = whole; k < columns; ++k) rest += int32_t(w[r * step + k]) * x.q[k];
-    sums[r] = sum_of(total[r]) + (whole < columns ? float(rest) * x.scale[whole / BLOCK] : 0.0f);
-  }
+// A row of int8 times one token.
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  __m256 total[PARTS];
+  for (__m256& one : total) one = _mm256_setzero_ps();
+  const auto add_block = [&](int64_t k, __m256& to) {
+    const __m256i part =
+        products_of(_mm256_loadu_si256((const __m256i*)(w + k)), _mm256_loadu_si256((const __m256i*)(x.q + k)));
+    to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x.scale[k / BLOCK]), to);
+  };
+  int64_t k = 0;
+  for (; k + PARTS * BLOCK <= columns; k += PARTS * BLOCK)
+    for (int64_t p = 0; p < PARTS; ++p) add_block(k + p * BLOCK, total[p]);
+  for (; k + BLOCK <= columns; k += BLOCK) add_block(k, total[0]);
+  int32_t rest = 0;
+  for (int64_t j = k; j < columns; ++j) rest += int32_t(w[j]) * x.q[j];
+  const __m256 all = _mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3]));
+  *sums = sum_of(all) + (k < columns ? float(rest) * x.scale[k / BLOCK] : 0.0f);
 }
 
 #else
 
-template <int64_t COUNT>
-inline void dot_bytes(const int8_t* w, int64_t step, int64_t columns, Token x, float* sums) {
-  for (int64_t r = 0; r < COUNT; ++r) {
-    float total = 0;
-    for (int64_t start = 0; start < columns; start += BLOCK) {
-      const int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
-      int32_t part = 0;
-      for (int64_t k = start; k < stop; ++k) part += int32_t(w[r * step + k]) * x.q[k];
-      total += float(part) * x.scale[start / BLOCK];
-    }
-    sums[r] = total;
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  float total = 0;
+  for (int64_t start = 0; start < columns; start += BLOCK) {
+    const int64_t stop = start + BLOCK < columns ? start + BLOCK : columns;
+    int32_t part = 0;
+    for (int64_t k = start; k < stop; ++k) part += int32_t(w[k]) * x.q[k];
+    total += float(part) * x.scale[start / BLOCK];
   }
+  *sums = total;
 }
 
 #endif
@@ -171,24 +168,17 @@ struct Plain {
   using T = typename Form::T;
   using Input = Floats;
   using Row = const float*;
-  template <int64_t COUNT>
-  static void times(const T* w, int64_t step, int64_t columns, Row x, float* sums) {
-    dot<Form, COUNT>(w, step, columns, x, sums);
-  }
+  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_row<Form, 1>(w, columns, x, sums); }
   static void several(const T* w, int64_t columns, Row x, float* sums) { dot_tokens<Form>(w, columns, x, sums); }
 };
 struct Whole {
   using T = int8_t;
   using Input = Bytes;
   using Row = Token;
-  template <int64_t COUNT>
-  static void times(const T* w, int64_t step, int64_t columns, Row x, float* sums) {
-    dot_bytes<COUNT>(w, step, columns, x, sums);
-  }
+  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_bytes(w, columns, x, sums); }
 };
 
-// Rows that a thread takes as a block: `ROWS` streams of them, which lie in different pages. Two streams in one page are
-// read up to 1.5 times more slowly.
+// Rows that a thread takes as a block.
 template <class Way>
 int64_t block_rows(int64_t columns) {
   const int64_t row = std::max<int64_t>(1, columns * int64_t(sizeof(typename Way::T)));
@@ -205,13 +195,7 @@ int64_t blocks_at_once(int64_t numbers) {
 template <class Way>
 inline void block_of_rows(const typename Way::T* w, const uint16_t* scale, int64_t columns, typename Way::Row x,
                           int64_t height, float* sums) {
-  const int64_t apart = height / ROWS;
-  for (int64_t j = 0; j < apart; ++j) {
-    float found[ROWS];
-    Way::template times<ROWS>(w + j * columns, apart * columns, columns, x, found);
-    for (int64_t r = 0; r < ROWS; ++r) sums[j + r * apart] = found[r];
-  }
-  for (int64_t r = ROWS * apart; r < height; ++r) Way::template times<1>(w + r * columns, columns, columns, x, sums + r);
+  for (int64_t r = 0; r < height; ++r) Way::times(w + r * columns, columns, x, sums + r);
   if (scale)
     for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
 }

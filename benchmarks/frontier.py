@@ -240,19 +240,25 @@ def _tokens(folder: Path, options: Any, seed: int | None) -> Any:
         evaluation_set,
         token_sets,
     )
+    from conmoe_edge.model.bridge import read_config
+    from conmoe_edge.model.probe import longest_in
     from conmoe_edge.model.tokenizers import tokenizer_of
     from conmoe_edge.plan.request import CALIBRATION_TOKENS, SEQUENCE_LENGTH
 
     text, tokenizer = bundled_text(), tokenizer_of(folder, None)
+    longest = longest_in(read_config(folder).get_text_config()) or SEQUENCE_LENGTH
+    length = min(SEQUENCE_LENGTH, longest)
     if seed is None:
-        return evaluation_set(text, tokenizer, length=SEQUENCE_LENGTH, tokens=options.tokens)
+        return evaluation_set(text, tokenizer, length=length, tokens=options.tokens)
     tokens = options.calibration_tokens or CALIBRATION_TOKENS
-    return token_sets(
-        text, tokenizer, length=SEQUENCE_LENGTH, tokens=tokens, held_out_tokens=1, seed=seed
-    )[0]
+    return token_sets(text, tokenizer, length=length, tokens=tokens, held_out_tokens=1, seed=seed)[
+        0
+    ]
 
 
 def _done(data: dict[str, Any], ledger: Path, key: str, row: dict[str, Any]) -> None:
+    if row["loss_original"] != data["loss"]:
+        raise SystemExit(f"{key}: the original loses {row['loss_original']}, not {data['loss']}")
     if ledger.is_file():  # another process may run the other side
         data["arms"] = json.loads(ledger.read_text(encoding="utf-8"))["arms"] | data["arms"]
     data["arms"][key] = row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -9,8 +11,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +79,97 @@ def _interrupted(corpora: Path, work: Path, number: signal.Signals, *more: str) 
             if sum(" step " in each and "loss" in each for each in lines) == 2:
                 process.send_signal(number)
     return "".join(lines)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module; it imports its neighbour by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("train_demo")
+
+
+def _training(script: Any, seed: int) -> Any:
+    """A run over random streams, with a model that is shaped as the demo's and small."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    rng = np.random.default_rng(7)
+    streams = {name: rng.integers(6, 60, 4000, dtype=np.int32) for name in script.MIXTURE}
+    torch.manual_seed(seed)
+    config = OlmoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = OlmoeForCausalLM(config).train()
+    model.set_experts_implementation("sorted_unbound")
+    sampler = script.Sampler(streams, np.random.default_rng(seed))
+    return script.Training(model, script.make_optimisers(model, _options()), sampler, {"seed": 1})
+
+
+def _options(**more: Any) -> argparse.Namespace:
+    own = {"tokens": 512 * STEPS, "batch_tokens": 512, "length": 32, "long_length": 64}
+    own |= {"long_from": 0.5, "warmup": 0.1, "optimizer": "muon", "lr": 4e-3, "muon_lr": 8e-3}
+    own |= {"ns_steps": 4, "bf16": False, "device": "cpu", "log_steps": 1, "save_seconds": 1e9}
+    return argparse.Namespace(**own | more)
+
+
+class _After:
+    """A stop flag that is set when it has been looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        self._left = looks
+
+    @property
+    def set(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def test_a_run_from_a_checkpoint_is_the_same_run(script: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    whole = _training(script, 1)
+    script.take_steps(whole, _options(), path, _After(1000))
+    first = _training(script, 1)
+    script.take_steps(first, _options(), path, _After(3))
+    first.save(path)
+    second = _training(script, 2)
+    second.load(path)
+    assert second.run.step == 3
+    script.take_steps(second, _options(), path, _After(1000))
+    assert second.run.step == STEPS and second.run.history == whole.run.history
+    assert second.sampler.drawn == whole.sampler.drawn
+    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    losses = [entry["loss"] for entry in whole.run.history]
+    assert losses[-1] < losses[0]
+
+
+def test_other_settings_and_other_corpora_are_refused(script: Any, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    _training(script, 1).save(path)
+    other = _training(script, 1)
+    other.settings = {"seed": 2}
+    with pytest.raises(SystemExit, match="has --seed 1, not 2"):
+        other.load(path)
+    other = _training(script, 1)
+    other.sampler.streams["wiki"] = other.sampler.streams["wiki"][:-1]
+    with pytest.raises(SystemExit, match="corpora have changed"):
+        other.load(path)
+
+
+def test_the_schedule_follows_tokens(script: Any) -> None:
+    assert [script.token_count(text) for text in ("30M", "1.5k", "8192")] == [
+        30_000_000,
+        1500,
+        8192,
+    ]
+    scales = [script.lr_scale(share, 0.02) for share in (0.0, 0.01, 0.02, 0.51, 1.0)]
+    assert scales == pytest.approx([0.01, 0.51, 1.0, 0.51, 0.02])
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ class PlanRequest:
     precision: str = "auto"
     bits: float | None = None
     dense_precision: str = "source"
-    kv_precision: str = "auto"
+    kv_precision: str = "source"
     prefer: Preference = "quality"
     min_resident: float | None = None
     min_speed: float | None = None

@@ -290,7 +290,7 @@ _LEVERS = (
     click.option(
         "--kv-precision",
         type=click.Choice(("auto", *KV_PRECISIONS)),
-        default="auto",
+        default="source",
         show_default=True,
         help="Number format of keys and values in the cache: source is the model's own, int8 takes about half of it; "
         "auto takes int8 where the room keeps more of the model.",

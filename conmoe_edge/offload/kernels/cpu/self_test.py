@@ -114,7 +114,8 @@ class _Check:
     def two_kinds(self) -> None:
         """Gate and up rows in fewer bits than down rows."""
         made, size = self.made, 2 * _WIDTH
-        for first, second in (("q3", "q4"), ("q2", "int8"), ("int8", "q3")):
+        pairs: tuple[tuple[Kind, Kind], ...] = (("q3", "q4"), ("q2", "int8"), ("int8", "q3"))
+        for first, second in pairs:
             (up, one), (down, other) = (
                 self.matrix(2 * size, size, first),
                 self.matrix(size, size, second),

@@ -295,7 +295,7 @@ def test_a_method_that_follows_the_package_resumes_too(
     settings: dict[str, Any] = {"method": "auto", "scope": 1, "widths": widths}
     whole = tmp_path / "whole" / "out"
     assert finish(child(lambda: fit(source, whole, **settings))) == 0
-    assert len(load_manifest(whole).layouts) == (2 if widths == "free" else 1)
+    assert (len(load_manifest(whole).layouts) > 1) == (widths == "free")
     for step in (14, 26, 40):
         out = tmp_path / str(step) / "out"
         assert finish(child(lambda out=out: fit(source, out, **settings), step)) == CRASH_STATUS

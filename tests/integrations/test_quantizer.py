@@ -121,7 +121,7 @@ def _needs(context: int, chunk: int) -> tuple[int, int]:
     anatomy = probe(copy.deepcopy(plain.config))
     dense = sum(t.numel() * 4 for n, t in plain.state_dict().items() if "experts" not in n)
     dense += sum(t.numel() * t.element_size() for t in plain.buffers())
-    record = 20480
+    record = 18432
     needs = needs_of(anatomy, "cpu", context)
     fixed = needs.fixed(record) - anatomy.dense_bytes + dense
     return fixed + needs.workspace(chunk), record

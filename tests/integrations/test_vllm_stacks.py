@@ -159,7 +159,7 @@ def test_what_an_engine_cannot_take_is_refused(manifest: Manifest, tmp_path: Pat
     class Masked:
         """A manifest with the field that pruning methods write."""
 
-        dense_precision = "source"
+        dense_precision = kv_precision = "source"
         layouts = manifest.layouts
         rerouted = (1,)
 

@@ -16,6 +16,8 @@ from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 from conmoe_edge.units import MIB
 
+AUTO = PlanRequest(kv_precision="auto")
+
 
 @pytest.fixture(scope="module")
 def packable(olmoe: ModelAnatomy) -> ModelAnatomy:
@@ -97,7 +99,7 @@ def test_auto_takes_8_bits_where_they_keep_more(
 
 def test_both_are_chosen_somewhere(packable: ModelAnatomy, budget) -> None:
     found = {
-        make_plan(packable, budget(f"{one}MB", "cpu")).kv_precision
+        make_plan(packable, budget(f"{one}MB", "cpu"), AUTO).kv_precision
         for one in range(3000, 17000, 500)
     }
     assert found == {"source", "int8"}
@@ -107,13 +109,13 @@ def test_the_least_budget_works_and_a_byte_less_does_not(packable: ModelAnatomy,
     from conmoe_edge.units import parse_size
 
     with pytest.raises(DoesNotFit) as error:
-        make_plan(packable, budget("1GB", "cpu"))
+        make_plan(packable, budget("1GB", "cpu"), AUTO)
     word = error.value.fix.split()[1]
     least = parse_size(word)
     assert least is not None
-    assert make_plan(packable, budget(word, "cpu")).kv_precision == "int8"
+    assert make_plan(packable, budget(word, "cpu"), AUTO).kv_precision == "int8"
     with pytest.raises(DoesNotFit):
-        make_plan(packable, replace(budget(word, "cpu"), device_bytes=least - 20 * MIB))
+        make_plan(packable, replace(budget(word, "cpu"), device_bytes=least - 20 * MIB), AUTO)
 
 
 def test_in_a_plan_s_json(packable: ModelAnatomy, budget) -> None:

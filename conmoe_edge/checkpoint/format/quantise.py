@@ -179,6 +179,7 @@ def quantise(weight: Tensor, kind: Kind, grid: Grid | None = None) -> Matrix:
     rows, columns = weight.shape
     if kind == "plain":
         return Matrix(kind, weight, None, rows, columns)
+    weight = weight.detach()
     if kind == "int8":
         values, scales = _int8(weight)
         return Matrix(kind, values, scales, rows, columns)

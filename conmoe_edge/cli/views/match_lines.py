@@ -1,4 +1,4 @@
-"""Exact matches in words, a line for each kind of items."""
+"""Exact matches in words, one or two lines for each kind of items."""
 
 from __future__ import annotations
 
@@ -18,5 +18,6 @@ def match_lines(matches: Mapping[str, ExactMatch], other: str = "reference") -> 
         if one.difference is not None and one.reference_right is not None and one.same is not None:
             by, width = one.difference
             line += f" ({other} {100 * one.reference_right / one.items:.1f} %, {100 * by:+.1f} ± {100 * width:.1f})"
-            line += f", {100 * one.same / one.items:.1f} % the same as by the {other}"
+            yield line
+            line = f"  {100 * one.same / one.items:.1f} % the same as by the {other}"
         yield line

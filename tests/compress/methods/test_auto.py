@@ -121,8 +121,9 @@ def test_the_plan_counts_what_is_written(tmp_path: Path) -> None:
     api.fit(str(source), tmp_path / "free", rate=0.5, **settings)
     manifest = load_manifest(tmp_path / "free")
     assert manifest.method == "auto", "the default"
-    assert 0 <= manifest.plan["chosen"]["pool_bytes"] - written(manifest) < 4096
-    assert {one.nbytes for one in manifest.layouts} == {4096, 8192}
+    assert 0 <= manifest.plan["chosen"]["pool_bytes"] - written(manifest) < 1536
+    assert {one.nbytes for one in manifest.layouts} <= {1536, 3072, 4608, 6144}
+    assert len(manifest.layouts) > 1
 
     api.fit(str(source), tmp_path / "equal", rate=0.5, widths="equal", **settings)
     manifest = load_manifest(tmp_path / "equal")

@@ -143,14 +143,3 @@ def test_a_run_goes_on_with_the_widths_that_it_began_with(source: Path, tmp_path
     assert "widths" in caught.value.why
     manifest = fit(source, out)
     assert len(manifest.layouts) >= 3
-
-
-def test_experts_of_one_page_are_dropped_whole(tmp_path: Path) -> None:
-    """In bf16 a narrow record takes the same page, so there is nothing to trim: a quarter of the experts goes."""
-    source = save_tiny("qwen3_moe", tmp_path / "source", dtype=torch.bfloat16, mlp_only_layers=[])
-    save_tokenizer(source)
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
-    manifest = fit(source, tmp_path / "out", 0.25, calibration_tokens=512)
-    assert len(manifest.layouts) == 1 and len(manifest.prototypes) == LAYERS * 6
-    assert bytes_of(manifest) == manifest.plan["chosen"]["pool_bytes"]
-    assert manifest.receipt["kl"] > 1e-6

@@ -187,8 +187,8 @@ def test_no_width_is_dear_or_there_twice(
     assert all(n <= 1.125 * one * sizes[-1] / width for one, n in zip(found, sizes, strict=True))
 
 
-def test_records_of_a_page_have_one_width() -> None:
-    assert steps(experts_of(16, 32), "source") == (16,)
+def test_records_of_less_than_a_page_have_widths_too() -> None:
+    assert steps(experts_of(16, 32), "source") == (4, 8, 12, 16)
 
 
 def test_widths_are_alike_where_they_must_be() -> None:

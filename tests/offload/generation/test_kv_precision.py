@@ -96,7 +96,9 @@ def test_what_is_planned_is_what_the_buffers_take(folder: Path) -> None:
     for layer in layers:
         if type(layer) is PackedLayer:
             held = (layer._key_buffer, layer._value_buffer)
-            assert all(one is not None and one.shape[-2] == min(2 * STEP_TOKENS, CONTEXT) for one in held)
+            assert all(
+                one is not None and one.shape[-2] == min(2 * STEP_TOKENS, CONTEXT) for one in held
+            )
     if all(type(one) is PackedLayer for one in layers):
         taken = sum(one._key_buffer.nbytes + one._value_buffer.nbytes for one in layers)
         assert taken == packed(CONTEXT)

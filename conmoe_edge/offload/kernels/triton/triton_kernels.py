@@ -262,12 +262,12 @@ def planes(
                     high = tl.load(values + upper, mask=inside[:, None], other=0)[:, None, :]
                 sums = tl.zeros((GROUPS, WORDS, 2 * HALF), dtype=tl.float32)
                 inputs = tl.zeros((GROUPS, WORDS), dtype=tl.float32)
-                for place in tl.static_range(4 * INSIDE):
-                    j, b = place // 4, place % 4
+                for inner in tl.static_range(4 * INSIDE):
+                    j, b = inner // 4, inner % 4
                     q = (low >> (PLANE * j + 8 * b)) & ((1 << PLANE) - 1)
                     if BITS == 3:
                         q += ((high >> (word[None, :, None] * INSIDE + j + 8 * b)) & 1) << 2
-                    at = group[:, None] * GROUP + word[None, :] * (4 * INSIDE) + place
+                    at = group[:, None] * GROUP + word[None, :] * (4 * INSIDE) + inner
                     v = _inputs(x, i, x_step, width, at, inside[:, None], GATED)
                     sums += q.to(tl.float32) * v[:, :, None]
                     inputs += v

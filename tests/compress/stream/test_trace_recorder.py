@@ -108,7 +108,9 @@ def test_the_package_carries_a_trace_that_can_be_replayed(packages: tuple[Path, 
         used = {slot.prototype for slot in manifest.slots[layer]}
         assert {manifest.prototypes[n].id for row in rows for n in row} <= used
     assert len(manifest.layouts) > 1, "prototypes of several widths"
-    members = [sum(one.layout == n for one in manifest.prototypes) for n in range(2)]
+    members = [
+        sum(one.layout == n for one in manifest.prototypes) for n in range(len(manifest.layouts))
+    ]
     slots = tuple(max(1, count // 2) for count in members)
     found = settings_for(folder, manifest, slots)
     assert tuple(one.slots for one in found) == slots and max(members) > 1

@@ -185,11 +185,10 @@ class CpuBackend(TorchBackend):
     def layer(self, slots: SlotTensors, module: nn.Module) -> CpuLayer:
         formats, table = (), None
         kinds = self.residency.kinds(slots.slot_map.prototypes)
-        matrices = kinds[0].matrices if kinds else None
-        if self._engine is not None and matrices is not None:
+        if self._engine is not None:
             formats = tuple(one for one in _FORMATS if gates_in_one_call(module, kinds, one))
-        if formats and matrices is not None:
-            forms = (matrices[0].form, matrices[1].form)
+        if formats:
+            forms = [(one.matrices[0].form, one.matrices[1].form) for one in kinds if one.matrices]
             table = LayerTable(self._addresses.table, forms, slots.slot_map, slots.constants)
             gate = expert_gate(module)
             assert gate is not None, "gates_in_one_call has looked"

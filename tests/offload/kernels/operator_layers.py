@@ -245,7 +245,7 @@ class Builder:
 def layer_table(prototypes: PrototypeTable, forms: tuple[Form, Form], count: int) -> LayerTable:
     """A layer whose slots are its prototypes, one each."""
     slots = SlotMap(0, tuple(range(count)), (1.0,) * count, (-1,) * count)
-    return LayerTable(prototypes, forms, slots, None)
+    return LayerTable(prototypes, [forms], slots, None)
 
 
 def positions_of(name: str, given: Any) -> Positions | None:

@@ -61,7 +61,7 @@ def test_the_operator_computes_what_the_reference_says(data: st.DataObject) -> N
     gates, x = torch.rand(1, len(chosen), generator=generator), torch.randn(1, HIDDEN)
     constants = torch.randn(3, HIDDEN, generator=generator)
     prototypes = table_of(list(range(COUNT)))
-    table = LayerTable(prototypes, FORMS, slots, constants)
+    table = LayerTable(prototypes, [FORMS], slots, constants)
     found = ENGINE.layer(table, torch.tensor([chosen]), gates, x)
     assert found is not None
     merged = slots.merge(chosen, gates[0].tolist())
@@ -82,7 +82,7 @@ def test_the_operator_computes_what_the_reference_says(data: st.DataObject) -> N
 def test_a_prototype_that_is_not_there_is_told() -> None:
     assert ENGINE is not None
     prototypes = table_of([0, 1])
-    table = LayerTable(prototypes, FORMS, a_map(0, 1, 2), None)
+    table = LayerTable(prototypes, [FORMS], a_map(0, 1, 2), None)
     x, gates = torch.ones(1, HIDDEN), torch.ones(1, 1)
     assert ENGINE.layer(table, torch.tensor([[1]]), gates, x) is not None
     assert ENGINE.layer(table, torch.tensor([[2]]), gates, x) is None
@@ -106,7 +106,7 @@ def test_addresses_that_would_lead_elsewhere_are_refused(
     slots: SlotMap, constants: torch.Tensor | None
 ) -> None:
     with pytest.raises(ValueError, match=r"layer 3|contiguous"):
-        LayerTable(table_of([]), FORMS, slots, constants)
+        LayerTable(table_of([]), [FORMS], slots, constants)
 
 
 def other_form(rows: int, columns: int, kind: str = "int8"):  # type: ignore[no-untyped-def]
@@ -121,14 +121,14 @@ def test_a_prototype_in_another_form_than_its_layer_expects_is_refused() -> None
     assert FORMS is not None
     eight_bits = other_form(2 * WIDTH, HIDDEN), other_form(HIDDEN, WIDTH)
     table = table_of([0])
-    LayerTable(table, FORMS, a_map(0, 1), None)
+    LayerTable(table, [FORMS], a_map(0, 1), None)
     with pytest.raises(ValueError, match="prototype 1 has another form"):
         table.put(1, *eight_bits)
     table.put(2, *eight_bits)  # no layer has asked for it yet
     with pytest.raises(ValueError, match="prototype 2 has another form"):
-        LayerTable(table, FORMS, a_map(2), None)
+        LayerTable(table, [FORMS], a_map(2), None)
     with pytest.raises(ValueError, match="prototype 0 has another form"):
-        LayerTable(table, (eight_bits[0].form, eight_bits[1].form), a_map(0), None)
+        LayerTable(table, [(eight_bits[0].form, eight_bits[1].form)], a_map(0), None)
     table.put(1, *EXPERTS[1])
 
 

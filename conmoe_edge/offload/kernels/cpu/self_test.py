@@ -313,7 +313,7 @@ def _layer(prototypes: PrototypeTable, forms: tuple[Form, Form], targets: list[i
     """A layer whose router slots have no scales and no constants."""
     count = len(targets)
     slots = SlotMap(0, tuple(targets), (1.0,) * count, (NONE,) * count)
-    return LayerTable(prototypes, forms, slots, None)
+    return LayerTable(prototypes, [forms], slots, None)
 
 
 def _same(name: str, found: Tensor, wanted: Tensor, near: float) -> None:

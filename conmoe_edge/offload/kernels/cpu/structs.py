@@ -9,6 +9,7 @@ together; what a function is given is checked against its table once more (``bin
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -60,7 +61,11 @@ class _Prototypes(ctypes.Structure):
     _fields_: ClassVar = [
         (name, ctypes.c_void_p)
         for name in ("up_values", "up_scales", "down_values", "down_scales", "widths", "groups")
-    ] + [(name, ctypes.c_void_p) for name in ("up_bias", "down_bias")]
+    ]
+    _fields_ += [
+        (name, ctypes.c_void_p)
+        for name in ("up_bias", "down_bias", "up_kinds", "down_kinds", "up_groups")
+    ]
 
 
 class PrototypeTable:
@@ -74,10 +79,11 @@ class PrototypeTable:
         self._widths = (ctypes.c_int64 * count)()
         self._groups = (ctypes.c_int64 * count)()
         self._biases = (pointers(), pointers())
+        self._forms = tuple((ctypes.c_int64 * count)() for _ in range(3))
         self._biases_kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[tuple[Prepared, Prepared] | None] = [None] * count
-        self._wanted: dict[int, tuple[int, ...]] = {}
-        arrays = (*self._up, *self._down, self._widths, self._groups, *self._biases)
+        self._wanted: dict[int, frozenset[tuple[int, ...]]] = {}
+        arrays = (*self._up, *self._down, self._widths, self._groups, *self._biases, *self._forms)
         self._struct = _Prototypes(*[ctypes.addressof(array) for array in arrays])
         self.address = ctypes.addressof(self._struct)
 
@@ -103,7 +109,8 @@ class PrototypeTable:
         """
         if up.form.rows != 2 * down.form.columns or down.form.rows != up.form.columns:
             raise ValueError(f"the matrices of prototype {number} do not go together")
-        if self._wanted.get(number, _kin(up.form, down.form)) != _kin(up.form, down.form):
+        kin = _kin(up.form, down.form)
+        if kin not in self._wanted.get(number, (kin,)):
             raise ValueError(f"prototype {number} has another form than its layer expects")
         self._kept[number] = (up, down)
         if biases is not None:
@@ -113,17 +120,21 @@ class PrototypeTable:
         for (values, scales), one in ((self._up, up), (self._down, down)):
             values[number], scales[number] = one.values, one.scales
         self._widths[number], self._groups[number] = down.form.columns, down.form.group
+        for array, value in zip(
+            self._forms, (up.form.code, down.form.code, up.form.group), strict=True
+        ):
+            array[number] = value
 
-    def expect(self, number: int, up: Form, down: Form) -> None:
+    def expect(self, number: int, forms: Sequence[tuple[Form, Form]]) -> None:
         """A layer computes with the prototype as it does with one of these forms, whose numbers of neurons alone (and
         the groups that they allow) may be others.
 
         Raises:
             ValueError: it is there in another form, or another layer expects one.
         """
-        kin, there = _kin(up, down), self._kept[number]
-        held = kin if there is None else _kin(there[0].form, there[1].form)
-        if held != kin or self._wanted.setdefault(number, kin) != kin:
+        kins, there = frozenset(_kin(*pair) for pair in forms), self._kept[number]
+        fits = there is None or _kin(there[0].form, there[1].form) in kins
+        if not fits or self._wanted.setdefault(number, kins) != kins:
             raise ValueError(f"prototype {number} has another form than its layer expects")
 
     def remove(self, number: int) -> None:
@@ -165,8 +176,7 @@ class ExpertGate:
 
 class _Layer(ctypes.Structure):
     _fields_: ClassVar = [
-        *[(name, ctypes.c_int64) for name in ("up_kind", "down_kind", "slots", "columns")],
-        ("up_group", ctypes.c_int64),
+        *[(name, ctypes.c_int64) for name in ("slots", "columns")],
         *[(name, ctypes.c_void_p) for name in ("prototypes", "target", "factor", "constants")],
         ("asked", ctypes.c_void_p),
         ("gate", _Gate),
@@ -179,7 +189,7 @@ class LayerTable:
     def __init__(
         self,
         prototypes: PrototypeTable,
-        forms: tuple[Form, Form],
+        forms: Sequence[tuple[Form, Form]],
         slots: SlotMap,
         constants: Tensor | None,
     ) -> None:
@@ -187,8 +197,8 @@ class LayerTable:
 
         Args:
             prototypes: of the package.
-            forms: of the two matrices of the layer's prototypes, which ``gated_experts`` takes together. Their number
-                of neurons, and the groups that it allows, are looked up in the table.
+            forms: of the two matrices of the layer's prototypes, each kind once; all take a token of the same size.
+                Their number of neurons, and the groups that it allows, are looked up in the table.
             slots: the layer's map.
             constants: fp32 [C, H], contiguous; ignored where no slot has one.
 
@@ -196,23 +206,26 @@ class LayerTable:
             ValueError: a prototype or a constant that is not there, a prototype that is there in another form, or a
                 constant of another width or format.
         """
-        up, down = forms
+        sizes = {up.columns for up, _ in forms}
+        if len(sizes) != 1:
+            raise ValueError(f"prototypes of layer {slots.layer} take {sorted(sizes)} numbers")
+        (hidden,) = sizes
         if not all(-1 <= number < len(prototypes) for number in slots.targets):
             raise ValueError(f"layer {slots.layer} names a prototype beyond {len(prototypes)}")
         for number in slots.prototypes:
-            prototypes.expect(number, up, down)
+            prototypes.expect(number, forms)
         factors = (ctypes.c_float * len(slots))(*slots.scales) if slots.is_scaled else None
-        rows = _rows(slots, constants, up.columns) if slots.has_constants else None
+        rows = _rows(slots, constants, hidden) if slots.has_constants else None
         arrays = ((ctypes.c_int64 * len(slots))(*slots.targets), factors, rows)
         self._asked = (ctypes.c_int64 * len(slots))()
         self._kept = (prototypes, constants, arrays)
         self._struct = _Layer(
-            *(up.code, down.code, len(slots), up.columns, up.group, prototypes.address),
+            *(len(slots), hidden, prototypes.address),
             *[None if array is None else ctypes.addressof(array) for array in arrays],
             ctypes.addressof(self._asked),
         )
         self.address = ctypes.addressof(self._struct)
-        self.hidden = up.columns
+        self.hidden = hidden
 
     def with_gate(self, gate: ExpertGate) -> LayerTable:
         """The same table, whose experts have this gate."""

@@ -21,12 +21,14 @@ struct Prototypes {
   const int64_t* groups;  // of the columns of down matrices
   const uint16_t* const* up_bias;
   const uint16_t* const* down_bias;
+  const int64_t* up_kinds;
+  const int64_t* down_kinds;
+  const int64_t* up_groups;
 };
 
-// A layer's slots: `target` is the prototype that stands behind each, -1 for none. The prototypes of a layer have one
-// form, but for their widths and the groups that these allow.
+// A layer's slots: `target` is the prototype that stands behind each, -1 for none.
 struct Layer {
-  int64_t up_kind, down_kind, slots, columns, up_group;
+  int64_t slots, columns;
   const Prototypes* prototypes;
   const int64_t* target;
   const float* factor;            // of each slot, or null
@@ -74,6 +76,45 @@ void combine(int64_t count, const float* y, const float* weights, int64_t extra,
   for (int64_t k = 0; k < columns; ++k) out.put(k, total[size_t(k)]);
 }
 
+// y[i] = the prototype chosen[i] on x, fp32 [chosen, columns]: those of one form in one go, in the order in which forms
+// come. Returns 0, or another code.
+int64_t prototypes(const Prototypes& all, const std::vector<int64_t>& chosen, const Gate& gate, const float* x, float* y,
+                   int64_t columns) {
+  std::vector<bool> done(chosen.size(), false);
+  for (size_t first = 0; first < chosen.size(); ++first) {
+    if (done[first]) continue;
+    const int64_t up = all.up_kinds[chosen[first]], down = all.down_kinds[chosen[first]];
+    const int64_t group = all.up_groups[chosen[first]];
+    std::vector<size_t> places;
+    std::vector<const void*> tables[4];
+    std::vector<const uint16_t*> biases[2];
+    std::vector<int64_t> widths, groups;
+    const void* const* const sources[4] = {all.up_values, all.up_scales, all.down_values, all.down_scales};
+    for (size_t i = first; i < chosen.size(); ++i) {
+      const int64_t number = chosen[i];
+      if (done[i] || all.up_kinds[number] != up || all.down_kinds[number] != down || all.up_groups[number] != group) continue;
+      done[i] = true;
+      places.push_back(i);
+      for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][number]);
+      biases[0].push_back(all.up_bias[number]);
+      biases[1].push_back(all.down_bias[number]);
+      widths.push_back(all.widths[number]);
+      groups.push_back(all.groups[number]);
+    }
+    const auto count = int64_t(places.size());
+    const Gated ups{count, tables[0].data(), tables[1].data(), biases[0].data(), widths.data(), gate};
+    const Down downs{tables[2].data(), tables[3].data(), biases[1].data(), groups.data()};
+    const bool whole = places.size() == chosen.size();
+    Room<float> some(whole ? 0 : count * columns);
+    float* const out = whole ? y : some.data();
+    const int64_t code = gated_experts(int(up), int(down), ups, downs, x, out, columns, group);
+    if (code) return code;
+    for (int64_t i = 0; !whole && i < count; ++i)
+      std::copy_n(out + i * columns, columns, y + int64_t(places[size_t(i)]) * columns);
+  }
+  return 0;
+}
+
 // The routed experts' output of one token, `slots` and `gates` [k] as its router gave them (gates bf16 where
 // `narrow_gates`, else fp32), x and out [columns] (bf16 where `narrow`). What meets on a prototype is added first, in
 // fp64 and in the order of the slots. Where `residual` is not null, the rounded output is added to it. Returns how many
@@ -107,29 +148,16 @@ int64_t routed(const Layer* layer, const int64_t* slots, const void* gates, int 
   }
   const Prototypes& all = *layer->prototypes;
   const auto count = int64_t(chosen.size());
-  std::vector<const void*> tables[4];
-  std::vector<const uint16_t*> biases[2];
-  std::vector<int64_t> widths, groups;
   std::vector<float> weights;
-  const void* const* const sources[4] = {all.up_values, all.up_scales, all.down_values, all.down_scales};
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t number = chosen[size_t(i)];
-    if (!all.up_values[number]) return ABSENT;
-    for (int j = 0; j < 4; ++j) tables[j].push_back(sources[j][number]);
-    biases[0].push_back(all.up_bias[number]);
-    biases[1].push_back(all.down_bias[number]);
-    widths.push_back(all.widths[number]);
-    groups.push_back(all.groups[number]);
+    if (!all.up_values[chosen[size_t(i)]]) return ABSENT;
     weights.push_back(float(sums[size_t(i)]));
   }
   const int64_t columns = layer->columns;
   Room<float> y(count * columns);
   if (count) {
     const Source source(x, narrow, columns);
-    const Gated ups{count, tables[0].data(), tables[1].data(), biases[0].data(), widths.data(), layer->gate};
-    const Down downs{tables[2].data(), tables[3].data(), biases[1].data(), groups.data()};
-    const int64_t code = gated_experts(int(layer->up_kind), int(layer->down_kind), ups, downs, source.values, y.data(),
-                                       columns, layer->up_group);
+    const int64_t code = prototypes(all, chosen, layer->gate, source.values, y.data(), columns);
     if (code) return code;
   }
   std::copy(chosen.begin(), chosen.end(), layer->asked);

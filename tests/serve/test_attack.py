@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 MIB = 1 << 20
 FACTOR = 10
-"""Of the time at rest, in which "hi" is answered under attack. A second at the least."""
+"""Of the time at rest, in which "hi" is answered under attack. Three seconds at the least: ten answers take
+turns with it."""
 BUDGET = 562_000_000
 
 
@@ -38,7 +39,7 @@ def attacked(package: Path) -> Iterator[Running]:
 
 
 def allowed(server: Running) -> float:
-    return max(1.0, FACTOR * max(say_hi(server) for _ in range(3)))
+    return max(3.0, FACTOR * max(say_hi(server) for _ in range(3)))
 
 
 def settled(server: Running) -> None:

@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.frontier_plot import plot
 from benchmarks.frontier_report import LLAMA, OURS, PARTS, key_of, lines, points_of
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TYPES = (
@@ -102,7 +102,7 @@ def _opened(ledger: Path, options: Any) -> dict[str, Any]:
         "machine": machine(),
         "arms": {},
     }
-    _write(ledger, data)
+    write_json(ledger, data)
     return data
 
 
@@ -262,7 +262,7 @@ def _done(data: dict[str, Any], ledger: Path, key: str, row: dict[str, Any]) -> 
     if ledger.is_file():  # another process may run the other side
         data["arms"] = json.loads(ledger.read_text(encoding="utf-8"))["arms"] | data["arms"]
     data["arms"][key] = row
-    _write(ledger, data)
+    write_json(ledger, data)
     rise = row["loss"] - row["loss_original"]
     size = row["experts_bytes"] / 1e6
     print(f"{key}: {size:.2f} MB of experts, {rise:+.4f} nats, KL {row['kl']:.5f}", flush=True)
@@ -270,20 +270,13 @@ def _done(data: dict[str, Any], ledger: Path, key: str, row: dict[str, Any]) -> 
 
 def _report(data: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "frontier.json", data)
+    write_json(folder / "frontier.json", data)
     for name, markdown in (("frontier.txt", False), ("frontier.md", True)):
         text = "\n".join(lines(data, markdown=markdown)) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     title = f"Divergence against size, {data['model']}"
     (folder / "frontier.svg").write_text(plot(points_of(data), title), encoding="utf-8")
     print((folder / "frontier.txt").read_text(encoding="utf-8"), end="")
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_json
 from benchmarks.quality_plot import plot
 from benchmarks.quality_report import Cell, key_of, lines
 
@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if key in data["cells"]:
                 continue
             data["cells"][key] = _run(options, name, rate, scope, seed)
-            _write(ledger, data)
+            write_json(ledger, data)
             said = _said(data["cells"][key])
             print(f"[{number + 1}/{len(cells)}] {key}: {said}", flush=True)
     _report(data, options.results)
@@ -120,7 +120,7 @@ def _report(data: dict[str, Any], folder: Path) -> None:
     cells = {key: Cell.of(key, row) for key, row in data["cells"].items() if "refused" not in row}
     text = "\n".join(lines(list(cells.values()), data)) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "quality.json", data)
+    write_json(folder / "quality.json", data)
     (folder / "quality.txt").write_text(text, encoding="utf-8")
     title = f"Loss against size, {data['model']}"
     (folder / "quality.svg").write_text(plot(list(cells.values()), title), encoding="utf-8")
@@ -135,13 +135,6 @@ def _read(path: Path, model: str, tokens: int | None) -> dict[str, Any]:
     if (data["model"], data["calibration_tokens"]) != (model, tokens):
         raise SystemExit(f"{path} is about another model or calibration; give another --work")
     return data
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:

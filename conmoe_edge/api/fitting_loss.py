@@ -24,7 +24,7 @@ from conmoe_edge.checkpoint.fs.durable import fsync_folder, remove_tree
 from conmoe_edge.errors import OutputExists, UsageError
 from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.priors import DEMO
-from conmoe_edge.plan.request import PlanRequest
+from conmoe_edge.plan.request import PlanRequest, check_alone
 
 MOST_FITS = 6
 NOISE = 0.002
@@ -185,10 +185,5 @@ def _check(request: PlanRequest, max_loss: float) -> None:
         "--min-speed": request.min_speed,
         "--for": request.engine,
     }
-    for flag, value in fixed.items():
-        if value is not None:
-            raise UsageError(
-                f"--max-loss {max_loss:g} does not go with {flag} {value}.",
-                "it looks for the fewest bytes that keep to it, by fits with several numbers of bits",
-                f"leave out {flag}, or leave out --max-loss",
-            )
+    why = "it looks for the fewest bytes that keep to it, by fits with several numbers of bits"
+    check_alone(f"--max-loss {max_loss:g}", fixed, why, "--max-loss")

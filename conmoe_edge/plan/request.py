@@ -8,6 +8,7 @@ by. No torch, no files.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
@@ -60,6 +61,27 @@ class Levers(TypedDict, total=False):
     calibration_tokens: int | None
     engine: str | None
     quantise: str | None
+
+
+def check_alone(asked: str, others: Mapping[str, object], why: str, flag: str) -> None:
+    """Refuse what does not go with ``asked``.
+
+    Args:
+        asked: a flag with its value.
+        others: flag -> what was said of it, ``None`` for nothing.
+        why: for the error.
+        flag: of ``asked``, to leave out.
+
+    Raises:
+        UsageError: names the first of ``others`` that was said.
+    """
+    for other, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"{asked} does not go with {other} {value}.",
+                why,
+                f"leave out {other}, or leave out {flag}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,13 +226,8 @@ class PlanRequest:
             "--widths": "equal" if self.equal else None,
             "--for": self.engine,
         }
-        for flag, value in others.items():
-            if value is not None:
-                raise UsageError(
-                    f"{own} does not go with {flag} {value}.",
-                    "each prototype gets the neurons and bits that it is worth, in bytes that all share",
-                    f"leave out {flag}, or leave out {own}",
-                )
+        why = "each prototype gets the neurons and bits that it is worth, in bytes that all share"
+        check_alone(own, others, why, own)
 
     def _check_speed(self, speed: float) -> None:
         """What does not go with ``min_speed``."""
@@ -219,13 +236,8 @@ class PlanRequest:
                 f"--min-speed {speed:g} is no speed.", "it is tokens a second", "--min-speed 10"
             )
         fixed = {"--bits": self.bits, "--rate": self.forced_rate, "--for": self.engine}
-        for flag, value in fixed.items():
-            if value is not None:
-                raise UsageError(
-                    f"--min-speed {speed:g} does not go with {flag} {value}.",
-                    "it is the plan that looks for the setting that is fast enough",
-                    f"leave out {flag}, or leave out --min-speed",
-                )
+        why = "it is the plan that looks for the setting that is fast enough"
+        check_alone(f"--min-speed {speed:g}", fixed, why, "--min-speed")
 
     @property
     def chooses_bytes(self) -> bool:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
-from conmoe_edge.compress.methods.few_bits import in_few_bits
+from conmoe_edge.compress.methods.few_bits import feeds_back
 from conmoe_edge.compress.methods.interface import Decision, Method, Needs, ScopeView, identity
 from conmoe_edge.compress.methods.narrowing import narrowings
 from conmoe_edge.compress.methods.option_costs import option_errors
@@ -83,7 +83,7 @@ def decide(scope: ScopeView, keep: int) -> Decision:
     if (
         whole
         and keep >= count
-        and (scope.record is None or not in_few_bits(scope.record(scope.widths[-1])))
+        and (scope.record is None or not feeds_back(scope.record(scope.widths[-1])))
     ):
         return identity(scope)
     tokens = tokens.weighted()

@@ -48,7 +48,7 @@ class Rounding:
     ) -> Rounding | None:
         """For a layer, ``kinds`` as of ``Decision``; ``None`` where its records do not have weights in few bits."""
         record = scope.record
-        if record is None or not (kinds or in_few_bits(record(scope.widths[-1]))):
+        if record is None or not (kinds or feeds_back(record(scope.widths[-1]))):
             return None
         common = common_gram([(tokens.hidden, gates.square().sum(1).sqrt())], len(scope.pool))
         return cls(record, kinds, bool(scope.module.is_transposed), tokens.hidden, common)
@@ -96,7 +96,7 @@ class Rounding:
         return weight.T if self._transposed else weight
 
 
-def in_few_bits(layout: RecordLayout) -> bool:
+def feeds_back(layout: RecordLayout) -> bool:
     """Whether records of a layout have weights that are rounded with error feedback."""
     return bool(fed_back(layout))
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
+from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
 from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.package.slot_constants import write_constants
+from conmoe_edge.compress.methods.few_bits import feeds_back
 from conmoe_edge.compress.methods.interface import Decision, LayerView, Parts, ScopeView
 from conmoe_edge.compress.methods.rounded_prototypes import RoundedPrototypes
 from conmoe_edge.compress.quality.slot_overview import slot_distances
-from conmoe_edge.compress.run.feedback import feeds_back
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.solvers.weight_distance import distances
@@ -104,8 +105,13 @@ def decide(
     with run.clock.part("precision"):
         kinds = _kinds_of(run, scope, view, decision, parts)
     entered = None if entering is None else entering(_open_in(decision, index))
-    rounded = _rounded(run, scope, view, decision, kinds, entered, tokens)
-    _write(run, scope, decision, kinds, parts, rounded)
+    widths = {one: decision.widths.get(one, view.widths[-1]) for one in kinds}
+    layouts = {one: run.sizes.layout(index, kind, widths[one]) for one, kind in kinds.items()}
+    rounded = _rounded(run, scope, view, decision, layouts, entered, tokens)
+    written = _write(run, scope, layouts, parts, rounded)
+    for one, kind in kinds.items():
+        offset = written.offsets[record_name(one)]
+        run.journal.store(one, StoredRecord(written.name, offset, kind, widths[one]))
     if rounded is not None:
         decision = rounded.decision()
     with run.clock.part("distance"):
@@ -128,12 +134,11 @@ def _rounded(
     scope: Sequence[int],
     view: ScopeView,
     decision: Decision,
-    kinds: Mapping[ExpertId, str],
+    layouts: Mapping[ExpertId, RecordLayout],
     entered: Entered | None,
     tokens: LayerTokens | None,
 ) -> RoundedPrototypes | None:
     """The prototypes as error feedback rounds them; ``None`` where no record has a form for that."""
-    layouts = _layouts(run, scope, decision, kinds)
     if not any(feeds_back(layout) for layout in layouts.values()):
         return None
     last = scope[-1]
@@ -145,17 +150,6 @@ def _rounded(
         came = {layer: LayerTokens.load(run.work.tokens(layer)) for layer in scope[:-1]}
         came[last] = tokens
     return RoundedPrototypes(view, decision, layouts, came)
-
-
-def _layouts(
-    run: Run, scope: Sequence[int], decision: Decision, kinds: Mapping[ExpertId, str]
-) -> dict[ExpertId, RecordLayout]:
-    """Of every prototype's record."""
-    last, sizes = scope[-1], run.sizes
-    return {
-        one: sizes.layout(last, kind, decision.widths.get(one, sizes.widths(last)[-1]))
-        for one, kind in kinds.items()
-    }
 
 
 def _view(
@@ -253,27 +247,21 @@ def _kinds_of(
 def _write(
     run: Run,
     scope: Sequence[int],
-    decision: Decision,
-    kinds: Mapping[ExpertId, str],
+    layouts: Mapping[ExpertId, RecordLayout],
     parts: Callable[[ExpertId], Parts],
     rounded: RoundedPrototypes | None,
-) -> None:
+) -> WrittenFile:
     """The prototypes of a scope as records of the package."""
-    last, sizes = scope[-1], run.sizes
-    layouts = _layouts(run, scope, decision, kinds)
     with run.clock.part("write"):
         written = write_experts(
             run.package / prototypes_file(scope[0]),
             list(layouts.items()),
             parts if rounded is None else rounded.parts,
-            transposed=sizes.experts(last).transposed,
+            transposed=run.sizes.experts(scope[-1]).transposed,
             made=None if rounded is None else rounded.made,
         )
     run.journal.add_files([written])
-    for one, kind in kinds.items():
-        offset = written.offsets[record_name(one)]
-        width = decision.widths.get(one, sizes.widths(last)[-1])
-        run.journal.store(one, StoredRecord(written.name, offset, kind, width))
+    return written
 
 
 def _keep(run: Run, scope: Sequence[int], pool: Sequence[ExpertId], decision: Decision) -> None:

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from conmoe_edge.checkpoint.format.manifest import RecordLayout
-from conmoe_edge.compress.methods.few_bits import fed_back
+from conmoe_edge.compress.methods.few_bits import feeds_back
 from conmoe_edge.compress.methods.interface import Method, Needs
 from conmoe_edge.compress.run.record_sizes import RecordSizes
-
-
-def feeds_back(layout: RecordLayout) -> bool:
-    """Whether weights in records of a layout are rounded with error feedback."""
-    return bool(fed_back(layout))
 
 
 def needs_of(method: Method, sizes: RecordSizes) -> Needs:

@@ -677,19 +677,17 @@ void expand_halves(const uint8_t* w, const typename Form::T* scales, int64_t row
 // end in `out`, as fp32 or, where it is narrow, rounded to bf16.
 template <class Fill>
 void expanded(void* out, bool narrow, int64_t rows, int64_t columns, int64_t each, Fill fill) {
-#pragma omp parallel
-  {
-    std::vector<float> wide(narrow ? size_t(each * columns) : 0);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row += each) {
-      if (!narrow) {
-        fill(row, static_cast<float*>(out) + row * columns);
-        continue;
-      }
-      fill(row, wide.data());
-      uint16_t* const to = static_cast<uint16_t*>(out) + row * columns;
-      for (int64_t k = 0; k < each * columns; ++k) to[k] = to_bf16(wide[size_t(k)]);
+  RoomOfThreads room(narrow ? each * columns : 0);
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row += each) {
+    if (!narrow) {
+      fill(row, static_cast<float*>(out) + row * columns);
+      continue;
     }
+    float* const wide = room.own();
+    fill(row, wide);
+    uint16_t* const to = static_cast<uint16_t*>(out) + row * columns;
+    for (int64_t k = 0; k < each * columns; ++k) to[k] = to_bf16(wide[k]);
   }
 }
 

@@ -66,6 +66,34 @@ class Rounded:
     groups: Tensor
 
 
+class Inputs:
+    """What some matrices are multiplied with: their H fp32 [E, K, K], positive definite (``damped``), not changed.
+
+    What is found of it is kept: matrices of the same inputs, and one matrix in several forms, have it once.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self._moments = moments
+        self._found: dict[int, _Factor] = {}
+
+    def factored(self, group: int) -> _Factor:
+        """For columns whose scales are ``group`` together."""
+        if group not in self._found:
+            order, groups = _order(self._moments.diagonal(dim1=1, dim2=2), group)
+            self._found[group] = _Factor(order, groups, *_factored(self._moments, order))
+        return self._found[group]
+
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """``order`` and ``groups`` of ``_order``, ``share`` and ``counts`` of ``_factored``."""
+
+    order: Tensor
+    groups: Tensor
+    share: Tensor
+    counts: Tensor
+
+
 def damped(moments: Tensor, common: Tensor | None = None) -> Tensor:
     """H [E, K, K] that can be factored: ``moments`` with a share of ``common`` [K, K] or [E, K, K], where there is one,
     and of the means of their diagonals.
@@ -78,17 +106,17 @@ def damped(moments: Tensor, common: Tensor | None = None) -> Tensor:
     return found
 
 
-def round_with_feedback(weight: Tensor, moments: Tensor, grid: Grid) -> Rounded:
+def round_with_feedback(weight: Tensor, inputs: Inputs, grid: Grid) -> Rounded:
     """``weight`` [E, R, K] rounded.
 
     Args:
         weight: fp32. Not changed.
-        moments: H fp32 [E, K, K], positive definite (``damped``). Not changed.
+        inputs: of each matrix.
         grid: where the rounded weights may lie; asked for every group in turn.
     """
     matrices, rows, count = weight.shape
-    order, groups = _order(moments.diagonal(dim1=1, dim2=2), grid.group)
-    share, counts = _factored(moments, order)
+    factor = inputs.factored(grid.group)
+    order, share, counts = factor.order, factor.share, factor.counts
     columns = weight.new_empty(matrices, count, rows)  # a column is one run of numbers
     for one, at, own in zip(weight, order, columns, strict=True):
         own.copy_(one.index_select(1, at).T)
@@ -114,7 +142,7 @@ def round_with_feedback(weight: Tensor, moments: Tensor, grid: Grid) -> Rounded:
     found = torch.empty_like(codes)
     for one, at, own in zip(codes, order, found, strict=True):
         own.index_copy_(0, at, one)
-    return Rounded(found, groups)
+    return Rounded(found, factor.groups)
 
 
 @dataclass(frozen=True, slots=True)

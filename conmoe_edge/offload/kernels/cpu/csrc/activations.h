@@ -20,7 +20,35 @@ struct Token {
   const float* sum;
 };
 
-// `count` tokens of `columns` in blocks of `block`. A block that holds infinity or NaN has the scale NaN.
+// A block of activations [width] as whole numbers `to`; `room` is for as many floats. One that holds infinity or NaN has
+// the scale NaN.
+struct Rounded {
+  float scale, sum;
+  int32_t whole;
+
+  Rounded(const float* x, int8_t* to, int64_t width, float* room) {
+    uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
+    for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);
+    const float most = from_bits(largest);
+    const bool finite = largest < 0x7f800000u;
+    const Lanes factor = all(finite && most > 1e-30f ? 127.0f / most : 0.0f);
+    if (finite)
+      std::copy_n(x, width, room);
+    else
+      std::fill_n(room, width, 0.0f);
+    for_each(room, room, width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
+    whole = 0;
+    for (int64_t k = 0; k < width; ++k) {
+      const auto number = int32_t(room[k]);
+      to[k] = int8_t(number);
+      whole += number;
+    }
+    scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    sum = sum_of(x, width);
+  }
+};
+
+// `count` tokens of `columns` in blocks of `block`.
 struct Bytes {
   int64_t columns, blocks;
   Room<int8_t> q;
@@ -37,32 +65,13 @@ struct Bytes {
         whole(count * blocks) {
     for (int64_t token = 0; token < count; ++token)
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = token * columns + b * block;
+        const int64_t first = token * columns + b * block, place = token * blocks + b;
         const int64_t width = columns - b * block < block ? columns - b * block : block;
-        one_block(x + first, q.data() + first, width, token * blocks + b);
+        const Rounded made(x + first, q.data() + first, width, rounded.data());
+        scale[place] = made.scale;
+        whole[place] = made.whole;
+        sum[place] = made.sum;
       }
-  }
-
-  void one_block(const float* x, int8_t* to, int64_t width, int64_t place) {
-    uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
-    for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);
-    const float most = from_bits(largest);
-    const bool finite = largest < 0x7f800000u;
-    const Lanes factor = all(finite && most > 1e-30f ? 127.0f / most : 0.0f);
-    if (finite)
-      std::copy_n(x, width, rounded.data());
-    else
-      std::fill_n(rounded.data(), width, 0.0f);
-    for_each(rounded.data(), rounded.data(), width, [=](Lanes v, Lanes) { return nearest(fma(v, factor, zero())); });
-    int32_t numbers = 0;
-    for (int64_t k = 0; k < width; ++k) {
-      const auto number = int32_t(rounded[k]);
-      to[k] = int8_t(number);
-      numbers += number;
-    }
-    scale[place] = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    whole[place] = numbers;
-    sum[place] = sum_of(x, width);
   }
 
   Token token(int64_t index) const {

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Of each form: OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SIGNED, SAFE and BY as `Sums` takes
+// Of each form: BITS of a number as it is stored; OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SIGNED, SAFE and BY as `Sums` takes
 // them; `panel`, which writes 64 rows, or as many as there are, from `row` on.
 template <class Form>
 struct Strips;
@@ -38,6 +38,7 @@ inline void turn(const int8_t* from, int64_t step, int8_t* to) {
 
 template <>
 struct Strips<Int8> {
+  static constexpr int64_t BITS = 8;
   static constexpr int32_t OFFSET = int32_t(HIGHER);
   static constexpr bool SCALES = false, ZEROS = false, SIGNED = true;
   static constexpr int64_t SAFE = 1;
@@ -67,6 +68,7 @@ struct Strips<Int8> {
 template <int WIDTH>
 struct Strips<Low<WIDTH>> {
   using Form = Low<WIDTH>;
+  static constexpr int64_t BITS = WIDTH;
   static constexpr int32_t OFFSET = Form::LAST;
   static constexpr bool SCALES = true, ZEROS = true, SIGNED = false;
   static constexpr int64_t SAFE = WIDTH == 6 ? 2 : 8;
@@ -164,6 +166,7 @@ constexpr bool has_zeros(const Mxfp4&) { return false; }
 
 template <class Form>
 struct Strips<Halves<Form>> {
+  static constexpr int64_t BITS = 4;
   static constexpr int32_t OFFSET = Form::OFFSET;
   static constexpr bool SCALES = true, ZEROS = has_zeros(Form{}), SIGNED = false;
   static constexpr int64_t SAFE = std::is_same_v<Form, Mxfp4> ? 4 : 8;

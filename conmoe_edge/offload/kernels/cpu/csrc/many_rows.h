@@ -24,7 +24,7 @@ struct Stored {
 // Whether the products below take a matrix.
 inline bool strips_take(int kind, int64_t rows, int64_t columns, int64_t group) {
   if (kind == INT8) return rows > 0 && columns > 0;
-  return tiled(kind) && rows % TILE == 0 && grouped(kind, columns, group) && group % LANES == 0 &&
+  return tiled(kind) && rows % TILE == 0 && grouped(kind, columns, group) && group % (UNROLLED * QUAD) == 0 &&
          group <= Packed::MOST_BLOCK;
 }
 
@@ -54,8 +54,13 @@ void panel_times(const Stored& w, int64_t row, int64_t height, const Packed& x, 
       How::panel(w.values, w.scales, row - begin + TILE, w.rows, w.columns, w.group, panel.from(TILE / STRIP));
   }
   const Panel here = panel.from(begin / STRIP);
+  // While these rows are multiplied the next ones come from the memory.
+  const int64_t bits = How::BITS, next = row + PANEL;
+  const auto* const ahead = static_cast<const char*>(w.values) + next * w.columns * bits / 8;
+  const int64_t bytes = std::min(PANEL, w.rows - next) * w.columns * bits / 8, tiles = (tokens + Quads::TOKENS - 1) / Quads::TOKENS;
   for (int64_t t = 0; t < tokens; t += Quads::TOKENS) {
-    const int64_t count = std::min(Quads::TOKENS, tokens - t);
+    const int64_t count = std::min(Quads::TOKENS, tokens - t), tile = t / Quads::TOKENS;
+    for (int64_t i = bytes * tile / tiles; i < bytes * (tile + 1) / tiles; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
     Sums<How::SCALES, How::ZEROS, How::SIGNED && Quads::SHORT>::template tile<>(
         here, height, x.tile(first + t, count), x.block / QUAD, How::SAFE, How::BY, out + t * step, step);
   }

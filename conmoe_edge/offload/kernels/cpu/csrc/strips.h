@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t STRIP = 16;  // rows
 constexpr int64_t PANEL = 64;  // rows that are expanded at a time
 constexpr int64_t QUAD = 4;    // columns
+constexpr int64_t UNROLLED = 8;  // quads: all groups are multiples of so many
 constexpr int64_t LINE = 64;   // bytes of a line of the processor's caches, and of a strip's four columns
 
 // Rows times tokens in vectors. `ROWS` rows of four columns are a vector of weights, `VECTORS` of them meet `TOKENS` tokens.
@@ -242,7 +243,9 @@ struct Sums {
             for (int64_t t = 0; t < COUNT; ++t) sums[v][t] = V::widen(sums[v][t], parts[v][t], by);
         }
       } else {
-        for (int64_t quad = 0; quad < quads; ++quad, q += COUNT * QUAD) {
+        for (int64_t from = 0; from < quads; from += UNROLLED)
+#pragma GCC unroll 8
+        for (int64_t quad = 0; quad < UNROLLED; ++quad, q += COUNT * QUAD) {
           typename V::Bytes4 weights[V::VECTORS];
           for (int64_t v = 0; v < V::VECTORS; ++v) {
             weights[v] = V::load(place[v]);

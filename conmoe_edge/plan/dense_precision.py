@@ -15,6 +15,7 @@ from conmoe_edge.checkpoint.format.forms import DENSE_KINDS, dense_kind, quantis
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
 from conmoe_edge.plan.kept import kept_by
+from conmoe_edge.plan.record_options import bits_of_bytes
 
 if TYPE_CHECKING:
     from conmoe_edge.plan.plan import Plan
@@ -53,16 +54,10 @@ def chosen_dense(anatomy: ModelAnatomy, plan_in: Callable[[str], Plan]) -> Plan:
             best = found
         following = DENSE_PRECISIONS[DENSE_PRECISIONS.index(precision) + 1 :]
         enough = _FEW_BITS.get(following[0], float("inf")) if following else 0.0
-        if best.unchanged or expert_bits(anatomy, best) >= enough:
+        if best.unchanged or bits_of_bytes(anatomy, best.chosen.pool_bytes) >= enough:
             break
     assert best is not None, "the last one has raised"
     return best
-
-
-def expert_bits(anatomy: ModelAnatomy, plan: Plan) -> float:
-    """Bits of all prototypes for every weight of the original's experts."""
-    experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
-    return plan.chosen.pool_bytes * 8 / sum(one.count * one.expert_numel for one in experts)
 
 
 def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:

@@ -10,9 +10,10 @@ import pytest
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
-from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, expert_bits, stored
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, stored
 from conmoe_edge.plan.kept import kept_by
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.record_options import bits_of_bytes
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 from conmoe_edge.units import MIB, parse_size
@@ -71,7 +72,7 @@ def test_the_plan_takes_the_mildest_that_is_worth_it(with_matrices) -> None:
         assert kept_by(plan) >= kept_by(given[0])
         if plan.dense_precision != "source":
             assert kept_by(plan) > kept_by(given[0])
-        bits = expert_bits(with_matrices, given[1])
+        bits = bits_of_bytes(with_matrices, given[1].chosen.pool_bytes)
         if plan.dense_precision in ("q6", "q4"):
             assert bits < 4
         found[size] = plan.dense_precision

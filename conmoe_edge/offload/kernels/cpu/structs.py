@@ -225,7 +225,7 @@ class LayerTable:
             ctypes.addressof(self._asked),
         )
         self.address = ctypes.addressof(self._struct)
-        self.hidden = hidden
+        self.hidden, self.slots = hidden, len(slots)
 
     def with_gate(self, gate: ExpertGate) -> LayerTable:
         """The same table, whose experts have this gate."""

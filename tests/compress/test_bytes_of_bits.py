@@ -25,7 +25,7 @@ def expert_part(folder: Path) -> int:
     """Of files: records with their headers, constants; of the manifest: the map with its scales."""
     manifest = json.loads((folder / "conmoe.json").read_text())
     told = sum(len(json.dumps(manifest[one])) for one in ("remap", "scales", "constants"))
-    files = [*folder.glob("prototypes-*.safetensors"), folder / "constants.safetensors"]
+    files = [*folder.glob("prototypes-*.safetensors"), *folder.glob("constants.safetensors")]
     return told + sum(file.stat().st_size for file in files)
 
 

@@ -684,7 +684,7 @@ class Operator:
         Args:
             ups, downs, gate, biases: as of ``gated_experts``, in forms that ``takes_many`` names.
             x: fp32 or bf16 [T, H], contiguous.
-            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N]; their weights, fp32 [N].
+            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N]; their weights, fp32.
             out: fp32 [T, H], contiguous.
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)

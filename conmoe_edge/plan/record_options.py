@@ -94,7 +94,7 @@ def bits_of_bytes(anatomy: ModelAnatomy, nbytes: int) -> float:
 
 
 def constant_bytes(anatomy: ModelAnatomy) -> int:
-    """Of the constants of all router slots, in fp32 (``slot_constants.py``)."""
+    """Of the constants of all router slots while a package runs: in fp32; its file has them in bf16."""
     experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
     return sum(4 * one.count * one.outputs for one in experts)
 
@@ -105,7 +105,7 @@ def beside_bytes(anatomy: ModelAnatomy) -> int:
     """
     experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
     headers = sum(round_up(_NAMED * one.count, PAGE) for one in experts)
-    return constant_bytes(anatomy) + headers + _MAPPED * anatomy.expert_count
+    return constant_bytes(anatomy) // 2 + headers + _MAPPED * anatomy.expert_count
 
 
 def pool_of_bits(anatomy: ModelAnatomy, bits: float) -> int:

@@ -643,20 +643,18 @@ class Operator:
             _failed(failed)
         return out
 
-    def many_rows(self, matrix: Prepared, x: Tensor) -> Tensor | None:
+    def many_rows(self, matrix: Prepared, x: Tensor) -> Tensor:
         """y[t] = W x[t] for the tokens of a prompt: whole weights are expanded, a part at a time, once for all of them.
 
         Args:
-            matrix: in a quantised form.
+            matrix: in a form that ``takes_many`` names.
             x: fp32 or bf16 [t, K], contiguous.
 
         Returns:
             [t, R] in the format of ``x``, as ``reference.product`` says; each token's result is the same bits whatever
-            t is. ``None`` for a form that ``takes_many`` does not name.
+            t is.
         """
         form, tokens = matrix.form, len(x)
-        if not takes_many(form):
-            return None
         narrow = _narrow(x, tokens * form.columns)
         y = torch.empty(tokens, form.rows, dtype=x.dtype)
         failed = self._many_rows(
@@ -684,7 +682,7 @@ class Operator:
         Args:
             ups, downs, gate, biases: as of ``gated_experts``, in forms that ``takes_many`` names.
             x: fp32 or bf16 [T, H], contiguous.
-            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N]; their weights, fp32.
+            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N], and weights, fp32 [N].
             out: fp32 [T, H], contiguous.
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)

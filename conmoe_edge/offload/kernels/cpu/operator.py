@@ -78,7 +78,7 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
         _int,
         (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 6),
     ),
-    "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 5)),
+    "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
     "gated_together": (
         _int,
         (
@@ -567,17 +567,16 @@ class Operator:
         first, second, third, _ = _halves(block, router, experts, dense)
         places = places_of(attention, where)
         between, room, _kept = between_room(block.hidden, tokens, router)
-        requests = (ctypes.c_int64 * (1 if experts is None else experts.slots))()
         out = torch.empty_like(x)
         count = self._decoder_together(
             *(block.address, first, second, third, tokens, x.data_ptr(), ctypes.addressof(places)),
-            *(ctypes.addressof(room), ctypes.addressof(requests), out.data_ptr()),
+            *(ctypes.addressof(room), out.data_ptr()),
         )
         if count < 0 and count != _ABSENT:
             _failed(count)
         return FoundTogether(
             None if count < 0 else out,
-            requests[: max(0, count)],
+            max(0, count),
             *(between.summed, between.normed, between.slots, between.gates),
         )
 

@@ -182,11 +182,10 @@ int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* l
 // ---- one token each of several answers -------------------------------------------------------------------------------
 
 // As `conmoe_decoder` for rows of x [tokens, columns] and as many places, which are tokens of different answers: each row
-// of out, of the caches and of `between` has the bits that it has alone. Returns how many different prototypes there were;
-// `requests` has room for as many numbers as there are slots, and says how many tokens asked for each.
+// of out, of the caches and of `between` has the bits that it has alone. Returns how many different prototypes there were.
 int64_t conmoe_decoder_together(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp,
                                 int64_t tokens, const uint16_t* x, const Place* places, const Between* between,
-                                int64_t* requests, uint16_t* out) {
+                                uint16_t* out) {
   bool right = given(around, x, places, between, out) && (mlp || router) && !router == !layer && tokens > 0;
   for (int64_t token = 0; right && token < tokens; ++token) {
     const Place& place = places[token];
@@ -196,7 +195,7 @@ int64_t conmoe_decoder_together(const Block* around, const Router* router, const
     std::vector<Standing> standing;
     for (int64_t token = 0; token < tokens; ++token) standing.push_back(places[token].standing());
     if (block(*around, tokens, x, standing.data(), between->sum, between->normed)) return FORM;
-    return feed_forward(*around, router, layer, mlp, tokens, *between, out, requests);
+    return feed_forward(*around, router, layer, mlp, tokens, *between, out);
   });
 }
 

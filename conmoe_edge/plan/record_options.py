@@ -19,8 +19,8 @@ from conmoe_edge.plan.levers import FREE, FREE_KINDS, PRECISIONS, record_bytes, 
 from conmoe_edge.plan.width_levers import PARTS, steps
 from conmoe_edge.units import round_up
 
-_NAMED, _MAPPED = 96, 180
-"""Bytes that an expert takes in the header of a file of records, and in the map of the manifest."""
+_NAMED, _MAPPED = 96, 16
+"""Bytes that an expert takes in the header of a file of records, and in the map of router slots."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ def test_streamed_layers_with_such_keys() -> None:
         stream = open_stream(subject.model, tokens)
         with subject.layer(0, Clock()) as layer:
             layer.get_parameter("self_attn.k_norm.weight")[...] = float("nan")
-            with pytest.raises(CheckpointError, match="Decoder layer 0 of .* gives NaN"):
+            with pytest.raises(CheckpointError, match=r"Decoder layer 0 of .* gives NaN"):
                 subject.advance(0, stream)
 
 

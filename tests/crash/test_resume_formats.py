@@ -58,7 +58,8 @@ def test_killed_in_the_middle(name: str, source: Path, tmp_path: Path) -> None:
 
     out = tmp_path / "killed" / "out"
     for stage, layer in (("calibrate", 1), ("calibrate", 2), ("receipt", 1)):
-        killed = child(lambda at=stop(stage, layer): fit(source, out, progress=at, **asked))
+        at = stop(stage, layer)
+        killed = child(lambda at=at: fit(source, out, progress=at, **asked))
         assert finish(killed) == CRASH_STATUS and not out.exists()
     assert finish(child(lambda: fit(source, out, **asked))) == 0
     verify_package(out, deep=True)

@@ -14,16 +14,10 @@ from conmoe_edge.checkpoint.format.forms import DENSE_KINDS, dense_kind, quantis
 from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
 
 if TYPE_CHECKING:
-    from conmoe_edge.plan.plan import Plan
+    pass
 
 DENSE_PRECISIONS = ("source", *DENSE_KINDS)
 """Mildest first."""
-
-
-def expert_bits(anatomy: ModelAnatomy, plan: Plan) -> float:
-    """Bits of all prototypes for every weight of the original's experts."""
-    experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
-    return plan.chosen.pool_bytes * 8 / sum(one.count * one.expert_numel for one in experts)
 
 
 def stored(anatomy: ModelAnatomy, precision: str) -> ModelAnatomy:

@@ -100,13 +100,13 @@ def make_plan(
 
 def _scratch_bytes(anatomy: ModelAnatomy, candidate: Candidate, tokens: int, *, trims: bool) -> int:
     """Hidden states in fp32 of every stream; and, once in the work folder and once in the package, the constants of all
-    slots, and the predictor with the rows in bf16 that it is fitted on, of two layers.
+    slots in bf16, and the predictor with the rows in bf16 that it is fitted on, of two layers.
     """
     hidden = anatomy.hidden_size
     slots = sum(one.experts.count for one in anatomy.moe_layers if one.experts)
     found = (4 if trims else 2) * tokens * hidden * 4
     if trims:
-        found += 2 * slots * hidden * 4
+        found += 2 * slots * hidden * 2
     if candidate.resident_share < 1:
         found += slots * (hidden + 1) * (4 + 2) + 2 * tokens * hidden * 2
     return found

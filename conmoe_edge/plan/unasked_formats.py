@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 from conmoe_edge.errors import DoesNotFit, UsageError
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, expert_bits, stored
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, stored
 from conmoe_edge.plan.kv_precision import KV_PRECISIONS, has_int8
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.priors import DENSE_COST, KV_COST, expected_divergence
+from conmoe_edge.plan.record_options import bits_of_bytes
 from conmoe_edge.plan.request import PlanRequest
 
 _WHOLE = ("source", "bf16")
@@ -87,4 +88,6 @@ def _expected(anatomy: ModelAnatomy, plan: Plan) -> float:
     lost = DENSE_COST[plan.dense_precision] + KV_COST[plan.kv_precision]
     if chosen.precision in _WHOLE and not chosen.width:
         return lost
-    return lost + expected_divergence(expert_bits(anatomy, plan) / (1.0 - chosen.rate))
+    return lost + expected_divergence(
+        bits_of_bytes(anatomy, chosen.pool_bytes) / (1.0 - chosen.rate)
+    )

@@ -13,11 +13,12 @@ from conmoe_edge.errors import DoesNotFit, UsageError
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix, ModelAnatomy
 from conmoe_edge.model.kv_rows import row_bytes
-from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, expert_bits
+from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.kv_precision import KV_PRECISIONS
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.priors import DEMO, demo_divergence, expected_divergence
+from conmoe_edge.plan.record_options import bits_of_bytes
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.unasked_formats import worth
 
@@ -84,7 +85,9 @@ def test_fewer_bits_only_where_they_keep_more_of_the_experts(
         plain = next((one for one in every if formats(one) == ("source", "source")), None)
         assert worth(model, plan, 0.8) == max(worth(model, one, 0.8) for one in every)
         if formats(plan) != ("source", "source") and plain is not None:
-            more = expert_bits(model, plan) > expert_bits(model, plain)
+            more = bits_of_bytes(model, plan.chosen.pool_bytes) > bits_of_bytes(
+                model, plain.chosen.pool_bytes
+            )
             fewer = plan.chosen.rate < plain.chosen.rate
             there = plan.chosen.resident_share > plain.chosen.resident_share
             assert more or fewer or there, size

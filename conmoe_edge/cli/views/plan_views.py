@@ -189,7 +189,8 @@ def _candidates(report: PlanReport) -> RenderableType:
         rate = "–" if candidate.bits else percent(candidate.rate)
         cells = [rate, str(candidate.scope) if candidate.rate else "–"]
         cells += [precision_name(candidate.precision)] if precisions else []
-        cells.append(f"{bits_of_bytes(report.anatomy, candidate.pool_bytes):.2f}")
+        bits = candidate.bits or bits_of_bytes(report.anatomy, candidate.pool_bytes)
+        cells.append(f"{bits:.2f}")
         cells += [f"{candidate.prototypes:,}", human_size(candidate.pool_bytes)]
         cells.append(percent_whole(candidate.resident_share))
         if speeds:

@@ -49,7 +49,7 @@ class Batch:
     the positional and keyword arguments of decoder layer i without the hidden states. With
     ``use_cache`` the model's own key-value cache is in these arguments and fills as the layers run;
     it is ``cache`` then, and the batch that continues these sequences is given it. It stays ``None``
-    for a model that hands its layers none.
+    for a model that hands its layers none. A ``cache`` that is given is the one that layers get.
     """
 
     input_ids: Tensor

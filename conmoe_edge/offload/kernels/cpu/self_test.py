@@ -40,6 +40,8 @@ from conmoe_edge.offload.kernels.cpu.structs import (
 _BF16 = torch.bfloat16
 _HIDDEN, _WIDTH, _HEADS, _GROUPS, _HEAD, _HELD, _EXPERTS, _CHOSEN = 96, 64, 4, 2, 24, 5, 6, 3
 _EPSILON = 1e-5
+MANY_TOKENS = 8
+"""More than a tile of them has (``csrc/strips.h``)."""
 
 
 def check(made: Operator) -> None:
@@ -69,6 +71,7 @@ class _Check:
             self.products("grid4", Grid(32, dtype, zeros))
         self.two_kinds()
         self.gates()
+        self.prompts()
         self.combine()
         self.dense()
         self.norms()
@@ -110,6 +113,11 @@ class _Check:
         near = 1e-4 if kind == "plain" else 2e-2  # and here more of them, one behind the other
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
+        several = torch.cat([self.random(5, 2 * _WIDTH), x])
+        asking = [0, 2, 3, 4, 5, 1]
+        alone = [made.gated_experts([one], [other], several[row : row + 1]) for row in asking]
+        together = made.gated_together([one, one], [other, other], several, [asking[:5], [1]])
+        _equal(f"gated_together, {kind}", together, torch.cat(alone))
 
     def two_kinds(self) -> None:
         """Gate and up rows in fewer bits than down rows."""
@@ -139,12 +147,41 @@ class _Check:
             wanted = reference.gated(up, down, x, how, biases)
             _same(f"gated_experts with a limit, {kind}", found, wanted, 2e-2)
 
+    def prompts(self) -> None:
+        """Many tokens: the same numbers as of few rows, and whole experts."""
+        made, size = self.made, 2 * _WIDTH
+        kinds: tuple[Kind, ...] = ("int8", "int4", "mxfp4", "q6", "q4", "q3", "q2")
+        how = ExpertGate(alpha=1.7, limit=1.0, interleaved=True)
+        tokens = 2 * MANY_TOKENS - 1
+        for kind in kinds:
+            (up, one), (down, other) = (
+                self.matrix(2 * size, size, kind),
+                self.matrix(size, size, kind),
+            )
+            x = self.random(tokens, size)
+            few = made.few_rows([one], x.unsqueeze(0))[0]
+            _same(f"many_rows, {kind}", made.many_rows(one, x), few, 1e-5)
+            biases = self.narrow(2 * size), self.narrow(size)
+            rows, weights = torch.arange(1, tokens), self.random(tokens - 1)
+            for gate, added in ((ExpertGate(), None), (how, biases)):
+                out, wanted = torch.ones(tokens, size), torch.ones(tokens, size, dtype=torch.double)
+                given = None if added is None else [added]
+                made.many_experts(
+                    [one], [other], x, ([0, tokens - 1], rows, weights), out, gate, given
+                )
+                parts = reference.gated(up, down, x[1:], gate, added)
+                wanted[1:] += weights.double().unsqueeze(1) * parts
+                _same(f"many_experts, {kind}", out, wanted, 2e-2)
+
     def dense(self) -> None:
         first, second = [self.matrix(_WIDTH, _HIDDEN) for _ in range(2)]
         third, share = self.matrix(_HIDDEN, _WIDTH), self.matrix(1, _HIDDEN)
         self.mlp = MlpTable(first[1], second[1], third[1], share=share[1])
         x = self.narrow(1, _HIDDEN)
         found = self.made.dense(self.mlp, x)
+        several = self.narrow(3, _HIDDEN)
+        alone = [self.made.dense(self.mlp, row) for row in several.split(1)]
+        _equal("dense_together", self.made.dense_together(self.mlp, several), torch.cat(alone))
         _same("dense", found, reference.dense(first[0], second[0], third[0], share[0], x), 2e-2)
 
     def latent(self) -> None:
@@ -307,6 +344,16 @@ class _Check:
             raise Unavailable("the compiled operator does not find prototypes")
         _equal("feed_forward", half[0], found[0])
         _equal("decoder", more[0], summed + (alone[0] + made.dense(self.mlp, normed)))
+        other, others = self.narrow(1, _HIDDEN), [one.clone() for one in past]
+        its = made.decoder(block, routing, layer, other, positions, cached(others))
+        caches = [[one.clone() for one in past], [one.clone() for one in past]]
+        where = [(positions, cached(tensors)) for tensors in caches]
+        both = made.decoder_together(block, routing, layer, torch.cat([x, other]), where)
+        if its is None or both.out is None:
+            raise Unavailable("the compiled operator does not find prototypes")
+        _equal("decoder_together", both.out, torch.cat([all_of_it[0], its[0]]))
+        for mine, wanted in zip(caches, (again, others), strict=True):
+            _equal("decoder_together", mine[0], wanted[0])
 
 
 def _layer(prototypes: PrototypeTable, forms: tuple[Form, Form], targets: list[int]) -> LayerTable:

@@ -93,6 +93,12 @@ struct Target {
     else
       static_cast<float*>(place)[index] = value;
   }
+  float get(int64_t index) const {
+    return narrow ? from_bf16(static_cast<uint16_t*>(place)[index]) : static_cast<float*>(place)[index];
+  }
+  Target from(int64_t index) const {
+    return {static_cast<char*>(place) + index * (narrow ? 2 : 4), narrow};
+  }
 };
 
 // Activations in fp32: as they are, or widened into a buffer that lives as long as this.

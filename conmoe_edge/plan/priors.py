@@ -18,15 +18,21 @@ DEMO = (
     (3.06, 0.0054),
     (3.44, 0.0040),
     (4.50, 0.0016),
+    (5.00, 0.0010),
+    (6.00, 0.00065),
+    (7.00, 0.00041),
+    (8.00, 0.0003),
 )
 """Bits a weight of the routed experts, and the mean KL divergence in nats from the original on held-out text."""
 
 
-DENSE_COST = {"source": 0.0, "int8": 0.0005, "q6": 0.0010, "q4": 0.0028}
-KV_COST = {"source": 0.0, "int8": 0.0005}
-"""The same of the dense part and of keys and values alone: ``fit demo --rate 0 --precision source --method conmoe
---dense-precision P`` and ``eval demo --against demo --kv-precision int8``. They do not quite add up: part of each is
-that any small change sends some tokens to other experts."""
+ANY_CHANGE = 0.0003
+"""Of that, what any change costs, however small, because it sends some tokens to other experts: what 8 bits lose."""
+DENSE_COST = {"source": 0.0, "int8": 0.0002, "q6": 0.0008, "q4": 0.0025}
+KV_COST = {"source": 0.0, "int8": 0.0002}
+"""What the dense part and keys and values cost beside it: receipts of ``fit demo --gpu 2GiB --device cpu --rate 0
+--precision source --method conmoe --dense-precision P``, and ``eval demo --against demo --kv-precision int8``, less
+``ANY_CHANGE``. Added up so they come to what fits in several of these formats lost (docs/offloading.md)."""
 
 
 def demo_divergence(bits: float) -> float | None:

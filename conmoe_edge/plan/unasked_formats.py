@@ -15,7 +15,7 @@ from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS, stored
 from conmoe_edge.plan.kv_precision import KV_PRECISIONS, has_int8
 from conmoe_edge.plan.plan import Plan
-from conmoe_edge.plan.priors import DENSE_COST, KV_COST, expected_divergence
+from conmoe_edge.plan.priors import ANY_CHANGE, DENSE_COST, KV_COST, expected_divergence
 from conmoe_edge.plan.record_options import bits_of_bytes
 from conmoe_edge.plan.request import PlanRequest
 
@@ -87,7 +87,7 @@ def _expected(anatomy: ModelAnatomy, plan: Plan) -> float:
     chosen = plan.chosen
     lost = DENSE_COST[plan.dense_precision] + KV_COST[plan.kv_precision]
     if chosen.precision in _WHOLE and not chosen.width:
-        return lost
+        return lost + ANY_CHANGE if lost else 0.0
     return lost + expected_divergence(
         bits_of_bytes(anatomy, chosen.pool_bytes) / (1.0 - chosen.rate)
     )

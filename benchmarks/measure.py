@@ -69,7 +69,12 @@ def run_child(command: Sequence[str], limit: int | None = None) -> Child:
         done = threading.Event()
         sampler = threading.Thread(target=_sample, args=(process.pid, anonymous, done), daemon=True)
         sampler.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # whoever ends this process ends the measured one too
+            process.kill()
+            process.wait()
+            raise
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         done.set()

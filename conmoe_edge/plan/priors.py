@@ -22,6 +22,13 @@ DEMO = (
 """Bits a weight of the routed experts, and the mean KL divergence in nats from the original on held-out text."""
 
 
+DENSE_COST = {"source": 0.0, "int8": 0.0005, "q6": 0.0010, "q4": 0.0028}
+KV_COST = {"source": 0.0, "int8": 0.0005}
+"""The same of the dense part and of keys and values alone: ``fit demo --rate 0 --precision source --method conmoe
+--dense-precision P`` and ``eval demo --against demo --kv-precision int8``. They do not quite add up: part of each is
+that any small change sends some tokens to other experts."""
+
+
 def demo_divergence(bits: float) -> float | None:
     """Of the demo model with so many bits; ``None`` outside of what was measured."""
     for (low, more), (high, less) in pairwise(DEMO):
@@ -29,3 +36,11 @@ def demo_divergence(bits: float) -> float | None:
             share = (bits - low) / (high - low)
             return math.exp((1 - share) * math.log(more) + share * math.log(less))
     return None
+
+
+def expected_divergence(bits: float) -> float:
+    """``demo_divergence``, its ends drawn out: to compare plans with."""
+    inside = [pair for pair in pairwise(DEMO) if bits <= pair[1][0]]
+    (low, more), (high, less) = inside[0] if inside else (DEMO[-2], DEMO[-1])
+    share = (bits - low) / (high - low)
+    return math.exp((1 - share) * math.log(more) + share * math.log(less))

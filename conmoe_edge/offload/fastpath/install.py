@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import Arguments, cache_of
+from conmoe_edge.model.checked_attention import check_attention
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
@@ -58,8 +59,10 @@ def install(
             if norm is not None:
                 model.set_submodule(path, norm, strict=True)
     reason = _why_not(model, machine)
+    suited = engine is not None and not reason and suit_attention(model, machine)
+    if not suited:
+        check_attention(model)
     if engine is not None and not reason:
-        suit_attention(model, machine)
         for make in (
             lambda module: fused_attention(module, engine, served),
             lambda module: fused_router(module, engine),

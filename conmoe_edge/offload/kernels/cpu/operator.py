@@ -49,6 +49,9 @@ _BF16, _FP32 = torch.bfloat16, torch.float32
 _SILU = ExpertGate()
 _SILU_STRUCT = _SILU.struct
 _ABSENT, _MEMORY = -2, -4  # as in operator.cpp
+_TILED = frozenset({*CODES.values(), *GRID_CODES.values()}) - {CODES["int8"]}
+_MANY_GROUPS = (32, 64, 128, 256)
+"""Columns of a group that whole rows of a panel (64) are divided into, or that are made of such."""
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _TOKEN = (_at, _at, _at, _long, _at, _at, _long, _long, _long, _int)
 """x, cos, sin, ..., keys, values, ..., whether they are packed."""
@@ -70,6 +73,12 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
     "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
     "expand": (_int, (_int, _at, _at, _at, _int, _long, _long, _long)),
+    "byte_products": (_long, (_long,)),
+    "many_rows": (_int, (_int, _at, _at, _at, _long, _at, _long, _long, _long, _int)),
+    "many_experts": (
+        _int,
+        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 3, _long, *[_at] * 3),
+    ),
     "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
     "gated_together": (
         _int,
@@ -132,6 +141,8 @@ class Operator:
         self._attention, self._block = found["attention"], found["block"]
         self._route, self._decoder = found["route"], found["decoder"]
         self._expand = found["expand"]
+        self._byte_products = found["byte_products"]
+        self._many_rows, self._many_experts = found["many_rows"], found["many_experts"]
         self._decoder_together = found["decoder_together"]
         self._gated_together = found["gated_together"]
         self._dense_together = found["dense_together"]
@@ -632,6 +643,110 @@ class Operator:
         if failed:
             _failed(failed)
         return out
+
+    def many_rows(self, matrix: Prepared, x: Tensor) -> Tensor:
+        """y[t] = W x[t] for the tokens of a prompt: whole weights are expanded, a part at a time, once for all of them.
+
+        Args:
+            matrix: in a form that ``takes_many`` names.
+            x: fp32 or bf16 [t, K], contiguous.
+
+        Returns:
+            [t, R] in the format of ``x``, as ``reference.product`` says; each token's result is the same bits whatever
+            t is.
+        """
+        form, tokens = matrix.form, len(x)
+        narrow = _narrow(x, tokens * form.columns)
+        y = torch.empty(tokens, form.rows, dtype=x.dtype)
+        failed = self._many_rows(
+            *(form.code, matrix.values, matrix.scales, x.data_ptr(), tokens, y.data_ptr()),
+            *(form.rows, form.columns, form.group, narrow),
+        )
+        if failed:
+            _failed(failed)
+        return y
+
+    def byte_products(self, rounds: int) -> int:
+        """Products of bytes that stay in registers, by all threads: how many operations those were, each product and
+        each sum one. What ``many_rows`` cannot pass.
+        """
+        return self._byte_products(rounds)
+
+    def many_experts(
+        self,
+        ups: Sequence[Prepared],
+        downs: Sequence[Prepared],
+        x: Tensor,
+        routed: tuple[Sequence[int], Tensor, Tensor],
+        out: Tensor,
+        gate: ExpertGate = _SILU,
+        biases: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """out[row] += weight * D_i gate(G_i x[row], U_i x[row]) for the tokens of every expert, in the experts' order.
+
+        One call or several give the same bits.
+
+        Args:
+            ups, downs, gate, biases: as of ``gated_experts``, in forms that ``takes_many`` names.
+            x: fp32 or bf16 [T, H], contiguous.
+            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N], and weights, fp32 [N].
+            out: fp32 [T, H], contiguous.
+        """
+        up, down, count = ups[0].form, downs[0].form, len(ups)
+        columns, (tokens, width) = up.columns, x.shape
+        narrow = _narrow(x, tokens * columns)
+        if width != columns or out.shape != x.shape or _narrow(out, tokens * columns):
+            _refuse(f"activations {list(x.shape)} and outputs {list(out.shape)} in {out.dtype}")
+        for one, other in zip(ups, downs, strict=True):
+            mine, its = one.form, other.form
+            if mine.code != up.code or mine.columns != columns or mine.group != up.group:
+                _refuse("gate and up matrices of several forms in one call")
+            if its.code != down.code or its.rows != columns or 2 * its.columns != mine.rows:
+                _refuse("a down matrix that does not go with the others or with its up matrix")
+        starts, rows, weights = routed
+        _check_routes(starts, rows, weights, count, tokens)
+        table, numbers = ctypes.c_void_p * count, ctypes.c_int64 * count
+        added = [None, None]
+        if biases is not None:
+            sides = zip(zip(*biases, strict=True), (ups, downs), strict=True)
+            added = [table(*_addresses(side, matrices)) for side, matrices in sides]
+        how = _SILU_STRUCT if gate is _SILU else gate.struct
+        failed = self._many_experts(
+            *(up.code, down.code, count),
+            table(*[one.values for one in ups]),
+            table(*[one.scales for one in ups]),
+            table(*[one.values for one in downs]),
+            table(*[one.scales for one in downs]),
+            *(x.data_ptr(), out.data_ptr()),
+            numbers(*[one.form.columns for one in downs]),
+            *(columns, up.group),
+            numbers(*[one.form.group for one in downs]),
+            *(narrow, *added, ctypes.addressof(how), tokens),
+            (ctypes.c_int64 * (count + 1))(*starts),
+            *(rows.data_ptr(), weights.data_ptr()),
+        )
+        if failed:
+            _failed(failed)
+
+
+def takes_many(form: Form) -> bool:
+    """Whether ``many_rows`` takes matrices of this form, and ``many_experts`` those of experts."""
+    if form.code == CODES["int8"]:
+        return True
+    return form.code in _TILED and form.group in _MANY_GROUPS
+
+
+def _check_routes(
+    starts: Sequence[int], rows: Tensor, weights: Tensor, count: int, tokens: int
+) -> None:
+    if len(starts) != count + 1 or list(starts) != sorted(starts) or starts[0] < 0:
+        _refuse(f"tokens of {count} experts that begin at {list(starts)!s:.80}")
+    if rows.dtype != torch.int64 or not rows.is_contiguous() or not rows.is_cpu:
+        _refuse(f"rows in {rows.dtype} on {rows.device}")
+    if len(rows) < starts[-1] or _narrow(weights, len(rows)):
+        _refuse(f"{len(rows)} rows and {len(weights)} weights for {starts[-1]} tokens")
+    if starts[-1] and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
+        _refuse(f"a row beyond {tokens} tokens")
 
 
 def _halves(

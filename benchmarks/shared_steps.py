@@ -9,9 +9,9 @@ than the true one as there are fewer layers, so that layers and head have their 
 answers has its turn, every answer with a prompt of its own; answers are made as ``serve`` makes them. Printed are the
 medians of the rounds: tokens a second over all answers, their ratio to one answer, milliseconds of a step and of the
 processor for a token, how many different prototypes a layer computed with for each token that it got, bytes read a
-token, and how many answers had the tokens that they have alone. The last column is the ratio that the bytes allow: those
-of so many answers one by one, over those that are read together. Peak memory: the layers in bf16 while the package is
-written.
+token, and how many answers had the tokens that they have alone. The last column is the ratio that the bytes allow:
+those of so many answers one by one, over those that are read together. Peak memory: the layers in bf16 while the
+package is written.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from benchmarks.comparison.arms import (
 from benchmarks.comparison.artefacts import Workshop
 from benchmarks.comparison.plot import plot
 from benchmarks.comparison.report import Row, claim_lines, claims, make_row, ratios, table
-from benchmarks.comparison.turns import Ledger, Turn, run_turn
+from benchmarks.comparison.turns import Ledger, Turn, prepare_operator, run_turn
 from benchmarks.measure import disk_read_rate, machine
 from conmoe_edge.units import parse_size
 
@@ -297,6 +297,7 @@ def main() -> None:
         if args.make_only:
             continue
         if jobs:
+            prepare_operator()
             prompt = shop.prompt(settings.prompt_tokens + settings.steps)
             ledger.add("rates", measure_rates(shop))
         for cell, repeat in jobs:

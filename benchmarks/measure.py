@@ -18,10 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 BLOCK = 16 << 20
 SAMPLE_SECONDS = 0.02
@@ -254,14 +253,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Results, written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def machine() -> dict[str, object]:

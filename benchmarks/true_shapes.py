@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.turns import Ledger
+from benchmarks.comparison.turns import Ledger, prepare_operator
 from benchmarks.fit_bounds import Rates, Sizes, measure_rates, parts_of, rate_lines
 from benchmarks.fit_from_hub import command_of, fit, serving
 from benchmarks.generated_checkpoint import SHAPES, TrueShape, repository, total_bytes
@@ -291,6 +291,7 @@ def summary(key: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "expected_speed": report["expected"]["tokens_per_second"],
             "speed_ratio": report["expected"]["measured_ratio"],
             "hit": decode["hit_rate"],
+            "kernel": report["runtime"]["kernel"],
             "share_of_bound": (decode["bound"] or {}).get("share_of_serial"),
             "used_memory": report["memory"]["used_bytes"],
             "peak_memory": ran["peak_rss_bytes"],
@@ -348,6 +349,7 @@ def _bench_line(row: Mapping[str, Any]) -> str:
         f"{_number(row['prompt_speed'], 11, 1)}{_percent(row['hit'], 6)}{_percent(row['share_of_bound'], 7)}"
         f"{row['peak_memory'] / 1e9:>9.2f}{row.get('planned_memory', math.nan) / 1e9:>9.2f}"
         f"{row.get('memory_difference', math.nan) / (1 << 20):>+5.0f} MiB"
+        + ("" if row["kernel"].startswith("native") else f"  kernel: {row['kernel']}")
     )
 
 
@@ -434,6 +436,7 @@ def main(words: Sequence[str] | None = None) -> None:
     keys = list(dict.fromkeys([*known, *(cell.key for cell in cells)]))
     if not args.report_only:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        prepare_operator()
         for cell in cells:
             if all(ledger.has(f"{cell.key} {stage}", 0) for stage in args.stages):
                 continue

@@ -31,6 +31,8 @@ from benchmarks.comparison.turns import (
     Turn,
     environment,
     heldout_tokens,
+    kernel_note,
+    prepare_operator,
     run_turn,
 )
 from benchmarks.fit_from_hub import command_of, fit, serving
@@ -276,6 +278,7 @@ def rows_of(cell: LargeCell, ledger: Ledger, cache_bytes: float) -> list[dict[st
                 if notes
                 else None,
                 "distinct": min((len(set(one)) / len(one) for one in answers), default=None),
+                "note": kernel_note(notes),
                 "ratio": None,
                 "prompt_ratio": None,
             }
@@ -319,6 +322,7 @@ def lines_of(cell: LargeCell, ledger: Ledger, rows: Sequence[Mapping[str, Any]])
             line += "  holds" if row["ratio"] >= row["wanted"] else "  MISSED"
         if row["distinct"] is not None and row["distinct"] < 0.5:
             line += f"  only {row['distinct']:.0%} of its tokens differ"
+        line += row["note"]
         lines.append(line if row["outcome"] == "ok" else f"{line}  {row['outcome']}")
     ours = next((row for row in rows if row["system"] == "ours" and row["speed"]), None)
     if ours is not None and cell.least is not None:
@@ -370,6 +374,7 @@ def run(args: argparse.Namespace) -> None:
     arms = [arm for arm in cell.arms if not args.cells or arm.key in args.cells]
     if not args.llama_python and any(arm.form for arm in arms):
         sys.exit("--llama-python is needed for llama.cpp's arms")
+    prepare_operator()
     tokens = heldout_tokens(args.prompt_tokens + args.tokens)
     job = {
         "threads": args.threads,

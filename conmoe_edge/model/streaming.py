@@ -27,6 +27,7 @@ from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_places
+from conmoe_edge.model.checked_attention import check_attention
 from conmoe_edge.model.config_json import ANOTHER_MODEL
 from conmoe_edge.model.experts import find_decoder, part_names
 from conmoe_edge.model.router import Router, find_routers
@@ -88,6 +89,7 @@ class StreamedModel:
         experts_implementation: str = "eager",
     ) -> None:
         self.model = bridge.build_meta(config, dtype, len(keys))
+        check_attention(self.model)
         self.device = device
         self.dtype = dtype
         self._read = read

@@ -44,6 +44,7 @@ def does_not_fit(
         f"the smallest setting needs {unit.text(smallest.least_bytes)} {unit.name} "
         f"({', '.join(parts)}); the budget is {unit.text(budget.device_bytes)} {unit.name}",
         fix,
+        smallest.least_bytes,
     )
 
 

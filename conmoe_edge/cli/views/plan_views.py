@@ -214,7 +214,7 @@ def _verdict(candidate: Candidate, report: PlanReport) -> str:
     # The reason stands alone in the manifest; beside the column of shares it is shorter.
     reason = _SHARE_FIRST.sub("", candidate.reason)
     text = f"{candidate.verdict}: {reason}" if reason else candidate.verdict
-    known = measured(candidate, report.plan.dense_precision, report.outcomes, report.method)
+    known = measured(candidate, report.plan, report.outcomes, report.method)
     if known is not None:
         return f"{text}; measured: {cost(known)}"
     prior = demo_divergence(candidate.bits) if candidate.bits else None

@@ -6,6 +6,8 @@ form and the number of rows (tokens), never from memory or a stopwatch:
 ==============================  =====================================================================================
 fewer than 16 rows on a CPU     the native operator, which reads each weight once; without it torch's
                                 own kernels (``mv``, ``_weight_int8pack_mm``), where there is one
+quantised, 16 rows and more on  the operator: weights expanded to bytes, a part at a time, once for all rows, and
+a CPU with the operator         multiplied in whole numbers with activations in 8 bits
 quantised, else                 a block of weight rows at a time is expanded and multiplied: in fp32 on processors
                                 without bf16 instructions, in the format of the activations elsewhere
 bf16, 16 rows and more on a     the same: a block at a time in fp32
@@ -35,7 +37,7 @@ from conmoe_edge.offload.compute.fused_embedding import QuantisedEmbedding
 from conmoe_edge.offload.compute.steady_rows import padded
 from conmoe_edge.offload.compute.stored_weight import StoredWeight, room_for
 from conmoe_edge.offload.compute.torch_backend import EXPANDED, MANY_ROWS, Machine, Scratch
-from conmoe_edge.offload.kernels.cpu.bindings import Prepared, operator
+from conmoe_edge.offload.kernels.cpu.bindings import Prepared, operator, takes_many
 from conmoe_edge.offload.storage.slot_pool import host_buffer
 from conmoe_edge.plan.needs import DENSE_BLOCK_BYTES
 from conmoe_edge.units import round_up
@@ -71,7 +73,17 @@ class DenseProducts:
             return self._few_rows(matrix, prepared, x, bias)
         if plain and (not on_cpu or self.machine.native_bf16):
             return linear(padded(x), matrix.values, bias)[: len(x)]
+        many = len(x) >= MANY_ROWS and x.dtype != torch.float64
+        if many and prepared is not None and takes_many(prepared.form):
+            return self._many_rows(prepared, x, bias)
         return self._in_blocks(matrix, x, bias)
+
+    def _many_rows(self, prepared: Prepared, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.operator is not None, "matrices are prepared by the operator only"
+        # With a bias the sum is rounded once, at its end.
+        wide = x if bias is None and x.dtype != torch.float16 else x.float()
+        y = self.operator.many_rows(prepared, wide.contiguous())
+        return (y if bias is None else y + bias).to(x.dtype)
 
     def _few_rows(
         self, matrix: Matrix, prepared: Prepared | None, x: Tensor, bias: Tensor | None
@@ -174,6 +186,12 @@ class FusedLinear(nn.Linear):
         """The weights as they lie now, where ``DenseProducts.apply`` would give a row of ``dtype`` to the operator."""
         matrix = self._current()
         return self._prepared if matrix.kind != "plain" or matrix.values.dtype == dtype else None
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether a prompt's products are made of bytes."""
+        self._current()
+        return self._prepared is not None and takes_many(self._prepared.form)
 
     def _any_rows(self, input: Tensor) -> Tensor:
         flat = input.reshape(-1, self.in_features)

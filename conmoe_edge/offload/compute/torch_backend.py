@@ -9,7 +9,9 @@ any program.)
 few rows on a CPU                      the compiled operator (``native``): every stored form, read once; beside weights
                                        in 8 and 4 bits the activations are rounded to 8
 the same without a compiler            torch's own kernels for 8 and 4 bits where they take the form, else as below
-many rows on a CPU without bf16        one weight matrix at a time widened to fp32 in a scratch, fp32 products
+a prompt on a CPU, quantised           the operator: weights expanded to bytes, a part at a time, once for all tokens,
+                                       and multiplied in whole numbers with activations in 8 bits (``add_all``)
+other many rows on a CPU without bf16  one weight matrix at a time widened to fp32 in a scratch, fp32 products
 instructions, quantised many rows
 low rank and a few columns             the factors one after the other, by the operator or by torch as above
 everything else                        torch's products in the format of the hidden states
@@ -26,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +47,7 @@ from conmoe_edge.model.experts import (
 )
 from conmoe_edge.model.source_digest import source_digest
 from conmoe_edge.offload.compute.steady_rows import padded
-from conmoe_edge.offload.kernels.cpu.bindings import ExpertGate, operator
+from conmoe_edge.offload.kernels.cpu.bindings import ExpertGate, operator, takes_many
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 MANY_ROWS = 16
@@ -110,6 +113,9 @@ class Scratch:
         return self._memory[:nbytes].view(dtype).view(rows, columns)
 
 
+Routed = tuple[Tensor, Tensor]
+"""Rows of a prompt that an expert gets, and their weights."""
+
 Way = Callable[[nn.Module, Sequence[StoredExpert], Tensor], Tensor]
 """Some experts of a module on one token: [1, H] -> [n, H]."""
 
@@ -161,6 +167,35 @@ class Arithmetic:
             out[positions] = way(module, [experts[at] for at in positions], hidden)
         return out
 
+    def several_tokens(
+        self,
+        module: nn.Module,
+        experts: Sequence[StoredExpert],
+        hidden: Tensor,
+        asking: Sequence[Sequence[int]],
+    ) -> list[Tensor]:
+        """Experts that one call takes (``gates_in_one_call``), each applied to those rows of ``hidden`` [T, H] that ask
+        for it: for each [n, H], with the bits of ``one_token``. Each expert's weights are read once.
+        """
+        engine, gate = self._operator, expert_gate(module)
+        assert engine is not None and gate is not None, "gates_in_one_call has looked"
+        kins: dict[object, list[int]] = {}
+        for position, one in enumerate(experts):
+            kins.setdefault(one.kin, []).append(position)
+        found: list[Tensor] = [hidden] * len(experts)
+        x = hidden.contiguous()
+        for positions in kins.values():
+            some = [experts[position] for position in positions]
+            ups, downs = zip(*[one.matrices for one in some if one.matrices], strict=True)
+            biases = [one.biases for one in some if one.biases is not None]
+            mine = [asking[position] for position in positions]
+            rows = engine.gated_together(ups, downs, x, mine, gate, biases or None)
+            for position, part in zip(
+                positions, rows.split([len(one) for one in mine]), strict=True
+            ):
+                found[position] = part
+        return found
+
     def rows(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
         """One expert applied to its tokens: [n, H] -> [n, H] in the format of the sums."""
         if len(hidden) < MANY_ROWS and expert.suits_operator(module, hidden.dtype):
@@ -169,6 +204,42 @@ class Arithmetic:
         if expert.factored:
             compute = self._factored
         return compute(module, expert, padded(hidden))[: len(hidden)].to(sum_dtype(hidden))
+
+    def add_all(
+        self,
+        module: nn.Module,
+        experts: Sequence[StoredExpert],
+        hidden: Tensor,
+        routed: Sequence[Routed],
+        total: Tensor,
+    ) -> None:
+        """Add what several experts make of the tokens of a prompt to ``total``, in their order.
+
+        One call for all of them or several give the same bits.
+
+        Args:
+            module: the experts module.
+            experts: n of them.
+            hidden: [T, H], ``MANY_ROWS`` tokens or more.
+            routed: the rows [m] of ``hidden`` that each gets, int64 and distinct, and their weights, fp32 [m].
+            total: [T, H] in the format of the sums.
+        """
+        known = expert_gate(module) is not None and total.dtype == torch.float32
+        start = 0
+        while start < len(experts):
+            kin = _prompt_kin(module, experts[start], hidden.dtype) if known else None
+            stop = start + 1
+            if kin is None:
+                rows, weights = routed[start]
+                out = self.rows(module, experts[start], hidden[rows]) * weights.unsqueeze(1)
+                total.index_add_(0, rows, out)  # a prototype sees a token once
+            else:
+                while stop < len(experts) and kin == _prompt_kin(
+                    module, experts[stop], hidden.dtype
+                ):
+                    stop += 1
+                self._many(module, experts[start:stop], hidden, routed[start:stop], total)
+            start = stop
 
     def combine(
         self,
@@ -204,6 +275,27 @@ class Arithmetic:
         gate = expert_gate(module)
         assert gate is not None, "one_token has looked"
         return engine.gated_experts(ups, downs, x.contiguous(), gate, biases or None)
+
+    def _many(
+        self,
+        module: nn.Module,
+        experts: Sequence[StoredExpert],
+        hidden: Tensor,
+        routed: Sequence[Routed],
+        total: Tensor,
+    ) -> None:
+        """``add_all`` for experts of one kin by the operator."""
+        engine, gate = self._operator, expert_gate(module)
+        assert engine is not None and gate is not None, "add_all has looked"
+        matrices = [one.matrices for one in experts if one.matrices is not None]
+        ups, downs = zip(*matrices, strict=True)
+        biases = [one.biases for one in experts if one.biases is not None]
+        x = hidden if hidden.dtype != torch.float16 else hidden.float()
+        starts = [0, *accumulate(len(rows) for rows, _ in routed)]
+        rows, weights = (torch.cat(side) for side in zip(*routed, strict=True))
+        engine.many_experts(
+            ups, downs, x.contiguous(), (starts, rows, weights), total, gate, biases or None
+        )
 
     def _ungated(
         self, module: nn.Module, experts: Sequence[StoredExpert], hidden: Tensor
@@ -337,6 +429,17 @@ def usual_gate(module: nn.Module) -> bool:
     function = getattr(module, "act_fn", None)
     silu = function is nn.functional.silu or isinstance(function, (nn.SiLU, SiLUActivation))
     return usual and silu and bool(module.has_gate) and not module.has_post_expert_norm
+
+
+def _prompt_kin(
+    module: nn.Module, expert: StoredExpert, hidden: torch.dtype
+) -> tuple[int, ...] | None:
+    """What experts have in common that the operator takes together for a prompt; ``None`` for one that it does not
+    take so."""
+    suits = expert.matrices is not None and expert.suits_operator(module, hidden)
+    return (
+        expert.kin if suits and all(takes_many(one.form) for one in expert.matrices or ()) else None
+    )
 
 
 def _gates_together(module: nn.Module, expert: StoredExpert, experts: int) -> bool:

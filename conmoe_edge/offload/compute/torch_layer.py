@@ -4,7 +4,8 @@ Every prototype computes once, on all its tokens; contributions are added in fp3
 That order and the rule for the arithmetic do not depend on how many prototypes are resident, so neither does the
 result.
 
-Memory beside the runtime's own: the activations of one expert's tokens and an fp32 accumulator [T, H]; below
+Memory beside the runtime's own: the activations of one expert's tokens, or those of ``TOGETHER`` tokens in 8 bits
+(``csrc/many_rows.h``), and an fp32 accumulator [T, H]; below
 ``MANY_ROWS`` tokens the outputs of all their prototypes.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.model.experts import sum_dtype
 from conmoe_edge.model.slot_tensors import SlotTensors
-from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Arithmetic
+from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Arithmetic, Routed
 from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
@@ -39,17 +40,15 @@ class TorchLayer:
         routes = self.slots.routes(slots, gates)
         total = torch.zeros(hidden.shape, dtype=sum_dtype(hidden), device=hidden.device)
 
-        def apply(position: int, expert: StoredExpert) -> tuple[Tensor, Tensor]:
+        def routed(position: int) -> Routed:
             span = slice(routes.starts[position], routes.starts[position + 1])
-            rows = routes.rows[span]
-            out = self.arithmetic.rows(module, expert, hidden[rows])  # [n, H]
-            return rows, out * routes.weights[span].unsqueeze(1)
+            return routes.rows[span], routes.weights[span]
 
         if len(hidden) >= MANY_ROWS:  # in the order of the numbers, each added as it comes
 
             def add(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
-                for position, expert in zip(positions, experts, strict=True):
-                    total.index_add_(0, *apply(position, expert))  # a prototype sees a token once
+                mine = [routed(position) for position in positions]
+                self.arithmetic.add_all(module, experts, hidden, mine, total)
 
             self.residency.visit(routes.prototypes, add, scan=True)
         else:
@@ -60,7 +59,9 @@ class TorchLayer:
 
             def keep(positions: Sequence[int], experts: Sequence[StoredExpert]) -> None:
                 for position, expert in zip(positions, experts, strict=True):
-                    found[position] = apply(position, expert)
+                    rows, weights = routed(position)
+                    out = self.arithmetic.rows(module, expert, hidden[rows])  # [n, H]
+                    found[position] = rows, out * weights.unsqueeze(1)
 
             self.residency.visit(routes.prototypes, keep, ahead=ahead)
             for rows, out in found:

@@ -7,8 +7,8 @@ run on while what is there computes.
 - A decode (``scan=False``) computes what is there first, all together, then what was missing in the order of its reads,
   each together with those behind it that have come by then. So the order and the company depend on what is resident:
   the caller keeps the outputs by position and adds them in a fixed order.
-- A scan (a chunk of a prompt) computes one by one in the order of ``numbers`` at any budget, and leaves what decode
-  uses where it is.
+- A scan (a chunk of a prompt) computes in the order of ``numbers`` at any budget, one by one where something may have
+  to be read, and leaves what decode uses where it is.
 
 ``resident`` is the short way where nothing has to move. Shorter is a view of ``table``: there an operator sees by
 itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads ahead while no demand read is
@@ -188,8 +188,8 @@ class Residency:
         scan: bool = False,
         ahead: Sequence[int] = (),
     ) -> None:
-        """``compute(positions, experts)`` until every prototype of ``numbers`` (distinct) has had its turn: a scan one
-        by one in that order, a decode first what is there, then the others as they come.
+        """``compute(positions, experts)`` until every prototype of ``numbers`` (distinct) has had its turn: a scan in
+        that order, one by one unless all of them stay, a decode first what is there, then the others as they come.
 
         ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending.
         """
@@ -197,8 +197,7 @@ class Residency:
         if staying is not None:
             if ahead:
                 self.prefetch(ahead)
-            for turn in [[n] for n in range(len(staying))] if scan else [list(range(len(staying)))]:
-                compute(turn, [staying[position] for position in turn])
+            compute(list(range(len(staying))), staying)
             return
         self._wanted = list(ahead)  # what was wanted before was for this visit
         try:

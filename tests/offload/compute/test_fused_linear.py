@@ -10,7 +10,7 @@ from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.checkpoint.format.quantise import quantise, stored
 from conmoe_edge.offload.compute import fused_linear as dense
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
-from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Machine
+from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.kernels.cpu.reference import product
 
 OLD = Machine("cpu", native_bf16=False)
@@ -43,8 +43,7 @@ def test_fewer_bits_are_the_dequantised_product(
     x = random(rows, 64, dtype=dtype, seed=1)
     offset = random(height, dtype=dtype, seed=2) if bias else None
     y = ways.apply(matrix, ways.prepare(matrix), x, offset)
-    rounds = native and rows < MANY_ROWS
-    right = product(matrix, x) if rounds else x.double() @ matrix.dequantise(torch.float64).T
+    right = product(matrix, x) if native else x.double() @ matrix.dequantise(torch.float64).T
     right = right if offset is None else right + offset.double()
     assert y.dtype == dtype and y.shape == (rows, height)
     torch.testing.assert_close(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import pytest
@@ -26,22 +25,6 @@ GRIDS = {
 }
 QUANTISED = ["int8", "int4", "mxfp4", "q6", "q4", "q3", "q2", *GRIDS]
 KINDS = ["bf16", "fp16", "fp32", *QUANTISED]
-MARCHES = {"AVX-512": "-march=native", "AVX2": "-march=x86-64-v3", "plain": "-march=x86-64"}
-
-
-@pytest.fixture(scope="module", params=sorted(MARCHES))
-def operator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Operator:
-    """The operator as processors with these instructions get it."""
-    cache = tmp_path_factory.mktemp("operator")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        flags = [MARCHES[request.param] if f.startswith("-march") else f for f in build._FLAGS]
-        patch.setattr(build, "_FLAGS", tuple(flags))
-        try:
-            path = build.library()
-        except build.Unavailable as error:
-            pytest.skip(str(error))
-    return Operator(ctypes.CDLL(str(path)))
 
 
 def matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
@@ -156,6 +139,15 @@ def test_halves_of_every_kind(operator: Operator) -> None:
 
 def test_every_function_computes_what_it_should(operator: Operator) -> None:
     check(operator)
+
+
+def test_it_is_checked_while_transformers_builds_a_model(operator: Operator) -> None:
+    """Which sets a number format of its own for all that is made without one."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        check(operator)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_what_it_does_not_take(operator: Operator) -> None:

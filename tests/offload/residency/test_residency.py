@@ -73,7 +73,7 @@ class Bench:
         seen: list[int] = []
 
         def compute(positions: Sequence[int], experts: Sequence[Any]) -> None:
-            assert len(positions) == 1 or not scan
+            assert len(positions) == 1 or not scan or self.residency.all_resident
             for position, expert in zip(positions, experts, strict=True):
                 assert self.holds(numbers[position])
                 assert expert is self.pool.parts(self.cache.slot_of(numbers[position]))

@@ -19,7 +19,7 @@ from conmoe_edge.offload.kernels.cpu.attention_tables import (
 )
 from conmoe_edge.offload.kernels.cpu.build import Unavailable, library
 from conmoe_edge.offload.kernels.cpu.decoder_tables import BlockTable, RouterTable
-from conmoe_edge.offload.kernels.cpu.operator import Operator
+from conmoe_edge.offload.kernels.cpu.operator import Operator, takes_many
 from conmoe_edge.offload.kernels.cpu.self_test import check
 from conmoe_edge.offload.kernels.cpu.structs import (
     ExpertGate,
@@ -49,6 +49,7 @@ __all__ = [
     "RmsNorm",
     "RouterTable",
     "operator",
+    "takes_many",
     "why_not",
 ]
 

@@ -73,12 +73,13 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
     "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
     "expand": (_int, (_int, _at, _at, _at, _int, _long, _long, _long)),
+    "byte_products": (_long, (_long,)),
     "many_rows": (_int, (_int, _at, _at, _at, _long, _at, _long, _long, _long, _int)),
     "many_experts": (
         _int,
-        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 6),
+        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 3, _long, *[_at] * 3),
     ),
-    "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 5)),
+    "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
     "gated_together": (
         _int,
         (
@@ -140,6 +141,7 @@ class Operator:
         self._attention, self._block = found["attention"], found["block"]
         self._route, self._decoder = found["route"], found["decoder"]
         self._expand = found["expand"]
+        self._byte_products = found["byte_products"]
         self._many_rows, self._many_experts = found["many_rows"], found["many_experts"]
         self._decoder_together = found["decoder_together"]
         self._gated_together = found["gated_together"]
@@ -567,17 +569,16 @@ class Operator:
         first, second, third, _ = _halves(block, router, experts, dense)
         places = places_of(attention, where)
         between, room, _kept = between_room(block.hidden, tokens, router)
-        requests = (ctypes.c_int64 * (1 if experts is None else experts.slots))()
         out = torch.empty_like(x)
         count = self._decoder_together(
             *(block.address, first, second, third, tokens, x.data_ptr(), ctypes.addressof(places)),
-            *(ctypes.addressof(room), ctypes.addressof(requests), out.data_ptr()),
+            *(ctypes.addressof(room), out.data_ptr()),
         )
         if count < 0 and count != _ABSENT:
             _failed(count)
         return FoundTogether(
             None if count < 0 else out,
-            requests[: max(0, count)],
+            max(0, count),
             *(between.summed, between.normed, between.slots, between.gates),
         )
 
@@ -643,20 +644,18 @@ class Operator:
             _failed(failed)
         return out
 
-    def many_rows(self, matrix: Prepared, x: Tensor) -> Tensor | None:
+    def many_rows(self, matrix: Prepared, x: Tensor) -> Tensor:
         """y[t] = W x[t] for the tokens of a prompt: whole weights are expanded, a part at a time, once for all of them.
 
         Args:
-            matrix: in a quantised form.
+            matrix: in a form that ``takes_many`` names.
             x: fp32 or bf16 [t, K], contiguous.
 
         Returns:
             [t, R] in the format of ``x``, as ``reference.product`` says; each token's result is the same bits whatever
-            t is. ``None`` for a form that ``takes_many`` does not name.
+            t is.
         """
         form, tokens = matrix.form, len(x)
-        if not takes_many(form):
-            return None
         narrow = _narrow(x, tokens * form.columns)
         y = torch.empty(tokens, form.rows, dtype=x.dtype)
         failed = self._many_rows(
@@ -666,6 +665,12 @@ class Operator:
         if failed:
             _failed(failed)
         return y
+
+    def byte_products(self, rounds: int) -> int:
+        """Products of bytes that stay in registers, by all threads: how many operations those were, each product and
+        each sum one. What ``many_rows`` cannot pass.
+        """
+        return self._byte_products(rounds)
 
     def many_experts(
         self,
@@ -684,7 +689,7 @@ class Operator:
         Args:
             ups, downs, gate, biases: as of ``gated_experts``, in forms that ``takes_many`` names.
             x: fp32 or bf16 [T, H], contiguous.
-            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N]; their weights, fp32 [N].
+            routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N], and weights, fp32 [N].
             out: fp32 [T, H], contiguous.
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)
@@ -716,7 +721,7 @@ class Operator:
             numbers(*[one.form.columns for one in downs]),
             *(columns, up.group),
             numbers(*[one.form.group for one in downs]),
-            *(narrow, *added, ctypes.addressof(how)),
+            *(narrow, *added, ctypes.addressof(how), tokens),
             (ctypes.c_int64 * (count + 1))(*starts),
             *(rows.data_ptr(), weights.data_ptr()),
         )

@@ -40,6 +40,8 @@ from conmoe_edge.offload.kernels.cpu.structs import (
 _BF16 = torch.bfloat16
 _HIDDEN, _WIDTH, _HEADS, _GROUPS, _HEAD, _HELD, _EXPERTS, _CHOSEN = 96, 64, 4, 2, 24, 5, 6, 3
 _EPSILON = 1e-5
+MANY_TOKENS = 8
+"""More than a tile of them has (``csrc/strips.h``)."""
 
 
 def check(made: Operator) -> None:
@@ -69,6 +71,7 @@ class _Check:
             self.products("grid4", Grid(32, dtype, zeros))
         self.two_kinds()
         self.gates()
+        self.prompts()
         self.combine()
         self.dense()
         self.norms()
@@ -143,6 +146,33 @@ class _Check:
             found = made.gated_experts([one], [other], x, how, [biases])
             wanted = reference.gated(up, down, x, how, biases)
             _same(f"gated_experts with a limit, {kind}", found, wanted, 2e-2)
+
+    def prompts(self) -> None:
+        """Many tokens: the same numbers as of few rows, and whole experts."""
+        made, size = self.made, 2 * _WIDTH
+        kinds: tuple[Kind, ...] = ("int8", "int4", "mxfp4", "q6", "q4", "q3", "q2")
+        how = ExpertGate(alpha=1.7, limit=1.0, interleaved=True)
+        tokens = 2 * MANY_TOKENS - 1
+        for kind in kinds:
+            (up, one), (down, other) = (
+                self.matrix(2 * size, size, kind),
+                self.matrix(size, size, kind),
+            )
+            x = self.random(tokens, size)
+            few = made.few_rows([one], x.unsqueeze(0))[0]
+            _same(f"many_rows, {kind}", made.many_rows(one, x), few, 1e-5)
+            biases = self.narrow(2 * size), self.narrow(size)
+            rows, weights = torch.arange(1, tokens, device="cpu"), self.random(tokens - 1)
+            for gate, added in ((ExpertGate(), None), (how, biases)):
+                out = self.random(tokens, size)
+                wanted = out.double()
+                given = None if added is None else [added]
+                made.many_experts(
+                    [one], [other], x, ([0, tokens - 1], rows, weights), out, gate, given
+                )
+                parts = reference.gated(up, down, x[1:], gate, added)
+                wanted[1:] += weights.double().unsqueeze(1) * parts
+                _same(f"many_experts, {kind}", out, wanted, 2e-2)
 
     def dense(self) -> None:
         first, second = [self.matrix(_WIDTH, _HIDDEN) for _ in range(2)]

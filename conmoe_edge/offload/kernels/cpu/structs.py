@@ -225,7 +225,7 @@ class LayerTable:
             ctypes.addressof(self._asked),
         )
         self.address = ctypes.addressof(self._struct)
-        self.hidden, self.slots = hidden, len(slots)
+        self.hidden = hidden
 
     def with_gate(self, gate: ExpertGate) -> LayerTable:
         """The same table, whose experts have this gate."""

@@ -51,14 +51,13 @@ class FoundTogether:
 
     Attributes:
         out: bf16 [T, H]; ``None`` where a prototype is not in memory.
-        requests: how many of the tokens asked for each prototype that was computed with, as ``LayerTable.asked``
-            names them.
+        count: different prototypes that were computed with; ``LayerTable.asked`` names them.
         summed, normed: the sums behind the attention and their norms, bf16 [T, H].
         slots, gates: what the router chose, [T, K]; empty without one.
     """
 
     out: Tensor | None
-    requests: Sequence[int]
+    count: int
     summed: Tensor
     normed: Tensor
     slots: Tensor

@@ -71,9 +71,9 @@ bool block(const Block& layer, int64_t tokens, const uint16_t* x, const Standing
 }
 
 // From the sums and their norms in `between` to out: experts, or a dense layer, or the sum of both. Returns how many
-// prototypes there were, or a code; `requests` as of `routed`.
+// prototypes there were, or a code.
 int64_t feed_forward(const Block& block, const Router* router, const Layer* layer, const Mlp* mlp, int64_t tokens,
-                     const Between& between, uint16_t* out, int64_t* requests = nullptr) {
+                     const Between& between, uint16_t* out) {
   const int64_t count = tokens * block.columns;
   const bool bare = !mlp && !block.given.weight && block.multiplier == 1.0f;
   Room<uint16_t> first(bare ? 0 : count), second(mlp ? count : 0);
@@ -81,7 +81,7 @@ int64_t feed_forward(const Block& block, const Router* router, const Layer* laye
   if (router) {
     if (route(*router, tokens, between.normed, between.logits, between.gates, between.slots)) return FORM;
     found = routed(layer, tokens, between.slots, between.gates, router->narrow, router->chosen, between.normed,
-                   bare ? between.sum : nullptr, bare ? out : first.data(), 1, requests);
+                   bare ? between.sum : nullptr, bare ? out : first.data(), 1);
     if (found < 0 || bare) return found;
   }
   if (mlp) {

@@ -161,9 +161,9 @@ struct Choice {
 // The routed experts' output of `tokens` tokens, `slots` and `gates` [tokens, k] as their router gave them (gates bf16
 // where `narrow_gates`, else fp32), x and out [tokens, columns] (bf16 where `narrow`). Where `residual` is not null, the
 // rounded output is added to it. Returns how many prototypes there were, over all tokens, each once; their numbers are in
-// `asked` then, in their order, and in `requests` how often they were asked for, where that is not null. Or a code.
+// `asked` then, in their order. Or a code.
 int64_t routed(const Layer* layer, int64_t tokens, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
-               const void* x, const void* residual, void* out, int narrow, int64_t* requests = nullptr) {
+               const void* x, const void* residual, void* out, int narrow) {
   std::vector<Choice> choices;
   std::vector<std::pair<int64_t, int64_t>> pairs;  // prototype, token
   for (int64_t token = 0; token < tokens; ++token) {
@@ -193,7 +193,6 @@ int64_t routed(const Layer* layer, int64_t tokens, const int64_t* slots, const v
     if (code) return code;
   }
   std::copy(chosen.begin(), chosen.end(), layer->asked);
-  for (size_t i = 0; requests && i < chosen.size(); ++i) requests[i] = askers.last(int64_t(i)) - askers.first(int64_t(i));
   const Source before(residual ? residual : out, narrow, residual ? tokens * columns : 0);
   const Target target{out, narrow != 0};
 #pragma omp parallel for schedule(static) if (tokens > 1)

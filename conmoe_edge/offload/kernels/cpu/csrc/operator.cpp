@@ -182,11 +182,10 @@ int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* l
 // ---- one token each of several answers -------------------------------------------------------------------------------
 
 // As `conmoe_decoder` for rows of x [tokens, columns] and as many places, which are tokens of different answers: each row
-// of out, of the caches and of `between` has the bits that it has alone. Returns how many different prototypes there were;
-// `requests` has room for as many numbers as there are slots, and says how many tokens asked for each.
+// of out, of the caches and of `between` has the bits that it has alone. Returns how many different prototypes there were.
 int64_t conmoe_decoder_together(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp,
                                 int64_t tokens, const uint16_t* x, const Place* places, const Between* between,
-                                int64_t* requests, uint16_t* out) {
+                                uint16_t* out) {
   bool right = given(around, x, places, between, out) && (mlp || router) && !router == !layer && tokens > 0;
   for (int64_t token = 0; right && token < tokens; ++token) {
     const Place& place = places[token];
@@ -196,7 +195,7 @@ int64_t conmoe_decoder_together(const Block* around, const Router* router, const
     std::vector<Standing> standing;
     for (int64_t token = 0; token < tokens; ++token) standing.push_back(places[token].standing());
     if (block(*around, tokens, x, standing.data(), between->sum, between->normed)) return FORM;
-    return feed_forward(*around, router, layer, mlp, tokens, *between, out, requests);
+    return feed_forward(*around, router, layer, mlp, tokens, *between, out);
   });
 }
 
@@ -261,20 +260,25 @@ int conmoe_many_rows(int kind, const void* values, const void* scales, const voi
 }
 
 // out[rows[j]] += weights[j] * D_i gate(G_i x[rows[j]], U_i x[rows[j]]) for starts[i] <= j < starts[i + 1] and i < count, in
-// this order. x [.., columns] (bf16 where `narrow`, else fp32), out fp32 [.., columns]; the others as of
+// this order. x [tokens, columns] (bf16 where `narrow`, else fp32), out fp32 [tokens, columns]; the others as of
 // conmoe_gated_experts.
 int conmoe_many_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
                         const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
                         const void* x, float* out, const int64_t* widths, int64_t columns, int64_t up_group,
                         const int64_t* down_groups, int narrow, const uint16_t* const* up_bias,
-                        const uint16_t* const* down_bias, const Gate* gate, const int64_t* starts, const int64_t* rows,
-                        const float* weights) {
+                        const uint16_t* const* down_bias, const Gate* gate, int64_t tokens, const int64_t* starts,
+                        const int64_t* rows, const float* weights) {
   const bool right = given(up_values, up_scales, down_values, down_scales, x, out, widths, down_groups, gate, starts, rows,
-                           weights) && count >= 0 && columns > 0 && up_group >= 0;
+                           weights) && count >= 0 && tokens >= 0 && columns > 0 && up_group >= 0;
   return guarded(right, [&] {
     const Gated ups{count, up_values, up_scales, up_bias, widths, *gate};
     const Routed all{ups, Down{down_values, down_scales, down_bias, down_groups}, starts, rows, weights};
-    return int(many_experts(up_kind, down_kind, all, Rows{x, narrow != 0, columns}, up_group, out, columns));
+    return int(many_experts(up_kind, down_kind, all, Rows{x, narrow != 0, columns}, tokens, up_group, out, columns));
   });
+}
+
+// `byte_products` in many_rows.h.
+int64_t conmoe_byte_products(int64_t rounds) {
+  return guarded(rounds >= 0, [&] { return byte_products<Quads>(rounds); });
 }
 }

@@ -33,9 +33,15 @@ class UsageError(ConmoeError):
 
 
 class DoesNotFit(ConmoeError):
-    """No combination of the levers that may be used meets the budget."""
+    """No combination of the levers that may be used meets the budget. ``least_bytes`` would do, where that is known."""
 
     exit_code = 3
+
+    def __init__(
+        self, what: str, why: str = "", fix: str = "", least_bytes: int | None = None
+    ) -> None:
+        super().__init__(what, why, fix)
+        self.least_bytes = least_bytes
 
 
 class CheckpointError(ConmoeError):

@@ -10,6 +10,7 @@ from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
 from conmoe_edge.errors import UsageError
 from conmoe_edge.model.tokenizers import tokenizer_of
+from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.request import CALIBRATION_TOKENS, HELD_OUT_SHARE, SEQUENCE_LENGTH
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def evaluate(
     continuations: int = CONTINUATIONS,
     prompt_tokens: int = PROMPT_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
+    kv_precision: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     revision: str | None = None,
     offline: bool = False,
@@ -51,6 +53,8 @@ def evaluate(
         seed: which parts of the text: 0 spreads them evenly, others draw them.
         continuations: prompts that are continued greedily; 0 for none.
         prompt_tokens, continuation_tokens: of each.
+        kv_precision: how keys and values of ``model`` are kept, as of ``load``; by default as the package says.
+            Every token sees the numbers that the cache would hold.
         device: where to compute.
         revision: branch, tag or commit, where ``model`` is on the hub.
         offline: open no socket.
@@ -61,6 +65,7 @@ def evaluate(
         CheckpointError: a model is damaged, or the package's source has changed.
         CalibrationError: the text cannot be read or is too short.
         UsageError: the two have different tokenizers.
+        UnsupportedModel: keys and values of the model have no form in 8 bits.
     """
     import torch
 
@@ -73,6 +78,7 @@ def evaluate(
     from conmoe_edge.model.bridge import read_config
     from conmoe_edge.model.probe import longest_in
 
+    check_kv_precision(kv_precision)
     tell = progress or (lambda step: None)
     words = read_text(Path(text), "--text", "text") if text is not None else bundled_text()
     if min(tokens, sequence_length) < 2 or (
@@ -104,13 +110,14 @@ def evaluate(
         steps=min(continuation_tokens, longest - 1),
         device=where,
         free_memory=free,
+        kv_precision=kv_precision,
     )
     figures, continued, cost, seconds = measured(
         one, other, words, settings, on_cost=on_cost, progress=tell
     )
     sizes = [_experts_bytes(folder) for folder in (one, other) if folder is not None]
     return EvaluationReport(
-        model=described(one, sizes[0]),
+        model=described(one, sizes[0], kv_precision=kv_precision),
         reference=None if other is None else described(other, sizes[1], is_origin),
         quality=figures.quality,
         per_domain=figures.per_domain,

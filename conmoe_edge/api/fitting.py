@@ -45,6 +45,7 @@ NO_TOKENIZER = (
     "The model has no tokenizer that can be used, so chat, serve and eval refuse this package until its tokenizer.json "
     "and tokenizer_config.json are put into it."
 )
+ONLY_KV = "Keys and values in 8 bits are all that is not as in the model; conmoe-edge eval measures what that costs."
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,12 @@ def fit(
         source = _downloaded(source, Path(out), overwrite=overwrite)
         notes = tuple(
             filter(
-                None, ("" if tokenizer is not None else NO_TOKENIZER, source.beside.note(kept=True))
+                None,
+                (
+                    "" if tokenizer is not None else NO_TOKENIZER,
+                    source.beside.note(kept=True),
+                    "" if report.plan.kv_precision == "source" else ONLY_KV,
+                ),
             )
         )
         return _fit_unchanged(
@@ -366,6 +372,7 @@ def _remember(model: str, plan: Plan, manifest: Manifest, calibration: str) -> N
             scope=chosen.scope,
             precision=chosen.precision,
             dense_precision=plan.dense_precision,
+            kv_precision=plan.kv_precision,
             wide_prototypes=chosen.wide_prototypes,
             pool_bytes=chosen.pool_bytes,
             loss_rise=receipt["loss_consolidated"] - receipt["loss_original"],

@@ -47,13 +47,14 @@ class Outcome:
     calibration: str
     version: str
     bits: float = 0.0
+    kv_precision: str = "source"
 
     @property
     def setting(self) -> tuple[object, ...]:
         """What the entry is of, apart from what was measured."""
         return (
             *(self.model, self.method, self.rate, self.scope, self.precision),
-            *(self.dense_precision, self.wide_prototypes, self.calibration),
+            *(self.dense_precision, self.kv_precision, self.wide_prototypes, self.calibration),
             round(self.bits, 2),
         )
 

@@ -27,6 +27,7 @@ from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_places
+from conmoe_edge.model.checked_attention import check_attention
 from conmoe_edge.model.config_json import ANOTHER_MODEL
 from conmoe_edge.model.experts import find_decoder, part_names
 from conmoe_edge.model.router import Router, find_routers
@@ -49,7 +50,7 @@ class Batch:
     the positional and keyword arguments of decoder layer i without the hidden states. With
     ``use_cache`` the model's own key-value cache is in these arguments and fills as the layers run;
     it is ``cache`` then, and the batch that continues these sequences is given it. It stays ``None``
-    for a model that hands its layers none.
+    for a model that hands its layers none. A ``cache`` that is given is the one that layers get.
     """
 
     input_ids: Tensor
@@ -88,6 +89,7 @@ class StreamedModel:
         experts_implementation: str = "eager",
     ) -> None:
         self.model = bridge.build_meta(config, dtype, len(keys))
+        check_attention(self.model)
         self.device = device
         self.dtype = dtype
         self._read = read

@@ -19,24 +19,22 @@ _SAME_BITS = 0.02
 
 
 def measured(
-    candidate: Candidate, dense_precision: str, outcomes: Sequence[Outcome], method: str
+    candidate: Candidate, plan: Plan, outcomes: Sequence[Outcome], method: str
 ) -> Outcome | None:
-    """The newest outcome of a candidate's setting; at rate 0 all methods are the same, and so are bits that hardly
-    differ.
+    """The newest outcome of a candidate's setting in the formats of its ``plan``; at rate 0 all methods are the same,
+    and so are bits that hardly differ.
     """
     for one in reversed(outcomes):
+        if _formats(one) != _formats(plan):
+            continue
         if candidate.bits and one.bits:
-            if (
-                abs(one.bits - candidate.bits) < _SAME_BITS
-                and one.dense_precision == dense_precision
-            ):
+            if abs(one.bits - candidate.bits) < _SAME_BITS:
                 return one
             continue
         same = (one.precision, one.rate, one.scope if one.rate else candidate.scope)
         wanted = (candidate.precision, candidate.rate, candidate.scope)
         if (
             same == wanted
-            and one.dense_precision == dense_precision
             and one.wide_prototypes == candidate.wide_prototypes
             and (one.method == method or one.rate == 0.0)
             and not (candidate.bits or one.bits)
@@ -55,8 +53,7 @@ def frontier(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
     alike = [
         one
         for one in outcomes
-        if (one.calibration, one.dense_precision)
-        == (outcomes[-1].calibration, outcomes[-1].dense_precision)
+        if (one.calibration, *_formats(one)) == (outcomes[-1].calibration, *_formats(outcomes[-1]))
     ]
     found: list[Outcome] = []
     for number, one in enumerate(alike):
@@ -75,6 +72,10 @@ def frontier(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
     return tuple(sorted(found, key=lambda one: -one.pool_bytes))
 
 
+def _formats(one: Outcome | Plan) -> tuple[str, str]:
+    return one.dense_precision, one.kv_precision
+
+
 def advise(plan: Plan, outcomes: Sequence[Outcome], method: str) -> str:
     """One or two sentences from what was measured; empty where nothing was."""
     best = frontier(outcomes)
@@ -82,7 +83,7 @@ def advise(plan: Plan, outcomes: Sequence[Outcome], method: str) -> str:
         return ""
     named = ", ".join(f"{setting(one)} ({human_size(one.pool_bytes)}, {cost(one)})" for one in best)
     text = f"Measured on this model so far, nothing does better for its bytes than: {named}."
-    chosen = measured(plan.chosen, plan.dense_precision, outcomes, method)
+    chosen = measured(plan.chosen, plan, outcomes, method)
     room = max(plan.left_for_prototypes, plan.chosen.resident_bytes)
     inside = [one for one in best if one.pool_bytes <= room]
     if chosen is None or not inside:

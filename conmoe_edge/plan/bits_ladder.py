@@ -14,7 +14,7 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.candidate import Option
 from conmoe_edge.plan.free_bytes import asked_bytes, count_free, resident_bytes
-from conmoe_edge.plan.record_options import bytes_of_bits, free_range
+from conmoe_edge.plan.record_options import bytes_of_bits, free_range, pool_of_bits
 from conmoe_edge.plan.request import PlanRequest
 
 ROUND_BITS = (6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0)
@@ -47,7 +47,7 @@ def ladder(
     milder: Sequence[Option],
 ) -> list[Option]:
     """Behind ``milder`` ones, whose last is the smallest: free prototypes in fewer bytes."""
-    least = max(free_range(anatomy)[0], bytes_of_bits(anatomy, LEAST_BITS))
+    least = max(free_range(anatomy)[0], pool_of_bits(anatomy, LEAST_BITS))
     most = milder[-1].candidate.pool_bytes - 1
     if most <= least:
         return list(milder)
@@ -59,7 +59,7 @@ def _rows(
 ) -> list[Option]:
     """Round ones only to look at, and the one that is taken, by bytes falling."""
     taken = max(least, min(most, resident_bytes(anatomy, budget, context)))
-    around = {bytes_of_bits(anatomy, bits) for bits in ROUND_BITS}
+    around = {pool_of_bits(anatomy, bits) for bits in ROUND_BITS}
     around = {one for one in around if least <= one <= most}
     if around and taken == most and request.precision == "auto":
         taken = max(around)  # what comes before is hardly larger and resident, too
@@ -94,7 +94,7 @@ def fast_enough(
     for one in behind:
         if one.allowed and (one.candidate.tokens_per_second or 0.0) >= wanted:
             return one
-    least = bytes_of_bits(anatomy, LEAST_BITS)
+    least = pool_of_bits(anatomy, LEAST_BITS)
     free = [one for one in behind if one.candidate.bits]
     if free and chosen.allowed:
         low, high = (

@@ -15,10 +15,12 @@ from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import place, room_beside_workspace
 from conmoe_edge.plan.plan import Candidate
 from conmoe_edge.plan.record_options import (
-    bits_of_bytes,
-    bytes_of_bits,
+    beside_bytes,
+    bits_of_pool,
+    constant_bytes,
     expert_weights,
     free_range,
+    pool_of_bits,
     record_options,
 )
 from conmoe_edge.plan.request import PlanRequest
@@ -35,7 +37,7 @@ def count_free(
     allowed: bool = True,
 ) -> Option:
     """Count it with ``pool`` bytes in all. ``allowed`` as of ``Option``; ``verdict`` and ``reason`` stay empty."""
-    needs = needs_of(anatomy, budget.device, context)
+    needs = needs_of(anatomy, budget.device, context, constants=constant_bytes(anatomy))
     largest = _largest(anatomy)
     prototypes = anatomy.expert_count
     placement = place(
@@ -72,7 +74,7 @@ def count_free(
         tokens_per_second=speed,
         verdict="",
         reason="",
-        bits=bits_of_bytes(anatomy, pool),
+        bits=bits_of_pool(anatomy, pool),
     )
     meets = placement.fits and share >= request.least_resident - 1e-9
     return Option(candidate, placement, allowed, False, meets)
@@ -80,7 +82,7 @@ def count_free(
 
 def resident_bytes(anatomy: ModelAnatomy, budget: Budget, context: int) -> int:
     """The most bytes that leave every prototype resident beside the workspace; below 0 where there is no room."""
-    needs = needs_of(anatomy, budget.device, context)
+    needs = needs_of(anatomy, budget.device, context, constants=constant_bytes(anatomy))
     return room_beside_workspace(needs, budget.device_bytes, _largest(anatomy))
 
 
@@ -91,9 +93,10 @@ def asked_bytes(anatomy: ModelAnatomy, bits: float) -> int:
         UsageError: they are fewer or more than there can be.
     """
     least, most = free_range(anatomy)
-    pool = bytes_of_bits(anatomy, bits)
+    pool = pool_of_bits(anatomy, bits)
     if pool < least:
-        enough = -(-least * 800 // expert_weights(anatomy)) / 100
+        whole = least + beside_bytes(anatomy)
+        enough = -(-whole * 800 // expert_weights(anatomy)) / 100
         raise UsageError(
             f"--bits {bits:g} is less than the prototypes of {anatomy.architecture} can have.",
             "every layer keeps at least one, in 2 bits and narrow",
@@ -102,7 +105,7 @@ def asked_bytes(anatomy: ModelAnatomy, bits: float) -> int:
     if pool > most:
         raise UsageError(
             f"--bits {bits:g} is more than {anatomy.architecture} has a use for.",
-            f"all experts whole in 8 bits are {bits_of_bytes(anatomy, most):.2f} bits a weight",
+            f"all experts whole in 8 bits are {bits_of_pool(anatomy, most):.2f} bits a weight",
             "--precision int8, or --precision source",
         )
     return pool

@@ -1,4 +1,4 @@
-"""In how many bits the key-value cache holds its numbers, and when 8 are worth it. Arithmetic only.
+"""In how many bits the key-value cache holds its numbers. Arithmetic only.
 
 ``source`` is the model's own format; ``int8`` is ``model/kv_rows.py``: 8.25 bits a number. What keeps something else
 than keys and values of tokens (the states of linear attention, caches of a model's own) has no such form.
@@ -6,13 +6,10 @@ than keys and values of tokens (the states of linear attention, caches of a mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from conmoe_edge.errors import DoesNotFit, UnsupportedModel, UsageError
+from conmoe_edge.errors import UnsupportedModel, UsageError
 from conmoe_edge.model.anatomy import ModelAnatomy
-from conmoe_edge.plan.kept import kept_by
-from conmoe_edge.plan.plan import Plan
 
 KV_PRECISIONS = ("source", "int8")
 
@@ -59,26 +56,3 @@ def has_int8(anatomy: ModelAnatomy) -> bool:
 
 def _first_without(anatomy: ModelAnatomy) -> int | None:
     return next((i for i, layer in enumerate(anatomy.kv) if layer.packed is None), None)
-
-
-def chosen_kv(anatomy: ModelAnatomy, plan_in: Callable[[str], Plan]) -> Plan:
-    """The plan where nobody asked: the model's own format where everything fits in it, 8 bits where what they free buys
-    something: a model that fits at all, fewer experts removed, more bits, or more prototypes resident.
-
-    Args:
-        anatomy: of the model.
-        plan_in: the plan with the cache in a precision.
-
-    Raises:
-        DoesNotFit: neither fits.
-    """
-    if not has_int8(anatomy):
-        return plan_in("source")
-    try:
-        plain = plan_in("source")
-    except DoesNotFit:
-        return plan_in("int8")
-    if plain.unchanged:
-        return plain
-    packed = plan_in("int8")
-    return packed if kept_by(packed) > kept_by(plain) else plain

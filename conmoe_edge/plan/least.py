@@ -6,7 +6,7 @@ budget, that context, or that precision of the dense layers (and its budget), su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
@@ -15,6 +15,7 @@ from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.needs import Needs, needs_of
 from conmoe_edge.plan.placement import Placement, place
 from conmoe_edge.plan.plan import Candidate
+from conmoe_edge.plan.record_options import constant_bytes
 from conmoe_edge.units import parse_size, unit_for
 
 _CONTEXT_STEP = 64
@@ -25,7 +26,7 @@ def does_not_fit(
     anatomy: ModelAnatomy, budget: Budget, context: int, candidates: Sequence[Candidate]
 ) -> DoesNotFit:
     """The error for a budget that none of ``candidates`` meets, not even with one slot a layer."""
-    needs = needs_of(anatomy, budget.device, context)
+    needs = _needs(anatomy, budget, context)
     smallest = min(
         (_at_least(needs, one) for one in candidates), key=lambda placed: placed.least_bytes
     )
@@ -43,6 +44,7 @@ def does_not_fit(
         f"the smallest setting needs {unit.text(smallest.least_bytes)} {unit.name} "
         f"({', '.join(parts)}); the budget is {unit.text(budget.device_bytes)} {unit.name}",
         fix,
+        smallest.least_bytes,
     )
 
 
@@ -56,7 +58,7 @@ def _with_int8(
     """What the linear layers in 8 bits would change; empty where they would not."""
     if anatomy.dense_precision != "source":
         return ""
-    needs = needs_of(stored(anatomy, "int8"), budget.device, context)
+    needs = _needs(stored(anatomy, "int8"), budget, context)
     smaller = min(_at_least(needs, one).least_bytes for one in candidates)
     if smaller >= least:
         return ""
@@ -90,7 +92,7 @@ def longest_context(
     """
 
     def fits(tokens: int) -> bool:
-        needs = needs_of(anatomy, budget.device, tokens)
+        needs = _needs(anatomy, budget, tokens)
         return any(_placed(needs, one, budget.device_bytes).fits for one in candidates)
 
     # The need grows with the context: search by halves.
@@ -102,14 +104,23 @@ def longest_context(
     return tokens if tokens >= _SHORTEST_CONTEXT else None
 
 
-def _at_least(needs: Needs, candidate: Candidate) -> Placement:
+def _needs(anatomy: ModelAnatomy, budget: Budget, context: int) -> Callable[[Candidate], Needs]:
+    """Of a candidate: as ``count_option`` and ``count_free`` have it."""
+    plain = needs_of(anatomy, budget.device, context)
+    free = needs_of(anatomy, budget.device, context, constants=constant_bytes(anatomy))
+    return lambda candidate: free if candidate.bits else plain
+
+
+def _at_least(needs: Callable[[Candidate], Needs], candidate: Candidate) -> Placement:
     """The placement of a candidate at exactly the least budget that holds it."""
     return _placed(needs, candidate, _placed(needs, candidate, 0).least_bytes)
 
 
-def _placed(needs: Needs, candidate: Candidate, device_bytes: int) -> Placement:
+def _placed(
+    needs: Callable[[Candidate], Needs], candidate: Candidate, device_bytes: int
+) -> Placement:
     return place(
-        needs,
+        needs(candidate),
         device_bytes,
         prototypes=candidate.prototypes,
         record_bytes=candidate.record_bytes,

@@ -8,6 +8,7 @@ N = tokens of context, V = vocabulary, E = experts of a layer.
 Python and libraries      a constant on ``cpu``, where the process shares the RAM with the model
 CUDA context, allocator   a constant on ``cuda``
 Dense weights             everything outside the routed experts, as it is stored
+Slot constants            of all router slots, where they are planned
 KV cache                  ``ModelAnatomy.kv_bytes(N)``
 Workspace                 hidden states, attention projections   10·T·H·b
                           routed rows through the experts        T·k·(2I + I + H)·b
@@ -59,7 +60,7 @@ class Needs:
     Attributes:
         context: tokens of the conversation.
         moe_layers: layers with routed experts.
-        runtime, dense, cache: the terms that are the same for all records and chunks.
+        runtime, dense, constants, cache: the terms that are the same for all records and chunks.
         chunk_bytes: workspace of one token of a chunk.
         base_bytes: workspace beside that.
     """
@@ -71,6 +72,7 @@ class Needs:
     cache: Term
     chunk_bytes: int
     base_bytes: int
+    constants: tuple[Term, ...] = ()
 
     def workspace(self, chunk: int) -> int:
         """The most that one forward of ``chunk`` tokens holds at once beyond weights and cache: the table above."""
@@ -95,17 +97,20 @@ class Needs:
 
     def fixed(self, record_bytes: int) -> int:
         """Bytes of all terms but the workspace."""
-        terms = (self.runtime, self.dense, self.cache, _transfer(record_bytes))
+        terms = (self.runtime, self.dense, *self.constants, self.cache, _transfer(record_bytes))
         return sum(term.nbytes for term in terms)
 
     def terms(self, record_bytes: int, workspace: int, chunk: int) -> tuple[Term, ...]:
         """All terms in the order in which they are shown; ``workspace`` bytes are set aside for chunks of ``chunk``."""
         work = Term("Workspace", workspace, f"{chunk} tokens at a time")
-        return (self.runtime, self.dense, self.cache, work, _transfer(record_bytes))
+        held = (self.runtime, self.dense, *self.constants, self.cache)
+        return (*held, work, _transfer(record_bytes))
 
 
-def needs_of(anatomy: ModelAnatomy, device: DeviceKind, context: int) -> Needs:
-    """The needs of a model for a conversation of ``context`` tokens."""
+def needs_of(
+    anatomy: ModelAnatomy, device: DeviceKind, context: int, *, constants: int = 0
+) -> Needs:
+    """The needs of a model for a conversation of ``context`` tokens; ``constants``: bytes of those of router slots."""
     if device == "cpu":
         runtime = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
     else:
@@ -130,6 +135,7 @@ def needs_of(anatomy: ModelAnatomy, device: DeviceKind, context: int) -> Needs:
         ),
         chunk_bytes=10 * hidden * size + routed * size + router + 4 * context,
         base_bytes=base,
+        constants=(Term("Slot constants", constants, "what slots add"),) if constants else (),
     )
 
 

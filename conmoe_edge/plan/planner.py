@@ -25,9 +25,9 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
 from conmoe_edge.plan.candidate import Option, count_option
-from conmoe_edge.plan.dense_precision import chosen_dense, stored
+from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.free_bytes import count_free
-from conmoe_edge.plan.kv_precision import chosen_kv, with_kv
+from conmoe_edge.plan.kv_precision import with_kv
 from conmoe_edge.plan.least import does_not_fit
 from conmoe_edge.plan.levers import AUTO_RATE_LIMIT, RATE_GRID, precisions
 from conmoe_edge.plan.placement import Placement
@@ -36,6 +36,7 @@ from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
 from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest, check_positions
 from conmoe_edge.plan.serving import PLAIN
+from conmoe_edge.plan.unasked_formats import choose_formats
 
 _BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
 """What comes before free prototypes, every expert kept; and int4, of experts that are published in it."""
@@ -63,21 +64,14 @@ def make_plan(
             "there is nothing to consolidate in a dense model",
             "Choose a Mixture-of-Experts model",
         )
-    if request.kv_precision == "auto":
+    if "auto" in (request.dense_precision, request.kv_precision):
         asked = request
 
-        def plan_in(precision: str) -> Plan:
-            return make_plan(anatomy, budget, replace(asked, kv_precision=precision), trims=trims)
-
-        return chosen_kv(anatomy, plan_in)
-    if request.dense_precision == "auto":
-        asked_for = request
-
-        def plan_with(precision: str) -> Plan:
-            changed = replace(asked_for, dense_precision=precision)
+        def plan_in(dense: str, kv: str) -> Plan:
+            changed = replace(asked, dense_precision=dense, kv_precision=kv)
             return make_plan(anatomy, budget, changed, trims=trims)
 
-        return chosen_dense(anatomy, plan_with)
+        return choose_formats(anatomy, asked, plan_in)
     anatomy = with_kv(stored(anatomy, request.dense_precision), request.kv_precision)
     tokens = _checked_context(anatomy, request.context)
     if request.engine in PLAIN:
@@ -106,13 +100,13 @@ def make_plan(
 
 def _scratch_bytes(anatomy: ModelAnatomy, candidate: Candidate, tokens: int, *, trims: bool) -> int:
     """Hidden states in fp32 of every stream; and, once in the work folder and once in the package, the constants of all
-    slots, and the predictor with the rows in bf16 that it is fitted on, of two layers.
+    slots in bf16, and the predictor with the rows in bf16 that it is fitted on, of two layers.
     """
     hidden = anatomy.hidden_size
     slots = sum(one.experts.count for one in anatomy.moe_layers if one.experts)
     found = (4 if trims else 2) * tokens * hidden * 4
     if trims:
-        found += 2 * slots * hidden * 4
+        found += 2 * slots * hidden * 2
     if candidate.resident_share < 1:
         found += slots * (hidden + 1) * (4 + 2) + 2 * tokens * hidden * 2
     return found

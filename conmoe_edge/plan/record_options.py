@@ -2,7 +2,8 @@
 
 With the precision ``free`` every prototype has a width and a kind of its own, and only the bytes of all of them are
 given. Widths are about even parts of an expert's (as ``width_levers.steps``), whole groups of the forms in few bits.
-Bytes are those of whole records, pages and fallbacks of shapes that a form cannot take included. Arithmetic only.
+Bytes are those of whole records, pages and fallbacks of shapes that a form cannot take included. Bits count all that a
+package has of its experts: records, and beside them constants, map and headers. Arithmetic only.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from conmoe_edge.checkpoint.format.forms import LOW_GROUP
+from conmoe_edge.checkpoint.format.layout import PAGE
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import FREE, FREE_KINDS, PRECISIONS, record_bytes, record_parts
 from conmoe_edge.plan.width_levers import PARTS, steps
+from conmoe_edge.units import round_up
+
+_NAMED, _MAPPED = 96, 16
+"""Bytes that an expert takes in the header of a file of records, and in the map of router slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +84,40 @@ def layer_weights(experts: ExpertsAnatomy) -> int:
 
 
 def bytes_of_bits(anatomy: ModelAnatomy, bits: float) -> int:
-    """Bytes of all prototypes together for ``bits`` a weight of the original's routed experts."""
+    """Bytes of all that a package has of its experts for ``bits`` a weight of the original's routed experts."""
     return math.floor(bits * expert_weights(anatomy) / 8)
 
 
 def bits_of_bytes(anatomy: ModelAnatomy, nbytes: int) -> float:
     """The other way."""
     return nbytes * 8 / expert_weights(anatomy)
+
+
+def constant_bytes(anatomy: ModelAnatomy) -> int:
+    """Of the constants of all router slots while a package runs: in fp32; its file has them in bf16."""
+    experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
+    return sum(4 * one.count * one.outputs for one in experts)
+
+
+def beside_bytes(anatomy: ModelAnatomy) -> int:
+    """What a package has of its experts beside the prototypes, where every router slot has a constant and every layer
+    prototypes of its own: the constants, the map, and the headers of the files of records.
+    """
+    experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
+    headers = sum(round_up(_NAMED * one.count, PAGE) for one in experts)
+    return constant_bytes(anatomy) // 2 + headers + _MAPPED * anatomy.expert_count
+
+
+def pool_of_bits(anatomy: ModelAnatomy, bits: float) -> int:
+    """Bytes of all prototypes together, where they and what is beside them take ``bits`` a weight of the original's
+    routed experts.
+    """
+    return bytes_of_bits(anatomy, bits) - beside_bytes(anatomy)
+
+
+def bits_of_pool(anatomy: ModelAnatomy, pool: int) -> float:
+    """The other way."""
+    return bits_of_bytes(anatomy, pool + beside_bytes(anatomy))
 
 
 def layer_room(anatomy: ModelAnatomy, layer: int, nbytes: int) -> int:

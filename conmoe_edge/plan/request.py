@@ -98,9 +98,10 @@ class PlanRequest:
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).
         dense_precision: ``int8``, ``q6`` and ``q4`` store the matrices outside the routed experts, embeddings and head
-            among them, in 8, 6 or 4 bits; norms and routers keep their numbers. ``auto`` is the plan's to choose.
+            among them, in 8, 6 or 4 bits; norms and routers keep their numbers. ``auto`` is the plan's to choose
+            (``plan/unasked_formats.py``).
         kv_precision: ``int8`` keeps keys and values in 8 bits, ``source`` in the model's own format; ``auto`` is the
-            plan's to choose (``plan/kv_precision.py``).
+            plan's to choose as well.
         prefer: ``speed`` wants every prototype resident, ``quality`` most of them.
         min_resident: the least share of prototypes that is resident, instead of what ``prefer`` says.
         min_speed: tokens a second that the target is expected to reach; the mildest setting that does is taken.
@@ -123,8 +124,8 @@ class PlanRequest:
     scope: Scope = "auto"
     precision: str = "auto"
     bits: float | None = None
-    dense_precision: str = "source"
-    kv_precision: str = "source"
+    dense_precision: str = "auto"
+    kv_precision: str = "auto"
     prefer: Preference = "quality"
     min_resident: float | None = None
     min_speed: float | None = None

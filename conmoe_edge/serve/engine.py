@@ -1,9 +1,11 @@
 """The thread that owns the model: which answers run, in what order, in which memory.
 
-All forwards happen here, one at a time. Answers that run take turns; a turn is one chunk of a prompt or
-a few tokens. Each has a key-value cache of its own inside the memory that was planned for one
-conversation (``Room``), and its forwards are those of a conversation alone, so its tokens are the same as
-alone. What finds no room waits in a bounded queue (``FairQueue``).
+All forwards happen here, one at a time. In a round all answers that are past their prompts make a token, in a step that
+they share (``shared_steps.py``), and one prompt gets on by a chunk: prompts take turns for that, so nobody waits for
+more than a chunk of each. Where a model does not share steps all answers take turns; a turn is one chunk of a prompt or
+a few tokens. Each has a key-value cache of its own inside the memory that was planned for one conversation (``Room``),
+and its sums are those of a conversation alone, so its tokens are the same as alone. What finds no room waits in a
+bounded queue (``FairQueue``).
 
 A cancelled answer ends before its next turn and gives back what it held. The cache of an answer that
 is over is kept for a next prompt while the room is not needed (``KeptPrompts``).
@@ -16,8 +18,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
@@ -25,6 +29,12 @@ from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.context_limit import longest_context
 from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.sequence import CachedTokens, is_out_of_memory
+from conmoe_edge.offload.generation.shared_steps import (
+    MOST_TOGETHER,
+    is_next_single,
+    may_share,
+    shared_scores,
+)
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.plan.requests import RequestSizes, request_sizes
 from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
@@ -152,14 +162,12 @@ class Engine:
         try:
             self._open()
             while self._next_round():
-                for _ in range(len(self._running)):
-                    job = self._running.popleft()
-                    self._in_turn = 1
-                    goes_on = self._turn(job)
-                    self._in_turn = 0
-                    if goes_on:
-                        self._running.append(job)
-                    self._publish()
+                sharing = self._sharing()
+                if len(sharing) > 1:
+                    self._shared_round(sharing)
+                else:
+                    for _ in range(len(self._running)):
+                        self._take([self._running.popleft()], self._turns)
         except BaseException as caught:
             error = caught
         finally:
@@ -182,6 +190,7 @@ class Engine:
         self._room = Room(self._runtime.context, STEP_TOKENS, self._runtime.cache_bytes)
         self._chunk = max(1, min(self._runtime.prefill_chunk, self._runtime.context))
         self._kept = KeptPrompts(self._room)
+        self._together = may_share(self._runtime)
         with self._wake:
             self.loaded = loaded
             if self._state == "loading":
@@ -267,43 +276,104 @@ class Engine:
         """Memory ran out: give up kept prompts first, then cache slots."""
         return self._kept.drop_all() or self._runtime.retreat()
 
+    def _sharing(self) -> list[Job]:
+        """The answers whose next tokens can be made in one step."""
+        if self._together is None:
+            return []
+        return [job for job in self._running if is_next_single(_answer(job))]
+
+    def _shared_round(self, sharing: Sequence[Job]) -> None:
+        """A token of each of ``sharing``, and a chunk of the prompt that waits for one for the longest time."""
+        for job in sharing:
+            self._running.remove(job)
+        prompt = self._running.popleft() if self._running else None
+        if prompt is not None:
+            self._take([prompt], self._turns)
+        self._take(sharing, self._shared_turn)
+
+    def _take(self, jobs: Sequence[Job], turn: Callable[[Sequence[Job]], Sequence[Job]]) -> None:
+        """Jobs that were taken out of the running have their ``turn``; those that it gives go on behind the others."""
+        self._in_turn = len(jobs)
+        going_on = turn(jobs)
+        self._in_turn = 0
+        self._running.extend(going_on)
+        self._publish()
+
+    def _turns(self, jobs: Sequence[Job]) -> list[Job]:
+        """One after the other; those that go on."""
+        return [job for job in jobs if self._turn(job)]
+
     def _turn(self, job: Job) -> bool:
         """A chunk of the prompt or a few tokens of the answer; whether it goes on."""
-        answer = job.answer
-        assert answer is not None, "it was started"
+        answer = _answer(job)
         tokens = 1 if self._runtime.residency.all_resident else TURN_TOKENS
-        before = answer.made
+        for _ in range(tokens):
+            first = answer.first_at is None
+            if not self._step(job, answer.step):
+                return False
+            if first:
+                break
+        return True
+
+    def _shared_turn(self, jobs: Sequence[Job]) -> list[Job]:
+        """A token of each in one step; those that go on. Where the step cannot be shared each makes its own."""
+        assert self._together is not None, "there is a step to share"
+        going = []
+        for job in jobs:
+            if job.cancelled:
+                self._over(job, "cancelled")
+            else:
+                going.append(job)
+        left: list[Job] = []
+        for start in range(0, len(going), MOST_TOGETHER):
+            some = going[start : start + MOST_TOGETHER]
+            try:
+                scores = shared_scores(self._together, [_answer(job) for job in some])
+            except Exception as error:
+                for job in some:
+                    self._failed(job, error)
+                continue
+            if scores is None:
+                left += self._turns(some)
+                continue
+            drawn = zip(some, scores, strict=True)
+            left += [job for job, row in drawn if self._step(job, _drawn(job, row))]
+        return left
+
+    def _step(self, job: Job, step: Callable[[], str]) -> bool:
+        """A forward of an answer, or what follows it, and what is told of it; whether the answer goes on."""
+        answer = _answer(job)
+        if job.cancelled:
+            self._over(job, "cancelled")
+            return False
+        first, before = answer.first_at is None, answer.made
         try:
-            for _ in range(tokens):
-                if job.cancelled:
-                    self._over(job, "cancelled")
-                    return False
-                first = answer.first_at is None
-                piece = answer.step()
-                if first and answer.first_at is not None:
-                    self._metrics.first_token(answer.first_at - job.arrived)
-                if piece:
-                    job.tell(Piece(piece))
-                if answer.finish is not None:
-                    finish = "stop" if answer.finish == "stop" else "length"
-                    self._over(job, finish)
-                    job.tell(Done(finish, _usage(answer)))
-                    return False
-                if first:
-                    break
+            piece = step()
         except Exception as error:
-            answer.cached.forget()
-            self._over(job, "failed")
-            job.tell(Failed(error))
+            self._failed(job, error)
             return False
         finally:
             self._count(answer.made - before)
+        if first and answer.first_at is not None:
+            self._metrics.first_token(answer.first_at - job.arrived)
+        if piece:
+            job.tell(Piece(piece))
+        if answer.finish is not None:
+            finish = "stop" if answer.finish == "stop" else "length"
+            self._over(job, finish)
+            job.tell(Done(finish, _usage(answer)))
+            return False
         return True
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        """End an answer that could not be made."""
+        _answer(job).cached.forget()
+        self._over(job, "failed")
+        job.tell(Failed(error))
 
     def _over(self, job: Job, outcome: Outcome) -> None:
         """Give back the room, or keep the prompt for a next request."""
-        answer = job.answer
-        assert answer is not None, "it was started"
+        answer = _answer(job)
         usage = _usage(answer)
         self._metrics.answer(outcome, usage.prompt, usage.cached, usage.completion)
         spent = time.perf_counter() - job.started
@@ -358,6 +428,17 @@ class Engine:
             runtime=self._runtime.stats(),
             fast_path=self._runtime.fast_path,
         )
+
+
+def _answer(job: Job) -> Answer:
+    assert job.answer is not None, "it was started"
+    return job.answer
+
+
+def _drawn(job: Job, scores: Tensor) -> Callable[[], str]:
+    """A step whose forward is over: the next token is drawn from its ``scores``."""
+    answer = _answer(job)
+    return lambda: answer.said(answer.draw(scores))
 
 
 def _usage(answer: Answer) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from conmoe_edge.memory.outcomes import Outcome
 from conmoe_edge.plan.advice import advise, frontier, measured
@@ -10,6 +11,7 @@ from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 
 MIB = 1 << 20
+SOURCE: Any = {"dense_precision": "source", "kv_precision": "source"}
 
 
 def outcome(precision: str, rate: float, mib: float, loss: float, **more: object) -> Outcome:
@@ -44,16 +46,17 @@ def test_what_was_measured_on_another_text_is_not_compared() -> None:
 
 
 def test_an_outcome_belongs_to_its_setting(olmoe, budget) -> None:
-    plan = make_plan(olmoe, budget("4GB"), PlanRequest(rate=0.25), trims=True)
+    plan = make_plan(olmoe, budget("4GB"), PlanRequest(rate=0.25, **SOURCE), trims=True)
     by_rate = {(one.precision, one.rate): one for one in plan.candidates}
     whole, part = by_rate["int4", 0.0], by_rate["int4", 0.25]
     mine = outcome("int4", 0.25, 2600, 0.14)
-    assert measured(part, "source", (INT4, mine), "auto") == mine
-    assert measured(whole, "source", (INT4, mine), "conmoe") == INT4, "rate 0 has no method"
-    assert measured(part, "source", (mine,), "conmoe") is None
-    assert measured(part, "int8", (mine,), "auto") is None
+    assert measured(part, plan, (INT4, mine), "auto") == mine
+    assert measured(whole, plan, (INT4, mine), "conmoe") == INT4, "rate 0 has no method"
+    assert measured(part, plan, (mine,), "conmoe") is None
+    for other in (replace(plan, dense_precision="int8"), replace(plan, kv_precision="int8")):
+        assert measured(part, other, (mine,), "auto") is None
     newer = replace(mine, loss_rise=0.13)
-    assert measured(part, "source", (mine, newer), "auto") == newer
+    assert measured(part, plan, (mine, newer), "auto") == newer
 
 
 def test_the_advice_names_the_frontier_and_a_better_setting_that_fits(olmoe, budget) -> None:

@@ -16,7 +16,7 @@ from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 from conmoe_edge.units import MIB
 
-AUTO = PlanRequest(kv_precision="auto")
+AUTO = PlanRequest(kv_precision="auto", dense_precision="source")
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +65,6 @@ def test_auto_keeps_such_a_model_as_it_is(packable: ModelAnatomy, budget) -> Non
 def test_auto_leaves_a_model_that_fits_as_it_is(packable: ModelAnatomy, budget) -> None:
     plan = make_plan(packable, budget("40GB", "cpu"))
     assert plan.unchanged and plan.kv_precision == "source"
-
-
-@pytest.mark.parametrize("megabytes", range(2000, 16000, 700))
-def test_auto_takes_8_bits_where_they_keep_more(
-    packable: ModelAnatomy, budget, megabytes: int
-) -> None:
-    given = budget(f"{megabytes}MB", "cpu")
-    plans = {}
-    for one in ("auto", "source", "int8"):
-        try:
-            plans[one] = make_plan(packable, given, PlanRequest(kv_precision=one))
-        except DoesNotFit:
-            plans[one] = None
-    auto, plain, packed = plans["auto"], plans["source"], plans["int8"]
-    if packed is None:
-        assert auto is None and plain is None
-        return
-    assert auto is not None
-    if auto.kv_precision == "source":
-        assert auto == plain
-        assert plain.chosen.rate <= packed.chosen.rate
-        assert plain.chosen.pool_bytes >= packed.chosen.pool_bytes
-    else:
-        assert auto == packed
-        kept = [(-one.chosen.rate, one.chosen.pool_bytes, one.chosen.slots) for one in (packed,)]
-        assert plain is None or kept[0] > (
-            -plain.chosen.rate,
-            plain.chosen.pool_bytes,
-            plain.chosen.slots,
-        )
 
 
 def test_both_are_chosen_somewhere(packable: ModelAnatomy, budget) -> None:

@@ -13,11 +13,15 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.plan.levers import FREE, FREE_KINDS, record_bytes, record_parts
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.record_options import (
+    beside_bytes,
     bits_of_bytes,
+    bits_of_pool,
     bytes_of_bits,
+    constant_bytes,
     expert_weights,
     free_range,
     free_widths,
+    pool_of_bits,
     record_options,
 )
 from conmoe_edge.plan.request import PlanRequest
@@ -57,12 +61,24 @@ def test_bits_are_bytes_of_the_originals_weights(olmoe):
     assert bits_of_bytes(olmoe, bytes_of_bits(olmoe, 2.6)) == pytest.approx(2.6)
 
 
+def test_bits_count_what_is_beside_the_prototypes(olmoe, model):
+    """Constants of all slots, two bytes each in the file and four in memory; less for map and headers."""
+    assert constant_bytes(olmoe) == 16 * 64 * 2048 * 4
+    stored = constant_bytes(olmoe) // 2
+    assert stored < beside_bytes(olmoe) < 1.2 * stored
+    assert pool_of_bits(olmoe, 2.6) == bytes_of_bits(olmoe, 2.6) - beside_bytes(olmoe)
+    assert bits_of_pool(olmoe, pool_of_bits(olmoe, 2.6)) == pytest.approx(2.6)
+
+
 def test_bits_that_were_asked_for_are_what_is_planned(olmoe, budget):
     plan = make_plan(olmoe, budget("8GB"), PlanRequest(bits=2.6, precision=FREE), trims=True)
     chosen = plan.chosen
     assert chosen.precision == FREE and chosen.rate == 0 and chosen.verdict == "chosen"
-    assert chosen.pool_bytes == bytes_of_bits(olmoe, 2.6) == chosen.resident_bytes
+    assert chosen.pool_bytes == bytes_of_bits(olmoe, 2.6) - beside_bytes(olmoe)
+    assert chosen.pool_bytes == chosen.resident_bytes
     assert chosen.bits == pytest.approx(2.6) and chosen.resident_share == 1
+    terms = {term.name: term.nbytes for term in plan.terms}
+    assert terms["Slot constants"] == constant_bytes(olmoe)
     assert plan.disk_bytes == olmoe.dense_bytes + chosen.pool_bytes
     assert plan.device_bytes_used <= 8 * 10**9
     assert "2.6 bits" in chosen.reason

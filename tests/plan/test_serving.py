@@ -16,7 +16,8 @@ ASKED = PlanRequest(budget="24GB", rate=0.25)
 
 def test_what_is_left_open_is_forced_and_all_else_is_as_it_was() -> None:
     forced = {"scope": 1, "precision": "source", "min_resident": 1.0, "widths": "equal"}
-    assert request_for("vllm", ASKED) == replace(ASKED, **forced, kv_precision="source")
+    forced |= {"dense_precision": "source", "kv_precision": "source"}
+    assert request_for("vllm", ASKED) == replace(ASKED, **forced)
 
 
 def test_equal_widths_may_be_asked_for() -> None:

@@ -46,6 +46,10 @@ _CLIPS = {
 """Shares of a group's range that are tried: outliers are clipped, all else is finer."""
 
 
+_GROUPS = 4
+"""Groups that are rounded to the nearest at a time."""
+
+
 def pack(codes: Tensor, bits: int, tile: int) -> Tensor:
     """uint8 [R, K] numbers of ``bits`` bits -> values uint8 [R, K bits / 8]."""
     rows, columns = codes.shape
@@ -200,11 +204,21 @@ def round_to(weight: Tensor, bits: int, tile: int) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     grid, groups = Grid.over(wide, bits), wide.shape[1] // GROUP
     alike = torch.ones(1, GROUP, 1, device=wide.device, dtype=torch.float32)
-    spread = Grid(bits, grid.scale.unsqueeze(1), grid.zero.unsqueeze(1))
-    grouped = wide.unflatten(1, (groups, GROUP))
-    columns = grouped.permute(1, 2, 0).contiguous()  # [G, 32, R]
-    s, z = (one.permute(2, 0, 1) for one in fit_columns(grid, columns, alike))  # [R, G, 1]
-    return store(grid, spread.codes(grouped, s, z).flatten(1), s.squeeze(2), z.squeeze(2), tile)
+    found = []
+    for start in range(0, groups, _GROUPS):  # few enough to stay in a processor's cache
+        some = wide[:, start * GROUP : (start + _GROUPS) * GROUP].unflatten(1, (-1, GROUP))
+        columns = some.permute(1, 2, 0).contiguous()  # [g, 32, R]
+        s, z = fit_columns(grid, columns, alike)
+        codes = columns_codes(grid, columns, s, z)
+        found.append((codes, s.squeeze(1), z.squeeze(1)))
+    codes, s, z = (torch.cat(one) for one in zip(*found, strict=True))
+    return store(grid, codes.flatten(0, 1).T.contiguous(), s.T, z.T, tile)
+
+
+def columns_codes(grid: Grid, group: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    """uint8: ``Grid.codes`` with rows along the last axis; arguments as ``fit_columns`` takes and gives them."""
+    across = Grid(grid.bits, grid.scale.mT, grid.zero.mT)
+    return across.codes(group, s, z).to(torch.uint8)
 
 
 def units(scales: Tensor) -> Tensor:

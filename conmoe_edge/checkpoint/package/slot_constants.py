@@ -1,7 +1,8 @@
 """``constants.safetensors``: what a router slot adds in place of, or beside, a prototype's output.
 
-One tensor ``constants.<layer>`` [n, H] in fp32 for every layer that has any; ``SlotRecord.constant``
-is a row of it. Peak memory: the file. Raises ``PackageError`` for a file that is not what the map asks for.
+One tensor ``constants.<layer>`` [n, H] in bf16 (fp32 in older packages) for every layer that has any;
+``SlotRecord.constant`` is a row of it. Constants are means over tokens: what bf16 leaves out of them is far below what
+they are off. Peak memory: the file in fp32. Raises ``PackageError`` for a file that is not what the map asks for.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_ten
 __all__ = ["CONSTANTS_FILE", "read_constants", "read_rows", "write_constants"]
 
 _PREFIX = "constants."
+_FORMATS = ("BF16", "F32")
 _ANY_WIDTH = range(1, 1 << 24)
 _ANY_COUNT = range(1, 1 << 16)
 
 
 def write_constants(path: Path, constants: Mapping[int, Tensor]) -> WrittenFile:
-    """Write [n, H] of every layer, in fp32."""
+    """Write [n, H] of every layer, in bf16."""
     return write_tensors(
         path,
         [
             TensorSource(
-                f"{_PREFIX}{layer}", "float32", tuple(rows.shape), lambda r=rows: r.float()
+                f"{_PREFIX}{layer}", "bfloat16", tuple(rows.shape), lambda r=rows: r.bfloat16()
             )
             for layer, rows in sorted(constants.items())
         ],
@@ -55,12 +57,12 @@ def read_constants(
         return {}
     width = _ANY_WIDTH if hidden is None else hidden
     found = read_exactly(
-        path, {f"{_PREFIX}{layer}": Wanted(("F32",), (n, width)) for layer, n in rows.items()}
+        path, {f"{_PREFIX}{layer}": Wanted(_FORMATS, (n, width)) for layer, n in rows.items()}
     )
-    return {layer: found[f"{_PREFIX}{layer}"] for layer in rows}
+    return {layer: found[f"{_PREFIX}{layer}"].float() for layer in rows}
 
 
 def read_rows(path: Path, layer: int) -> Tensor:
     """[n, H] fp32 of a file with the constants of one ``layer``; raises as ``read_constants``."""
     name = f"{_PREFIX}{layer}"
-    return read_exactly(path, {name: Wanted(("F32",), (_ANY_COUNT, _ANY_WIDTH))})[name]
+    return read_exactly(path, {name: Wanted(_FORMATS, (_ANY_COUNT, _ANY_WIDTH))})[name].float()

@@ -33,7 +33,7 @@ _STREAMED = (
     "revision",
     "offline",
 )
-_TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context", "kv_precision")
+_TASKS = ("tasks_path", "limit", "fewshot", "gpu", "context")
 
 
 @click.command("eval", short_help="Measure how good a package is, beside its source.")
@@ -124,7 +124,7 @@ def evaluate(
     with ProgressView(output) as view:
         report = api.evaluate(
             model,
-            **{name: given[name] for name in (*_STREAMED, "device")},
+            **{name: given[name] for name in (*_STREAMED, "device", "kv_precision")},
             on_cost=tell_cost,
             progress=view.update,
         )

@@ -282,18 +282,18 @@ _LEVERS = (
     click.option(
         "--dense-precision",
         type=click.Choice(["auto", *DENSE_PRECISIONS]),
-        default="source",
+        default="auto",
         show_default=True,
-        help="Number format of attention, shared experts, embeddings and head: 8, 6 or 4 bits; source "
-        "keeps the checkpoint's own, auto lets the plan choose.",
+        help="Number format of attention, shared experts, embeddings and head: source is the checkpoint's own; auto "
+        "takes fewer bits where they keep more of the experts than they cost.",
     ),
     click.option(
         "--kv-precision",
         type=click.Choice(("auto", *KV_PRECISIONS)),
-        default="source",
+        default="auto",
         show_default=True,
         help="Number format of keys and values in the cache: source is the model's own, int8 takes about half of it; "
-        "auto takes int8 where the room keeps more of the model.",
+        "auto takes it where it keeps more of the experts than it costs.",
     ),
     planned_context_option,
     click.option(

@@ -68,6 +68,8 @@ def _named(label: str, one: Evaluated) -> Text:
         facts.append(f"{human_size(one.experts_bytes)} of prototypes")
     else:
         facts.append(f"{human_size(one.experts_bytes)} of experts")
+    if one.kv_precision != "source":
+        facts.append(f"keys and values in {one.kv_precision}")
     return Text.assemble(
         (f"{label:<9}", "bold"), printable(one.name), (f"   {' · '.join(facts)}", "dim")
     )

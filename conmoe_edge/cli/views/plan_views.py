@@ -189,7 +189,8 @@ def _candidates(report: PlanReport) -> RenderableType:
         rate = "–" if candidate.bits else percent(candidate.rate)
         cells = [rate, str(candidate.scope) if candidate.rate else "–"]
         cells += [precision_name(candidate.precision)] if precisions else []
-        cells.append(f"{bits_of_bytes(report.anatomy, candidate.pool_bytes):.2f}")
+        bits = candidate.bits or bits_of_bytes(report.anatomy, candidate.pool_bytes)
+        cells.append(f"{bits:.2f}")
         cells += [f"{candidate.prototypes:,}", human_size(candidate.pool_bytes)]
         cells.append(percent_whole(candidate.resident_share))
         if speeds:
@@ -213,7 +214,7 @@ def _verdict(candidate: Candidate, report: PlanReport) -> str:
     # The reason stands alone in the manifest; beside the column of shares it is shorter.
     reason = _SHARE_FIRST.sub("", candidate.reason)
     text = f"{candidate.verdict}: {reason}" if reason else candidate.verdict
-    known = measured(candidate, report.plan.dense_precision, report.outcomes, report.method)
+    known = measured(candidate, report.plan, report.outcomes, report.method)
     if known is not None:
         return f"{text}; measured: {cost(known)}"
     prior = demo_divergence(candidate.bits) if candidate.bits else None

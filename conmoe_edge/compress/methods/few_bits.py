@@ -21,7 +21,7 @@ from conmoe_edge.checkpoint.format.quantise import Matrix
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.compress.methods.interface import LayoutOf, Parts, ScopeView
 from conmoe_edge.compress.solvers.gram_matrix import gram
-from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrix
+from conmoe_edge.compress.solvers.rounding import FED_BACK, inputs_of, round_for, round_matrix
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 
 COMMON_TOKENS = 2
@@ -67,11 +67,11 @@ class Rounding:
         width = neurons(parts[DOWN].shape, self._transposed)
         layout = self._layouts[name] = self._record(width, self._kinds.get(name, ""))
         rows = alpha.nonzero().squeeze(1)
-        own = gram(self._hidden[rows], alpha[rows])
+        own = inputs_of(gram(self._hidden[rows], alpha[rows]).unsqueeze(0), self._common)
         self.made[name] = {
-            weight: round_matrix(
-                self._rows(parts[weight]), own, form_of(layout, weight), self._common
-            )
+            weight: round_for(self._rows(parts[weight]).unsqueeze(0), own, form_of(layout, weight))[
+                0
+            ]
             for weight in fed_back(layout)
             if weight != DOWN
         }

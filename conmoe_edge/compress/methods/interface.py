@@ -138,7 +138,7 @@ class Decision:
         widths: neurons of a prototype, where not all have the widest of the scope's ``widths``.
         kinds: of a prototype's record, where they have kinds of their own.
         left: [T, H] fp32 where the method has it: what is left of the target of its layer's tokens as
-            ``LayerTokens.weighted`` gives it, with weights that are not rounded to a record's numbers yet.
+            ``LayerTokens.weighted`` gives it, with the weights of ``made``, and of ``parts`` where there is none.
         notes: plain sentences for the reader of the manifest, such as a fallback that was taken.
     """
 

@@ -11,7 +11,7 @@ of each times the length of its column of the down projection; of w neurons it i
 f_down(b') are measured on the layer itself: ``MEASURED`` experts, from the one with the most output to one with little,
 are rounded the way packages are, some rows of each matrix, and the mean of error over E is taken.
 
-Peak memory: two [H, H] in fp32 and what ``round_matrix`` takes for ``ROWS`` rows.
+Peak memory: four [H, H] in fp32 and what ``round_matrix`` takes for ``ROWS`` rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from conmoe_edge.compress.methods.few_bits import common_gram
 from conmoe_edge.compress.methods.interface import Parts, ScopeView
 from conmoe_edge.compress.methods.narrowing import Narrowing
 from conmoe_edge.compress.methods.rebuild import down_rows
-from conmoe_edge.compress.solvers.error_feedback import DAMPING
+from conmoe_edge.compress.solvers.error_feedback import DAMPING, Inputs
 from conmoe_edge.compress.solvers.gram_matrix import gram as gram_of
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
-from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrix
+from conmoe_edge.compress.solvers.rounding import FED_BACK, inputs_of, round_for
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.model.experts import inner_activations
 
@@ -153,11 +153,11 @@ class _Down:
         """Of the output of all neurons, counted one by one, that of some."""
         return float(self.output[neurons].sum() / self.output.sum().clamp_min(1e-30))
 
-    def rounded(self, kind: Kind) -> float:
-        """The error of some rows in a form, as that of all."""
+    def rounded(self, kind: Kind, inputs: Inputs) -> float:
+        """The error of some rows in a form, as that of all; ``inputs``: ``gram``, with what is found of it."""
         rows = _spread(len(self.weight), ROWS)
         part = self.weight[rows]
-        apart = part - _as_packages_have(part, self.gram, kind, None)
+        apart = part - _as_packages_have(part, inputs, kind)
         error = ((apart @ self.gram) * apart).sum(dtype=torch.float64)
         return float(error) * len(self.weight) / len(rows)
 
@@ -190,12 +190,14 @@ class _Factors:
         for expert in picked:
             rows = gates[:, expert].nonzero().squeeze(1)
             moments = gram_of(tokens.hidden[rows], gates[rows, expert])
+            own = inputs_of(moments.unsqueeze(0), common)
             whole = downs[expert].noise(torch.arange(len(downs[expert].columns)))
             for kind in _distinct(forms, 0):
-                error = samples[expert].changed(_rounding(moments, kind, common))
+                error = samples[expert].changed(_rounding(own, kind))
                 found.setdefault(kind, []).append(error / inputs[expert])
+            inside = inputs_of(downs[expert].gram.unsqueeze(0))
             for kind in _distinct(forms, 1):
-                below.setdefault(kind, []).append(downs[expert].rounded(kind) / whole)
+                below.setdefault(kind, []).append(downs[expert].rounded(kind, inside) / whole)
         return cls(_means(found, forms, 0), _means(below, forms, 1))
 
 
@@ -215,16 +217,16 @@ def _forms(scope: ScopeView) -> dict[tuple[int, str], tuple[Kind, Kind]]:
     }
 
 
-def _rounding(moments: Tensor, kind: Kind, common: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda weight: _as_packages_have(weight, moments, kind, common)
+def _rounding(inputs: Inputs, kind: Kind) -> Callable[[Tensor], Tensor]:
+    return lambda weight: _as_packages_have(weight, inputs, kind)
 
 
-def _as_packages_have(weight: Tensor, moments: Tensor, kind: Kind, common: Tensor | None) -> Tensor:
+def _as_packages_have(weight: Tensor, inputs: Inputs, kind: Kind) -> Tensor:
     """fp32 [R, K], rounded as it will be."""
     rows, columns = weight.shape
     own = best_kind(rows, columns, kind)
     if own in FED_BACK:
-        return round_matrix(weight, moments, own, common).dequantise()
+        return round_for(weight.unsqueeze(0), inputs, own)[0].dequantise()
     return _nearest(weight, own)
 
 

@@ -22,6 +22,7 @@ from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.compress.methods.few_bits import Rounding
 from conmoe_edge.compress.methods.interface import Decision, Parts, ScopeView
 from conmoe_edge.compress.solvers.facility import weights_of
+from conmoe_edge.compress.solvers.gram_matrix import gram as gram_of
 from conmoe_edge.compress.solvers.neuron_pruning import corrected, surviving, take_neurons
 from conmoe_edge.compress.solvers.refit import Features, refit
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
@@ -71,25 +72,24 @@ def rebuild(
     kept: list[Tensor] = []
     for position, expert in enumerate(chosen.prototypes):
         known, weights = chosen.neurons.get(expert), alpha[:, position]
+        whole = None
         if grams is None:
             whole = activations(scope, tokens, expert, weights)
             neurons, weight = solved(scope, expert, whole.gram, known)
-            features.append(whole.of(neurons))
         else:
             neurons, weight = solved(scope, expert, grams[expert], known)
             grams[expert] = torch.empty(0)
+        if rounding is not None:
+            own = _with_neurons(scope, expert, neurons)
+            instead = rounding.inputs(scope.pool[expert], own, weights)
+            features.append(activations(scope, tokens, expert, weights, neurons, instead))
+        elif whole is not None:
+            features.append(whole.of(neurons))
+        else:
             features.append(activations(scope, tokens, expert, weights, neurons))
         down.append(weight)
         kept.append(neurons)
     names = [scope.pool[expert] for expert in chosen.prototypes]
-    if rounding is not None:
-        for position, (name, expert) in enumerate(zip(names, chosen.prototypes, strict=True)):
-            weights = alpha[:, position]
-            own = _with_neurons(scope, expert, kept[position])
-            instead = rounding.inputs(name, own, weights)
-            features[position] = activations(
-                scope, tokens, expert, weights, kept[position], instead
-            )
     constants: Mapping[int, Tensor] = {}
     left = None
     if not scope.module.has_post_expert_norm:
@@ -176,7 +176,7 @@ def activations(
     parts = _moved(scope, {**_with_neurons(scope, expert, neurons), **(instead or {})})
     inner = inner_activations(scope.module, hidden, parts, scope.dtype)
     values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
-    return Features(rows, values, values.T @ values)
+    return Features(rows, values, gram_of(values))
 
 
 def down_rows(scope: ScopeView, expert: int) -> Tensor:

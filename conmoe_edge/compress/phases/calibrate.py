@@ -70,7 +70,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
     if run.has_package_stream:
         sets |= {"package": job.train, "probe": job.train.some(1)}
     forms = DenseForms.of(model, job.dense_precision)
-    streams = run.open_streams(model, sets, "calibrate")
+    streams = run.open_streams(model, sets, "calibrate", as_package=("package", "probe"))
     own = streams.get("package", streams["train"])  # the package's own where there is one
     for index in range(run.journal.done, run.layers):
         run.meter.announce("calibrate", index)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from conmoe_edge.checkpoint.format.forms import SCALE
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import ExpertId, RecordLayout
 from conmoe_edge.checkpoint.fs.atomic_files import WrittenFile
@@ -78,8 +79,7 @@ def decide(
         entering: where the calibration text goes through the layers as they were written, too.
 
     Returns:
-        What ``entering`` gave; and ``Decision.left`` where it holds for what was written, too: records in the
-        checkpoint's own numbers round so little.
+        What ``entering`` gave; and ``Decision.left`` where it holds for what was written, too (``_as_solved``).
     """
     scope, experts = run.sizes.scope_of(index), run.sizes.experts(index)
     source = make_layout(record_parts(experts, "source"), "source")
@@ -119,7 +119,7 @@ def decide(
     _keep(run, scope, view.pool, decision)
     for layer in earlier:
         layer.close()
-    return entered, decision.left if set(kinds.values()) == {"source"} else None
+    return entered, decision.left if _as_solved(decision, kinds, layouts) else None
 
 
 def _open_in(decision: Decision, layer: int) -> list[bool] | None:
@@ -127,6 +127,22 @@ def _open_in(decision: Decision, layer: int) -> list[bool] | None:
     if layer not in decision.rerouted:
         return None
     return [not slot.dropped for slot in decision.slots]
+
+
+def _as_solved(
+    decision: Decision, kinds: Mapping[ExpertId, str], layouts: Mapping[ExpertId, RecordLayout]
+) -> bool:
+    """Whether the method has solved with what was written: records in the checkpoint's own numbers, which round so
+    little, or weights that it has rounded itself.
+    """
+
+    def solved(one: ExpertId) -> bool:
+        named = [part.name for part in layouts[one].parts]
+        rounded = {name.removesuffix(SCALE) for name in named if name.endswith(SCALE)}
+        made = decision.made.get(one, {})
+        return kinds[one] == "source" or (bool(rounded) and rounded <= made.keys())
+
+    return all(solved(one) for one in decision.prototypes)
 
 
 def _rounded(

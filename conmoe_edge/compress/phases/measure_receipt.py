@@ -27,7 +27,8 @@ def measure(run: Run, manifest: Manifest, tensors: Mapping[str, Lazy]) -> dict[s
     with package_subject(
         index, manifest, job.config, job.anatomy, job.device, "the package"
     ) as subject:
-        streams = run.open_streams(subject.model, {"held_out": job.held_out}, "receipt")
+        held_out = {"held_out": job.held_out}
+        streams = run.open_streams(subject.model, held_out, "receipt", as_package=held_out)
         for layer in range(run.journal.done, run.layers):
             run.meter.announce("receipt", layer)
             with subject.layer(layer, clock):

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.compress.stream.calibration_text import TokenSet
-from conmoe_edge.compress.stream.layer_stream import require_numbers
+from conmoe_edge.compress.stream.layer_stream import require_cache, require_numbers
 from conmoe_edge.compress.stream.streamed_model import Subject
 from conmoe_edge.compress.work.part_clock import Clock
+from conmoe_edge.model.packed_layers import packed_cache
 from conmoe_edge.model.streaming import Batch
 
 N_GRAM = 4
@@ -56,13 +57,16 @@ def continue_greedily(
         with clock.part("read"):
             model.load_outside()
         given = prompts.clone()
-        cache = None
+        packed = subject.kv_precision == "int8"
+        cache = packed_cache(model.model.config) if packed else None
         for step in range(steps):
             tell(step)
-            new = given if cache is None else given[:, -1:]
+            new = given if cache is None or not step else given[:, -1:]
             batch = Batch(new, None, use_cache=True, cache=cache)
             with clock.part("continuations"):
                 hidden = model.prologue(batch)
+            if packed:
+                require_cache(model, batch)
             for index in range(subject.layers):
                 with nullcontext() if held else subject.layer(index, clock):
                     _no_padding(subject, index)

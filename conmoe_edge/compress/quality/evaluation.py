@@ -42,7 +42,7 @@ from conmoe_edge.compress.quality.receipt import LossTracker, compare_heads
 from conmoe_edge.compress.run.job import OnProgress, Progress
 from conmoe_edge.compress.stats.match_counts import ExactMatch, matches_in
 from conmoe_edge.compress.stream.calibration_text import CalibrationText, TokenSet, evaluation_set
-from conmoe_edge.compress.stream.layer_stream import Stream, open_stream, sequence_logits
+from conmoe_edge.compress.stream.layer_stream import sequence_logits
 from conmoe_edge.compress.stream.match_places import MatchPlaces
 from conmoe_edge.compress.stream.streamed_model import (
     Subject,
@@ -64,7 +64,9 @@ _TOLD_EVERY = 16
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to measure. ``continuations`` prompts of ``prompt_tokens`` are continued by ``steps`` tokens."""
+    """How to measure. ``continuations`` prompts of ``prompt_tokens`` are continued by ``steps`` tokens. Keys and values
+    of the model, not of the reference, are in ``kv_precision`` where it is given.
+    """
 
     tokens: int
     sequence_length: int
@@ -74,6 +76,7 @@ class Settings:
     steps: int
     device: torch.device
     free_memory: int
+    kv_precision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,8 @@ def evaluate(
     clock = Clock()
     with torch.no_grad(), ExitStack() as stack:
         opened = [
-            stack.enter_context(open_subject(folder.model or folder.path, settings.device))
-            for folder in (model, reference)
+            stack.enter_context(open_subject(folder.model or folder.path, settings.device, kv))
+            for folder, kv in ((model, settings.kv_precision), (reference, None))
             if folder is not None
         ]
         prompts = None
@@ -171,7 +174,7 @@ def _through(
     with clock.part("read"):
         subject.model.load_outside()
     with clock.part(stage):
-        stream: Stream = open_stream(subject.model, tokens)
+        stream = subject.open_stream(tokens)
     subject.model.drop_outside()
     for index in range(subject.layers):
         progress(Progress(stage, index, subject.layers, f"layer {index + 1}"))
@@ -270,12 +273,20 @@ def _ends(tokenizer: Any) -> frozenset[int]:
     return frozenset() if end is None else frozenset([end])
 
 
-def described(folder: Folder, experts_bytes: int, origin: bool | None = None) -> Evaluated:
-    """What a folder holds. ``experts_bytes`` counts for a model; a package has its own count."""
+def described(
+    folder: Folder,
+    experts_bytes: int,
+    origin: bool | None = None,
+    kv_precision: str | None = None,
+) -> Evaluated:
+    """What a folder holds. ``experts_bytes`` counts for a model; a package has its own count, and keys and values of
+    its own where no ``kv_precision`` is asked for.
+    """
     manifest = manifest_of(folder.path)
+    kv = kv_precision or ("source" if manifest is None else manifest.kv_precision)
     if manifest is None or manifest.method == UNCHANGED:
         kind = "model" if manifest is None else "package"
-        return Evaluated(folder.name, kind, experts_bytes, origin=origin)
+        return Evaluated(folder.name, kind, experts_bytes, origin=origin, kv_precision=kv)
     return Evaluated(
         name=folder.name,
         kind="package",
@@ -286,6 +297,7 @@ def described(folder: Folder, experts_bytes: int, origin: bool | None = None) ->
         precision=manifest.precision,
         dense_precision=manifest.dense_precision,
         origin=origin,
+        kv_precision=kv,
     )
 
 

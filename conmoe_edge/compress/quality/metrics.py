@@ -14,7 +14,8 @@ from conmoe_edge.compress.stats.match_counts import ExactMatch
 class Evaluated:
     """A model that was measured. The levers only for a package; ``kind`` is ``model`` or ``package``.
 
-    ``experts_bytes``: of all routed experts, or of all prototypes. ``origin``: whether it is the model
+    ``experts_bytes``: of all routed experts, or of all prototypes. ``kv_precision``: how keys and values
+    were kept while it was measured. ``origin``: whether it is the model
     that the other one, a package, was made from; ``None`` where that is not known.
     """
 
@@ -27,6 +28,7 @@ class Evaluated:
     precision: str | None = None
     dense_precision: str | None = None
     origin: bool | None = None
+    kv_precision: str = "source"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ that concerns several: how a pass over the layers begins, and what makes the end
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,16 +94,25 @@ class Run:
         return stream_model(self.job.config, self.job.anatomy, tensors, self.job.device)
 
     def open_streams(
-        self, model: StreamedModel, sets: Mapping[str, TokenSet], phase: str
+        self,
+        model: StreamedModel,
+        sets: Mapping[str, TokenSet],
+        phase: str,
+        as_package: Collection[str] = (),
     ) -> dict[str, Stream]:
-        """The token sets in front of the first layer that the phase has not done."""
+        """The token sets in front of the first layer that the phase has not done.
+
+        Those named in ``as_package`` see keys and values as the package keeps them.
+        """
         with self.clock.part("read"):
             model.load_outside()
         done = self.journal.done
         hidden = self.work.load_hidden(phase, done) if done else {}
         with self.clock.part("attention"):
+            kv = {name: self.job.decided.kv_precision for name in as_package}
             streams = {
-                name: open_stream(model, tokens, hidden.get(name)) for name, tokens in sets.items()
+                name: open_stream(model, tokens, hidden.get(name), kv.get(name, "source"))
+                for name, tokens in sets.items()
             }
         model.drop_outside()
         return streams

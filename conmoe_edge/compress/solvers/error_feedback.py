@@ -24,14 +24,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from conmoe_edge.compress.solvers.neuron_pruning import among
+
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: as GPTQ has it."""
 COMMON = 0.05
 """Of the mean H of a layer's experts, added to each: experts with few tokens have Gram matrices of low rank."""
 
 
-_BLOCK = 64
-"""Most columns that are rounded between two products with all before them."""
+_FAR, _BLOCK = 256, 64
+"""Most columns that are rounded between two products with all before them, and with those of the last such product."""
+_NO_STEP = 1e20
+"""In place of a step of 0."""
 
 
 class Grid(Protocol):
@@ -62,6 +66,34 @@ class Rounded:
     groups: Tensor
 
 
+class Inputs:
+    """What some matrices are multiplied with: their H fp32 [E, K, K], positive definite (``damped``), not changed.
+
+    What is found of it is kept: matrices of the same inputs, and one matrix in several forms, have it once.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self._moments = moments
+        self._found: dict[int, _Factor] = {}
+
+    def factored(self, group: int) -> _Factor:
+        """For columns whose scales are ``group`` together."""
+        if group not in self._found:
+            order, groups = _order(self._moments.diagonal(dim1=1, dim2=2), group)
+            self._found[group] = _Factor(order, groups, *_factored(self._moments, order))
+        return self._found[group]
+
+
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """``order`` and ``groups`` of ``_order``, ``share`` and ``counts`` of ``_factored``."""
+
+    order: Tensor
+    groups: Tensor
+    share: Tensor
+    counts: Tensor
+
+
 def damped(moments: Tensor, common: Tensor | None = None) -> Tensor:
     """H [E, K, K] that can be factored: ``moments`` with a share of ``common`` [K, K] or [E, K, K], where there is one,
     and of the means of their diagonals.
@@ -74,47 +106,94 @@ def damped(moments: Tensor, common: Tensor | None = None) -> Tensor:
     return found
 
 
-def round_with_feedback(weight: Tensor, moments: Tensor, grid: Grid) -> Rounded:
+def round_with_feedback(weight: Tensor, inputs: Inputs, grid: Grid) -> Rounded:
     """``weight`` [E, R, K] rounded.
 
     Args:
         weight: fp32. Not changed.
-        moments: H fp32 [E, K, K], positive definite (``damped``). Not changed.
+        inputs: of each matrix.
         grid: where the rounded weights may lie; asked for every group in turn.
     """
     matrices, rows, count = weight.shape
-    order, groups = _order(moments.diagonal(dim1=1, dim2=2), grid.group)
-    across = order.unsqueeze(2).expand(-1, -1, rows)
-    columns = weight.mT.gather(1, across)  # [E, K, R]: a column is one run of numbers
-    share, counts = _factored(_permuted(moments, order))
+    factor = inputs.factored(grid.group)
+    order, share, counts = factor.order, factor.share, factor.counts
+    columns = weight.new_empty(matrices, count, rows)  # a column is one run of numbers
+    for one, at, own in zip(weight, order, columns, strict=True):
+        own.copy_(one.index_select(1, at).T)
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
     lost = torch.empty_like(columns)  # w - q
-    step = zero = inverse = shift = base = torch.empty(0)
     block = min(grid.group, _BLOCK)
-    number = columns.new_empty(matrices, block, rows)
-    value = columns.new_empty(matrices, 1, rows)
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        here = columns[:, start:stop]
-        if start:
-            here = torch.baddbmm(here, share[:, :start, start:stop].mT, lost[:, :start])
-        if start % grid.group == 0:
-            step, zero = grid.fit(here, counts[:, start:stop])
-            inverse = torch.where(step != 0, 1.0 / step, 0.0)
-            shift, base = -zero * inverse - grid.low, zero + grid.low * step
-        for c in range(stop - start):
-            column, place = here[:, c : c + 1], start + c
+    line = _Line.none()
+    for first in range(0, count, _FAR):
+        last = min(first + _FAR, count)
+        near = columns[:, first:last]
+        if first:
+            near = torch.baddbmm(near, share[:, :first, first:last].mT, lost[:, :first])
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            here = near[:, start - first : stop - first]
+            if start > first:
+                inside = share[:, first:start, start:stop].mT
+                here = torch.baddbmm(here, inside, lost[:, first:start])
+            if start % grid.group == 0:
+                line = _Line.of(grid, here, counts[:, start:stop])
+            own = slice(start, stop)
+            line.round(columns[:, own], here, share[:, own, own], codes[:, own], lost[:, own])
+    found = torch.empty_like(codes)
+    for one, at, own in zip(codes, order, found, strict=True):
+        own.index_copy_(0, at, one)
+    return Rounded(found, factor.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Where the columns of one group may lie, counted in steps: weight = ``base + unit u``, and u is rounded to a
+    number in 0..``top``. Each [E, 1, R].
+
+    Where a step is 0, so that every number gives the same weight, ``unit`` is so large that u is rounded to 0 and
+    holds all that is lost.
+    """
+
+    top: int
+    base: Tensor
+    unit: Tensor
+
+    @classmethod
+    def none(cls) -> _Line:
+        return cls(0, torch.empty(0), torch.empty(0))
+
+    @classmethod
+    def of(cls, grid: Grid, columns: Tensor, counts: Tensor) -> _Line:
+        """As the grid has it for a group that is reached."""
+        step, zero = grid.fit(columns, counts)
+        return cls(grid.top, zero + grid.low * step, torch.where(step != 0, step, _NO_STEP))
+
+    def round(
+        self, weights: Tensor, moved: Tensor, share: Tensor, codes: Tensor, lost: Tensor
+    ) -> None:
+        """Some columns of the group, one after another.
+
+        Args:
+            weights: [E, b, R] as they were.
+            moved: [E, b, R] with what columns before these have lost.
+            share: [E, b, b], what each gets of the errors of those before it.
+            codes, lost: [E, b, R], filled.
+        """
+        inverse = 1.0 / self.unit
+        shift = -self.base * inverse
+        wanted = torch.addcmul(shift, moved, inverse)
+        own = torch.addcmul(shift, weights, inverse)
+        numbers, left = torch.empty_like(own), torch.empty_like(own)
+        for c in range(own.shape[1]):
+            number, column = numbers[:, c : c + 1], wanted[:, c : c + 1]
             if c:
-                inside = share[:, start:place, place : place + 1].mT
-                column = torch.baddbmm(column, inside, lost[:, start:place])
-            one = number[:, c : c + 1]
-            torch.addcmul(shift, column, inverse, out=one)
-            one.round_().clamp_(0, grid.top)
-            torch.addcmul(base, one, step, out=value)
-            own = slice(place, place + 1)
-            torch.sub(columns[:, own], value, out=lost[:, own])
-        codes[:, start:stop] = number[:, : stop - start]
-    return Rounded(torch.empty_like(codes).scatter_(1, across, codes), groups)
+                inside = share[:, :c, c : c + 1].mT
+                torch.baddbmm(column, inside, left[:, :c], out=number).round_().clamp_(0, self.top)
+            else:
+                torch.round(column, out=number).clamp_(0, self.top)
+            torch.sub(own[:, c : c + 1], number, out=left[:, c : c + 1])
+        codes.copy_(numbers)
+        torch.mul(left, self.unit, out=lost)
 
 
 def _order(diagonal: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -128,17 +207,13 @@ def _order(diagonal: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (groups.unsqueeze(2) * group + inside).flatten(1), groups
 
 
-def _permuted(square: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns ``order`` [E, K] of [E, K, K]."""
-    rows = torch.stack([one.index_select(0, at) for one, at in zip(square, order, strict=True)])
-    return rows.gather(2, order.unsqueeze(1).expand_as(rows))
-
-
-def _factored(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [E, K, K], strictly upper: what column j gets of the error of column i, V_ij / V_jj. And [E, K, 1]: V_jj^2,
-    what an error of column j costs when all columns behind it make up for it.
+def _factored(moments: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """For the columns in ``order``: fp32 [E, K, K], strictly upper, what column j gets of the error of column i,
+    V_ij / V_jj; and [E, K, 1], V_jj^2, what an error of column j costs when all columns behind it make up for it.
     """
-    upper = _cholesky(moments.flip(1, 2)).flip(1, 2)  # of lower triangles from behind
+    behind = order.flip(1)  # of lower triangles from behind
+    turned = [among(one, at) for one, at in zip(moments, behind, strict=True)]
+    upper = _cholesky(torch.stack(turned)).flip(1, 2)
     diagonal = upper.diagonal(dim1=1, dim2=2).clone()
     upper.div_(diagonal.unsqueeze(1))
     upper.diagonal(dim1=1, dim2=2).zero_()

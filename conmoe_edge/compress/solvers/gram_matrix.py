@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STRIP = 512
+_STRIP = 256
 """Columns of a strip: products are taken for the strips on and above the diagonal only."""
 
 

@@ -82,14 +82,14 @@ def refit(
         residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
     ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
     for place, (one, weight) in enumerate(zip(features, weights, strict=True)):
+        solved = weight
         if len(one.rows):
-            step = _step(one.gram, ridge, one.values.T @ residual[one.rows])
-            weight += step
-            residual.index_add_(0, one.rows, one.values @ step, alpha=-1.0)
+            solved = weight + _step(one.gram, ridge, one.values.T @ residual[one.rows])
         if rounded is not None:
-            change = rounded(place, weight.T, one.gram).T - weight
-            weight += change
-            residual.index_add_(0, one.rows, one.values @ change, alpha=-1.0)
+            solved = rounded(place, solved.T, one.gram).T
+        if solved is not weight:
+            residual.index_add_(0, one.rows, one.values @ (solved - weight), alpha=-1.0)
+            weights[place] = solved
     table = torch.zeros(gates.shape[1], residual.shape[1])
     if constants:
         table = solve_constants(gates, residual)

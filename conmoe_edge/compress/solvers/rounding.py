@@ -21,7 +21,12 @@ from conmoe_edge.checkpoint.format.forms import (
 )
 from conmoe_edge.checkpoint.format.grid_search import best_line
 from conmoe_edge.checkpoint.format.quantise import Matrix, int4_matrix, int8_matrix, row_scales
-from conmoe_edge.compress.solvers.error_feedback import Grid, damped, round_with_feedback
+from conmoe_edge.compress.solvers.error_feedback import (
+    Grid,
+    Inputs,
+    damped,
+    round_with_feedback,
+)
 
 FED_BACK: frozenset[Kind] = frozenset({"int8", "int4", *LOW_BITS})
 """The forms that can be rounded with error feedback: all whose scales are looked for."""
@@ -45,9 +50,19 @@ def round_matrices(
     weight: Tensor, moments: Tensor, kind: Kind, common: Tensor | None = None
 ) -> list[Matrix]:
     """``round_matrix`` for each of ``weight`` [E, R, K] with its own of ``moments`` [E, K, K]."""
+    return round_for(weight, inputs_of(moments, common), kind)
+
+
+def inputs_of(moments: Tensor, common: Tensor | None = None) -> Inputs:
+    """``moments`` [E, K, K] and ``common`` as of ``round_matrices``, where several matrices are rounded for them."""
+    return Inputs(damped(moments, common))
+
+
+def round_for(weight: Tensor, inputs: Inputs, kind: Kind) -> list[Matrix]:
+    """``round_matrices`` for inputs that are there already."""
     wide = weight.float()
     grid = _grid(wide, kind)
-    found = round_with_feedback(wide, damped(moments, common), grid)
+    found = round_with_feedback(wide, inputs, grid)
     return [
         grid.matrix(place, codes, groups.argsort())
         for place, (codes, groups) in enumerate(zip(found.codes, found.groups, strict=True))

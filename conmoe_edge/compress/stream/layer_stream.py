@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conmoe_edge.compat import native_bf16
+from conmoe_edge.compat import cache_of, native_bf16
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.expert_hooks import Tap
-from conmoe_edge.errors import CheckpointError
+from conmoe_edge.errors import CheckpointError, UnsupportedModel
+from conmoe_edge.model.packed_layers import rounding_cache
 from conmoe_edge.model.streaming import Batch, StreamedModel
 
 _BATCH_VALUES = 1 << 24
@@ -88,9 +89,22 @@ def _rows(model: StreamedModel, length: int) -> int:
     return max(1, min(_MOST_TOKENS, _BATCH_VALUES // size) // length)
 
 
-def open_stream(model: StreamedModel, tokens: TokenSet, hidden: Tensor | None = None) -> Stream:
-    """Embed a token set (or take the ``hidden`` states of an earlier run) and prepare every layer's arguments."""
+def open_stream(
+    model: StreamedModel,
+    tokens: TokenSet,
+    hidden: Tensor | None = None,
+    kv_precision: str = "source",
+) -> Stream:
+    """Embed a token set (or take the ``hidden`` states of an earlier run) and prepare every layer's arguments.
+
+    With a ``kv_precision`` of ``int8`` every layer's attention sees the keys and values that a cache in 8 bits holds,
+    as it does in a package that is run so; the model must have that form (``plan/kv_precision.py``).
+
+    Raises:
+        UnsupportedModel: the model does not hand its layers the cache that it is given.
+    """
     count, length = tokens.ids.shape
+    cache = rounding_cache(model.model.config) if kv_precision == "int8" else None
     size, rows = model.model.config.get_text_config().hidden_size, _rows(model, length)
     store = torch.empty(count, length, size, dtype=model.dtype) if hidden is None else hidden
     batches: list[Batch] = []
@@ -99,13 +113,30 @@ def open_stream(model: StreamedModel, tokens: TokenSet, hidden: Tensor | None = 
         ids = tokens.ids[start : start + rows]
         mask = tokens.mask[start : start + rows]
         whole = bool(mask.all())
-        batch = Batch(ids, None if whole else mask.long())
+        batch = Batch(ids, None if whole else mask.long(), cache=cache)
         first = model.prologue(batch)
+        if cache is not None:
+            require_cache(model, batch)
         if hidden is None:
             store[start : start + rows] = first.to(store.dtype).cpu()
         batches.append(batch)
         keep.append(None if whole else mask.reshape(-1).to(model.device))
     return Stream(batches, keep, store)
+
+
+def require_cache(model: StreamedModel, batch: Batch) -> None:
+    """Refuse a model that does not hand each of its layers the cache that it was given.
+
+    Raises:
+        UnsupportedModel: names the layer.
+    """
+    for index, (_, kwargs) in enumerate(batch.calls):
+        if cache_of(kwargs) is not batch.cache:
+            raise UnsupportedModel(
+                f"{type(model.model).__name__} cannot be measured with keys and values in 8 bits.",
+                f"decoder layer {index} is not handed the key-value cache that the model is given",
+                "--kv-precision source",
+            )
 
 
 def run_layer(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from conmoe_edge.checkpoint.quantised.expanded import ExpandedTensors
 from conmoe_edge.checkpoint.quantised.stored import stored_in
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
+from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.dense_conversion import Dequantised
 from conmoe_edge.compress.stream.expert_hooks import (
     IMPLEMENTATION,
@@ -49,6 +51,7 @@ from conmoe_edge.compress.stream.expert_hooks import (
 from conmoe_edge.compress.stream.layer_stream import (
     Stream,
     compute_dtype,
+    open_stream,
     run_layer,
 )
 from conmoe_edge.compress.work.part_clock import Clock
@@ -65,6 +68,7 @@ from conmoe_edge.model.size_bounds import bounds_of
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.source_facts import read_source
 from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.kv_precision import with_kv
 
 _AGAIN = "Make the package again with conmoe-edge fit, or copy it again from where it came from."
 
@@ -78,6 +82,7 @@ class Subject:
         name: for errors.
         prototype_bytes: what ``mapped`` reads over all layers.
         closed: for every rerouted layer which slots its router may choose.
+        kv_precision: how keys and values are kept where it runs.
 
     Raises:
         UnsupportedModel: the router of a rerouted layer cannot be found.
@@ -90,9 +95,11 @@ class Subject:
         name: str = "",
         prototype_bytes: int = 0,
         closed: Mapping[int, Sequence[bool]] | None = None,
+        kv_precision: str = "source",
     ) -> None:
         self.model = model
         self.name = name
+        self.kv_precision = kv_precision
         self._mapped = mapped
         self._prototype_bytes = prototype_bytes
         self._closed = closed or {}
@@ -140,6 +147,10 @@ class Subject:
             for index in range(self.layers):
                 stack.enter_context(self.layer(index, clock))
             yield
+
+    def open_stream(self, tokens: TokenSet) -> Stream:
+        """A token set in front of the first layer; what is outside the layers is loaded."""
+        return open_stream(self.model, tokens, kv_precision=self.kv_precision)
 
     def advance(self, index: int, stream: Stream) -> None:
         """Take a stream through a loaded layer, in place."""
@@ -213,29 +224,41 @@ def stream_model(
 
 
 @contextmanager
-def open_subject(folder: Path | OpenedModel, device: torch.device) -> Iterator[Subject]:
-    """The model or package in ``folder``, or a model that is open already; nothing of it is loaded yet."""
+def open_subject(
+    folder: Path | OpenedModel, device: torch.device, kv_precision: str | None = None
+) -> Iterator[Subject]:
+    """The model or package in ``folder``, or a model that is open already; nothing of it is loaded yet.
+
+    Keys and values are as the package says, or in ``kv_precision``.
+
+    Raises:
+        UnsupportedModel: the model has no such form of them.
+    """
     register()
     if isinstance(folder, OpenedModel):
+        kv = with_kv(folder.anatomy, kv_precision or "source").kv_precision
         with folder.tensors() as tensors:
             model = stream_model(folder.config, folder.anatomy, tensors, device)
-            yield Subject(model, None, folder.name)
+            yield Subject(model, None, folder.name, kv_precision=kv)
         return
     package = open_package(folder) if is_package(folder) else None
     manifest = None if package is None else package.manifest
+    kv = kv_precision or ("source" if manifest is None else manifest.kv_precision)
     index = CheckpointIndex.open(folder) if package is None else package.index
     if manifest is not None and manifest.method != UNCHANGED:
         # Its quantization_config names the package's form, no other model.
         config = without_quantization(read_config(folder, bounds_of(index, manifest)))
         anatomy = probe(config, facts_of(index.tensors), whole=False)
-        with package_subject(index, manifest, config, anatomy, device, str(folder)) as subject:
+        given = replace(manifest, kv_precision=with_kv(anatomy, kv).kv_precision)
+        with package_subject(index, given, config, anatomy, device, str(folder)) as subject:
             yield subject
         return
     source = read_source(folder, stored_in(index), index.bytes_of)
-    anatomy = probe(source.config, source.facts)
+    anatomy = with_kv(probe(source.config, source.facts), kv)
     with ShardReader(index) as reader:
         tensors = ExpandedTensors(reader, source.scheme)
-        yield Subject(stream_model(source.config, anatomy, tensors, device), None, str(folder))
+        model = stream_model(source.config, anatomy, tensors, device)
+        yield Subject(model, None, str(folder), kv_precision=kv)
 
 
 @contextmanager
@@ -280,7 +303,8 @@ def package_subject(
             rows, is_open = constants.get(layer), closed.get(layer)
             return mapped_tap(slot_maps[layer], records, prototypes, rows, device, is_open)
 
-        yield Subject(model, tap, name, prototype_bytes(manifest), closed)
+        kv = manifest.kv_precision
+        yield Subject(model, tap, name, prototype_bytes(manifest), closed, kv_precision=kv)
 
 
 def is_package(folder: Path) -> bool:

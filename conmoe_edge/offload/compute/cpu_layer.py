@@ -15,6 +15,7 @@ Memory: a few addresses a router slot; the outputs of one token's prototypes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
     Cached,
+    FoundTogether,
     LayerTable,
     MlpTable,
     Operator,
@@ -157,6 +159,72 @@ class CpuLayer(TorchLayer):
             constants = [(self._constants[row], gate) for row, gate in pairs]
         return arithmetic.combine(out, list(merged.values()), hidden.dtype, constants)
 
+    def decoder_together(
+        self,
+        block: BlockTable,
+        router: RouterTable,
+        x: Tensor,
+        where: Sequence[tuple[Positions | None, Cached]],
+        dense: MlpTable | None = None,
+    ) -> FoundTogether:
+        """``decoder`` for one token each of several answers; arguments and result as of ``Operator.decoder_together``.
+
+        Raises:
+            RuntimeError: there is no ``table``.
+        """
+        if self.table is None or self.engine is None:
+            raise RuntimeError("the operator does not take this layer")
+        self._notice()
+        found = self.engine.decoder_together(block, router, self.table, x, where, dense)
+        if found.out is not None:
+            self._used(found.count)
+            if self.residency.prefetcher is not None:
+                self.residency.prefetch(self._next_of(found.normed))
+        return found
+
+    def together_with_misses(
+        self, module: nn.Module, hidden: Tensor, slots: Tensor, gates: Tensor
+    ) -> Tensor:
+        """``forward_with_misses`` for one token each of several answers, [T, H], [T, K], [T, K] -> [T, H]: a prototype
+        that is not there is read once for all that ask for it.
+        """
+        chosen, given = slots.tolist(), gates.tolist()
+        slot_map, arithmetic = self.slots.slot_map, self.arithmetic
+        merged = [slot_map.merge(*one) for one in zip(chosen, given, strict=True)]
+        asking: dict[int, list[int]] = {}
+        for token, weights in enumerate(merged):
+            for number in weights:
+                asking.setdefault(number, []).append(token)
+        numbers = sorted(asking)
+        rows: dict[int, Tensor] = {}
+
+        def compute(positions: Sequence[int], some: Sequence[StoredExpert]) -> None:
+            mine = [numbers[position] for position in positions]
+            found = arithmetic.several_tokens(module, some, hidden, [asking[one] for one in mine])
+            rows.update(zip(mine, found, strict=True))
+
+        if numbers:
+            self.residency.visit(numbers, compute, ahead=self._next_of(hidden))
+        out = torch.empty_like(hidden)
+        for token, weights in enumerate(merged):
+            parts = [rows[number][asking[number].index(token)] for number in weights]
+            y = torch.stack(parts) if parts else torch.empty(0, hidden.shape[1])
+            constants: Sequence[tuple[Tensor, float]] = ()
+            if self._constants:
+                pairs = slot_map.gated_constants(chosen[token], given[token])
+                constants = [(self._constants[row], gate) for row, gate in pairs]
+            out[token] = arithmetic.combine(y, list(weights.values()), hidden.dtype, constants)[0]
+        return out
+
+    def _next_of(self, hidden: Tensor) -> Sequence[int]:
+        """What the next layer will probably ask for, for all rows of ``hidden``: the likeliest of each first."""
+        if self.residency.prefetcher is None:
+            return ()
+        likely = [self.residency.likely_next(self.number, row) for row in hidden.split(1)]
+        return list(
+            dict.fromkeys(n for rank in zip_longest(*likely) for n in rank if n is not None)
+        )
+
     def _notice(self) -> None:
         if self.residency.prefetcher is not None:
             self.residency.collect()
@@ -165,13 +233,18 @@ class CpuLayer(TorchLayer):
         if found is None or self.table is None:
             return None
         out, count = found
+        self._used(count)
+        if self.residency.prefetcher is not None:
+            self.residency.prefetch(self.residency.likely_next(self.number, hidden))
+        return out
+
+    def _used(self, count: int) -> None:
+        """So many prototypes, which the table names, were computed with."""
+        assert self.table is not None, "they were found by it"
         if self.stays:
             self.residency.used(count)
         else:
             self.residency.asked(self.table.asked(count))
-        if self.residency.prefetcher is not None:
-            self.residency.prefetch(self.residency.likely_next(self.number, hidden))
-        return out
 
 
 class CpuBackend(TorchBackend):

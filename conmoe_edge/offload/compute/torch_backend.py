@@ -167,6 +167,35 @@ class Arithmetic:
             out[positions] = way(module, [experts[at] for at in positions], hidden)
         return out
 
+    def several_tokens(
+        self,
+        module: nn.Module,
+        experts: Sequence[StoredExpert],
+        hidden: Tensor,
+        asking: Sequence[Sequence[int]],
+    ) -> list[Tensor]:
+        """Experts that one call takes (``gates_in_one_call``), each applied to those rows of ``hidden`` [T, H] that ask
+        for it: for each [n, H], with the bits of ``one_token``. Each expert's weights are read once.
+        """
+        engine, gate = self._operator, expert_gate(module)
+        assert engine is not None and gate is not None, "gates_in_one_call has looked"
+        kins: dict[object, list[int]] = {}
+        for position, one in enumerate(experts):
+            kins.setdefault(one.kin, []).append(position)
+        found: list[Tensor] = [hidden] * len(experts)
+        x = hidden.contiguous()
+        for positions in kins.values():
+            some = [experts[position] for position in positions]
+            ups, downs = zip(*[one.matrices for one in some if one.matrices], strict=True)
+            biases = [one.biases for one in some if one.biases is not None]
+            mine = [asking[position] for position in positions]
+            rows = engine.gated_together(ups, downs, x, mine, gate, biases or None)
+            for position, part in zip(
+                positions, rows.split([len(one) for one in mine]), strict=True
+            ):
+                found[position] = part
+        return found
+
     def rows(self, module: nn.Module, expert: StoredExpert, hidden: Tensor) -> Tensor:
         """One expert applied to its tokens: [n, H] -> [n, H] in the format of the sums."""
         if len(hidden) < MANY_ROWS and expert.suits_operator(module, hidden.dtype):

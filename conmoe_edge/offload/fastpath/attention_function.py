@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from conmoe_edge.model.checked_attention import FUSED, checked_attention
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 
-FUSED, SUITED = "sdpa", "conmoe_sdpa"
+SUITED = "conmoe_sdpa"
 _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -58,6 +58,4 @@ def one_token_attention(
         out = engine.attend(query, key, value, factor)
         if out is not None:
             return out, None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
+    return checked_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -14,7 +14,7 @@ Memory: as ``attention.py``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     Cached,
     Operator,
     Positions,
+    RouterTable,
 )
 
 
@@ -43,6 +44,72 @@ class _Ready:
     place: Place
     table: BlockTable
     behind: Prepared | None
+
+
+class Apart(Exception):
+    """A token has to go through the model by itself."""
+
+
+class Gathered(Exception):
+    """A token has been through all layers of a meeting, and nothing was computed yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a layer is called with for one token of one answer."""
+
+    layer: FusedLayer
+    x: Tensor
+    positions: Positions
+    ready: _Ready
+    router: RouterTable | None
+
+
+class Meeting:
+    """What all layers of a model know of a step that several answers share (``together.py``).
+
+    Attributes:
+        last: the number of layers.
+        entries: while tokens are gathered, what the layers are called with for the present one.
+        over: whether the layers have computed, and hand out what they have.
+        result: then, what comes out of the last layer for the present answer.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.entries: list[Entry] | None = None
+        self.over = False
+        self.result: Tensor | None = None
+        self._left = 0
+
+    def enter(self, entry: Entry) -> Tensor:
+        """Instead of the layer's result its input goes on to the next one, which has to get that very tensor.
+
+        Raises:
+            Apart: something stands between two layers.
+            Gathered: this was the last one.
+        """
+        entries = self.entries
+        assert entries is not None, "it was looked at"
+        if entries and entry.x is not entries[0].x:
+            raise Apart
+        entries.append(entry)
+        if len(entries) == self.last:
+            raise Gathered
+        return entry.x
+
+    def leave(self, layer: FusedLayer, args: tuple[Any, ...]) -> Tensor:
+        """What the layer gives when everything was computed: its input, and the last one the result."""
+        self._left += 1
+        if self._left < self.last:
+            return args[0]
+        self._left = 0
+        assert self.result is not None, "it is there when the meeting is over"
+        return self.result
+
+    def end(self) -> None:
+        """Layers compute again."""
+        self.entries, self.over, self.result, self._left = None, False, None, 0
 
 
 class Checked:
@@ -77,13 +144,20 @@ class FusedLayer:
     """
 
     def __init__(
-        self, module: nn.Module, spec: Layer, engine: Operator, checked: Checked, served: Served
+        self,
+        module: nn.Module,
+        spec: Layer,
+        engine: Operator,
+        checked: Checked,
+        served: Served,
+        meeting: Meeting,
     ) -> None:
         """For a module that ``fused_layer`` takes."""
         self.verified: bool | None = None
         self._tried_all = self._one_call = False
         self._own = weakref.WeakMethod(module.forward)
         self._engine, self._checked, self._served = engine, checked, served
+        self._meeting = meeting
         self._parts = parts = dict(module.named_children())
         names = (spec.before, spec.attended, spec.after, spec.given)
         self._norms: list[FusedNorm | None] = [parts.get(name) for name in names]  # pyright: ignore[reportAttributeAccessIssue]
@@ -151,21 +225,14 @@ class FusedLayer:
         ready, self._ready = self._ready, None
         own = self._own()
         assert own is not None, "the module is being called, so it is there"
-        if ready is None or len(args) != 1 or cache_of(kwargs) is not ready.cache:
+        if self._meeting.over:
+            return self._meeting.leave(self, args)
+        positions = None if ready is None else self._positions(ready, args, kwargs)
+        if self._meeting.entries is not None:
+            return self._meeting.enter(self._entry(own.__self__, ready, positions, args))
+        if ready is None or positions is None:
             return own(*args, **kwargs)
         x: Tensor = args[0]
-        attention = self._attention
-        positions = self._checked.find(kwargs, attention.spec)
-        if positions is None:
-            if attention.takes(x, kwargs):
-                positions = attention.positions(kwargs, ready.place)
-            if positions is None:
-                return own(*args, **kwargs)
-            self._checked.keep(kwargs, attention.spec, positions)
-        if x.dtype != torch.bfloat16 or x.numel() != ready.place.table.hidden:
-            return own(*args, **kwargs)
-        if self._attending.__dict__.get("forward") is not attention:
-            return own(*args, **kwargs)  # its forward was replaced after loading
         if self.verified is None:
             tried = self._try(own.__self__, lambda: own(*args, **kwargs), x, positions, ready)
             if not self.verified:
@@ -177,6 +244,64 @@ class FusedLayer:
         else:
             self._served.blocks += 1
         return out
+
+    def _positions(
+        self, ready: _Ready, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Positions | None:
+        """The token's position; ``None`` where the operator does not take what the layer is called with."""
+        if len(args) != 1 or cache_of(kwargs) is not ready.cache:
+            return None
+        x: Tensor = args[0]
+        attention = self._attention
+        positions = self._checked.find(kwargs, attention.spec)
+        if positions is None:
+            if attention.takes(x, kwargs):
+                positions = attention.positions(kwargs, ready.place)
+            if positions is None:
+                return None
+            self._checked.keep(kwargs, attention.spec, positions)
+        if x.dtype != torch.bfloat16 or x.numel() != ready.place.table.hidden:
+            return None
+        if self._attending.__dict__.get("forward") is not attention:
+            return None  # its forward was replaced after loading
+        return positions
+
+    def _entry(
+        self, module: nn.Module, ready: _Ready | None, positions: Positions | None, args: Any
+    ) -> Entry:
+        """The token, to be computed with others.
+
+        Raises:
+            Apart: it has to go by itself.
+        """
+        behind = self._behind
+        if ready is None or positions is None or isinstance(behind, Refusal):
+            raise Apart
+        if self.verified is not True or ready.behind is None:
+            raise Apart
+        router = behind.router()
+        if (router is None and behind.gate is not None) or module._forward_hooks:
+            raise Apart
+        return Entry(self, args[0], positions, ready, router)
+
+    def together(self, entries: Sequence[Entry], x: Tensor) -> Tensor:
+        """The layer for one token each of several answers, [T, H] -> [T, H], with the bits that each has alone. Their
+        keys and values are written; they count once ``took`` is called.
+        """
+        behind, engine, first = self._behind, self._engine, entries[0]
+        ready = first.ready
+        assert not isinstance(behind, Refusal) and ready.behind is not None, "_entry has looked"
+        where = [(one.positions, one.ready.place.cached) for one in entries]
+        found = behind.decoder_together(ready.behind, ready.table, first.router, x, where, engine)
+        if found.out is not None:
+            return found.out
+        given = behind.output_together(ready.behind, found, engine)
+        norm = self._norms[3]
+        if norm is not None:
+            now = norm.current()
+            assert now is not None, "prepare has looked"
+            given = engine.rms_norm(now, given)
+        return found.summed + (given if self._multiplier == 1.0 else given * self._multiplier)
 
     def _try(
         self,
@@ -258,7 +383,7 @@ class FusedLayer:
 
 
 def fused_layer(
-    module: nn.Module, engine: Operator, checked: Checked, served: Served
+    module: nn.Module, engine: Operator, checked: Checked, served: Served, meeting: Meeting
 ) -> FusedLayer | Refusal:
     """What stands in front of ``module``'s ``forward``, whose norms and attention are the operator's already."""
     spec = look_up(module, Layer)
@@ -274,4 +399,4 @@ def fused_layer(
         return Refusal(f"a norm of {name} is not the operator's")
     if not isinstance(vars(parts[spec.attention]).get("forward"), FusedAttention):
         return Refusal("")  # its attention has said why
-    return FusedLayer(module, spec, engine, checked, served)
+    return FusedLayer(module, spec, engine, checked, served, meeting)

@@ -5,6 +5,7 @@ The one place in this folder that knows how ``offload/compute`` computes experts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from conmoe_edge.offload.fastpath.supported import Block, Mlp, Refusal, look_up
 from conmoe_edge.offload.kernels.cpu.bindings import (
     BlockTable,
     Cached,
+    FoundTogether,
     MlpTable,
     Operator,
     Positions,
@@ -99,6 +101,27 @@ class FeedForward:
             found = engine.decoder(table, None, None, x, positions, cached, ready.dense)
             return None if found is None else found[0]
         return whole.decoder(table, router, x, positions, cached, ready.dense)
+
+    def decoder_together(
+        self,
+        ready: Prepared,
+        table: BlockTable,
+        router: RouterTable | None,
+        x: Tensor,
+        where: Sequence[tuple[Positions | None, Cached]],
+        engine: Operator,
+    ) -> FoundTogether:
+        """``decoder`` for one token each of several answers, as ``Operator.decoder_together``."""
+        if ready.whole is None or router is None:
+            return engine.decoder_together(table, None, None, x, where, ready.dense)
+        return ready.whole.decoder_together(table, router, x, where, ready.dense)
+
+    def output_together(self, ready: Prepared, found: FoundTogether, engine: Operator) -> Tensor:
+        """``output`` for what ``decoder_together`` found, missing prototypes being read once: [T, H]."""
+        assert ready.whole is not None and self._experts is not None
+        hidden = found.normed
+        out = ready.whole.together_with_misses(self._experts, hidden, found.slots, found.gates)
+        return out if ready.dense is None else out + engine.dense_together(ready.dense, hidden)
 
     def output(
         self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator

@@ -18,16 +18,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import Arguments, cache_of
+from conmoe_edge.model.checked_attention import check_attention
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.fastpath.attention import FusedAttention, fused_attention
 from conmoe_edge.offload.fastpath.attention_function import suit_attention
-from conmoe_edge.offload.fastpath.decoder_layer import Checked, FusedLayer, fused_layer
+from conmoe_edge.offload.fastpath.decoder_layer import (
+    Checked,
+    FusedLayer,
+    Meeting,
+    fused_layer,
+)
 from conmoe_edge.offload.fastpath.fused_router import FusedRouter, fused_router
 from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
 from conmoe_edge.offload.fastpath.packed_cache import pack_in_steps
 from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
+from conmoe_edge.offload.fastpath.together import Together
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 
 
@@ -43,7 +50,7 @@ def install(
     Raises:
         UnsupportedModel: the model's ``forward`` takes no cache under a known name.
     """
-    served, checked, refused = Served(), Checked(), _Refused()
+    served, checked, refused, meeting = Served(), Checked(), _Refused(), Meeting()
     engine = operator() if machine.device == "cpu" else None
     forget_digests()
     if engine is not None:
@@ -52,16 +59,18 @@ def install(
             if norm is not None:
                 model.set_submodule(path, norm, strict=True)
     reason = _why_not(model, machine)
+    suited = engine is not None and not reason and suit_attention(model, machine)
+    if not suited:
+        check_attention(model)
     if engine is not None and not reason:
-        suit_attention(model, machine)
         for make in (
             lambda module: fused_attention(module, engine, served),
             lambda module: fused_router(module, engine),
-            lambda module: fused_layer(module, engine, checked, served),
+            lambda module: fused_layer(module, engine, checked, served, meeting),
         ):
             _put_in_front(model, make, refused)
     layers = [one for one in map(_forward_of, model.modules()) if isinstance(one, FusedLayer)]
-    steps = _Steps(Arguments.of(model), context, layers, served, kv_precision)
+    steps = _Steps(Arguments.of(model), context, layers, served, meeting, kv_precision)
     model.register_forward_pre_hook(steps.before, with_kwargs=True)
     if layers:
         model.register_forward_hook(steps.behind, always_call=True)
@@ -69,7 +78,11 @@ def install(
         warn_once(f"{text}: single tokens take transformers' steps there, which are slower")
     windows = _windows(model)
     paths = [_path(i, one, refused, i in windows) for i, one in enumerate(_decoder_layers(model))]
-    return FastPathReport(tuple(paths), reason, served)
+    together, apart = None, reason or _why_apart(paths)
+    if engine is not None and not apart:
+        ordered = [_forward_of(one) for one in _decoder_layers(model)]
+        together = Together(model, ordered, meeting, served, engine)
+    return FastPathReport(tuple(paths), reason, apart, served, together)
 
 
 class _Steps:
@@ -83,11 +96,13 @@ class _Steps:
         context: int,
         layers: Sequence[FusedLayer],
         served: Served,
+        meeting: Meeting,
         kv_precision: str,
     ) -> None:
-        """``arguments`` of the model; ``layers`` in any order."""
+        """``arguments`` of the model; ``layers`` in any order, which share the ``meeting``."""
         self._arguments = arguments
         self._context, self._layers, self._served = context, layers, served
+        self._meeting = meeting
         self._packed = kv_precision != "source"
 
     def before(
@@ -107,7 +122,10 @@ class _Steps:
                 given = self._arguments.with_cache(args, kwargs, held)
             pack_in_steps(held, self._context)
         single = isinstance(ids, Tensor) and ids.shape == (1, 1)
-        self._served.tokens += single
+        if self._meeting.over:
+            return given
+        if self._meeting.entries is None:
+            self._served.tokens += single
         for layer in self._layers:
             layer.prepare(held if single else None)
         return given
@@ -185,6 +203,14 @@ def _path(index: int, layer: nn.Module, refused: _Refused, window: bool) -> Laye
         return LayerPath(index, "attention", router, refused.reason(layer))
     reason = fused.why_not_one_call()
     return LayerPath(index, "block" if reason else "layer", router, reason)
+
+
+def _why_apart(paths: Sequence[LayerPath]) -> str:
+    """Why several answers do not share steps; empty where they do."""
+    others = [one for one in paths if one.live != "layer"]
+    if not paths:
+        return "it has no decoder layers"
+    return f"layer {others[0].index} is not one call: {others[0].reason}" if others else ""
 
 
 def _windows(model: PreTrainedModel) -> set[int]:

@@ -16,7 +16,6 @@ new buffers at once (the plan's workspace has that term).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from conmoe_edge.model.kv_rows import row_bytes
+from conmoe_edge.model.packed_layers import Packing
 from conmoe_edge.offload.kernels.cpu.bindings import Cached
 
 STEP_TOKENS = 256
@@ -33,20 +33,6 @@ at 256 copying is below a hundredth of what attention reads.
 
 LIMIT = "_conmoe_limit"
 """The attribute of a cache layer with a window that says how many tokens a conversation may have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """What the rows of a layer in 8 bits stand for (``packed_cache.py``): numbers of a key, of a value, the format."""
-
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Of a key and of a value."""
-        return self.key_width, self.value_width
 
 
 def widths_of(layer: Any) -> tuple[int, int] | None:

@@ -16,38 +16,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from conmoe_edge.errors import UsageError
-from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
-from conmoe_edge.offload.fastpath.kv_cache import LIMIT, GrowingLayer, Packing
+from conmoe_edge.model.kv_rows import pack_rows
+from conmoe_edge.model.packed_layers import PackedUpdate, Packing
+from conmoe_edge.offload.fastpath.kv_cache import LIMIT, GrowingLayer
 
 
-class _Packing:
-    """In front of a cache layer's class: rows go in, numbers come out."""
-
-    packing: Packing | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append tokens [B, heads, n, width]; all that attention is to see, as numbers of that format."""
-        self.packing = packing = _packing_of(key_states, value_states)
-        layer: Any = super()
-        keys, values = layer.update(pack_rows(key_states), pack_rows(value_states), *args, **kwargs)
-        return (
-            unpack_rows(keys, packing.key_width, packing.dtype),
-            unpack_rows(values, packing.value_width, packing.dtype),
-        )
-
-
-class PackedLayer(_Packing, GrowingLayer):
+class PackedLayer(PackedUpdate, GrowingLayer):
     """A layer that keeps every token."""
 
 
-class PackedWindowLayer(_Packing, DynamicSlidingWindowLayer):
+class PackedWindowLayer(PackedUpdate, DynamicSlidingWindowLayer):
     """A layer that keeps the last tokens."""
 
 
@@ -86,22 +67,12 @@ def _filled(own: Any, layer: Any, limit: int) -> Any:
         return own
     kept = {name: one for name, one in vars(layer).items() if not name.startswith("_conmoe")}
     vars(own).update(kept)
-    own.packing = _packing_of(keys, values)
+    own.packing = Packing.of(keys, values)
     own.keys, own.values = pack_rows(keys), pack_rows(values)
     if isinstance(own, GrowingLayer):
         own.forget_buffers()
         own.limit = limit
     return own
-
-
-def _packing_of(keys: Tensor, values: Tensor) -> Packing:
-    if not keys.is_floating_point() or keys.dtype is torch.float64 or keys.dtype != values.dtype:
-        raise UsageError(
-            f"Keys in {keys.dtype} and values in {values.dtype} are not kept in 8 bits.",
-            "there are steps for bfloat16, float16 and float32",
-            "load with kv_precision='source'",
-        )
-    return Packing(keys.shape[-1], values.shape[-1], keys.dtype)
 
 
 def _refused(name: str) -> UsageError:

@@ -61,12 +61,14 @@ class Served:
     Attributes:
         tokens: forwards of the model with one token.
         layers, blocks, attention: decoder layers that answered so, over all of those tokens.
+        together: decoder layers that answered so in steps that several answers shared, over all of their tokens.
     """
 
     tokens: int = 0
     layers: int = 0
     blocks: int = 0
     attention: int = 0
+    together: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +78,31 @@ class FastPathReport:
     Attributes:
         layers: one entry a decoder layer.
         reason: why no layer does; empty where one does.
+        apart: why several answers do not share the steps of their tokens; empty where they do.
+        together: what takes such steps (``together.py``); ``None`` where they do not.
     """
 
     layers: tuple[LayerPath, ...]
     reason: str = ""
+    apart: str = ""
     served: Served = field(default_factory=Served, compare=False, repr=False)
+    together: Any = field(default=None, compare=False, repr=False)
 
     def live(self) -> dict[str, int]:
         """Decoder layers that have answered for single tokens, by the way that they took: ``tokens`` of them, and
-        ``layer``, ``block``, ``attention`` and ``transformers``, which add up to tokens times layers.
+        ``layer``, ``together`` (in a step that several answers shared), ``block``, ``attention`` and ``transformers``,
+        which add up to tokens times layers.
 
         The first token of a layer goes transformers' way, to be compared; so does everything after a hook was put on a
         part, or a part was exchanged. A count of ``transformers`` that keeps growing means that the fast path is off.
         """
         now = self.served
         rest = now.tokens * len(self.layers) - now.layers - now.blocks - now.attention
+        rest -= now.together
         return {
             "tokens": now.tokens,
             "layer": now.layers,
+            "together": now.together,
             "block": now.blocks,
             "attention": now.attention,
             "transformers": max(0, rest),
@@ -123,5 +132,6 @@ class FastPathReport:
                 {"index": one.index, "live": one.live, "router": one.router, "reason": one.reason}
                 for one in self.layers
             ],
+            "apart": self.apart,
             "served": self.live(),
         }

@@ -1,4 +1,5 @@
-"""The one loop that generates: a forward a step, so that several answers can take turns.
+"""The one loop that generates: a forward a step, so that several answers can take turns, or share steps
+(``shared_steps.py``).
 
 ``Generation`` makes tokens, ``Answer`` their text as well. Chat steps one to its end, serve several
 in turns, bench one without text. The prompt goes through the model in the package's chunks and each new token
@@ -10,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
+
+from torch import Tensor
 
 from conmoe_edge.errors import CheckpointError
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
@@ -88,8 +91,14 @@ class Generation:
         """
         assert self.finish is None, "there is nothing to come"
         logits = self.cached.step(self.tokens, self.prompt_length)
-        if logits is None:
-            return None
+        return None if logits is None else self.draw(logits)
+
+    def draw(self, logits: Tensor) -> int | None:
+        """The next token, of the scores [1, V] of what follows; ``None`` as of ``advance``.
+
+        Raises:
+            OutOfMemory: as of ``advance``.
+        """
         token, said = None, ""
         try:
             token = self._sampler.next(self.tokens, logits)
@@ -150,7 +159,10 @@ class Answer(Generation):
 
     def step(self) -> str:
         """One forward, as ``advance``; the text that became certain."""
-        token = self.advance()
+        return self.said(self.advance())
+
+    def said(self, token: int | None) -> str:
+        """The text that became certain with the token that ``advance`` or ``draw`` gave."""
         if token is None:
             return ""
         piece = "" if token in self._ends else self._stops.add(self._text.add(token))

@@ -131,16 +131,7 @@ class CachedTokens:
         # cache behind.
         cache, held, whole = self._cache, self.held, self.whole
         self.forget()
-        device = self._model.device
-        # Not left to the model: some cache classes of models' own say that they hold nothing (MiniMax).
-        places = torch.arange(start, end, device=device)[None]
-        out = self._model(
-            input_ids=torch.tensor([list(tokens[start:end])], device=device),
-            use_cache=True,
-            **({"position_ids": places} if self._says_positions else {}),
-            **{self._cache_name: cache},
-            **self._last_only,
-        )
+        out = self._model(**self._call(tokens, start, end, cache))
         grown = cache_of(out)
         if self.in_chunks and end < prompt and not is_plain(grown):
             self.in_chunks = False  # a model with a cache of its own wants the prompt in one piece
@@ -148,6 +139,32 @@ class CachedTokens:
         self._cache, self.held = grown, [*held, *tokens[start:end]]
         self.whole = end if start == whole and end - start == self.chunk else whole
         return out.logits[:, -1] if end == len(tokens) else None
+
+    def _call(self, tokens: Sequence[int], start: int, end: int, cache: Any) -> dict[str, Any]:
+        """The arguments of the forward of some of the tokens."""
+        device = self._model.device
+        # Not left to the model: some cache classes of models' own say that they hold nothing (MiniMax).
+        places = torch.arange(start, end, device=device)[None]
+        return {
+            "input_ids": torch.tensor([list(tokens[start:end])], device=device),
+            "use_cache": True,
+            **({"position_ids": places} if self._says_positions else {}),
+            **{self._cache_name: cache},
+            **self._last_only,
+        }
+
+    def one_call(self, tokens: Sequence[int], prompt: int) -> dict[str, Any] | None:
+        """The arguments of the next forward, where that takes the last of ``tokens`` alone, behind a cache that it adds
+        to in place; ``None`` where it does not. ``took`` has to follow it.
+        """
+        start = len(self.held)
+        if start + 1 != len(tokens) or start < prompt or not is_plain(self._cache):
+            return None
+        return self._call(tokens, start, start + 1, self._cache)
+
+    def took(self, token: int) -> None:
+        """The forward of ``one_call`` has added ``token`` to the cache."""
+        self.held.append(token)
 
 
 def reusable(held: Sequence[int], tokens: Sequence[int], chunk: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.compress.methods import few_bits
+from conmoe_edge.compress.phases import calibrate
 from conmoe_edge.integrations.load import load_package
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -129,3 +131,28 @@ def test_the_same_fit_gives_the_same_bytes(source: Path, tmp_path: Path) -> None
         fit(source, tmp_path / name, "q3", 0.25)
     for path in (tmp_path / "one").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("levers", [{"precision": "q3", "rate": 0.25}, {"bits": 4.5}])
+def test_the_stream_goes_on_behind_what_was_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levers: dict[str, Any]
+) -> None:
+    """The written prototypes need not be run: what is left of the aim says where they take the stream."""
+    propagate, apart = calibrate.propagate, []
+
+    def both(run: Any, model: Any, index: int, stream: Any, entered: Any, left: Any) -> None:
+        if entered is None:  # a layer without experts
+            return propagate(run, model, index, stream, entered, left)
+        before = entered.before.clone()
+        propagate(run, model, index, stream, entered, left)
+        short, again = stream.hidden, replace(entered, before=before.clone())
+        propagate(run, model, index, stream, again, None)
+        assert left is not None
+        apart.append(float((short - stream.hidden).norm() / (stream.hidden - before).norm()))
+        return None
+
+    monkeypatch.setattr(calibrate, "propagate", both)
+    text = source.parent / "text.txt"
+    settings: dict[str, Any] = {"budget": "4GB", "device": "cpu", "calibration_tokens": 1024}
+    api.fit(str(source), tmp_path / "out", calibration=text, passes=1, **settings, **levers)
+    assert apart and max(apart) < 1e-3

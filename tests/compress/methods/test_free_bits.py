@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_tiny, save_tokenizer
+from free_fits import check_goes_on, check_same_bytes, fit, nbytes_of, prepare
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.compress.quality.division import division_of
-from conmoe_edge.errors import ResumeMismatch, UsageError
+from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.plan.record_options import beside_bytes
 
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 128, "head_dim": 16},
@@ -25,35 +26,16 @@ SIZES: dict[str, dict[str, Any]] = {
 BITS = 4.5
 
 
-def prepare(family: str, folder: Path) -> Path:
-    source = folder / "source"
-    save_tiny(family, source, **SIZES[family])
-    save_tokenizer(source)
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789 " * 60)
-    return source
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare("qwen3_moe", tmp_path_factory.mktemp("qwen"))
-
-
-def fit(source: Path, out: Path, bits: float | None = BITS, **more: Any) -> Manifest:
-    settings: dict[str, Any] = {"budget": "4GB", "device": "cpu", "calibration_tokens": 1024}
-    text = source.parent / "text.txt"
-    api.fit(str(source), out, bits=bits, calibration=text, **{**settings, **more})
-    return load_manifest(out)
+    return prepare("qwen3_moe", tmp_path_factory.mktemp("qwen"), **SIZES["qwen3_moe"])
 
 
 @pytest.fixture(scope="module")
 def package(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "out"
-    fit(source, out)
+    fit(source, out, bits=BITS)
     return out
-
-
-def nbytes_of(manifest: Manifest) -> int:
-    return sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
 
 
 def check_records(folder: Path) -> Manifest:
@@ -96,7 +78,7 @@ def test_prototypes_have_several_kinds_in_the_bytes_that_were_asked_for(package:
 
 
 def test_experts_with_biases_and_transposed_matrices(tmp_path: Path) -> None:
-    fit(prepare("gpt_oss", tmp_path), tmp_path / "out", 6.0)
+    fit(prepare("gpt_oss", tmp_path, **SIZES["gpt_oss"]), tmp_path / "out", bits=6.0)
     check_records(tmp_path / "out")
     check_runs(tmp_path / "out")
 
@@ -104,10 +86,11 @@ def test_experts_with_biases_and_transposed_matrices(tmp_path: Path) -> None:
 def test_more_bits_lose_less_and_as_many_as_a_plain_form_takes_lose_less_than_it(
     source: Path, tmp_path: Path
 ) -> None:
-    plain = fit(source, tmp_path / "plain", None, precision="q3", rate=0.0)
+    plain = fit(source, tmp_path / "plain", precision="q3", rate=0.0)
     weights = 8 * 3 * 64 * 128 * len(plain.slots)
-    bits = nbytes_of(plain) * 8 / weights
-    found = [fit(source, tmp_path / f"{one:g}", one) for one in (bits / 2, bits)]
+    beside = beside_bytes(api.plan(str(source), budget="4GB", device="cpu").anatomy)
+    bits = (nbytes_of(plain) + beside) * 8 / weights
+    found = [fit(source, tmp_path / f"{one:g}", bits=one) for one in (bits / 2, bits)]
     lost = [float(one.receipt["kl"]) for one in found]
     assert nbytes_of(found[1]) <= nbytes_of(plain)
     assert lost[1] < lost[0] and lost[1] < float(plain.receipt["kl"])
@@ -116,21 +99,8 @@ def test_more_bits_lose_less_and_as_many_as_a_plain_form_takes_lose_less_than_it
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
     source: Path, package: Path, tmp_path: Path
 ) -> None:
-    def stop(step: Any) -> None:
-        if step.stage == "calibrate" and step.step == 2:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        fit(source, out, progress=stop)
-    with pytest.raises(ResumeMismatch) as caught:
-        fit(source, out, BITS + 1)
-    assert "bits" in caught.value.why
-    fit(source, out)
-    names = sorted(path.name for path in package.iterdir())
-    assert names == sorted(path.name for path in out.iterdir())
-    for name in names:
-        assert (package / name).read_bytes() == (out / name).read_bytes(), name
+    check_goes_on(source, tmp_path / "out", "bits", BITS + 1, bits=BITS)
+    check_same_bytes(package, tmp_path / "out")
 
 
 @pytest.mark.parametrize("levers", [{"method": "conmoe"}, {"scope": 2}])
@@ -138,6 +108,6 @@ def test_methods_that_keep_whole_experts_cannot_have_it(
     source: Path, tmp_path: Path, levers: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        fit(source, tmp_path / "out", **levers)
+        fit(source, tmp_path / "out", bits=BITS, **levers)
     assert "--method auto" in caught.value.fix
     assert not (tmp_path / "out").exists()

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import save_tiny, save_tokenizer
+from free_fits import check_goes_on, check_same_bytes, fit, nbytes_of, prepare
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.format.manifest import Manifest
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
-from conmoe_edge.errors import ResumeMismatch
 from conmoe_edge.integrations.load import load_package
 
 # Records of 3, 6, 9 and 12 pages for 16, 32, 48 and 64 neurons in fp32.
@@ -26,26 +25,17 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("free") / "source"
-    save_tiny("qwen3_moe", folder, mlp_only_layers=[], **SIZES)
-    save_tokenizer(folder)
-    (folder.parent / "text.txt").write_text(
-        "the quick brown fox jumps over the lazy dog 0123456789 " * 60
-    )
-    return folder
+    return prepare("qwen3_moe", tmp_path_factory.mktemp("free"), mlp_only_layers=[], **SIZES)
 
 
-def fit(source: Path, out: Path, rate: float = 0.5, **more: Any) -> Manifest:
-    settings: dict[str, Any] = {"budget": "4GB", "device": "cpu", "calibration_tokens": 2048}
-    text = source.parent / "text.txt"
-    api.fit(str(source), out, rate=rate, calibration=text, **{**settings, **more})
-    return load_manifest(out)
+def fit_at(source: Path, out: Path, rate: float = 0.5, **more: Any) -> Manifest:
+    return fit(source, out, rate=rate, calibration_tokens=2048, **more)
 
 
 @pytest.fixture(scope="module")
 def package(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "out"
-    fit(source, out)
+    fit_at(source, out)
     return out
 
 
@@ -58,10 +48,6 @@ def widths_of(manifest: Manifest) -> list[int]:
     return [width[entry.layout] for entry in manifest.prototypes]
 
 
-def bytes_of(manifest: Manifest) -> int:
-    return sum(manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes)
-
-
 def test_a_package_has_records_of_several_widths_in_the_bytes_that_were_planned(
     package: Path,
 ) -> None:
@@ -71,7 +57,7 @@ def test_a_package_has_records_of_several_widths_in_the_bytes_that_were_planned(
     assert len(manifest.layouts) == len(counts) >= 3 and set(counts) <= {16, 32, 48, 64}
     planned = manifest.plan["chosen"]["pool_bytes"]
     assert planned == LAYERS * 8 // 2 * 4 * STEP
-    assert 0 <= planned - bytes_of(manifest) < STEP
+    assert 0 <= planned - nbytes_of(manifest) < STEP
     assert len(manifest.prototypes) > LAYERS * 8 // 2, "more prototypes than whole ones would be"
     for layer, row in manifest.slots.items():
         own = {entry.id for entry in manifest.prototypes if entry.id.layer == layer}
@@ -98,24 +84,21 @@ def test_memory_changes_nothing_of_what_it_says(package: Path) -> None:
 
 
 def test_the_same_fit_gives_the_same_bytes(source: Path, package: Path, tmp_path: Path) -> None:
-    fit(source, tmp_path / "again")
-    names = sorted(path.name for path in package.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
-    for name in names:
-        assert (package / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    fit_at(source, tmp_path / "again")
+    check_same_bytes(package, tmp_path / "again")
 
 
 def test_equal_widths_give_one_layout(source: Path, tmp_path: Path) -> None:
-    manifest = fit(source, tmp_path / "equal", widths="equal")
+    manifest = fit_at(source, tmp_path / "equal", widths="equal")
     assert len(manifest.layouts) == 1 and len(set(widths_of(manifest))) == 1
-    assert bytes_of(manifest) == manifest.plan["chosen"]["pool_bytes"]
+    assert nbytes_of(manifest) == manifest.plan["chosen"]["pool_bytes"]
 
 
 def test_a_method_that_does_not_trim_has_one_layout_either_way(
     source: Path, tmp_path: Path
 ) -> None:
     found = [
-        fit(source, tmp_path / widths, method="conmoe", widths=widths)
+        fit_at(source, tmp_path / widths, method="conmoe", widths=widths)
         for widths in ("free", "equal")
     ]
     assert all(widths_of(one) == [64] * (LAYERS * 8 // 2) for one in found)
@@ -124,22 +107,13 @@ def test_a_method_that_does_not_trim_has_one_layout_either_way(
 
 @pytest.mark.parametrize("rate", [0.25, 0.75])
 def test_the_bytes_follow_the_rate(source: Path, tmp_path: Path, rate: float) -> None:
-    manifest = fit(source, tmp_path / "out", rate)
+    manifest = fit_at(source, tmp_path / "out", rate)
     whole = LAYERS * 8 * 4 * STEP
-    assert 0 <= manifest.plan["chosen"]["pool_bytes"] - bytes_of(manifest) < STEP
-    assert bytes_of(manifest) <= (1 - rate) * whole
+    assert 0 <= manifest.plan["chosen"]["pool_bytes"] - nbytes_of(manifest) < STEP
+    assert nbytes_of(manifest) <= (1 - rate) * whole
 
 
 def test_a_run_goes_on_with_the_widths_that_it_began_with(source: Path, tmp_path: Path) -> None:
-    def stop(step: Any) -> None:
-        if step.stage == "calibrate" and step.step == 2:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        fit(source, out, progress=stop)
-    with pytest.raises(ResumeMismatch) as caught:
-        fit(source, out, widths="equal")
-    assert "widths" in caught.value.why
-    manifest = fit(source, out)
+    levers = {"rate": 0.5, "calibration_tokens": 2048}
+    manifest = check_goes_on(source, tmp_path / "out", "widths", "equal", **levers)
     assert len(manifest.layouts) >= 3

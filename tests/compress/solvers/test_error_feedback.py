@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.compress.solvers.error_feedback import Grid, damped, round_with_feedback
+from conmoe_edge.compress.solvers.error_feedback import Grid, Inputs, damped, round_with_feedback
 from conmoe_edge.compress.solvers.rounding import FED_BACK, round_matrices, round_matrix
 
 STEP = 0.25
@@ -47,7 +47,7 @@ class Steps:
 
 def rounded(weight: Tensor, moment: Tensor, group: int) -> tuple[Tensor, Grid, Tensor]:
     grid = Steps(group)
-    found = round_with_feedback(weight, moment, grid)
+    found = round_with_feedback(weight, Inputs(moment), grid)
     return (found.codes.mT.to(weight.dtype) + grid.low) * STEP, grid, found.groups
 
 

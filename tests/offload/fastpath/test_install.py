@@ -93,11 +93,25 @@ def test_counts_show_what_has_answered(tmp_path: Path) -> None:
     live = model.conmoe.fast_path.live
     assert set(live().values()) == {0}
     _, cache = steps(model, [3, 1, 4])  # the first token is compared, and computed again
-    assert live() == {"tokens": 3, "layer": 9, "block": 0, "attention": 0, "transformers": 0}
+    assert live() == {
+        "tokens": 3,
+        "layer": 9,
+        "together": 0,
+        "block": 0,
+        "attention": 0,
+        "transformers": 0,
+    }
     hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
     _, cache = steps(model, [1, 5], cache)
     hook.remove()
-    assert live() == {"tokens": 5, "layer": 13, "block": 0, "attention": 2, "transformers": 0}
+    assert live() == {
+        "tokens": 5,
+        "layer": 13,
+        "together": 0,
+        "block": 0,
+        "attention": 2,
+        "transformers": 0,
+    }
     model.model.layers[2].mlp.gate.register_forward_hook(lambda *_: None)
     _, cache = steps(model, [9], cache)
     assert live()["layer"] == 15 and live()["block"] == 1

@@ -12,9 +12,11 @@ import pytest
 import torch
 from families import save_tokenizer
 from fuzz.package_mutations import agree, edit_values
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.package.record_headers import record_name
+from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.compress.quality.continuation import continue_greedily
 from conmoe_edge.compress.quality.receipt import LossTracker
 from conmoe_edge.compress.stream.calibration_text import TokenSet
@@ -23,6 +25,7 @@ from conmoe_edge.compress.stream.streamed_model import open_subject
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import CheckpointError, NotFinite, PackageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.model.checked_attention import checked_attention
 from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.offload.generation.benchmark import measure
 from conmoe_edge.offload.generation.finite import all_finite
@@ -95,6 +98,58 @@ def test_dense_weights_that_became_such_in_memory(name: str, where: str, value: 
     with pytest.raises(NotFinite) as error, torch.no_grad():
         model(IDS, use_cache=False)
     assert error.value.why == f"{where}{name} holds NaN or infinity"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("part", ["q_norm", "k_norm", "v_proj"])
+def test_queries_keys_and_values_of_prompts_and_of_single_tokens(
+    part: str, dtype: torch.dtype
+) -> None:
+    """torch's fused attention gives zeros for a short row of NaN."""
+    model: Any = load_package(OLMOE, device="cpu", dtype=dtype)
+    name = f"model.layers.1.self_attn.{part}.weight"
+    weight = model.get_parameter(name)
+    with torch.no_grad():
+        cache = cache_of(model(IDS, use_cache=True))
+        weight.data[...] = float("nan")
+        for count in (1, 2, 12, 15, 16, 40):
+            ids = torch.arange(5, 5 + count)[None] % 90
+            with pytest.raises(NotFinite) as error:
+                model(ids, use_cache=False)
+            assert error.value.why == f"decoder layer 1: {name} holds NaN or infinity", count
+        for ids in (IDS[:, :1], IDS[:, :3]):
+            with pytest.raises(NotFinite):
+                model(ids, **cache_argument(model, cache))
+
+
+def test_streamed_layers_with_such_keys() -> None:
+    """As ``eval`` and the receipt see them, on texts that are as short."""
+    ids = IDS[:, :12]
+    tokens = TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), ("text",))
+    with open_subject(OLMOE, torch.device("cpu")) as subject, torch.no_grad():
+        subject.model.load_outside()
+        stream = open_stream(subject.model, tokens)
+        with subject.layer(0, Clock()) as layer:
+            layer.get_parameter("self_attn.k_norm.weight")[...] = float("nan")
+            with pytest.raises(CheckpointError, match=r"Decoder layer 0 of .* gives NaN"):
+                subject.advance(0, stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_of_one_sequence_that_is_broken_leaves_the_others_alone(
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    for count in (1, 12, 33):
+        given = [torch.randn(3, 2, count, 8, generator=generator).to(dtype) for _ in range(3)]
+        wanted, _ = checked_attention(module, *given, None)
+        assert torch.equal(wanted, sdpa_attention_forward(module, *given, None)[0])
+        for which in range(3):
+            broken = [one.clone() for one in given]
+            broken[which][1, 1, :] = float("nan")
+            found, _ = checked_attention(module, *broken, None)
+            assert bool(found[1].isnan().any()) and torch.equal(found[::2], wanted[::2])
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY])

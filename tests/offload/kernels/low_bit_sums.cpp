@@ -73,7 +73,7 @@ void tiles() {
   for (int64_t row = 0; row < rows; row += TILE) {
     float together[4 * TILE], alone[TILE];
     const uint8_t* const place = values.data() + row * columns * BITS / 8;
-    Low<BITS>::template times<4>(place, scales.data(), row, rows, columns, each, together);
+    Low<BITS>::template times<4>(place, scales.data(), row, rows, columns, 32, each, together);
     for (int t = 0; t < 4; ++t) {
       Low<BITS>::tile(place, scales.data(), row, rows, columns, 32, each[t], alone);
       expect(!std::memcmp(alone, together + t * TILE, sizeof(alone)), "a tile of four tokens", BITS);

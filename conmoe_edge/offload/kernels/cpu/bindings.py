@@ -30,6 +30,7 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     PrototypeTable,
     RmsNorm,
 )
+from conmoe_edge.offload.kernels.cpu.together_tables import FoundTogether
 
 __all__ = [
     "AttentionTable",
@@ -37,6 +38,7 @@ __all__ = [
     "Cached",
     "ExpertGate",
     "Form",
+    "FoundTogether",
     "LatentTable",
     "LayerTable",
     "MlpTable",

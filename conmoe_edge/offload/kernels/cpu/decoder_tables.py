@@ -29,6 +29,7 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     _Prototypes,
     _row,
 )
+from conmoe_edge.offload.kernels.cpu.together_tables import _Place
 
 
 class _Block(ctypes.Structure):
@@ -208,6 +209,25 @@ class RouterTable:
         self._kept = (matrix, bias, correction, room)
 
 
+def between_room(
+    hidden: int, tokens: int, router: RouterTable | None
+) -> tuple[Between, ctypes.Structure, Tensor | None]:
+    """Room for what stands between attention and experts of so many tokens, and what is to be kept alive for it; it has
+    the room's addresses.
+    """
+    summed, normed = [
+        torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cpu") for _ in range(2)
+    ]
+    logits, gates, slots = None, summed[:0], summed[:0]
+    if router is not None:
+        logits = torch.empty(tokens, router.slots, dtype=router.logits, device="cpu")
+        gates = torch.empty(tokens, router.chosen, dtype=router.gates, device="cpu")
+        slots = torch.empty(tokens, router.chosen, dtype=torch.int64, device="cpu")
+    places = (summed, normed, logits, gates, slots)
+    struct = _Between(*[None if one is None else one.data_ptr() for one in places])
+    return Between(summed, normed, slots, gates), struct, logits
+
+
 def _between(
     hidden: int,
     logits: Tensor | None = None,
@@ -237,6 +257,6 @@ class Between:
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     *(_Prototypes, _Gate, _Layer, _Norm, _Linear, _Attention, _Latent, _Block, _Mlp),
-    *(_Router, _Between),
+    *(_Router, _Between, _Place),
 )
 """All that C++ has as well; ``build.py`` makes the compiler compare them."""

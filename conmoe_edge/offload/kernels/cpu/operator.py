@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NoReturn
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from conmoe_edge.offload.kernels.cpu.attention_tables import (
 from conmoe_edge.offload.kernels.cpu.decoder_tables import (
     BlockTable,
     RouterTable,
+    between_room,
 )
 from conmoe_edge.offload.kernels.cpu.structs import (
     CODES,
@@ -41,6 +43,7 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     Prepared,
     RmsNorm,
 )
+from conmoe_edge.offload.kernels.cpu.together_tables import FoundTogether, places_of
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _SILU = ExpertGate()
@@ -76,6 +79,17 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
         _int,
         (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 3, _long, *[_at] * 3),
     ),
+    "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
+    "gated_together": (
+        _int,
+        (
+            *(_int, _int, _long, *[_at] * 5, _long, *[_at] * 4, _long, _long, _at, _int),
+            _at,
+            _at,
+            _at,
+        ),
+    ),
+    "dense_together": (_int, (_at, _long, _at, _at)),
 }
 """Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``."""
 
@@ -129,6 +143,9 @@ class Operator:
         self._expand = found["expand"]
         self._byte_products = found["byte_products"]
         self._many_rows, self._many_experts = found["many_rows"], found["many_experts"]
+        self._decoder_together = found["decoder_together"]
+        self._gated_together = found["gated_together"]
+        self._dense_together = found["dense_together"]
         self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
 
     def prepare(self, matrix: Matrix) -> Prepared | None:
@@ -234,37 +251,50 @@ class Operator:
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)
         narrow = _narrow(x, up.columns)
-        kind, columns, group = up.code, up.columns, up.group
-        for one, other in zip(ups, downs, strict=True):
-            mine, its = one.form, other.form
-            if mine.code != kind or mine.columns != columns or mine.group != group:
-                _refuse("gate and up matrices of several forms in one call")
-            if its.code != down.code or its.rows != down.rows or 2 * its.columns != mine.rows:
-                _refuse("a down matrix that does not go with the others or with its up matrix")
-        if down.rows != up.columns:
-            _refuse(f"experts of {up.columns} inputs and {down.rows} outputs")
+        values, sizes, added = _experts(ups, downs, biases)
         y = torch.empty(count, down.rows, dtype=torch.float32)
-        table = ctypes.c_void_p * count
-        added = [None, None]
-        if biases is not None:
-            sides = zip(zip(*biases, strict=True), (ups, downs), strict=True)
-            added = [table(*_addresses(side, matrices)) for side, matrices in sides]
         how = _SILU_STRUCT if gate is _SILU else gate.struct
         failed = self._gated(
-            up.code,
-            down.code,
-            count,
-            table(*[one.values for one in ups]),
-            table(*[one.scales for one in ups]),
-            table(*[one.values for one in downs]),
-            table(*[one.scales for one in downs]),
-            x.data_ptr(),
-            y.data_ptr(),
-            (ctypes.c_int64 * count)(*[one.form.columns for one in downs]),
-            up.columns,
-            up.group,
-            (ctypes.c_int64 * count)(*[one.form.group for one in downs]),
-            *(narrow, *added, ctypes.addressof(how)),
+            *(up.code, down.code, count, *values, x.data_ptr(), y.data_ptr(), sizes[0]),
+            *(up.columns, up.group, sizes[1], narrow, *added, ctypes.addressof(how)),
+        )
+        if failed:
+            _failed(failed)
+        return y
+
+    def gated_together(
+        self,
+        ups: Sequence[Prepared],
+        downs: Sequence[Prepared],
+        x: Tensor,
+        asking: Sequence[Sequence[int]],
+        gate: ExpertGate = _SILU,
+        biases: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """What several tokens ask of experts: each expert is read once.
+
+        Args:
+            ups, downs, gate, biases: as of ``gated_experts``.
+            x: fp32 or bf16 [T, H], contiguous.
+            asking: the rows of ``x`` that ask for each expert, one at least.
+
+        Returns:
+            fp32 [n, H], a row for each that asks, expert after expert: the same bits as of ``gated_experts``.
+        """
+        up, down, tokens = ups[0].form, downs[0].form, len(x)
+        narrow = _narrow(x, tokens * up.columns)
+        rows = [row for some in asking for row in some]
+        if len(asking) != len(ups) or not all(asking) or not 0 <= min(rows) <= max(rows) < tokens:
+            _refuse(f"{len(asking)} lists of tokens for {len(ups)} experts and {tokens} tokens")
+        values, sizes, added = _experts(ups, downs, biases)
+        starts = [0, *accumulate(len(some) for some in asking)]
+        y = torch.empty(len(rows), down.rows, dtype=torch.float32)
+        how = _SILU_STRUCT if gate is _SILU else gate.struct
+        failed = self._gated_together(
+            *(up.code, down.code, len(ups), *values, x.data_ptr(), tokens),
+            *((ctypes.c_int64 * len(starts))(*starts), (ctypes.c_int64 * len(rows))(*rows)),
+            *(y.data_ptr(), sizes[0], up.columns, up.group, sizes[1], narrow, *added),
+            ctypes.addressof(how),
         )
         if failed:
             _failed(failed)
@@ -512,6 +542,55 @@ class Operator:
             _failed(count)
         return out, count
 
+    def decoder_together(
+        self,
+        block: BlockTable,
+        router: RouterTable | None,
+        experts: LayerTable | None,
+        x: Tensor,
+        where: Sequence[tuple[Positions | None, Cached]],
+        dense: MlpTable | None = None,
+    ) -> FoundTogether:
+        """``decoder`` for one token each of several answers: weights that they share are read once, and each token's
+        results, and what is written into its cache, are the bits that it has alone.
+
+        Args:
+            block, router, experts, dense: as of ``decoder``.
+            x: bf16 [T, H], contiguous.
+            where: of every token, its position and the cache of its answer.
+
+        Returns:
+            With ``out`` ``None`` where a prototype is not in memory; the keys and values are written all the same.
+        """
+        tokens, attention = len(x), block.attention
+        _only_narrow(x, tokens * block.hidden)
+        if attention is None or len(where) != tokens or not tokens:
+            _refuse(f"{tokens} tokens and {len(where)} places, or no attention")
+        first, second, third, _ = _halves(block, router, experts, dense)
+        places = places_of(attention, where)
+        between, room, _kept = between_room(block.hidden, tokens, router)
+        out = torch.empty_like(x)
+        count = self._decoder_together(
+            *(block.address, first, second, third, tokens, x.data_ptr(), ctypes.addressof(places)),
+            *(ctypes.addressof(room), out.data_ptr()),
+        )
+        if count < 0 and count != _ABSENT:
+            _failed(count)
+        return FoundTogether(
+            None if count < 0 else out,
+            max(0, count),
+            *(between.summed, between.normed, between.slots, between.gates),
+        )
+
+    def dense_together(self, table: MlpTable, x: Tensor) -> Tensor:
+        """``dense`` for several tokens: bf16 [T, H], contiguous; each row has the bits that it has alone."""
+        _only_narrow(x, len(x) * table.hidden)
+        out = torch.empty_like(x)
+        failed = self._dense_together(table.address, len(x), x.data_ptr(), out.data_ptr())
+        if failed:
+            _failed(failed)
+        return out
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
         """softmax(q K^T * scaling) V of one new token: two products with few rows.
 
@@ -688,6 +767,37 @@ def _halves(
     if router.hidden != hidden or experts.hidden != hidden:
         _refuse(f"a router of {router.hidden} and experts of {experts.hidden} in one of {hidden}")
     return router.address, experts.address, third, router.between_address
+
+
+def _experts(
+    ups: Sequence[Prepared],
+    downs: Sequence[Prepared],
+    biases: Sequence[tuple[Tensor, Tensor]] | None,
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Experts as the operator is told them: values and scales of both matrices; widths, and groups of the down
+    matrices; biases.
+    """
+    up, down, count = ups[0].form, downs[0].form, len(ups)
+    for one, other in zip(ups, downs, strict=True):
+        mine, its = one.form, other.form
+        if mine.code != up.code or mine.columns != up.columns or mine.group != up.group:
+            _refuse("gate and up matrices of several forms in one call")
+        if its.code != down.code or its.rows != down.rows or 2 * its.columns != mine.rows:
+            _refuse("a down matrix that does not go with the others or with its up matrix")
+    if down.rows != up.columns:
+        _refuse(f"experts of {up.columns} inputs and {down.rows} outputs")
+    table, numbers = ctypes.c_void_p * count, ctypes.c_int64 * count
+    added: list[Any] = [None, None]
+    if biases is not None:
+        sides = zip(zip(*biases, strict=True), (ups, downs), strict=True)
+        added = [table(*_addresses(side, matrices)) for side, matrices in sides]
+    values = [
+        table(*[getattr(one, name) for one in matrices])
+        for matrices in (ups, downs)
+        for name in ("values", "scales")
+    ]
+    sizes = [numbers(*[getattr(one.form, name) for one in downs]) for name in ("columns", "group")]
+    return values, sizes, added
 
 
 def _addresses(rows: Sequence[Tensor], matrices: Sequence[Prepared]) -> list[int]:

@@ -113,6 +113,11 @@ class _Check:
         near = 1e-4 if kind == "plain" else 2e-2  # and here more of them, one behind the other
         found = made.gated_experts([one], [other], x)
         _same(f"gated_experts, {kind}", found, reference.gated(up, down, x), near)
+        several = torch.cat([self.random(5, 2 * _WIDTH), x])
+        asking = [0, 2, 3, 4, 5, 1]
+        alone = [made.gated_experts([one], [other], several[row : row + 1]) for row in asking]
+        together = made.gated_together([one, one], [other, other], several, [asking[:5], [1]])
+        _equal(f"gated_together, {kind}", together, torch.cat(alone))
 
     def two_kinds(self) -> None:
         """Gate and up rows in fewer bits than down rows."""
@@ -175,6 +180,9 @@ class _Check:
         self.mlp = MlpTable(first[1], second[1], third[1], share=share[1])
         x = self.narrow(1, _HIDDEN)
         found = self.made.dense(self.mlp, x)
+        several = self.narrow(3, _HIDDEN)
+        alone = [self.made.dense(self.mlp, row) for row in several.split(1)]
+        _equal("dense_together", self.made.dense_together(self.mlp, several), torch.cat(alone))
         _same("dense", found, reference.dense(first[0], second[0], third[0], share[0], x), 2e-2)
 
     def latent(self) -> None:
@@ -337,6 +345,16 @@ class _Check:
             raise Unavailable("the compiled operator does not find prototypes")
         _equal("feed_forward", half[0], found[0])
         _equal("decoder", more[0], summed + (alone[0] + made.dense(self.mlp, normed)))
+        other, others = self.narrow(1, _HIDDEN), [one.clone() for one in past]
+        its = made.decoder(block, routing, layer, other, positions, cached(others))
+        caches = [[one.clone() for one in past], [one.clone() for one in past]]
+        where = [(positions, cached(tensors)) for tensors in caches]
+        both = made.decoder_together(block, routing, layer, torch.cat([x, other]), where)
+        if its is None or both.out is None:
+            raise Unavailable("the compiled operator does not find prototypes")
+        _equal("decoder_together", both.out, torch.cat([all_of_it[0], its[0]]))
+        for mine, wanted in zip(caches, (again, others), strict=True):
+            _equal("decoder_together", mine[0], wanted[0])
 
 
 def _layer(prototypes: PrototypeTable, forms: tuple[Form, Form], targets: list[int]) -> LayerTable:

@@ -1,4 +1,5 @@
-// Attention of one new token, and what stands around it: norms and rotary positions.
+// Attention of one new token, or of one new token each of several answers, and what stands around it: norms and rotary
+// positions.
 
 #pragma once
 
@@ -85,10 +86,12 @@ struct Linear {
   }
 };
 
-// y = W x + b of `count` layers for one x, one after another, rounded to bf16 once. Returns 0, or 1 where a form cannot be
-// taken. Neighbours of one form are one product.
-int linears(const Linear* layers, int64_t count, const uint16_t* x, uint16_t* y) {
-  const Source source(x, true, layers->columns);
+// y = W x + b of `count` layers for `tokens` rows of x, rounded to bf16 once: for each token its layers one after another.
+// Returns 0, or 1 where a form cannot be taken. Neighbours of one form are one product.
+int linears(const Linear* layers, int64_t count, int64_t tokens, const uint16_t* x, uint16_t* y) {
+  const Source source(x, true, tokens * layers->columns);
+  int64_t width = 0, before = 0;
+  for (int64_t i = 0; i < count; ++i) width += layers[i].rows;
   for (int64_t first = 0, next; first < count; first = next) {
     const Linear& one = layers[first];
     std::vector<const void*> values, scales;
@@ -97,14 +100,16 @@ int linears(const Linear* layers, int64_t count, const uint16_t* x, uint16_t* y)
       scales.push_back(layers[next].scales);
     }
     const int64_t many = next - first;
-    Room<float> wide(many * one.rows);
-    if (products(int(one.kind), many, values.data(), scales.data(), source.values, true, 1, Target{wide.data(), false},
-                 one.rows, one.columns, one.group))
+    Room<float> wide(many * tokens * one.rows);
+    if (products(int(one.kind), many, values.data(), scales.data(), source.values, true, tokens,
+                 Target{wide.data(), false}, one.rows, one.columns, one.group))
       return 1;
-    for (int64_t i = 0; i < many; ++i)
-      for (int64_t r = 0; r < one.rows; ++r) {
-        const uint16_t* bias = layers[first + i].bias;
-        *y++ = to_bf16(wide[i * one.rows + r] + (bias ? from_bf16(bias[r]) : 0.0f));
+    for (int64_t i = 0; i < many; ++i, before += one.rows)
+      for (int64_t token = 0; token < tokens; ++token) {
+        const uint16_t* const bias = layers[first + i].bias;
+        const float* const from = wide.data() + (i * tokens + token) * one.rows;
+        uint16_t* const to = y + token * width + before;
+        for (int64_t r = 0; r < one.rows; ++r) to[r] = to_bf16(from[r] + (bias ? from_bf16(bias[r]) : 0.0f));
       }
   }
   return 0;
@@ -231,20 +236,40 @@ void times_sigmoid(uint16_t* x, const uint16_t* gates, int64_t count) {
   }
 }
 
-int attention(const Attention& layer, const uint16_t* x, Rotary rotary, const Cached& cached, uint16_t* out) {
+// One token of an answer: where it stands, and the cache of that answer.
+struct Standing {
+  Rotary rotary;
+  Cached cached;
+};
+
+// Runs `run(token)` for each of several tokens, on all threads where there is more than one; then it may fail on any of
+// them.
+template <class Run>
+void for_tokens(int64_t tokens, Run run) {
+  if (tokens == 1) return run(0);
+  bool failed = false;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t token = 0; token < tokens; ++token) {
+    try {
+      run(token);
+    } catch (...) {  // nothing may leave a parallel region
+#pragma omp atomic write
+      failed = true;
+    }
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+// From a token's queries, keys and values, which are changed, and its `gates`, to what its heads give.
+void heads_of(const Attention& layer, Rotary rotary, const Cached& cached, uint16_t* query, uint16_t* gates,
+              uint16_t* mixed) {
   const int64_t width = layer.width, values_wide = layer.value_width, heads = layer.heads, groups = layer.groups;
   const int64_t sizes[2] = {heads * width, groups * width}, mixed_size = heads * values_wide;
-  const int64_t query_rows = layer.inputs[0].rows;
-  Room<uint16_t> states(query_rows + sizes[1] + groups * values_wide), mixed(mixed_size);
-  Room<uint16_t> gates(layer.doubled || layer.gate.values ? mixed_size : 0);
-  if (linears(layer.inputs, 3, x, states.data())) return 1;
-  if (layer.gate.values && linears(&layer.gate, 1, x, gates.data())) return 1;
-  uint16_t* const query = states.data();
-  uint16_t* const key = query + query_rows;
+  uint16_t* const key = query + layer.inputs[0].rows;
   uint16_t* const value = key + sizes[1];
   if (layer.doubled)
     for (int64_t head = 0; head < heads; ++head) {
-      std::copy_n(query + (2 * head + 1) * width, width, gates.data() + head * width);
+      std::copy_n(query + (2 * head + 1) * width, width, gates + head * width);
       std::copy_n(query + 2 * head * width, width, query + head * width);
     }
   rotary.how = layer.turn;
@@ -270,13 +295,26 @@ int attention(const Attention& layer, const uint16_t* x, Rotary rotary, const Ca
   }
   const RowForm of_keys = cached.form(width), of_values = cached.form(values_wide);
   if (layer.eager)
-    attend_eagerly(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, of_keys, of_values,
+    attend_eagerly(groups, keys.data(), values.data(), query, heads / groups, mixed, length, of_keys, of_values,
                    layer.scaling, layer.sinks);
   else
-    attend(groups, keys.data(), values.data(), query, heads / groups, mixed.data(), length, of_keys, of_values,
-           layer.scaling);
-  if (layer.doubled || layer.gate.values) times_sigmoid(mixed.data(), gates.data(), mixed_size);
-  return linears(&layer.output, 1, mixed.data(), out);
+    attend(groups, keys.data(), values.data(), query, heads / groups, mixed, length, of_keys, of_values, layer.scaling);
+  if (layer.doubled || layer.gate.values) times_sigmoid(mixed, gates, mixed_size);
+}
+
+// One token each of several answers: rows of x to rows of out.
+int attention(const Attention& layer, int64_t tokens, const uint16_t* x, const Standing* standing, uint16_t* out) {
+  const int64_t mixed_size = layer.heads * layer.value_width;
+  const int64_t states_size = layer.inputs[0].rows + layer.groups * (layer.width + layer.value_width);
+  const int64_t gates_size = layer.doubled || layer.gate.values ? mixed_size : 0;
+  Room<uint16_t> states(tokens * states_size), mixed(tokens * mixed_size), gates(tokens * gates_size);
+  if (linears(layer.inputs, 3, tokens, x, states.data())) return 1;
+  if (layer.gate.values && linears(&layer.gate, 1, tokens, x, gates.data())) return 1;
+  for_tokens(tokens, [&](int64_t token) {
+    heads_of(layer, standing[token].rotary, standing[token].cached, states.data() + token * states_size,
+             gates.data() + token * gates_size, mixed.data() + token * mixed_size);
+  });
+  return linears(&layer.output, 1, tokens, mixed.data(), out);
 }
 
 }  // namespace

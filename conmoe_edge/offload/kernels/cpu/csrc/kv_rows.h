@@ -92,19 +92,15 @@ void row_scores(int64_t count, const void* const* rows, RowForm form, const floa
     const float* const w = packed.at(which, first, height, rooms.own());
     const float* const input = x + which * tokens * columns;
     float* const to = scores + which * tokens * length + first;
-    int64_t token = 0;
-    for (; token + TOKENS <= tokens; token += TOKENS)
+    for (int64_t token = 0; token < tokens; token += TOKENS) {
+      const int64_t some = std::min(TOKENS, tokens - token);
+      const float* inputs[TOKENS];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = input + (token + t) * columns;
       for (int64_t r = 0; r < height; ++r) {
         float sums[TOKENS];
-        dot_tokens<Fp32>(w + r * columns, columns, input + token * columns, sums);
-        for (int64_t t = 0; t < TOKENS; ++t) to[(token + t) * length + r] = sums[t];
+        dot_tokens<Fp32>(w + r * columns, columns, inputs, some, sums);
+        for (int64_t t = 0; t < some; ++t) to[(token + t) * length + r] = sums[t];
       }
-    for (; token < tokens; ++token) {
-      const float* const one = input + token * columns;
-      float* const sums = to + token * length;
-      int64_t r = 0;
-      for (; r + ROWS <= height; r += ROWS) dot<Fp32, ROWS>(w + r * columns, columns, columns, one, sums + r);
-      for (; r < height; ++r) dot<Fp32, 1>(w + r * columns, columns, columns, one, sums + r);
     }
   }
 }

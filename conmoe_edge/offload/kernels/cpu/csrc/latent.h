@@ -1,4 +1,4 @@
-// Attention over compressed keys and values (DeepSeek-V2, arXiv:2405.04434, section 2.1), for one new token.
+// Attention over compressed keys and values (DeepSeek-V2, arXiv:2405.04434, section 2.1), as in attention.h.
 
 #pragma once
 
@@ -41,28 +41,21 @@ void some_rows(const Linear& linear, int64_t first, int64_t count, const float* 
   add_weighted<Form, 1, 8>(w, shares.data(), count, y, count, columns);
 }
 
-bool latent_attention(const Latent& layer, const uint16_t* x, Rotary rotary, const Cached& cached, uint16_t* out) {
+// From a token's query and its `state`, which are changed, to what its heads give. Returns whether a form cannot be taken.
+bool latent_heads(const Latent& layer, Rotary rotary, const Cached& cached, uint16_t* query, uint16_t* state,
+                  uint16_t* mixed) {
   const int64_t heads = layer.heads, still = layer.still, turned = layer.turned, rank = layer.rank;
   const int64_t width = still + turned, values_wide = layer.value_width, length = cached.held + 1;
-  Room<uint16_t> query(heads * width), state(rank + turned), mixed(heads * values_wide);
-  const uint16_t* asking = x;
-  Room<uint16_t> small(layer.compress_query.values ? layer.compress_query.rows : 0);
-  if (layer.compress_query.values) {
-    if (linears(&layer.compress_query, 1, x, small.data())) return true;
-    if (layer.query_norm.weight) rms_norm(layer.query_norm, small.data(), small.data(), 1, true);
-    asking = small.data();
-  }
-  if (linears(&layer.query, 1, asking, query.data()) || linears(&layer.compress, 1, x, state.data())) return true;
-  rms_norm(layer.norm, state.data(), state.data(), 1, true);
+  rms_norm(layer.norm, state, state, 1, true);
   rotary.how = layer.turn;
-  rotary.turn(state.data() + rank);
-  for (int64_t head = 0; head < heads; ++head) rotary.turn(query.data() + head * width + still);
-  cached.put(cached.key(0, cached.held, rank), state.data(), rank);
-  cached.put(cached.value(0, cached.held, turned), state.data() + rank, turned);
+  rotary.turn(state + rank);
+  for (int64_t head = 0; head < heads; ++head) rotary.turn(query + head * width + still);
+  cached.put(cached.key(0, cached.held, rank), state, rank);
+  cached.put(cached.value(0, cached.held, turned), state + rank, turned);
 
   Room<float> latent(heads * rank), angles(heads * turned), scores(heads * length), other(heads * length);
   Room<float> sums(heads * rank), values(heads * values_wide);
-  const Source wide(query.data(), true, heads * width);
+  const Source wide(query, true, heads * width);
   const int64_t each = still + values_wide;
   const bool known = in_rows(int(layer.expand.kind), [&](auto form) {
     using Form = decltype(form);
@@ -87,9 +80,33 @@ bool latent_attention(const Latent& layer, const uint16_t* x, Rotary rotary, con
       some_rows<Form>(layer.expand, head * each + still, values_wide, sums.data() + head * rank,
                       values.data() + head * values_wide, false);
   });
-  if (!known) return true;
-  for (int64_t k = 0; k < heads * values_wide; ++k) mixed[k] = to_bf16(values[k]);
-  return linears(&layer.output, 1, mixed.data(), out) != 0;
+  for (int64_t k = 0; known && k < heads * values_wide; ++k) mixed[k] = to_bf16(values[k]);
+  return !known;
+}
+
+// One token each of several answers: rows of x to rows of out.
+bool latent_attention(const Latent& layer, int64_t tokens, const uint16_t* x, const Standing* standing, uint16_t* out) {
+  const int64_t asked = layer.heads * (layer.still + layer.turned), kept = layer.rank + layer.turned;
+  const int64_t given = layer.heads * layer.value_width;
+  Room<uint16_t> query(tokens * asked), state(tokens * kept), mixed(tokens * given);
+  const uint16_t* asking = x;
+  Room<uint16_t> small(layer.compress_query.values ? tokens * layer.compress_query.rows : 0);
+  if (layer.compress_query.values) {
+    if (linears(&layer.compress_query, 1, tokens, x, small.data())) return true;
+    if (layer.query_norm.weight) rms_norm(layer.query_norm, small.data(), small.data(), tokens, true);
+    asking = small.data();
+  }
+  if (linears(&layer.query, 1, tokens, asking, query.data()) || linears(&layer.compress, 1, tokens, x, state.data()))
+    return true;
+  bool failed = false;
+  for_tokens(tokens, [&](int64_t token) {
+    if (latent_heads(layer, standing[token].rotary, standing[token].cached, query.data() + token * asked,
+                     state.data() + token * kept, mixed.data() + token * given)) {
+#pragma omp atomic write
+      failed = true;
+    }
+  });
+  return failed || linears(&layer.output, 1, tokens, mixed.data(), out) != 0;
 }
 
 }  // namespace

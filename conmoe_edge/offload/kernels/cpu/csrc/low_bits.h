@@ -269,8 +269,8 @@ struct Low {
   // The 64 rows of a tile, the first of which is `row` of the matrix's `rows`, times `COUNT` tokens: [COUNT, 64]. A
   // token's sums are the same bits whatever their number.
   template <int64_t COUNT>
-  static void times(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, const Token* x,
-                    float* sums) {
+  static void times(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, int64_t,
+                    const Token* x, float* sums) {
     Lanes stepped[COUNT][4], shifted[COUNT][4];
     for (int t = 0; t < COUNT; ++t)
       for (int64_t j = 0; j < 4; ++j) stepped[t][j] = shifted[t][j] = zero();
@@ -302,7 +302,7 @@ struct Low {
 
   static void tile(const uint8_t* w, const uint8_t* scales, int64_t row, int64_t rows, int64_t columns, int64_t, Token x,
                    float* sums) {
-    times<1>(w, scales, row, rows, columns, &x, sums);
+    times<1>(w, scales, row, rows, columns, GROUP, &x, sums);
   }
 
   // The weights of a tile, fp32, where rows lie `columns` apart.

@@ -66,7 +66,8 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
     const Source source(x, narrow, columns);
     const Gated ups{count, up_values, up_scales, up_bias, widths, *gate};
     const Down downs{down_values, down_scales, down_bias, down_groups};
-    return int(gated_experts(up_kind, down_kind, ups, downs, source.values, y, columns, up_group));
+    const Askers askers = Askers::one(count);
+    return int(gated_experts(up_kind, down_kind, ups, downs, askers, source.values, 1, y, columns, up_group));
   });
 }
 
@@ -75,7 +76,10 @@ int conmoe_gated_experts(int up_kind, int down_kind, int64_t count, const void* 
 int conmoe_combine(int64_t count, const float* y, const float* weights, int64_t extra, const float* const* constants,
                    const float* gates, void* out, int64_t columns, int narrow) {
   return guarded(given(out) && count >= 0 && extra >= 0 && columns > 0, [&] {
-    combine(count, y, weights, extra, constants, gates, Target{out, narrow != 0}, columns);
+    std::vector<const float*> rows;
+    for (int64_t i = 0; i < count; ++i) rows.push_back(y + i * columns);
+    Room<float> total(columns);
+    combine(count, rows.data(), weights, extra, constants, gates, total.data(), Target{out, narrow != 0}, columns);
     return 0;
   });
 }
@@ -84,13 +88,13 @@ int conmoe_combine(int64_t count, const float* y, const float* weights, int64_t 
 int64_t conmoe_layer(const Layer* layer, const int64_t* slots, const void* gates, int narrow_gates, int64_t k,
                      const void* x, const void* residual, void* out, int narrow) {
   return guarded(given(layer, slots, gates, x, out) && k >= 0, [&] {
-    return routed(layer, slots, gates, narrow_gates, k, x, residual, out, narrow);
+    return routed(layer, 1, slots, gates, narrow_gates, k, x, residual, out, narrow);
   });
 }
 
 // `dense` in experts.h: x and out bf16.
 int conmoe_dense(const Mlp* mlp, const uint16_t* x, uint16_t* out) {
-  return guarded(given(mlp, x, out), [&] { return dense(*mlp, x, out) ? int(FORM) : 0; });
+  return guarded(given(mlp, x, out), [&] { return dense(*mlp, 1, x, out) ? int(FORM) : 0; });
 }
 
 // Rows of x through `norm`: [rows, norm.columns], bf16 where `narrow`, else fp32.
@@ -120,8 +124,8 @@ int conmoe_attention(const Attention* layer, const uint16_t* x, const void* cos,
                      void* keys, void* values, int64_t key_step, int64_t value_step, int64_t held, int packed,
                      uint16_t* out) {
   return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
-    return attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
+    const Standing standing{Rotary{cos, sin, rotary, NOT}, Cached{keys, values, key_step, value_step, held, packed != 0}};
+    return attention(*layer, 1, x, &standing, out) ? int(FORM) : 0;
   });
 }
 
@@ -129,8 +133,8 @@ int conmoe_attention(const Attention* layer, const uint16_t* x, const void* cos,
 int conmoe_latent(const Latent* layer, const uint16_t* x, const void* cos, const void* sin, int64_t rotary, void* keys,
                   void* values, int64_t key_step, int64_t value_step, int64_t held, int packed, uint16_t* out) {
   return guarded(given(layer, x, keys, values, out) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
-    return latent_attention(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, out) ? int(FORM) : 0;
+    const Standing standing{Rotary{cos, sin, rotary, NOT}, Cached{keys, values, key_step, value_step, held, packed != 0}};
+    return latent_attention(*layer, 1, x, &standing, out) ? int(FORM) : 0;
   });
 }
 
@@ -139,15 +143,15 @@ int conmoe_block(const Block* layer, const uint16_t* x, const void* cos, const v
                  void* values, int64_t key_step, int64_t value_step, int64_t held, int packed, uint16_t* sum,
                  uint16_t* normed) {
   return guarded(given(layer, x, keys, values, sum, normed) && held >= 0 && turns(cos, sin, rotary), [&] {
-    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
-    return block(*layer, x, Rotary{cos, sin, rotary, NOT}, cached, sum, normed) ? int(FORM) : 0;
+    const Standing standing{Rotary{cos, sin, rotary, NOT}, Cached{keys, values, key_step, value_step, held, packed != 0}};
+    return block(*layer, 1, x, &standing, sum, normed) ? int(FORM) : 0;
   });
 }
 
 // A router for one token: x bf16, logits fp32 where they are `exact`, else bf16, gates bf16 where it is `narrow`, else fp32.
 int conmoe_route(const Router* router, const uint16_t* x, void* logits, void* gates, int64_t* slots) {
   return guarded(given(router, x, logits, gates, slots),
-                 [&] { return route(*router, x, logits, gates, slots) ? int(FORM) : 0; });
+                 [&] { return route(*router, 1, x, logits, gates, slots) ? int(FORM) : 0; });
 }
 
 // The second half of a decoder layer for one token: from the sum behind its attention (or what stands there) to out, both
@@ -157,8 +161,8 @@ int64_t conmoe_feed_forward(const Block* around, const Router* router, const Lay
                             const uint16_t* sum, const Between* between, uint16_t* out) {
   return guarded(given(around, sum, between, out) && (mlp || router) && !router == !layer, [&] {
     std::copy_n(sum, around->columns, between->sum);
-    normed(around->after, sum, between->normed, around->columns);
-    return feed_forward(*around, router, layer, mlp, *between, out);
+    normed(around->after, 1, sum, between->normed, around->columns);
+    return feed_forward(*around, router, layer, mlp, 1, *between, out);
   });
 }
 
@@ -169,10 +173,57 @@ int64_t conmoe_decoder(const Block* around, const Router* router, const Layer* l
   const bool right = given(around, x, keys, values, between, out) && (mlp || router) && !router == !layer && held >= 0 &&
                      turns(cos, sin, rotary);
   return guarded(right, [&] {
-    const Cached cached{keys, values, key_step, value_step, held, packed != 0};
-    if (block(*around, x, Rotary{cos, sin, rotary, NOT}, cached, between->sum, between->normed)) return FORM;
-    return feed_forward(*around, router, layer, mlp, *between, out);
+    const Standing standing{Rotary{cos, sin, rotary, NOT}, Cached{keys, values, key_step, value_step, held, packed != 0}};
+    if (block(*around, 1, x, &standing, between->sum, between->normed)) return FORM;
+    return feed_forward(*around, router, layer, mlp, 1, *between, out);
   });
+}
+
+// ---- one token each of several answers -------------------------------------------------------------------------------
+
+// As `conmoe_decoder` for rows of x [tokens, columns] and as many places, which are tokens of different answers: each row
+// of out, of the caches and of `between` has the bits that it has alone. Returns how many different prototypes there were.
+int64_t conmoe_decoder_together(const Block* around, const Router* router, const Layer* layer, const Mlp* mlp,
+                                int64_t tokens, const uint16_t* x, const Place* places, const Between* between,
+                                uint16_t* out) {
+  bool right = given(around, x, places, between, out) && (mlp || router) && !router == !layer && tokens > 0;
+  for (int64_t token = 0; right && token < tokens; ++token) {
+    const Place& place = places[token];
+    right = given(place.keys, place.values) && place.held >= 0 && turns(place.cos, place.sin, place.rotary);
+  }
+  return guarded(right, [&] {
+    std::vector<Standing> standing;
+    for (int64_t token = 0; token < tokens; ++token) standing.push_back(places[token].standing());
+    if (block(*around, tokens, x, standing.data(), between->sum, between->normed)) return FORM;
+    return feed_forward(*around, router, layer, mlp, tokens, *between, out);
+  });
+}
+
+// What several tokens ask of experts: as `conmoe_gated_experts`, for `tokens` rows of x. Those that ask expert i are
+// asking[starts[i]] to asking[starts[i + 1] - 1]; y: fp32, a row for each of them, in that order.
+int conmoe_gated_together(int up_kind, int down_kind, int64_t count, const void* const* up_values,
+                          const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
+                          const void* x, int64_t tokens, const int64_t* starts, const int64_t* asking, float* y,
+                          const int64_t* widths, int64_t columns, int64_t up_group, const int64_t* down_groups, int narrow,
+                          const uint16_t* const* up_bias, const uint16_t* const* down_bias, const Gate* gate) {
+  bool right = given(up_values, up_scales, down_values, down_scales, x, starts, asking, y, widths, down_groups, gate) &&
+               count > 0 && tokens > 0 && columns > 0 && up_group >= 0 && *starts == 0;
+  for (int64_t i = 0; right && i < count; ++i) right = starts[i] < starts[i + 1];
+  for (int64_t p = 0; right && p < starts[count]; ++p) right = asking[p] >= 0 && asking[p] < tokens;
+  return guarded(right, [&] {
+    const Source source(x, narrow, tokens * columns);
+    const Gated ups{count, up_values, up_scales, up_bias, widths, *gate};
+    const Down downs{down_values, down_scales, down_bias, down_groups};
+    Askers askers;
+    askers.starts.assign(starts, starts + count + 1);
+    askers.tokens.assign(asking, asking + starts[count]);
+    return int(gated_experts(up_kind, down_kind, ups, downs, askers, source.values, tokens, y, columns, up_group));
+  });
+}
+
+// Rows of x [tokens, columns] through a dense layer: bf16.
+int conmoe_dense_together(const Mlp* mlp, int64_t tokens, const uint16_t* x, uint16_t* out) {
+  return guarded(given(mlp, x, out) && tokens > 0, [&] { return dense(*mlp, tokens, x, out) ? int(FORM) : 0; });
 }
 
 // The weights [rows, columns] as fp32, or as bf16 where `out` is `narrow`.

@@ -64,10 +64,10 @@ struct Int8 {
   static float one(T w) { return float(w); }
 };
 
-// One row times `COUNT` tokens that lie one after another, `PARTS` vectors at once: it is read in one stream, which is
-// what processors read ahead best. A token's sum is the same bits whatever their number.
+// One row times `COUNT` tokens, `PARTS` vectors at once: it is read in one stream, which is what processors read ahead
+// best. A token's sum is the same bits whatever their number.
 template <class Form, int64_t COUNT>
-inline void dot_row(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
+inline void dot_row(const typename Form::T* w, int64_t columns, const float* const* x, float* sums) {
   Lanes total[COUNT][PARTS];
   for (auto& parts : total)
     for (Lanes& one : parts) one = zero();
@@ -75,15 +75,15 @@ inline void dot_row(const typename Form::T* w, int64_t columns, const float* x, 
   for (; k + PARTS * LANES <= columns; k += PARTS * LANES)
     for (int64_t p = 0; p < PARTS; ++p) {
       const Lanes value = Form::lanes(w + k + p * LANES);
-      for (int64_t t = 0; t < COUNT; ++t) total[t][p] = fma(value, load(x + t * columns + k + p * LANES), total[t][p]);
+      for (int64_t t = 0; t < COUNT; ++t) total[t][p] = fma(value, load(x[t] + k + p * LANES), total[t][p]);
     }
   for (; k + LANES <= columns; k += LANES) {
     const Lanes value = Form::lanes(w + k);
-    for (int64_t t = 0; t < COUNT; ++t) total[t][0] = fma(value, load(x + t * columns + k), total[t][0]);
+    for (int64_t t = 0; t < COUNT; ++t) total[t][0] = fma(value, load(x[t] + k), total[t][0]);
   }
   for (int64_t t = 0; t < COUNT; ++t) {
     float rest = 0;
-    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t * columns + j];
+    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t][j];
     sums[t] = sum(add(add(total[t][0], total[t][1]), add(total[t][2], total[t][3]))) + rest;
   }
 }
@@ -91,19 +91,20 @@ inline void dot_row(const typename Form::T* w, int64_t columns, const float* x, 
 // `COUNT` rows that lie `step` numbers apart, times one token.
 template <class Form, int64_t COUNT>
 inline void dot(const typename Form::T* w, int64_t step, int64_t columns, const float* x, float* sums) {
-  for (int64_t r = 0; r < COUNT; ++r) dot_row<Form, 1>(w + r * step, columns, x, sums + r);
+  for (int64_t r = 0; r < COUNT; ++r) dot_row<Form, 1>(w + r * step, columns, &x, sums + r);
 }
 
-// One row times `TOKENS` tokens that lie one after another: the same bits. It is turned into fp32 once where the sums fit
-// into registers, else twice.
+// One row times `count` tokens, at most `TOKENS`: the same bits. It is turned into fp32 once where the sums fit into
+// registers, else twice.
 template <class Form>
-inline void dot_tokens(const typename Form::T* w, int64_t columns, const float* x, float* sums) {
+inline void dot_tokens(const typename Form::T* w, int64_t columns, const float* const* x, int64_t count, float* sums) {
 #if CONMOE_AVX512
-  constexpr int64_t AT_ONCE = TOKENS;
-#else
-  constexpr int64_t AT_ONCE = TOKENS / 2;
+  if (count == 4) return dot_row<Form, 4>(w, columns, x, sums);
+  if (count == 3) return dot_row<Form, 3>(w, columns, x, sums);
 #endif
-  for (int64_t t = 0; t < TOKENS; t += AT_ONCE) dot_row<Form, AT_ONCE>(w, columns, x + t * columns, sums + t);
+  int64_t t = 0;
+  for (; t + 2 <= count; t += 2) dot_row<Form, 2>(w, columns, x + t, sums + t);
+  if (t < count) dot_row<Form, 1>(w, columns, x + t, sums + t);
 }
 
 // Tokens in fp32, one after another.
@@ -126,23 +127,30 @@ inline __m256i products_of(__m256i w, __m256i x) {
 #endif
 }
 
-// A row of int8 times one token.
-inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
-  __m256 total[PARTS];
-  for (__m256& one : total) one = _mm256_setzero_ps();
-  const auto add_block = [&](int64_t k, __m256& to) {
-    const __m256i part =
-        products_of(_mm256_loadu_si256((const __m256i*)(w + k)), _mm256_loadu_si256((const __m256i*)(x.q + k)));
-    to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x.scale[k / BLOCK]), to);
-  };
-  int64_t k = 0;
-  for (; k + PARTS * BLOCK <= columns; k += PARTS * BLOCK)
-    for (int64_t p = 0; p < PARTS; ++p) add_block(k + p * BLOCK, total[p]);
-  for (; k + BLOCK <= columns; k += BLOCK) add_block(k, total[0]);
+// A block of a row of int8 times that of a token, added up.
+inline void add_block(const int8_t* w, Token x, int64_t k, __m256& to) {
+  const __m256i part =
+      products_of(_mm256_loadu_si256((const __m256i*)(w + k)), _mm256_loadu_si256((const __m256i*)(x.q + k)));
+  to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x.scale[k / BLOCK]), to);
+}
+
+// What is left of a row from column k on, and all of it together.
+inline void rest_of_bytes(const int8_t* w, int64_t columns, int64_t k, Token x, __m256* total, float* sums) {
+  for (; k + BLOCK <= columns; k += BLOCK) add_block(w, x, k, total[0]);
   int32_t rest = 0;
   for (int64_t j = k; j < columns; ++j) rest += int32_t(w[j]) * x.q[j];
   const __m256 all = _mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3]));
   *sums = sum_of(all) + (k < columns ? float(rest) * x.scale[k / BLOCK] : 0.0f);
+}
+
+// A row of int8 times one token.
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  __m256 total[PARTS];
+  for (__m256& one : total) one = _mm256_setzero_ps();
+  int64_t k = 0;
+  for (; k + PARTS * BLOCK <= columns; k += PARTS * BLOCK)
+    for (int64_t p = 0; p < PARTS; ++p) add_block(w, x, k + p * BLOCK, total[p]);
+  rest_of_bytes(w, columns, k, x, total, sums);
 }
 
 #else
@@ -160,6 +168,83 @@ inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
 
 #endif
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define CONMOE_WIDE_BYTES 1
+
+// Tokens in 8 bits for several rows at once. With 128 added, weights have no sign: `less` is what that adds to the sum of
+// every four neighbours, below zero; `factors` has the scale of a block for each of its eight sums.
+struct WideBytes : Bytes {
+  struct Row {
+    Token token;
+    const int32_t* less;
+    const float* factors;
+  };
+  static constexpr int64_t FOUR = 4, SUMS = BLOCK / FOUR;
+  int64_t fours;
+  Room<int32_t> less;
+  Room<float> factors;
+
+  WideBytes(const float* x, int64_t count, int64_t columns, int64_t block)
+      : Bytes(x, count, columns, block),
+        fours(columns / FOUR),
+        less(count > 1 ? count * fours : 0),
+        factors(count > 1 ? count * blocks * SUMS : 0) {
+    for (int64_t i = 0; count > 1 && i < count * blocks; ++i)
+      std::fill_n(factors.data() + i * SUMS, SUMS, scale.data()[i]);
+    for (int64_t token = 0; count > 1 && token < count; ++token)
+      for (int64_t i = 0; i < fours; ++i) {
+        const int8_t* const from = q.data() + token * columns + i * FOUR;
+        less[token * fours + i] = -128 * (int32_t(from[0]) + from[1] + from[2] + from[3]);
+      }
+  }
+  Row token(int64_t index) const {
+    return {Bytes::token(index), less.data() + index * fours, factors.data() + index * blocks * SUMS};
+  }
+};
+
+// `HIGH` rows times `COUNT` tokens, two blocks in a vector: sums[t * step + r], the same bits as of `dot_bytes`.
+template <int64_t HIGH, int64_t COUNT>
+inline void dot_wide(const int8_t* w, int64_t columns, const WideBytes::Row* x, float* sums, int64_t step) {
+  constexpr int64_t ALL = HIGH * COUNT;
+  __m512 first[ALL], second[ALL];  // of blocks 0 and 1, and of 2 and 3
+  const int8_t* q[COUNT];
+  const int32_t* less[COUNT];
+  const float* factors[COUNT];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ALL; ++i) first[i] = second[i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < COUNT; ++t) q[t] = x[t].token.q, less[t] = x[t].less, factors[t] = x[t].factors;
+  const __m512i signs = _mm512_set1_epi8(char(0x80));
+  const auto two_blocks = [&](int64_t at, __m512* total) {
+    __m512i rows[HIGH];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < HIGH; ++r) rows[r] = _mm512_xor_si512(_mm512_loadu_si512(w + r * columns + at), signs);
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < COUNT; ++t) {
+      const __m512i bytes = _mm512_loadu_si512(q[t] + at), below = _mm512_loadu_si512(less[t] + at / 4);
+      const __m512 by = _mm512_loadu_ps(factors[t] + at / 4);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < HIGH; ++r)
+        total[t * HIGH + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(below, rows[r], bytes)), by,
+                                              total[t * HIGH + r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 * BLOCK <= columns; k += 4 * BLOCK) {
+    two_blocks(k, first);
+    two_blocks(k + 2 * BLOCK, second);
+  }
+  const auto upper = [](__m512 both) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(both), 1)); };
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ALL; ++i) {
+    __m256 parts[4] = {_mm512_castps512_ps256(first[i]), upper(first[i]), _mm512_castps512_ps256(second[i]),
+                       upper(second[i])};
+    rest_of_bytes(w + i % HIGH * columns, columns, k, x[i / HIGH].token, parts, sums + i / HIGH * step + i % HIGH);
+  }
+}
+
+#endif
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // What the products of a form with fp32 activations, and of int8 with those in 8 bits, have different.
@@ -168,14 +253,44 @@ struct Plain {
   using T = typename Form::T;
   using Input = Floats;
   using Row = const float*;
-  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_row<Form, 1>(w, columns, x, sums); }
-  static void several(const T* w, int64_t columns, Row x, float* sums) { dot_tokens<Form>(w, columns, x, sums); }
+  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_row<Form, 1>(w, columns, &x, sums); }
+  // sums[t * step + r]
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    for (int64_t r = 0; r < height; ++r) {
+      float found[TOKENS];
+      dot_tokens<Form>(w + r * columns, columns, x, count, found);
+      for (int64_t t = 0; t < count; ++t) sums[t * step + r] = found[t];
+    }
+  }
 };
 struct Whole {
   using T = int8_t;
+#if CONMOE_WIDE_BYTES
+  using Input = WideBytes;
+  using Row = WideBytes::Row;
+  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_bytes(w, columns, x.token, sums); }
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    int64_t r = 0;
+    for (; r + 2 <= height; r += 2) some<2>(w + r * columns, columns, x, count, sums + r, step);
+    if (r < height) some<1>(w + r * columns, columns, x, count, sums + r, step);
+  }
+
+ private:
+  template <int64_t HIGH>
+  static void some(const T* w, int64_t columns, const Row* x, int64_t count, float* sums, int64_t step) {
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2) dot_wide<HIGH, 2>(w, columns, x + t, sums + t * step, step);
+    if (t < count) dot_wide<HIGH, 1>(w, columns, x + t, sums + t * step, step);
+  }
+#else
   using Input = Bytes;
   using Row = Token;
   static void times(const T* w, int64_t columns, Row x, float* sums) { dot_bytes(w, columns, x, sums); }
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t t = 0; t < count; ++t) dot_bytes(w + r * columns, columns, x[t], sums + t * step + r);
+  }
+#endif
 };
 
 // Rows that a thread takes as a block.
@@ -191,13 +306,18 @@ int64_t blocks_at_once(int64_t numbers) {
   return CHUNK / std::max<int64_t>(1, numbers * int64_t(sizeof(typename Way::T))) + 1;
 }
 
-// The rows of a block times one token, scaled.
+// The rows of a block times `count` tokens, at most `TOKENS`, scaled. A token's sums are `step` numbers apart.
 template <class Way>
-inline void block_of_rows(const typename Way::T* w, const uint16_t* scale, int64_t columns, typename Way::Row x,
-                          int64_t height, float* sums) {
-  for (int64_t r = 0; r < height; ++r) Way::times(w + r * columns, columns, x, sums + r);
-  if (scale)
-    for (int64_t r = 0; r < height; ++r) sums[r] *= from_bf16(scale[r]);
+inline void block_of_rows(const typename Way::T* w, const uint16_t* scale, int64_t columns, const typename Way::Row* x,
+                          int64_t count, int64_t height, float* sums, int64_t step) {
+  if (count == 1) {
+    for (int64_t r = 0; r < height; ++r) Way::times(w + r * columns, columns, *x, sums + r);
+  } else {
+    Way::several(w, columns, x, count, height, sums, step);
+  }
+  if (!scale) return;
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t r = 0; r < height; ++r) sums[t * step + r] *= from_bf16(scale[r]);
 }
 
 template <class Way>
@@ -210,22 +330,14 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
     const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns;
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    int64_t token = 0;
-    if constexpr (std::is_same_v<typename Way::Row, const float*>)
-      for (; token + TOKENS <= tokens; token += TOKENS) {
-        const float* const first = x.token((shared ? 0 : which * tokens) + token);
-        for (int64_t r = 0; r < height; ++r) {
-          float sums[TOKENS];
-          Way::several(w + r * columns, columns, first, sums);
-          for (int64_t t = 0; t < TOKENS; ++t)
-            y.put((which * tokens + token + t) * rows + row + r, scale ? sums[t] * from_bf16(scale[row + r]) : sums[t]);
-        }
-      }
-    for (; token < tokens; ++token) {
-      float sums[MOST];
-      const auto input = x.token((shared ? 0 : which * tokens) + token);
-      block_of_rows<Way>(w, scale ? scale + row : nullptr, columns, input, height, sums);
-      for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
+    for (int64_t token = 0; token < tokens; token += TOKENS) {
+      const int64_t some = std::min(TOKENS, tokens - token), first = (shared ? 0 : which * tokens) + token;
+      typename Way::Row inputs[TOKENS];
+      float sums[TOKENS][MOST];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(first + t);
+      block_of_rows<Way>(w, scale ? scale + row : nullptr, columns, inputs, some, height, sums[0], MOST);
+      for (int64_t t = 0; t < some; ++t)
+        for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t][r]);
     }
   }
 }
@@ -240,8 +352,7 @@ struct Blocks {
   int64_t all() const { return before.back(); }
   // The matrix of a block; `block` becomes its number there.
   int64_t find(int64_t* block) const {
-    int64_t which = 0;
-    while (before[size_t(which + 1)] <= *block) ++which;
+    const int64_t which = std::upper_bound(before.begin(), before.end(), *block) - before.begin() - 1;
     *block -= before[size_t(which)];
     return which;
   }
@@ -269,9 +380,51 @@ inline void apart(float* x, int64_t count) {
   std::copy_n(seconds, count, x + count);
 }
 
-// h_i[j] = what the gate makes of both rows j of expert i times x: widths[i] numbers each.
+// Which tokens each of several experts is asked by: those of expert i are tokens[starts[i]] to tokens[starts[i + 1] - 1].
+// A place in `tokens` is one answer: what is computed lies in the order of these places.
+struct Askers {
+  std::vector<int64_t> starts{0}, tokens;
+
+  // One token that asks all of `count` experts.
+  static Askers one(int64_t count) {
+    Askers made;
+    for (int64_t i = 0; i < count; ++i) made.starts.push_back(i + 1);
+    made.tokens.assign(size_t(count), 0);
+    return made;
+  }
+  int64_t first(int64_t expert) const { return starts[size_t(expert)]; }
+  int64_t last(int64_t expert) const { return starts[size_t(expert + 1)]; }
+  int64_t token(int64_t place) const { return tokens[size_t(place)]; }
+  int64_t places() const { return starts.back(); }
+  // The expert of every place.
+  std::vector<int64_t> experts() const {
+    std::vector<int64_t> found;
+    for (size_t i = 0; i + 1 < starts.size(); ++i) found.insert(found.end(), size_t(starts[i + 1] - starts[i]), int64_t(i));
+    return found;
+  }
+};
+
+// h = what the gate of an expert makes of `height` of its rows from `row` on: `both` has first those of the gate and then
+// the others, or, where they take turns, one half of all and the next; in `both` they are changed.
+inline void gate_rows(const Gated& experts, int64_t which, int64_t row, int64_t height, float* both, float* h) {
+  const uint16_t* const bias = experts.bias_of(which);
+  const int64_t step = experts.gate.interleaved ? 2 : 1;
+  const int64_t start = step * row, next = step == 2 ? start + height : experts.widths[which] + row;
+  if (bias)
+    for (int64_t r = 0; r < height; ++r) {
+      both[r] += from_bf16(bias[start + r]);
+      both[height + r] += from_bf16(bias[next + r]);
+    }
+  if (step == 2) apart(both, height);
+  gate(both, both + height, height, experts.gate);
+  std::copy_n(both + height, height, h + row);
+}
+
+// h_p[j] = what the gate makes of both rows j of an expert times a token, for every place p: as many numbers as the
+// expert is wide.
 template <class Way>
-void gated_rows(const Gated& experts, const typename Way::Input& x, float* const* h, int64_t columns) {
+void gated_rows(const Gated& experts, const Askers& askers, const typename Way::Input& x, float* const* h,
+                int64_t columns) {
   const int64_t count = experts.count;
   const int64_t* const widths = experts.widths;
   const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(2 * high * columns);
@@ -282,27 +435,26 @@ void gated_rows(const Gated& experts, const typename Way::Input& x, float* const
     const int64_t which = blocks.find(&block), row = block * high, width = widths[which];
     const auto* w = static_cast<const typename Way::T*>(experts.values[which]);
     const auto* scale = static_cast<const uint16_t*>(experts.scales[which]);
-    const uint16_t* const bias = experts.bias_of(which);
     const int64_t height = std::min(width - row, high), step = experts.gate.interleaved ? 2 : 1;
     // Two runs of rows: of the gate and of the other, or, where they take turns, one half of all and the next.
     const int64_t start = step * row, next = step == 2 ? start + height : width + row;
-    float both[2 * MOST];
-    block_of_rows<Way>(w + start * columns, scale ? scale + start : nullptr, columns, x.token(0), height, both);
-    block_of_rows<Way>(w + next * columns, scale ? scale + next : nullptr, columns, x.token(0), height, both + height);
-    if (bias)
-      for (int64_t r = 0; r < height; ++r) {
-        both[r] += from_bf16(bias[start + r]);
-        both[height + r] += from_bf16(bias[next + r]);
-      }
-    if (step == 2) apart(both, height);
-    gate(both, both + height, height, experts.gate);
-    std::copy_n(both + height, height, h[which] + row);
+    for (int64_t place = askers.first(which); place < askers.last(which); place += TOKENS) {
+      const int64_t some = std::min(TOKENS, askers.last(which) - place);
+      typename Way::Row inputs[TOKENS];
+      float both[TOKENS][2 * MOST];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(askers.token(place + t));
+      block_of_rows<Way>(w + start * columns, scale ? scale + start : nullptr, columns, inputs, some, height, both[0],
+                         2 * MOST);
+      block_of_rows<Way>(w + next * columns, scale ? scale + next : nullptr, columns, inputs, some, height,
+                         both[0] + height, 2 * MOST);
+      for (int64_t t = 0; t < some; ++t) gate_rows(experts, which, row, height, both[t], h[place + t]);
+    }
   }
 }
 
-// y[i] = W_i x_i for one token of every matrix, [count, rows]; columns[i] numbers each.
+// y[p] = W x_p for every place p of the experts, [places, rows]; x[i] has the inputs of expert i, columns[i] numbers each.
 template <class Way>
-void down_rows(int64_t count, const void* const* values, const void* const* scales,
+void down_rows(int64_t count, const void* const* values, const void* const* scales, const Askers& askers,
                const std::vector<typename Way::Input>& x, const int64_t* columns, float* y, int64_t rows) {
   const int64_t widest = *std::max_element(columns, columns + count);
   const int64_t high = block_rows<Way>(widest), at_once = blocks_at_once<Way>(high * widest);
@@ -312,8 +464,14 @@ void down_rows(int64_t count, const void* const* values, const void* const* scal
     const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns[which];
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
-    block_of_rows<Way>(w, scale ? scale + row : nullptr, columns[which], x[size_t(which)].token(0), height,
-                       y + which * rows + row);
+    const int64_t first = askers.first(which), asking = askers.last(which) - first;
+    for (int64_t token = 0; token < asking; token += TOKENS) {
+      const int64_t some = std::min(TOKENS, asking - token);
+      typename Way::Row inputs[TOKENS];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = x[size_t(which)].token(token + t);
+      block_of_rows<Way>(w, scale ? scale + row : nullptr, columns[which], inputs, some, height,
+                         y + (first + token) * rows + row, rows);
+    }
   }
 }
 
@@ -562,6 +720,17 @@ inline int64_t tiles_at_once(int64_t columns) {
   return CHUNK / (TILE * columns * Form::BITS / 8) + 1;
 }
 
+// The 64 rows of a tile times `count` tokens: [count, 64]. A token's sums are the same bits whatever their number.
+template <class Form>
+void tile_of_tokens(const uint8_t* w, const typename Form::T* scales, int64_t row, int64_t rows, int64_t columns,
+                    int64_t group, const Token* x, int64_t count, float* sums) {
+  int64_t t = 0;
+  if constexpr (Form::SEVERAL)  // two at once: the sums of more do not fit into registers
+    for (; t + 2 <= count; t += 2)
+      Form::template times<2>(w, scales, row, rows, columns, group, x + t, sums + t * TILE);
+  for (; t < count; ++t) Form::tile(w, scales, row, rows, columns, group, x[t], sums + t * TILE);
+}
+
 template <class Form>
 void tiles(int64_t count, const void* const* values, const void* const* scales, const Bytes& x, bool shared,
            int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
@@ -572,38 +741,35 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = tile_at<Form>(values[which], row, columns);
     const auto* steps = static_cast<const typename Form::T*>(scales[which]);
-    int64_t token = 0;
-    if constexpr (Form::SEVERAL)
-      for (; token + TOKENS <= tokens; token += TOKENS) {
-        Token each[TOKENS];
-        for (int64_t t = 0; t < TOKENS; ++t) each[t] = x.token((shared ? 0 : which * tokens) + token + t);
-        float sums[TOKENS * TILE];
-        Form::template times<TOKENS>(w, steps, row, rows, columns, each, sums);
-        for (int64_t t = 0; t < TOKENS; ++t)
-          for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t * TILE + r]);
-      }
-    for (; token < tokens; ++token) {
-      float sums[TILE];
-      Form::tile(w, steps, row, rows, columns, group, x.token((shared ? 0 : which * tokens) + token), sums);
-      for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token) * rows + row + r, sums[r]);
+    for (int64_t token = 0; token < tokens; token += TOKENS) {
+      const int64_t some = std::min(TOKENS, tokens - token), first = (shared ? 0 : which * tokens) + token;
+      Token inputs[TOKENS];
+      float sums[TOKENS * TILE];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(first + t);
+      tile_of_tokens<Form>(w, steps, row, rows, columns, group, inputs, some, sums);
+      for (int64_t t = 0; t < some; ++t)
+        for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t * TILE + r]);
     }
   }
 }
 
 // A tile may have rows of the gate and others: all rows first, then what they make.
 template <class Form>
-void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns, int64_t group) {
+void gated_tiles(const Gated& experts, const Askers& askers, const Bytes& x, float* const* h, int64_t columns,
+                 int64_t group) {
   const int64_t count = experts.count;
   const int64_t* const widths = experts.widths;
   // A thread stays in one place for some tiles: where it begins, nothing was read ahead.
   const int64_t strip = TILE * tiles_at_once<Form>(columns);
-  std::vector<int64_t> heights, before{0};
-  for (int64_t i = 0; i < count; ++i) {
-    heights.push_back(2 * widths[i]);
-    before.push_back(before.back() + heights.back());
+  const std::vector<int64_t> owners = askers.experts();
+  std::vector<int64_t> heights, before{0}, answered;
+  for (int64_t i = 0; i < count; ++i) heights.push_back(2 * widths[i]);
+  for (const int64_t which : owners) {
+    before.push_back(before.back() + heights[size_t(which)]);
+    answered.push_back(widths[which]);
   }
   Room<float> rows(before.back());
-  const Blocks strips(count, heights.data(), strip), halves(count, widths, TILE);
+  const Blocks strips(count, heights.data(), strip), halves(askers.places(), answered.data(), TILE);
 #pragma omp parallel if (strips.all() > 1)
   {
 #pragma omp for schedule(dynamic, 1)
@@ -612,45 +778,54 @@ void gated_tiles(const Gated& experts, Token x, float* const* h, int64_t columns
       const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
       const int64_t stop = height - start < strip ? height : start + strip;
       const auto* steps = static_cast<const typename Form::T*>(experts.scales[which]);
-      for (int64_t row = start; row < stop; row += TILE)
-        Form::tile(tile_at<Form>(experts.values[which], row, columns), steps, row, height, columns, group, x,
-                   rows.data() + before[size_t(which)] + row);
+      for (int64_t row = start; row < stop; row += TILE) {
+        const uint8_t* const w = tile_at<Form>(experts.values[which], row, columns);
+        for (int64_t at = askers.first(which); at < askers.last(which); at += TOKENS) {
+          const int64_t some = std::min(TOKENS, askers.last(which) - at);
+          Token inputs[TOKENS];
+          float sums[TOKENS * TILE];
+          for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(askers.token(at + t));
+          tile_of_tokens<Form>(w, steps, row, height, columns, group, inputs, some, sums);
+          for (int64_t t = 0; t < some; ++t)
+            std::copy_n(sums + t * TILE, TILE, rows.data() + before[size_t(at + t)] + row);
+        }
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < halves.all(); ++number) {
-      int64_t place = number;
-      const int64_t which = halves.find(&place), width = widths[which], start = place * TILE;
-      const int64_t stop = width - start < TILE ? width : start + TILE;
-      const float* const from = rows.data() + before[size_t(which)];
-      const uint16_t* const bias = experts.bias_of(which);
-      const int64_t height = stop - start, step = experts.gate.interleaved ? 2 : 1;
+      int64_t block = number;
+      const int64_t place = halves.find(&block), which = owners[size_t(place)], width = widths[which];
+      const int64_t start = block * TILE, stop = width - start < TILE ? width : start + TILE, height = stop - start;
+      const float* const from = rows.data() + before[size_t(place)];
+      const int64_t step = experts.gate.interleaved ? 2 : 1;
       const int64_t first = step * start, next = step == 2 ? first + height : width + start;
       float both[2 * TILE];
       std::copy_n(from + first, height, both);
       std::copy_n(from + next, height, both + height);
-      if (bias)
-        for (int64_t r = 0; r < height; ++r) {
-          both[r] += from_bf16(bias[first + r]);
-          both[height + r] += from_bf16(bias[next + r]);
-        }
-      if (step == 2) apart(both, height);
-      gate(both, both + height, height, experts.gate);
-      std::copy_n(both + height, height, h[which] + start);
+      gate_rows(experts, which, start, height, both, h[place]);
     }
   }
 }
 
 template <class Form>
-void down_tiles(int64_t count, const void* const* values, const void* const* scales, const std::vector<Bytes>& x,
-                const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
+void down_tiles(int64_t count, const void* const* values, const void* const* scales, const Askers& askers,
+                const std::vector<Bytes>& x, const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = tiles_at_once<Form>(*std::max_element(columns, columns + count));
 #pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
   for (int64_t block = 0; block < all_blocks; ++block) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
+    const uint8_t* const w = tile_at<Form>(values[which], row, columns[which]);
     const auto* steps = static_cast<const typename Form::T*>(scales[which]);
-    Form::tile(tile_at<Form>(values[which], row, columns[which]), steps, row, rows, columns[which], groups[which],
-               x[size_t(which)].token(0), y + which * rows + row);
+    const int64_t first = askers.first(which), asking = askers.last(which) - first;
+    for (int64_t token = 0; token < asking; token += TOKENS) {
+      const int64_t some = std::min(TOKENS, asking - token);
+      Token inputs[TOKENS];
+      float sums[TOKENS * TILE];
+      for (int64_t t = 0; t < some; ++t) inputs[t] = x[size_t(which)].token(token + t);
+      tile_of_tokens<Form>(w, steps, row, rows, columns[which], groups[which], inputs, some, sums);
+      for (int64_t t = 0; t < some; ++t) std::copy_n(sums + t * TILE, TILE, y + (first + token + t) * rows + row);
+    }
   }
 }
 
@@ -814,41 +989,44 @@ int products(int kind, int64_t count, const void* const* values, const void* con
   });
 }
 
-int gated(int kind, const Gated& experts, const float* x, float* const* h, int64_t columns, int64_t group) {
+// `askers.tokens` are rows of x, of which there are `tokens`; h has room for every place.
+int gated(int kind, const Gated& experts, const Askers& askers, const float* x, int64_t tokens, float* const* h,
+          int64_t columns, int64_t group) {
   if (tiled(kind)) {
     for (int64_t i = 0; i < experts.count; ++i)
       if (2 * experts.widths[i] % TILE) return 1;
     if (!grouped(kind, columns, group)) return 1;
-    const Bytes input(x, 1, columns, group);
-    return !in_tiles(
-        kind, [&](auto form) { gated_tiles<decltype(form)>(experts, input.token(0), h, columns, group); });
+    const Bytes input(x, tokens, columns, group);
+    return !in_tiles(kind, [&](auto form) { gated_tiles<decltype(form)>(experts, askers, input, h, columns, group); });
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
-    const typename Way::Input input(x, 1, columns, BLOCK);
-    gated_rows<Way>(experts, input, h, columns);
+    const typename Way::Input input(x, tokens, columns, BLOCK);
+    gated_rows<Way>(experts, askers, input, h, columns);
   });
 }
 
-// y[i] = W_i h_i, fp32 [count, rows], for matrices of columns[i] columns in groups of groups[i].
-int downward(int kind, int64_t count, const void* const* values, const void* const* scales, float* const* h,
-             const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
+// y[p] = W_i h_p for every place p of expert i, fp32 [places, rows], for matrices of columns[i] columns in groups of
+// groups[i]. An expert's h lie one after another, the first of them at h[its first place].
+int downward(int kind, int64_t count, const void* const* values, const void* const* scales, const Askers& askers,
+             float* const* h, const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   if (tiled(kind)) {
     if (rows % TILE) return 1;
     std::vector<Bytes> inputs;
     for (int64_t i = 0; i < count; ++i) {
       if (!grouped(kind, columns[i], groups[i])) return 1;
-      inputs.emplace_back(h[i], 1, columns[i], groups[i]);
+      inputs.emplace_back(h[askers.first(i)], askers.last(i) - askers.first(i), columns[i], groups[i]);
     }
     return !in_tiles(kind, [&](auto form) {
-      down_tiles<decltype(form)>(count, values, scales, inputs, columns, y, rows, groups);
+      down_tiles<decltype(form)>(count, values, scales, askers, inputs, columns, y, rows, groups);
     });
   }
   return !in_rows(kind, [&](auto form) {
     using Way = typename decltype(form)::Way;
     std::vector<typename Way::Input> inputs;
-    for (int64_t i = 0; i < count; ++i) inputs.emplace_back(h[i], 1, columns[i], BLOCK);
-    down_rows<Way>(count, values, scales, inputs, columns, y, rows);
+    for (int64_t i = 0; i < count; ++i)
+      inputs.emplace_back(h[askers.first(i)], askers.last(i) - askers.first(i), columns[i], BLOCK);
+    down_rows<Way>(count, values, scales, askers, inputs, columns, y, rows);
   });
 }
 

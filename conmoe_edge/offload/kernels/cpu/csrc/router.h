@@ -1,4 +1,4 @@
-// The router of a layer, for one token.
+// The router of a layer, token by token.
 
 #pragma once
 
@@ -106,34 +106,37 @@ void choose(const Router& router, const float* p, int64_t* slots, float* gates) 
   for (int64_t i = 0; i < chosen; ++i) gates[i] /= total;
 }
 
-// x to logits [rows] (fp32 where they are `exact`, else bf16), and the chosen slots with their gates (bf16 or fp32), the
-// greatest first and of equal ones the first. Returns whether a form cannot be taken.
-bool route(const Router& router, const uint16_t* x, void* logits, void* gates, int64_t* slots) {
+// Rows of x to rows of logits [rows] (fp32 where they are `exact`, else bf16), and the chosen slots with their gates (bf16
+// or fp32), the greatest first and of equal ones the first. Returns whether a form cannot be taken.
+bool route(const Router& router, int64_t tokens, const uint16_t* x, void* logits, void* gates, int64_t* slots) {
   const Linear& linear = router.linear;
   const int64_t count = linear.rows, chosen = router.chosen;
-  const Source source(x, true, linear.columns);
-  std::vector<float> p(size_t(count), 0.0f), found(size_t(chosen), 0.0f);
-  if (products(int(linear.kind), 1, &linear.values, &linear.scales, source.values, true, 1, Target{p.data(), false}, count,
-               linear.columns, linear.group))
+  const Source source(x, true, tokens * linear.columns);
+  Room<float> all(tokens * count);
+  std::vector<float> found(size_t(chosen), 0.0f);
+  if (products(int(linear.kind), 1, &linear.values, &linear.scales, source.values, true, tokens,
+               Target{all.data(), false}, count, linear.columns, linear.group))
     return true;
-  const Target seen{logits, !router.exact};
-  for (int64_t i = 0; i < count; ++i) {
-    if (linear.bias) p[size_t(i)] += from_bf16(linear.bias[i]);
-    if (!router.exact) p[size_t(i)] = rounded(p[size_t(i)]);
-    seen.put(i, p[size_t(i)]);
+  const Target seen{logits, !router.exact}, target{gates, router.narrow != 0};
+  for (int64_t token = 0; token < tokens; ++token) {
+    float* const p = all.data() + token * count;
+    for (int64_t i = 0; i < count; ++i) {
+      if (linear.bias) p[i] += from_bf16(linear.bias[i]);
+      if (!router.exact) p[i] = rounded(p[i]);
+      seen.put(token * count + i, p[i]);
+    }
+    score(router, p);
+    choose(router, p, slots + token * chosen, found.data());
+    const auto step = [&](float value) { return router.stepwise ? rounded(value) : value; };
+    if (router.normed) {
+      float sum = 0;
+      for (const float one : found) sum += one;
+      sum = step(step(sum) + router.epsilon);
+      if (sum < router.least) sum = router.least;
+      for (float& one : found) one = step(one / sum);
+    }
+    for (int64_t i = 0; i < chosen; ++i) target.put(token * chosen + i, step(found[size_t(i)] * router.scaling));
   }
-  score(router, p.data());
-  choose(router, p.data(), slots, found.data());
-  const auto step = [&](float value) { return router.stepwise ? rounded(value) : value; };
-  if (router.normed) {
-    float sum = 0;
-    for (const float one : found) sum += one;
-    sum = step(step(sum) + router.epsilon);
-    if (sum < router.least) sum = router.least;
-    for (float& one : found) one = step(one / sum);
-  }
-  const Target target{gates, router.narrow != 0};
-  for (int64_t i = 0; i < chosen; ++i) target.put(i, step(found[size_t(i)] * router.scaling));
   return false;
 }
 

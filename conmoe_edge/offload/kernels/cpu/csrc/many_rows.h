@@ -304,7 +304,7 @@ int64_t byte_products(int64_t rounds) {
       for (int64_t i = 0; i < COUNT; ++i) {
         x = kept(x);
         if constexpr (V::SHORT)
-          sums[i] = kept(V::template add<false>(sums[i], w, x));
+          sums[i] = kept(V::add_short(sums[i], w, x));
         else
           sums[i] = kept(V::add(sums[i], w, x));
       }

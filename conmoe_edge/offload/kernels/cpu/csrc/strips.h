@@ -20,8 +20,9 @@ constexpr int64_t UNROLLED = 8;  // quads: all groups are multiples of so many
 constexpr int64_t LINE = 64;   // bytes of a line of the processor's caches, and of a strip's four columns
 
 // Rows times tokens in vectors. `ROWS` rows of four columns are a vector of weights, `VECTORS` of them meet `TOKENS` tokens.
-// UNSIGNED: weights are taken as numbers of 0..255, so those that have a sign are stored 128 higher. SHORT: `add` sums
-// in 16 bits, and `widen` adds the pairs, times 1 or 2; so many products fit as `Strips<Form>::SAFE` says.
+// UNSIGNED: weights are taken as numbers of 0..255, so those that have a sign are stored 128 higher. SHORT: beside weights
+// without a sign `add_short` sums in 16 bits, and `widen` adds the pairs, times 1 or 2; so many products fit as
+// `Strips<Form>::SAFE` says.
 #if CONMOE_INTEGERS
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -64,11 +65,11 @@ struct Quads {
   static Sum add(Sum sum, Bytes4 w, Bytes4 x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
   static constexpr bool UNSIGNED = false, SHORT = true;
-  template <bool SIGNED>
+  // With weights of any sign two products fill 16 bits already.
   static Sum add(Sum sum, Bytes4 w, Bytes4 x) {
-    const Sum pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
-    return _mm256_add_epi16(sum, pairs);
+    return widen(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), 1);
   }
+  static Sum add_short(Sum sum, Bytes4 w, Bytes4 x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
   static Sum widen(Sum sum, Sum part, int16_t by) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(by)));
   }
@@ -236,7 +237,7 @@ struct Sums {
       typename V::Sum sums[V::VECTORS][COUNT];
       for (auto& some : sums)
         for (int64_t t = 0; t < COUNT; ++t) some[t] = V::start(x.start[block * COUNT + t]);
-      if constexpr (V::SHORT) {
+      if constexpr (V::SHORT && !SIGNED) {
         for (int64_t from = 0; from < quads; from += safe) {
           typename V::Sum parts[V::VECTORS][COUNT];
           for (auto& some : parts)
@@ -247,7 +248,7 @@ struct Sums {
               const auto weights = V::load(place[v]);
               place[v] += LINE;
               for (int64_t t = 0; t < COUNT; ++t)
-                parts[v][t] = V::template add<SIGNED>(parts[v][t], weights, V::four(q + t * QUAD));
+                parts[v][t] = V::add_short(parts[v][t], weights, V::four(q + t * QUAD));
             }
           for (int64_t v = 0; v < V::VECTORS; ++v)
             for (int64_t t = 0; t < COUNT; ++t) sums[v][t] = V::widen(sums[v][t], parts[v][t], part.by);

@@ -2,6 +2,8 @@
 
     python -m benchmarks.compare --model /data/olmoe-shape --work /data/compare \\
         --llama-python /data/llama/bin/python
+    python -m benchmarks.compare --shape qwen3-30b:15GB --work /data/compare --discard \\
+        --llama-python /data/llama/bin/python
 
 Every arm is a process of its own under the same cap (``comparison/capped.py``; page cache counts, no
 swap), with its files dropped from the page cache before. All get the same prompt by token numbers
@@ -10,6 +12,9 @@ over the repeats. What runs is the table in ``comparison/arms.py``; what an arm 
 ``comparison/*_arm.py``; how routing is made realistic for random weights is in
 ``comparison/traces.py``; what the bound is, in ``comparison/report.py``. README.md here says how to
 set the environment up and what it takes.
+
+With ``--shape`` the arms are those of ``comparison/large.py``: Qwen3-30B-A3B and gpt-oss-20b under caps of the memory
+that people have, from files of random numbers.
 
 The run can be stopped at any time: a finished (arm, cap, repeat) is not run again under the same
 ``--run``. Results are written after every arm.
@@ -23,16 +28,15 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison import large
 from benchmarks.comparison.arms import (
     CELLS,
     GROUPS,
-    MODULES,
     SYSTEMS,
     ArmSettings,
     Cell,
@@ -41,10 +45,11 @@ from benchmarks.comparison.arms import (
     order,
 )
 from benchmarks.comparison.artefacts import Workshop
-from benchmarks.comparison.capped import Capped, run_capped, says_out_of_memory
 from benchmarks.comparison.plot import plot
 from benchmarks.comparison.report import Row, claim_lines, claims, make_row, ratios, table
-from benchmarks.measure import disk_read_rate, forget, machine
+from benchmarks.comparison.turns import Ledger, Turn, prepare_operator, run_turn
+from benchmarks.measure import disk_read_rate, machine
+from conmoe_edge.units import parse_size
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20
@@ -61,37 +66,6 @@ class Settings(ArmSettings):
     """And how long an arm may load."""
 
     load_seconds: float
-
-
-class Ledger:
-    """The runs of one run id, on disk after every one."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self._path = path
-        self.data: dict[str, Any] = {"settings": asdict(settings), "rates": [], "runs": []}
-        if path.exists():
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-            if self.data["settings"] != asdict(settings):
-                sys.exit(f"{path} was begun with other settings; take another --run")
-
-    def has(self, cell: Cell, repeat: int) -> bool:
-        """Whether this was run already."""
-        return any(r["cell"] == cell.key and r["repeat"] == repeat for r in self.data["runs"])
-
-    def add(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Append and save."""
-        self.data[kind].append(entry)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1), encoding="utf-8")
-        part.replace(self._path)
-
-    def runs_of(self, cell: Cell) -> list[dict[str, Any]]:
-        """The repeats of a cell."""
-        return [run for run in self.data["runs"] if run["cell"] == cell.key]
-
-    def best_rate(self, name: str) -> float:
-        """The better of what was measured before and after: the harder bound."""
-        return max(rates[name] for rates in self.data["rates"])
 
 
 def job_of(
@@ -115,44 +89,19 @@ def run_cell(
 ) -> dict[str, Any]:
     """One arm, once."""
     system = SYSTEMS[cell.system]
-    job_file = shop.work / "jobs" / f"{cell.key}.json"
-    notes_file = shop.work / "jobs" / f"{cell.key}.notes.json"
-    notes_file.unlink(missing_ok=True)
-    job_file.write_text(json.dumps(job_of(cell, system, shop, settings, prompt)), encoding="utf-8")
-    forget(shop.weights(system))
-    command = [shop.python_of(system), "-m", MODULES[system.engine], str(job_file), str(notes_file)]
-    environment = shop.environment() | {"OMP_NUM_THREADS": str(settings.threads)}
+    turn = Turn(
+        key=cell.key,
+        engine=system.engine,
+        python=shop.python_of(system),
+        job=job_of(cell, system, shop, settings, prompt),
+        files=shop.weights(system),
+        cap=cell.cap,
+    )
     seconds = settings.load_seconds + PROMPT_SECONDS + settings.seconds
-    done = run_capped(command, cell.cap, seconds, environment)
+    entry = run_turn(turn, repeat, shop.work / "jobs", settings.threads, seconds)
     if system.engine == "offload":
         shop.clear_offload()
-    notes = json.loads(notes_file.read_text(encoding="utf-8")) if notes_file.exists() else {}
-    peaks = [peak for peak in (done.peak, notes.get("cgroup_peak")) if peak is not None]
-    return {
-        "cell": cell.key,
-        "repeat": repeat,
-        "outcome": outcome_of(done, notes),
-        "returncode": done.returncode,
-        "seconds": round(done.seconds, 1),
-        "peak": max(peaks, default=None),
-        "capped_by": done.how,
-        "notes": notes,
-        "tail": "" if done.returncode == 0 else done.tail,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def outcome_of(done: Capped, notes: Mapping[str, Any]) -> str:
-    """One phrase; ``ok`` only for an arm that came to its end."""
-    stage = notes.get("stage", "start")
-    if done.returncode == 0 and stage == "done":
-        return "ok"
-    if done.out_of_memory or says_out_of_memory(done.tail):
-        return f"out of memory ({stage})"
-    if done.timed_out:
-        return f"no end within {done.seconds:.0f} s ({stage})"
-    last = done.tail.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return f"failed ({stage}): {last[0][:120]}"
+    return entry
 
 
 def make_files(shop: Workshop, group: str, systems: Sequence[str]) -> set[str]:
@@ -198,9 +147,9 @@ def rows_of(ledger: Ledger, cells: Sequence[Cell], cache_bytes: float) -> list[R
     """A row for every cell that was run."""
     memory, disk = ledger.best_rate("memory"), ledger.best_rate("disk")
     return [
-        make_row(cell, ledger.runs_of(cell), memory, disk, cache_bytes)
+        make_row(cell, ledger.runs_of(cell.key), memory, disk, cache_bytes)
         for cell in cells
-        if ledger.runs_of(cell)
+        if ledger.runs_of(cell.key)
     ]
 
 
@@ -266,10 +215,15 @@ def discard(shop: Workshop, group: str, later: Sequence[Cell]) -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, required=True, help="made by make_olmoe_shape.py")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", 1)[0], epilog=large.disk_help()
+    )
+    parser.add_argument("--model", type=Path, help="made by make_olmoe_shape.py")
+    parser.add_argument(
+        "--shape", choices=sorted(large.LARGE), help="instead of --model: a large shape and its cap"
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for big files")
-    parser.add_argument("--llama-python", required=True, help="interpreter with llama_cpp and gguf")
+    parser.add_argument("--llama-python", default="", help="interpreter with llama_cpp and gguf")
     parser.add_argument("--run", default="compare", help="id of this run; the same id goes on")
     parser.add_argument("--name", default="compare", help="file name of the results")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
@@ -285,13 +239,31 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--discard", action="store_true", help="delete a group's files after it")
     parser.add_argument("--make-only", action="store_true", help="make files, run nothing")
     parser.add_argument("--report-only", action="store_true", help="results of what was run so far")
-    return parser.parse_args()
+    more = parser.add_argument_group("with --shape")
+    more.add_argument("--turns", action="store_true", help="alternate; all files at once on disk")
+    more.add_argument(
+        "--written", default="", metavar="PRECISION:DENSE", help="write our package, do not fit it"
+    )
+    more.add_argument("--packages-from", type=Path, help="the --work of true_shapes.py --keep")
+    more.add_argument("--prompt-seconds", type=float, default=1200.0, help="longest prompt")
+    more.add_argument("--layers", type=int, help="a few show that it runs")
+    more.add_argument("--experts", type=int, help="of every layer, likewise")
+    more.add_argument("--slice-cap", type=parse_size, help="the cap of such a slice")
+    args = parser.parse_args()
+    if (args.model is None) == (args.shape is None):
+        parser.error("--model or --shape is needed")
+    if args.model is not None and not args.llama_python and not args.report_only:
+        parser.error("--llama-python is needed")
+    return args
 
 
 def main() -> None:
     """Group by group: make, run, report."""
     args = arguments()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends children too
+    if args.shape is not None:
+        large.run(args)
+        return
     settings = Settings(
         prompt_tokens=args.prompt_tokens,
         steps=args.tokens,
@@ -301,7 +273,7 @@ def main() -> None:
         context=-(-(args.prompt_tokens + args.tokens + 1) // 256) * 256,
     )
     shop = Workshop(args.model, args.work, args.llama_python, settings.context)
-    ledger = Ledger(args.work / f"run-{args.run}.json", settings)
+    ledger = Ledger(args.work / f"run-{args.run}.json", asdict(settings))
     if args.report_only:
         print("\n".join(write_results(ledger, shop, settings, args.name)))
         return
@@ -318,13 +290,14 @@ def main() -> None:
         jobs = [
             (cell, repeat)
             for cell, repeat in order(cells, args.repeats, args.other_repeats)
-            if not ledger.has(cell, repeat)
+            if not ledger.has(cell.key, repeat)
         ]
         lacking = make_files(shop, group, sorted({cell.system for cell, _ in jobs}))
         jobs = [(cell, repeat) for cell, repeat in jobs if cell.system not in lacking]
         if args.make_only:
             continue
         if jobs:
+            prepare_operator()
             prompt = shop.prompt(settings.prompt_tokens + settings.steps)
             ledger.add("rates", measure_rates(shop))
         for cell, repeat in jobs:

@@ -19,12 +19,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.generated_checkpoint import SHAPES, repository, total_bytes
-from benchmarks.hub_server import Hub, Serving
-from benchmarks.measure import run_child
+from benchmarks.hub_server import Hub, ServedFile, Serving
+from benchmarks.measure import Child, run_child
 
 _LOOK_SECONDS = 0.2
 
@@ -64,21 +67,84 @@ def _disk_bytes(folder: Path) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A fit that came to its end.
+
+    Attributes:
+        report: what ``fit --json`` printed.
+        fetched: bytes of weights that came from the hub.
+        most_disk: most bytes that the working folder and the hub's cache held at any moment.
+    """
+
+    child: Child
+    report: dict[str, Any]
+    fetched: int
+    most_disk: int
+
+    def facts(self, checkpoint: int) -> dict[str, Any]:
+        """As JSON; ``checkpoint``: bytes of the model's weights."""
+        return {
+            "checkpoint_bytes": checkpoint,
+            "fetched_bytes": self.fetched,
+            "most_disk_bytes": self.most_disk,
+            "planned": self.report["fetching"],
+            "package_bytes": self.report["bytes_written"],
+            "peak_rss_bytes": self.child.peak_rss,
+            "peak_anonymous_bytes": self.child.peak_anonymous,
+            "cgroup_peak_bytes": self.child.cgroup_peak,
+            "limit_bytes": self.child.limit,
+            "seconds": self.child.seconds,
+            "cpu_seconds": self.child.cpu_seconds,
+            "seconds_by_part": self.report["seconds"],
+            "kl": self.report["receipt"].get("kl"),
+            "notes": self.report["notes"],
+        }
+
+
+@contextmanager
+def serving(name: str, files: Mapping[str, ServedFile], work: Path) -> Iterator[Hub]:
+    """A hub with one model, which children of this process use while the block runs, with a cache of their own."""
+    hub = Hub({name: files})
+    with Serving(hub) as server:
+        os.environ |= {"HF_ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(work / "cache")}
+        os.environ |= {"CONMOE_STATE_DIR": str(work / "state"), "HF_HUB_OFFLINE": "0"}
+        yield hub
+
+
+def command_of(name: str, gpu: str, out: Path, words: Sequence[str]) -> list[str]:
+    """The command line of a fit."""
+    command = [sys.executable, "-m", "conmoe_edge", "fit", name, "--gpu", gpu]
+    return [*command, "--device", "cpu", "--out", str(out), "--yes", "--json", *words]
+
+
+def fit(hub: Hub, command: list[str], work: Path, out: Path, limit: int | None = None) -> Fitted:
+    """Run a fit to its end, under a hard memory ``limit``; one that was stopped goes on.
+
+    Raises:
+        SystemExit: it ended otherwise.
+    """
+    before, disk = hub.weight_bytes(), DiskPeak(out.parent, work / "cache")
+    disk.start()
+    try:
+        child = run_child(command, limit)
+    finally:
+        most = disk.stop()
+    if child.returncode != 0:
+        raise SystemExit(f"fit ended with {child.returncode}\n{child.stdout}")
+    return Fitted(child, json.loads(child.stdout), hub.weight_bytes() - before, most)
+
+
 def measure(
     shape: str, gpu: str, work: Path, kill: float | None, words: list[str]
 ) -> dict[str, Any]:
     """One fit, with its figures."""
     files, name = repository(SHAPES[shape]), f"generated/{shape}"
-    hub, out = Hub({name: files}), work / "fit" / "out"
+    out = work / "fit" / "out"
     shutil.rmtree(work / "fit", ignore_errors=True)
     (work / "fit").mkdir(parents=True)
-    with Serving(hub) as serving:
-        os.environ |= {"HF_ENDPOINT": serving.endpoint, "HF_HUB_CACHE": str(work / "cache")}
-        os.environ |= {"CONMOE_STATE_DIR": str(work / "state"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-m", "conmoe_edge", "fit", name, "--gpu", gpu]
-        command += ["--device", "cpu", "--out", str(out), "--yes", "--json", *words]
-        disk = DiskPeak(work / "fit", work / "cache")
-        disk.start()
+    with serving(name, files, work) as hub:
+        command = command_of(name, gpu, out, words)
         result: dict[str, Any] = {"shape": shape, "gpu": gpu, "words": words}
         if kill is not None:
             started = time.perf_counter()
@@ -92,23 +158,8 @@ def measure(
                 raise SystemExit(f"fit was done within {kill} s: kill it earlier")
             result["killed_after_seconds"] = time.perf_counter() - started
             result["fetched_until_killed"] = hub.weight_bytes()
-        child = run_child(command)
-        result["most_disk_bytes"] = disk.stop()
-    if child.returncode != 0:
-        raise SystemExit(f"fit ended with {child.returncode}")
-    report = json.loads(child.stdout)
-    return result | {
-        "checkpoint_bytes": total_bytes(files),
-        "fetched_bytes": hub.weight_bytes(),
-        "planned": report["fetching"],
-        "package_bytes": report["bytes_written"],
-        "peak_rss_bytes": child.peak_rss,
-        "peak_anonymous_bytes": child.peak_anonymous,
-        "seconds": child.seconds,
-        "seconds_by_part": report["seconds"],
-        "kl": report["receipt"].get("kl"),
-        "notes": report["notes"],
-    }
+        done = fit(hub, command, work, out)
+        return result | done.facts(total_bytes(files)) | {"fetched_bytes": hub.weight_bytes()}
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ from typing import Any
 
 from benchmarks.frontier_plot import plot
 from benchmarks.frontier_report import LLAMA, OURS, PARTS, key_of, lines, points_of
-from benchmarks.measure import machine, write_json
+from benchmarks.measure import machine
+from conmoe_edge.checkpoint.fs.atomic_files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TYPES = (
@@ -43,14 +44,18 @@ TYPES = (
 )
 BITS = (4.5, 3.44, 3.06, 2.56, 2.31, 2.06, 1.75)
 """Sizes of llama.cpp's types, in bits a weight."""
-DENSE = {"experts": ("--dense-precision", "source"), "whole": ("--dense-precision", "int8")}
+DENSE = {"experts": ("--dense-precision", "source"), "whole": ()}
+"""Where only experts are compared, all else stays; the whole file is the plan's to divide, as for any user."""
 BUDGET = "1TiB"
 """More than any arm needs: its flags decide, and nothing else is to be decided by the budget."""
+DENSE_BITS, EDGES_BITS = 4.5, 6.5625
+"""Of llama.cpp's files beside experts of less than 5 bits: Q4_K, and Q6_K for embeddings and head."""
 VARIABLE = "CONMOE_LLAMA_PYTHON"
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = _options(words)
+    options.work.mkdir(parents=True, exist_ok=True)
     ledger = options.work / "frontier.json"
     failed = []
     if not options.report_only:
@@ -111,7 +116,7 @@ def _our_arms(options: Any, data: dict[str, Any], ledger: Path) -> list[tuple[st
     failed = []
     for seed in options.seeds:
         for part in options.parts:
-            for flags in options.fit:
+            for flags in options.fit or _own_flags(options, part):
                 key = key_of(part, OURS, flags, seed)
                 if key in data["arms"]:
                     continue
@@ -124,6 +129,24 @@ def _our_arms(options: Any, data: dict[str, Any], ledger: Path) -> list[tuple[st
     return failed
 
 
+def _own_flags(options: Any, part: str) -> list[str]:
+    """The arms where none were named: bits for the experts; for the whole file a budget, which is that of what runs
+    llama.cpp's file with experts of so many bits, and the plan decides what has which bits.
+    """
+    if part == "experts":
+        return [f"--bits {bits:g}" for bits in BITS]
+    import conmoe_edge
+    from benchmarks.frontier_llama import sizes_of
+    from conmoe_edge.checkpoint.sources.locate import locate
+
+    sizes = sizes_of(locate(options.model, offline=True).path)
+    plan = conmoe_edge.plan(options.model, budget=BUDGET, device="cpu", offline=True).plan
+    beside = sum(term.nbytes for term in plan.terms if term.name != "Dense weights")
+    return [
+        f"--gpu {(sizes.whole(bits, DENSE_BITS, EDGES_BITS) + beside) / 1e6:.3f}MB" for bits in BITS
+    ]
+
+
 def _our_arm(options: Any, part: str, flags: str, seed: int) -> dict[str, Any]:
     import conmoe_edge
     from conmoe_edge.checkpoint.package.manifest_io import load_manifest
@@ -133,7 +156,8 @@ def _our_arm(options: Any, part: str, flags: str, seed: int) -> dict[str, Any]:
     out = options.work / "package"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "conmoe_edge", "fit", options.model, "--out", str(out)]
-    command += ["--gpu", BUDGET, "--device", "cpu", "--seed", str(seed), "--offline", "--fresh"]
+    command += ["--device", "cpu", "--seed", str(seed), "--offline", "--fresh"]
+    command += [] if "--gpu" in flags else ["--gpu", BUDGET]
     command += [*DENSE[part], *shlex.split(flags), "--overwrite", "--yes", "--quiet"]
     if options.calibration_tokens is not None:
         command += ["--calibration-tokens", str(options.calibration_tokens)]
@@ -289,7 +313,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
         "--fit",
         action="append",
         metavar="FLAGS",
-        help='flags of one arm of ours, such as "--bits 2.6"; may be repeated',
+        help='flags of one arm of ours, such as "--bits 2.6"; may be repeated (default: sizes of theirs)',
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
@@ -298,10 +322,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/frontier"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the report goes")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    options = parser.parse_args(words)
-    if options.fit is None:
-        options.fit = [f"--bits {bits:g}" for bits in BITS]
-    return options
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

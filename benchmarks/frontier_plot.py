@@ -6,13 +6,12 @@ with their names, the line goes along those that no smaller one beats. Whiskers:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import mean
 from xml.sax.saxutils import escape
 
 from benchmarks.frontier_report import LLAMA, OURS, Point, curve
-from benchmarks.quality_plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, axes, frame
+from benchmarks.quality_plot import LEFT, Scale, axes, frame
 
 KINDS = {OURS: "own", LLAMA: "c3"}
 SUBTITLE = {
@@ -32,19 +31,9 @@ def plot(points: Sequence[Point], title: str) -> str:
     every = [dot for some in dots.values() for dot in some]
     if not every:
         return frame(title, SUBTITLE[part], X_LABEL, [], LEFT)
-    low_x, high_x = min(d[0] for d in every), max(d[0] for d in every)
-    room = (high_x - low_x) * 0.05 or 1.0
-    low = math.floor(3 * math.log10(min(d[2] for d in every))) / 3
-    high = math.ceil(3 * math.log10(max(d[3] for d in every))) / 3
-
-    def x(size: float) -> float:
-        share = (size - low_x + room) / (high_x - low_x + 2 * room)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return TOP + (high - math.log10(value)) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM)
-
-    drawn = axes(low, high, low_x, high_x, x, y)
+    scale = Scale.over([(d[0], d[2], d[3]) for d in every], LEFT)
+    x, y = scale.x, scale.y
+    drawn = axes(scale)
     for system, some in dots.items():
         kind = KINDS[system]
         line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in curve([d[:2] for d in some]))

@@ -1,8 +1,15 @@
 """A checkpoint of a true shape that lies nowhere: every byte of every shard follows from a seed.
 
-Numbers are bf16. A table of normal numbers is drawn once from the seed (Philox); a tensor is a row of pieces of it,
-whose places follow from the tensor's name, so that any range of a shard is a few copies out of memory. Matrices have
-the standard deviation 0.02, norms are ones. Peak memory: the table, 32 MiB, and the headers.
+Numbers are bf16, or blocks of MXFP4 where the model is published so. A table of normal numbers is drawn once from the
+seed (Philox); a tensor is a row of pieces of it, whose places follow from the tensor's name, so that any range of a
+shard is a few copies out of memory.
+
+Activations and routes stay sane through all layers. Matrices have the standard deviation 0.02 and norms are ones, so
+that what a layer adds is a small part of the embedding's 1: a token stays itself, and two tokens ask for different
+experts. The rows of a router are between 0.6 and 1.4 times as long as the others', so that some experts are asked for
+up to twice as often as the mean and some hardly, as in trained models; with rows alike every cache policy is equal.
+
+Peak memory: the tables, 32 MiB each of normal numbers, embeddings and bytes where they are asked for, and the headers.
 """
 
 from __future__ import annotations
@@ -13,21 +20,50 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks import make_gpt_oss_shape, make_olmoe_shape
 from benchmarks.hub_server import CHUNK, ServedFile, bytes_file
+from benchmarks.make_gpt_oss_shape import SCALES, Entry
 
 _TABLE_VALUES, _PIECE = 1 << 24, 1 << 20
-_SPREAD = 0.02
+_SPREAD, _EMBEDDING_SPREAD = 0.02, 1.0
+_SHARD_BYTES = 4e9
+_SKEW = 0.4
 _DEMO = Path(__file__).resolve().parents[1] / "conmoe_edge" / "data" / "demo"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")
+
+Named = Entry | tuple[str, tuple[int, ...]]
+"""A tensor of the file: name, code of the number format, shape; or only name and shape, of one in bf16."""
+
+
+class TrueShape(Protocol):
+    """What a checkpoint is made from. One with ``shards`` has so many files, others such of 4 GB; one with a ``seed``
+    has other numbers.
+    """
+
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        ...
+
+    def tensors(self) -> Iterator[Any]:
+        """``Named``, in the order of the files."""
+        ...
+
+
+def router_row(expert: int, experts: int) -> float:
+    """How long an expert's row of the router is, beside 1; long rows are chosen more often."""
+    place = expert * 37 % experts  # so that neighbours differ
+    return 1.0 - _SKEW + 2 * _SKEW * place / max(1, experts - 1)
 
 
 @dataclass(frozen=True)
-class Shape:
+class Qwen3Shape:
     """Of a Qwen3 Mixture-of-Experts model. ``shards`` files of about the same size."""
 
     layers: int
@@ -68,7 +104,7 @@ class Shape:
             "vocab_size": self.vocabulary,
         }
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def tensors(self) -> Iterator[Named]:
         """Names and shapes, in the order of the published files."""
         hidden, heads, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         yield "model.embed_tokens.weight", (self.vocabulary, hidden)
@@ -91,31 +127,116 @@ class Shape:
         yield "lm_head.weight", (self.vocabulary, hidden)
 
 
-SHAPES = {
-    "qwen3-30b": Shape(48, 128, 8, 2048, 768, 151936, 32, 4, 128, 16),
-    "qwen3-3b": Shape(12, 64, 8, 1024, 512, 151936, 16, 4, 64, 4),
-    "tiny": Shape(3, 8, 2, 64, 32, 8192, 4, 2, 16, 2),
+@dataclass(frozen=True)
+class DeepseekShape:
+    """The sizes of deepseek-moe-16b-base; the first ``dense_layers`` have no experts."""
+
+    layers: int = 28
+    experts: int = 64
+    top_k: int = 6
+    hidden: int = 2048
+    width: int = 1408
+    shared: int = 2
+    dense_width: int = 10944
+    dense_layers: int = 1
+    vocabulary: int = 102400
+    heads: int = 16
+    seed: int = 0
+
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        return {
+            "architectures": ["DeepseekForCausalLM"],
+            "model_type": "deepseek",
+            "torch_dtype": "bfloat16",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.dense_width,
+            "moe_intermediate_size": self.width,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": self.shared,
+            "num_experts_per_tok": self.top_k,
+            "first_k_dense_replace": self.dense_layers,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": False,
+            "scoring_func": "softmax",
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-06,
+            "vocab_size": self.vocabulary,
+            "bos_token_id": 0,
+            "eos_token_id": 5,
+            "tie_word_embeddings": False,
+        }
+
+    def tensors(self) -> Iterator[Named]:
+        """Names and shapes, in the order of the published files."""
+        hidden = self.hidden
+        yield "model.embed_tokens.weight", (self.vocabulary, hidden)
+        for layer in range(self.layers):
+            at = f"model.layers.{layer}"
+            for name in ("q", "k", "v", "o"):
+                yield f"{at}.self_attn.{name}_proj.weight", (hidden, hidden)
+            if layer < self.dense_layers:
+                yield from _gated(f"{at}.mlp", hidden, self.dense_width)
+            else:
+                yield f"{at}.mlp.gate.weight", (self.experts, hidden)
+                for expert in range(self.experts):
+                    yield from _gated(f"{at}.mlp.experts.{expert}", hidden, self.width)
+                yield from _gated(f"{at}.mlp.shared_experts", hidden, self.shared * self.width)
+            yield f"{at}.input_layernorm.weight", (hidden,)
+            yield f"{at}.post_attention_layernorm.weight", (hidden,)
+        yield "model.norm.weight", (hidden,)
+        yield "lm_head.weight", (self.vocabulary, hidden)
+
+
+def _gated(at: str, hidden: int, width: int) -> Iterator[Named]:
+    yield f"{at}.gate_proj.weight", (width, hidden)
+    yield f"{at}.up_proj.weight", (width, hidden)
+    yield f"{at}.down_proj.weight", (hidden, width)
+
+
+SHAPES: dict[str, Any] = {
+    "qwen3-30b": Qwen3Shape(48, 128, 8, 2048, 768, 151936, 32, 4, 128, 16),
+    "qwen3-3b": Qwen3Shape(12, 64, 8, 1024, 512, 151936, 16, 4, 64, 4),
+    "tiny": Qwen3Shape(3, 8, 2, 64, 32, 8192, 4, 2, 16, 2),
+    "deepseek-16b": DeepseekShape(),
+    "gpt-oss-20b": make_gpt_oss_shape.Shape(),
+    "olmoe-7b": make_olmoe_shape.Shape(),
 }
+"""Each a ``TrueShape`` and a dataclass with ``layers`` and ``experts``, which may be replaced."""
 
 
-def repository(shape: Shape) -> dict[str, ServedFile]:
+def entries(shape: TrueShape) -> list[Entry]:
+    """All tensors of the file."""
+    return [
+        one if isinstance(one, Entry) else Entry(one[0], "BF16", one[1]) for one in shape.tensors()
+    ]
+
+
+def repository(shape: TrueShape) -> dict[str, ServedFile]:
     """The files of the model, by name."""
-    table = _Table(shape.seed)
-    tensors = list(shape.tensors())
-    total = sum(2 * math.prod(size) for _, size in tensors)
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    seed: int = getattr(shape, "seed", 0)
+    table, tensors = _Table(seed), entries(shape)
+    total = sum(one.nbytes for one in tensors)
+    count: int = getattr(shape, "shards", 0) or math.ceil(total / _SHARD_BYTES)
+    shards: list[list[Entry]] = [[]]
     filled = 0
     for one in tensors:
-        if filled >= total * len(shards) / shape.shards and len(shards) < shape.shards:
+        if filled >= total * len(shards) / count and len(shards) < count:
             shards.append([])
         shards[-1].append(one)
-        filled += 2 * math.prod(one[1])
+        filled += one.nbytes
     files: dict[str, ServedFile] = {}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files[name] = _shard(shape.seed, name, shard, table)
-        weight_map.update(dict.fromkeys((tensor for tensor, _ in shard), name))
+        files[name] = _shard(seed, name, shard, table)
+        weight_map.update(dict.fromkeys((one.name for one in shard), name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     files["model.safetensors.index.json"] = bytes_file(json.dumps(index).encode())
     files["config.json"] = bytes_file(json.dumps(shape.config(), indent=1).encode())
@@ -125,34 +246,68 @@ def repository(shape: Shape) -> dict[str, ServedFile]:
 
 
 class _Table:
-    """Normal numbers as bf16."""
+    """Numbers to take pieces of."""
 
     def __init__(self, seed: int) -> None:
+        self._seed = seed
         draw = np.random.Generator(np.random.Philox(seed))
-        values = draw.standard_normal(_TABLE_VALUES, dtype=np.float32) * np.float32(_SPREAD)
-        self._numbers = (values.view(np.uint32) >> 16).astype(np.uint16)
+        self._normal = draw.standard_normal(_TABLE_VALUES, dtype=np.float32)
+        self._numbers = _bf16(self._normal * np.float32(_SPREAD))
+        self._normal = self._normal.astype(np.float16)  # for embeddings, if they are asked for
         self._ones = np.full(_PIECE // 2, 0x3F80, dtype=np.uint16)
 
-    def piece(self, name: str, number: int, count: int) -> memoryview:
+    @cached_property
+    def _wide(self) -> np.ndarray[Any, Any]:
+        return _bf16(self._normal.astype(np.float32) * np.float32(_EMBEDDING_SPREAD))
+
+    @cached_property
+    def _bytes(self) -> np.ndarray[Any, Any]:
+        draw = np.random.Generator(np.random.Philox(self._seed + 1))
+        return draw.integers(0, 256, _TABLE_VALUES, np.uint8)
+
+    @cached_property
+    def _scales(self) -> np.ndarray[Any, Any]:
+        return np.array(SCALES, np.uint8)[self._bytes % len(SCALES)]
+
+    def piece(self, one: Entry, number: int, count: int) -> memoryview:
         """Up to 1 MiB: the ``number``-th of a tensor, of ``count`` bytes."""
-        if "norm" in name:
+        if "norm" in one.name:
             return self._ones.data.cast("B")[:count]
-        digest = hashlib.blake2b(f"{name}#{number}".encode(), digest_size=8).digest()
-        first = int.from_bytes(digest, "little") % (_TABLE_VALUES - _PIECE // 2)
-        return self._numbers.data.cast("B")[2 * first : 2 * first + count]
+        digest = hashlib.blake2b(f"{one.name}#{number}".encode(), digest_size=8).digest()
+        first = int.from_bytes(digest, "little") % (_TABLE_VALUES - _PIECE)
+        if one.dtype == "U8":
+            table = self._scales if one.name.endswith("_scales") else self._bytes
+            return table.data[first : first + count]
+        table = self._wide if "embed_tokens" in one.name else self._numbers
+        if one.name.endswith(ROUTERS):
+            start = number * _PIECE // 2
+            return _stretched(table[first : first + count // 2], start, one.shape).data.cast("B")
+        return table.data.cast("B")[2 * first : 2 * first + count]
 
 
-def _shard(
-    seed: int, file: str, tensors: list[tuple[str, tuple[int, ...]]], table: _Table
-) -> ServedFile:
+def _bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _stretched(
+    numbers: np.ndarray[Any, Any], start: int, shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """Numbers of a router [experts, hidden] from the ``start``-th on, every row as long as it should be."""
+    experts, hidden = shape
+    lengths = np.array([router_row(one, experts) for one in range(experts)], np.float32)
+    rows = (start + np.arange(len(numbers))) // hidden
+    wide = (numbers.astype(np.uint32) << 16).view(np.float32)
+    return _bf16(wide * lengths[rows])
+
+
+def _shard(seed: int, file: str, tensors: list[Entry], table: _Table) -> ServedFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    starts, names, end = [], [], 0
-    for name, size in tensors:
-        nbytes = 2 * math.prod(size)
-        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [end, end + nbytes]}
+    starts, end = [], 0
+    for one in tensors:
+        span = [end, end + one.nbytes]
+        header[one.name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": span}
         starts.append(end)
-        names.append(name)
-        end += nbytes
+        end += one.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     head = len(text).to_bytes(8, "little") + text
@@ -167,7 +322,7 @@ def _shard(
             which = bisect_right(starts, at) - 1
             number, inside = divmod(at - starts[which], _PIECE)
             size = min(_PIECE, ends[which] - starts[which] - number * _PIECE)
-            piece = table.piece(names[which], number, size)[inside : inside + stop - start]
+            piece = table.piece(tensors[which], number, size)[inside : inside + stop - start]
             yield piece
             start += len(piece)
 

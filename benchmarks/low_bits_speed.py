@@ -33,7 +33,15 @@ from typing import Any
 
 from benchmarks.comparison.arms import Cell
 from benchmarks.comparison.report import make_row
-from benchmarks.comparison.turns import Ledger, Turn, environment, heldout_tokens, run_turn
+from benchmarks.comparison.turns import (
+    Ledger,
+    Turn,
+    environment,
+    heldout_tokens,
+    kernel_note,
+    prepare_operator,
+    run_turn,
+)
 from benchmarks.make_olmoe_shape import Shape
 from benchmarks.measure import machine
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
@@ -151,6 +159,7 @@ def row_of(ledger: Ledger, key: str, cache_bytes: float) -> dict[str, Any] | Non
         **asdict(row),
         "bound": bound,
         "token_bytes": statistics.fmean(through) if through else None,
+        "note": kernel_note(notes),
         "all_resident": all(one.get("hit", 1.0) == 1.0 for one in notes),
     }
 
@@ -219,6 +228,7 @@ def _line(name: str, row: Mapping[str, Any], match: Mapping[str, Any] | None) ->
     )
     if match is not None and match["ratio"] is not None:
         line += f"{match['ratio']:>7.2f}{match['wanted'] or '-':>8}"
+    line += row["note"]
     return line + ("" if row["all_resident"] else "  not all resident")
 
 
@@ -277,6 +287,7 @@ def main() -> None:
     if not args.llama_python:
         sys.exit("--llama-python is needed to run")
     files = Files(args.work, args.llama_python, shape)
+    prepare_operator()
     tokens = heldout_tokens(args.prompt_tokens + args.tokens)
     job = {
         "threads": args.threads,

@@ -33,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.make_olmoe_shape import TOKENIZER, TOKENIZER_FILES, draw
 
 MX_BLOCK = 32
@@ -167,6 +165,8 @@ def drawn(one: Entry, seed: int) -> Iterator[bytes]:
     if one.dtype == "BF16":
         yield from draw(one.name, math.prod(one.shape), seed)
         return
+    import torch  # who only reads the shape has to stay small
+
     digest = hashlib.sha256(f"{seed}:{one.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     table = torch.tensor(SCALES, dtype=torch.uint8) if one.name.endswith("_scales") else None

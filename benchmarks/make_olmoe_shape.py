@@ -32,8 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 TOKENIZER = Path(__file__).resolve().parent.parent / "conmoe_edge" / "data" / "demo"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -124,6 +122,8 @@ def numel(shape: tuple[int, ...]) -> int:
 
 def draw(name: str, count: int, seed: int) -> Iterator[bytes]:
     """The bf16 bytes of a tensor, block by block."""
+    import torch  # who only reads the shape has to stay small
+
     if name.endswith("norm.weight"):
         yield torch.ones(count, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
         return
@@ -225,6 +225,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already; name another folder or remove it")
+    import torch
+
     torch.set_num_threads(1)  # the shards are the parallel work
     start = time.perf_counter()
     total = make(

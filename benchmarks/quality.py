@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine, write_json
+from benchmarks.measure import machine
 from benchmarks.quality_plot import plot
 from benchmarks.quality_report import Cell, key_of, lines
+from conmoe_edge.checkpoint.fs.atomic_files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BUDGET = "1TiB"
@@ -41,6 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown:
         sys.stderr.write(f"There is no method {unknown[0]}; there are: {', '.join(METHODS)}\n")
         return 2
+    options.work.mkdir(parents=True, exist_ok=True)
     ledger = options.work / "quality.json"
     data = _read(ledger, options.model, options.calibration_tokens)
     cells = [

@@ -8,7 +8,8 @@ lowest and the highest seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 from xml.sax.saxutils import escape
 
@@ -19,6 +20,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 30, 60, 52
 NAMES = 190
 """Width of the column of names, left of the smallest package."""
 GAP = 15
+_ROOM = 0.05
+"""Left of the smallest and right of the largest, as a share of what lies between them."""
 COLOURS = (
     ("#0969da", "#58a6ff"),
     ("#bf8700", "#e3b341"),
@@ -43,19 +46,9 @@ def plot(cells: Sequence[Cell], title: str) -> str:
     if not lines:
         return frame(title, SUBTITLE, X_LABEL, [])
     every = [point for points in lines.values() for point in points]
-    low_x, high_x = min(p[0] for p in every), max(p[0] for p in every)
-    room_x = (high_x - low_x) * 0.04 or 1.0
-    low = math.floor(3 * math.log10(min(p[2] for p in every))) / 3
-    high = math.ceil(3 * math.log10(max(p[3] for p in every))) / 3
-
-    def x(size: float) -> float:
-        share = (size - low_x + room_x) / (high_x - low_x + 2 * room_x)
-        return LEFT + NAMES + share * (WIDTH - LEFT - NAMES - RIGHT)
-
-    def y(rise: float) -> float:
-        return TOP + (high - math.log10(rise)) / ((high - low) or 1.0) * (HEIGHT - TOP - BOTTOM)
-
-    parts = axes(low, high, low_x, high_x, x, y)
+    scale = Scale.over([(p[0], p[2], p[3]) for p in every], LEFT + NAMES)
+    x, y = scale.x, scale.y
+    parts = axes(scale)
     ends = []
     others = [name for name in lines if name != OWN]
     for name in (*others, *(n for n in lines if n == OWN)):
@@ -113,15 +106,46 @@ def _best_scope(cells: Sequence[Cell], method: str) -> int:
     return min(rises, key=lambda scope: (mean(rises[scope]), scope))
 
 
-def axes(
-    low: float,
-    high: float,
-    low_x: float,
-    high_x: float,
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-) -> list[str]:
-    """Rails and figures: y logarithmic from 10**low to 10**high, x linear; ``x``, ``y`` give places in the picture."""
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Where values are in a picture: x linear with some room at both ends, y logarithmic over whole thirds of decades.
+
+    Attributes:
+        low, high: decimal logarithms at the bottom and at the top.
+        low_x, high_x: smallest and largest x.
+        left: where the x axis begins.
+    """
+
+    low: float
+    high: float
+    low_x: float
+    high_x: float
+    left: float
+
+    @classmethod
+    def over(cls, dots: Sequence[tuple[float, float, float]], left: float) -> Scale:
+        """Around at least one dot: x, lowest and highest y, which are above 0."""
+        sizes = [one[0] for one in dots]
+        low = math.floor(3 * math.log10(min(one[1] for one in dots))) / 3
+        high = math.ceil(3 * math.log10(max(one[2] for one in dots))) / 3
+        return cls(low, high, min(sizes), max(sizes), left)
+
+    def x(self, value: float) -> float:
+        """Place of a size."""
+        room = (self.high_x - self.low_x) * _ROOM or 1.0
+        share = (value - self.low_x + room) / (self.high_x - self.low_x + 2 * room)
+        return self.left + share * (WIDTH - self.left - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Place of a loss."""
+        share = (self.high - math.log10(value)) / ((self.high - self.low) or 1.0)
+        return TOP + share * (HEIGHT - TOP - BOTTOM)
+
+
+def axes(scale: Scale) -> list[str]:
+    """Rails and figures."""
+    low, high, low_x, high_x = scale.low, scale.high, scale.low_x, scale.high_x
+    x, y = scale.x, scale.y
     parts = []
     for power in range(math.floor(low), math.ceil(high) + 1):
         for factor in (1, 2, 5):

@@ -5,8 +5,8 @@
 
 For measuring speed: forms, layouts, files and manifest are those that ``fit`` writes, through the same writers, and
 the numbers in a matrix are random bytes under scales that give its weights a spread of ``STD`` about zero. Embeddings
-have a spread of 1 and norms are ones, as in ``make_olmoe_shape.py``, so that activations stay finite through all
-layers. Every router slot has an expert of its own. It takes as long as writing the files.
+have a spread of 1, norms are ones and routers those of ``generated_checkpoint.py``, so that activations and routes stay
+sane through all layers. Every router slot has an expert of its own. It takes as long as writing the files.
 
 Peak memory: the largest matrix outside the experts, as stored.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks.generated_checkpoint import ROUTERS, router_row
 from conmoe_edge.checkpoint.format.forms import (
     DENSE_KINDS,
     LOW_HEAD,
@@ -158,8 +159,19 @@ def dense_sources(model: Any, precision: str, draw: Drawing) -> Iterator[TensorS
             )
         else:
             yield TensorSource(
-                name, dtype, shape, lambda s=shape, d=dtype, std=std: draw.numbers(s, d, std)
+                name,
+                dtype,
+                shape,
+                lambda s=shape, d=dtype, std=std, n=name: _dense(draw, n, s, d, std),
             )
+
+
+def _dense(draw: Drawing, name: str, shape: tuple[int, ...], dtype: str, std: float) -> Tensor:
+    numbers = draw.numbers(shape, dtype, std)
+    if name.endswith(ROUTERS):
+        rows = [router_row(one, shape[0]) for one in range(shape[0])]
+        numbers *= torch.tensor(rows, dtype=numbers.dtype).unsqueeze(1)
+    return numbers
 
 
 def layouts_of(anatomy: ModelAnatomy, kind: str) -> dict[int, RecordLayout]:

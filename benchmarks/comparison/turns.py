@@ -128,6 +128,26 @@ def outcome_of(done: Capped, notes: Mapping[str, Any]) -> str:
     return f"failed ({stage}): {last[0][:120]}"
 
 
+def prepare_operator() -> str:
+    """Have our CPU operator compiled before anything runs under a cap; why there is none, or nothing."""
+    code = (
+        "from conmoe_edge.offload.kernels.cpu.bindings import why_not; import sys; "
+        "sys.stdout.write(why_not())"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(1))
+    if found.stdout:
+        print(f"no operator, all is slow: {found.stdout}", file=sys.stderr, flush=True)
+    return found.stdout
+
+
+def kernel_note(notes: Sequence[Mapping[str, Any]]) -> str:
+    """What a line of a table says where arms of ours ran without the operator."""
+    kernels = {one["stats"]["kernel"] for one in notes if "stats" in one}
+    slow = sorted(one for one in kernels if not one.startswith("native"))
+    return f"  kernel: {', '.join(slow)}" if slow else ""
+
+
 def heldout_tokens(count: int) -> list[int]:
     """The first tokens of the held-out text, by the demo model's tokenizer; a child makes them."""
     code = (

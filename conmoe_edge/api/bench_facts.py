@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.api.bench_report import BenchFacts
+from conmoe_edge.checkpoint.format.forms import SCALE
 from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.plan.kv_precision import with_kv
 from conmoe_edge.plan.speed import distinct_share, expected_seconds, planned_step
@@ -47,6 +48,8 @@ def gather(
     """The facts of a loaded package; ``settings`` say what is run, ``prompt_tokens`` and ``tokens`` among them."""
     from conmoe_edge.integrations.memory_plan import loaded_anatomy, planned_by
     from conmoe_edge.offload.generation.benchmark import (
+        byte_rate,
+        byte_weights,
         dense_read_bytes,
         dense_weights,
         matrix_rate,
@@ -81,7 +84,9 @@ def gather(
     )
     seconds = expected_seconds(step, budget)
     inner, last = dense_weights(model)
-    through = inner + sum(asked[index] * one.expert_numel for index, one in weights.items())
+    experts = sum(asked[index] * one.expert_numel for index, one in weights.items())
+    bytes_rate = byte_rate(runtime.device)
+    in_bytes = byte_weights(model) + experts * byte_share(manifest) if bytes_rate else 0.0
     planned = planned_by(manifest)
     same = planned is not None and planned.budget.device_bytes == budget.device_bytes
     return BenchFacts(
@@ -107,12 +112,22 @@ def gather(
         cache_bytes=cache,
         kept_bytes=kept,
         record_bytes=records,
-        prompt_flops=2.0 * (prompt * through + last),
+        prompt_flops=2.0 * (prompt * (inner + experts - in_bytes) + last),
+        prompt_byte_operations=2.0 * prompt * in_bytes,
+        byte_operations_per_second=bytes_rate,
         flops_per_second=matrix_rate(runtime.device),
         layers=len(anatomy.layers),
         expected=None if seconds is None else 1.0 / seconds,
         planned=planned.chosen.tokens_per_second if planned is not None and same else None,
     )
+
+
+def byte_share(manifest: Manifest) -> float:
+    """The share of the requested prototypes whose weights have scales: a prompt's products take those as bytes."""
+    scaled = [
+        any(part.name.endswith(SCALE) for part in layout.parts) for layout in manifest.layouts
+    ]
+    return sum(share for number, share in _layout_shares(manifest).items() if scaled[number])
 
 
 def record_shares(manifest: Manifest) -> dict[str, float]:

@@ -36,6 +36,8 @@ class BenchFacts:
         record_bytes: mean bytes of a record, by kind, times the kind's share of the requests.
         prompt_flops: of a whole prompt.
         flops_per_second: of a large matrix product here.
+        prompt_byte_operations: of a whole prompt, those of bytes; ``prompt_flops`` are the others.
+        byte_operations_per_second: that stay in registers here; 0 where there are none.
         layers: decoder layers.
         expected: tokens a second by the speed model for this budget, ``None`` where it cannot say.
         planned: what the package's own plan said, for the budget that it was made for.
@@ -59,6 +61,8 @@ class BenchFacts:
     planned: float | None
     fast_path: str = ""
     fast_path_json: Mapping[str, Any] | None = None
+    prompt_byte_operations: float = 0.0
+    byte_operations_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ class BenchReport:
                 "link_bandwidth": budget.link_bandwidth if budget.device == "cuda" else None,
                 "disk_bandwidth": budget.disk_bandwidth,
                 "flops_per_second": facts.flops_per_second,
+                "byte_operations_per_second": facts.byte_operations_per_second or None,
             },
             "decode": _phase_json(self.decode),
             "prefill": {
@@ -184,8 +189,10 @@ def _decode(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:
 def _prefill(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:
     tokens = phases[0].tokens
     whole = prefill_bound(
-        facts.prompt_flops,
-        facts.flops_per_second,
+        [
+            (facts.prompt_flops, facts.flops_per_second),
+            (facts.prompt_byte_operations, facts.byte_operations_per_second),
+        ],
         statistics.median(one.disk_bytes for one in phases),
         statistics.median(one.host_bytes for one in phases),
         facts.budget,

@@ -19,8 +19,8 @@ from conmoe_edge.plan.levers import FREE, FREE_KINDS, PRECISIONS, record_bytes, 
 from conmoe_edge.plan.width_levers import PARTS, steps
 from conmoe_edge.units import round_up
 
-_NAMED, _MAPPED = 96, 180
-"""Bytes that an expert takes in the header of a file of records, and in the map of the manifest."""
+_NAMED, _MAPPED = 96, 32
+"""Bytes that an expert takes in the header of a file of records, and in the map of router slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +93,29 @@ def bits_of_bytes(anatomy: ModelAnatomy, nbytes: int) -> float:
     return nbytes * 8 / expert_weights(anatomy)
 
 
+def slot_bytes(experts: ExpertsAnatomy) -> int:
+    """Of the constant of a router slot, as its file has it: in bf16."""
+    return 2 * experts.outputs
+
+
 def constant_bytes(anatomy: ModelAnatomy) -> int:
-    """Of the constants of all router slots while a package runs: in fp32; its file has them in bf16."""
+    """Of constants of all router slots while a package runs, in fp32: no package has more."""
     experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
-    return sum(4 * one.count * one.outputs for one in experts)
+    return sum(2 * slot_bytes(one) * one.count for one in experts)
 
 
 def beside_bytes(anatomy: ModelAnatomy) -> int:
-    """What a package has of its experts beside the prototypes, where every router slot has a constant and every layer
-    prototypes of its own: the constants, the map, and the headers of the files of records.
+    """What a package has of its experts beside prototypes and constants, where every layer has prototypes of its own:
+    the map, and the headers of the files of records.
     """
     experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
     headers = sum(round_up(_NAMED * one.count, PAGE) for one in experts)
-    return constant_bytes(anatomy) // 2 + headers + _MAPPED * anatomy.expert_count
+    return headers + _MAPPED * anatomy.expert_count
 
 
 def pool_of_bits(anatomy: ModelAnatomy, bits: float) -> int:
-    """Bytes of all prototypes together, where they and what is beside them take ``bits`` a weight of the original's
-    routed experts.
+    """Bytes of all prototypes together, and of the constants in place of those that go, where they and what is beside
+    them take ``bits`` a weight of the original's routed experts.
     """
     return bytes_of_bits(anatomy, bits) - beside_bytes(anatomy)
 
@@ -137,6 +142,7 @@ def free_range(anatomy: ModelAnatomy) -> tuple[int, int]:
         assert layer.experts is not None
         options = record_options(layer.experts, FREE)
         spare = PARTS * layer.experts.count  # what rounding to units can take
+        spare += slot_bytes(layer.experts) * layer.experts.count
         here = 2 * (options[0].nbytes + spare) * whole
         least = max(least, -(-here // layer_weights(layer.experts)))
         most += layer.experts.count * options[-1].nbytes

@@ -169,11 +169,16 @@ def decode_bound(step: StepBytes, budget: Budget) -> Bound | None:
 
 
 def prefill_bound(
-    flops: float, flops_per_second: float, from_disk: float, from_host: float, budget: Budget
+    work: Iterable[tuple[float, float]], from_disk: float, from_host: float, budget: Budget
 ) -> Bound | None:
-    """The bound of a whole prompt; ``None`` where a bandwidth that matters is unknown."""
+    """The bound of a whole prompt; ``None`` where a bandwidth that matters is unknown.
+
+    ``work`` has operations and how many of that kind a second allows: products in floating point, and on a CPU those of
+    weights in 8 bits and fewer, which are made of bytes.
+    """
     below = _below_seconds(from_disk, from_host, budget)
-    return None if below is None else Bound(flops / flops_per_second, below)
+    seconds = sum(operations / rate for operations, rate in work if operations)
+    return None if below is None else Bound(seconds, below)
 
 
 def expected_seconds(step: StepBytes, budget: Budget) -> float | None:

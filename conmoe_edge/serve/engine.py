@@ -29,7 +29,12 @@ from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.context_limit import longest_context
 from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.sequence import CachedTokens, is_out_of_memory
-from conmoe_edge.offload.generation.shared_steps import is_next_single, may_share, shared_scores
+from conmoe_edge.offload.generation.shared_steps import (
+    MOST_TOGETHER,
+    is_next_single,
+    may_share,
+    shared_scores,
+)
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.plan.requests import RequestSizes, request_sizes
 from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
@@ -319,17 +324,21 @@ class Engine:
                 self._over(job, "cancelled")
             else:
                 going.append(job)
-        try:
-            scores = shared_scores(self._together, [_answer(job) for job in going])
-        except Exception as error:
-            for job in going:
-                self._failed(job, error)
-            return []
-        if scores is None:
-            return self._turns(going)
-        return [
-            job for job, row in zip(going, scores, strict=True) if self._step(job, _drawn(job, row))
-        ]
+        left: list[Job] = []
+        for start in range(0, len(going), MOST_TOGETHER):
+            some = going[start : start + MOST_TOGETHER]
+            try:
+                scores = shared_scores(self._together, [_answer(job) for job in some])
+            except Exception as error:
+                for job in some:
+                    self._failed(job, error)
+                continue
+            if scores is None:
+                left += self._turns(some)
+                continue
+            drawn = zip(some, scores, strict=True)
+            left += [job for job, row in drawn if self._step(job, _drawn(job, row))]
+        return left
 
     def _step(self, job: Job, step: Callable[[], str]) -> bool:
         """A forward of an answer, or what follows it, and what is told of it; whether the answer goes on."""

@@ -22,10 +22,10 @@ BITS = (2.31, 3.06, 5.0)
 
 
 def expert_part(folder: Path) -> int:
-    """Of files: records with their headers, constants; of the manifest: prototypes, map and overview."""
+    """Of files: records with their headers, constants; of the manifest: the map with its scales."""
     manifest = json.loads((folder / "conmoe.json").read_text())
-    told = sum(len(json.dumps(manifest[one])) for one in ("prototypes", "remap", "overview"))
-    files = [*folder.glob("prototypes-*.safetensors"), folder / "constants.safetensors"]
+    told = sum(len(json.dumps(manifest[one])) for one in ("remap", "scales", "constants"))
+    files = [*folder.glob("prototypes-*.safetensors"), *folder.glob("constants.safetensors")]
     return told + sum(file.stat().st_size for file in files)
 
 

@@ -180,7 +180,7 @@ def test_a_dense_model_is_refused(model, budget):
 
 
 def test_scratch_is_hidden_states_and_what_is_found_beside_the_weights(olmoe, budget):
-    """Fp32 hidden states of two streams, or four; constants in bf16 twice; a predictor where something waits outside."""
+    """Fp32 hidden states of two streams, or four; constants in bf16 twice; a predictor where some wait outside."""
     hidden, slots, streams = 2048, 16 * 64, 2 * 1000 * 2048 * 4
     constants, predictor = 2 * slots * hidden * 2, slots * (hidden + 1) * 6 + 2 * 1000 * hidden * 2
     asked = PlanRequest(calibration_tokens=1000)

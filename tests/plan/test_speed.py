@@ -171,8 +171,8 @@ def test_distinct_prototypes_against_draws():
 
 def test_the_bound_of_a_prompt(budget):
     machine = budget("8GB", "cpu", disk_bandwidth=1e9)
-    bound = prefill_bound(4e12, 1e12, 2e9, 0.0, machine)
+    bound = prefill_bound([(3e12, 1e12), (2e12, 2e12), (0.0, 0.0)], 2e9, 0.0, machine)
     assert bound is not None
     assert (bound.device, bound.below) == (4.0, 2.0)
     assert (bound.serial, bound.overlapped) == (6.0, 4.0)
-    assert prefill_bound(4e12, 1e12, 2e9, 0.0, budget("8GB", "cpu")) is None
+    assert prefill_bound([(4e12, 1e12)], 2e9, 0.0, budget("8GB", "cpu")) is None

@@ -74,7 +74,7 @@ _LARGEST_KEY_FILE = 4096
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,
-    help="Most answers that are made at once, in turns.",
+    help="Most answers that are made at once.",
 )
 @click.option(
     "--queue",

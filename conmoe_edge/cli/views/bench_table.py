@@ -15,7 +15,8 @@ from conmoe_edge.units import human_size, unit_for
 _GB = 1e9
 _LEGEND = (
     "Bytes and waiting are per token. Bound: bytes over the memory's bandwidth (of a prompt: "
-    "operations over GFLOP/s) plus what was missing over the disk's; overlapped: the longer of both."
+    "operations over GFLOP/s, of bytes over GOP/s) plus what was missing over the disk's; "
+    "overlapped: the longer of both."
 )
 
 
@@ -47,14 +48,17 @@ def package_line(report: BenchReport) -> str:
 
 
 def machine_line(report: BenchReport) -> str:
-    """``2 threads · memory 18.2 GB/s · disk 0.61 GB/s · 95 GFLOP/s``."""
+    """``2 threads · memory 18.2 GB/s · disk 0.61 GB/s · 95 GFLOP/s``, then GOP/s of bytes if a prompt has any."""
     facts, budget = report.facts, report.facts.budget
     parts = ["GPU" if budget.device == "cuda" else counted(facts.threads, "thread")]
     rates = [("memory", budget.device_bandwidth), ("disk", budget.disk_bandwidth)]
     if budget.device == "cuda":
         rates.insert(1, ("link", budget.link_bandwidth))
     parts += [f"{name} {rate / _GB:.3g} GB/s" for name, rate in rates if rate]
-    return " · ".join([*parts, f"{facts.flops_per_second / 1e9:,.0f} GFLOP/s"])
+    parts.append(f"{facts.flops_per_second / 1e9:,.0f} GFLOP/s")
+    if facts.prompt_byte_operations:
+        parts.append(f"{facts.byte_operations_per_second / 1e9:,.0f} GOP/s")
+    return " · ".join(parts)
 
 
 def runtime_line(report: BenchReport) -> str:

@@ -130,9 +130,9 @@ def _by_records(scope: ScopeView, tokens: LayerTokens) -> Decision:
         for expert, row in enumerate(errors)
     ]
     stays = [math.inf if expert in forced else error for expert, error in enumerate(nothing)]
-    chosen = Menu.of(sizes, held, stays).chosen(scope.room)
+    chosen = Menu.of(sizes, held, stays, scope.gone).chosen(scope.room)
     if chosen is None:  # no room for what has to stay
-        chosen = Menu.of(sizes, errors, nothing).chosen(scope.room)
+        chosen = Menu.of(sizes, errors, nothing, scope.gone).chosen(scope.room)
     assert chosen is not None
     places = {width: place for place, width in enumerate(scope.widths)}
     kept = {expert: options[one] for expert, one in enumerate(chosen) if one >= 0}

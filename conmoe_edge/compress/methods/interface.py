@@ -101,6 +101,7 @@ class ScopeView:
         constants: whether a router slot may add a constant; another engine may have no place for one.
         record: the layout of a prototype; ``None`` where the plan says how many records are of which of two kinds.
         options: where prototypes have kinds of their own, the records that one may become, by bytes ascending.
+        gone: bytes that an expert takes there that goes: a constant.
     """
 
     pool: tuple[ExpertId, ...]
@@ -116,6 +117,7 @@ class ScopeView:
     constants: bool = True
     record: LayoutOf | None = None
     options: tuple[RecordOption, ...] = ()
+    gone: int = 0
 
     def over_pool(self, of: Callable[[LayerStatistics], Tensor]) -> Tensor:
         """[P] float64: a number of every expert, layer after layer in the order of the pool."""

@@ -91,15 +91,24 @@ def rebuild(
         kept.append(neurons)
     names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
-    left = None
+    left, scales = None, [1.0] * len(names)
+    adding = _adding(scope, chosen, rounded=rounding is not None)
     if not scope.module.has_post_expert_norm:
         left = _target(scope, tokens, alpha, chosen.prototypes)
         rounded = None if rounding is None else rounding.outputs(names)
-        down, table = refit(features, down, gates, left, constants=scope.constants, rounded=rounded)
-        constants = {layer: table} if scope.constants else {}
+        down, table = refit(
+            *(features, down, gates[:, adding], left),
+            constants=bool(adding),
+            rounded=rounded,
+            scales=scales if _may_scale(scope) else None,
+        )
+        constants = {layer: table} if adding else {}
+    scaled = dict(zip(chosen.prototypes, scales, strict=True))
     slots = tuple(
         SlotRecord(
-            None if expert == NONE else scope.pool[expert], scale, slot if constants else None
+            None if expert == NONE else scope.pool[expert],
+            scale * scaled.get(expert, 1.0),
+            adding.index(slot) if constants and slot in adding else None,
         )
         for slot, (expert, scale) in enumerate(
             zip(chosen.slot_map.targets, chosen.slot_map.scales, strict=True)
@@ -120,6 +129,23 @@ def rebuild(
         kinds=kinds,
         left=left,
     )
+
+
+def _adding(scope: ScopeView, chosen: StandIns, *, rounded: bool) -> list[int]:
+    """The slots that add constants. In few bits only those whose experts have gone: the others' constants are worth
+    less than the bytes that they take.
+    """
+    if not scope.constants:
+        return []
+    targets = chosen.slot_map.targets
+    return [slot for slot, target in enumerate(targets) if not rounded or target != slot]
+
+
+def _may_scale(scope: ScopeView) -> bool:
+    """Whether slots may scale a prototype for what rounding has done to it: not where a plain checkpoint is made of the
+    package, and not with biases, which would be scaled as well.
+    """
+    return scope.constants and "down_proj_bias" not in scope.weights.parts(scope.pool[0])
 
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:

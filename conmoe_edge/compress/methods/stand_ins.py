@@ -101,7 +101,8 @@ class StandInLayer:
         if scope.options:
             errors = option_errors(scope, self._tokens, self._gates, grams, found)
             nothing = [one.errors[0] for one in found]
-            menu = Menu.of([one.nbytes for one in scope.options], errors, nothing)
+            nbytes = [one.nbytes for one in scope.options]
+            menu = Menu.of(nbytes, errors, nothing, scope.gone)
             largest = menu.sizes[-1]
         units = len(found) * largest // self._unit
         sizes = (0, *scope.sizes)

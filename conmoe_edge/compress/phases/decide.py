@@ -216,6 +216,7 @@ def _view(
         _may_add(run, last),
         layout_of if sizes.alike or sizes.free else None,
         sizes.options(last),
+        sizes.gone(last),
     )
 
 

@@ -192,5 +192,6 @@ def _stand_ins(run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> 
         device=run.job.device,
         record=lambda width, kind="": sizes.layout(index, kind or sizes.kinds[0], width),
         options=sizes.options(index),
+        gone=sizes.gone(index),
     )
     return StandInLayer(scope, tokens, sizes.unit(index))

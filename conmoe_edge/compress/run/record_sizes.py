@@ -15,7 +15,12 @@ from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes, spread
-from conmoe_edge.plan.record_options import RecordOption, layer_room, record_options
+from conmoe_edge.plan.record_options import (
+    RecordOption,
+    layer_room,
+    record_options,
+    slot_bytes,
+)
 from conmoe_edge.plan.width_levers import (
     PARTS,
     alike,
@@ -129,6 +134,10 @@ class RecordSizes:
         """The records that a prototype may become, by bytes ascending; where each has the bits that it is worth."""
         return record_options(self.experts(layer), self.precision) if self.free else ()
 
+    def gone(self, layer: int) -> int:
+        """Bytes that an expert takes that goes, where each has the bits that it is worth: its slot's constant."""
+        return slot_bytes(self.experts(layer)) if self.free else 0
+
     def sizes(self, layer: int) -> tuple[int, ...]:
         """Bytes of the smallest record of every width."""
         experts = self.experts(layer)
@@ -187,6 +196,9 @@ class RecordSizes:
             for expert, record in stored.items()
             if expert.layer < scope[0]
         )
+        for layer in (one for one in self.moe_layers if one < scope[0]):
+            kept = sum(expert.layer == layer for expert in stored)
+            taken += (self.experts(layer).count - kept) * self.gone(layer)
         return given - taken
 
 

@@ -18,7 +18,7 @@ class Menu:
     """Of one layer.
 
     Attributes:
-        sizes: bytes that options take, ascending, 0 before them.
+        sizes: bytes that options take, ascending, and before them what an expert takes that goes.
         curves: error of every expert at each of these, the first without it; infinite where it may not be.
         picks: the number of the option that stands there, -1 where an expert goes.
     """
@@ -29,7 +29,11 @@ class Menu:
 
     @classmethod
     def of(
-        cls, nbytes: Sequence[int], errors: Sequence[Sequence[float]], nothing: Sequence[float]
+        cls,
+        nbytes: Sequence[int],
+        errors: Sequence[Sequence[float]],
+        nothing: Sequence[float],
+        gone: int = 0,
     ) -> Menu:
         """Put together.
 
@@ -37,17 +41,18 @@ class Menu:
             nbytes: of every option.
             errors: of every expert, in every option; infinite where it may not have it, but not in the last.
             nothing: of every expert, the error without it; infinite where it has to stay.
+            gone: bytes that an expert takes without it; fewer than any option.
         """
         sizes = sorted(set(nbytes))
         curves, picks = [], []
-        for own, gone in zip(errors, nothing, strict=True):
+        for own, without in zip(errors, nothing, strict=True):
             best = [
                 min((own[at], at) for at, size in enumerate(nbytes) if size == wanted)
                 for wanted in sizes
             ]
-            curves.append((gone, *(error for error, _ in best)))
+            curves.append((without, *(error for error, _ in best)))
             picks.append((-1, *(at for _, at in best)))
-        return cls((0, *sizes), tuple(curves), tuple(picks))
+        return cls((gone, *sizes), tuple(curves), tuple(picks))
 
     @property
     def least(self) -> list[int]:

@@ -25,7 +25,7 @@ def choose(
 
     Args:
         curves: errors of every expert at every width.
-        sizes: bytes of a record of every width, ascending; ``sizes[0]`` is 0.
+        sizes: bytes of a record of every width, ascending; ``sizes[0]`` is what an expert takes that goes.
         room: bytes in all. The widest expert keeps at least one step where nothing else fits.
         least: position that an expert keeps at the least, where the room allows; 0 by default.
     """

@@ -187,6 +187,12 @@ class FusedLinear(nn.Linear):
         matrix = self._current()
         return self._prepared if matrix.kind != "plain" or matrix.values.dtype == dtype else None
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether a prompt's products are made of bytes."""
+        self._current()
+        return self._prepared is not None and takes_many(self._prepared.form)
+
     def _any_rows(self, input: Tensor) -> Tensor:
         flat = input.reshape(-1, self.in_features)
         matrix = self._current()

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.model.experts import find_experts, part_names
+from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.session import ChatSession
+from conmoe_edge.offload.kernels.cpu.bindings import operator
 from conmoe_edge.offload.runtime import RuntimeStats
 
 _WARM_PROMPT, _WARM_TOKENS = 32, 4
@@ -154,6 +156,29 @@ def dense_weights(model: nn.Module) -> tuple[int, int]:
             else:
                 inner += count
     return inner, last
+
+
+def byte_weights(model: nn.Module) -> int:
+    """Those of ``dense_weights`` that every token goes through and that a prompt's products take as bytes."""
+    head = {one.data_ptr() for one in _tensors(_part(model, "get_output_embeddings"))}
+    return sum(
+        one.in_features * one.out_features
+        for one in model.modules()
+        if isinstance(one, FusedLinear) and one.in_bytes and one.weight.data_ptr() not in head
+    )
+
+
+def byte_rate(device: torch.device) -> float:
+    """Products and sums of bytes a second that all threads make in registers; 0 where nothing is computed so."""
+    engine = operator() if device.type == "cpu" else None
+    if engine is None:
+        return 0.0
+    best, rounds = 0.0, 1 << 17
+    end = time.perf_counter() + _MATRIX_SECONDS
+    while (start := time.perf_counter()) < end:
+        done = engine.byte_products(rounds)
+        best = max(best, done / (time.perf_counter() - start))
+    return best
 
 
 def matrix_rate(device: torch.device) -> float:

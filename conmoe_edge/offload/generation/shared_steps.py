@@ -19,6 +19,9 @@ from conmoe_edge.offload.generation.answer import Generation
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 
+MOST_TOGETHER = 16
+"""Answers in one step: so few that their activations and scores need less room than a chunk of a prompt."""
+
 
 def may_share(runtime: Runtime) -> Together | None:
     """What takes shared steps through a loaded model; ``None`` where its answers take turns."""

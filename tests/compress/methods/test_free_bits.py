@@ -10,7 +10,7 @@ import torch
 from free_fits import check_goes_on, check_same_bytes, fit, nbytes_of, prepare
 
 from conmoe_edge import api
-from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.checkpoint.format.records import form_of
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.compress.quality.division import division_of
@@ -48,6 +48,9 @@ def check_records(folder: Path) -> Manifest:
         assert pair == (inputs, down or inputs)
     left = manifest.plan["chosen"]["pool_bytes"] - nbytes_of(manifest)
     assert 0 <= left < max(layout.nbytes for layout in manifest.layouts)
+    for layer, row in manifest.slots.items():
+        for number, slot in enumerate(row):
+            assert (slot.constant is None) == (slot.prototype == ExpertId(layer, number))
     return manifest
 
 

@@ -162,6 +162,31 @@ def test_experts_together_are_experts_alone(
         assert torch.equal(alone[0], together[position])
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["source", "int8", "int4", "mxfp4", "lowrank", "q3-q4"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_experts_of_a_prompt_in_one_call_or_several(
+    how: str, name: str, precision: str, dtype: torch.dtype
+) -> None:
+    """To the same bits; and what they add up to."""
+    module, experts = stored_experts(name, precision, dtype)
+    tokens = MANY_ROWS + 5
+    hidden = torch.randn(tokens, module.config.hidden_size).to(dtype)
+    compute, routed = Arithmetic(CPU), []
+    for count in (tokens, 1, 9, 3)[: len(experts)]:
+        routed.append((torch.randperm(tokens)[:count].sort().values, torch.rand(count)))
+    experts = experts[: len(routed)]
+    together, apart = torch.zeros(2, *hidden.shape)
+    compute.add_all(module, experts, hidden, routed, together)
+    expected = torch.zeros(hidden.shape)
+    for expert, (rows, weights) in zip(experts, routed, strict=True):
+        compute.add_all(module, [expert], hidden, [(rows, weights)], apart)
+        right = by_the_operator if expert.quantised and how == "operator" else reference
+        expected[rows] += right(module, expert, hidden[rows]) * weights.unsqueeze(1)
+    assert torch.equal(together, apart)
+    assert (together - expected).norm() <= 0.02 * expected.norm()
+
+
 def test_mixed_precisions_together(how: str) -> None:
     module, eights = stored_experts("olmoe", "int8", BF16)
     _, fours = stored_experts("olmoe", "int4", BF16)

@@ -141,6 +141,15 @@ def test_every_function_computes_what_it_should(operator: Operator) -> None:
     check(operator)
 
 
+def test_it_is_checked_while_transformers_builds_a_model(operator: Operator) -> None:
+    """Which sets a number format of its own for all that is made without one."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        check(operator)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_it_does_not_take(operator: Operator) -> None:
     assert operator.prepare(quantise(torch.randn(32, 64), "int4")) is None  # a tile of 32 rows
     assert operator.prepare(quantise(torch.randn(64, 64).double(), "plain")) is None

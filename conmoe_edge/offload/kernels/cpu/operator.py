@@ -73,10 +73,11 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "feed_forward": (_long, (_at, _at, _at, _at, _at, _at, _at)),
     "decoder": (_long, (_at, _at, _at, _at, *_TOKEN, _at, _at)),
     "expand": (_int, (_int, _at, _at, _at, _int, _long, _long, _long)),
+    "byte_products": (_long, (_long,)),
     "many_rows": (_int, (_int, _at, _at, _at, _long, _at, _long, _long, _long, _int)),
     "many_experts": (
         _int,
-        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 6),
+        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 3, _long, *[_at] * 3),
     ),
     "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
     "gated_together": (
@@ -140,6 +141,7 @@ class Operator:
         self._attention, self._block = found["attention"], found["block"]
         self._route, self._decoder = found["route"], found["decoder"]
         self._expand = found["expand"]
+        self._byte_products = found["byte_products"]
         self._many_rows, self._many_experts = found["many_rows"], found["many_experts"]
         self._decoder_together = found["decoder_together"]
         self._gated_together = found["gated_together"]
@@ -664,6 +666,12 @@ class Operator:
             _failed(failed)
         return y
 
+    def byte_products(self, rounds: int) -> int:
+        """Products of bytes that stay in registers, by all threads: how many operations those were, each product and
+        each sum one. What ``many_rows`` cannot pass.
+        """
+        return self._byte_products(rounds)
+
     def many_experts(
         self,
         ups: Sequence[Prepared],
@@ -713,7 +721,7 @@ class Operator:
             numbers(*[one.form.columns for one in downs]),
             *(columns, up.group),
             numbers(*[one.form.group for one in downs]),
-            *(narrow, *added, ctypes.addressof(how)),
+            *(narrow, *added, ctypes.addressof(how), tokens),
             (ctypes.c_int64 * (count + 1))(*starts),
             *(rows.data_ptr(), weights.data_ptr()),
         )

@@ -162,9 +162,10 @@ class _Check:
             few = made.few_rows([one], x.unsqueeze(0))[0]
             _same(f"many_rows, {kind}", made.many_rows(one, x), few, 1e-5)
             biases = self.narrow(2 * size), self.narrow(size)
-            rows, weights = torch.arange(1, tokens), self.random(tokens - 1)
+            rows, weights = torch.arange(1, tokens, device="cpu"), self.random(tokens - 1)
             for gate, added in ((ExpertGate(), None), (how, biases)):
-                out, wanted = torch.ones(tokens, size), torch.ones(tokens, size, dtype=torch.double)
+                out = self.random(tokens, size)
+                wanted = out.double()
                 given = None if added is None else [added]
                 made.many_experts(
                     [one], [other], x, ([0, tokens - 1], rows, weights), out, gate, given

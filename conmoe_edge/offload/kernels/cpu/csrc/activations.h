@@ -44,6 +44,7 @@ struct Rounded {
   float scale, sum;
   int32_t whole;
 
+  Rounded() = default;
   Rounded(const float* x, int8_t* to, int64_t width, float* room) {
     uint32_t largest = 0;  // fp32 numbers without their signs are ordered as whole numbers are
     for (int64_t k = 0; k < width; ++k) largest = std::max(largest, to_bits(x[k]) & 0x7fffffffu);

@@ -6,8 +6,16 @@
 
 namespace {
 
-// Of each form: BITS of a number as it is stored; OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SIGNED, SAFE and BY as `Sums` takes
-// them; `panel`, which writes 64 rows, or as many as there are, from `row` on.
+// A matrix in the form in which it is stored.
+struct Stored {
+  const void* values;
+  const void* scales;
+  int64_t rows, columns, group;
+};
+
+// Of each form: OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SIGNED, SAFE and BY as `Sums` and
+// `Part` take them; `slice`, which writes some columns of 64 rows, or of as many as there are from `row` on; `ahead`, which
+// has the memory bring the lines `i`... `stop` - 1 of the next columns, of LINES.
 template <class Form>
 struct Strips;
 
@@ -38,27 +46,34 @@ inline void turn(const int8_t* from, int64_t step, int8_t* to) {
 
 template <>
 struct Strips<Int8> {
-  static constexpr int64_t BITS = 8;
+  static constexpr int64_t LINES = PANEL * SLICE / LINE;
   static constexpr int32_t OFFSET = int32_t(HIGHER);
   static constexpr bool SCALES = false, ZEROS = false, SIGNED = true;
   static constexpr int64_t SAFE = 1;
   static constexpr int16_t BY = 1;
 
-  static void panel(const void* values, const void* scales, int64_t row, int64_t rows, int64_t columns, int64_t,
-                    const Panel& to) {
-    const auto* w = static_cast<const int8_t*>(values) + row * columns;
-    const auto* steps = static_cast<const uint16_t*>(scales) + row;
-    const int64_t height = std::min(PANEL, rows - row), whole = columns - columns % BLOCK;
+  static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
+    for (; i < stop; ++i) {
+      const int64_t line = i / (SLICE / LINE), at = from + SLICE + i % (SLICE / LINE) * LINE;
+      __builtin_prefetch(static_cast<const int8_t*>(w.values) + (row + line) * w.columns + at, 0, 2);
+    }
+  }
+
+  static void slice(const Stored& from, int64_t row, int64_t first, const Panel& to) {
+    const int64_t step = from.columns, columns = std::min(step - first, to.columns);
+    const auto* w = static_cast<const int8_t*>(from.values) + row * step + first;
+    const auto* steps = static_cast<const uint16_t*>(from.scales) + row;
+    const int64_t height = std::min(PANEL, from.rows - row), whole = columns - columns % BLOCK;
     for (int64_t r = 0; r < PANEL; ++r) *(to.scales(r / STRIP, 0) + r % STRIP) = r < height ? from_bf16(steps[r]) : 0.0f;
     int64_t done = 0;
 #if CONMOE_INTEGERS
     for (; done + 8 <= height; done += 8)
       for (int64_t k = 0; k < whole; k += BLOCK)
-        turn(w + done * columns + k, columns, to.bytes(done / STRIP, k / QUAD) + done % STRIP * QUAD);
+        turn(w + done * step + k, step, to.bytes(done / STRIP, k / QUAD) + done % STRIP * QUAD);
 #endif
     for (int64_t r = 0; r < PANEL; ++r)
       for (int64_t k = r < done ? whole : 0; k < to.columns; ++k) {
-        const int32_t number = r < height && k < columns ? w[r * columns + k] : 0;
+        const int32_t number = r < height && k < columns ? w[r * step + k] : 0;
         to.bytes(r / STRIP, k / QUAD)[r % STRIP * QUAD + k % QUAD] = int8_t(number + HIGHER);
       }
   }
@@ -68,18 +83,25 @@ struct Strips<Int8> {
 template <int WIDTH>
 struct Strips<Low<WIDTH>> {
   using Form = Low<WIDTH>;
-  static constexpr int64_t BITS = WIDTH;
+  static constexpr int64_t LINES = PANEL * SLICE * WIDTH / 8 / LINE;
   static constexpr int32_t OFFSET = Form::LAST;
   static constexpr bool SCALES = true, ZEROS = true, SIGNED = false;
   static constexpr int64_t SAFE = WIDTH == 6 ? 2 : 8;
   static constexpr int16_t BY = Quads::SHORT ? 2 : 1;
   static constexpr int64_t TIMES = Quads::SHORT ? 1 : 2;
 
-  static void panel(const void* values, const void* scales, int64_t row, int64_t rows, int64_t columns, int64_t,
-                    const Panel& to) {
-    const uint8_t* w = static_cast<const uint8_t*>(values) + row * columns * WIDTH / 8;
-    const auto* const head = static_cast<const uint8_t*>(scales);
-    const uint8_t* here = head + Form::HEAD * rows + row;
+  static const uint8_t* place(const Stored& w, int64_t row, int64_t first) {
+    return static_cast<const uint8_t*>(w.values) + (row * w.columns + first * TILE) * WIDTH / 8;
+  }
+  static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
+    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from + SLICE) + i * LINE, 0, 2);
+  }
+
+  static void slice(const Stored& from, int64_t row, int64_t first, const Panel& to) {
+    const uint8_t* w = place(from, row, first);
+    const auto* const head = static_cast<const uint8_t*>(from.scales);
+    const int64_t rows = from.rows, columns = to.columns;
+    const uint8_t* here = head + (Form::HEAD + first / Form::GROUP) * rows + row;
     Lanes unit[4], low[4];
     for (int64_t strip = 0; strip < 4; ++strip) {
       Form::units(head + Form::HEAD * (row + strip * LANES), unit[strip], low[strip]);
@@ -166,24 +188,31 @@ constexpr bool has_zeros(const Mxfp4&) { return false; }
 
 template <class Form>
 struct Strips<Halves<Form>> {
-  static constexpr int64_t BITS = 4;
+  static constexpr int64_t LINES = PANEL * SLICE / 2 / LINE;
   static constexpr int32_t OFFSET = Form::OFFSET;
   static constexpr bool SCALES = true, ZEROS = has_zeros(Form{}), SIGNED = false;
   static constexpr int64_t SAFE = std::is_same_v<Form, Mxfp4> ? 4 : 8;
   static constexpr int16_t BY = 1;
 
-  static void panel(const void* values, const void* scales, int64_t row, int64_t rows, int64_t columns, int64_t group,
-                    const Panel& to) {
-    const uint8_t* w = static_cast<const uint8_t*>(values) + row * columns / 2;
-    const auto* here = static_cast<const typename Form::T*>(scales) + row * Form::PAIR;
-    for (int64_t block = 0; block < columns / group; ++block, here += rows * Form::PAIR)
+  static const uint8_t* place(const Stored& w, int64_t row, int64_t first) {
+    return static_cast<const uint8_t*>(w.values) + (row * w.columns + first * TILE) / 2;
+  }
+  static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
+    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from + SLICE) + i * LINE, 0, 2);
+  }
+
+  static void slice(const Stored& from, int64_t row, int64_t first, const Panel& to) {
+    const uint8_t* w = place(from, row, first);
+    const auto* here =
+        static_cast<const typename Form::T*>(from.scales) + (first / from.group * from.rows + row) * Form::PAIR;
+    for (int64_t block = 0; block < to.blocks; ++block, here += from.rows * Form::PAIR)
       for (int64_t strip = 0; strip < 4; ++strip) {
         Lanes scale, shift;
         units_of(Form{}, here + strip * LANES * Form::PAIR, scale, shift);
         store(to.scales(strip, block), scale);
         if constexpr (ZEROS) store(to.zeros(strip, block), shift);
       }
-    for (int64_t quad = 0; quad < columns / QUAD; ++quad, w += QUAD * TILE / 2) four_columns(w, to, quad);
+    for (int64_t quad = 0; quad < to.columns / QUAD; ++quad, w += QUAD * TILE / 2) four_columns(w, to, quad);
   }
 
 #if CONMOE_INTEGERS

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -70,17 +71,23 @@ inline uint16_t to_fp16(float value) {  // likewise
   return uint16_t(sign | uint16_t((size - 0x38000000u + 0xfffu + ((size >> 13) & 1)) >> 13));
 }
 
-// Room for numbers that are all written before they are read: a vector would set them to zero first.
+// Room for numbers that are all written before they are read: a vector would set them to zero first. It begins where a
+// line of the cache does, so that no vector lies in two of them.
 template <class T>
 class Room {
  public:
-  explicit Room(int64_t count) : numbers(new T[size_t(count)]) {}
+  explicit Room(int64_t count)
+      : numbers(static_cast<T*>(::operator new[](size_t(count) * sizeof(T), std::align_val_t(LINE)))) {}
   T* data() { return numbers.get(); }
   const T* data() const { return numbers.get(); }
   T& operator[](int64_t index) { return numbers[size_t(index)]; }
 
  private:
-  std::unique_ptr<T[]> numbers;
+  static constexpr size_t LINE = 64;
+  struct Free {
+    void operator()(T* place) const { ::operator delete[](place, std::align_val_t(LINE)); }
+  };
+  std::unique_ptr<T[], Free> numbers;
 };
 
 // Where results go: fp32, or bf16.

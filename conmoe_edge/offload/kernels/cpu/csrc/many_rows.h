@@ -14,13 +14,6 @@ namespace {
 constexpr int64_t AT_A_TIME = 504;      // tokens: whole tiles of every size, whose products stay in the second cache
 constexpr int64_t TOGETHER = 1 << 11;   // tokens of experts whose activations lie in memory at a time
 
-// A matrix by its form; `Form` is known where it is used.
-struct Stored {
-  const void* values;
-  const void* scales;
-  int64_t rows, columns, group;
-};
-
 // Whether the products below take a matrix.
 inline bool strips_take(int kind, int64_t rows, int64_t columns, int64_t group) {
   if (kind == INT8) return rows > 0 && columns > 0;
@@ -31,11 +24,8 @@ inline bool strips_take(int kind, int64_t rows, int64_t columns, int64_t group) 
 // Columns of activations that share a scale beside a form.
 inline int64_t block_of(int kind, int64_t group) { return kind == INT8 ? BLOCK : group; }
 
-// Room of a thread for rows that begin anywhere: two tiles.
-inline int64_t panel_room(int64_t columns, int64_t block) {
-  const int64_t wide = up_to(columns, block);
-  return Panel::size(2 * PANEL / STRIP, wide, wide / block);
-}
+// Floats of a thread for rows that begin anywhere: two tiles.
+inline int64_t panel_room(int64_t block) { return Panel::size(2 * PANEL / STRIP, SLICE, SLICE / block); }
 
 // Rows `row`... of a matrix times the tokens `first`... of `x` (a tile begins there), [tokens, step].
 template <class Form>
@@ -43,26 +33,21 @@ void panel_times(const Stored& w, int64_t row, int64_t height, const Packed& x, 
                  float* out, int64_t step) {
   using How = Strips<Form>;
   const int64_t wide = up_to(w.columns, x.block);  // of tokens that are there for wider matrices, the first columns
-  const Panel panel(room, 2 * PANEL / STRIP, wide, wide / x.block);
-  int64_t begin = 0;
-  if (std::is_same_v<Form, Int8>) {
-    How::panel(w.values, w.scales, row, w.rows, w.columns, w.group, panel);
-  } else {  // whole tiles
-    begin = row % TILE;
-    How::panel(w.values, w.scales, row - begin, w.rows, w.columns, w.group, panel);
-    if (begin + height > TILE)
-      How::panel(w.values, w.scales, row - begin + TILE, w.rows, w.columns, w.group, panel.from(TILE / STRIP));
-  }
-  const Panel here = panel.from(begin / STRIP);
-  // While these rows are multiplied the next ones come from the memory.
-  const int64_t bits = How::BITS, next = row + PANEL;
-  const auto* const ahead = static_cast<const char*>(w.values) + next * w.columns * bits / 8;
-  const int64_t bytes = std::min(PANEL, w.rows - next) * w.columns * bits / 8, tiles = (tokens + Quads::TOKENS - 1) / Quads::TOKENS;
-  for (int64_t t = 0; t < tokens; t += Quads::TOKENS) {
-    const int64_t count = std::min(Quads::TOKENS, tokens - t), tile = t / Quads::TOKENS;
-    for (int64_t i = bytes * tile / tiles; i < bytes * (tile + 1) / tiles; i += LINE) __builtin_prefetch(ahead + i, 0, 2);
-    Sums<How::SCALES, How::ZEROS, How::SIGNED && Quads::SHORT>::template tile<>(
-        here, height, x.tile(first + t, count), x.block / QUAD, How::SAFE, How::BY, out + t * step, step);
+  const int64_t begin = std::is_same_v<Form, Int8> ? 0 : row % TILE;  // whole tiles
+  const int64_t tiles = (tokens + Quads::TOKENS - 1) / Quads::TOKENS;
+  for (int64_t from = 0; from < wide; from += SLICE) {
+    const int64_t columns = std::min(SLICE, wide - from);
+    const Panel panel(room, 2 * PANEL / STRIP, columns, columns / x.block);
+    How::slice(w, row - begin, from, panel);
+    if (begin + height > TILE) How::slice(w, row - begin + TILE, from, panel.from(TILE / STRIP));
+    const Panel here = panel.from(begin / STRIP);
+    const Part part{from == 0, from + columns == wide, x.block / QUAD, How::SAFE, How::BY};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t t = tile * Quads::TOKENS, count = std::min(Quads::TOKENS, tokens - t);
+      How::ahead(w, row - begin, from, How::LINES * tile / tiles, How::LINES * (tile + 1) / tiles);
+      Sums<How::SCALES, How::ZEROS, How::SIGNED && Quads::SHORT>::template tile<>(
+          here, height, x.tile(first + t, count, from), part, out + t * step, step);
+    }
   }
 }
 
@@ -95,10 +80,35 @@ struct Rows {
   }
 };
 
-// Token `t` of `tokens` that begin at `first`: row `row` of x.
-inline void pack_row(Packed& to, const Rows& x, int64_t row, int64_t first, int64_t tokens, int64_t t, int32_t offset) {
+// Rows of x, rounded once: several experts take each of them.
+struct RoundedRows {
+  int64_t columns, block, blocks;
+  Room<int8_t> q;
+  std::vector<Rounded> made;
+
+  RoundedRows(const Rows& x, int64_t tokens, int64_t block)
+      : columns(up_to(x.columns, block)), block(block), blocks(columns / block), q(tokens * columns), made(size_t(tokens * blocks)) {
+#pragma omp parallel for schedule(static) if (tokens * columns > MANY)
+    for (int64_t row = 0; row < tokens; ++row)
+      for (int64_t b = 0; b < blocks; ++b) {
+        float wide[Packed::MOST_BLOCK], room[Packed::MOST_BLOCK];
+        const int64_t width = std::min(block, x.columns - b * block);
+        int8_t* const to = q.data() + row * columns + b * block;
+        std::fill(to + width, to + block, int8_t(0));
+        made[size_t(row * blocks + b)] = Rounded(x.some(row, b * block, width, wide), to, width, room);
+      }
+  }
+};
+
+// Token `t` of `tokens` that begin at `first`: row `row` of x, or of `ready` where there is one.
+inline void pack_row(Packed& to, const Rows& x, const RoundedRows* ready, int64_t row, int64_t first, int64_t tokens, int64_t t,
+                     int32_t offset) {
   float room[Packed::MOST_BLOCK];
   const int64_t tile = t / Quads::TOKENS * Quads::TOKENS, count = std::min(Quads::TOKENS, tokens - tile);
+  for (int64_t b = 0; ready && b < to.blocks; ++b)
+    to.put_block(first + tile, count, t - tile, b, ready->q.data() + row * to.columns + b * to.block,
+                 ready->made[size_t(row * to.blocks + b)], offset);
+  if (ready) return;
   for (int64_t k = 0; k < x.columns; k += to.block) {
     const int64_t width = std::min(to.block, x.columns - k);
     to.put(first + tile, count, t - tile, x.some(row, k, width, room), k, width, offset);
@@ -111,12 +121,12 @@ void many_rows(int kind, const Stored& w, const Rows& x, int64_t tokens, Target 
   const int64_t block = block_of(kind, w.group);
   Packed packed(tokens, w.columns, block);
   const int64_t most = std::min(tokens, AT_A_TIME), panels = (w.rows + PANEL - 1) / PANEL;
-  const int64_t space = panel_room(w.columns, block);
+  const int64_t space = panel_room(block);
   RoomOfThreads rooms(space + most * PANEL);
 #pragma omp parallel if (tokens * w.rows * w.columns > MANY)
   {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) pack_row(packed, x, t, 0, tokens, t, times.offset);
+    for (int64_t t = 0; t < tokens; ++t) pack_row(packed, x, nullptr, t, 0, tokens, t, times.offset);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * PANEL, height = std::min(PANEL, w.rows - row);
@@ -147,7 +157,7 @@ inline bool whole_strips(int64_t block) { return strip_of(block) % block == 0 &&
 
 // The experts `first`... `last` - 1: out [.., columns] += weight * D gate(G x, U x), added in their order.
 void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, int64_t last, const Rows& x,
-                  int64_t up_group, float* out, int64_t columns) {
+                  const RoundedRows* ready, int64_t up_group, float* out, int64_t columns) {
   const Times up = times_of(up_kind), down = times_of(down_kind);
   const Gated& ups = all.ups;
   const int64_t begin = all.starts[first], tokens = all.starts[last] - begin, block = block_of(up_kind, up_group);
@@ -162,7 +172,7 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
   }
   const Blocks strips(last - first, widths.data(), strip);
   Packed packed(tokens, columns, block), inner(tokens, widest, down_block);
-  const int64_t space = std::max(panel_room(columns, block), panel_room(widest, down_block));
+  const int64_t space = std::max(panel_room(block), panel_room(down_block));
   RoomOfThreads rooms(space + most * 2 * strip);
   const bool apart_rows = ups.gate.interleaved != 0;
 #pragma omp parallel if (tokens * widest * columns > MANY)
@@ -171,7 +181,7 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
     for (int64_t slot = 0; slot < tokens; ++slot) {
       const int64_t which = std::upper_bound(all.starts + first, all.starts + last + 1, begin + slot) - all.starts - 1;
       const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
-      pack_row(packed, x, all.rows[begin + slot], from, mine, slot - from, up.offset);
+      pack_row(packed, x, ready, all.rows[begin + slot], from, mine, slot - from, up.offset);
     }
 #pragma omp for schedule(dynamic, 2)
     for (int64_t number = 0; number < strips.all(); ++number) {
@@ -239,9 +249,9 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
   }
 }
 
-// All experts of a call, those of up to `TOGETHER` tokens at a time: 0, or another code.
-int64_t many_experts(int up_kind, int down_kind, const Routed& all, const Rows& x, int64_t up_group, float* out,
-                     int64_t columns) {
+// All experts of a call, those of up to `TOGETHER` tokens at a time; x has `tokens` rows. 0, or another code.
+int64_t many_experts(int up_kind, int down_kind, const Routed& all, const Rows& x, int64_t tokens,
+                     int64_t up_group, float* out, int64_t columns) {
   const int64_t count = all.ups.count;
   if (!strips_take(up_kind, TILE, columns, up_group)) return FORM;
   for (int64_t i = 0; i < count; ++i) {
@@ -250,14 +260,58 @@ int64_t many_experts(int up_kind, int down_kind, const Routed& all, const Rows& 
     if (tiled(up_kind) && 2 * width % TILE) return FORM;
     if (!strips_take(down_kind, columns, width, group) || !whole_strips(block_of(down_kind, group))) return FORM;
   }
+  std::unique_ptr<RoundedRows> ready;
+  if (all.starts[count] - all.starts[0] >= 2 * tokens)
+    ready = std::make_unique<RoundedRows>(x, tokens, block_of(up_kind, up_group));
   for (int64_t first = 0, last = 0; first < count; first = last) {
     const int64_t group = all.downs.groups[first];
     for (last = first + 1; last < count && all.downs.groups[last] == group; ++last)
       if (all.starts[last + 1] - all.starts[first] > TOGETHER) break;
     if (all.starts[last] > all.starts[first])
-      some_experts(up_kind, down_kind, all, first, last, x, up_group, out, columns);
+      some_experts(up_kind, down_kind, all, first, last, x, ready.get(), up_group, out, columns);
   }
   return 0;
+}
+
+// Has the compiler believe that a register was changed.
+template <class Sum>
+inline Sum kept(Sum sum) {
+#if CONMOE_INTEGERS
+  __asm__ volatile("" : "+v"(sum));
+#elif CONMOE_NEON
+  __asm__ volatile("" : "+w"(sum));
+#endif
+  return sum;
+}
+
+// Products in registers, as many as rows and tokens of a tile have in so many rounds, by every thread: operations. 0
+// without vectors, where the compiler chooses what becomes of them.
+template <class V>
+int64_t byte_products(int64_t rounds) {
+  int64_t done = 0;
+#if CONMOE_INTEGERS || CONMOE_NEON
+#pragma omp parallel reduction(+ : done)
+  {
+    constexpr int64_t COUNT = V::VECTORS * V::TOKENS;  // one after another, so that they stay in registers
+    typename V::Sum sums[COUNT];
+    for (auto& one : sums) one = V::start(0);
+    int8_t bytes[LINE];
+    std::fill_n(bytes, LINE, int8_t(1));
+    const auto w = V::load(bytes);
+    auto x = V::four(bytes);
+    for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < COUNT; ++i) {
+        x = kept(x);
+        if constexpr (V::SHORT)
+          sums[i] = kept(V::add_short(sums[i], w, x));
+        else
+          sums[i] = kept(V::add(sums[i], w, x));
+      }
+    done += 2 * rounds * COUNT * V::ROWS * QUAD;
+  }
+#endif
+  return done;
 }
 
 }  // namespace

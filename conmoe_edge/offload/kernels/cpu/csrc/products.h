@@ -127,23 +127,30 @@ inline __m256i products_of(__m256i w, __m256i x) {
 #endif
 }
 
-// A row of int8 times one token.
-inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
-  __m256 total[PARTS];
-  for (__m256& one : total) one = _mm256_setzero_ps();
-  const auto add_block = [&](int64_t k, __m256& to) {
-    const __m256i part =
-        products_of(_mm256_loadu_si256((const __m256i*)(w + k)), _mm256_loadu_si256((const __m256i*)(x.q + k)));
-    to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x.scale[k / BLOCK]), to);
-  };
-  int64_t k = 0;
-  for (; k + PARTS * BLOCK <= columns; k += PARTS * BLOCK)
-    for (int64_t p = 0; p < PARTS; ++p) add_block(k + p * BLOCK, total[p]);
-  for (; k + BLOCK <= columns; k += BLOCK) add_block(k, total[0]);
+// A block of a row of int8 times that of a token, added up.
+inline void add_block(const int8_t* w, Token x, int64_t k, __m256& to) {
+  const __m256i part =
+      products_of(_mm256_loadu_si256((const __m256i*)(w + k)), _mm256_loadu_si256((const __m256i*)(x.q + k)));
+  to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(x.scale[k / BLOCK]), to);
+}
+
+// What is left of a row from column k on, and all of it together.
+inline void rest_of_bytes(const int8_t* w, int64_t columns, int64_t k, Token x, __m256* total, float* sums) {
+  for (; k + BLOCK <= columns; k += BLOCK) add_block(w, x, k, total[0]);
   int32_t rest = 0;
   for (int64_t j = k; j < columns; ++j) rest += int32_t(w[j]) * x.q[j];
   const __m256 all = _mm256_add_ps(_mm256_add_ps(total[0], total[1]), _mm256_add_ps(total[2], total[3]));
   *sums = sum_of(all) + (k < columns ? float(rest) * x.scale[k / BLOCK] : 0.0f);
+}
+
+// A row of int8 times one token.
+inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
+  __m256 total[PARTS];
+  for (__m256& one : total) one = _mm256_setzero_ps();
+  int64_t k = 0;
+  for (; k + PARTS * BLOCK <= columns; k += PARTS * BLOCK)
+    for (int64_t p = 0; p < PARTS; ++p) add_block(w, x, k + p * BLOCK, total[p]);
+  rest_of_bytes(w, columns, k, x, total, sums);
 }
 
 #else
@@ -161,6 +168,83 @@ inline void dot_bytes(const int8_t* w, int64_t columns, Token x, float* sums) {
 
 #endif
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define CONMOE_WIDE_BYTES 1
+
+// Tokens in 8 bits for several rows at once. With 128 added, weights have no sign: `less` is what that adds to the sum of
+// every four neighbours, below zero; `factors` has the scale of a block for each of its eight sums.
+struct WideBytes : Bytes {
+  struct Row {
+    Token token;
+    const int32_t* less;
+    const float* factors;
+  };
+  static constexpr int64_t FOUR = 4, SUMS = BLOCK / FOUR;
+  int64_t fours;
+  Room<int32_t> less;
+  Room<float> factors;
+
+  WideBytes(const float* x, int64_t count, int64_t columns, int64_t block)
+      : Bytes(x, count, columns, block),
+        fours(columns / FOUR),
+        less(count > 1 ? count * fours : 0),
+        factors(count > 1 ? count * blocks * SUMS : 0) {
+    for (int64_t i = 0; count > 1 && i < count * blocks; ++i)
+      std::fill_n(factors.data() + i * SUMS, SUMS, scale.data()[i]);
+    for (int64_t token = 0; count > 1 && token < count; ++token)
+      for (int64_t i = 0; i < fours; ++i) {
+        const int8_t* const from = q.data() + token * columns + i * FOUR;
+        less[token * fours + i] = -128 * (int32_t(from[0]) + from[1] + from[2] + from[3]);
+      }
+  }
+  Row token(int64_t index) const {
+    return {Bytes::token(index), less.data() + index * fours, factors.data() + index * blocks * SUMS};
+  }
+};
+
+// `HIGH` rows times `COUNT` tokens, two blocks in a vector: sums[t * step + r], the same bits as of `dot_bytes`.
+template <int64_t HIGH, int64_t COUNT>
+inline void dot_wide(const int8_t* w, int64_t columns, const WideBytes::Row* x, float* sums, int64_t step) {
+  constexpr int64_t ALL = HIGH * COUNT;
+  __m512 first[ALL], second[ALL];  // of blocks 0 and 1, and of 2 and 3
+  const int8_t* q[COUNT];
+  const int32_t* less[COUNT];
+  const float* factors[COUNT];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ALL; ++i) first[i] = second[i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < COUNT; ++t) q[t] = x[t].token.q, less[t] = x[t].less, factors[t] = x[t].factors;
+  const __m512i signs = _mm512_set1_epi8(char(0x80));
+  const auto two_blocks = [&](int64_t at, __m512* total) {
+    __m512i rows[HIGH];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < HIGH; ++r) rows[r] = _mm512_xor_si512(_mm512_loadu_si512(w + r * columns + at), signs);
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < COUNT; ++t) {
+      const __m512i bytes = _mm512_loadu_si512(q[t] + at), below = _mm512_loadu_si512(less[t] + at / 4);
+      const __m512 by = _mm512_loadu_ps(factors[t] + at / 4);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < HIGH; ++r)
+        total[t * HIGH + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(below, rows[r], bytes)), by,
+                                              total[t * HIGH + r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 * BLOCK <= columns; k += 4 * BLOCK) {
+    two_blocks(k, first);
+    two_blocks(k + 2 * BLOCK, second);
+  }
+  const auto upper = [](__m512 both) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(both), 1)); };
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < ALL; ++i) {
+    __m256 parts[4] = {_mm512_castps512_ps256(first[i]), upper(first[i]), _mm512_castps512_ps256(second[i]),
+                       upper(second[i])};
+    rest_of_bytes(w + i % HIGH * columns, columns, k, x[i / HIGH].token, parts, sums + i / HIGH * step + i % HIGH);
+  }
+}
+
+#endif
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // What the products of a form with fp32 activations, and of int8 with those in 8 bits, have different.
@@ -170,18 +254,43 @@ struct Plain {
   using Input = Floats;
   using Row = const float*;
   static void times(const T* w, int64_t columns, Row x, float* sums) { dot_row<Form, 1>(w, columns, &x, sums); }
-  static void several(const T* w, int64_t columns, const Row* x, int64_t count, float* sums) {
-    dot_tokens<Form>(w, columns, x, count, sums);
+  // sums[t * step + r]
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    for (int64_t r = 0; r < height; ++r) {
+      float found[TOKENS];
+      dot_tokens<Form>(w + r * columns, columns, x, count, found);
+      for (int64_t t = 0; t < count; ++t) sums[t * step + r] = found[t];
+    }
   }
 };
 struct Whole {
   using T = int8_t;
+#if CONMOE_WIDE_BYTES
+  using Input = WideBytes;
+  using Row = WideBytes::Row;
+  static void times(const T* w, int64_t columns, Row x, float* sums) { dot_bytes(w, columns, x.token, sums); }
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    int64_t r = 0;
+    for (; r + 2 <= height; r += 2) some<2>(w + r * columns, columns, x, count, sums + r, step);
+    if (r < height) some<1>(w + r * columns, columns, x, count, sums + r, step);
+  }
+
+ private:
+  template <int64_t HIGH>
+  static void some(const T* w, int64_t columns, const Row* x, int64_t count, float* sums, int64_t step) {
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2) dot_wide<HIGH, 2>(w, columns, x + t, sums + t * step, step);
+    if (t < count) dot_wide<HIGH, 1>(w, columns, x + t, sums + t * step, step);
+  }
+#else
   using Input = Bytes;
   using Row = Token;
   static void times(const T* w, int64_t columns, Row x, float* sums) { dot_bytes(w, columns, x, sums); }
-  static void several(const T* w, int64_t columns, const Row* x, int64_t count, float* sums) {
-    for (int64_t t = 0; t < count; ++t) dot_bytes(w, columns, x[t], sums + t);
+  static void several(const T* w, int64_t columns, const Row* x, int64_t count, int64_t height, float* sums, int64_t step) {
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t t = 0; t < count; ++t) dot_bytes(w + r * columns, columns, x[t], sums + t * step + r);
   }
+#endif
 };
 
 // Rows that a thread takes as a block.
@@ -204,11 +313,7 @@ inline void block_of_rows(const typename Way::T* w, const uint16_t* scale, int64
   if (count == 1) {
     for (int64_t r = 0; r < height; ++r) Way::times(w + r * columns, columns, *x, sums + r);
   } else {
-    for (int64_t r = 0; r < height; ++r) {
-      float several[TOKENS];
-      Way::several(w + r * columns, columns, x, count, several);
-      for (int64_t t = 0; t < count; ++t) sums[t * step + r] = several[t];
-    }
+    Way::several(w, columns, x, count, height, sums, step);
   }
   if (!scale) return;
   for (int64_t t = 0; t < count; ++t)
@@ -620,12 +725,9 @@ template <class Form>
 void tile_of_tokens(const uint8_t* w, const typename Form::T* scales, int64_t row, int64_t rows, int64_t columns,
                     int64_t group, const Token* x, int64_t count, float* sums) {
   int64_t t = 0;
-  if constexpr (Form::SEVERAL) {
-    for (; t + TOKENS <= count; t += TOKENS)
-      Form::template times<TOKENS>(w, scales, row, rows, columns, group, x + t, sums + t * TILE);
+  if constexpr (Form::SEVERAL)  // two at once: the sums of more do not fit into registers
     for (; t + 2 <= count; t += 2)
       Form::template times<2>(w, scales, row, rows, columns, group, x + t, sums + t * TILE);
-  }
   for (; t < count; ++t) Form::tile(w, scales, row, rows, columns, group, x[t], sums + t * TILE);
 }
 

@@ -14,13 +14,15 @@ namespace {
 
 constexpr int64_t STRIP = 16;  // rows
 constexpr int64_t PANEL = 64;  // rows that are expanded at a time
+constexpr int64_t SLICE = 512;  // columns of a panel that are expanded at a time, into the first cache
 constexpr int64_t QUAD = 4;    // columns
 constexpr int64_t UNROLLED = 8;  // quads: all groups are multiples of so many
 constexpr int64_t LINE = 64;   // bytes of a line of the processor's caches, and of a strip's four columns
 
 // Rows times tokens in vectors. `ROWS` rows of four columns are a vector of weights, `VECTORS` of them meet `TOKENS` tokens.
-// UNSIGNED: weights are taken as numbers of 0..255, so those that have a sign are stored 128 higher. SHORT: `add` sums
-// in 16 bits, and `widen` adds the pairs, times 1 or 2; so many products fit as `Strips<Form>::SAFE` says.
+// UNSIGNED: weights are taken as numbers of 0..255, so those that have a sign are stored 128 higher. SHORT: beside weights
+// without a sign `add_short` sums in 16 bits, and `widen` adds the pairs, times 1 or 2; so many products fit as
+// `Strips<Form>::SAFE` says.
 #if CONMOE_INTEGERS
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -63,11 +65,11 @@ struct Quads {
   static Sum add(Sum sum, Bytes4 w, Bytes4 x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
   static constexpr bool UNSIGNED = false, SHORT = true;
-  template <bool SIGNED>
+  // With weights of any sign two products fill 16 bits already.
   static Sum add(Sum sum, Bytes4 w, Bytes4 x) {
-    const Sum pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
-    return _mm256_add_epi16(sum, pairs);
+    return widen(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), 1);
   }
+  static Sum add_short(Sum sum, Bytes4 w, Bytes4 x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
   static Sum widen(Sum sum, Sum part, int16_t by) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(by)));
   }
@@ -203,16 +205,25 @@ struct TokenTile {
   const float* sum;
 };
 
+// Some columns of a product, the first and the last of which may be among them; quads of a block. Where `Quads::SHORT`
+// sums are: so many quads fit into them, and they are times `by`.
+struct Part {
+  bool first, last;
+  int64_t quads, safe;
+  int16_t by;
+};
+
 // What a form has the products do: whether blocks of a row have scales of their own, and zeros; whether weights have a
-// sign where `Quads::SHORT` sums are; so many quads fit into those, whose sums are times `by`.
+// sign where `Quads::SHORT` sums are.
 template <bool SCALES, bool ZEROS, bool SIGNED>
 struct Sums {
   template <int64_t COUNT, class V>
-  static void times(const Panel& w, int64_t row, const TokenTile& x, int64_t quads, int64_t safe, int16_t by, float* out,
-                    int64_t step) {
+  static void times(const Panel& w, int64_t row, const TokenTile& x, const Part& part, float* out, int64_t step) {
     typename V::Floats total[V::VECTORS][COUNT];
-    for (auto& some : total)
-      for (auto& one : some) one = V::all(0.0f);
+    for (int64_t v = 0; v < V::VECTORS; ++v)
+      for (int64_t t = 0; t < COUNT; ++t)
+        total[v][t] = part.first ? V::all(0.0f) : V::load(out + t * step + v * V::ROWS);
+    const int64_t quads = part.quads, safe = part.safe;
     const int8_t* place[V::VECTORS];
     const float *scales[V::VECTORS], *zeros[V::VECTORS];
     for (int64_t v = 0; v < V::VECTORS; ++v) {
@@ -226,7 +237,7 @@ struct Sums {
       typename V::Sum sums[V::VECTORS][COUNT];
       for (auto& some : sums)
         for (int64_t t = 0; t < COUNT; ++t) some[t] = V::start(x.start[block * COUNT + t]);
-      if constexpr (V::SHORT) {
+      if constexpr (V::SHORT && !SIGNED) {
         for (int64_t from = 0; from < quads; from += safe) {
           typename V::Sum parts[V::VECTORS][COUNT];
           for (auto& some : parts)
@@ -237,10 +248,10 @@ struct Sums {
               const auto weights = V::load(place[v]);
               place[v] += LINE;
               for (int64_t t = 0; t < COUNT; ++t)
-                parts[v][t] = V::template add<SIGNED>(parts[v][t], weights, V::four(q + t * QUAD));
+                parts[v][t] = V::add_short(parts[v][t], weights, V::four(q + t * QUAD));
             }
           for (int64_t v = 0; v < V::VECTORS; ++v)
-            for (int64_t t = 0; t < COUNT; ++t) sums[v][t] = V::widen(sums[v][t], parts[v][t], by);
+            for (int64_t t = 0; t < COUNT; ++t) sums[v][t] = V::widen(sums[v][t], parts[v][t], part.by);
         }
       } else {
         for (int64_t from = 0; from < quads; from += UNROLLED)
@@ -268,21 +279,20 @@ struct Sums {
     }
     for (int64_t t = 0; t < COUNT; ++t)
       for (int64_t v = 0; v < V::VECTORS; ++v) {
-        if constexpr (!SCALES) total[v][t] = V::times(total[v][t], V::load(scales[v]));
+        if (!SCALES && part.last) total[v][t] = V::times(total[v][t], V::load(scales[v]));
         V::store(out + t * step + v * V::ROWS, total[v][t]);
       }
   }
 
   // The first `height` rows times a tile, to [count, step].
   template <int64_t COUNT = Quads::TOKENS>
-  static void tile(const Panel& w, int64_t height, const TokenTile& x, int64_t quads, int64_t safe, int16_t by, float* out,
-                   int64_t step) {
+  static void tile(const Panel& w, int64_t height, const TokenTile& x, const Part& part, float* out, int64_t step) {
     if (x.count < COUNT) {
-      if constexpr (COUNT > 1) tile<COUNT - 1>(w, height, x, quads, safe, by, out, step);
+      if constexpr (COUNT > 1) tile<COUNT - 1>(w, height, x, part, out, step);
       return;
     }
     constexpr int64_t AT_ONCE = Quads::ROWS * Quads::VECTORS;
-    for (int64_t row = 0; row < height; row += AT_ONCE) times<COUNT, Quads>(w, row, x, quads, safe, by, out + row, step);
+    for (int64_t row = 0; row < height; row += AT_ONCE) times<COUNT, Quads>(w, row, x, part, out + row, step);
   }
 };
 
@@ -302,26 +312,32 @@ struct Packed {
         sum(tokens * blocks),
         start(tokens * blocks) {}
 
-  // The tile whose first token is number `first`.
-  TokenTile tile(int64_t first, int64_t count) const {
-    return {count, q.data() + first * columns, scale.data() + first * blocks, start.data() + first * blocks,
-            sum.data() + first * blocks};
+  // The tile whose first token is number `first`, from a column on.
+  TokenTile tile(int64_t first, int64_t count, int64_t from) const {
+    const int64_t at = first * blocks + from / block * count;
+    return {count, q.data() + first * columns + from * count, scale.data() + at, start.data() + at, sum.data() + at};
   }
 
-  // Writes x [width], a whole number of blocks or the end of a row, of the tile's token `t` from `from` on.
+  // A block of the tile's token `t`, already rounded.
+  void put_block(int64_t first, int64_t count, int64_t t, int64_t at, const int8_t* bytes, const Rounded& made,
+                 int32_t offset) {
+    int8_t* const to = q.data() + first * columns + at * block * count + t * QUAD;
+    for (int64_t quad = 0; quad < block / QUAD; ++quad) std::memcpy(to + quad * count * QUAD, bytes + quad * QUAD, QUAD);
+    const int64_t place = first * blocks + at * count + t;
+    scale[place] = made.scale;
+    sum[place] = made.sum;
+    start[place] = -offset * made.whole;
+  }
+
+  // Rounds x [width], a whole number of blocks or the end of a row, of the tile's token `t` from `from` on.
   void put(int64_t first, int64_t count, int64_t t, const float* x, int64_t from, int64_t width, int32_t offset) {
     int8_t bytes[MOST_BLOCK];
     float room[MOST_BLOCK];
-    for (int64_t start_of = 0; start_of < width; start_of += block) {
-      const int64_t here = std::min(block, width - start_of), at = (from + start_of) / block;
+    for (int64_t k = 0; k < width; k += block) {
+      const int64_t here = std::min(block, width - k);
       std::fill(bytes + here, bytes + block, int8_t(0));
-      const Rounded made(x + start_of, bytes, here, room);
-      int8_t* const to = q.data() + first * columns + (from + start_of) * count + t * QUAD;
-      for (int64_t quad = 0; quad < block / QUAD; ++quad) std::memcpy(to + quad * count * QUAD, bytes + quad * QUAD, QUAD);
-      const int64_t place = first * blocks + at * count + t;
-      scale[place] = made.scale;
-      sum[place] = made.sum;
-      start[place] = -offset * made.whole;
+      const Rounded made(x + k, bytes, here, room);
+      put_block(first, count, t, (from + k) / block, bytes, made, offset);
     }
   }
 

@@ -6,12 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from bench_reports import report_of
 from families import tiny_model
 from hand_packages import thirds, write_package
 
-from conmoe_edge.api.bench_facts import record_shares, replayed_hit_rate
+from conmoe_edge.api.bench_facts import byte_share, record_shares, replayed_hit_rate
 from conmoe_edge.checkpoint.format.manifest import CacheSettings
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.cli.views.bench_table import machine_line
+from conmoe_edge.offload.generation.benchmark import byte_rate
+from conmoe_edge.offload.kernels.cpu.bindings import operator
 
 
 def test_shares_of_layouts_follow_the_routing_weight(tmp_path: Path) -> None:
@@ -42,3 +47,24 @@ def test_shares_of_layouts_follow_the_routing_weight(tmp_path: Path) -> None:
     assert replayed_hit_rate(mixed, 5) == pytest.approx(0.9)
     assert replayed_hit_rate(mixed, 4) is None
     assert replayed_hit_rate(manifest, 5) is None
+    assert byte_share(manifest) == byte_share(mixed) == 0.0
+    scaled = replace(wide.parts[0], name=f"{wide.parts[0].name}.scale")
+    mixed = replace(mixed, layouts=(replace(wide, parts=(*wide.parts, scaled)), narrow))
+    assert byte_share(mixed) == pytest.approx(0.75)
+
+
+def test_the_bound_of_a_prompt_counts_both_kinds_of_operations() -> None:
+    report = report_of(prompt_byte_operations=2e12, byte_operations_per_second=400e9)
+    assert report.prefill.bound is not None
+    assert report.prefill.bound.device == pytest.approx((10.0 + 5.0) / 500)
+    assert report.to_json()["machine"]["byte_operations_per_second"] == 400e9
+    assert report_of().to_json()["machine"]["byte_operations_per_second"] is None
+    assert "400 GOP/s" in machine_line(report) and "GOP" not in machine_line(report_of())
+
+
+def test_the_rate_of_products_of_bytes_is_one_of_a_processor() -> None:
+    engine = operator()
+    if engine is None:
+        pytest.skip("this machine cannot compile the operator")
+    assert engine.byte_products(0) == 0
+    assert byte_rate(torch.device("cpu")) == 0 or 1e8 < byte_rate(torch.device("cpu")) < 1e15

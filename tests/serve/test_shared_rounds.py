@@ -139,7 +139,7 @@ def test_who_leaves_or_fails_takes_nobody_along(
     assert driven.engine.loaded is not None
     report = driven.engine.loaded.model.conmoe.fast_path
     kind = type(report.together)
-    monkeypatch.setattr(kind, "forwards", broken)
+    monkeypatch.setattr(kind, "scores", broken)
     both = [driven.ask(question, 40)[1] for question in QUESTIONS[:2]]
     for one in both:
         event = last(one)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conmoe_edge.compat import cache_of
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.offload.fastpath.decoder_layer import Apart
 from conmoe_edge.offload.fastpath.together import Together
@@ -45,14 +44,13 @@ def shared_scores(together: Together, answers: Sequence[Generation]) -> list[Ten
         assert call is not None, "is_next_single has looked"
         calls.append(call)
     try:
-        outputs = together.forwards(calls)
+        scores = together.scores(calls)
     except (Apart, ConmoeError):
         return None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
-    for answer, call, out in zip(answers, calls, outputs, strict=True):
-        assert cache_of(out) is cache_of(call), "a general cache is added to in place"
+    for answer in answers:
         answer.cached.took(answer.tokens[-1])
-    return [out.logits[:, -1] for out in outputs]
+    return scores

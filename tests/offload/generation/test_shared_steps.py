@@ -239,6 +239,66 @@ def test_hooks_and_other_heads(tmp_path: Path, loaded: Any) -> None:
     assert shared_scores(together, answers) is not None
 
 
+@pytest.mark.parametrize(("name", "calls"), [("olmoe", 1), ("granitemoe", 2)])
+def test_a_model_is_called_again_only_for_what_it_does_to_scores(
+    name: str, calls: int, tmp_path: Path, loaded: Any
+) -> None:
+    """granitemoe divides them. A hook on the model is called for every token of every answer."""
+    model = loaded(package(tmp_path / "package", name))
+    together = may_share(model.conmoe)
+    assert together is not None
+    alone(model, [3, 4, 5], 4)
+    answers = [asked(model, [3, 4, number], 30) for number in (5, 6)]
+    for one in answers:
+        one.advance()
+
+    def step() -> tuple[int, int]:
+        counts = [0, 0]
+        own = model.forward
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            counts[0] += 1
+            return own(*arguments, **named)
+
+        model.forward = counted
+        scores = shared_scores(together, answers)
+        model.forward = own
+        assert scores is not None
+        for one, row in zip(answers, scores, strict=True):
+            one.draw(row)
+        return counts[0], len(answers)
+
+    assert step() == (4, 2)
+    assert step() == (2 * calls, 2)
+    seen: list[Any] = []
+    hook = model.register_forward_hook(lambda _, __, out: seen.append(out.logits.shape))
+    assert step() == (4, 2) and len(seen) == 2
+    hook.remove()
+    assert step()[0] == 4 and step()[0] == 2 * calls
+
+
+def test_scores_that_are_no_numbers_are_said_to_the_answer(tmp_path: Path, loaded: Any) -> None:
+    from conmoe_edge.errors import NotFinite
+
+    model = loaded(package(tmp_path / "package", "olmoe"))
+    together = may_share(model.conmoe)
+    assert together is not None
+    alone(model, [3, 4, 5], 4)
+    answers = [asked(model, [3, 4, number], 30) for number in (5, 6)]
+    for one in answers:
+        one.advance()
+    for _ in range(2):
+        scores = shared_scores(together, answers)
+        assert scores is not None
+        for one, row in zip(answers, scores, strict=True):
+            one.draw(row)
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = float("nan")
+    assert shared_scores(together, answers) is None
+    with pytest.raises(NotFinite, match=r"lm_head|NaN"):
+        answers[0].advance()
+
+
 def test_families_that_go_by_themselves_say_why(tmp_path: Path, loaded: Any) -> None:
     model = loaded(package(tmp_path / "package", "qwen3_next"))
     assert may_share(model.conmoe) is None

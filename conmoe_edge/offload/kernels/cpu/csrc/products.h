@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <utility>
 
@@ -83,7 +84,8 @@ inline void dot_row(const typename Form::T* w, int64_t columns, const float* con
   }
   for (int64_t t = 0; t < COUNT; ++t) {
     float rest = 0;
-    for (int64_t j = k; j < columns; ++j) rest += Form::one(w[j]) * x[t][j];
+    // Rounded once, also where a compiler would take a product and a sum in one copy of this and not in another.
+    for (int64_t j = k; j < columns; ++j) rest = std::fma(Form::one(w[j]), x[t][j], rest);
     sums[t] = sum(add(add(total[t][0], total[t][1]), add(total[t][2], total[t][3]))) + rest;
   }
 }

@@ -111,7 +111,7 @@ def test_cells_are_read_and_named() -> None:
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
-    settings = {"calibration_tokens": 1, "prompt_tokens": 2, "tokens": 3, "limited": True}
+    settings = {"calibration_tokens": 1, "prompt_tokens": 2, "tokens": 3, "fit_limit": 8 << 30}
     ledger = Ledger(tmp_path / "run.json", settings)
     rates = {"read": 1e9, "write": 1e9, "gemm": {"head": 1e11}, "hub": 1e9}
     chosen = {"precision": "free", "bits": 3.0, "resident_share": 0.5}
@@ -147,7 +147,14 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     for stage, entry in (
         ("plan", {"seconds": 1.5}),
         ("fit", done),
-        ("bench", {"report": report, "peak_rss_bytes": 8_000_000_000 + (100 << 20)}),
+        (
+            "bench",
+            {
+                "report": report,
+                "peak_anonymous_bytes": 8_000_000_000 - (300 << 20),
+                "library_bytes": 400 << 20,
+            },
+        ),
     ):
         ledger.add("runs", {"cell": f"{key} {stage}", "repeat": 0, "outcome": "ok", **entry})
     other = {"cell": "olmoe-7b:12GB plan", "repeat": 0, "outcome": "plan ended with 5\nmore"}

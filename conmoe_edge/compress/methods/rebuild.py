@@ -91,7 +91,7 @@ def rebuild(
         kept.append(neurons)
     names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
-    left, scales = None, [1.0] * len(names)
+    left = None
     adding = _adding(scope, chosen, rounded=rounding is not None)
     if not scope.module.has_post_expert_norm:
         left = _target(scope, tokens, alpha, chosen.prototypes)
@@ -100,14 +100,12 @@ def rebuild(
             *(features, down, gates[:, adding], left),
             constants=bool(adding),
             rounded=rounded,
-            scales=scales if _may_scale(scope) else None,
         )
         constants = {layer: table} if adding else {}
-    scaled = dict(zip(chosen.prototypes, scales, strict=True))
     slots = tuple(
         SlotRecord(
             None if expert == NONE else scope.pool[expert],
-            scale * scaled.get(expert, 1.0),
+            scale,
             adding.index(slot) if constants and slot in adding else None,
         )
         for slot, (expert, scale) in enumerate(
@@ -139,13 +137,6 @@ def _adding(scope: ScopeView, chosen: StandIns, *, rounded: bool) -> list[int]:
         return []
     targets = chosen.slot_map.targets
     return [slot for slot, target in enumerate(targets) if not rounded or target != slot]
-
-
-def _may_scale(scope: ScopeView) -> bool:
-    """Whether slots may scale a prototype for what rounding has done to it: not where a plain checkpoint is made of the
-    package, and not with biases, which would be scaled as well.
-    """
-    return scope.constants and "down_proj_bias" not in scope.weights.parts(scope.pool[0])
 
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:

@@ -11,8 +11,7 @@ Both are moved from where they are (the W that are given, c = 0) to the minimum 
     sum over t of |target(t) - y(t)|^2  +  lambda * (sum over p of |W_p - W_p0|^2 + ...),
 
 block by block (a prototype, then all constants), each block exactly: one sweep of Gauss-Seidel. On the
-demo model more sweeps lower the error on held-out tokens by one per cent. Where a block is rounded, its routing weights
-alpha_p are multiplied with what is best behind that.
+demo model more sweeps lower the error on held-out tokens by one per cent.
 
 The ridge is  lambda = PRIOR * mean |z(t)|^2  over the tokens t that came to a prototype (to the layer,
 for constants), z its features. It does not grow with the calibration text: a prototype that many
@@ -35,8 +34,6 @@ from conmoe_edge.compress.solvers.neuron_pruning import among
 
 PRIOR = 5.0
 """How strongly everything is held where it was, see above."""
-_MOST_SCALED, _DIGITS = 0.5, 5
-"""The furthest that a scale moves from 1, and the digits that are kept of it."""
 
 
 @dataclass(slots=True)
@@ -65,7 +62,6 @@ def refit(
     *,
     constants: bool = True,
     rounded: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-    scales: list[float] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Solve.
 
@@ -77,8 +73,6 @@ def refit(
         constants: whether slots have any.
         rounded: called with a prototype's place, its solved [H, I] and its Gram matrix: what is stored of it. What
             that loses is left for the prototypes and the constants behind it to make up for.
-        scales: where routing weights may be scaled behind ``rounded``: 1.0 for every prototype, and what they are
-            multiplied with in the end.
 
     Returns:
         fp32 [H, I] of every prototype; fp32 [E, H] constants, zeros where slots have none.
@@ -88,18 +82,13 @@ def refit(
         residual.index_add_(0, one.rows, one.values @ weight, alpha=-1.0)
     ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
     for place, (one, weight) in enumerate(zip(features, weights, strict=True)):
-        solved, gradient = weight, torch.empty(0)
+        solved = weight
         if len(one.rows):
-            gradient = one.values.T @ residual[one.rows]
-            solved = weight + _step(one.gram, ridge, gradient)
-        scale = 1.0
+            solved = weight + _step(one.gram, ridge, one.values.T @ residual[one.rows])
         if rounded is not None:
             solved = rounded(place, solved.T, one.gram).T
-            if scales is not None and len(one.rows):
-                scale = scales[place] = _scale(one, weight, solved, gradient)
         if solved is not weight:
-            change = solved * scale - weight
-            residual.index_add_(0, one.rows, one.values @ change, alpha=-1.0)
+            residual.index_add_(0, one.rows, one.values @ (solved - weight), alpha=-1.0)
             weights[place] = solved
     table = torch.zeros(gates.shape[1], residual.shape[1])
     if constants:
@@ -112,17 +101,6 @@ def solve_constants(gates: Tensor, residual: Tensor) -> Tensor:
     """fp32 [C, H]: what slots whose gates are ``gates`` fp32 [T, C] add, to be nearest to ``residual`` fp32 [T, H]."""
     gram = gates.T @ gates
     return _step(gram, _ridge([gram], len(gates)), gates.T @ residual)
-
-
-def _scale(own: Features, before: Tensor, weight: Tensor, gradient: Tensor) -> float:
-    """What a prototype's routing weights are best multiplied with, once it has ``weight`` [I, H] instead of ``before``;
-    ``gradient`` is Z^T residual of before. By the Gram matrix alone, so tokens are not gone over again.
-    """
-    given = own.gram @ weight
-    square = float((given * weight).sum(dtype=torch.float64))
-    along = float(((gradient - given + own.gram @ before) * weight).sum(dtype=torch.float64))
-    step = along / max(square * (1 + PRIOR / len(own.rows)), 1e-30)
-    return round(1.0 + min(_MOST_SCALED, max(-_MOST_SCALED, step)), _DIGITS)
 
 
 def _ridge(grams: Sequence[Tensor], visits: int) -> float:

@@ -62,38 +62,3 @@ def test_refit_leaves_what_is_right_already() -> None:
     found, constants = refit(features, down, torch.rand(T, E, generator=generator), target)
     torch.testing.assert_close(found[0], down[0], rtol=0, atol=1e-4)
     assert float(constants.abs().max()) < 1e-4
-
-
-def test_routing_weights_are_scaled_for_what_rounding_has_changed() -> None:
-    """The scale that is best for the rounded weights, but for the ridge; what is left says so, and is less."""
-    generator = torch.Generator().manual_seed(7)
-    rows = [torch.arange(0, 45), torch.arange(20, T)]
-    features = [of_values(r, torch.randn(len(r), 4, generator=generator)) for r in rows]
-    down = [torch.randn(H, 4, generator=generator) for _ in rows]
-    target, gates = torch.randn(T, H, generator=generator), torch.zeros(T, 0)
-    for one, weight in zip(features, down, strict=True):
-        target[one.rows] += one.values @ weight.T
-
-    def smaller(place: int, weight: Tensor, gram: Tensor) -> Tensor:
-        return weight.round() * 0.8
-
-    left = []
-    for scales in (None, [1.0, 1.0]):
-        residual = target.clone()
-        solved, _ = refit(
-            *(features, down, gates, residual), constants=False, rounded=smaller, scales=scales
-        )
-        wanted = target.clone()
-        for place, (one, weight) in enumerate(zip(features, solved, strict=True)):
-            scale = 1.0 if scales is None else scales[place]
-            wanted.index_add_(0, one.rows, one.values @ weight.T, alpha=-scale)
-        torch.testing.assert_close(residual, wanted, rtol=1e-4, atol=1e-4)
-        left.append(float(residual.square().sum()))
-        if scales is not None:
-            last = features[1].values @ solved[1].T
-            rest = residual[rows[1]] + scales[1] * last
-            best = float((last * rest).sum() / last.square().sum())
-            prior = refit_module.PRIOR / len(rows[1])
-            assert abs(scales[1] - (1 + (best - 1) / (1 + prior))) < 1e-4
-            assert scales[1] > 1.02
-    assert left[1] < left[0]

@@ -58,8 +58,9 @@ def test_it_fits_16_gb_as_it_is_and_8_gb_consolidated(true_shape: ModelAnatomy) 
     assert whole.chosen.slots == whole.chosen.prototypes == 24 * 32
     # Of a record, all but its last page is the checkpoint's.
     assert 0 <= whole.disk_bytes - true_shape.total_bytes < 24 * 32 * 4096
-    assert (half.chosen.precision, half.chosen.rate, half.chosen.bits) == ("free", 0.0, 2.0)
-    assert half.chosen.resident_share > 0.5
+    assert (half.chosen.precision, half.chosen.rate) == ("free", 0.0)
+    assert half.dense_precision in ("q6", "q4")
+    assert 2.0 < half.chosen.bits < 3.0 and half.chosen.resident_share == 1.0
 
 
 def test_a_stopped_run_goes_on_with_its_shard(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from hand_packages import identity, thirds, write_package
+from plain_products import without_operator
 from torch import nn
 
 from conmoe_edge.checkpoint.format.forms import Kind
@@ -66,7 +67,7 @@ def dequantised(model: Any, forms: Any) -> dict[str, Matrix]:
 
 
 def as_the_operator(model: Any, made: dict[str, Matrix], head: str = "") -> None:
-    """Few tokens come out of these layers as the operator computes them; ``head`` is tied to the table."""
+    """Tokens come out of these layers as the operator computes them; ``head`` is tied to the table."""
     for name, matrix in made.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         layer = model.get_submodule(head) if head and isinstance(layer, nn.Embedding) else layer
@@ -118,11 +119,13 @@ def runs_as_what_it_stands_for(plain: Any, forms: dict[str, Kind], folder: Path)
         )
     assert model.dtype == plain.dtype
     stored, right = dequantised(plain, forms), plain
-    torch.testing.assert_close(logits(model), logits(right), rtol=1e-3, atol=2e-4)
+    with without_operator():
+        by_torch = logits(load_package(folder / "package", device="cpu", slots=PLENTY, context=64))
+    torch.testing.assert_close(by_torch, logits(right), rtol=1e-3, atol=2e-4)
     if DenseProducts(Machine.here(torch.device("cpu"))).operator is not None:
         as_the_operator(right, stored, "".join(tied))
-    few = PROMPT[:, :3]
-    torch.testing.assert_close(logits(model, few), logits(right, few), rtol=1e-3, atol=2e-4)
+    for ids in (PROMPT[:, :3], PROMPT):
+        torch.testing.assert_close(logits(model, ids), logits(right, ids), rtol=1e-3, atol=2e-4)
 
 
 def test_routers_and_norms_keep_their_numbers() -> None:

@@ -56,7 +56,7 @@ CONSTANT_EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "wide": lambda t: t.update({"constants.0": torch.cat([t["constants.0"]] * 2, 1)}),
     "few rows": lambda t: t.update({"constants.0": t["constants.0"][:-1].contiguous()}),
     "flat": lambda t: t.update({"constants.0": t["constants.0"].flatten()}),
-    "format": lambda t: t.update({"constants.0": t["constants.0"].bfloat16()}),
+    "format": lambda t: t.update({"constants.0": t["constants.0"].half()}),
     "nan": lambda t: t["constants.0"].view(-1)[3:4].fill_(float("nan")),
     "gone": lambda t: t.pop("constants.0"),
     "another": lambda t: t.update({"constants.7": torch.zeros(1, 64)}),

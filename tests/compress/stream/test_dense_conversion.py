@@ -156,9 +156,8 @@ def test_a_fit_in_four_bits(tied: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.get_input_embeddings()(ids)[0], wide[ids[0]].bfloat16())
         x = torch.randn(40, 64).bfloat16()
         head = wide if tied else again["lm_head.weight"][...]
-        torch.testing.assert_close(
-            loaded.lm_head(x).float(), x.float() @ head.T, rtol=0.03, atol=0.03
-        )
+        right = x.float() @ head.T  # beside few bits the activations are rounded to 8
+        assert (loaded.lm_head(x).float() - right).norm() < 0.015 * right.norm()
     assert bool(torch.isfinite(loaded(ids).logits).all())
 
 

@@ -9,21 +9,19 @@ import pytest
 import torch
 
 from conmoe_edge.integrations.load import load_package
-from conmoe_edge.offload.kernels.cpu import bindings, build
+from conmoe_edge.offload.kernels.cpu import bindings
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
+from tests.plain_products import without_operator
 
 
 @pytest.fixture
-def without_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(build.SWITCH, "off")
-    bindings._state.cache_clear()
-    yield
-    monkeypatch.undo()
-    bindings._state.cache_clear()
+def by_torch() -> Iterator[None]:
+    with without_operator():
+        yield
 
 
-@pytest.mark.usefixtures("without_operator")
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "gpt_oss", "qwen2_moe"])
 def test_a_package_gives_what_the_model_gives(name: str, tmp_path: Path) -> None:
     assert bindings.operator() is None and "CONMOE_OPERATOR=off" in bindings.why_not()

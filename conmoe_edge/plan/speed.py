@@ -56,9 +56,9 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
     {
         "cpu": Reach(
             MappingProxyType(
-                # mxfp4, q4, q3 and q2: products alone (benchmarks/kernels.py) reached 0.80 to 1.03 at the sizes of OLMoE
-                # and more at those of gpt-oss; free is a mix of them. lowrank is not measured: half of source, for three
-                # small products, not one.
+                # mxfp4, q4, q3, q2: products alone (benchmarks/kernels.py) reached 0.80 to 1.03 at OLMoE's sizes, and
+                # more at gpt-oss's; free is a mix of them. lowrank is not measured: half of source, for three small
+                # products, not one.
                 {
                     "source": 0.84,
                     "bf16": 0.84,

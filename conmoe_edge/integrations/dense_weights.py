@@ -24,13 +24,13 @@ from conmoe_edge.checkpoint.package.dense_names import DENSE_SCALE, own_shapes, 
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.model import bridge
+from conmoe_edge.model.all_finite import all_finite
 from conmoe_edge.model.linears import embeddings_of, tied_head
 from conmoe_edge.model.record_match import AGAIN, mismatch
 from conmoe_edge.model.text_part import absent_in, lies_in
 from conmoe_edge.offload.compute.fused_embedding import QuantisedEmbedding
 from conmoe_edge.offload.compute.fused_linear import DenseProducts, FusedLinear, into_one_place
 from conmoe_edge.offload.compute.torch_backend import Machine
-from conmoe_edge.offload.generation.finite import all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,32 +5,39 @@ has fewer than sixteen. A row of nothing but NaN then counts as one that is mask
 prompt of up to fifteen tokens whose keys or queries are NaN, every number behind the layer is finite, and wrong. A
 value that is NaN shows. Here the queries, and the keys that came with them, are looked at.
 
-That is one sum over each, beside products of every query with every key. Memory: of numbers in 16 bits, one sequence's
-in fp32.
+That is one sum over each, beside products of every query with every key. Memory: of numbers in 16 bits, a piece of
+one sequence's in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from conmoe_edge.model.all_finite import all_finite
 
 FUSED, CHECKED = "sdpa", "conmoe_checked_sdpa"
 
 
 def check_attention(model: PreTrainedModel) -> bool:
     """Let ``model`` attend through ``checked_attention`` where it would through torch's; whether it will."""
+    return attend_through(model, CHECKED, checked_attention)
+
+
+def attend_through(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> bool:
+    """Register ``function`` and let ``model`` attend through it in place of torch's fused one; whether it will."""
     config = model.config.get_text_config()
     if config._attn_implementation != FUSED:
         return False
-    AttentionInterface.register(CHECKED, checked_attention)
-    AttentionMaskInterface.register(CHECKED, sdpa_mask)
-    model.set_attn_implementation(CHECKED)
-    return config._attn_implementation == CHECKED
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    return config._attn_implementation == name
 
 
 def checked_attention(
@@ -46,11 +53,6 @@ def checked_attention(
     if query.device.type == "cpu":
         new = key[:, :, -query.shape[2] :]  # those before were looked at when they came
         for number in range(query.shape[0]):
-            if not (_are_numbers(query[number]) and _are_numbers(new[number])):
+            if not (all_finite(query[number]) and all_finite(new[number])):
                 out[number] = float("nan")
     return out, None
-
-
-def _are_numbers(values: Tensor) -> bool:
-    """NaN and infinity survive a sum; large numbers may make one of their own."""
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())

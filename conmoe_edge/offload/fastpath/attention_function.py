@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
-from conmoe_edge.model.checked_attention import FUSED, checked_attention
+from conmoe_edge.model.checked_attention import attend_through, checked_attention
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 
@@ -30,13 +29,9 @@ _EXTRAS = ("softcap", "s_aux", "position_bias", "cache")
 def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
     """Let ``model`` attend through ``one_token_attention``; whether it will."""
     slow = machine.device == "cpu" and model.dtype == torch.bfloat16
-    config = model.config.get_text_config()
-    if not slow or operator() is None or config._attn_implementation != FUSED:
+    if not slow or operator() is None:
         return False
-    AttentionInterface.register(SUITED, one_token_attention)
-    AttentionMaskInterface.register(SUITED, sdpa_mask)
-    model.set_attn_implementation(SUITED)
-    return config._attn_implementation == SUITED
+    return attend_through(model, SUITED, one_token_attention)
 
 
 def one_token_attention(

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.model.all_finite import all_finite
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.fastpath.decoder_layer import Apart, Entry, FusedLayer, Gathered, Meeting
 from conmoe_edge.offload.fastpath.report import Served
@@ -142,7 +143,7 @@ class Together:
         hooks = list(model._forward_hooks)
         if known is not None and self._bare == hooks:
             rows = [scores for _, scores in known]
-            if not all_numbers(rows):
+            if not all(all_finite(row) for row in rows):
                 raise Apart  # by itself a forward says what is damaged
             return rows
         self._meeting.over = True
@@ -164,11 +165,6 @@ class Together:
                 head.know(None)
         self._bare = hooks if bare else None
         return outputs
-
-
-def all_numbers(rows: Sequence[Tensor]) -> bool:
-    """Whether no score is NaN or infinite."""
-    return all(bool(row.sum(dtype=torch.float32).isfinite()) for row in rows)
 
 
 def _fused_head(model: Any) -> FusedHead | None:

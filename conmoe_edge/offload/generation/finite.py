@@ -27,10 +27,8 @@ from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.slot_constants import read_constants
 from conmoe_edge.checkpoint.package.verify_values import NOT_NUMBERS, broken_record
 from conmoe_edge.errors import ConmoeError, NotFinite, PackageError
+from conmoe_edge.model.all_finite import all_finite
 from conmoe_edge.model.experts import find_decoder
-
-_PIECE = 1 << 22
-"""Numbers that are summed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +70,6 @@ def guard_output(model: nn.Module, folder: Path, manifest: Manifest) -> None:
             )
 
     model.register_forward_hook(check, with_kwargs=True)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether all of ``values`` are numbers, in one pass over them where they are.
-
-    A sum in another format converts all that it is given, so that is a piece at a time.
-    """
-    return all(
-        bool(piece.sum(dtype=torch.float32).isfinite()) or bool(piece.isfinite().all())
-        for piece in values.reshape(-1).split(_PIECE)
-    )  # NaN and infinity survive a sum; large numbers may make one of their own
 
 
 def _culprit(

@@ -25,10 +25,10 @@ from conmoe_edge.compress.stream.streamed_model import open_subject
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.errors import CheckpointError, NotFinite, PackageError
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.model.all_finite import all_finite
 from conmoe_edge.model.checked_attention import checked_attention
 from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.offload.generation.benchmark import measure
-from conmoe_edge.offload.generation.finite import all_finite
 from conmoe_edge.offload.generation.session import ChatSession
 from conmoe_edge.serve.http_errors import as_api_error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.fastpath.together import Together
 from conmoe_edge.offload.generation.answer import Generation
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
@@ -224,15 +225,20 @@ def test_no_memory_or_a_damaged_record_leaves_every_answer_as_it_was(
     same(model, [(prompt, 20) for prompt, _ in wanted], answers)
 
 
-def test_hooks_and_other_heads(tmp_path: Path, loaded: Any) -> None:
-    """A hook on a layer sees what it would see alone, so its answers go by themselves."""
-    model = loaded(package(tmp_path / "package", "olmoe"))
+def two_past_their_prompts(model: Any, count: int) -> tuple[Together, list[Told]]:
     together = may_share(model.conmoe)
     assert together is not None
     alone(model, [3, 4, 5], 4)
-    answers = [asked(model, [3, 4, number], 8) for number in (5, 6)]
+    answers = [asked(model, [3, 4, number], count) for number in (5, 6)]
     for one in answers:
         one.advance()
+    return together, answers
+
+
+def test_hooks_and_other_heads(tmp_path: Path, loaded: Any) -> None:
+    """A hook on a layer sees what it would see alone, so its answers go by themselves."""
+    model = loaded(package(tmp_path / "package", "olmoe"))
+    together, answers = two_past_their_prompts(model, 8)
     hook = model.model.layers[1].register_forward_hook(lambda *_: None)
     assert shared_scores(together, answers) is None
     hook.remove()
@@ -245,12 +251,7 @@ def test_a_model_is_called_again_only_for_what_it_does_to_scores(
 ) -> None:
     """granitemoe divides them. A hook on the model is called for every token of every answer."""
     model = loaded(package(tmp_path / "package", name))
-    together = may_share(model.conmoe)
-    assert together is not None
-    alone(model, [3, 4, 5], 4)
-    answers = [asked(model, [3, 4, number], 30) for number in (5, 6)]
-    for one in answers:
-        one.advance()
+    together, answers = two_past_their_prompts(model, 30)
 
     def step() -> tuple[int, int]:
         counts = [0, 0]
@@ -281,12 +282,7 @@ def test_scores_that_are_no_numbers_are_said_to_the_answer(tmp_path: Path, loade
     from conmoe_edge.errors import NotFinite
 
     model = loaded(package(tmp_path / "package", "olmoe"))
-    together = may_share(model.conmoe)
-    assert together is not None
-    alone(model, [3, 4, 5], 4)
-    answers = [asked(model, [3, 4, number], 30) for number in (5, 6)]
-    for one in answers:
-        one.advance()
+    together, answers = two_past_their_prompts(model, 30)
     for _ in range(2):
         scores = shared_scores(together, answers)
         assert scores is not None

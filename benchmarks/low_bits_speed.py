@@ -37,7 +37,7 @@ from benchmarks.comparison.turns import (
     Ledger,
     Turn,
     environment,
-    heldout_tokens,
+    job_of,
     kernel_note,
     prepare_operator,
     run_turn,
@@ -288,16 +288,7 @@ def main() -> None:
         sys.exit("--llama-python is needed to run")
     files = Files(args.work, args.llama_python, shape)
     prepare_operator()
-    tokens = heldout_tokens(args.prompt_tokens + args.tokens)
-    job = {
-        "threads": args.threads,
-        "context": -(-(args.prompt_tokens + args.tokens + 1) // 256) * 256,
-        "prompt": tokens[: args.prompt_tokens],
-        "text": tokens[args.prompt_tokens :],
-        "steps": args.tokens,
-        "seconds": args.seconds_per_arm,
-        "warm": True,
-    }
+    job = job_of(args) | {"warm": True}
     chosen = [known[key] for key in args.only] if args.only else list(MATCHES)
     for number, match in enumerate(chosen):
         wanted = [

@@ -30,7 +30,7 @@ from benchmarks.comparison.turns import (
     Ledger,
     Turn,
     environment,
-    heldout_tokens,
+    job_of,
     kernel_note,
     prepare_operator,
     run_turn,
@@ -375,15 +375,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.llama_python and any(arm.form for arm in arms):
         sys.exit("--llama-python is needed for llama.cpp's arms")
     prepare_operator()
-    tokens = heldout_tokens(args.prompt_tokens + args.tokens)
-    job = {
-        "threads": args.threads,
-        "context": -(-(args.prompt_tokens + args.tokens + 1) // 256) * 256,
-        "prompt": tokens[: args.prompt_tokens],
-        "text": tokens[args.prompt_tokens :],
-        "steps": args.tokens,
-        "seconds": args.seconds_per_arm,
-    }
+    job = job_of(args)
     blocks = [arms] if args.turns else [[arm] for arm in arms]
     for number, block in enumerate(blocks):
         later = [arm for other in blocks[number + 1 :] for arm in other]

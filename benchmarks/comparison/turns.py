@@ -5,6 +5,7 @@ The parent only starts children here, so it stays small.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -159,3 +160,16 @@ def heldout_tokens(count: int) -> list[int]:
         command, check=True, capture_output=True, text=True, env=environment(1), cwd=ROOT
     )
     return json.loads(found.stdout)
+
+
+def job_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What every arm of a comparison is asked to do: the held-out text's first tokens, and the steps behind them."""
+    tokens = heldout_tokens(args.prompt_tokens + args.tokens)
+    return {
+        "threads": args.threads,
+        "context": -(-(args.prompt_tokens + args.tokens + 1) // 256) * 256,
+        "prompt": tokens[: args.prompt_tokens],
+        "text": tokens[args.prompt_tokens :],
+        "steps": args.tokens,
+        "seconds": args.seconds_per_arm,
+    }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from conmoe_edge.cli.ui.cli_options import Settings, debug_wanted
 from conmoe_edge.cli.ui.error_text import describe
@@ -60,6 +61,9 @@ class Application(LazyGroup):
         with one_run():
             try:
                 status = super().main(words, name, complete_var, standalone_mode=False, **extra)
+            except NoArgsIsHelpError as bare:  # a group alone: its help is the answer, no error
+                click.echo(bare.format_message())
+                status = 0
             except (Exception, KeyboardInterrupt) as error:
                 _fail(error, words)
         sys.exit(status if isinstance(status, int) else 0)

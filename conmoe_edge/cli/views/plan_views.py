@@ -62,6 +62,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
             )
         )
     parts += _beside(report)
+    if report.export_note:
+        parts.append(_head("Export", printable(report.export_note)))
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts += [_disk(report, out, free), *_fetch(report)]

@@ -12,7 +12,7 @@ from conmoe_edge.checkpoint.sources.locate import Description, describe
 from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
-from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
@@ -24,6 +24,7 @@ from conmoe_edge.plan.fetching import Fetching, fetching_of
 from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.prompt_speed import Arithmetic, PromptSpeed, planned_prompt
 from conmoe_edge.plan.request import Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 from conmoe_edge.plan.serving import request_for
@@ -48,6 +49,7 @@ class PlanReport:
         outcomes: what earlier fits of this model on this machine cost, oldest first; none where prototypes have to be
             alike, for another engine say, as those fits say nothing about this one.
         engine: what will run the package, where it is not this project (``--for``).
+        prompt: how long a prompt should take; ``None`` where rates of the target are not known.
         export_note: what cannot be had of the package in other engines; else empty.
     """
 
@@ -64,6 +66,7 @@ class PlanReport:
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
     engine: str | None = None
+    prompt: PromptSpeed | None = None
     export_note: str = ""
 
     @property
@@ -95,6 +98,9 @@ class PlanReport:
             "other_parts": self.beside.to_json(kept=self.keeps_vision),
             "export_note": self.export_note,
             "plan": plan_to_json(self.plan),
+            "prompt": None
+            if self.prompt is None
+            else {**asdict(self.prompt), "tokens_per_second": self.prompt.tokens_per_second},
             "fetching": None if self.fetching is None else asdict(self.fetching),
             "measured": [asdict(one) for one in self.outcomes],
             "advise": self.advice,
@@ -234,16 +240,42 @@ def report_on(
     fingerprint where it is known.
     """
     request = asked.request
-    budget = resolve_budget(request.budget, request.device, meter=Meter(folder))
+    meter = Meter(folder)
+    budget = resolve_budget(request.budget, request.device, meter=meter)
+    decided = make_plan(anatomy, budget, request, trims=asked.method.trims)
+    rates = None
+    if request.engine is None and budget.measured and budget.device == "cpu":
+        rates = arithmetic_here(meter)
     return PlanReport(
         source_name=name,
         anatomy=anatomy,
-        plan=make_plan(anatomy, budget, request, trims=asked.method.trims),
+        plan=decided,
+        prompt=None if rates is None else planned_prompt(anatomy, decided, rates),
         method=asked.method.name,
         method_note=asked.note,
         outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
         engine=request.engine,
     )
+
+
+def arithmetic_here(meter: Meter) -> Arithmetic | None:
+    """What this machine's processor computes: half a second, once a day. ``None`` before the operator was compiled, for
+    which a plan does not wait.
+    """
+    import torch
+
+    from conmoe_edge.offload.generation.benchmark import byte_rate, matrix_rate
+    from conmoe_edge.offload.kernels.cpu.build import Unavailable, is_built
+
+    cpu = torch.device("cpu")
+    try:
+        if not is_built():
+            return None
+        in_bytes = meter.figure(f"byte-operations-{threads()}", lambda: byte_rate(cpu))
+    except Unavailable:
+        in_bytes = 0.0
+    floats = meter.figure(f"flops-{threads()}", lambda: matrix_rate(cpu))
+    return None if floats is None else Arithmetic(floats, in_bytes or 0.0)
 
 
 def stays_whole(report: PlanReport, asked: Resolved) -> bool:

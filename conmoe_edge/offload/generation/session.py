@@ -92,6 +92,15 @@ class ChatSession:
         """Tokens that the cache holds."""
         return len(self._cached.held)
 
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of the prompt that ``messages`` make.
+
+        Raises:
+            UsageError, PackageError: as ``prompt_tokens``.
+        """
+        allowed = self.allow_special_tokens
+        return len(prompt_tokens(self.tokenizer, messages, allow_special_tokens=allowed))
+
     def forget(self) -> None:
         """Drop the cache; the next turn starts from its first token."""
         self._cached.forget()

@@ -15,6 +15,7 @@ from conmoe_edge.cli.ui.cli_options import (
     kv_precision_option,
     misses_option,
     package_budget_option,
+    prompt_cache_options,
     run_device_option,
     special_tokens_option,
     template_option,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 @misses_option
 @special_tokens_option
 @template_option
+@prompt_cache_options
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -74,6 +76,8 @@ def chat(
     misses: str,
     allow_special_tokens: bool,
     template: str | None,
+    prompt_cache: Path | None,
+    prompt_cache_size: int,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -118,6 +122,9 @@ def chat(
         allow_special_tokens=allow_special_tokens,
         template=template,
         kv_precision=kv_precision,
+        prompt_cache=prompt_cache,
+        prompt_cache_bytes=prompt_cache_size,
+        tell=output.warning,
     )
     settle()
     drawn = SamplingSettings(**sampling)

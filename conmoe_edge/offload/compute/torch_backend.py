@@ -10,7 +10,8 @@ few rows on a CPU                      the compiled operator (``native``): every
                                        in 8 and 4 bits the activations are rounded to 8
 the same without a compiler            torch's own kernels for 8 and 4 bits where they take the form, else as below
 a prompt on a CPU, quantised           the operator: weights expanded to bytes, a part at a time, once for all tokens,
-                                       and multiplied in whole numbers with activations in 8 bits (``add_all``)
+                                       and multiplied in whole numbers with activations in 8 bits (``add_all``); of
+                                       an expert with few tokens as few rows
 other many rows on a CPU without bf16  one weight matrix at a time widened to fp32 in a scratch, fp32 products
 instructions, quantised many rows
 low rank and a few columns             the factors one after the other, by the operator or by torch as above

@@ -100,6 +100,7 @@ LARGE: dict[str, LargeCell] = {
             ),
             least=8.0,
         ),
+        LargeCell("qwen3-30b", 12 * GB, (_ours(13.0),)),
         LargeCell(
             "qwen3-30b",
             8 * GB,

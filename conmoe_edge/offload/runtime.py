@@ -155,7 +155,7 @@ class Runtime:
         self._process = psutil.Process()
         self.closed = False
         self._filled = False  # whether there are slots to compute with
-        self.cache_bytes, self.kv_precision = cache_bytes, kv_precision
+        self.cache_bytes, self.kv_precision, self.misses = cache_bytes, kv_precision, misses
         self._handles = tuple(handles)
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)

@@ -18,6 +18,7 @@ from conmoe_edge.cli.ui.cli_options import (
     kv_precision_option,
     misses_option,
     package_budget_option,
+    prompt_cache_options,
     run_device_option,
     special_tokens_option,
     template_option,
@@ -91,6 +92,7 @@ OF_THE_DEMO = "This is the demo model: twelve million parameters. It speaks, it 
     is_flag=True,
     help="Leave answers as they came; do not render them when they end.",
 )
+@prompt_cache_options
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -107,6 +109,8 @@ def chat(
     template: str | None,
     on_full: OnFull,
     no_markdown: bool,
+    prompt_cache: Path | None,
+    prompt_cache_size: int,
     no_history: bool,
     output: Output,
     **sampling: Any,
@@ -153,6 +157,9 @@ def chat(
             allow_special_tokens=allow_special_tokens,
             template=template,
             kv_precision=kv_precision,
+            prompt_cache=prompt_cache,
+            prompt_cache_bytes=prompt_cache_size,
+            tell=output.warning,
         )
         settle()
     if slow := slow_line(str(session.runtime.device)):

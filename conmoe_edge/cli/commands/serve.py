@@ -16,6 +16,7 @@ from conmoe_edge.cli.ui.cli_options import (
     kv_precision_option,
     misses_option,
     package_budget_option,
+    prompt_cache_options,
     run_device_option,
     special_tokens_option,
     template_option,
@@ -101,6 +102,7 @@ _LARGEST_KEY_FILE = 4096
 @misses_option
 @special_tokens_option
 @template_option
+@prompt_cache_options
 @common_options
 def serve(
     folder: Path,
@@ -145,6 +147,9 @@ def serve(
         misses=misses,
         template=words["template"],
         kv_precision=words["kv_precision"],
+        prompt_cache=words["prompt_cache"],
+        prompt_cache_bytes=words["prompt_cache_size"],
+        tell=output.warning,
     )
     server = Server(settings, load, on_ready=lambda: _ready(server, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")

@@ -2,7 +2,8 @@
 
 The session keeps the key-value cache between turns and uses the whole chunks of the prompt again that the next
 one begins with, so that an answer is that of a fresh conversation with the same messages; where a model's
-cache cannot be taken back to them, it starts over. Memory: the cache, as planned for
+cache cannot be taken back to them, it starts over. With ``files`` a conversation also begins with what an earlier
+process has computed. Memory: the cache, as planned for
 ``context`` tokens, and the activations of one chunk.
 """
 
@@ -17,7 +18,9 @@ from typing import Any
 from conmoe_edge.errors import InUse, UsageError
 from conmoe_edge.offload.generation.answer import Answer, Finish, Generation
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
+from conmoe_edge.offload.generation.known_prompt import KnownPrompt
 from conmoe_edge.offload.generation.prompt import end_tokens, prompt_tokens
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import GREEDY, SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.runtime import Runtime, RuntimeStats
@@ -30,6 +33,7 @@ class TurnStats:
     Attributes:
         tokens: of the answer, the end mark included.
         prompt_tokens: of the prompt, those that had to be computed.
+        known_tokens: of the prompt, those that were there from an earlier one.
         seconds_to_first: from the question to the first token.
         tokens_per_second: after the first token; 0 for answers of one token.
         hits, misses, bytes_read: of the prototypes, during this turn.
@@ -48,6 +52,7 @@ class TurnStats:
     context_used: int
     finish: Finish
     waited_seconds: float = 0.0
+    known_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -68,9 +73,10 @@ class ChatSession:
         context: int | None = None,
         *,
         allow_special_tokens: bool = False,
+        files: PromptFiles | None = None,
     ) -> None:
         """``context`` may be shorter than what the model was loaded for, not longer. ``allow_special_tokens``: whether
-        control tokens that are spelt out in messages steer the model.
+        control tokens that are spelt out in messages steer the model. ``files``: where prompts are kept over restarts.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -86,6 +92,7 @@ class ChatSession:
         self.allow_special_tokens = allow_special_tokens
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
         self._answering = threading.Lock()
+        self._known = KnownPrompt(model, self._cached, files)
 
     @property
     def context_used(self) -> int:
@@ -152,13 +159,14 @@ class ChatSession:
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         before, start = self.runtime.stats(), time.perf_counter()
-        self._cached.rewind(tokens)
+        settings = (settings or SamplingSettings()).filled(self.model.generation_config)
+        self._known.begin(tokens, len(tokens) + (settings.max_tokens or 0))
         answer = Answer(
             self.model,
             self.tokenizer,
             self._cached,
             tokens,
-            settings or SamplingSettings(),
+            settings,
             context=self.context,
             ends=end_tokens(self.model, self.tokenizer),
         )
@@ -174,7 +182,7 @@ class ChatSession:
 
     def greedy(self, tokens: Sequence[int], count: int) -> Generation:
         """``count`` greedy tokens after ``tokens``, without their text; no token ends them."""
-        self._cached.rewind(tokens)
+        self._known.begin(tokens, len(tokens) + count)
         settings = replace(GREEDY, max_tokens=count)
         return Generation(
             self.model, self._cached, tokens, settings, context=self.context, ends=frozenset()
@@ -197,4 +205,5 @@ def _turn_stats(
         context_used=len(answer.tokens),
         finish=answer.finish or "interrupted",
         waited_seconds=now.waited_seconds - before.waited_seconds,
+        known_tokens=answer.reused,
     )

@@ -152,14 +152,14 @@ def _compiler() -> tuple[str, str]:
 
 
 def _digest(parts: tuple[str, ...]) -> str:
-    machine = (_processor(), *platform.libc_ver(), torch.__version__, _assertions())
+    machine = (processor(), *platform.libc_ver(), torch.__version__, _assertions())
     digest = hashlib.sha256("\0".join((*parts, *machine)).encode())
     for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         digest.update(one.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What ``-march=native`` looks at: a home folder may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -250,7 +250,7 @@ int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t firs
   const int64_t packing = most ? tokens : 0;
   Packed packed(packing, columns, block), inner(packing, widest, down_block);
   const int64_t space = std::max(panel_room(block), panel_room(down_block));
-  RoomOfThreads rooms(most ? space + most * 2 * strip : 0);
+  RoomOfThreads rooms(space + most * 2 * strip);
   const bool apart_rows = ups.gate.interleaved != 0;
 #pragma omp parallel if (tokens * widest * columns > MANY)
   {

@@ -48,7 +48,6 @@ class PlanReport:
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first; none where prototypes have to be
             alike, for another engine say, as those fits say nothing about this one.
-        engine: what will run the package, where it is not this project (``--for``).
         prompt: how long a prompt should take; ``None`` where rates of the target are not known.
         export_note: what cannot be had of the package in other engines; else empty.
     """
@@ -65,7 +64,6 @@ class PlanReport:
     keeps_vision: bool = False
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
-    engine: str | None = None
     prompt: PromptSpeed | None = None
     export_note: str = ""
 
@@ -254,7 +252,6 @@ def report_on(
         method=asked.method.name,
         method_note=asked.note,
         outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
-        engine=request.engine,
     )
 
 

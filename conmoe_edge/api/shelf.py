@@ -93,7 +93,7 @@ def kept() -> tuple[Kept, ...]:
         Kept(model.hub_id, "source", model.place, model.nbytes)
         for model in cached_models().values()
     )
-    return (*_packages(), *sources)
+    return (*packages(), *sources)
 
 
 def remove(one: Kept) -> None:
@@ -142,7 +142,8 @@ def find_kept(name: str) -> tuple[Kept, ...]:
     )
 
 
-def _packages() -> Iterator[Kept]:
+def packages() -> Iterator[Kept]:
+    """Of ``kept`` what ``run`` made, finished and unfinished; the hub's cache is not looked at."""
     folder = packages_folder()
     try:
         inside = sorted(folder.iterdir()) if folder.is_dir() else []

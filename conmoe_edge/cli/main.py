@@ -76,11 +76,11 @@ class Application(LazyGroup):
 
 def _first_step() -> None:
     """What to do first, where nothing has been done yet."""
-    from conmoe_edge.api.shelf import kept
+    from conmoe_edge.api.shelf import packages
     from conmoe_edge.errors import ConmoeError
 
     try:
-        nothing = not any(one.kind == "package" for one in kept())
+        nothing = not any(one.kind == "package" for one in packages())
     except ConmoeError:
         return  # of the disk; doctor says it
     if nothing:

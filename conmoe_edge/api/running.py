@@ -124,7 +124,7 @@ def evaluate_tasks(
     kv_precision: str | None = None,
     bars: bool = True,
 ) -> TaskReport:
-    """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
+    """Tasks of lm-eval on a package that runs inside its budget. Needs the extra ``eval``.
 
     Args:
         path: folder that ``fit`` wrote.

@@ -21,7 +21,9 @@ from conmoe_edge.cli.ui.cli_options import (
     special_tokens_option,
     template_option,
 )
+from conmoe_edge.cli.ui.slow_line import slow_line
 from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.extras import install_command
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -164,6 +166,8 @@ def _ready(server: Any, output: Output) -> None:
     trim_heap()
     url, name = server.url, server.settings.name
     output.value({"url": url, "model": name, "api": f"{url}/v1"})
+    if slow := slow_line(str(server.engine.loaded.model.conmoe.device)):
+        output.warning(slow)
     output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")
 
 
@@ -214,6 +218,6 @@ def _need_extra() -> None:
         raise ConmoeError(
             "The server needs fastapi and uvicorn.",
             f"{error.name} is not installed",
-            'pip install "conmoe-edge[serve]"',
+            install_command("serve"),
         ) from error
     del fastapi, uvicorn

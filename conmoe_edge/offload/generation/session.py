@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import InUse, UsageError
 from conmoe_edge.offload.generation.answer import Answer, Finish, Generation
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.known_prompt import KnownPrompt
@@ -62,7 +62,9 @@ class TurnStats:
 
 
 class ChatSession:
-    """A conversation with one model. Not for several threads at once."""
+    """A conversation with one model. Several conversations may share a model, in threads of their own; they take turns.
+    One conversation gives one answer at a time.
+    """
 
     def __init__(
         self,
@@ -90,11 +92,21 @@ class ChatSession:
         self.allow_special_tokens = allow_special_tokens
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
         self._known = KnownPrompt(model, self._cached, files)
+        self._answering = threading.Lock()
 
     @property
     def context_used(self) -> int:
         """Tokens that the cache holds."""
         return len(self._cached.held)
+
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of the prompt that ``messages`` make.
+
+        Raises:
+            UsageError, PackageError: as ``prompt_tokens``.
+        """
+        allowed = self.allow_special_tokens
+        return len(prompt_tokens(self.tokenizer, messages, allow_special_tokens=allowed))
 
     def forget(self) -> None:
         """Drop the cache; the next turn starts from its first token."""
@@ -116,11 +128,28 @@ class ChatSession:
 
         Raises:
             UsageError, PackageError: as ``prompt_tokens``.
+            InUse: this conversation is giving another answer, which is neither over nor closed.
             ContextFull: the messages leave no room for an answer, or the answer filled the context;
                 its text has been given out by then.
             OutOfMemory: memory ran out and nothing was left to give up.
         """
-        stop = stop_event or threading.Event()
+        if not self._answering.acquire(blocking=False):
+            raise InUse(
+                "This conversation is giving another answer.",
+                "its key-value cache holds one sequence of tokens",
+                "read that answer to its end or close() it; a ChatSession of its own for every conversation",
+            )
+        try:
+            yield from self._reply(messages, settings, stop_event or threading.Event())
+        finally:
+            self._answering.release()
+
+    def _reply(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        settings: SamplingSettings | None,
+        stop: threading.Event,
+    ) -> Iterator[str]:
         tokens = prompt_tokens(
             self.tokenizer,
             messages,

@@ -80,6 +80,7 @@ OF_THE_DEMO = "This is the demo model: twelve million parameters. It speaks, it 
 @misses_option
 @special_tokens_option
 @template_option
+@prompt_cache_options
 @click.option(
     "--on-full",
     type=click.Choice(ON_FULL),
@@ -92,7 +93,6 @@ OF_THE_DEMO = "This is the demo model: twelve million parameters. It speaks, it 
     is_flag=True,
     help="Leave answers as they came; do not render them when they end.",
 )
-@prompt_cache_options
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -107,10 +107,10 @@ def chat(
     misses: str,
     allow_special_tokens: bool,
     template: str | None,
-    on_full: OnFull,
-    no_markdown: bool,
     prompt_cache: Path | None,
     prompt_cache_size: int,
+    on_full: OnFull,
+    no_markdown: bool,
     no_history: bool,
     output: Output,
     **sampling: Any,

@@ -91,8 +91,8 @@ class ChatSession:
         self.last: TurnStats | None = None
         self.allow_special_tokens = allow_special_tokens
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
-        self._answering = threading.Lock()
         self._known = KnownPrompt(model, self._cached, files)
+        self._answering = threading.Lock()
 
     @property
     def context_used(self) -> int:

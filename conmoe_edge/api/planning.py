@@ -24,6 +24,7 @@ from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import Levers, PlanRequest
+from conmoe_edge.plan.scope_choice import scopes_to_try
 from conmoe_edge.plan.serialise import plan_to_json
 from conmoe_edge.plan.serving import request_for
 
@@ -46,6 +47,7 @@ class PlanReport:
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first.
         engine: what will run the package, where it is not this project (``--for``).
+        scopes_tried: how many layers may share prototypes, where the fit measures it; empty where it does not.
     """
 
     source_name: str
@@ -61,6 +63,7 @@ class PlanReport:
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
     engine: str | None = None
+    scopes_tried: tuple[int, ...] = ()
 
     @property
     def advice(self) -> str:
@@ -89,6 +92,7 @@ class PlanReport:
             },
             "method": self.method,
             "method_note": self.method_note,
+            "scopes_tried": list(self.scopes_tried),
             "tokenizer": self.tokenizer,
             "tokenizer_fault": self.tokenizer_fault,
             "tokenizer_fix": self.tokenizer_fix,
@@ -223,14 +227,16 @@ def report_on(
     """
     request = asked.request
     budget = resolve_budget(request.budget, request.device, meter=Meter(folder))
+    decided = make_plan(anatomy, budget, request, trims=asked.method.trims)
     return PlanReport(
         source_name=name,
         anatomy=anatomy,
-        plan=make_plan(anatomy, budget, request, trims=asked.method.trims),
+        plan=decided,
         method=asked.method.name,
         method_note=asked.note,
         outcomes=() if identity is None else recall(identity["id"]),
         engine=request.engine,
+        scopes_tried=scopes_to_try(anatomy, request, decided.chosen, keeps=asked.method.keeps),
     )
 
 
@@ -262,7 +268,7 @@ def with_fetching(
         total_bytes=sum(sizes.values()),
         layer_bytes=max(layers.values(), default=0),
         whole=whole,
-        passes=passes if asked.method.budgets else 1,
+        passes=passes if asked.method.budgets or report.scopes_tried else 1,
     )
     return replace(report, fetching=found)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from conmoe_edge.offload.generation.answer import Answer
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.serve.fewest_tokens import UNKNOWN, FewestTokens
 
@@ -86,8 +87,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine computes with, and how few tokens a text can come to."""
+    """What the engine computes with, how few tokens a text can come to, and what is kept over restarts."""
 
     model: Any
     tokenizer: Any
     fewest: FewestTokens = UNKNOWN
+    files: PromptFiles | None = None

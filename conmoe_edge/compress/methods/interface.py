@@ -173,6 +173,7 @@ class Method:
         reroutes: whether routers may not choose the slots that it drops.
         keeps: whether prototypes are experts as they are, chosen by sums over tokens and by weights alone, so that
             it is cheap to see whether layers should share them (``phases/pool_trial.py``).
+        constants: whether router slots may add constants.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Method:
     within_layers: bool = False
     reroutes: bool = False
     keeps: bool = False
+    constants: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

@@ -2,7 +2,8 @@
 
 The session keeps the key-value cache between turns and uses the whole chunks of the prompt again that the next
 one begins with, so that an answer is that of a fresh conversation with the same messages; where a model's
-cache cannot be taken back to them, it starts over. Memory: the cache, as planned for
+cache cannot be taken back to them, it starts over. With ``files`` a conversation also begins with what an earlier
+process has computed. Memory: the cache, as planned for
 ``context`` tokens, and the activations of one chunk.
 """
 
@@ -14,10 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import InUse, UsageError
 from conmoe_edge.offload.generation.answer import Answer, Finish, Generation
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
+from conmoe_edge.offload.generation.known_prompt import KnownPrompt
 from conmoe_edge.offload.generation.prompt import end_tokens, prompt_tokens
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import GREEDY, SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.runtime import Runtime, RuntimeStats
@@ -30,6 +33,7 @@ class TurnStats:
     Attributes:
         tokens: of the answer, the end mark included.
         prompt_tokens: of the prompt, those that had to be computed.
+        known_tokens: of the prompt, those that were there from an earlier one.
         seconds_to_first: from the question to the first token.
         tokens_per_second: after the first token; 0 for answers of one token.
         hits, misses, bytes_read: of the prototypes, during this turn.
@@ -48,6 +52,7 @@ class TurnStats:
     context_used: int
     finish: Finish
     waited_seconds: float = 0.0
+    known_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -57,7 +62,9 @@ class TurnStats:
 
 
 class ChatSession:
-    """A conversation with one model. Not for several threads at once."""
+    """A conversation with one model. Several conversations may share a model, in threads of their own; they take turns.
+    One conversation gives one answer at a time.
+    """
 
     def __init__(
         self,
@@ -66,9 +73,10 @@ class ChatSession:
         context: int | None = None,
         *,
         allow_special_tokens: bool = False,
+        files: PromptFiles | None = None,
     ) -> None:
         """``context`` may be shorter than what the model was loaded for, not longer. ``allow_special_tokens``: whether
-        control tokens that are spelt out in messages steer the model.
+        control tokens that are spelt out in messages steer the model. ``files``: where prompts are kept over restarts.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -83,11 +91,22 @@ class ChatSession:
         self.last: TurnStats | None = None
         self.allow_special_tokens = allow_special_tokens
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
+        self._answering = threading.Lock()
+        self._known = KnownPrompt(model, self._cached, files)
 
     @property
     def context_used(self) -> int:
         """Tokens that the cache holds."""
         return len(self._cached.held)
+
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of the prompt that ``messages`` make.
+
+        Raises:
+            UsageError, PackageError: as ``prompt_tokens``.
+        """
+        allowed = self.allow_special_tokens
+        return len(prompt_tokens(self.tokenizer, messages, allow_special_tokens=allowed))
 
     def forget(self) -> None:
         """Drop the cache; the next turn starts from its first token."""
@@ -109,11 +128,28 @@ class ChatSession:
 
         Raises:
             UsageError, PackageError: as ``prompt_tokens``.
+            InUse: this conversation is giving another answer, which is neither over nor closed.
             ContextFull: the messages leave no room for an answer, or the answer filled the context;
                 its text has been given out by then.
             OutOfMemory: memory ran out and nothing was left to give up.
         """
-        stop = stop_event or threading.Event()
+        if not self._answering.acquire(blocking=False):
+            raise InUse(
+                "This conversation is giving another answer.",
+                "its key-value cache holds one sequence of tokens",
+                "read that answer to its end or close() it; a ChatSession of its own for every conversation",
+            )
+        try:
+            yield from self._reply(messages, settings, stop_event or threading.Event())
+        finally:
+            self._answering.release()
+
+    def _reply(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        settings: SamplingSettings | None,
+        stop: threading.Event,
+    ) -> Iterator[str]:
         tokens = prompt_tokens(
             self.tokenizer,
             messages,
@@ -123,13 +159,14 @@ class ChatSession:
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         before, start = self.runtime.stats(), time.perf_counter()
-        self._cached.rewind(tokens)
+        settings = (settings or SamplingSettings()).filled(self.model.generation_config)
+        self._known.begin(tokens, len(tokens) + (settings.max_tokens or 0))
         answer = Answer(
             self.model,
             self.tokenizer,
             self._cached,
             tokens,
-            settings or SamplingSettings(),
+            settings,
             context=self.context,
             ends=end_tokens(self.model, self.tokenizer),
         )
@@ -145,7 +182,7 @@ class ChatSession:
 
     def greedy(self, tokens: Sequence[int], count: int) -> Generation:
         """``count`` greedy tokens after ``tokens``, without their text; no token ends them."""
-        self._cached.rewind(tokens)
+        self._known.begin(tokens, len(tokens) + count)
         settings = replace(GREEDY, max_tokens=count)
         return Generation(
             self.model, self._cached, tokens, settings, context=self.context, ends=frozenset()
@@ -168,4 +205,5 @@ def _turn_stats(
         context_used=len(answer.tokens),
         finish=answer.finish or "interrupted",
         waited_seconds=now.waited_seconds - before.waited_seconds,
+        known_tokens=answer.reused,
     )

@@ -182,7 +182,14 @@ def with_export(report: PlanReport, asked: Resolved, config: Any) -> PlanReport:
     Raises:
         UnsupportedModel: as ``export_outlook``.
     """
-    note = export_outlook(config, report.anatomy, report.plan, asked.method, asked.request.engine)
+    note = export_outlook(
+        config,
+        report.anatomy,
+        report.plan,
+        asked.method,
+        asked.request.engine,
+        report.scopes_tried,
+    )
     return replace(report, export_note=note)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-import conmoe_edge
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
 from conmoe_edge.checkpoint.fs.contained import path_inside, read_inside
 from conmoe_edge.offload.kernels.cpu.bindings import operator
@@ -86,7 +85,7 @@ def _device(device: torch.device) -> str:
 
 
 def _source() -> str:
-    home = Path(conmoe_edge.__file__).parent
+    home = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for part in _SOURCE:
         top = home / part

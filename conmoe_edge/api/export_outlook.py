@@ -7,6 +7,7 @@ was asked for another engine that can never come of it is refused. Memory: with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.errors import UnsupportedModel
@@ -18,11 +19,20 @@ if TYPE_CHECKING:
     from conmoe_edge.plan.plan import Plan
 
 _OUTPUT_BIAS = "down_proj_bias"
+_UNEVEN = (
+    "a smaller plain checkpoint only with --scope 1: layers that share a pool keep different numbers of experts, and a "
+    "plain checkpoint has one number for all"
+)
 _SHRINKS = "--for hf or --for gguf makes one that exports, with every expert, narrower"
 
 
 def export_outlook(
-    config: Any, anatomy: ModelAnatomy, plan: Plan, method: Method, engine: str | None
+    config: Any,
+    anatomy: ModelAnatomy,
+    plan: Plan,
+    method: Method,
+    engine: str | None,
+    scopes_tried: Sequence[int] = (),
 ) -> str:
     """One sentence on what cannot be had of the package in other engines; empty where there is nothing to say.
 
@@ -32,6 +42,7 @@ def export_outlook(
         plan: what will be done.
         method: how.
         engine: what the package is for, where it is not this project.
+        scopes_tried: how many layers may share prototypes, where the fit measures it.
 
     Raises:
         UnsupportedModel: a GGUF file is wanted, and llama.cpp would compute this model otherwise, or there is no writer
@@ -54,7 +65,7 @@ def export_outlook(
             f"{_SHRINKS}"
         )
     if method.reroutes:
-        return ""
+        return _UNEVEN if max((chosen.scope, *scopes_tried)) > 1 else ""
     return f"a plain checkpoint of it is as large as the model; {_SHRINKS}"
 
 

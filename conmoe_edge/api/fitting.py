@@ -34,6 +34,7 @@ from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.dense_precision import stored
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH, Levers, PlanRequest
+from conmoe_edge.plan.scope_choice import trial_bytes, with_scope
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ def fit(
     fetching = report.fetching
     scratch = report.plan.scratch_bytes if fetching is None else fetching.scratch_bytes
     needed = report.plan.disk_bytes + scratch
+    if passes > 1:
+        needed += trial_bytes(anatomy, report.scopes_tried)
     require_space(Path(out), needed)
     if keep_source and source.ranges is not None:
         _require_cache(source, needed if _on_one_disk(folder, Path(out)) else 0)
@@ -210,6 +213,7 @@ def fit(
         run = Consolidation(job, staged.path, staged.work, tell)
         manifest = run.run()
         with run.state.clock.part("cache"):
+            report = replace(report, plan=with_scope(report.plan, run.state.job.scope))
             manifest = planned_caching(staged.path, manifest, decided.left_for_prototypes)
 
             def tuned(budget: Budget) -> Manifest:

@@ -26,6 +26,7 @@ from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.prompt_speed import Arithmetic, PromptSpeed, planned_prompt
 from conmoe_edge.plan.request import Levers, PlanRequest
+from conmoe_edge.plan.scope_choice import scopes_to_try
 from conmoe_edge.plan.serialise import plan_to_json
 from conmoe_edge.plan.serving import request_for
 
@@ -48,6 +49,7 @@ class PlanReport:
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
         outcomes: what earlier fits of this model on this machine cost, oldest first; none where prototypes have to be
             alike, for another engine say, as those fits say nothing about this one.
+        scopes_tried: how many layers may share prototypes, where the fit measures it; empty where it does not.
         prompt: how long a prompt should take; ``None`` where rates of the target are not known.
         export_note: what cannot be had of the package in other engines; else empty.
     """
@@ -64,6 +66,7 @@ class PlanReport:
     keeps_vision: bool = False
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
+    scopes_tried: tuple[int, ...] = ()
     prompt: PromptSpeed | None = None
     export_note: str = ""
 
@@ -90,6 +93,7 @@ class PlanReport:
             },
             "method": self.method,
             "method_note": self.method_note,
+            "scopes_tried": list(self.scopes_tried),
             "tokenizer": self.tokenizer,
             "tokenizer_fault": self.tokenizer_fault,
             "tokenizer_fix": self.tokenizer_fix,
@@ -176,7 +180,14 @@ def with_export(report: PlanReport, asked: Resolved, config: Any) -> PlanReport:
     Raises:
         UnsupportedModel: as ``export_outlook``.
     """
-    note = export_outlook(config, report.anatomy, report.plan, asked.method, asked.request.engine)
+    note = export_outlook(
+        config,
+        report.anatomy,
+        report.plan,
+        asked.method,
+        asked.request.engine,
+        report.scopes_tried,
+    )
     return replace(report, export_note=note)
 
 
@@ -252,6 +263,7 @@ def report_on(
         method=asked.method.name,
         method_note=asked.note,
         outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
+        scopes_tried=scopes_to_try(anatomy, request, decided.chosen, keeps=asked.method.keeps),
     )
 
 
@@ -303,7 +315,7 @@ def with_fetching(
         total_bytes=sum(sizes.values()),
         layer_bytes=max(layers.values(), default=0),
         whole=whole,
-        passes=passes if asked.method.budgets else 1,
+        passes=passes if asked.method.budgets or report.scopes_tried else 1,
     )
     return replace(report, fetching=found)
 

@@ -3,6 +3,7 @@
     prepare     dense weights and side files                            -> files
                 (dense matrices in fewer bits: as calibrate comes to their layer, ``dense``)
     survey      what each layer is worth, where layers get numbers of their own  -> prototypes of every layer
+    pool trial  whether layers should share prototypes, where nobody said            -> scopes
     calibrate   layer by layer over the calibration text; a scope is decided and written as soon as its
                 last layer has run (``decide``)                         -> prototypes, router slots, routing trace
     measure     the written package over the held-out text              -> receipt
@@ -29,6 +30,7 @@ from conmoe_edge.checkpoint.fs.disk import disk_errors
 from conmoe_edge.compress.phases.calibrate import Trace, calibrate
 from conmoe_edge.compress.phases.dense import DenseForms
 from conmoe_edge.compress.phases.measure_receipt import measure
+from conmoe_edge.compress.phases.pool_trial import pool_trial
 from conmoe_edge.compress.phases.prepare import prepare
 from conmoe_edge.compress.phases.survey import survey
 from conmoe_edge.compress.phases.write_manifest import describe
@@ -36,6 +38,8 @@ from conmoe_edge.compress.run.job import Job, OnProgress, Progress
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.stream.expert_hooks import register
 from conmoe_edge.compress.stream.written_first import written_first
+from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.scope_choice import UNMEASURED, nearest, scope_note, scopes_to_try
 from conmoe_edge.plan.trace import Predictions
 
 ONE_PASS = (
@@ -50,6 +54,8 @@ class Consolidation:
     def __init__(self, job: Job, package: Path, work: Path, progress: OnProgress) -> None:
         register()
         self.state = Run.open(job, package, work, progress)
+        if self.state.journal.scope:
+            self.state = self.state.with_scope(self.state.journal.scope)
         self._trace = Trace.of(job, work)
 
     def run(self) -> Manifest:
@@ -84,6 +90,9 @@ class Consolidation:
                     scratch.layer_by_layer()
                     tensors = stack.enter_context(written_first(tensors, run.package))
                     model = run.original(tensors)
+                if not journal.scope:
+                    run = self._with_measured_scope(run, model)
+                    job = run.job
                 if run.sizes.shares_out and not journal.budgets:
                     if job.passes == 1:
                         journal.notes.append(ONE_PASS)
@@ -105,6 +114,23 @@ class Consolidation:
                 run.save("done")
                 run.work.drop_hidden("receipt", run.layers)
         return replace(manifest, receipt=journal.receipt)
+
+    def _with_measured_scope(self, run: Run, model: StreamedModel) -> Run:
+        """The run with the scope that does best; the same where nothing is to be measured."""
+        job, journal = run.job, run.journal
+        tried = scopes_to_try(job.anatomy, job.request, job.decided.chosen, keeps=run.method.keeps)
+        if not tried or journal.done:
+            return run
+        if job.passes == 1:
+            journal.notes.append(UNMEASURED)
+            journal.scope = job.scope
+        else:
+            measured = pool_trial(run, model, tried)
+            journal.scope = nearest(measured)
+            journal.notes.append(scope_note(measured, journal.scope))
+            run = self.state = run.with_scope(journal.scope)
+        run.save("calibrate")
+        return run
 
     def predictions(self) -> Predictions | None:
         """After ``run``: what the package's predictor says about tokens that it was not fitted on."""

@@ -157,7 +157,7 @@ def _fewer_experts(
         raise UnsupportedModel(
             "The layers of this package have different numbers of experts.",
             f"layer {few} has {counts[few]}, layer {many} {counts[many]}; a plain checkpoint has one number for all",
-            f"fit with a method that keeps as many in every layer; {_RUN}",
+            f"fit with --scope 1 and a method that keeps as many in every layer; {_RUN}",
         )
     count = next(iter(counts.values()))
     text = config.get_text_config()

@@ -38,7 +38,7 @@ HELD_OUT_SHARE = 4
 _LEAST_RESIDENT: dict[Preference, float] = {"quality": 0.8, "speed": 1.0}
 _MOST_BITS = 32
 _AUTO_SCOPE = 1
-"""Larger scopes brought nothing that could be measured (docs/algorithm-conmoe.md), so they are opt-in."""
+"""What a plan counts with. A fit may measure that two layers do better (``scope_choice.py``)."""
 
 
 class Levers(TypedDict, total=False):
@@ -93,7 +93,8 @@ class PlanRequest:
         device: where the package will run; ``auto`` takes the GPU if this machine has one.
         context: tokens that the key-value cache must hold; by default 4096, or the model's longest.
         rate: share of the routed experts that is removed, from 0 and below 1.
-        scope: neighbouring MoE layers that share prototypes.
+        scope: neighbouring MoE layers that share prototypes; ``auto`` is measured where that can be compared
+            (``scope_choice.py``), else one.
         precision: number format of the prototypes, one of ``levers.PRECISIONS``.
         bits: average bits a weight of the original's routed experts; each prototype gets the neurons and the bits that
             it is worth in these bytes (the precision ``free``).

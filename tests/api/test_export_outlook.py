@@ -42,7 +42,7 @@ def fitted(path: Path, out: Path, **levers: Any) -> Any:
         ({}, NO_CONSTANTS, None),
         ({"method": "mone"}, NO_CONSTANTS, None),
         ({"method": "conmoe"}, AS_LARGE, "materialised"),
-        ({"method": "reap"}, "", "pruned"),
+        ({"method": "reap", "scope": 1}, "", "pruned"),
         ({"engine": "hf"}, "", "materialised"),
     ],
     ids=["auto", "mone", "conmoe", "reap", "for-hf"],
@@ -64,6 +64,12 @@ def test_the_export_does_what_the_plan_said(
     done = api.export(tmp_path / "out", tmp_path / "plain")
     assert done.kind == kind
     assert any("Saves no memory" in one for one in done.notes) == (said == AS_LARGE)
+
+
+def test_pools_of_several_layers_leave_no_smaller_checkpoint(tmp_path: Path) -> None:
+    path = source("olmoe", tmp_path)
+    for levers in ({}, {"scope": 2}):
+        assert "only with --scope 1" in note(path, method="reap", **levers)
 
 
 def test_experts_with_a_bias_hold_constants(tmp_path: Path) -> None:

@@ -274,7 +274,8 @@ _LEVERS = (
         type=CountOrAuto(),
         default="auto",
         show_default=True,
-        help="How many neighbouring MoE layers share their prototypes.",
+        help="How many neighbouring MoE layers share their prototypes; auto measures whether two lose less than one, "
+        "with methods that keep experts as they are.",
     ),
     click.option(
         "--method",

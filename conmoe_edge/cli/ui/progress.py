@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LABELS = {
     "locate": "find the model",
     "survey": "weigh layers",
+    "scope": "try pools",
     "trial": "try divisions",
     "calibrate": "calibrate",
     "write": "write",
@@ -33,7 +34,7 @@ _LABELS = {
     "continue": "continue",
     "convert": "convert",
 }
-_BY_LAYER = ("survey", "trial", "calibrate", "receipt", "model", "reference")
+_BY_LAYER = ("survey", "trial", "scope", "calibrate", "receipt", "model", "reference")
 _WIDTH = max(map(len, _LABELS.values()))
 
 

@@ -52,6 +52,11 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         parts.append(_head("Prompts", *prompt_line(report.prompt, plan.prefill_chunk)))
     if plan.chosen.rate or plan.chosen.bits:
         parts.append(_head("Method", report.method, printable(report.method_note)))
+    if report.scopes_tried:
+        tried = " or ".join(str(scope) for scope in report.scopes_tried)
+        parts.append(
+            _head("Scope", f"{tried}", "layers share prototypes: fit measures which loses less")
+        )
     if report.tokenizer is False:
         parts.append(
             _head(

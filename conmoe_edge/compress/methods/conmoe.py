@@ -68,4 +68,4 @@ def nearest_prototype(distance: Tensor, prototypes: Sequence[int]) -> tuple[int,
     return tuple(nearest.tolist())
 
 
-CONMOE = Method("conmoe", "ConMoE", "arXiv 2605.29350", decide)
+CONMOE = Method("conmoe", "ConMoE", "arXiv 2605.29350", decide, keeps=True)

@@ -171,6 +171,8 @@ class Method:
         trims: whether prototypes have fewer neurons than experts (``plan/width_levers.py``).
         within_layers: whether it is for scopes of one layer only.
         reroutes: whether routers may not choose the slots that it drops.
+        keeps: whether prototypes are experts as they are, chosen by sums over tokens and by weights alone, so that
+            it is cheap to see whether layers should share them (``phases/pool_trial.py``).
         constants: whether router slots may add constants.
     """
 
@@ -184,6 +186,7 @@ class Method:
     budgets: bool = False
     within_layers: bool = False
     reroutes: bool = False
+    keeps: bool = False
     constants: bool = False
 
 

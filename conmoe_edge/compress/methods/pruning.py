@@ -111,6 +111,7 @@ ONE_SHOT = tuple(
         point.source,
         partial(decide, point, reroutes),
         reroutes=reroutes,
+        keeps=True,
     )
     for reroutes in (True, False)
     for name, point in POINTS.items()

@@ -25,32 +25,16 @@ from torch import nn
 
 from conmoe_edge.compress.methods.interface import LayerView, ScopeView
 from conmoe_edge.compress.methods.stand_ins import NarrowedLayer, StandInLayer
-from conmoe_edge.compress.quality.receipt import ReceiptTracker
+from conmoe_edge.compress.phases.originals import SEQUENCES, Originals, fitted_sequences
 from conmoe_edge.compress.run.state import Run
 from conmoe_edge.compress.solvers.layer_budgets import LayerWorth, between, share_out
-from conmoe_edge.compress.stats.layer_tokens import LayerTokens, TokenRecorder
+from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stats.statistics import StatisticsTracker
 from conmoe_edge.compress.stream.expert_hooks import RoutedTap, attach
-from conmoe_edge.compress.stream.layer_stream import (
-    Beside,
-    open_stream,
-    run_layer,
-    sequence_logits,
-)
 from conmoe_edge.compress.stream.scope_weights import LoadedLayer, ScopeWeights, matrix_views
 from conmoe_edge.compress.stream.streamed_model import timed_layer
 from conmoe_edge.model.streaming import StreamedModel
 from conmoe_edge.plan.levers import scopes
-
-_MOST_FITTED, _FEWEST_FITTED, _FITTED_SHARE = 6, 2, 4
-"""Sequences that stand-ins are made from, at most this part of all."""
-SEQUENCES = 3
-"""Calibration sequences that worth, and then the divisions, are measured on."""
-
-
-def _fitted(run: Run) -> int:
-    wanted = len(run.job.train.domains) // _FITTED_SHARE
-    return max(_FEWEST_FITTED, min(_MOST_FITTED, wanted))
 
 
 def survey(run: Run, model: StreamedModel) -> dict[int, int]:
@@ -74,8 +58,8 @@ def _worth(
     run: Run, model: StreamedModel, found: dict[int, NarrowedLayer]
 ) -> dict[int, LayerWorth]:
     """What each layer is worth; ``found`` is filled."""
-    fitted = _Originals(run, model, _fitted(run), 0)
-    measured = _Originals(run, model, SEQUENCES, 1)
+    fitted = Originals(run, model, fitted_sequences(run), 0)
+    measured = Originals(run, model, SEQUENCES, 1)
     worth = {}
     for index in range(run.layers):
         run.meter.announce("survey", index)
@@ -103,7 +87,7 @@ def _trial(
     divisions: Sequence[Mapping[int, int]],
 ) -> list[float]:
     """The divergence of the whole model's output with every division."""
-    measured = _Originals(run, model, SEQUENCES, 2, len(divisions))
+    measured = Originals(run, model, SEQUENCES, 2, len(divisions))
     tried = [measured.stream.hidden.clone() for _ in divisions]
     for index in range(run.layers):
         run.meter.announce("trial", index)
@@ -121,59 +105,6 @@ def _trial(
                 measured.beside.run_layer(index, [one], mapped)
             attach(module, RoutedTap())  # the tap holds on to the layer's weights
     return measured.divergences(tried)
-
-
-class _Originals:
-    """The original over a few sequences, layer by layer; ``beside``: up to ``others`` other models over them."""
-
-    def __init__(
-        self, run: Run, model: StreamedModel, count: int, after: int, others: int = 0
-    ) -> None:
-        self._model = model
-        self._tokens = run.job.train.some(count, after=after)
-        model.load_outside()
-        self.stream = open_stream(model, self._tokens)
-        self.beside = Beside(model, self._tokens, 1 + others)
-        model.drop_outside()
-
-    def all_through(self, index: int, others: Sequence[torch.Tensor]) -> None:
-        """Through a loaded layer, and the hidden states ``others`` of other models too."""
-        self.beside.run_layer(index, [self.stream.hidden, *others], self._tap(index))
-
-    def recorded(self, index: int) -> LayerTokens | None:
-        """Through a loaded layer; the tokens that entered its experts, ``None`` where it has none."""
-        tap = self._tap(index)
-        if tap is not None:
-            tap.tokens = TokenRecorder()
-        run_layer(self._model, index, self.stream, tap)
-        return None if tap is None or tap.tokens is None else tap.tokens.result()
-
-    def _tap(self, index: int) -> RoutedTap | None:
-        """A new one on the layer's experts."""
-        if index not in self._model.experts:
-            return None
-        tap = RoutedTap()
-        attach(self._model.experts[index][1], tap)
-        return tap
-
-    def changed_by(self, changed: torch.Tensor) -> float:
-        """How far another stream is from the original's here: the mean over tokens of |difference|^2 / |original|^2."""
-        ours = self.stream.real_rows(self.stream.hidden).double()
-        gone = self.stream.real_rows(changed).double() - ours
-        lengths = ours.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-        return float((gone.square().sum(1) / lengths).mean())
-
-    def divergences(self, changed: Sequence[torch.Tensor]) -> list[float]:
-        """Of the final distribution with every changed stream from the original's: the mean KL, nats."""
-        model, tokens = self._model, self._tokens
-        model.load_outside()
-        trackers = [ReceiptTracker(tokens) for _ in changed]
-        for row in range(len(tokens.domains)):
-            wanted = sequence_logits(model, tokens, self.stream.hidden, row)
-            for tracker, hidden in zip(trackers, changed, strict=True):
-                tracker.add(row, wanted, sequence_logits(model, tokens, hidden, row))
-        model.drop_outside()
-        return [tracker.result()["kl"] for tracker in trackers]
 
 
 def _stand_ins(run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> StandInLayer:

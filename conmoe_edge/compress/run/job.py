@@ -112,8 +112,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a fit is. ``stage`` is ``locate``, ``write``, ``survey``, ``trial``, ``calibrate``, ``receipt`` or
-    ``verify``; ``step`` of ``steps`` are done in it; ``seconds_left`` is for the whole fit, once it can be told."""
+    """Where a fit is. ``stage`` is ``locate``, ``write``, ``survey``, ``trial``, ``scope``, ``calibrate``, ``receipt``
+    or ``verify``; ``step`` of ``steps`` are done in it; ``seconds_left`` is for the whole fit, once it can be told."""
 
     stage: str
     step: int

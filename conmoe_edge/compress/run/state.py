@@ -7,7 +7,7 @@ that concerns several: how a pass over the layers begins, and what makes the end
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from conmoe_edge.compress.stream.streamed_model import stream_model
 from conmoe_edge.compress.work.part_clock import Clock
 from conmoe_edge.compress.work.work_folder import WorkFolder
 from conmoe_edge.model.streaming import StreamedModel
+from conmoe_edge.plan.scope_choice import with_scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Run:
             resumed_from=journal.done if journal.phase in ("calibrate", "receipt") else 0,
             dtype=compute_dtype(job.device, getattr(torch, job.anatomy.dtype)),
         )
+
+    def with_scope(self, scope: int) -> Run:
+        """The same run where so many layers share prototypes."""
+        job = replace(self.job, decided=with_scope(self.job.decided, scope))
+        return replace(self, job=job, sizes=RecordSizes.of(job, self.method))
 
     @property
     def clock(self) -> Clock:

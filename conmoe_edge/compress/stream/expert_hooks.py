@@ -139,12 +139,15 @@ class MappedTap(Tap):
         prototypes: Mapping[ExpertId, Mapping[str, Tensor]],
         constants: Tensor | None,
         layer: int = 0,
+        is_open: Sequence[bool] | None = None,
     ) -> MappedTap:
         """From the records of a layer; ``prototypes`` has every one that they name."""
         names = sorted(prototypes)
         slot_map = SlotMap.of(layer, slots, {name: number for number, name in enumerate(names)})
         tensors = SlotTensors.of(slot_map, constants, torch.device("cpu"))
-        return cls(tensors, {number: prototypes[name] for number, name in enumerate(names)})
+        return cls(
+            tensors, {number: prototypes[name] for number, name in enumerate(names)}, is_open
+        )
 
     def forward(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """sum over p of alpha_p p(h), plus the gated constants."""

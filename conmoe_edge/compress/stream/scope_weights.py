@@ -137,6 +137,12 @@ class ScratchLayer:
         """Close the file."""
         self._reader.close()
 
+    def __enter__(self) -> ScratchLayer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class ScopeWeights:
     """The experts of a whole scope in the order (layer, expert), as ``weight_distance.py`` reads them."""
@@ -154,6 +160,10 @@ class ScopeWeights:
     def experts(self) -> int:
         """Experts in the scope."""
         return len(self._ids)
+
+    def layer(self, index: int) -> LayerWeights:
+        """Those of one layer."""
+        return self._layers[index]
 
     def matrices(self) -> tuple[str, ...]:
         """Names of the compared matrices."""

@@ -91,12 +91,12 @@ def test_methods_that_remove_experts(
 ) -> None:
     """Some close router slots, some add constants, some merge: the same fit twice, and nearer than without feedback."""
     for name in ("one", "two"):
-        found = fit(source, tmp_path / name, "q2", 0.25, method=method)
+        found = fit(source, tmp_path / name, "q2", 0.25, method=method, scope=1)
     for path in (tmp_path / "one").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    plain = fit(source, tmp_path / "plain", "source", 0.25, method=method)
+    plain = fit(source, tmp_path / "plain", "source", 0.25, method=method, scope=1)
     monkeypatch.setattr(few_bits, "FED_BACK", frozenset())
-    nearest = fit(source, tmp_path / "nearest", "q2", 0.25, method=method)
+    nearest = fit(source, tmp_path / "nearest", "q2", 0.25, method=method, scope=1)
     assert plain.slots == found.slots == nearest.slots
     assert kl(found) < kl(nearest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,12 @@ if TYPE_CHECKING:
 @misses_option
 @special_tokens_option
 @template_option
+@click.option(
+    "--json-schema",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Answer with JSON of the schema in FILE, and nothing else.",
+)
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -75,6 +82,7 @@ def chat(
     allow_special_tokens: bool,
     template: str | None,
     no_history: bool,
+    json_schema: Path | None,
     output: Output,
     **sampling: Any,
 ) -> None:
@@ -103,6 +111,7 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
+    schema = None if json_schema is None else _read_schema(json_schema)
     output.note(f"Loading {path_text(folder)} ...")
     from conmoe_edge.api.running import open_session
     from conmoe_edge.memory.garbage import settle
@@ -120,7 +129,10 @@ def chat(
         kv_precision=kv_precision,
     )
     settle()
-    drawn = SamplingSettings(**sampling)
+    grammar = None if schema is None else session.json_grammar(schema)
+    drawn = SamplingSettings(**sampling, grammar=grammar)
+    if output.stdout_is_terminal:
+        session.on_reasoning = lambda text: _show_reasoning(output, text)
     if question is None:
         _converse(session, folder, system, drawn, output, keep_history=not no_history)
     else:
@@ -148,6 +160,25 @@ def check_package(folder: Path) -> None:
         "it has no conmoe.json",
         "conmoe-edge fit MODEL --out DIR writes one",
     )
+
+
+def _read_schema(path: Path) -> Any:
+    """The JSON value in a file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"The schema in {path} cannot be read.",
+            getattr(error, "strerror", None) or str(error),
+            "a file with a JSON schema, as text in UTF-8",
+        ) from error
+
+
+def _show_reasoning(output: Output, text: str | None) -> None:
+    """Reasoning stands dimmed before the answer; ``None`` ends it."""
+    from conmoe_edge.cli.ui.text import without_controls
+
+    output.stream("\n\n" if text is None else f"\x1b[2m{without_controls(text)}\x1b[22m")
 
 
 def _piped() -> str | None:

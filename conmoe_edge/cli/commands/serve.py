@@ -52,6 +52,17 @@ _LARGEST_KEY_FILE = 4096
     "--name", metavar="NAME", help="Name of the model for clients.  [default: DIR's name]"
 )
 @click.option(
+    "--alias",
+    metavar="NAME",
+    multiple=True,
+    help="Another name of the model for clients; may be given several times.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse fields that are not known, and other models' names, which are else said in a header.",
+)
+@click.option(
     "--api-key-file",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -67,6 +78,12 @@ _LARGEST_KEY_FILE = 4096
     metavar="NAME",
     multiple=True,
     help="A name by which this server may be called, besides addresses and localhost.",
+)
+@click.option(
+    "--allow-origin",
+    metavar="ORIGIN",
+    multiple=True,
+    help="A site whose pages may use this server from a browser, https://site.example; * for all.",
 )
 @click.option(
     "--parallel",
@@ -173,6 +190,9 @@ def _settings(folder: Path, words: dict[str, Any]) -> Settings:
         api_key=_api_key(words["api_key"], words["api_key_file"]),
         allowed_hosts=tuple(words["allow_host"]),
         allow_special_tokens=words["allow_special_tokens"],
+        aliases=tuple(words["alias"]),
+        allowed_origins=tuple(words["allow_origin"]),
+        strict=words["strict"],
         limits=Limits(
             max_tokens=words["max_tokens"], queue=words["queue"], parallel=words["parallel"]
         ),

@@ -127,7 +127,8 @@ def serve(
     output: Output,
     **words: Any,
 ) -> None:
-    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions and /v1/models,
+    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models,
+    Anthropic's /v1/messages,
     /health, /metrics for Prometheus, and a page at / to talk to it.
 
     It listens on this machine only. An address that others can reach needs an API key. Ctrl-C lets

@@ -58,12 +58,16 @@ $(READY): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is older than 3.11; name a newer one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@echo "Setting up $(VENV), once. First torch, the largest part; pip shows its size and a bar."
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	@echo "Then the other packages, and conmoe-edge itself."
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
 demo: $(READY)
+	@echo "Fitting the model that comes along into $(DEMO_BUDGET): half a minute to two minutes."
 	$(BIN)/conmoe-edge fit demo --gpu $(DEMO_BUDGET) --device cpu --out $(DEMO_OUT) --overwrite --yes
+	@echo "Asking it something:"
 	$(BIN)/conmoe-edge chat $(DEMO_OUT) --gpu $(DEMO_BUDGET) --device cpu --prompt "$(DEMO_PROMPT)"
 
 # The workers are the parallelism, so each of them computes on one thread.

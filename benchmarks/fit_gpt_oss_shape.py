@@ -5,7 +5,7 @@
     python -m benchmarks.fit_gpt_oss_shape --model /data/gpt-oss-shape --gpu 8GB --out /data/gpt-oss-8 --limit 24GiB
 
 ``fit`` runs in a process of its own, on a cold page cache. ``--limit`` is enforced by a memory cgroup: page cache
-counts, there is no swap. The package stays, for ``gpt_oss_speed.py``. Results are written to ``results/``.
+counts, there is no swap. The package stays. Results are written to ``results/``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ dense and the routed bytes of a token:
 
 The first two need each other's result and are solved in turns. ``miss_seconds`` is not printed: it is what is left of
 the demo's token in a budget that does not hold all of it, over its misses. An idle machine and packages of the same
-model are the caller's business. Prints the constants and, with them, expected over measured.
+model are the caller's business. Prints the constants and, with them, expected over measured; of prompts
+what was expected with ``PROMPT_REACH`` (conmoe_edge/plan/prompt_speed.py), and by how much it was off.
 """
 
 from __future__ import annotations
@@ -131,6 +132,13 @@ def bench(folder: Path, arguments: argparse.Namespace) -> Run:
         f"{folder}: {1 / seconds:.2f} tokens/s, expected {value['expected']['tokens_per_second']:.2f}, "
         f"{decode['bound']['share_of_serial']:.0%} of the bound at {rate / 1e9:.1f} GB/s"
     )
+    expected, prefill = value["expected"], value["prefill"]
+    if expected["prompt_seconds"] is not None:
+        print(
+            f"    prompt of {value['settings']['prompt_tokens']} tokens: "
+            f"{prefill['tokens_per_second']['median']:.1f} tokens/s, {expected['prompt_seconds']:.2f} s expected, "
+            f"measured x{expected['prompt_measured_ratio']:.2f} of that speed"
+        )
     return Run(seconds, dense, moved["memory"] - dense, value["package"]["layers"], rate)
 
 

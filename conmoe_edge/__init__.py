@@ -38,6 +38,7 @@ from conmoe_edge.errors import (
     UsageError,
 )
 from conmoe_edge.integrations.register import watch_transformers
+from conmoe_edge.waiting_threads import bound_spinning
 
 del plan
 
@@ -74,6 +75,7 @@ __all__ = [
 
 _CALLS = ("bench", "doctor", "evaluate", "evaluate_tasks", "fit", "load", "models", "plan")
 
+bound_spinning()
 watch_transformers()
 
 

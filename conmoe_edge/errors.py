@@ -52,6 +52,10 @@ class ModelNotFound(CheckpointError):
     """Neither an alias, nor a folder, nor a model that the hub (or its local cache) knows."""
 
 
+class HubUnreachable(ModelNotFound):
+    """The hub does not answer, and what was asked for is not in its local cache."""
+
+
 class HubRefused(ConmoeError):
     """The hub did not take what was to be published: nobody is logged in, no right to write there, no connection."""
 
@@ -73,7 +77,7 @@ class OutputExists(ConmoeError):
 
 
 class InUse(ConmoeError):
-    """Another process works on the same output."""
+    """Another process works on the same output, or another answer goes on in the same conversation."""
 
 
 class NoSpace(ConmoeError):

@@ -3,6 +3,7 @@
 Routes come from a trace (``traces.py``), or are the model's own where the job has none. The session is driven by token
 numbers: its tokenizer is one that takes them as they are, so that no arm computes a token more or less than another.
 What chat does, this does: chunks of the prompt, the cache between steps, greedy sampling, the text stream, counters.
+What a step is fed is the text's token, in place of the one it chose: the embedding looks that one up.
 """
 
 from __future__ import annotations
@@ -65,9 +66,19 @@ class OurArm(Arm):
                 router = self.model.get_submodule(f"{path.rpartition('.')[0]}.gate")
                 router.register_forward_hook(self.routed(layer, self.replay))
         self.model.generation_config.eos_token_id = None
+        self.fed: int | None = None
+        self.lookups = 0
+        self.model.get_input_embeddings().register_forward_pre_hook(self.feed)
         self.session = ChatSession(self.model, Numbers(), allow_special_tokens=True)
         self.answer: Iterator[str] = iter(())
         self.before, self.steps = self.model.conmoe.stats(), 0
+
+    def feed(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The token of the text, where a step looks one up."""
+        if self.fed is None:
+            return args
+        self.lookups += 1
+        return (torch.full_like(args[0], self.fed), *args[1:])
 
     def routed(self, layer: int, replay: Routes) -> Callable[..., Any]:
         """Puts the trace's slots into what a router gives."""
@@ -82,6 +93,7 @@ class OurArm(Arm):
         if self.replay is not None:
             self.replay.rewind()
         self.session.forget()
+        self.fed = None
         content = " ".join(str(token) for token in tokens)
         room = self.session.context - len(tokens) - 1
         self.answer = self.session.reply(
@@ -92,16 +104,19 @@ class OurArm(Arm):
 
     def step(self, token: int) -> int:
         self.steps += 1
+        self.fed = token
         return int(next(self.answer))
 
     def mark(self) -> None:
-        self.before, self.steps = self.model.conmoe.stats(), 0
+        self.before, self.steps, self.lookups = self.model.conmoe.stats(), 0, 0
 
     def facts(self) -> dict[str, Any]:
         """The counters of the steps, and what the package is."""
         now, before = self.model.conmoe.stats(), self.before
         if self.replay is not None and not self.replay.calls:
             raise RuntimeError("the routes were not replayed: no router was asked")
+        if self.lookups < self.steps - 1:
+            raise RuntimeError("the text was not fed: the embedding was not asked for every step")
         hits, misses = now.hits - before.hits, now.misses - before.misses
         manifest = self.model.conmoe.manifest
         sizes = [manifest.layouts[one.layout].nbytes for one in manifest.prototypes]

@@ -14,6 +14,7 @@ from conmoe_edge.api.bench_report import BenchFacts
 from conmoe_edge.checkpoint.format.forms import SCALE
 from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.plan.kv_precision import with_kv
+from conmoe_edge.plan.prompt_speed import Arithmetic, PromptWork, expected_prompt, prompt_reads
 from conmoe_edge.plan.speed import distinct_share, expected_seconds, planned_step
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def gather(
     from conmoe_edge.offload.generation.benchmark import (
         byte_rate,
         byte_weights,
+        dense_kinds,
         dense_read_bytes,
         dense_weights,
         matrix_rate,
@@ -73,20 +75,37 @@ def gather(
     routed = {kind: total * nbytes for kind, nbytes in records.items()} or {"source": kept}
     replayed = replayed_hit_rate(manifest, stats.slots) if stats.resident_share < 1 else None
     pool = sum(manifest.layouts[one.layout].nbytes for one in manifest.prototypes)
+    offloaded = max(0, pool - stats.slot_bytes)
     step = planned_step(
         anatomy,
         budget,
         routed,
         hit_rate=stats.resident_share if replayed is None else replayed,
-        offloaded_bytes=max(0, pool - stats.slot_bytes),
+        offloaded_bytes=offloaded,
         dense=dense + cache,
+        dense_kinds=dense_kinds(model),
         requests=total,
     )
     seconds = expected_seconds(step, budget)
     inner, last = dense_weights(model)
     experts = sum(asked[index] * one.expert_numel for index, one in weights.items())
     bytes_rate = byte_rate(runtime.device)
-    in_bytes = byte_weights(model) + experts * byte_share(manifest) if bytes_rate else 0.0
+    dense_in_bytes = byte_weights(model) if bytes_rate else 0
+    experts_in_bytes = experts * byte_share(manifest) if bytes_rate else 0.0
+    in_bytes = dense_in_bytes + experts_in_bytes
+    floats_rate = matrix_rate(runtime.device)
+    disk, host = prompt_reads(anatomy, offloaded, prompt, runtime.prefill_chunk, budget)
+    work = PromptWork(
+        tokens=prompt,
+        layers=len(anatomy.layers),
+        hidden=anatomy.hidden_size,
+        dense_floats=2.0 * (prompt * (inner - dense_in_bytes) + last),
+        dense_bytes=2.0 * prompt * dense_in_bytes,
+        expert_floats=2.0 * prompt * (experts - experts_in_bytes),
+        expert_bytes=2.0 * prompt * experts_in_bytes,
+        from_disk=disk,
+        from_host=host,
+    )
     planned = planned_by(manifest)
     same = planned is not None and planned.budget.device_bytes == budget.device_bytes
     return BenchFacts(
@@ -115,10 +134,11 @@ def gather(
         prompt_flops=2.0 * (prompt * (inner + experts - in_bytes) + last),
         prompt_byte_operations=2.0 * prompt * in_bytes,
         byte_operations_per_second=bytes_rate,
-        flops_per_second=matrix_rate(runtime.device),
+        flops_per_second=floats_rate,
         layers=len(anatomy.layers),
         expected=None if seconds is None else 1.0 / seconds,
         planned=planned.chosen.tokens_per_second if planned is not None and same else None,
+        expected_prompt=expected_prompt(work, budget, Arithmetic(floats_rate, bytes_rate)),
     )
 
 

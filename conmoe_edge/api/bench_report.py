@@ -41,6 +41,7 @@ class BenchFacts:
         layers: decoder layers.
         expected: tokens a second by the speed model for this budget, ``None`` where it cannot say.
         planned: what the package's own plan said, for the budget that it was made for.
+        expected_prompt: seconds of a prompt by the speed model, ``None`` where it cannot say.
         fast_path: which way single tokens take, in one line; empty where that is not known.
         fast_path_json: the same in full.
     """
@@ -63,6 +64,7 @@ class BenchFacts:
     fast_path_json: Mapping[str, Any] | None = None
     prompt_byte_operations: float = 0.0
     byte_operations_per_second: float = 0.0
+    expected_prompt: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,12 @@ class BenchReport:
         expected = self.facts.expected
         return self.decode.tokens_per_second.median / expected if expected else None
 
+    @property
+    def prompt_ratio(self) -> float | None:
+        """Measured speed of a prompt over the expected one."""
+        expected, prefill = self.facts.expected_prompt, [one.prefill for one in self.rounds]
+        return expected / statistics.median(one.seconds for one in prefill) if expected else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: sizes in bytes, times in seconds, bandwidths in bytes a second."""
         facts, budget = self.facts, self.facts.budget
@@ -153,6 +161,8 @@ class BenchReport:
                 "tokens_per_second": facts.expected,
                 "measured_ratio": self.expected_ratio,
                 "planned_tokens_per_second": facts.planned,
+                "prompt_seconds": facts.expected_prompt,
+                "prompt_measured_ratio": self.prompt_ratio,
             },
             "rounds": [asdict(one) for one in self.rounds],
         }

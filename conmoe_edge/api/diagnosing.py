@@ -53,6 +53,7 @@ def findings(
     yield from package_findings()
     yield from gpu_findings(facts.gpu_problem)
     yield cpu_finding()
+    yield waiting_finding()
     yield memory_finding(facts)
     yield disk_finding(folder)
     if disk_speed:
@@ -150,6 +151,31 @@ def cpu_finding() -> Finding:
         else ", no bf16 instructions (bf16 is slower than it could be)"
     )
     return Finding("cpu", "ok" if extras else "info", text)
+
+
+def waiting_finding() -> Finding:
+    """Whether threads that wait for each other stay awake for long, which other busy programs make very slow."""
+    from conmoe_edge.waiting_threads import POLICY_VARIABLE, SPIN_VARIABLE, TURNS, how_threads_wait
+
+    how = how_threads_wait()
+    if not sys.platform.startswith("linux"):
+        return Finding("waiting", "info", "as torch's OpenMP does it; it is bounded on Linux only")
+    if how == "bounded":
+        return Finding("waiting", "ok", f"threads stay awake for {TURNS} turns at the most")
+    if how == "user":
+        said = ", ".join(
+            f"{name}={os.environ[name]}"
+            for name in (POLICY_VARIABLE, SPIN_VARIABLE)
+            if name in os.environ
+        )
+        return Finding("waiting", "info", f"threads wait as the environment says: {said}")
+    return Finding(
+        "waiting",
+        "warn",
+        "torch was imported before conmoe_edge, so threads stay awake for long: beside busy programs answers may "
+        "become many times slower",
+        f"import conmoe_edge before torch, or set {POLICY_VARIABLE}=PASSIVE",
+    )
 
 
 def _cpu_flags() -> set[str]:

@@ -14,6 +14,7 @@ from conmoe_edge.api.planning import (
     report_on,
     resolve_request,
     stays_whole,
+    with_export,
     with_fetching,
     with_other_parts,
     with_tokenizer,
@@ -142,6 +143,7 @@ def fit(
     folder = source.folder
     passes = passes or (2 if source.ranges is None or keep_source else 1)
     report = report_on(source.name, anatomy, asked, Path(out), source.identity)
+    report = with_export(report, asked, source.config)
     tried = tried_tokenizer(folder, source.gguf)
     report = with_tokenizer(report, tried)
     report = with_other_parts(report, source.beside, kept=keep_vision)
@@ -229,7 +231,8 @@ def fit(
         staged.commit()
         run.state.clock.add("verify", time.perf_counter() - started)
         written = sum(facts["size"] for facts in manifest.files.values())
-        _remember(source.identity["id"], report.plan, manifest, text.sha256)
+        if not asked.request.equal:  # how widths were forced is no part of what is kept
+            _remember(source.identity["id"], report.plan, manifest, text.sha256)
         return FitReport(
             staged.target,
             report,

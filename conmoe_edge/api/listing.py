@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conmoe_edge.checkpoint.sources.hub_cache import CachedModel, cached_models
 from conmoe_edge.checkpoint.sources.locate import aliases
 from conmoe_edge.checkpoint.sources.model_names import own_aliases, resolve
-from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.errors import ConmoeError, HubUnreachable, UsageError
 
 if TYPE_CHECKING:
     from conmoe_edge.api.planning import PlanReport
@@ -71,6 +71,7 @@ def models(
 
     Raises:
         UsageError: the budget is none, or nothing is to be asked of the hub.
+        HubUnreachable: a model is to be asked about, and the hub does not answer.
     """
     if online and budget is None:
         raise UsageError("--online has nothing to ask.", "", "--online --gpu SIZE")
@@ -105,8 +106,8 @@ def _planned(row: ModelRow, budget: str, online: bool) -> ModelRow:
 
     try:
         return replace(row, report=plan(row.name, budget=budget, offline=not online))
-    except UsageError:
-        raise  # about the budget, and so about every model
+    except (UsageError, HubUnreachable):
+        raise  # about the budget, or about the network, and so about every model
     except ConmoeError as error:
         return replace(row, problem=error)
 

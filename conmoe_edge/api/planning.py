@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from conmoe_edge.api.export_outlook import export_outlook
 from conmoe_edge.checkpoint.sources.locate import Description, describe
 from conmoe_edge.checkpoint.sources.source_scratch import Unit, unit_of
 from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
 from conmoe_edge.errors import CalibrationError, ConmoeError, UsageError
-from conmoe_edge.memory.bandwidth import Meter
+from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
@@ -23,6 +24,7 @@ from conmoe_edge.plan.fetching import Fetching, fetching_of
 from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
+from conmoe_edge.plan.prompt_speed import Arithmetic, PromptSpeed, planned_prompt
 from conmoe_edge.plan.request import Levers, PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 from conmoe_edge.plan.serving import request_for
@@ -44,8 +46,11 @@ class PlanReport:
         beside: the model's parts for pictures and sound, empty for a text model.
         keeps_vision: whether the package has them.
         fetching: what comes from the hub and how much disk that takes; ``None`` where the weights are on this disk.
-        outcomes: what earlier fits of this model on this machine cost, oldest first.
+        outcomes: what earlier fits of this model on this machine cost, oldest first; none where prototypes have to be
+            alike, for another engine say, as those fits say nothing about this one.
         engine: what will run the package, where it is not this project (``--for``).
+        prompt: how long a prompt should take; ``None`` where rates of the target are not known.
+        export_note: what cannot be had of the package in other engines; else empty.
     """
 
     source_name: str
@@ -61,14 +66,12 @@ class PlanReport:
     fetching: Fetching | None = None
     outcomes: tuple[Outcome, ...] = ()
     engine: str | None = None
+    prompt: PromptSpeed | None = None
+    export_note: str = ""
 
     @property
     def advice(self) -> str:
-        """What the outcomes say about the settings; empty where there are none, and where another engine runs the
-        package, for which precisions and scopes are no choice.
-        """
-        if self.engine is not None:
-            return ""
+        """What the outcomes say about the settings; empty where they say nothing better."""
         return advise(self.plan, self.outcomes, self.method)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +96,11 @@ class PlanReport:
             "tokenizer_fault": self.tokenizer_fault,
             "tokenizer_fix": self.tokenizer_fix,
             "other_parts": self.beside.to_json(kept=self.keeps_vision),
+            "export_note": self.export_note,
             "plan": plan_to_json(self.plan),
+            "prompt": None
+            if self.prompt is None
+            else {**asdict(self.prompt), "tokens_per_second": self.prompt.tokens_per_second},
             "fetching": None if self.fetching is None else asdict(self.fetching),
             "measured": [asdict(one) for one in self.outcomes],
             "advise": self.advice,
@@ -149,6 +156,7 @@ def plan(
     if found.index is not None:  # the weights are here, and so are the small files
         read_generation(found.path, count_in(config.get_text_config(), "vocab_size"))
     report = report_on(found.hub_id or found.name, anatomy, asked, Path(), _identity(found))
+    report = with_export(report, asked, config)
     report = with_tokenizer(report, tried_tokenizer(found.path, found.gguf))
     report = with_other_parts(report, source.beside, kept=keep_vision)
     if found.index is not None:
@@ -162,6 +170,16 @@ def with_tokenizer(report: PlanReport, tried: Any) -> PlanReport:
     if isinstance(tried, CalibrationError):
         return replace(report, tokenizer=False, tokenizer_fault=tried.why, tokenizer_fix=tried.fix)
     return replace(report, tokenizer=True)
+
+
+def with_export(report: PlanReport, asked: Resolved, config: Any) -> PlanReport:
+    """The report with what other engines can be given of the package.
+
+    Raises:
+        UnsupportedModel: as ``export_outlook``.
+    """
+    note = export_outlook(config, report.anatomy, report.plan, asked.method, asked.request.engine)
+    return replace(report, export_note=note)
 
 
 def with_other_parts(report: PlanReport, beside: OtherParts, *, kept: bool) -> PlanReport:
@@ -222,16 +240,42 @@ def report_on(
     fingerprint where it is known.
     """
     request = asked.request
-    budget = resolve_budget(request.budget, request.device, meter=Meter(folder))
+    meter = Meter(folder)
+    budget = resolve_budget(request.budget, request.device, meter=meter)
+    decided = make_plan(anatomy, budget, request, trims=asked.method.trims)
+    rates = None
+    if request.engine is None and budget.measured and budget.device == "cpu":
+        rates = arithmetic_here(meter)
     return PlanReport(
         source_name=name,
         anatomy=anatomy,
-        plan=make_plan(anatomy, budget, request, trims=asked.method.trims),
+        plan=decided,
+        prompt=None if rates is None else planned_prompt(anatomy, decided, rates),
         method=asked.method.name,
         method_note=asked.note,
-        outcomes=() if identity is None else recall(identity["id"]),
+        outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
         engine=request.engine,
     )
+
+
+def arithmetic_here(meter: Meter) -> Arithmetic | None:
+    """What this machine's processor computes: half a second, once a day. ``None`` before the operator was compiled, for
+    which a plan does not wait.
+    """
+    import torch
+
+    from conmoe_edge.offload.generation.benchmark import byte_rate, matrix_rate
+    from conmoe_edge.offload.kernels.cpu.build import Unavailable, is_built
+
+    cpu = torch.device("cpu")
+    try:
+        if not is_built():
+            return None
+        in_bytes = meter.figure(f"byte-operations-{threads()}", lambda: byte_rate(cpu))
+    except Unavailable:
+        in_bytes = 0.0
+    floats = meter.figure(f"flops-{threads()}", lambda: matrix_rate(cpu))
+    return None if floats is None else Arithmetic(floats, in_bytes or 0.0)
 
 
 def stays_whole(report: PlanReport, asked: Resolved) -> bool:

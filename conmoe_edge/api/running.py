@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,9 @@ def open_session(
     allow_special_tokens: bool = False,
     template: str | None = None,
     kv_precision: str | None = None,
+    prompt_cache: str | Path | None = None,
+    prompt_cache_bytes: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> ChatSession:
     """A package to talk to, or to measure: loaded as by ``load``, with its tokenizer.
 
@@ -77,13 +80,19 @@ def open_session(
         path, budget, device, context, cache_policy, misses, kv_precision: as for ``load``.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
         template: name of a chat template; by default the only one, or the one called ``default``.
+        prompt_cache: a folder for keys and values of prompts, which a later session of the same package begins with.
+            They are private: they say much of the text.
+        prompt_cache_bytes: most bytes of that folder, 2 GB unless it is said; what was not used for the longest time is
+            deleted.
+        tell: gets a line where a file in that folder is ignored; by default a ``PromptCacheWarning`` is given.
 
     Raises:
         PackageError, DoesNotFit: as ``load``.
         CalibrationError: it has no tokenizer.
-        UsageError: it has no such template.
+        UsageError: it has no such template, or others may write to ``prompt_cache``.
     """
     from conmoe_edge.offload.generation.named_templates import choose_template
+    from conmoe_edge.offload.generation.prompt_files import PromptFiles
     from conmoe_edge.offload.generation.session import ChatSession
 
     tokenizer = None
@@ -92,7 +101,14 @@ def open_session(
         choose_template(tokenizer, template)
     model = load(path, budget, device, context, cache_policy, misses, kv_precision)
     tokenizer = tokenizer or load_tokenizer(Path(path))
-    return ChatSession(model, tokenizer, context, allow_special_tokens=allow_special_tokens)
+    files = None
+    if prompt_cache is not None:
+        files = PromptFiles.of_model(
+            model, Path(prompt_cache), most_bytes=prompt_cache_bytes, tell=tell
+        )
+    return ChatSession(
+        model, tokenizer, context, allow_special_tokens=allow_special_tokens, files=files
+    )
 
 
 def evaluate_tasks(
@@ -108,7 +124,7 @@ def evaluate_tasks(
     kv_precision: str | None = None,
     bars: bool = True,
 ) -> TaskReport:
-    """Tasks of lm-eval on a package that runs inside its budget. Needs ``pip install 'conmoe-edge[eval]'``.
+    """Tasks of lm-eval on a package that runs inside its budget. Needs the extra ``eval``.
 
     Args:
         path: folder that ``fit`` wrote.

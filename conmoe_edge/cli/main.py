@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from conmoe_edge.cli.ui.cli_options import Settings, debug_wanted
 from conmoe_edge.cli.ui.error_text import describe
@@ -20,6 +21,7 @@ from conmoe_edge.cli.ui.json_stdout import one_run
 from conmoe_edge.cli.ui.lazy import LazyGroup
 
 _COMMANDS = {
+    "run": "conmoe_edge.cli.commands.run:run",
     "fit": "conmoe_edge.cli.commands.fit:fit",
     "chat": "conmoe_edge.cli.commands.chat:chat",
     "serve": "conmoe_edge.cli.commands.serve:serve",
@@ -27,6 +29,8 @@ _COMMANDS = {
     "bench": "conmoe_edge.cli.commands.bench:bench",
     "eval": "conmoe_edge.cli.commands.evaluate:evaluate",
     "inspect": "conmoe_edge.cli.commands.inspect:inspect",
+    "list": "conmoe_edge.cli.commands.list_kept:list_kept",
+    "rm": "conmoe_edge.cli.commands.remove:remove",
     "models": "conmoe_edge.cli.commands.models:models",
     "export": "conmoe_edge.cli.commands.export:export",
     "push": "conmoe_edge.cli.commands.push:push",
@@ -60,9 +64,27 @@ class Application(LazyGroup):
         with one_run():
             try:
                 status = super().main(words, name, complete_var, standalone_mode=False, **extra)
+            except NoArgsIsHelpError as bare:  # a group alone: its help is the answer, no error
+                click.echo(bare.format_message())
+                if not words:
+                    _first_step()
+                status = 0
             except (Exception, KeyboardInterrupt) as error:
                 _fail(error, words)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _first_step() -> None:
+    """What to do first, where nothing has been done yet."""
+    from conmoe_edge.api.shelf import kept
+    from conmoe_edge.errors import ConmoeError
+
+    try:
+        nothing = not any(one.kind == "package" for one in kept())
+    except ConmoeError:
+        return  # of the disk; doctor says it
+    if nothing:
+        click.echo("\nNothing is here yet. To begin, in a minute or two: conmoe-edge run demo")
 
 
 def _fail(error: BaseException, words: Sequence[str]) -> NoReturn:
@@ -112,6 +134,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 
     \b
     Start here (the model `demo` comes with the program, nothing is downloaded):
+      conmoe-edge run demo                            fit it into this machine, and talk to it
       conmoe-edge fit demo --gpu 562MB --device cpu   measure, plan, consolidate, write ./out
       conmoe-edge chat ./out                          talk to it inside that budget
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import gguf
 import torch
 
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED
 from conmoe_edge.checkpoint.fs.atomic_files import finish, temporary_name
 from conmoe_edge.checkpoint.fs.disk import disk_errors, require_space
 from conmoe_edge.checkpoint.package.opened_package import OpenedPackage, open_package
@@ -90,10 +91,11 @@ def export_gguf(
     """
     tell = progress or (lambda step: None)
     _check_target(out, overwrite)
-    python = None if quantisation is None else find_llama(quantisation.python)
     opened = open_package(package)
     with open_plain(opened) as plain, disk_errors(out):
         export = _Export(opened, plain, _dtype(outtype, plain), pre_tokenizer, tell)
+        # Nobody is sent after llama.cpp's library for a package that cannot be written at all.
+        python = None if quantisation is None else find_llama(quantisation.python)
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_name(out) as part:
             if quantisation is None or python is None:
@@ -144,7 +146,8 @@ class _Export:
         self.notes: list[str] = []
         self._name = str(opened.manifest.source.get("name") or opened.folder.name)
         self._dtype = dtype
-        self._architecture = architecture_of(config)
+        plain_already = opened.manifest.method == UNCHANGED
+        self._architecture = architecture_of(config, plain=plain_already)
         self._tensors = GgufTensors(self._architecture, config, dtype)
         size = config.vocab_size
         ends = read_generation(opened.folder, size).eos_token_id

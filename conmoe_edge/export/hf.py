@@ -33,6 +33,7 @@ from conmoe_edge.checkpoint.tensors.tensor_writer import TensorSource, write_ten
 from conmoe_edge.compress.run.job import Progress
 from conmoe_edge.errors import OutputExists, UnsupportedModel
 from conmoe_edge.export.beside_text import tensors_beside
+from conmoe_edge.export.llama.architectures import ARCHITECTURES
 from conmoe_edge.export.plain_tensors import PlainTensors, open_plain, plain_config
 from conmoe_edge.model.config_json import read_to_write
 
@@ -80,7 +81,7 @@ def export_hf(
         raise UnsupportedModel(
             f"{package} is a plain checkpoint already.",
             "the model fitted as it was, and nothing was changed",
-            f"use it as it is; for GGUF: conmoe-edge export {package} FILE.gguf --format gguf",
+            _as_it_is(package),
         )
     beside = tensors_beside(opened, plain_config(package))
     with open_plain(opened, kept) as plain, ShardReader(opened.index) as reader:
@@ -99,6 +100,13 @@ def export_hf(
         decided = plain.decided
     experts = len(next(iter(decided.kept.values())))
     return Exported(out, decided.kind, experts, decided.width, nbytes, decided.notes)
+
+
+def _as_it_is(package: Path) -> str:
+    """What to do with the package of a model that was not changed."""
+    if plain_config(package).model_type not in ARCHITECTURES:
+        return "use the folder as it is"
+    return f"use it as it is; for GGUF: conmoe-edge export {package} FILE.gguf --format gguf"
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -21,7 +21,9 @@ from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.model.anatomy import narrowed_shape
 from conmoe_edge.model.experts import part_names
 
-_RUN = "conmoe-edge chat DIR and conmoe-edge serve DIR run the package as it is"
+_RUN = (
+    "conmoe-edge chat DIR, conmoe-edge serve DIR and vLLM with the plugin run the package as it is"
+)
 
 
 def check_slots(manifest: Manifest, experts: Mapping[int, nn.Module]) -> None:
@@ -38,13 +40,13 @@ def check_slots(manifest: Manifest, experts: Mapping[int, nn.Module]) -> None:
             raise UnsupportedModel(
                 f"{count} router slots of layer {layer} add a constant, which a plain checkpoint cannot say.",
                 "this model's experts have no bias at their output",
-                f"{_RUN}; --method conmoe makes packages without constants",
+                f"conmoe-edge fit MODEL --for hf makes a package that exports; {_RUN}",
             )
         if any(slot.scale != 1.0 for slot in row) and module.has_post_expert_norm:
             raise UnsupportedModel(
                 f"Router slots of layer {layer} scale a prototype, which a plain checkpoint cannot say.",
                 "this model normalises what an expert gives, so a scale inside it is lost",
-                f"{_RUN}; --method conmoe makes packages without scales",
+                f"conmoe-edge fit MODEL --for hf makes a package that exports; {_RUN}",
             )
 
 

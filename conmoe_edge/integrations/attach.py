@@ -3,7 +3,7 @@
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for weights in fewer bits. ``finish_loading`` runs when the dense weights are where they
 stay: dense products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache,
-fast path.
+fast path, one thread at a time.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -32,6 +32,7 @@ from conmoe_edge.integrations.dense_weights import (
 )
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
+from conmoe_edge.integrations.no_copies import refuse_copies
 from conmoe_edge.integrations.package_match import check_choice, check_layers, check_selection
 from conmoe_edge.model.bridge import targets_of
 from conmoe_edge.model.experts import find_experts, part_names
@@ -47,6 +48,7 @@ from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import check_context, guard_context
 from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.generation.long_forward import run_in_chunks
+from conmoe_edge.offload.generation.one_at_a_time import take_turns
 from conmoe_edge.offload.residency.prefetch import read_maps
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.offload.simulate.machine_file import with_machine_file
@@ -168,6 +170,8 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context, memory.kv_precision)
+    take_turns(model)
+    refuse_copies(model, loading.folder)
 
 
 def attach_unchanged(

@@ -1,6 +1,6 @@
 """A loaded package under lm-eval, the field's own harness.
 
-lm-eval is an extra (``pip install 'conmoe-edge[eval]'``) and takes long to import, so it is imported
+lm-eval is an extra (``eval``) and takes long to import, so it is imported
 when tasks are run and not before. The model object goes in as it is, with its runtime and its
 budget, one sequence at a time. What lm-eval itself takes comes on top: its libraries (about 130 MiB
 of RAM), the scores of one sequence over the vocabulary, in fp32 twice, and the data of its tasks.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.extras import install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def require_harness() -> None:
         raise UsageError(
             "Tasks need lm-eval, which is not installed.",
             "it is an extra of conmoe-edge",
-            "pip install 'conmoe-edge[eval]'",
+            install_command("eval"),
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, Manifest
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, USUAL_CHUNK, Manifest
 from conmoe_edge.errors import DoesNotFit, PackageError
 from conmoe_edge.integrations.load_options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
@@ -119,14 +119,14 @@ def chunk_of(manifest: Manifest) -> int:
     """Tokens of a prompt that go through the model at a time: a constant of the package, whatever the budget.
 
     Packages from before the manifest named it have it in their plan, also where this version reads the rest of that
-    no more; without a plan it is the most that a plan takes.
+    no more; without a plan it is the most that plans took then.
     """
     if manifest.prefill_chunk is not None:
         return manifest.prefill_chunk
     planned = manifest.plan.get("prefill_chunk")
     if isinstance(planned, int) and 1 <= planned <= MAX_CHUNK:
         return planned
-    return MAX_CHUNK
+    return USUAL_CHUNK
 
 
 def planned_by(manifest: Manifest) -> Plan | None:

@@ -61,7 +61,7 @@ class Meter:
 
     def memory(self) -> float | None:
         """Bytes a second of the RAM."""
-        return self._figure(f"memory-{threads()}", memory_bandwidth)
+        return self.figure(f"memory-{threads()}", memory_bandwidth)
 
     def disk(self) -> float | None:
         """Bytes a second of the disk, in reads of ``block`` bytes."""
@@ -70,9 +70,10 @@ class Meter:
         except OSError:
             return None
         name = f"disk-{device}-{self._block}"
-        return self._figure(name, lambda: disk_bandwidth(self._folder, self._block))
+        return self.figure(name, lambda: disk_bandwidth(self._folder, self._block))
 
-    def _figure(self, name: str, measure: Callable[[], float | None]) -> float | None:
+    def figure(self, name: str, measure: Callable[[], float | None]) -> float | None:
+        """Another one, known under ``name`` and kept like these."""
         if name not in self._known:
             found = None if self._fresh else _recall(name)
             if found is None:

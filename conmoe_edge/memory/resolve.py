@@ -56,7 +56,7 @@ def resolve_budget(
         return _with_rates(_from_size(word, size, device, known), known, meter)
     if _NUMBER.fullmatch(word):
         raise UsageError(
-            f"--gpu {word} has no unit.",
+            f"{word} what? --gpu {word} has no unit.",
             "it might mean bytes, GB or GiB",
             f"--gpu {word}GB (decimal) or --gpu {word}GiB (binary)",
         )

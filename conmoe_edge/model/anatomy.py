@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from conmoe_edge.checkpoint.format.forms import DOWN, Grid
 from conmoe_edge.checkpoint.format.layout import neurons
-from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
+from conmoe_edge.checkpoint.format.manifest import USUAL_CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,10 @@ class DenseMatrix:
     at_an_end: bool = False
 
 
-WINDOW_AHEAD = MAX_CHUNK
+WINDOW_AHEAD = USUAL_CHUNK
 """Tokens that a layer with a window may hold beside the window: a prompt's last chunk until the next token comes, then
-room for the tokens that follow (``offload/fastpath/window_cache.py``).
+room for the tokens that follow (``offload/fastpath/window_cache.py``). What a longer chunk has beyond them is counted
+with its other workspace (``plan/needs.py``).
 """
 
 
@@ -154,10 +155,14 @@ class KVLayer:
         """Tokens that it has memory for at ``tokens`` tokens of context."""
         return tokens if self.window is None else min(tokens, self.window + WINDOW_AHEAD)
 
+    @property
+    def each(self) -> int:
+        """Bytes of a token as it is kept."""
+        return self.packed if self.in_int8 and self.packed is not None else self.per_token
+
     def nbytes(self, tokens: int) -> int:
         """Bytes at ``tokens`` tokens of context."""
-        each = self.packed if self.in_int8 and self.packed is not None else self.per_token
-        return self.constant + each * self.held(tokens)
+        return self.constant + self.each * self.held(tokens)
 
     def expanded(self, tokens: int) -> int:
         """Bytes of all that in the model's own format, as attention of many tokens is given it."""
@@ -180,6 +185,8 @@ class ModelAnatomy:
         dense_matrices: what ``--dense-precision`` may store in fewer bits; part of the dense bytes.
         dense_precision: how they are stored (``plan/dense_precision.py`` makes the anatomy for another one than
         ``source``).
+        score_heads: heads whose scores are held, where transformers has no fused attention for the class; else 0.
+        score_rows: of how many tokens of a forward, at once; 0 for all of them.
     """
 
     model_type: str
@@ -195,6 +202,8 @@ class ModelAnatomy:
     dense_precision: str = "source"
     source_form: str = "plain"
     kv_precision: str = "source"
+    score_heads: int = 0
+    score_rows: int = 0
 
     @property
     def moe_layers(self) -> tuple[LayerAnatomy, ...]:

@@ -20,13 +20,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from conmoe_edge.model.all_finite import all_finite
+from conmoe_edge.model.blocked_attention import attend_in_blocks
 
 FUSED, CHECKED = "sdpa", "conmoe_checked_sdpa"
 
 
 def check_attention(model: PreTrainedModel) -> bool:
-    """Let ``model`` attend through ``checked_attention`` where it would through torch's; whether it will."""
-    return attend_through(model, CHECKED, checked_attention)
+    """Let ``model`` attend through ``checked_attention`` where it would through torch's, and some queries at a time
+    where that is not fused; whether it will.
+    """
+    return attend_through(model, CHECKED, checked_attention) or attend_in_blocks(model)
 
 
 def attend_through(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> bool:

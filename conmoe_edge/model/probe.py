@@ -36,6 +36,7 @@ from conmoe_edge.model.anatomy import (
     LayerAnatomy,
     ModelAnatomy,
 )
+from conmoe_edge.model.blocked_attention import QUERIES, blocked
 from conmoe_edge.model.config_json import WRONG
 from conmoe_edge.model.experts import Decoder, find_decoder, part_names
 from conmoe_edge.model.kv_rows import row_bytes
@@ -200,6 +201,8 @@ def _assemble(
             for key, shape in quantisable_weights(model, targets, decoder).items()
         ),
         source_form="+".join(sorted({one.form for one in facts.values()} - {"plain"})) or "plain",
+        score_heads=0 if type(model)._supports_sdpa else count_in(text, "num_attention_heads"),
+        score_rows=QUERIES if blocked(type(model)) else 0,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import USUAL_CHUNK, Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
@@ -155,7 +155,7 @@ class Runtime:
         self._process = psutil.Process()
         self.closed = False
         self._filled = False  # whether there are slots to compute with
-        self.cache_bytes, self.kv_precision = cache_bytes, kv_precision
+        self.cache_bytes, self.kv_precision, self.misses = cache_bytes, kv_precision, misses
         self._handles = tuple(handles)
         self._before = (0,) * 5  # ``_counts`` of residencies that were given up
         self._slots = tuple(slots)
@@ -172,7 +172,8 @@ class Runtime:
                     for i, layout in enumerate(manifest.layouts)
                 ],
             )
-            self._lending.allow(prefill_chunk)
+            # What a prompt needs beyond that is given back when it comes: most are shorter than the longest chunk.
+            self._lending.allow(min(prefill_chunk, USUAL_CHUNK))
         everything = sum(
             manifest.layouts[entry.layout].nbytes for entry in manifest.prototypes
         ) <= sum(n * layout.nbytes for n, layout in zip(self._slots, manifest.layouts, strict=True))

@@ -1,9 +1,9 @@
 """What is known of a model's settings from earlier fits, beside the plan's candidates. Arithmetic only.
 
 The plan's order (fewer bits before fewer experts) is a rule, measured on one small model
-(docs/auto.md). Where fits of *this* model have left receipts, they say more: ``advise`` names the
-settings on the frontier, those that no other measured one beats in both bytes and loss. It proposes
-nothing that was not measured, and it changes no plan.
+(docs/auto.md). Where fits of *this* model have left receipts, they say more: ``advise`` names a setting that
+fits and lost less than the chosen one did. It proposes nothing that was not measured, says nothing where it has
+nothing better, and changes no plan.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from conmoe_edge.memory.outcomes import Outcome
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import percent
-from conmoe_edge.units import human_size
 
 _SAME_BITS = 0.02
+_NOISE = 0.002
+"""To which the rise of the loss is known on the receipt's text (docs/auto.md)."""
 
 
 def measured(
@@ -43,58 +44,34 @@ def measured(
     return None
 
 
-def frontier(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
-    """The outcomes that no other beats in bytes and loss, the most bytes first; of equals the newest.
-
-    Only those measured on the same text as the newest one can be compared, and are.
-    """
-    if not outcomes:
-        return ()
-    alike = [
-        one
-        for one in outcomes
-        if (one.calibration, *_formats(one)) == (outcomes[-1].calibration, *_formats(outcomes[-1]))
-    ]
-    found: list[Outcome] = []
-    for number, one in enumerate(alike):
-        beaten = any(
-            (other.pool_bytes, other.loss_rise) != (one.pool_bytes, one.loss_rise)
-            and other.pool_bytes <= one.pool_bytes
-            and other.loss_rise <= one.loss_rise
-            for other in alike
-        )
-        again = any(
-            (other.pool_bytes, other.loss_rise) == (one.pool_bytes, one.loss_rise)
-            for other in alike[number + 1 :]
-        )
-        if not beaten and not again:
-            found.append(one)
-    return tuple(sorted(found, key=lambda one: -one.pool_bytes))
-
-
 def _formats(one: Outcome | Plan) -> tuple[str, str]:
     return one.dense_precision, one.kv_precision
 
 
 def advise(plan: Plan, outcomes: Sequence[Outcome], method: str) -> str:
-    """One or two sentences from what was measured; empty where nothing was."""
-    best = frontier(outcomes)
-    if not best:
+    """A setting that cost less and fits as well, where there is one; empty otherwise, and where the chosen setting has
+    not been measured, or the model stays as it is.
+    """
+    if plan.unchanged:
         return ""
-    named = ", ".join(f"{setting(one)} ({human_size(one.pool_bytes)}, {cost(one)})" for one in best)
-    text = f"Measured on this model so far, nothing does better for its bytes than: {named}."
     chosen = measured(plan.chosen, plan, outcomes, method)
+    if chosen is None:
+        return ""
     room = max(plan.left_for_prototypes, plan.chosen.resident_bytes)
-    inside = [one for one in best if one.pool_bytes <= room]
-    if chosen is None or not inside:
-        return text
-    least = min(inside, key=lambda one: one.loss_rise)
-    if least.loss_rise < chosen.loss_rise and least != chosen:
-        text += (
-            f" {setting(least)} also fits and cost less than this plan ({cost(chosen)}): "
-            f"{flags(least)}."
-        )
-    return text
+    better = [
+        one
+        for one in outcomes
+        if (one.calibration, *_formats(one)) == (chosen.calibration, *_formats(chosen))
+        and one.pool_bytes <= room
+        and one.loss_rise < chosen.loss_rise - _NOISE
+    ]
+    if not better:
+        return ""
+    best = min(better, key=lambda one: one.loss_rise)
+    return (
+        f"{setting(best)} fits as well, and cost less on this model: {cost(best)}, this plan {cost(chosen)}. "
+        f"Take it with {flags(best)}."
+    )
 
 
 def setting(one: Outcome) -> str:

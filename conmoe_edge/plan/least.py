@@ -67,6 +67,17 @@ def _with_int8(
     return f" so; with --dense-precision int8 it is --gpu {least_size(smaller)}"
 
 
+def least_bytes(fits: Callable[[int], bool], start: int) -> int:
+    """The fewest bytes that do, looked for from ``start`` on upwards; more never do less."""
+    low = high = max(1, start)
+    while not fits(high):
+        low, high = high, high * 2
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
+
+
 def least_size(count: int) -> str:
     """``count`` bytes, rounded up to three decimal digits: what can be typed after ``--gpu``."""
     unit, name = (10**9, "GB") if count > 999 * 10**6 else (10**6, "MB")

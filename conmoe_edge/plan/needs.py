@@ -13,6 +13,9 @@ KV cache                  ``ModelAnatomy.kv_bytes(N)``
 Workspace                 hidden states, attention projections   10·T·H·b
                           routed rows through the experts        T·k·(2I + I + H)·b
                           router probabilities                   3·T·E·4
+                          attention that is not fused            3·heads·T·N·b, of 64 tokens
+                                                                 where it goes by blocks
+                          windows, of more than 512 tokens       (T - 512)·bytes of a token
                           growing one layer's cache copies it,
                        or expands it from 8 bits              its bytes at N, in b
                           grouped-query heads are repeated       4·N·H·b, if cached narrower
@@ -26,6 +29,9 @@ Transfer buffers          two records: one arrives while the other is used
 The float32 expert is there because CPUs without native bfloat16 arithmetic multiply a whole chunk
 several times faster after widening the weights. The repeated heads count where a layer caches less
 than 2·H·b a token; they bound ``heads * head_dim`` by 2·H, as wide as known models have it.
+Where transformers has no fused attention for a class, scores, scores beside its sinks and their softmax
+are there at once. A layer with a window holds all tokens of a chunk until the next one comes; 512 of
+them are counted with the cache.
 """
 
 from __future__ import annotations
@@ -33,9 +39,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, USUAL_CHUNK
 from conmoe_edge.memory.budget import DeviceKind
-from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.model.anatomy import WINDOW_AHEAD, ExpertsAnatomy, KVLayer, ModelAnatomy
 from conmoe_edge.plan.plan import Term
 from conmoe_edge.units import MIB
 
@@ -63,6 +69,7 @@ class Needs:
         runtime, dense, constants, cache: the terms that are the same for all records and chunks.
         chunk_bytes: workspace of one token of a chunk.
         base_bytes: workspace beside that.
+        windows: of each layer with a window, and of the largest copy of one, the window and the bytes of a token.
     """
 
     context: int
@@ -73,10 +80,19 @@ class Needs:
     chunk_bytes: int
     base_bytes: int
     constants: tuple[Term, ...] = ()
+    windows: tuple[tuple[int, int], ...] = ()
 
     def workspace(self, chunk: int) -> int:
         """The most that one forward of ``chunk`` tokens holds at once beyond weights and cache: the table above."""
-        return chunk * self.chunk_bytes + self.base_bytes
+        return chunk * self.chunk_bytes + self.base_bytes + self._beyond_windows(chunk)
+
+    def _beyond_windows(self, chunk: int) -> int:
+        """What layers with a window hold of a chunk that is longer than their term of the cache counts."""
+
+        def held(window: int, tokens: int) -> int:
+            return min(self.context, window + max(tokens, WINDOW_AHEAD))
+
+        return sum(each * (held(one, chunk) - held(one, 0)) for one, each in self.windows)
 
     @property
     def smallest(self) -> int:
@@ -85,12 +101,19 @@ class Needs:
 
     @property
     def largest(self) -> int:
-        """Workspace of the largest chunk."""
+        """Workspace of the largest chunk where every prototype is resident."""
+        return self.workspace(min(USUAL_CHUNK, self.context))
+
+    @property
+    def longest(self) -> int:
+        """Workspace of the largest chunk where some are not."""
         return self.workspace(min(MAX_CHUNK, self.context))
 
-    def largest_chunk(self, workspace: int) -> int:
-        """The most tokens, in steps of the smallest chunk, whose workspace is inside ``workspace`` bytes."""
-        for chunk in range(MAX_CHUNK, 0, -MIN_CHUNK):
+    def largest_chunk(self, workspace: int, most: int = USUAL_CHUNK) -> int:
+        """The most tokens, up to ``most`` in steps of the smallest chunk, whose workspace is inside ``workspace``
+        bytes.
+        """
+        for chunk in range(most, 0, -MIN_CHUNK):
             if chunk <= self.context and self.workspace(chunk) <= workspace:
                 return chunk
         return min(MIN_CHUNK, self.context)
@@ -120,7 +143,12 @@ def needs_of(
     experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]
     routed = max(one.top_k * (_inner_widths(one, hidden) + hidden) for one in experts)
     router = max(one.count for one in experts) * 3 * 4
-    base = _attention_bytes(anatomy, context, size) + anatomy.vocab_size * (4 + size)
+    scores = 3 * anatomy.score_heads * context * size
+    base = (
+        anatomy.score_rows * scores
+        + _attention_bytes(anatomy, context, size)
+        + anatomy.vocab_size * (4 + size)
+    )
     if device == "cpu":
         base += 4 * max(one.expert_numel for one in experts)
     if size == 2 or anatomy.dense_precision != "source":
@@ -133,9 +161,14 @@ def needs_of(
         cache=Term(
             f"KV cache ({context:,} tokens)", anatomy.kv_bytes(context), _cache_note(anatomy)
         ),
-        chunk_bytes=10 * hidden * size + routed * size + router + 4 * context,
+        chunk_bytes=10 * hidden * size
+        + routed * size
+        + router
+        + 4 * context
+        + (0 if anatomy.score_rows else scores),
         base_bytes=base,
         constants=(Term("Slot constants", constants, "what slots add"),) if constants else (),
+        windows=_windows(anatomy, size),
     )
 
 
@@ -158,15 +191,30 @@ def _cache_note(anatomy: ModelAnatomy) -> str:
 
 def _attention_bytes(anatomy: ModelAnatomy, context: int, size: int) -> int:
     """The largest copy that one layer makes of its keys and values."""
-    most = 0
+    return max(
+        (
+            layer.expanded(context) + layer.held(context) * _repeated(anatomy, layer, size)
+            for layer in anatomy.kv
+            if layer.per_token
+        ),
+        default=0,
+    )
+
+
+def _repeated(anatomy: ModelAnatomy, layer: KVLayer, size: int) -> int:
+    """Bytes of a cached token whose heads are repeated."""
+    wide = anatomy.hidden_size * size
+    return 4 * wide if layer.per_token < 2 * wide else 0
+
+
+def _windows(anatomy: ModelAnatomy, size: int) -> tuple[tuple[int, int], ...]:
+    """See ``Needs.windows``."""
+    found, copies = [], []
     for layer in anatomy.kv:
-        if layer.per_token == 0:
-            continue
-        copied = layer.expanded(context)
-        repeated = 4 * layer.held(context) * anatomy.hidden_size * size
-        grouped = layer.per_token < 2 * anatomy.hidden_size * size
-        most = max(most, copied + repeated if grouped else copied)
-    return most
+        if layer.window is not None and layer.per_token:
+            found.append((layer.window, layer.each))
+            copies.append((layer.window, layer.per_token + _repeated(anatomy, layer, size)))
+    return (*found, *sorted(copies)[-1:])
 
 
 def _inner_widths(experts: ExpertsAnatomy, hidden: int) -> int:

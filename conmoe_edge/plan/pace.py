@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.dense_precision import read_by_kind
 from conmoe_edge.plan.speed import (
     REACH,
     decode_bound,
-    dense_read_bytes,
+    dense_share,
     kernel_share,
     planned_step,
 )
@@ -55,7 +56,6 @@ def pace(
     if not budget.device_bandwidth:
         return None
     reach = REACH[budget.device]
-    plain = reach.kernels["source"]
     compute, read = [], []
     for kind, nbytes in records:
         step = planned_step(
@@ -66,8 +66,10 @@ def pace(
             return None
         compute.append(nbytes / (kernel_share(reach.kernels, kind) * budget.device_bandwidth))
         read.append(bound.below)
-    dense_rate = plain * budget.device_bandwidth
-    outside = dense_read_bytes(anatomy) - sum(layer.dense_bytes for layer in anatomy.layers)
+    kinds = read_by_kind(anatomy)
+    dense = sum(kinds.values())
+    dense_rate = dense_share(reach.kernels, dense, kinds) * budget.device_bandwidth
+    outside = dense - sum(layer.dense_bytes for layer in anatomy.layers)
     waiting = outside / dense_rate
     before = []
     for layer in anatomy.layers:

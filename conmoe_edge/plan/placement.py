@@ -7,7 +7,9 @@
     slots = (left - workspace) / record
 
 A larger chunk reads every offloaded prototype fewer times during prefill, so it is worth some
-slots; it is never worth removing experts. Written like this, more memory never means fewer slots.
+slots; it is never worth removing experts. Where some stay offloaded the workspace may be a sixteenth of
+what is left, for chunks beyond the usual ones, but not larger by more than a thirty-second of what is
+offloaded. Written like this, more memory never means fewer slots.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, USUAL_CHUNK
 from conmoe_edge.plan.needs import Needs
 from conmoe_edge.plan.plan import Term
 
 _WORKSPACE_DIVISOR = 8
+_LONG_DIVISOR, _OFFLOADED_DIVISOR = 16, 32
+"""For chunks beyond the usual ones: a prompt reads what is offloaded once a chunk, but each token of an answer pays for
+the slots that they cost, with a thirty-second more misses at the most.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +73,16 @@ def place(
 
     wanted = max(floor, wanted_slots(prototypes, wanted_share))
     workspace = _workspace(needs, left)
+    longest = USUAL_CHUNK
     for slots in (prototypes, wanted, floor):
         spare = left - nbytes(slots)
+        if slots < prototypes:
+            workspace = max(workspace, _long_workspace(needs, left, pool_bytes))
+            longest = MAX_CHUNK
         if spare >= needs.smallest:
             workspace = min(workspace, spare)
             break
-    chunk = needs.largest_chunk(workspace)
+    chunk = needs.largest_chunk(workspace, longest)
     remaining = left - workspace
     return Placement(
         terms=needs.terms(record_bytes, workspace, chunk),
@@ -93,6 +104,13 @@ def room_beside_workspace(needs: Needs, device_bytes: int, record_bytes: int) ->
 
 def _workspace(needs: Needs, left: int) -> int:
     return min(max(left // _WORKSPACE_DIVISOR, needs.smallest), needs.largest)
+
+
+def _long_workspace(needs: Needs, left: int, pool_bytes: int) -> int:
+    """What chunks beyond the usual ones may have, where not all of ``pool_bytes`` find room."""
+    usual = _workspace(needs, left)
+    offloaded = max(0, pool_bytes - (left - usual))
+    return min(left // _LONG_DIVISOR, needs.longest, usual + offloaded // _OFFLOADED_DIVISOR)
 
 
 def wanted_slots(prototypes: int, share: float) -> int:

@@ -18,7 +18,7 @@ from conmoe_edge.errors import DoesNotFit, UnsupportedModel
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.gguf_sizes import SMALLEST_BLOCK, gguf_sizes, step_of
-from conmoe_edge.plan.least import least_size
+from conmoe_edge.plan.least import least_bytes, least_size
 from conmoe_edge.plan.levers import record_bytes
 from conmoe_edge.plan.needs import needs_of
 from conmoe_edge.plan.placement import Placement, place
@@ -82,12 +82,7 @@ def _does_not_fit(
         given = replace(budget, device_bytes=nbytes)
         return _counted(anatomy, given, context, request, width, whole)[0].verdict == "fits"
 
-    low = high = max(1, budget.device_bytes)
-    while not fits(high):
-        low, high = high, high * 2
-    while low < high:  # more memory never means fewer slots
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    high = least_bytes(fits, budget.device_bytes)
     return DoesNotFit(
         f"{anatomy.architecture} does not fit in {budget.asked} with every expert kept.",
         f"with {width} of {whole} neurons in each it needs {human_size(high)}",

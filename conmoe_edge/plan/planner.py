@@ -23,6 +23,7 @@ from dataclasses import replace
 from conmoe_edge.errors import UnsupportedModel
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.all_resident import not_all_resident
 from conmoe_edge.plan.bits_ladder import fast_enough, free_options, ladder
 from conmoe_edge.plan.candidate import Option, count_option
 from conmoe_edge.plan.dense_precision import stored
@@ -35,7 +36,7 @@ from conmoe_edge.plan.plain_widths import choose_width
 from conmoe_edge.plan.plan import Candidate, Plan
 from conmoe_edge.plan.reasons import explain, is_unchanged
 from conmoe_edge.plan.request import DEFAULT_CONTEXT, PlanRequest, check_positions
-from conmoe_edge.plan.serving import PLAIN
+from conmoe_edge.plan.serving import PLAIN, WHOLE
 from conmoe_edge.plan.unasked_formats import choose_formats
 
 _BEFORE_FREE = ("source", "mxfp4", "bf16", "int8")
@@ -132,7 +133,11 @@ def _choose_levers(
         ]
         if chooses:
             options = ladder(anatomy, budget, tokens, request, options)
+    if request.engine in WHOLE:
+        options = [replace(one, allowed=one.allowed and one.meets) for one in options]
     chosen = _choose(options)
+    if chosen is None and request.engine in WHOLE:
+        raise not_all_resident(anatomy, budget, tokens, request, trims=trims)
     if chosen is None:
         allowed = [option.candidate for option in options if option.allowed]
         raise does_not_fit(anatomy, budget, tokens, allowed)

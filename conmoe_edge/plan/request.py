@@ -109,7 +109,7 @@ class PlanRequest:
             Its name is checked where the methods are (``compress/methods/resolve_method.py``).
         widths: ``equal`` gives every prototype of a method that trims (``auto``) the same number of neurons.
         calibration_tokens: tokens of text to calibrate on; by default 64 sequences of 512.
-        engine: what reads the plain checkpoint that is made of the package, one of ``serving.PLAIN`` (``--for``).
+        engine: what runs the package or the plain checkpoint of it, one of ``serving.ENGINES`` (``--for``).
         quantise: with ``gguf``, the type that the file will have, one of ``gguf_types.FILE_TYPES``: the budget is the
             file's then, and experts are narrowed by whole blocks of the type.
 

@@ -18,6 +18,9 @@ from conmoe_edge.plan.request import PlanRequest
 ENGINES = ("vllm", "hf", "gguf")
 PLAIN = ("hf", "gguf")
 """Those that read plain checkpoints: every expert kept, one width for all (``plan/plain_widths.py``)."""
+WHOLE = ("vllm",)
+"""Those that read packages and hold every prototype on the device, so that one that does not fit is no package for
+them (``plan/all_resident.py``)."""
 
 _PLAIN_LEVERS: Mapping[str, Any] = {
     "scope": 1,
@@ -87,6 +90,4 @@ def request_for(engine: str, request: PlanRequest) -> PlanRequest:
             )
         if asked != "bf16" or engine in PLAIN:
             changed[name] = forced
-    if engine in PLAIN:
-        changed["engine"] = engine
-    return replace(request, **changed)
+    return replace(request, engine=engine, **changed)

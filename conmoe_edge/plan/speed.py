@@ -7,7 +7,7 @@ embedding table is looked up, not read, unless it is also the head), X its route
 of the requests that the slots serve, n the requests of a token and L the layers:
 
     bound     t = (D + X) / B_memory + (1 - h) * X / B_below
-    expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below
+    expected  t = D / (e * B_memory) + X / (e' * B_memory) + (1 - h) * X / B_below      e, e': of each kind of weights
                   + L * o + (1 - h) * n * m
 
 ``Reach`` has the shares e of a streaming read that the kernels get to, by the form in which weights
@@ -20,18 +20,20 @@ slots that meet on one prototype are counted twice: both are the careful side. A
 replayed hit rate and ``distinct_share`` take their places. A GPU's misses come over the link while
 its machine's RAM holds them, and from the disk where it does not.
 
-The bound of a prompt is the same idea with arithmetic in the place of memory (``prefill_bound``).
+The bound of a prompt is the same idea with arithmetic in the place of memory (``prefill_bound``); what is expected of
+one is in ``prompt_speed.py``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from conmoe_edge.memory.budget import Budget, DeviceKind
 from conmoe_edge.model.anatomy import ModelAnatomy
+from conmoe_edge.plan.dense_precision import read_by_kind
 from conmoe_edge.plan.levers import PRECISIONS, record_bytes
 
 
@@ -41,7 +43,7 @@ class Reach:
 
     Attributes:
         kernels: share of the streaming read bandwidth that products with one row reach, by kind of
-            record; dense matrices count as ``source``.
+            record and of dense matrices; keys, values and what is not in fewer bits count as ``source``.
         layer_seconds: of a decoder layer beside its bytes: Python, small kernels, the router.
         miss_seconds: of a prototype that is not there, beside its bytes: the cache's decision, a read
             that is handed to a thread, products that wait for it.
@@ -65,6 +67,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                     "int8": 0.82,
                     "int4": 0.80,
                     "mxfp4": 0.80,
+                    "q6": 0.80,
                     "q4": 0.80,
                     "q3": 0.80,
                     "q2": 0.75,
@@ -84,6 +87,7 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
                     "int8": 0.60,
                     "int4": 0.50,
                     "mxfp4": 0.50,
+                    "q6": 0.40,
                     "q4": 0.40,
                     "q3": 0.40,
                     "q2": 0.40,
@@ -111,6 +115,7 @@ class StepBytes:
         from_disk, from_host: of those, what had to be brought to the device first.
         layers: decoder layers.
         missed: how many prototypes that is.
+        dense_kinds: of the dense bytes, those of matrices in fewer bits, by their kind.
     """
 
     dense: float
@@ -119,6 +124,7 @@ class StepBytes:
     from_host: float
     layers: int
     missed: float = 0.0
+    dense_kinds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def read(self) -> float:
@@ -163,7 +169,7 @@ def kernel_share(kernels: Mapping[str, float], kind: str) -> float:
 
 def decode_bound(step: StepBytes, budget: Budget) -> Bound | None:
     """The bound of one token; ``None`` where a bandwidth that matters is unknown."""
-    below = _below_seconds(step.from_disk, step.from_host, budget)
+    below = below_seconds(step.from_disk, step.from_host, budget)
     if not budget.device_bandwidth or below is None:
         return None
     return Bound(step.read / budget.device_bandwidth, below)
@@ -177,21 +183,20 @@ def prefill_bound(
     ``work`` has operations and how many of that kind a second allows: products in floating point, and on a CPU those of
     weights in 8 bits and fewer, which are made of bytes.
     """
-    below = _below_seconds(from_disk, from_host, budget)
+    below = below_seconds(from_disk, from_host, budget)
     seconds = sum(operations / rate for operations, rate in work if operations)
     return None if below is None else Bound(seconds, below)
 
 
 def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     """What a token should take with these kernels; ``None`` where a bandwidth is unknown."""
-    below = _below_seconds(step.from_disk, step.from_host, budget)
+    below = below_seconds(step.from_disk, step.from_host, budget)
     if not budget.device_bandwidth or below is None:
         return None
     reach = REACH[budget.device]
-    plain = reach.kernels["source"]
     # A kind that is not known comes from a manifest of another version.
     moved = sum(nbytes / kernel_share(reach.kernels, kind) for kind, nbytes in step.routed.items())
-    moved += step.dense / plain
+    moved += step.dense / dense_share(reach.kernels, step.dense, step.dense_kinds)
     beside = step.layers * reach.layer_seconds + step.missed * reach.miss_seconds
     return moved / budget.device_bandwidth + below + beside
 
@@ -227,14 +232,18 @@ def planned_step(
     hit_rate: float,
     offloaded_bytes: int,
     dense: float | None = None,
+    dense_kinds: Mapping[str, float] | None = None,
     requests: float | None = None,
 ) -> StepBytes:
     """A token of a model that has not run yet: ``hit_rate`` of the routed bytes are there, the rest
     comes from the tiers below.
 
-    ``dense`` is what a token reads beside the prototypes, ``requests`` how many of them it asks for,
-    where that is known better.
+    ``dense`` is what a token reads beside the prototypes and ``dense_kinds`` what of it is in fewer bits, ``requests``
+    how many of them it asks for, where that is known better.
     """
+    if dense is None:
+        dense_kinds = read_by_kind(anatomy)
+        dense = sum(dense_kinds.values())
     if requests is None:
         requests = sum(one.experts.top_k for one in anatomy.moe_layers if one.experts is not None)
     missed = (1.0 - hit_rate) * sum(routed.values())
@@ -244,12 +253,13 @@ def planned_step(
         within = held is None or offloaded_bytes <= held
         on_disk = 0.0 if within or held is None else 1.0 - held / offloaded_bytes
     return StepBytes(
-        dense=dense_read_bytes(anatomy) if dense is None else dense,
+        dense=dense,
         routed=routed,
         from_disk=missed * on_disk,
         from_host=missed * (1.0 - on_disk),
         layers=len(anatomy.layers),
         missed=(1.0 - hit_rate) * requests,
+        dense_kinds=dense_kinds or {},
     )
 
 
@@ -282,13 +292,18 @@ def distinct_share(slots_of: Iterable[int], slots: int, top_k: int) -> float:
 
 def dense_read_bytes(anatomy: ModelAnatomy) -> int:
     """Dense bytes that one token reads: without the embedding table, unless the head shares it."""
-    size = 4 if anatomy.dtype in ("float32", "float64") else 2
-    table = anatomy.vocab_size * anatomy.hidden_size * size
-    separate = anatomy.outside_bytes >= 2 * table
-    return anatomy.dense_bytes - (table if separate else 0)
+    return sum(read_by_kind(anatomy).values())
 
 
-def _below_seconds(from_disk: float, from_host: float, budget: Budget) -> float | None:
+def dense_share(kernels: Mapping[str, float], dense: float, kinds: Mapping[str, float]) -> float:
+    """The share of the bandwidth that kernels reach on ``dense`` bytes, of which ``kinds`` are in fewer bits."""
+    few = {kind: nbytes for kind, nbytes in kinds.items() if kind != "source"}
+    moved = max(0.0, dense - sum(few.values())) / kernels["source"]
+    moved += sum(nbytes / kernel_share(kernels, kind) for kind, nbytes in few.items())
+    return dense / moved if moved else kernels["source"]
+
+
+def below_seconds(from_disk: float, from_host: float, budget: Budget) -> float | None:
     """Seconds in which missing prototypes arrive; ``None`` where the way's bandwidth is unknown."""
     disk, link = budget.disk_bandwidth, budget.link_bandwidth
     if budget.device == "cpu":

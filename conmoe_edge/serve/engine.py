@@ -7,8 +7,8 @@ a few tokens. Each has a key-value cache of its own inside the memory that was p
 and its sums are those of a conversation alone, so its tokens are the same as alone. What finds no room waits in a
 bounded queue (``FairQueue``).
 
-A cancelled answer ends before its next turn and gives back what it held. The cache of an answer that
-is over is kept for a next prompt while the room is not needed (``KeptPrompts``).
+A cancelled answer ends before its next turn and gives back what it held. The prompt of an answer that is over is kept
+for a next one that begins the same, while answers do not need the room (``KeptPrompts``).
 
 Memory: what was planned.
 """
@@ -26,7 +26,9 @@ from torch import Tensor
 from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.generation.answer import Answer
+from conmoe_edge.offload.generation.cache_room import Room
 from conmoe_edge.offload.generation.context_limit import longest_context
+from conmoe_edge.offload.generation.prefix_chunks import form_of_model
 from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.sequence import CachedTokens, is_out_of_memory
 from conmoe_edge.offload.generation.shared_steps import (
@@ -39,8 +41,7 @@ from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.plan.requests import RequestSizes, request_sizes
 from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
 from conmoe_edge.serve.kept_prompts import KeptPrompts
-from conmoe_edge.serve.prometheus import Metrics, Outcome, Snapshot, State
-from conmoe_edge.serve.room import Room
+from conmoe_edge.serve.prometheus import KeptFigures, Metrics, Outcome, Snapshot, State
 from conmoe_edge.serve.waiting import FairQueue
 
 TURN_TOKENS = 4
@@ -89,6 +90,7 @@ class Engine:
         self._trimmed = 0.0
         self._held = Snapshot()
         self._in_turn = 0
+        self._begun: list[Job] = []  # all that have an answer, in a turn or not
         self._thread = threading.Thread(target=self._run, name="conmoe-engine", daemon=True)
 
     def start(self) -> None:
@@ -198,7 +200,8 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._room = Room(self._runtime.context, STEP_TOKENS, self._runtime.cache_bytes)
         self._chunk = max(1, min(self._runtime.prefill_chunk, self._runtime.context))
-        self._kept = KeptPrompts(self._room)
+        self._kept = KeptPrompts(self._room, self._chunk, loaded.files)
+        self._form = form_of_model(loaded.model)
         self._together = may_share(self._runtime)
         with self._wake:
             self.loaded = loaded
@@ -246,30 +249,21 @@ class Engine:
         return True
 
     def _may_start(self, job: Job) -> bool:
-        """Reserve room for the next in line, with what an earlier prompt left where that is a
-        beginning of this one. False where it has to wait.
-        """
+        """Reserve room for the next in line, and begin with what is known of its prompt. False where it has to wait."""
         if len(self._running) >= self._parallel:
             return False
         assert self.loaded is not None, "the engine runs"
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         longest = job.settings.filled(model.generation_config).max_tokens or 0
         nbytes = self._room.nbytes(self._room.tokens(len(job.tokens) + longest))
-        kept = self._kept.take(job.tokens)
-        if kept is not None:
-            nbytes = max(nbytes, kept.reserved)  # its buffers are that long
-        while not self._room.fits(nbytes) and self._kept:
-            self._kept.drop_oldest()
         if not self._room.fits(nbytes):
-            if kept is not None:  # it was there before, so it fits
-                self._kept.put_back(kept)
             return False
         self._room.take(nbytes)
         job.reserved = nbytes
-        self._runtime.make_room(self._room.worth())
+        self._runtime.make_room(self._room.worth(self._kept.nbytes))
         job.started = time.perf_counter()
-        cached = CachedTokens(model, self._chunk, self._retreat) if kept is None else kept.cached
-        cached.rewind(job.tokens)
+        cached = CachedTokens(model, self._chunk, self._retreat)
+        self._know(job, cached)
         job.answer = Answer(
             model,
             tokenizer,
@@ -279,7 +273,37 @@ class Engine:
             context=self.context,
             ends=self._ends,
         )
+        self._begun.append(job)
         return True
+
+    def _know(self, job: Job, cached: CachedTokens) -> None:
+        """Begin with what is known of a prompt, and keep what it will bring."""
+        cached.wants_end = self._kept.wanted_ends(job.tokens, self._form)
+        cached.may_keep_ends = lambda: self._kept.make_way(self._using())
+        if self._kept.files is not None:
+            cached.on_chunk = self._kept.files.write
+        running = [_answer(one).cached for one in self._begun]
+        self._kept.begin(cached, job.tokens, self._form, running, self._using())
+
+    def _using(self) -> int:
+        """Bytes of the room that answers take when their next turn is over, with the ends of chunks beside them."""
+        return sum(self._takes(one) for one in self._begun)
+
+    def _takes(self, job: Job) -> int:
+        answer = _answer(job)
+        held = len(answer.cached.held)
+        if not answer.cached.in_chunks:
+            return job.reserved
+        more = self._chunk if held < answer.prompt_length else TURN_TOKENS
+        taken = self._room.nbytes(self._room.tokens(held + more))
+        ends = 0 if self._room.counts_tokens else answer.cached.ends_bytes
+        return min(job.reserved, taken) + ends
+
+    def _make_way(self) -> None:
+        """Before a turn: what its answers need is not kept prompts'."""
+        if not self._kept.make_way(self._using()):
+            for job in self._begun:
+                _answer(job).cached.forget_ends()
 
     def _retreat(self) -> bool:
         """Memory ran out: give up kept prompts first, then cache slots."""
@@ -303,6 +327,7 @@ class Engine:
     def _take(self, jobs: Sequence[Job], turn: Callable[[Sequence[Job]], Sequence[Job]]) -> None:
         """Jobs that were taken out of the running have their ``turn``; those that it gives go on behind the others."""
         self._in_turn = len(jobs)
+        self._make_way()
         going_on = turn(jobs)
         self._in_turn = 0
         self._running.extend(going_on)
@@ -388,7 +413,10 @@ class Engine:
         self._metrics.answer(outcome, usage.prompt, usage.cached, usage.completion)
         spent = time.perf_counter() - job.started
         self._seconds_per_answer += 0.2 * (spent - self._seconds_per_answer)
-        self._kept.add(answer.cached, job.reserved)
+        self._begun.remove(job)
+        self._kept.end(answer.cached, self._using())
+        self._room.give_back(job.reserved)
+        job.reserved = 0
         job.answer = (
             None  # a job may live on in a cycle of its client's coroutine; its cache must not
         )
@@ -422,7 +450,6 @@ class Engine:
             state=self._state,
             queued=len(self._waiting),
             running=len(self._running) + self._in_turn,
-            kept=0 if self.loaded is None else len(self._kept),
             tokens_per_second=self._speed(),
         )
 
@@ -435,6 +462,7 @@ class Engine:
         self._held = Snapshot(
             cache_bytes=self._room.used,
             cache_total_bytes=self._room.total,
+            kept=KeptFigures.of(self._kept),
             runtime=self._runtime.stats(),
             fast_path=self._runtime.fast_path,
         )

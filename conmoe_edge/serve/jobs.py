@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from conmoe_edge.offload.generation.answer import Answer
 from conmoe_edge.offload.generation.grammar import GrammarMaker
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.fewest_tokens import UNKNOWN, FewestTokens
@@ -92,10 +93,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine computes with, how few tokens a text can come to, and what answers are held to where that is
-    asked for."""
+    """What the engine computes with, how few tokens a text can come to, what is kept over restarts, and what answers
+    are held to where that is asked for."""
 
     model: Any
     tokenizer: Any
     fewest: FewestTokens = UNKNOWN
+    files: PromptFiles | None = None
     grammars: GrammarMaker | None = None

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 def page_stats(
     engine: Engine, metrics: Metrics, settings: Settings, intake: Intake
 ) -> dict[str, Any]:
-    """Sizes in bytes. ``memory``, ``compute`` and ``cache`` are ``null`` before the model is there."""
+    """Sizes in bytes. ``memory``, ``prompts``, ``compute`` and ``cache`` are ``null`` before the model is there."""
     now = engine.snapshot
     value: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -27,6 +27,7 @@ def page_stats(
         "tokens_per_second": round(now.tokens_per_second, 2),
         "totals": metrics.totals(),
         "memory": None,
+        "prompts": None,
         "compute": None,
         "cache": None,
     }
@@ -43,6 +44,17 @@ def page_stats(
         "conversations_planned": now.cache_total_bytes,
         "requests": intake.used,
         "requests_planned": engine.sizes.account,
+    }
+    kept = now.kept
+    value["prompts"] = {
+        "kept": kept.prompts,
+        "chunks": kept.chunks,
+        "bytes": kept.nbytes,
+        "hits": kept.hits,
+        "misses": kept.misses,
+        "file_hits": kept.file_hits,
+        "file_bytes_read": kept.file_bytes_read,
+        "file_bytes_written": kept.file_bytes_written,
     }
     value["compute"] = {
         "kernel": stats.kernel,

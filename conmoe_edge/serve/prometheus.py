@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from conmoe_edge.offload.runtime import RuntimeStats
 from conmoe_edge.serve.intake import Intake
+from conmoe_edge.serve.kept_prompts import KeptPrompts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -23,13 +24,42 @@ State = Literal["loading", "ready", "stopping", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
+class KeptFigures:
+    """What is kept of prompts.
+
+    Attributes:
+        prompts, chunks, nbytes: in memory.
+        hits, misses: prompts of more than a chunk that began with something known, and those that did not.
+        file_hits, file_bytes_read, file_bytes_written: of ``--prompt-cache``: chunks that were read, and bytes.
+    """
+
+    prompts: int = 0
+    chunks: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    file_hits: int = 0
+    file_bytes_read: int = 0
+    file_bytes_written: int = 0
+
+    @classmethod
+    def of(cls, kept: KeptPrompts) -> KeptFigures:
+        """The figures of now."""
+        found = (len(kept), kept.chunks, kept.nbytes, kept.hits, kept.misses)
+        files = kept.files
+        if files is None:
+            return cls(*found)
+        return cls(*found, files.hits, files.read_bytes, files.written_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the engine holds.
 
     Attributes:
         state: of the engine.
         queued, running: answers that wait, and those that are being made.
-        kept: conversations that are over and whose cache may serve a next one.
+        kept: prompts that may serve a next one.
         cache_bytes, cache_total_bytes: what conversations have reserved of the planned
             key-value cache.
         tokens_per_second: over all answers, lately.
@@ -41,7 +71,7 @@ class Snapshot:
     state: State = "loading"
     queued: int = 0
     running: int = 0
-    kept: int = 0
+    kept: KeptFigures = KeptFigures()
     cache_bytes: int = 0
     cache_total_bytes: int = 0
     tokens_per_second: float = 0.0
@@ -155,7 +185,7 @@ def _held(now: Snapshot) -> Iterable[str]:
     yield from _single("conmoe_ready", "gauge", "1 once the model is there.", now.state == "ready")
     yield from _single("conmoe_queue_length", "gauge", "Answers that wait.", now.queued)
     yield from _single("conmoe_running", "gauge", "Answers being made.", now.running)
-    yield from _single("conmoe_kept", "gauge", "Prompts kept for a next request.", now.kept)
+    yield from _kept(now.kept)
     yield from _single(
         "conmoe_kv_cache_reserved_bytes", "gauge", "Reserved of the cache.", now.cache_bytes
     )
@@ -196,6 +226,28 @@ def _held(now: Snapshot) -> Iterable[str]:
         yield from _single(
             "conmoe_memory_budget_bytes", "gauge", "The budget.", stats.memory_budget
         )
+
+
+def _kept(now: KeptFigures) -> Iterable[str]:
+    yield from _single("conmoe_kept", "gauge", "Prompts kept for a next request.", now.prompts)
+    yield from _single("conmoe_kept_chunks", "gauge", "Their chunks.", now.chunks)
+    yield from _single("conmoe_kept_bytes", "gauge", "Their keys and values.", now.nbytes)
+    name = "conmoe_kept_lookups_total"
+    yield from _family(
+        name, "counter", "Prompts of more than a chunk, by whether a beginning was known."
+    )
+    yield f'{name}{{found="yes"}} {now.hits}'
+    yield f'{name}{{found="no"}} {now.misses}'
+    yield from _single(
+        "conmoe_prompt_files_read_total",
+        "counter",
+        "Chunks of prompts read from files.",
+        now.file_hits,
+    )
+    name = "conmoe_prompt_file_bytes_total"
+    yield from _family(name, "counter", "Bytes of kept prompts' files, by what was done.")
+    yield f'{name}{{done="read"}} {now.file_bytes_read}'
+    yield f'{name}{{done="written"}} {now.file_bytes_written}'
 
 
 def _single(name: str, kind: str, text: str, value: float) -> Iterable[str]:

@@ -26,6 +26,7 @@ from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.offload.generation.grammar import GrammarMaker
 from conmoe_edge.offload.generation.named_templates import choose_template
 from conmoe_edge.offload.generation.prompt import end_tokens
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.plan.requests import request_sizes
 from conmoe_edge.serve.app import make_app
 from conmoe_edge.serve.connection import timed
@@ -208,9 +209,12 @@ def package_loader(
     misses: str = "copy",
     template: str | None = None,
     kv_precision: str | None = None,
+    prompt_cache: Path | None = None,
+    prompt_cache_bytes: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Callable[[Callable[[int, int], None]], Loaded]:
     """What opens a package for a server: the model inside its budget, and its tokenizer, with the chat template of that
-    name where one is given.
+    name where one is given; ``prompt_cache`` is where prompts are kept over restarts, ``tell`` as of ``PromptFiles``.
     """
 
     def load(progress: Callable[[int, int], None]) -> Loaded:
@@ -234,9 +238,14 @@ def package_loader(
             progress=progress,
             kv_precision=kv_precision,
         )
+        files = None
+        if prompt_cache is not None:
+            files = PromptFiles.of_model(
+                model, prompt_cache, most_bytes=prompt_cache_bytes, tell=tell
+            )
         rows = model.get_input_embeddings().num_embeddings
         grammars = GrammarMaker(tokenizer, rows, sorted(end_tokens(model, tokenizer)))
-        return Loaded(model, tokenizer, fewest, grammars)
+        return Loaded(model, tokenizer, fewest, files, grammars)
 
     return load
 

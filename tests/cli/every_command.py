@@ -20,6 +20,11 @@ from conmoe_edge.cli.main import main
 _RUNS = ("--gpu", "900MB", "--device", "cpu")
 
 WORKS: dict[str, tuple[str, ...]] = {
+    "run": (
+        *("{model}", *_RUNS, "--prompt", "Hello", "--yes", "--rate", "50%", "--passes", "1"),
+        *("--method", "frequency"),
+    ),
+    "list": (),
     "fit": (
         *("{model}", "--out", "{new}", *_RUNS, "--rate", "50%"),
         *("--calibration", "{text}", "--calibration-tokens", "256"),
@@ -38,6 +43,7 @@ WORKS: dict[str, tuple[str, ...]] = {
     "models unalias": ("mine",),
     "export": ("{package}", "{new}"),
     "push": ("{package}", "org/name", "--dry-run"),
+    "profiles": (),
     "profiles list": (),
     "profiles show": ("cpu-16gb",),
     "doctor": (),
@@ -45,10 +51,15 @@ WORKS: dict[str, tuple[str, ...]] = {
     "completion show": ("fish",),
 }
 
-FROM_A_HUB = frozenset({"pull"})
-"""Commands that do nothing without a hub; that they work: ``commands/test_cli_push_pull.py``."""
+FROM_A_HUB = frozenset({"pull", "rm"})
+"""Commands that do nothing without a hub, or without what another command made; that they work:
+``commands/test_cli_push_pull.py``, ``commands/test_cli_run.py``.
+"""
 
 FAILS: dict[str, tuple[str, ...]] = {
+    "run": ("{nowhere}", "--prompt", "Hello"),
+    "list": ("more",),
+    "rm": ("nobody", "--yes"),
     "fit": ("{nowhere}", "--out", "{new}", *_RUNS),
     "chat": ("{nowhere}", "--prompt", "Hello"),
     "serve": ("{nowhere}", "--port", "0"),
@@ -62,6 +73,7 @@ FAILS: dict[str, tuple[str, ...]] = {
     "export": ("{nowhere}", "{new}"),
     "push": ("{nowhere}", "org/name"),
     "pull": ("no-name-on-the-hub",),
+    "profiles": ("more",),
     "profiles list": ("more",),
     "profiles show": ("no-such-machine",),
     "doctor": ("--folder", "{text}"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -116,3 +117,41 @@ def test_the_reference_is_that_of_the_commands() -> None:
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
     )
     assert done.returncode == 0, done.stderr
+
+
+def groups() -> list[tuple[str, ...]]:
+    """The words of every group of commands."""
+    context = click.Context(main)
+    inner = [
+        (name,)
+        for name in main.list_commands(context)
+        if isinstance(main.get_command(context, name), click.Group)
+    ]
+    return [(), *inner]
+
+
+@pytest.mark.parametrize("words", groups(), ids=" ".join)
+def test_a_group_alone_answers_on_stdout(words: tuple[str, ...], tmp_path: Path) -> None:
+    """With its help or its list, never as an error, never with what stands for a newline in one."""
+    done = CliRunner().invoke(main, [*words], env={"CONMOE_CONFIG_DIR": str(tmp_path)})
+    assert done.exit_code == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 5 and "error:" not in done.stderr
+    assert "?  " not in done.stdout
+
+
+def test_the_profiles_alone_are_a_list_in_json_as_well(tmp_path: Path) -> None:
+    env = {"CONMOE_CONFIG_DIR": str(tmp_path)}
+    alone = CliRunner().invoke(main, ["profiles", "--json"], env=env)
+    assert alone.stdout == CliRunner().invoke(main, ["profiles", "list", "--json"], env=env).stdout
+    assert json.loads(alone.stdout)["profiles"]
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "conmoe_edge", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+    )
+    assert done.stdout == f"conmoe-edge {conmoe_edge.__version__}\n"

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 CHANGES: dict[str, tuple[str, ...]] = {
     "fit": ("new",),
+    "run": ("box/home/.local/share/conmoe-edge",),
     "inspect": ("new",),
     "export": ("new",),
     "models alias": ("box/home/.config/conmoe-edge",),

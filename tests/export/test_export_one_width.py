@@ -41,7 +41,7 @@ def test_a_smaller_plain_checkpoint_with_every_expert(
         budget="4GB",
         device="cpu",
         rate=0.5,
-        engine="gguf",
+        engine="hf",
         calibration=tmp_path / "text.txt",
         calibration_tokens=512,
     )

@@ -153,7 +153,7 @@ def test_without_the_extra_the_error_says_how_to_install_it(
     )
     with pytest.raises(UsageError) as caught:
         conmoe_edge.evaluate_tasks(package, ["arc_easy"], device="cpu")
-    assert caught.value.fix == "pip install 'conmoe-edge[eval]'"
+    assert caught.value.fix == "pip install 'lm-eval>=0.4.9'"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["eval", "--help"]])

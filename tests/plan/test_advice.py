@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from conmoe_edge.memory.outcomes import Outcome
-from conmoe_edge.plan.advice import advise, frontier, measured
+from conmoe_edge.plan.advice import advise, measured
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 
@@ -24,25 +24,6 @@ def outcome(precision: str, rate: float, mib: float, loss: float, **more: object
 INT8 = outcome("int8", 0.0, 6500, 0.0002)
 INT4 = outcome("int4", 0.0, 3500, 0.1)
 HALF = outcome("bf16", 0.5, 6144, 0.06)
-BAD = outcome("source", 0.75, 3600, 0.2)
-
-
-def test_the_frontier_is_what_no_other_beats_in_bytes_and_loss() -> None:
-    known = (INT4, BAD, INT8, HALF)
-    for one in known:
-        beaten = any(
-            o.pool_bytes <= one.pool_bytes and o.loss_rise < one.loss_rise
-            for o in known
-            if o != one
-        )
-        assert (one in frontier(known)) != beaten
-    assert frontier(known) == (INT8, HALF, INT4)
-    assert frontier(()) == ()
-    assert frontier((INT4, replace(INT4, method="conmoe"))) == (replace(INT4, method="conmoe"),)
-
-
-def test_what_was_measured_on_another_text_is_not_compared() -> None:
-    assert frontier((replace(INT8, calibration="other"), INT4)) == (INT4,)
 
 
 def test_an_outcome_belongs_to_its_setting(olmoe, budget) -> None:
@@ -59,15 +40,30 @@ def test_an_outcome_belongs_to_its_setting(olmoe, budget) -> None:
     assert measured(part, plan, (mine, newer), "auto") == newer
 
 
-def test_the_advice_names_the_frontier_and_a_better_setting_that_fits(olmoe, budget) -> None:
+def test_it_speaks_only_where_it_has_something_better(olmoe, budget) -> None:
     assert advise(make_plan(olmoe, budget("8GB")), (), "auto") == ""
     plan = make_plan(olmoe, budget("9GB"), PlanRequest(rate=0.5, precision="source"), trims=True)
-    text = advise(plan, (INT4, HALF), "auto")
-    assert "int4 (3.42 GiB, +0.1000 nats)" in text and "50 % auto bf16" in text
-    assert "also fits" not in text, "nothing is known about the chosen one"
+    assert advise(plan, (INT8, INT4, HALF), "auto") == "", "nothing is known about the chosen one"
     chosen = outcome("source", 0.5, plan.chosen.pool_bytes / MIB, 0.06)
-    text = advise(plan, (INT8, chosen), "auto")
-    assert text.endswith(
-        "int8 also fits and cost less than this plan (+0.0600 nats): --precision int8 --rate 0."
+    text = advise(plan, (INT8, INT4, chosen), "auto")
+    assert text == (
+        "int8 fits as well, and cost less on this model: +0.0002 nats, this plan +0.0600 nats. "
+        "Take it with --precision int8 --rate 0."
     )
-    assert "also fits" not in advise(plan, (INT8, replace(chosen, loss_rise=0.0001)), "auto")
+    for other in (
+        INT4,  # costs more
+        replace(INT8, loss_rise=0.059),  # within the noise
+        replace(INT8, pool_bytes=99 << 30),  # does not fit
+        replace(INT8, calibration="other"),  # another text
+        replace(INT8, dense_precision="int8"),  # other formats beside it
+        chosen,
+    ):
+        assert advise(plan, (other, chosen), "auto") == ""
+
+
+def test_nothing_is_better_than_a_model_that_stays_as_it_is(olmoe, budget) -> None:
+    plan = make_plan(olmoe, budget("24GB"))
+    assert plan.unchanged
+    whole = outcome(plan.chosen.precision, 0.0, plan.chosen.pool_bytes / MIB, 0.5)
+    assert measured(plan.chosen, plan, (whole,), "auto") == whole
+    assert advise(plan, (INT8, whole), "auto") == ""

@@ -10,10 +10,11 @@ import pytest
 from conmoe_edge.errors import DoesNotFit
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import DenseMatrix
-from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.dense_precision import read_by_kind, stored
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
+from conmoe_edge.plan.speed import REACH, expected_seconds, planned_step
 from conmoe_edge.units import MIB, parse_size
 
 
@@ -118,3 +119,55 @@ def test_int8_is_named_where_the_dense_part_is_what_does_not_fit(
     assert fits(plain - 10**7, asked) and fits(packed - 10**7, small)
     assert "--dense-precision int8 fits" in fits(packed, asked)
     assert "--dense-precision" not in fits(10**8, small)
+
+
+@pytest.mark.parametrize("precision", ("source", "int8", "q6", "q4"))
+def test_what_a_token_reads_is_known_by_kind(with_matrices, precision) -> None:
+    """A table that is looked up is not read; one that is the head too is."""
+    table = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048, looked_up=True, at_an_end=True)
+    whole = replace(with_matrices, dense_matrices=(*with_matrices.dense_matrices, table))
+    anatomy = stored(whole, precision)
+    found = read_by_kind(anatomy)
+    of_table = _nbytes(50304, 2048, {"source": "plain", "q4": "q6"}.get(precision, precision))
+    assert sum(found.values()) == anatomy.dense_bytes - of_table
+    attention = 64 * _nbytes(2048, 2048, "plain" if precision == "source" else precision)
+    head = of_table
+    wanted = {"source": {"source": sum(found.values())}}.get(precision)
+    if precision == "q4":
+        wanted = {"q4": attention, "q6": head}
+    elif wanted is None:
+        wanted = {precision: attention + head}
+    assert {
+        kind: one for kind, one in found.items() if kind != "source" or precision == kind
+    } == wanted
+    norms = anatomy.dense_bytes - attention - head - of_table
+    assert precision == "source" or found["source"] == norms
+    tied = stored(
+        replace(
+            whole,
+            dense_matrices=(*with_matrices.dense_matrices[:-1], table),
+            outside_bytes=whole.outside_bytes - table.nbytes,
+        ),
+        precision,
+    )
+    assert sum(read_by_kind(tied).values()) == tied.dense_bytes
+
+
+def test_dense_matrices_in_few_bits_reach_what_their_kernels_do(with_matrices, budget) -> None:
+    small = stored(with_matrices, "int8")
+    step = planned_step(small, budget("8GB", "cpu"), {}, hit_rate=1, offloaded_bytes=0)
+    machine = budget("8GB", "cpu", device_bandwidth=36e9)
+    reach = REACH["cpu"]
+    kinds = read_by_kind(small)
+    moved = kinds["int8"] / reach.kernels["int8"] + kinds["source"] / reach.kernels["source"]
+    wanted = moved / 36e9 + 16 * reach.layer_seconds
+    assert expected_seconds(step, machine) == pytest.approx(wanted)
+    assert wanted > step.dense / (reach.kernels["source"] * 36e9) + 16 * reach.layer_seconds
+
+
+def _nbytes(rows: int, columns: int, kind: str) -> int:
+    if kind == "plain":
+        return 2 * rows * columns
+    if kind == "int8":
+        return rows * columns + 2 * rows
+    return rows * (columns * int(kind[1]) // 8 + columns // 32 + 4)

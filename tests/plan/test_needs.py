@@ -60,8 +60,31 @@ def test_windows_and_linear_attention_bound_the_copy(olmoe):
     assert needs_of(linear, "cuda", 4096).workspace(32) == whole - 8192 * 4096
 
 
+@pytest.mark.parametrize(("packed", "held"), [(None, 8192), (4224, 4224)])
+def test_a_chunk_beyond_512_tokens_fills_windows_further(olmoe, packed, held):
+    """512 of its tokens are in the cache's term; one layer's are copied besides, as the model keeps them."""
+    kv = tuple(
+        KVLayer(8192, window=1024 if i % 2 else None, packed=packed, in_int8=packed is not None)
+        for i in range(16)
+    )
+    mixed, whole = replace(olmoe, kv=kv), needs_of(olmoe, "cuda", 4096)
+    needs = needs_of(mixed, "cuda", 4096)
+    beyond = {chunk: needs.workspace(chunk) - whole.workspace(chunk) for chunk in (512, 1024, 2048)}
+    assert beyond == {512: 0, 1024: 512 * (8 * held + 8192), 2048: 1536 * (8 * held + 8192)}
+    short = needs_of(mixed, "cuda", 2048)  # no longer than the context
+    assert short.longest - short.workspace(1024) == 1024 * short.chunk_bytes
+
+
+def test_attention_that_is_not_fused_holds_its_scores(olmoe):
+    more = needs_of(replace(olmoe, score_heads=16), "cpu", 4096).workspace(512)
+    less = needs_of(olmoe, "cpu", 4096).workspace(512)
+    assert more - less == 3 * 16 * 512 * 4096 * 2
+    blocks = needs_of(replace(olmoe, score_heads=16, score_rows=64), "cpu", 4096).workspace(512)
+    assert blocks - less == 3 * 16 * 64 * 4096 * 2
+
+
 def test_workspace_grows_with_chunk_and_context(olmoe):
-    sizes = [needs_of(olmoe, "cpu", 4096).workspace(chunk) for chunk in range(32, 513, 32)]
+    sizes = [needs_of(olmoe, "cpu", 4096).workspace(chunk) for chunk in range(32, 2049, 32)]
     assert sizes == sorted(set(sizes))
     sizes = [needs_of(olmoe, "cpu", context).workspace(32) for context in (128, 1024, 4096)]
     assert sizes == sorted(set(sizes))

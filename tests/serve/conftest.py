@@ -45,11 +45,12 @@ def command(*words: str) -> list[str]:
 
 @dataclass
 class Running:
-    """A server process."""
+    """A server process; ``errors`` is what it said on stderr, once it is over."""
 
     process: subprocess.Popen[str]
     url: str
     key: str | None = None
+    errors: str = ""
 
     def client(self, **settings: object) -> openai.OpenAI:
         """The real client; it does not try again on its own."""
@@ -94,8 +95,10 @@ def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
         text=True,
         env=environment(**variables),
     )
+    running = Running(process, "")
     try:
-        yield Running(process, _ready(process))
+        running.url = _ready(process)
+        yield running
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -104,6 +107,7 @@ def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+    running.errors = errors
     assert process.returncode == 0, errors
     assert "Traceback" not in errors, errors
 

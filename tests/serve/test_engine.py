@@ -221,7 +221,7 @@ def test_cancelled_is_freed(driven: Driven, alone: dict[str, str], when: str) ->
     if blocker is not None:
         driven.engine.cancel(blocker)
     driven.idle()
-    assert room.used == driven.engine._kept.reserved
+    assert room.used == 0
     assert all(not isinstance(event, Done) for event in list(told.queue))
     assert finished(driven.ask(QUESTIONS[2])[1])[0] == alone[QUESTIONS[2]]
 
@@ -316,7 +316,7 @@ def test_no_memory_to_begin_with_fails_that_answer_alone(
     for _ in range(2):
         _, told = driven.ask(QUESTIONS[0])
         assert isinstance(told.get(timeout=60), Failed)
-        assert driven.engine._room.used == driven.engine._kept.reserved
+        assert driven.engine._room.used == 0
     assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
 
 

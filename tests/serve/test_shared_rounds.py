@@ -134,7 +134,7 @@ def test_who_leaves_or_fails_takes_nobody_along(
     driven.engine.cancel(leaves[0])
     assert finished(stays)[0] == text
     driven.idle()
-    assert driven.engine._room.used == driven.engine._kept.reserved
+    assert driven.engine._room.used == 0
 
     assert driven.engine.loaded is not None
     report = driven.engine.loaded.model.conmoe.fast_path

@@ -23,8 +23,12 @@ MANIFEST_NAME = "conmoe.json"
 CONSTANTS_FILE = "constants.safetensors"
 ROUTING_FILE = "routing.safetensors"
 PREDICTOR_FILE = "predictor.safetensors"
-MAX_CHUNK = 512
+MAX_CHUNK = 2048
 """The most tokens of a prompt that go through a model at a time (``Manifest.prefill_chunk``)."""
+USUAL_CHUNK = 512
+"""The most where every prototype is resident, so that a longer chunk saves no reading; and what a package has that does
+not say how many.
+"""
 UNCHANGED = "unchanged"
 """``Manifest.method`` of a model that fits as it is: its own files, linked, and no prototypes."""
 

@@ -65,6 +65,8 @@ _SHRINK = 0.96
 
 _BLOCK = 1 << 18
 """Numbers that are worked on at a time, so that the passes over them stay in the processor's cache."""
+_LOW_BLOCK = 1 << 21
+"""The same for few bits, where ``low_bits`` takes a few groups of columns at a time."""
 
 
 _SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -197,7 +199,7 @@ def quantise(weight: Tensor, kind: Kind, grid: Grid | None = None) -> Matrix:
         tile = first_divisor(TILES, rows)
         parts = [
             low_bits.round_to(weight[block], LOW_BITS[kind], tile)
-            for block in _blocks(rows, columns)
+            for block in _blocks(rows, columns, _LOW_BLOCK)
         ]
         values, scales = low_bits.joined(parts)
         return Matrix(kind, values, scales, rows, columns, LOW_GROUP)
@@ -219,9 +221,9 @@ def stored(kind: Kind, values: Tensor, scales: Tensor | None) -> Matrix:
     return Matrix(kind, values, scales, rows, columns, group)
 
 
-def _blocks(rows: int, columns: int) -> list[slice]:
-    """Runs of rows, whole tiles each."""
-    step = max(1, _BLOCK // columns // TILES[0]) * TILES[0]
+def _blocks(rows: int, columns: int, most: int = _BLOCK) -> list[slice]:
+    """Runs of rows, whole tiles each, of about ``most`` numbers."""
+    step = max(1, most // columns // TILES[0]) * TILES[0]
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

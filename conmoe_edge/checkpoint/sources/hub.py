@@ -16,6 +16,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.fs.contained import is_plain_name
 from conmoe_edge.checkpoint.gguf.files import PART, SUFFIX, first_part
+from conmoe_edge.checkpoint.sources.hub_reach import connection_problem
 from conmoe_edge.checkpoint.tensors.folder_check import TEMPLATES_FOLDER
 from conmoe_edge.checkpoint.tensors.tensor_index import (
     CONFIG_FILE,
@@ -23,7 +24,7 @@ from conmoe_edge.checkpoint.tensors.tensor_index import (
     SINGLE_FILE,
     read_json_object,
 )
-from conmoe_edge.errors import CheckpointError, ModelNotFound
+from conmoe_edge.errors import CheckpointError, HubUnreachable, ModelNotFound
 
 ALLOWED = [
     "*.json",
@@ -65,9 +66,18 @@ def is_offline(offline: bool) -> bool:
 def fetch_snapshot(
     hub_id: str, revision: str | None, *, offline: bool, tqdm_class: Any = None
 ) -> Path:
-    """The folder of a snapshot in the local cache, downloaded first where needed and allowed."""
+    """The folder of a snapshot in the local cache, downloaded first where needed, allowed and possible.
+
+    Raises:
+        HubUnreachable: it is not in the cache, and there is no connection.
+    """
     from huggingface_hub import snapshot_download
 
+    if not offline and (why := connection_problem()):
+        try:
+            return fetch_snapshot(hub_id, revision, offline=True)
+        except ModelNotFound as error:
+            raise unreachable(hub_id, revision, why) from error
     with hub_errors(hub_id, revision, offline):
         folder = Path(
             snapshot_download(
@@ -161,6 +171,8 @@ def hub_errors(
     from huggingface_hub import errors
 
     named = f"{hub_id} (revision {revision})" if revision else hub_id
+    if not offline and (why := connection_problem()):
+        raise unreachable(hub_id, revision, why, connect)
     try:
         yield
     except errors.GatedRepoError as error:
@@ -254,11 +266,15 @@ def _unreachable(named: str, offline: bool, connect: str, error: Exception) -> M
             "Nothing is downloaded, because offline was asked for.",
             "Run the command once without --offline (and without HF_HUB_OFFLINE=1).",
         )
-    return ModelNotFound(
-        f"{named} could not be fetched from the hub.",
-        _reason(_root(error)),
-        connect,
-    )
+    return unreachable(named, None, _reason(_root(error)), connect)
+
+
+def unreachable(
+    hub_id: str, revision: str | None, why: str, connect: str = _CONNECT
+) -> HubUnreachable:
+    """The error for a hub that does not answer."""
+    named = f"{hub_id} (revision {revision})" if revision else hub_id
+    return HubUnreachable(f"{named} could not be fetched from the hub.", why, connect)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ class CachedModel:
         hub_id: ``org/name``.
         nbytes: on the disk, all revisions together.
         commits: of the snapshots that have a config and all of their weights.
+        place: its folder in the cache.
         used: seconds since the epoch when a file of it was last read, as far as the system notes that.
     """
 
@@ -29,6 +30,7 @@ class CachedModel:
     nbytes: int
     commits: tuple[str, ...]
     used: float
+    place: Path
 
     @property
     def whole(self) -> bool:
@@ -61,6 +63,7 @@ def cached_models() -> dict[str, CachedModel]:
                 repository.size_on_disk,
                 tuple(commits),
                 repository.last_accessed,
+                Path(repository.repo_path),
             )
     return models
 
@@ -70,3 +73,30 @@ def _has_all(snapshot: Path) -> bool:
         return (snapshot / CONFIG_FILE).is_file() and is_whole(snapshot)
     except (OSError, CheckpointError):
         return False
+
+
+def remove_cached(hub_id: str) -> int:
+    """Remove every revision of a model from the cache; how many bytes became free.
+
+    Raises:
+        CheckpointError: the cache cannot be read or written.
+    """
+    from huggingface_hub import constants, scan_cache_dir
+
+    try:
+        found = scan_cache_dir(constants.HF_HUB_CACHE)
+        commits = [
+            revision.commit_hash
+            for repository in found.repos
+            if repository.repo_type == "model" and repository.repo_id == hub_id
+            for revision in repository.revisions
+        ]
+        strategy = found.delete_revisions(*commits)
+        strategy.execute()
+    except OSError as error:
+        raise CheckpointError(
+            f"{hub_id} cannot be removed from the hub's cache.",
+            error.strerror or str(error),
+            "check its permissions",
+        ) from error
+    return strategy.expected_freed_size

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
 from conmoe_edge.checkpoint.fs.contained import path_inside
+from conmoe_edge.checkpoint.sources.hub import is_offline
+from conmoe_edge.checkpoint.sources.hub_reach import connection_problem
 from conmoe_edge.errors import HubRefused, UsageError
 
 CARD = "README.md"
@@ -114,6 +116,10 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     """What the library says while it writes, as ours."""
     from huggingface_hub import errors
 
+    if not is_offline(False) and (why := connection_problem()):
+        raise HubRefused(
+            f"{hub_id} cannot be published.", why, "Check the network connection, and try again."
+        )
     try:
         yield
     except errors.OfflineModeIsEnabled as error:

@@ -20,6 +20,7 @@ from conmoe_edge.checkpoint.format.dtypes import TORCH_NAMES
 from conmoe_edge.checkpoint.gguf.opened import GgufModel, open_gguf
 from conmoe_edge.checkpoint.sources import hub
 from conmoe_edge.checkpoint.sources.hub_ranges import HubRanges
+from conmoe_edge.checkpoint.sources.hub_reach import connection_problem
 from conmoe_edge.checkpoint.sources.model_names import (
     Kind,
     Meaning,
@@ -130,7 +131,7 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> S
     Arguments as for ``locate``.
     """
     meaning = resolve(model, revision)
-    if meaning.hub_id is None or hub.is_offline(offline):
+    if meaning.hub_id is None or hub.is_offline(offline) or connection_problem():
         return locate(model, revision=revision, offline=offline)
     folder = hub.fetch_small_files(meaning.hub_id, meaning.revision)
     hub.require_config_on_hub(folder, meaning.hub_id, meaning.revision)
@@ -148,7 +149,7 @@ def describe(model: str, *, revision: str | None = None, offline: bool = False) 
     as for ``locate``.
     """
     meaning = resolve(model, revision)
-    if meaning.hub_id is None or hub.is_offline(offline):
+    if meaning.hub_id is None or hub.is_offline(offline) or connection_problem():
         source = locate(model, revision=revision, offline=offline)
         return _local(meaning, source)
     folder = hub.fetch_config(meaning.hub_id, meaning.revision)

@@ -25,7 +25,8 @@ class ChatStats:
     what the device memory is called. ``hit_rate`` is the share of prototypes that were in memory
     when the last answer needed them, ``None`` where it needed none. ``finish`` is the word of
     ``TurnStats``. ``kernel`` computes the experts; ``fast_path`` says how single tokens are computed,
-    empty where the runtime does not say.
+    empty where the runtime does not say. ``known_tokens`` of the prompt were there from an earlier one, beside the
+    ``prompt_tokens`` that were computed.
     """
 
     answered: bool
@@ -46,6 +47,7 @@ class ChatStats:
     context: int
     kernel: str
     fast_path: str
+    known_tokens: int = 0
 
     @property
     def resident_share(self) -> float:
@@ -60,11 +62,20 @@ def footer(stats: ChatStats) -> str:
             counted(stats.tokens, "token"),
             f"{stats.tokens_per_second:.1f} tok/s",
             f"first token {duration(stats.first_token_seconds)}",
+            *_known_text(stats),
             memory_text(stats),
             _cache_text(stats),
             f"context {stats.context_used:,}/{stats.context:,}",
         )
     )
+
+
+def _known_text(stats: ChatStats) -> list[str]:
+    """How much of the prompt did not have to be computed; nothing where all of it had to."""
+    if not stats.known_tokens:
+        return []
+    total = stats.known_tokens + stats.prompt_tokens
+    return [f"prompt: {stats.known_tokens:,} of {total:,} tokens were known"]
 
 
 def loaded_line(stats: ChatStats) -> str:
@@ -94,6 +105,7 @@ def stats_rows(stats: ChatStats) -> list[tuple[str, str]]:
     return [
         ("answer", f"{counted(stats.tokens, 'token')}, ended by {_ENDED_BY[stats.finish]}"),
         ("question", f"{counted(stats.prompt_tokens, 'token')} that were new to the model"),
+        *([("known before", counted(stats.known_tokens, "token"))] if stats.known_tokens else []),
         ("speed", f"{stats.tokens_per_second:.2f} tokens a second"),
         ("first token", f"after {duration(stats.first_token_seconds)}"),
         ("memory", memory_text(stats)),
@@ -169,4 +181,5 @@ def read_stats(session: ChatSession) -> ChatStats:
         context=session.context,
         kernel=runtime.kernel,
         fast_path="" if path is None else path.summary,
+        known_tokens=turn.known_tokens if turn else 0,
     )

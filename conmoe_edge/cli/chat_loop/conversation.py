@@ -26,18 +26,27 @@ class Message(TypedDict):
 @dataclass(slots=True)
 class Conversation:
     """The messages so far; ``system`` stands before them. A question without an answer is never
-    kept.
+    kept. The first ``left_out`` messages are kept, and shown and saved, but no longer sent.
     """
 
     system: str = ""
     messages: list[Message] = field(default_factory=list)
+    left_out: int = 0
 
     def asking(self, question: str) -> list[Message]:
         """Everything that goes to the model for ``question``; the conversation itself stays as it
         is.
         """
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*first, *self.messages, {"role": "user", "content": question}]
+        sent = self.messages[self.left_out :]
+        return [*first, *sent, {"role": "user", "content": question}]
+
+    def leave_out_a_turn(self) -> bool:
+        """Send the oldest turn that is still sent no more; false where there is none."""
+        if self.left_out >= len(self.messages):
+            return False
+        self.left_out += 2
+        return True
 
     def add(self, question: str, answer: str) -> None:
         """Keep a turn."""
@@ -50,11 +59,17 @@ class Conversation:
             return None
         question = self.messages[-2]["content"]
         del self.messages[-2:]
+        self.left_out = min(self.left_out, len(self.messages))
         return question
+
+    def last_answer(self) -> str | None:
+        """The text of the last answer; ``None`` before there is one."""
+        return self.messages[-1]["content"] if self.messages else None
 
     def clear(self) -> None:
         """Forget the messages; the system text stays."""
         self.messages.clear()
+        self.left_out = 0
 
     def save(self, path: Path, model: str) -> None:
         """Write the conversation, whole or not at all, readable by the user alone.

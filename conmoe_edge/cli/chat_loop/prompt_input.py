@@ -68,6 +68,13 @@ def unfence(text: str) -> str:
     return stripped
 
 
+def continuation(width: int, _line: int, wrapped: int) -> str:
+    """What stands before a line of the message that is not its first: dots, or blanks where the terminal is too narrow
+    for the line before.
+    """
+    return " " * width if wrapped else "." * (width - 1) + " "
+
+
 class Reader:
     """The prompt. ``terminal_input`` and ``terminal_output`` replace the terminal in tests."""
 
@@ -85,7 +92,7 @@ class Reader:
             complete_while_typing=Condition(self._types_command),
             multiline=True,
             key_bindings=_bindings(),
-            prompt_continuation=lambda width, number, soft: "." * (width - 1) + " ",
+            prompt_continuation=continuation,
             reserve_space_for_menu=4,
             input=terminal_input,
             # The answer goes to stdout; where that is a file, the prompt still shows on the
@@ -96,9 +103,9 @@ class Reader:
     def _types_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")
 
-    def read(self) -> str:
-        """The next message, without the quotes of a multi-line one; may be empty."""
-        return unfence(self._session.prompt(HTML("<b>&gt;</b> ")))
+    def read(self, default: str = "") -> str:
+        """The next message, without the quotes of a multi-line one; may be empty. ``default`` stands there already."""
+        return unfence(self._session.prompt(HTML("<b>&gt;</b> "), default=default))
 
 
 def _bindings() -> KeyBindings:

@@ -20,9 +20,14 @@ from conmoe_edge.cli.chat_loop.chat_stats import (
     read_stats,
     stats_rows,
 )
+from conmoe_edge.cli.chat_loop.clipboard import copy
 from conmoe_edge.cli.chat_loop.conversation import Conversation
-from conmoe_edge.cli.chat_loop.set_command import setting_rows, with_setting
-from conmoe_edge.cli.chat_loop.turn import run_turn
+from conmoe_edge.cli.chat_loop.make_room import OnFull, make_room
+from conmoe_edge.cli.chat_loop.markdown_signs import is_markdown
+from conmoe_edge.cli.chat_loop.set_command import SETTINGS, setting_rows, with_setting
+from conmoe_edge.cli.chat_loop.silent_keys import silent_keys
+from conmoe_edge.cli.chat_loop.turn import Turn, run_turn
+from conmoe_edge.cli.chat_loop.wrapped_stream import WrappedStream
 from conmoe_edge.cli.ui.error_text import describe
 from conmoe_edge.cli.ui.text import counted, printable, without_controls
 from conmoe_edge.cli.views.plan_views import table_view
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
     from conmoe_edge.offload.generation.session import ChatSession
 
+_SHOWN = 20
+"""Messages of a loaded conversation that are shown."""
 _SHORTEN = "a shorter message; chat --context N keeps room for more"
 _MAKE_ROOM = "/clear forgets the conversation; /save FILE keeps it first"
 WELCOME = "Type a message. /help lists the commands, Ctrl-D leaves."
@@ -41,9 +48,9 @@ WELCOME = "Type a message. /help lists the commands, Ctrl-D leaves."
 class MessageReader(Protocol):
     """Where messages come from."""
 
-    def read(self) -> str:
-        """The next message; raises ``EOFError`` at the end and ``KeyboardInterrupt`` on Ctrl-C at
-        an empty line.
+    def read(self, default: str = "") -> str:
+        """The next message, changed from ``default``; raises ``EOFError`` at the end and ``KeyboardInterrupt`` on
+        Ctrl-C at an empty line.
         """
         ...
 
@@ -61,7 +68,9 @@ class Leave(Exception):
 
 
 class Repl:
-    """One chat. ``name`` is the package's, for the files that ``/save`` writes."""
+    """One chat. ``name`` is the package's, for the files that ``/save`` writes. ``on_full``: what becomes of a
+    conversation that its context cannot hold. ``markdown``: whether answers are shown as what their Markdown means.
+    """
 
     def __init__(
         self,
@@ -71,19 +80,25 @@ class Repl:
         name: str,
         conversation: Conversation | None = None,
         sampling: SamplingSettings | None = None,
+        on_full: OnFull = "drop",
+        markdown: bool = True,
     ) -> None:
         self.session = session
         self.output = output
         self.name = name
         self.conversation = conversation or Conversation()
         self.sampling = sampling or SamplingSettings()
+        self.on_full = on_full
+        self.markdown = markdown
+        self._draft = ""  # what the next prompt begins with
 
     def run(self, reader: MessageReader) -> None:
         """Until the user leaves. Errors on purpose are shown; others are raised."""
         leaving = False
         while True:
             try:
-                text = reader.read()
+                draft, self._draft = self._draft, ""
+                text = reader.read(draft)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -112,6 +127,9 @@ class Repl:
             return
         if text.startswith("/"):
             word, _, rest = text.partition(" ")
+            if word[1:].replace("-", "_") in SETTINGS:
+                self.set(f"{word[1:]} {rest}")
+                return
             self._command(word).run(self, rest.strip())
         else:
             self.ask(text.strip())
@@ -122,14 +140,9 @@ class Repl:
         Raises:
             ContextFull: nothing was kept; the conversation is as it was.
         """
-        clean = without_controls if self.output.stdout_is_terminal else str
-        turn = run_turn(
-            self.session,
-            self.conversation.asking(question),
-            self.sampling,
-            lambda piece: self.output.stream(clean(piece)),
-        )
-        self.output.stream("" if turn.text.endswith("\n") else "\n")
+        if self.on_full == "drop":
+            self._make_room(question)
+        turn = self._answered(question)
         if turn.text:
             self.conversation.add(question, turn.text)
         if turn.stopped:
@@ -141,6 +154,38 @@ class Repl:
         self.output.note()
         if turn.full is not None:
             raise turn.full
+
+    def _make_room(self, question: str) -> None:
+        """Say which messages are no longer sent."""
+        left_out = make_room(self.session, self.conversation, question, self.sampling.max_tokens)
+        if left_out:
+            kept = "the system text and " if self.conversation.system else ""
+            rest = len(self.conversation.messages) - self.conversation.left_out
+            self.output.note(
+                f"The context is full: the oldest {counted(self.conversation.left_out, 'message')} are no longer sent, "
+                f"{kept}{counted(rest, 'message')} before yours are. With --on-full stop an error says so instead."
+            )
+
+    def _answered(self, question: str) -> Turn:
+        """Stream the answer; on a terminal between words, and once more where it is Markdown."""
+        asked = self.conversation.asking(question)
+        if not self.output.stdout_is_terminal:
+            turn = run_turn(self.session, asked, self.sampling, self.output.stream)
+            self.output.stream("" if turn.text.endswith("\n") else "\n")
+            return turn
+        stream = WrappedStream(self.output.stream, lambda: self.output.stdout_size[0])
+        with silent_keys():
+            turn = run_turn(
+                self.session,
+                asked,
+                self.sampling,
+                lambda piece: stream.add(without_controls(piece)),
+            )
+        stream.end()
+        seen = stream.rows < self.output.stdout_size[1] and not stream.resized
+        if self.markdown and seen and is_markdown(stream.text):
+            self.output.replace_by_markdown(stream.text, stream.rows)
+        return turn
 
     def _command(self, word: str) -> Command:
         command = COMMANDS.get(_SHORT.get(word, word))
@@ -184,14 +229,18 @@ class Repl:
 
     def set(self, rest: str) -> None:
         """Show the sampling settings or change one."""
-        words = rest.replace("=", " ").split()
-        if not words:
+        name, _, values = rest.replace("=", " ", 1).partition(" ")
+        if not name:
             self.output.note(table_view(("setting", "value"), setting_rows(self.sampling)))
             return
-        if len(words) != 2:
+        try:
+            words = shlex.split(values)
+        except ValueError:
+            words = values.split()
+        if not words:
             raise UsageError("/set takes a name and a value.", "", "/set temperature 0.6")
-        self.sampling = with_setting(self.sampling, *words)
-        self.output.note(f"{words[0]} is {words[1]}.")
+        self.sampling = with_setting(self.sampling, name, words)
+        self.output.note(printable(f"{name} is {' '.join(words)}."))
 
     def save(self, rest: str) -> None:
         """Write the conversation to a file."""
@@ -203,20 +252,50 @@ class Repl:
         """Go on with a saved conversation."""
         self.conversation = Conversation.load(_path(rest, "/load FILE"))
         self.session.forget()
+        shown = self.conversation.messages[-_SHOWN:]
+        earlier = len(self.conversation.messages) - len(shown)
+        if earlier:
+            self.output.note(f"({counted(earlier, 'earlier message')})\n")
+        for message in shown:
+            mark = "> " if message["role"] == "user" else ""
+            self.output.note(f"{mark}{without_controls(message['content'])}\n")
         self.output.note(f"Loaded {self._length()}.")
 
     def retry(self, _rest: str) -> None:
         """Take the last answer back and ask again."""
-        before = list(self.conversation.messages)
+        self._again(lambda question: question)
+
+    def edit(self, rest: str) -> None:
+        """Take the last question and its answer back, and ask it changed."""
+        if rest:
+            self._again(lambda _question: rest)
+            return
+        question = self.conversation.take_back()
+        if question is None:
+            raise UsageError("There is no question to change.", "", "type a message first")
+        self._draft = question
+        self.output.note("The last question and its answer are taken back; send it changed.")
+
+    def copy(self, _rest: str) -> None:
+        """The last answer to the clipboard."""
+        answer = self.conversation.last_answer()
+        if answer is None:
+            raise UsageError("There is no answer to copy.", "", "type a message first")
+        self.output.note(f"Copied by {copy(answer, self.output.stream)}.")
+
+    def _again(self, changed: Callable[[str], str]) -> None:
+        """Ask the last question again, as ``changed`` makes it."""
+        before, left_out = list(self.conversation.messages), self.conversation.left_out
         question = self.conversation.take_back()
         if question is None:
             raise UsageError("There is no answer to take back.", "", "type a message first")
         try:
-            self.ask(question)
+            self.ask(changed(question))
         finally:
             # Nothing came of it: the answer that was there is better than none.
             if not self.conversation.messages or len(self.conversation.messages) < len(before):
                 self.conversation.messages[:] = before
+                self.conversation.left_out = left_out
 
     def clear(self, _rest: str) -> None:
         """Forget the conversation."""
@@ -257,10 +336,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "/context": Command("/context", "how full the context is", Repl.context),
     "/system": Command("/system [TEXT|none]", "show, set or remove the system text", Repl.system),
-    "/set": Command("/set [NAME VALUE]", "temperature, top_p, max_tokens, seed", Repl.set),
+    "/set": Command(
+        "/set [NAME VALUE]", f"{', '.join(SETTINGS)}; /NAME VALUE does the same", Repl.set
+    ),
     "/save": Command("/save FILE", "write the conversation to a file", Repl.save),
-    "/load": Command("/load FILE", "go on with a saved one", Repl.load),
+    "/load": Command("/load FILE", "show a saved one, and go on with it", Repl.load),
     "/retry": Command("/retry", "take the last answer back and ask again", Repl.retry),
+    "/edit": Command("/edit [TEXT]", "take the last question back too, and change it", Repl.edit),
+    "/copy": Command("/copy", "the last answer to the clipboard", Repl.copy),
     "/clear": Command("/clear", "forget the conversation", Repl.clear),
     "/bye": Command("/bye", "leave", Repl.bye),
 }

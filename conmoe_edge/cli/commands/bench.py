@@ -64,6 +64,7 @@ def bench(
     """
     from conmoe_edge import api
     from conmoe_edge.cli.commands.chat import check_package
+    from conmoe_edge.cli.ui.slow_line import slow_line
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.bench_table import bench_view
     from conmoe_edge.memory.garbage import settle
@@ -89,6 +90,8 @@ def bench(
         on_round=tell,
         **run,
     )
+    if slow := slow_line(report.facts.budget.device):
+        output.warning(slow)
     output.note()
     output.value(report.to_json())
     output.result(bench_view(report))

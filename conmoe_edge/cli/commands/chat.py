@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.cli.chat_loop.make_room import ON_FULL, OnFull
+from conmoe_edge.cli.chat_loop.silent_keys import silent_keys
 from conmoe_edge.cli.ui.cli_options import (
     Tokens,
     cache_policy_option,
@@ -16,16 +20,21 @@ from conmoe_edge.cli.ui.cli_options import (
     kv_precision_option,
     misses_option,
     package_budget_option,
+    prompt_cache_options,
     run_device_option,
     special_tokens_option,
     template_option,
 )
+from conmoe_edge.cli.ui.slow_line import slow_line
 from conmoe_edge.errors import PackageError, UsageError
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
     from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
     from conmoe_edge.offload.generation.session import ChatSession
+
+
+OF_THE_DEMO = "This is the demo model: twelve million parameters. It speaks, it knows nothing."
 
 
 @click.command(short_help="Talk to a package that fit wrote, inside its budget.")
@@ -48,6 +57,18 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, min_open=True),
     help="Draw from this share of the likelihood.",
 )
+@click.option(
+    "--top-k",
+    metavar="K",
+    type=click.IntRange(0),
+    help="Draw from so many of the likeliest tokens; 0 for all.",
+)
+@click.option(
+    "--stop",
+    metavar="TEXT",
+    multiple=True,
+    help="End the answer before this text; may be given again.",
+)
 @click.option("--seed", metavar="N", type=click.IntRange(0), help="Same seed, same answer.")
 @click.option(
     "--context",
@@ -67,6 +88,19 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Answer with JSON of the schema in FILE, and nothing else.",
 )
+@click.option(
+    "--on-full",
+    type=click.Choice(ON_FULL),
+    default="drop",
+    show_default=True,
+    help="When the context is full: drop the oldest turns, and say so, or stop.",
+)
+@click.option(
+    "--no-markdown",
+    is_flag=True,
+    help="Leave answers as they came; do not render them when they end.",
+)
+@prompt_cache_options
 @click.option("--no-history", is_flag=True, help="Keep what you type out of the history file.")
 @common_options
 def chat(
@@ -81,6 +115,10 @@ def chat(
     misses: str,
     allow_special_tokens: bool,
     template: str | None,
+    on_full: OnFull,
+    no_markdown: bool,
+    prompt_cache: Path | None,
+    prompt_cache_size: int,
     no_history: bool,
     json_schema: Path | None,
     output: Output,
@@ -111,30 +149,38 @@ def chat(
         )
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
+    drawn = SamplingSettings(**sampling)
     schema = None if json_schema is None else _read_schema(json_schema)
     output.note(f"Loading {path_text(folder)} ...")
-    from conmoe_edge.api.running import open_session
-    from conmoe_edge.memory.garbage import settle
+    with silent_keys() if question is None else nullcontext():
+        from conmoe_edge.api.running import open_session
+        from conmoe_edge.memory.garbage import settle
 
-    where = None if device == "auto" else device
-    session = open_session(
-        folder,
-        gpu,
-        where,
-        context,
-        cache_policy,
-        misses,
-        allow_special_tokens=allow_special_tokens,
-        template=template,
-        kv_precision=kv_precision,
-    )
-    settle()
-    grammar = None if schema is None else session.json_grammar(schema)
-    drawn = SamplingSettings(**sampling, grammar=grammar)
+        where = None if device == "auto" else device
+        session = open_session(
+            folder,
+            gpu,
+            where,
+            context,
+            cache_policy,
+            misses,
+            allow_special_tokens=allow_special_tokens,
+            template=template,
+            kv_precision=kv_precision,
+            prompt_cache=prompt_cache,
+            prompt_cache_bytes=prompt_cache_size,
+            tell=output.warning,
+        )
+        settle()
+    if slow := slow_line(str(session.runtime.device)):
+        output.warning(slow)
+    if schema is not None:
+        drawn = replace(drawn, grammar=session.json_grammar(schema))
     if output.stdout_is_terminal:
         session.on_reasoning = lambda text: _show_reasoning(output, text)
     if question is None:
-        _converse(session, folder, system, drawn, output, keep_history=not no_history)
+        looks = {"on_full": on_full, "markdown": not no_markdown}
+        _converse(session, folder, system, drawn, output, keep_history=not no_history, **looks)
     else:
         _answer_once(session, question, system, drawn, output)
 
@@ -146,9 +192,7 @@ def check_package(folder: Path) -> None:
     if is_there(folder, "conmoe.json"):
         return  # whatever it is, from here on it must be a sound package
     if not folder.exists():
-        raise PackageError(
-            f"There is no folder {folder}.", "", f"conmoe-edge fit MODEL --out {folder}"
-        )
+        raise PackageError(f"There is no folder {folder}.", *_way_to(str(folder)))
     if (folder / "config.json").is_file():
         raise PackageError(
             f"{folder} is a model, but no package of conmoe-edge.",
@@ -181,6 +225,19 @@ def _show_reasoning(output: Output, text: str | None) -> None:
     output.stream("\n\n" if text is None else f"\x1b[2m{without_controls(text)}\x1b[22m")
 
 
+def _way_to(name: str) -> tuple[str, str]:
+    """Why a folder is not there, and what helps: it may be the name of a model."""
+    from conmoe_edge.checkpoint.sources.model_names import aliases, is_hub_id
+
+    on_hub = is_hub_id(name) and not Path(name).parent.exists()
+    if name.lower() in aliases() or on_hub:
+        return (
+            f"{name} is a model, which is fitted into a package first",
+            f"conmoe-edge run {name} does both; or conmoe-edge fit {name} --out DIR, then chat DIR",
+        )
+    return "", f"conmoe-edge fit MODEL --out {name}"
+
+
 def _piped() -> str | None:
     """What stands on standard input; ``None`` where that is a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
@@ -206,6 +263,7 @@ def _converse(
     output: Output,
     *,
     keep_history: bool,
+    **looks: Any,
 ) -> None:
     from conmoe_edge.cli.chat_loop.chat_stats import loaded_line, read_stats
     from conmoe_edge.cli.chat_loop.conversation import Conversation
@@ -216,10 +274,13 @@ def _converse(
     if problem:
         output.warning(problem)
     output.note(loaded_line(read_stats(session)))
+    if session.runtime.manifest.source.get("name") == "demo":
+        output.note(OF_THE_DEMO)
     output.note(WELCOME)
     output.note()
     name = folder.resolve().name
-    repl = Repl(session, output, name=name, conversation=Conversation(system), sampling=sampling)
+    talk = Conversation(system)
+    repl = Repl(session, output, name=name, conversation=talk, sampling=sampling, **looks)
     repl.run(Reader(list(COMMANDS), history))
 
 

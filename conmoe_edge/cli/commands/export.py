@@ -77,10 +77,12 @@ def export(
 ) -> None:
     """Write the package DIR as OUT, for engines that have one expert for every router slot.
 
-    A package that only prunes, with as many experts left in every layer, becomes a plain smaller
-    checkpoint. Every other one becomes a checkpoint of the model's own size, in which each router
-    slot has a copy of its prototype: the same answers, no memory saved. vLLM runs a package as it
-    is, without an export (docs/cluster.md).
+    Packages that were fitted with --for hf or --for gguf become a smaller checkpoint, and so do
+    those that only prune, with as many experts left in every layer. Others become one of the model's own
+    size, in which each router slot has a copy of its prototype: the same answers, no memory saved.
+    Where router slots add constants, as `fit` makes them unless it is told otherwise, the package
+    is refused: `plan` says so beforehand. vLLM runs a package as it is, without an export
+    (docs/cluster.md).
 
     \b
     Examples:

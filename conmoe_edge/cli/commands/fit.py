@@ -96,8 +96,9 @@ def fit(model: str, out: Path, output: Output, dry_run: bool, yes: bool, **param
     places = ("revision", "offline", "keep_source", "keep_vision", "passes")
     place = {name: parameters[name] for name in places}
     if dry_run:
-        from conmoe_edge.cli.commands.plan import show_plan
+        from conmoe_edge.cli.commands.plan import say_where_it_looks, show_plan
 
+        say_where_it_looks(output, model, offline=parameters["offline"])
         report = api.plan(model, request, **place)
         show_plan(output, report, out)
         output.note("Dry run: nothing was written.")

@@ -34,6 +34,7 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
     """
     from conmoe_edge import api
 
+    say_where_it_looks(output, model, offline=parameters["offline"])
     report = api.plan(
         model,
         plan_request(parameters),
@@ -44,6 +45,17 @@ def plan(model: str, output: Output, **parameters: Any) -> None:
         passes=parameters["passes"],
     )
     show_plan(output, report, Path("out"))
+
+
+def say_where_it_looks(output: Output, model: str, *, offline: bool) -> None:
+    """A line before the hub is waited for."""
+    from conmoe_edge.checkpoint.sources.hub import is_offline
+    from conmoe_edge.checkpoint.sources.model_names import resolve
+    from conmoe_edge.cli.ui.text import printable
+
+    hub_id = resolve(model).hub_id
+    if hub_id is not None and not is_offline(offline):
+        output.note(printable(f"Asking the hub about {hub_id} ..."))
 
 
 def show_plan(output: Output, report: PlanReport, out: Path) -> None:

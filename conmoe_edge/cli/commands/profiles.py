@@ -15,18 +15,28 @@ if TYPE_CHECKING:
     from conmoe_edge.memory.profiles import Profile
 
 
-@click.group(cls=SuggestingGroup, short_help="The machines that --gpu NAME knows.")
-def profiles() -> None:
+@click.group(
+    cls=SuggestingGroup,
+    invoke_without_command=True,
+    short_help="The machines that --gpu NAME knows.",
+)
+@common_options
+@click.pass_context
+def profiles(ctx: click.Context, output: Output) -> None:
     """Show the profiles: machines with their memory and bandwidths, for `--gpu NAME`.
+
+    Alone it lists them all.
 
     A profile of your own is a TOML file in the folder that `profiles list` names.
 
     \b
     Examples:
-      conmoe-edge profiles list
+      conmoe-edge profiles
       conmoe-edge profiles show rtx-4090
       conmoe-edge plan olmoe --gpu rtx-3060-12gb
     """
+    if ctx.invoked_subcommand is None:
+        _list(output)
 
 
 @profiles.command(name="list", short_help="All profiles, a line each.")
@@ -39,6 +49,10 @@ def list_command(output: Output) -> None:
       conmoe-edge profiles list
       conmoe-edge profiles list --json
     """
+    _list(output)
+
+
+def _list(output: Output) -> None:
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.plan_views import table_view
     from conmoe_edge.memory.profiles import list_profiles, user_folder

@@ -16,11 +16,14 @@ from conmoe_edge.cli.ui.cli_options import (
     kv_precision_option,
     misses_option,
     package_budget_option,
+    prompt_cache_options,
     run_device_option,
     special_tokens_option,
     template_option,
 )
+from conmoe_edge.cli.ui.slow_line import slow_line
 from conmoe_edge.errors import ConmoeError, UsageError
+from conmoe_edge.extras import install_command
 
 if TYPE_CHECKING:
     from conmoe_edge.cli.ui.output import Output
@@ -116,6 +119,7 @@ _LARGEST_KEY_FILE = 4096
 @misses_option
 @special_tokens_option
 @template_option
+@prompt_cache_options
 @common_options
 def serve(
     folder: Path,
@@ -161,6 +165,9 @@ def serve(
         misses=misses,
         template=words["template"],
         kv_precision=words["kv_precision"],
+        prompt_cache=words["prompt_cache"],
+        prompt_cache_bytes=words["prompt_cache_size"],
+        tell=output.warning,
     )
     server = Server(settings, load, on_ready=lambda: _ready(server, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")
@@ -177,6 +184,8 @@ def _ready(server: Any, output: Output) -> None:
     trim_heap()
     url, name = server.url, server.settings.name
     output.value({"url": url, "model": name, "api": f"{url}/v1"})
+    if slow := slow_line(str(server.engine.loaded.model.conmoe.device)):
+        output.warning(slow)
     output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")
 
 
@@ -230,6 +239,6 @@ def _need_extra() -> None:
         raise ConmoeError(
             "The server needs fastapi and uvicorn.",
             f"{error.name} is not installed",
-            'pip install "conmoe-edge[serve]"',
+            install_command("serve"),
         ) from error
     del fastapi, uvicorn

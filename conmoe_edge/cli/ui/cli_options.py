@@ -21,6 +21,7 @@ from conmoe_edge.plan.kv_precision import KV_PRECISIONS
 from conmoe_edge.plan.levers import PRECISIONS
 from conmoe_edge.plan.request import DEVICES, PREFERENCES, WIDTHS, PlanRequest
 from conmoe_edge.plan.serving import ENGINES, request_for
+from conmoe_edge.units import parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +188,38 @@ template_option = click.option(
     help="Chat template to use, of a model that has several.  [default: the one called default]",
 )
 """``--template`` of the commands that answer."""
+
+
+class Bytes(click.ParamType):
+    """A size of memory or disk: ``2GB``, ``500MiB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """The bytes."""
+        nbytes = parse_size(str(value))
+        if nbytes is None:
+            self.fail(f"{value!r} is not a size such as 2GB or 500MiB.", param, ctx)
+        return nbytes
+
+
+def prompt_cache_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--prompt-cache`` and ``--prompt-cache-size`` of the commands that answer."""
+    folder = click.option(
+        "--prompt-cache",
+        metavar="DIR",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Keep what was computed of prompts in DIR, also for the next start. It says much of what was asked.",
+    )
+    size = click.option(
+        "--prompt-cache-size",
+        metavar="SIZE",
+        type=Bytes(),
+        default="2GB",
+        show_default=True,
+        help="Most that DIR may take; what was not used for the longest time goes first.",
+    )
+    return folder(size(function))
 
 
 def common_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,7 +83,7 @@ def _usage(error: click.ClickException) -> ErrorText:
     """Click's complaint in our shape; the fix is the help of the command that complained."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "conmoe-edge"
-    message = error.format_message().strip()
+    message = _one_line(error.format_message().strip())
     if isinstance(error, click.NoSuchCommand | click.NoSuchOption):
         what, _, suggestion = message.partition(". ")
         suggestion = suggestion.strip().strip("()")

@@ -28,7 +28,10 @@ class JsonStdout:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nothing but the value reaches stdout inside the block."""
+        """Nothing but the value reaches stdout inside the block; where that is so already, nothing is done."""
+        if self._stream is not None:  # one command calls another
+            yield
+            return
         with ExitStack() as stack:
             self._stream = sys.stdout
             below = _descriptors()

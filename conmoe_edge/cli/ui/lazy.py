@@ -8,6 +8,29 @@ from typing import Any
 
 import click
 
+from conmoe_edge.errors import UsageError
+
+ELSEWHERE = {
+    "ls": "conmoe-edge list",
+    "ps": "each serve runs the packages it was given; its page /health says what it holds",
+    "show": "conmoe-edge inspect DIR",
+    "delete": "conmoe-edge rm NAME",
+    "remove": "conmoe-edge rm NAME",
+    "download": "conmoe-edge pull NAME",
+    "create": "conmoe-edge fit MODEL --out DIR",
+    "quantize": "conmoe-edge fit MODEL --bits 4, or export DIR FILE --format gguf --quantise Q4_K_M",
+    "quantise": "conmoe-edge fit MODEL --bits 4, or export DIR FILE --format gguf --quantise Q4_K_M",
+    "convert": "conmoe-edge export DIR OUT",
+    "generate": "conmoe-edge chat DIR --prompt TEXT",
+    "benchmark": "conmoe-edge bench DIR",
+    "evaluate": "conmoe-edge eval DIR",
+    "stop": "Ctrl-C in the terminal where it runs",
+    "start": "conmoe-edge serve DIR",
+    "help": "conmoe-edge --help, or conmoe-edge COMMAND --help",
+    "version": "conmoe-edge --version",
+}
+"""Commands that other programs have, and what does the same here."""
+
 
 class SuggestingGroup(click.Group):
     """A group whose did-you-mean knows every command it lists, imported or not."""
@@ -19,6 +42,12 @@ class SuggestingGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
+            if ctx.parent is None and error.command_name in ELSEWHERE:
+                raise UsageError(
+                    f"There is no command {error.command_name!r}.",
+                    "",
+                    ELSEWHERE[error.command_name],
+                ) from None
             raise click.NoSuchCommand(
                 error.command_name, possibilities=self.list_commands(ctx), ctx=ctx
             ) from None

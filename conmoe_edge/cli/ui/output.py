@@ -64,6 +64,19 @@ class Output:
         self._stdout.file.write(text)
         self._stdout.file.flush()
 
+    @property
+    def stdout_size(self) -> tuple[int, int]:
+        """Cells in a line and lines, of the terminal now."""
+        size = self._stdout.size
+        return size.width, size.height
+
+    def replace_by_markdown(self, text: str, rows: int) -> None:
+        """On a terminal: the last ``rows`` lines again, as what their Markdown means. Links stay text."""
+        from rich.markdown import Markdown
+
+        self._stdout.file.write(f"\x1b[{rows}A\r\x1b[J")
+        self._stdout.print(Markdown(text, code_theme="ansi_dark", hyperlinks=False))
+
     def note(self, renderable: RenderableType = "") -> None:
         """What goes on beside the result: a plan, progress, a hint."""
         if not self.quiet:
@@ -152,3 +165,6 @@ def calm_libraries() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Not WARNING: its client says every try of a connection, whose end is an error of ours.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

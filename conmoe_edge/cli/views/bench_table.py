@@ -116,6 +116,11 @@ def _notes(report: BenchReport) -> list[tuple[str, str]]:
         if facts.planned is not None:
             text += f"; the plan said {facts.planned:.1f}"
         lines.append((text, ""))
+    if facts.expected_prompt is not None and report.prompt_ratio is not None:
+        seconds, ratio = _seconds(facts.expected_prompt), report.prompt_ratio
+        lines.append(
+            (f"Expected {seconds} for the prompt; measured ×{ratio:.2f} of that speed", "")
+        )
     limit = facts.budget.device_bytes
     unit, tier = unit_for(limit), tier_name(facts.budget)
     text = f"{tier} {unit.text(report.memory_used)} of {unit.text(limit)} {unit.name} in use"

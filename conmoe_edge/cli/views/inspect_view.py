@@ -76,7 +76,13 @@ def _removed(facts: PackageSummary) -> str:
     bits = chosen.get("bits") if isinstance(chosen, dict) else None
     if isinstance(bits, float) and bits > 0:
         return f"{bits:.2f} bits a weight"
-    return f"{percent(manifest.rate)} removed" if manifest.rate else "nothing removed"
+    if not manifest.rate:
+        return "nothing removed"
+    # Beside narrower experts there are more of them, so the share is one of weights.
+    expected = (1 - manifest.rate) * len(facts.every_slot)
+    trimmed = len(manifest.prototypes) > expected + len(manifest.slots)
+    what = "the experts' weights" if trimmed else "the experts"
+    return f"{percent(manifest.rate)} of {what} removed"
 
 
 def files_line(facts: PackageSummary) -> str:

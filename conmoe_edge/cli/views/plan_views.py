@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from conmoe_edge.memory.budget import Budget
     from conmoe_edge.model.anatomy import ModelAnatomy
     from conmoe_edge.plan.plan import Candidate, Plan
+    from conmoe_edge.plan.prompt_speed import PromptSpeed
 
 _PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # Rows of the candidates' table around the chosen one; --json has them all.
@@ -47,6 +48,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         Text(),
     ]
     parts += [_unchanged(plan) if plan.unchanged else _candidates(report), Text()]
+    if report.prompt is not None:
+        parts.append(_head("Prompts", *prompt_line(report.prompt, plan.prefill_chunk)))
     if plan.chosen.rate or plan.chosen.bits:
         parts.append(_head("Method", report.method, printable(report.method_note)))
     if report.tokenizer is False:
@@ -59,10 +62,20 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
             )
         )
     parts += _beside(report)
+    if report.export_note:
+        parts.append(_head("Export", printable(report.export_note)))
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
     parts += [_disk(report, out, free), *_fetch(report)]
     return Group(*parts)
+
+
+def prompt_line(prompt: PromptSpeed, chunk: int) -> tuple[str, str]:
+    """``512 tokens in about 3.4 s (151 tok/s)`` and how many go through at a time."""
+    seconds = f"{prompt.seconds:.2g}" if prompt.seconds < 10 else f"{prompt.seconds:,.0f}"
+    speed = f"{prompt.tokens_per_second:.3g} tok/s"
+    text = f"{counted(prompt.tokens, 'token')} in about {seconds} s ({speed})"
+    return text, f"up to {chunk:,} tokens at a time"
 
 
 def _beside(report: PlanReport) -> list[Text]:

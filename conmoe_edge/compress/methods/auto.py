@@ -228,4 +228,5 @@ AUTO = Method(
     Needs(tokens=True, target=True),
     trims=True,
     budgets=True,
+    constants=True,
 )

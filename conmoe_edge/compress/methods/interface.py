@@ -171,6 +171,7 @@ class Method:
         trims: whether prototypes have fewer neurons than experts (``plan/width_levers.py``).
         within_layers: whether it is for scopes of one layer only.
         reroutes: whether routers may not choose the slots that it drops.
+        constants: whether router slots may add constants.
     """
 
     name: str
@@ -183,6 +184,7 @@ class Method:
     budgets: bool = False
     within_layers: bool = False
     reroutes: bool = False
+    constants: bool = False
 
 
 def identity(scope: ScopeView) -> Decision:

@@ -59,4 +59,4 @@ def _vectors(layer: LayerView) -> OutputVectors:
     return layer.vectors
 
 
-MONE = Method("mone", "MoNE", "arXiv 2507.00390", decide, Needs(vectors=True))
+MONE = Method("mone", "MoNE", "arXiv 2507.00390", decide, Needs(vectors=True), constants=True)

@@ -62,10 +62,11 @@ def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Na
     down = down_rows(scope, expert)
     count, width = own.values.shape
     square = gates.square().sum().clamp(min=1e-30)
-    middle = (gates @ own.values) / square.sqrt()
+    values = own.weighted()
+    middle = (gates @ values) / square.sqrt()
     gram = own.gram - torch.outer(middle, middle)
     if gram.diagonal().sum() < _NEARLY_CONSTANT * own.gram.diagonal().sum():
-        rest = own.values - torch.outer(gates / square.sqrt(), middle)
+        rest = values - torch.outer(gates / square.sqrt(), middle)
         gram = rest.T @ rest
     matrix = sketch(len(down))
     if matrix is not None:  # columns keep their lengths, near enough

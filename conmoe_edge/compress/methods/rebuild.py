@@ -4,7 +4,7 @@
 the down projections and the constants of the layer together against its target (``refit.py``). ``error_on`` measures a
 decision on any tokens.
 
-Peak memory: the activations of all routed tokens at the widths that stay (sum of n_p * I' in fp32), those of one
+Peak memory: the activations of all routed tokens at the widths that stay (sum of n_p * I'), those of one
 prototype before it is trimmed, and what ``refit`` takes. Of a prototype only the new down projection is held; its other
 weights are taken from the pretrained ones when they are asked for.
 """
@@ -27,6 +27,7 @@ from conmoe_edge.compress.solvers.neuron_pruning import corrected, surviving, ta
 from conmoe_edge.compress.solvers.refit import Features, refit
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum
+from conmoe_edge.compress.stream.layer_stream import compute_dtype
 from conmoe_edge.model.experts import inner_activations
 
 
@@ -191,9 +192,9 @@ def activations(
     rows = alpha.nonzero().squeeze(1)
     hidden = tokens.hidden[rows].to(scope.device, scope.dtype)
     parts = _moved(scope, {**_with_neurons(scope, expert, neurons), **(instead or {})})
-    inner = inner_activations(scope.module, hidden, parts, scope.dtype)
-    values = inner.float().cpu() * alpha[rows].unsqueeze(1)  # [n, I]
-    return Features(rows, values, gram_of(values))
+    values = inner_activations(scope.module, hidden, parts, scope.dtype).cpu()  # [n, I]
+    values = values.to(compute_dtype(values.device, scope.dtype))
+    return Features(rows, values, alpha[rows], gram_of(values, alpha[rows]))
 
 
 def down_rows(scope: ScopeView, expert: int) -> Tensor:

@@ -18,8 +18,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The architecture of a checked config.
+def architecture_of(config: Any, *, plain: bool = False) -> Architecture:
+    """The architecture of a checked config; ``plain``: whether what is exported is a plain checkpoint already.
 
     Raises:
         UnsupportedModel: the family is none of ``ARCHITECTURES``, or a setting is one that llama.cpp does not compute.
@@ -29,7 +29,9 @@ def architecture_of(config: Any) -> Architecture:
         raise UnsupportedModel(
             f"{config.model_type} is not written as GGUF.",
             f"these families are: {', '.join(sorted(ARCHITECTURES))}",
-            "export --format hf writes a plain checkpoint, which llama.cpp's own convert_hf_to_gguf.py may know",
+            "the package is a plain checkpoint, which llama.cpp's own convert_hf_to_gguf.py may know"
+            if plain
+            else "export --format hf writes a plain checkpoint, which llama.cpp's own convert_hf_to_gguf.py may know",
         )
     found.check(config)
     return found

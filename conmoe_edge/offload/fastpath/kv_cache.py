@@ -16,6 +16,7 @@ new buffers at once (the plan's workspace has that term).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,6 +85,14 @@ class GrowingLayer(DynamicLayer):
         )
         self.values = _append(self._value_buffer, value_states, held)
         return self.keys, self.values
+
+    def begin_with(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Hold copies of the tokens of all parts [1, heads, n, width], one behind the other; nothing is held yet."""
+        self.lazy_initialization(keys[0], values[0])
+        held = sum(one.shape[-2] for one in keys)
+        self._key_buffer = _filled(keys, held, self.limit)
+        self._value_buffer = _filled(values, held, self.limit)
+        self._show(held)
 
     def room_for_one(
         self, groups: int, width: int, value_width: int | None = None
@@ -182,6 +191,16 @@ def _roomy(
     if count:
         longer.narrow(-2, 0, count).copy_(held)
     return longer
+
+
+def _filled(parts: Sequence[Tensor], held: int, limit: int) -> Tensor:
+    """A buffer as of ``_roomy`` that begins with the ``held`` tokens of all parts."""
+    buffer = _roomy(None, parts[0], parts[0], 0, held, limit)
+    place = 0
+    for part in parts:
+        buffer.narrow(-2, place, part.shape[-2]).copy_(part)
+        place += part.shape[-2]
+    return buffer
 
 
 def _serves(buffer: Tensor, held: Tensor, count: int, needed: int) -> bool:

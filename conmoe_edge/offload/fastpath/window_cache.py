@@ -74,7 +74,8 @@ def _room_behind(view: Tensor, buffer: Tensor) -> bool:
 def _filled(view: Tensor, layer: DynamicSlidingWindowLayer) -> Tensor:
     """A new buffer that begins with ``view``."""
     held, most = view.shape[-2], layer.sliding_window + STEP_TOKENS
-    room = most if held >= layer.sliding_window - 1 else -(-(held + 1) // STEP_TOKENS) * STEP_TOKENS
+    # No more than the plan counts for a conversation of this length, also where the window is full already.
+    room = -(-(layer.cumulative_length + 1) // STEP_TOKENS) * STEP_TOKENS
     tokens = max(held + 1, min(room, most, getattr(layer, LIMIT, most)))
     buffer = view.new_empty((*view.shape[:-2], tokens, view.shape[-1]))
     buffer.narrow(-2, 0, held).copy_(view)

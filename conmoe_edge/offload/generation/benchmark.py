@@ -168,6 +168,17 @@ def byte_weights(model: nn.Module) -> int:
     )
 
 
+def dense_kinds(model: nn.Module) -> dict[str, int]:
+    """Bytes that a token reads of dense matrices in fewer bits, by their kind; not of a table that is looked up."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, FusedLinear) and module.stored.kind != "plain":
+            parts = (module.weight, module.weight_scale)
+            nbytes = sum(one.numel() * one.element_size() for one in parts if one is not None)
+            found[module.stored.kind] = found.get(module.stored.kind, 0) + nbytes
+    return found
+
+
 def byte_rate(device: torch.device) -> float:
     """Products and sums of bytes a second that all threads make in registers; 0 where nothing is computed so."""
     engine = operator() if device.type == "cpu" else None

@@ -4,7 +4,8 @@ How many tokens a forward takes decides the last bits of its sums, so it is a fu
 goes through in whole chunks, counted from its first token, with the rest behind them; the tokens of an answer go one by
 one.
 What a cache holds is used again only where it was computed just so (``reusable``). Then an answer is the same in a
-conversation of many turns, in a fresh one with the same messages, and after memory ran out on the way.
+conversation of many turns, in a fresh one with the same messages, and after memory ran out on the way. A window that
+has moved on and a state stand again at the end of a chunk only where that end was kept (``prefix_chunks.py``).
 
 One ``CachedTokens`` belongs to one conversation; several of them take turns on one model. ``step`` is
 the unit of those turns: one forward, of at most ``chunk`` tokens. Where memory runs out the runtime
@@ -24,6 +25,19 @@ from torch import Tensor
 
 from conmoe_edge.compat import Arguments, cache_of
 from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.offload.generation.prefix_chunks import (
+    ChunkEnds,
+    Form,
+    HeldChunk,
+    PromptChunk,
+    cache_of_chunks,
+    ends_needed,
+    ends_of,
+    form_of,
+    moves,
+    put_end,
+    rows_of,
+)
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 
@@ -43,6 +57,11 @@ class CachedTokens:
         self.chunk = chunk
         self.whole = 0  # of the held tokens, those that went through in whole chunks
         self.in_chunks = True  # until a cache turns up that wants the prompt in one piece
+        self.form: Form | None = None  # known once there is a cache, where that has one
+        self.ends: list[ChunkEnds | None] = []  # of the whole chunks, those that are kept
+        self.wants_end: Callable[[int], bool] = lambda index: True  # behind which chunks to stand
+        self.may_keep_ends: Callable[[], bool] = lambda: False  # asked once one more is there
+        self.on_chunk: Callable[[Sequence[int], HeldChunk], None] | None = None
         self._model = model
         self._runtime: Runtime = model.conmoe
         self._retreat = retreat or self._runtime.retreat
@@ -57,10 +76,61 @@ class CachedTokens:
         self._cache = None
         self.held = []
         self.whole = 0
+        self.ends = []
+
+    @property
+    def ends_bytes(self) -> int:
+        """Of the ends that are kept, which lie beside the cache."""
+        return sum(one.nbytes for one in self.ends if one is not None)
+
+    def forget_ends(self) -> None:
+        """Drop the ends; what has moved on stands at none of these places again."""
+        self.ends = [None] * len(self.ends)
 
     def reusable(self, tokens: Sequence[int]) -> int:
         """How many of the held tokens an answer to ``tokens`` may begin with."""
-        return reusable(self.held[: self.whole], tokens, self.chunk)
+        common = reusable(self.held[: self.whole], tokens, self.chunk)
+        if common == len(self.held) or self.form is None or self._can_crop():
+            return common
+        return next((n for n in range(common, 0, -self.chunk) if self._has_ends(n)), 0)
+
+    def chunk_at(self, index: int) -> HeldChunk:
+        """The whole chunk ``index`` as it lies here: views, which are good until the next forward."""
+        assert self.form is not None, "asked where there is one"
+        kept = self.ends[index] if index < len(self.ends) else None
+        place = index * self.chunk
+        layers = [
+            rows_of(self._cache, i, place, place + self.chunk)
+            if one.kind == "rows"
+            else (None if kept is None else kept.layers[i])
+            for i, one in enumerate(self.form)
+        ]
+        return HeldChunk(layers, kept is not None or not moves(self.form))
+
+    def start_behind(
+        self, chunks: Sequence[PromptChunk], tokens: Sequence[int], form: Form, *, move: bool
+    ) -> None:
+        """Hold ``chunks``, which are the beginning of ``tokens``; as ``cache_of_chunks``. Nothing is held where it
+        raises what a chunk raises.
+        """
+        self.forget()
+        moving = moves(form)
+        kept = [
+            chunk.ends(form) if moving and isinstance(chunk, HeldChunk) else None
+            for chunk in chunks
+        ]
+        cache = cache_of_chunks(self._model, chunks, form, self.chunk, move=move)
+        if moving:
+            kept[-1] = ends_of(cache, form, self.chunk)
+        self.form, self._cache, self.ends = form, cache, kept
+        self.held = list(tokens[: len(chunks) * self.chunk])
+        self.whole = len(self.held)
+
+    def give_away(self) -> Any:
+        """The cache, which is no longer held here."""
+        cache = self._cache
+        self.forget()
+        return cache
 
     def rewind(self, tokens: Sequence[int]) -> None:
         """Take the cache back to what an answer to ``tokens`` may begin with."""
@@ -71,16 +141,59 @@ class CachedTokens:
         surplus = len(self.held) - count
         if surplus <= 0:
             return
+        if not count or not self._take_back(count, surplus):
+            self.forget()
+            return
         self.whole = min(self.whole, count // self.chunk * self.chunk)
-        if count == 0 or not is_plain(self._cache) or not self._cache.is_croppable:
-            self.forget()
-            return
-        try:
-            self._cache.crop(-surplus)
-        except (RuntimeError, ValueError):  # a window that has moved on cannot be moved back
-            self.forget()
-            return
         del self.held[count:]
+        del self.ends[self.whole // self.chunk :]
+
+    def _take_back(self, count: int, surplus: int) -> bool:
+        """Let the cache stand behind ``count`` tokens, ``surplus`` less than it holds; whether it could."""
+        if self.form is None:
+            if not is_plain(self._cache) or not self._cache.is_croppable:
+                return False
+            try:
+                self._cache.crop(-surplus)
+            except (RuntimeError, ValueError):  # a window that has moved on cannot be moved back
+                return False
+        elif self._can_crop():
+            self._cache.crop(-surplus)
+        elif self._has_ends(count):
+            self._stand_at(count, surplus)
+        else:
+            return False
+        return True
+
+    def _can_crop(self) -> bool:
+        """Whether the cache can be taken back to any token: it has no state, and no window that has moved on."""
+        if self.form is None or self._cache is None:
+            return False
+        return all(
+            one.kind == "rows"
+            or (one.kind == "window" and layer.get_seq_length() < layer.sliding_window)
+            for one, layer in zip(self.form, self._cache.layers, strict=True)
+        )
+
+    def _has_ends(self, count: int) -> bool:
+        """Whether the cache can stand behind ``count`` tokens again, at the end of a chunk."""
+        if self.form is None or count % self.chunk or count // self.chunk > len(self.ends):
+            return False
+        last = count // self.chunk
+        needed = self.ends[max(0, last - ends_needed(self.form, self.chunk)) : last]
+        return all(one is not None for one in needed)
+
+    def _stand_at(self, count: int, surplus: int) -> None:
+        """``keep`` for a cache that has moved on."""
+        assert self.form is not None, "it was looked at"
+        last = count // self.chunk
+        for index, (one, layer) in enumerate(zip(self.form, self._cache.layers, strict=True)):
+            if one.kind == "rows":
+                layer.crop(-surplus)
+                continue
+            needed = self.ends[max(0, last - ends_needed((one,), self.chunk)) : last]
+            parts = [ends.layers[index] or () for ends in needed if ends is not None]
+            put_end(layer, one, parts, count, self._model.dtype)
 
     def step(self, tokens: Sequence[int], prompt: int) -> Tensor | None:
         """One forward towards ``tokens``, which begin with what is held and go further.
@@ -129,16 +242,40 @@ class CachedTokens:
             end = min(prompt, start + self.chunk) if self.in_chunks else prompt
         # Held by this frame alone while it grows: whatever ends the forward early leaves no half-grown
         # cache behind.
-        cache, held, whole = self._cache, self.held, self.whole
+        cache, held, whole, ends = self._cache, self.held, self.whole, self.ends
         self.forget()
         out = self._model(**self._call(tokens, start, end, cache))
         grown = cache_of(out)
         if self.in_chunks and end < prompt and not is_plain(grown):
             self.in_chunks = False  # a model with a cache of its own wants the prompt in one piece
             return None
-        self._cache, self.held = grown, [*held, *tokens[start:end]]
-        self.whole = end if start == whole and end - start == self.chunk else whole
+        self._cache, self.held, self.ends = grown, [*held, *tokens[start:end]], ends
+        self.whole = whole
+        if self.form is None:
+            self.form = form_of(self._model, grown)
+        if start == whole and end - start == self.chunk and end <= prompt:
+            self.whole = end
+            self._end_of_chunk()
         return out.logits[:, -1] if end == len(tokens) else None
+
+    def _end_of_chunk(self) -> None:
+        """A whole chunk has just come in: what will not be there later is kept, or handed on."""
+        if self.form is None:
+            return
+        index = len(self.ends)
+        self.ends.append(None)
+        if not moves(self.form):
+            if self.on_chunk is not None:
+                self.on_chunk(self.held, self.chunk_at(index))
+            return
+        wanted = self.wants_end(index)
+        if not wanted and self.on_chunk is None:
+            return
+        self.ends[index] = ends_of(self._cache, self.form, self.chunk)
+        if self.on_chunk is not None:
+            self.on_chunk(self.held, self.chunk_at(index))
+        if not wanted or not self.may_keep_ends():
+            self.ends[index] = None
 
     def _call(self, tokens: Sequence[int], start: int, end: int, cache: Any) -> dict[str, Any]:
         """The arguments of the forward of some of the tokens."""

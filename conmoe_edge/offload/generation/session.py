@@ -2,7 +2,8 @@
 
 The session keeps the key-value cache between turns and uses the whole chunks of the prompt again that the next
 one begins with, so that an answer is that of a fresh conversation with the same messages; where a model's
-cache cannot be taken back to them, it starts over. Memory: the cache, as planned for
+cache cannot be taken back to them, it starts over. With ``files`` a conversation also begins with what an earlier
+process has computed. Memory: the cache, as planned for
 ``context`` tokens, and the activations of one chunk.
 """
 
@@ -10,17 +11,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import InUse, UsageError
 from conmoe_edge.offload.generation.answer import Answer, Finish, Generation
 from conmoe_edge.offload.generation.answer_parts import Part, Said, Thought
 from conmoe_edge.offload.generation.chat_prompt import chat_prompt
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
 from conmoe_edge.offload.generation.grammar import Grammar, GrammarMaker
-from conmoe_edge.offload.generation.prompt import end_tokens
+from conmoe_edge.offload.generation.known_prompt import KnownPrompt
+from conmoe_edge.offload.generation.prompt import end_tokens, prompt_tokens
+from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import GREEDY, SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.generation.tool_forms import Tools
@@ -34,6 +38,7 @@ class TurnStats:
     Attributes:
         tokens: of the answer, the end mark included.
         prompt_tokens: of the prompt, those that had to be computed.
+        known_tokens: of the prompt, those that were there from an earlier one.
         seconds_to_first: from the question to the first token.
         tokens_per_second: after the first token; 0 for answers of one token.
         hits, misses, bytes_read: of the prototypes, during this turn.
@@ -52,6 +57,7 @@ class TurnStats:
     context_used: int
     finish: Finish
     waited_seconds: float = 0.0
+    known_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -61,7 +67,9 @@ class TurnStats:
 
 
 class ChatSession:
-    """A conversation with one model. Not for several threads at once."""
+    """A conversation with one model. Several conversations may share a model, in threads of their own; they take turns.
+    One conversation gives one answer at a time.
+    """
 
     def __init__(
         self,
@@ -70,9 +78,10 @@ class ChatSession:
         context: int | None = None,
         *,
         allow_special_tokens: bool = False,
+        files: PromptFiles | None = None,
     ) -> None:
         """``context`` may be shorter than what the model was loaded for, not longer. ``allow_special_tokens``: whether
-        control tokens that are spelt out in messages steer the model.
+        control tokens that are spelt out in messages steer the model. ``files``: where prompts are kept over restarts.
 
         ``on_reasoning`` may be set: it gets the reasoning of an answer as it comes, and ``None`` when that is over.
         """
@@ -91,11 +100,22 @@ class ChatSession:
         self.allow_special_tokens = allow_special_tokens
         self._grammars: GrammarMaker | None = None
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
+        self._answering = threading.Lock()
+        self._known = KnownPrompt(model, self._cached, files)
 
     @property
     def context_used(self) -> int:
         """Tokens that the cache holds."""
         return len(self._cached.held)
+
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of the prompt that ``messages`` make.
+
+        Raises:
+            UsageError, PackageError: as ``prompt_tokens``.
+        """
+        allowed = self.allow_special_tokens
+        return len(prompt_tokens(self.tokenizer, messages, allow_special_tokens=allowed))
 
     def forget(self) -> None:
         """Drop the cache; the next turn starts from its first token."""
@@ -124,15 +144,16 @@ class ChatSession:
         ``on_reasoning`` gets that.
         """
         thinks = False
-        for part in self.parts(messages, settings, stop_event=stop_event):
-            if isinstance(part, Thought):
-                thinks = True
-                self.on_reasoning(part.text)
-            elif isinstance(part, Said):
-                if thinks:
-                    self.on_reasoning(None)
-                thinks = False
-                yield part.text
+        with closing(self.parts(messages, settings, stop_event=stop_event)) as parts:
+            for part in parts:
+                if isinstance(part, Thought):
+                    thinks = True
+                    self.on_reasoning(part.text)
+                elif isinstance(part, Said):
+                    if thinks:
+                        self.on_reasoning(None)
+                    thinks = False
+                    yield part.text
         if thinks:
             self.on_reasoning(None)
 
@@ -144,7 +165,7 @@ class ChatSession:
         tools: Tools = (),
         template_kwargs: Mapping[str, Any] | None = None,
         stop_event: threading.Event | None = None,
-    ) -> Iterator[Part]:
+    ) -> Generator[Part, None, None]:
         """What is reasoned, said and called in the answer to ``messages``, piece by piece; afterwards ``last`` has the
         turn's figures.
 
@@ -158,11 +179,31 @@ class ChatSession:
 
         Raises:
             UsageError, PackageError: as ``prompt_tokens``.
+            InUse: this conversation is giving another answer, which is neither over nor closed.
             ContextFull: the messages leave no room for an answer, or the answer filled the context;
                 its text has been given out by then.
             OutOfMemory: memory ran out and nothing was left to give up.
         """
-        stop = stop_event or threading.Event()
+        if not self._answering.acquire(blocking=False):
+            raise InUse(
+                "This conversation is giving another answer.",
+                "its key-value cache holds one sequence of tokens",
+                "read that answer to its end or close() it; a ChatSession of its own for every conversation",
+            )
+        try:
+            stop = stop_event or threading.Event()
+            yield from self._parts(messages, settings, tools, template_kwargs, stop)
+        finally:
+            self._answering.release()
+
+    def _parts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        settings: SamplingSettings | None,
+        tools: Tools,
+        template_kwargs: Mapping[str, Any] | None,
+        stop: threading.Event,
+    ) -> Iterator[Part]:
         prompt = chat_prompt(
             self.tokenizer,
             messages,
@@ -175,13 +216,14 @@ class ChatSession:
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         before, start = self.runtime.stats(), time.perf_counter()
-        self._cached.rewind(tokens)
+        settings = (settings or SamplingSettings()).filled(self.model.generation_config)
+        self._known.begin(tokens, len(tokens) + (settings.max_tokens or 0))
         answer = Answer(
             self.model,
             self.tokenizer,
             self._cached,
             tokens,
-            form.settings(settings or SamplingSettings()),
+            form.settings(settings),
             context=self.context,
             ends=end_tokens(self.model, self.tokenizer),
         )
@@ -198,7 +240,7 @@ class ChatSession:
 
     def greedy(self, tokens: Sequence[int], count: int) -> Generation:
         """``count`` greedy tokens after ``tokens``, without their text; no token ends them."""
-        self._cached.rewind(tokens)
+        self._known.begin(tokens, len(tokens) + count)
         settings = replace(GREEDY, max_tokens=count)
         return Generation(
             self.model, self._cached, tokens, settings, context=self.context, ends=frozenset()
@@ -221,4 +263,5 @@ def _turn_stats(
         context_used=len(answer.tokens),
         finish=answer.finish or "interrupted",
         waited_seconds=now.waited_seconds - before.waited_seconds,
+        known_tokens=answer.reused,
     )

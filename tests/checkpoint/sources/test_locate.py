@@ -208,7 +208,15 @@ def test_offline_with_half_a_model(cached: Path) -> None:
 # The hub's failures
 
 
+@pytest.fixture
+def behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked before the hub's client tries."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+
+
 @pytest.mark.disable_socket
+@pytest.mark.usefixtures("behind_a_proxy")
 def test_no_network_is_one_line_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         try:
@@ -230,6 +238,7 @@ def response(status: int) -> Any:
     return CLIENT.Response(status, request=SimpleNamespace(url="https://huggingface.co/x"))
 
 
+@pytest.mark.usefixtures("behind_a_proxy")
 @pytest.mark.parametrize(
     ("error", "expected", "word"),
     [
@@ -258,6 +267,7 @@ def test_errors_of_the_hub(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("behind_a_proxy")
 def test_mistakes_of_ours_are_not_disguised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
@@ -278,7 +288,9 @@ def test_describe_a_folder_sums_up_to_its_bytes(sharded: Path) -> None:
 
 
 @pytest.fixture
-def on_the_hub(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def on_the_hub(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind_a_proxy: None
+) -> Path:
     """``org/name`` on a hub whose files lie in ``sharded``; the cache has the config alone."""
     from huggingface_hub import get_local_safetensors_metadata
 

@@ -13,7 +13,13 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.input.base import PipeInput
 from prompt_toolkit.output import DummyOutput
 
-from conmoe_edge.cli.chat_loop.prompt_input import Reader, is_open, open_history, unfence
+from conmoe_edge.cli.chat_loop.prompt_input import (
+    Reader,
+    continuation,
+    is_open,
+    open_history,
+    unfence,
+)
 
 ENTER, ALT_ENTER, CTRL_C, CTRL_D, UP = "\r", "\x1b\r", "\x03", "\x04", "\x1b[A"
 PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"
@@ -125,3 +131,13 @@ def test_a_history_that_cannot_be_written_is_said(
     history, problem = open_history(True)
     assert "no history" in problem
     assert isinstance(history, InMemoryHistory)
+
+
+def test_a_draft_stands_in_the_prompt(keyboard: PipeInput) -> None:
+    keyboard.send_text(f" more{ENTER}")
+    assert reader(keyboard).read("a draft") == "a draft more"
+
+
+def test_only_a_new_line_gets_dots() -> None:
+    assert continuation(2, 1, 0) == ". "
+    assert continuation(2, 0, 1) == "  ", "the terminal is too narrow, nobody began a line"

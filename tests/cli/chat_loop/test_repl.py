@@ -58,6 +58,9 @@ class Session:
     def forget(self) -> None:
         self.context_used = 0
 
+    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        return sum(len(one["content"]) for one in messages)
+
     def reply(
         self,
         messages: Sequence[Mapping[str, str]],
@@ -83,8 +86,10 @@ class Lines:
 
     def __init__(self, *lines: str | type[BaseException]) -> None:
         self.lines = list(lines)
+        self.drafts: list[str] = []
 
-    def read(self) -> str:
+    def read(self, default: str = "") -> str:
+        self.drafts.append(default)
         if not self.lines:
             raise EOFError
         line = self.lines.pop(0)
@@ -275,3 +280,94 @@ def test_a_runtime_without_a_fast_path_shows_none(talk: Any) -> None:
     session.runtime.fast_path = None
     err = talk(session, "/stats")[2]
     assert "native, AVX2" in err and "fast path" not in err
+
+
+def test_a_full_context_leaves_the_oldest_turns_out_and_says_so(talk: Any) -> None:
+    """A letter is a token here."""
+    session = Session(["b" * 20], ["d" * 20], ["f" * 20], ["h"])
+    session.context = 64
+    repl, _, err = talk(session, "/system S", "a" * 10, "c" * 10, "e" * 10, "g")
+    sent = [contents(one) for one in session.asked]
+    assert sent[0] == ["S", "a" * 10]
+    assert sent[1] == ["S", "a" * 10, "b" * 20, "c" * 10]
+    assert sent[2] == ["S", "e" * 10], "half of the context is made free at once"
+    assert sent[3] == ["S", "e" * 10, "f" * 20, "g"], "and so nothing more for the next question"
+    assert err.count("are no longer sent") == 1
+    assert "the oldest 4 messages" in err and "the system text and 0 messages" in err
+    assert len(repl.conversation.messages) == 8, "what is left out is kept for /save"
+
+
+def test_stop_asks_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(["b" * 60], ["d"])
+    session.context = 64
+    stand_in: Any = session
+    repl = Repl(stand_in, Output(), name="out", on_full="stop")
+    repl.run(Lines("a", "c"))
+    assert contents(session.asked[1]) == ["a", "b" * 60, "c"]
+    assert "no longer sent" not in capsys.readouterr().err
+
+
+def test_a_question_alone_is_never_left_out(talk: Any) -> None:
+    session = Session(["b"])
+    session.context = 8
+    talk(session, "a" * 20)
+    assert contents(session.asked[0]) == ["a" * 20], "the session says that there is no room"
+
+
+def test_edit_asks_the_last_question_changed(talk: Any) -> None:
+    session = Session(["one"], ["two"], ["three"])
+    repl, _, _ = talk(session, "first", "second", "/edit third")
+    assert contents(session.asked[2]) == ["first", "one", "third"]
+    assert contents(repl.conversation.messages) == ["first", "one", "third", "three"]
+
+
+def test_edit_alone_puts_the_question_into_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(["one"], ["two"])
+    stand_in: Any = session
+    lines = Lines("first", "/edit", "changed")
+    repl = Repl(stand_in, Output(), name="out")
+    repl.run(lines)
+    assert lines.drafts == ["", "", "first", ""]
+    assert contents(repl.conversation.messages) == ["changed", "two"]
+    assert "taken back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["/edit", "/edit text", "/copy", "/retry"])
+def test_before_the_first_answer_there_is_nothing_to_change(talk: Any, command: str) -> None:
+    _, _, err = talk(Session(), command)
+    assert "There is no" in err and "type a message first" in err
+
+
+def test_settings_are_commands_too(talk: Any) -> None:
+    session = Session(["x"], ["y"])
+    talk(session, "/top_k 40", "/top-p 0.9", '/stop "the end" ###', "a", "/stop default", "b")
+    assert session.settings[0] == SamplingSettings(top_k=40, top_p=0.9, stop=("the end", "###"))
+    assert session.settings[1].stop == ()
+
+
+def test_a_loaded_conversation_is_shown(talk: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    turns = [(f"question {n}", f"answer\x1b[31m {n}") for n in range(12)]
+    talk(Session(*[[answer] for _, answer in turns]), *(q for q, _ in turns), f"/save {path}")
+    _, _, err = talk(Session(), f"/load {path}")
+    assert "(4 earlier messages)" in err and "question 1\n" not in err
+    for n in range(2, 12):
+        assert f"> question {n}\n" in err and f"answer[31m {n}\n" in err
+    assert "\x1b" not in err and "Loaded 24 messages." in err
+
+
+def test_copy_uses_the_program_of_the_system(
+    talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "pbcopy"
+    program.write_text(f"#!/bin/sh\ncat > {tmp_path}/copied\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _, out, err = talk(Session(["größe"]), "a", "/copy")
+    assert (tmp_path / "copied").read_text() == "größe" and "Copied by pbcopy." in err
+    assert out == "größe\n"
+    program.unlink()
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    _, out, err = talk(Session(["größe"]), "a", "/copy")
+    assert "\x1b]52;c;Z3LDtsOfZQ==\a" in out and "the terminal" in err

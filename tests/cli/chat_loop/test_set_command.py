@@ -10,9 +10,9 @@ from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 
 
 def test_settings_change_one_at_a_time_and_go_back() -> None:
-    one = with_setting(with_setting(SamplingSettings(), "temperature", "0.6"), "TOP-P", "0.9")
+    one = with_setting(with_setting(SamplingSettings(), "temperature", ["0.6"]), "TOP-P", ["0.9"])
     assert (one.temperature, one.top_p) == (0.6, 0.9)
-    assert with_setting(one, "temperature", "default").temperature is None
+    assert with_setting(one, "temperature", ["default"]).temperature is None
     assert ("seed", "default") in setting_rows(one)
 
 
@@ -27,9 +27,12 @@ def test_settings_change_one_at_a_time_and_go_back() -> None:
         ("max_tokens", "0"),
         ("max_tokens", "1.5"),
         ("colour", "red"),
+        ("top_k", "-1"),
+        ("top_k", "few"),
+        ("stop", ""),
     ],
 )
 def test_a_wrong_setting_says_how(name: str, value: str) -> None:
     with pytest.raises(UsageError) as caught:
-        with_setting(SamplingSettings(), name, value)
+        with_setting(SamplingSettings(), name, [value])
     assert caught.value.fix.startswith("/set ")

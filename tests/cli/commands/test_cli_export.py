@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,30 +76,38 @@ def test_a_plan_for_a_quantised_file(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "--for gguf --quantise Q8_0" in refused.stderr
 
 
-def test_advice_is_not_about_settings_that_an_engine_does_not_have() -> None:
+def test_what_was_measured_for_this_runtime_is_not_shown_for_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from conmoe_edge import api
-    from conmoe_edge.memory.outcomes import Outcome
+    from conmoe_edge.checkpoint.sources.locate import describe
+    from conmoe_edge.checkpoint.tensors.fingerprint import fingerprint
+    from conmoe_edge.memory.outcomes import Outcome, remember
 
-    plain = api.plan("demo", budget="8GB", device="cpu")
-    cheap = Outcome(
-        model="m",
-        precision="int4",
-        dense_precision="source",
-        rate=0.0,
-        scope=1,
-        method="auto",
-        calibration="c",
-        pool_bytes=1,
-        loss_rise=0.001,
-        wide_prototypes=0,
-        kl=0.001,
-        tokens=100,
-        version="0",
+    monkeypatch.setenv("CONMOE_CACHE_DIR", str(tmp_path))
+    found = describe("demo")
+    assert found.index is not None
+    remember(
+        Outcome(
+            model=fingerprint(found.index, found.path)["id"],
+            precision="int4",
+            dense_precision="source",
+            rate=0.0,
+            scope=1,
+            method="auto",
+            calibration="c",
+            pool_bytes=1,
+            loss_rise=0.001,
+            wide_prototypes=0,
+            kl=0.001,
+            tokens=100,
+            version="0",
+        )
     )
-    assert "int4" in replace(plain, outcomes=(cheap,)).advice
+    assert len(api.plan("demo", budget="8GB", device="cpu").outcomes) == 1
     for engine in ("gguf", "hf", "vllm"):
         planned = api.plan("demo", budget="8GB", device="cpu", engine=engine)
-        assert replace(planned, outcomes=(cheap,)).advice == ""
+        assert planned.outcomes == () and planned.advice == ""
 
 
 def test_widths_are_free_or_equal() -> None:

@@ -114,7 +114,8 @@ def test_without_a_neuron_the_error_is_that_of_the_best_constant() -> None:
         assert all(a >= b for a, b in itertools.pairwise(errors))
         assert [len(one) for one in found[expert].neurons] == list(WIDTHS)
         own = activations(scope, tokens, expert, gates_of(tokens, 8)[:, expert])
-        torch.testing.assert_close(grams[expert], own.values.T @ own.values)
+        values = own.weighted()
+        torch.testing.assert_close(grams[expert], values.T @ values)
 
 
 @torch.no_grad()
@@ -126,9 +127,10 @@ def test_what_goes_beside_a_constant_is_measured_without_it() -> None:
     gates = gates_of(tokens, 8)[:, 3]
     own = activations(scope, tokens, 3, gates)
     errors, neurons = (one := narrowing(scope, 3, own, gates[own.rows])).errors, one.neurons
-    target = (own.values @ module.down_proj[3].detach().T).double()
+    values = own.weighted()
+    target = (values @ module.down_proj[3].detach().T).double()
     for error, kept in zip(errors[1:-1], neurons, strict=False):
-        columns = torch.cat([own.values[:, kept], gates[own.rows].unsqueeze(1)], 1).double()
+        columns = torch.cat([values[:, kept], gates[own.rows].unsqueeze(1)], 1).double()
         solved = torch.linalg.lstsq(columns, target).solution
         assert error == pytest.approx(float((target - columns @ solved).square().sum()), rel=0.1)
 

@@ -12,7 +12,7 @@ T, H, E = 60, 6, 5
 
 
 def of_values(rows: Tensor, values: Tensor) -> Features:
-    return Features(rows, values, values.T @ values)
+    return Features(rows, values, torch.ones(len(rows)), values.T @ values)
 
 
 def test_refit_solves_block_after_block() -> None:
@@ -62,3 +62,25 @@ def test_refit_leaves_what_is_right_already() -> None:
     found, constants = refit(features, down, torch.rand(T, E, generator=generator), target)
     torch.testing.assert_close(found[0], down[0], rtol=0, atol=1e-4)
     assert float(constants.abs().max()) < 1e-4
+
+
+def test_products_in_bf16_are_near_those_in_fp32() -> None:
+    """What is left of the target is what the solution gives in fp32, but for roundings."""
+    generator = torch.Generator().manual_seed(7)
+    rows, alpha = torch.arange(0, T, 2), torch.rand(T // 2, generator=generator) + 0.5
+    values = torch.randn(T // 2, 4, generator=generator).bfloat16()
+    down = [torch.randn(H, 4, generator=generator).bfloat16().float()]
+    target, gates = torch.randn(T, H, generator=generator), torch.rand(T, E, generator=generator)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        wide = values.float() * alpha.unsqueeze(1)
+        one = Features(rows, values.to(dtype), alpha, wide.T @ wide)
+        left = target.clone()
+        weights, constants = refit([one], down, gates, left)
+        given = gates @ constants
+        given[rows] += wide @ weights[0].T
+        off = float((left - (target - given)).norm() / given.norm())
+        assert off < (0.01 if dtype == torch.bfloat16 else 1e-6)
+        found[dtype] = weights[0]
+    apart = found[torch.bfloat16] - found[torch.float32]
+    assert 0 < float(apart.norm()) < 0.01 * float(found[torch.float32].norm())

@@ -157,6 +157,7 @@ def computed(
     gate: ExpertGate,
     biases: Sequence[tuple[Tensor, Tensor]] | None,
     turns: Sequence[range],
+    few: int | None = None,
 ) -> Tensor:
     """The sum of all experts, which are given in several calls."""
     out = torch.zeros(x.shape)
@@ -168,7 +169,7 @@ def computed(
         rows, weights = (torch.cat([routed[i][side] for i in turn]) for side in (0, 1))
         ups, downs = [ready[i][0] for i in turn], [ready[i][1] for i in turn]
         mine = None if biases is None else [biases[i] for i in turn]
-        operator.many_experts(ups, downs, x, (starts, rows, weights), out, gate, mine)
+        operator.many_experts(ups, downs, x, (starts, rows, weights), out, gate, mine, few)
     return out
 
 
@@ -216,6 +217,72 @@ def test_experts(
             for turns in ([every], [range(i, i + 1) for i in every]):
                 again = computed(operator, pairs, x, routed, gate, biases, turns)
                 assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize(("up", "down", "hidden", "widths", "gate", "biased"), CASES)
+def test_experts_that_few_tokens_want(
+    operator: Operator,
+    up: str,
+    down: str,
+    hidden: int,
+    widths: tuple[int, ...],
+    gate: ExpertGate,
+    biased: bool,
+) -> None:
+    """Those with up to ``few`` tokens by the kernels of single tokens, the others by those of many, in their order;
+    divided among calls as it may be, with any threads, the same bits.
+    """
+    counts = (2, 9, 1, 0, 3, 1, 8, 4)
+    widths = tuple(widths[i % len(widths)] for i in range(len(counts)))
+    tokens, every = 23, range(len(counts))
+    pairs, x = experts((up, down), hidden, widths), activations(tokens, hidden) / 64
+    routed, biases = routes(tokens, counts), None
+    if biased:
+        biases = [
+            (torch.randn(2 * width).bfloat16(), torch.randn(hidden).bfloat16()) for width in widths
+        ]
+    wanted = torch.zeros(x.shape, dtype=torch.float64)
+    for i, (first, second) in enumerate(pairs):
+        rows, weights = routed[i]
+        if len(rows):
+            parts = reference.gated(first, second, x[rows], gate, biases and biases[i])
+            wanted[rows] += weights.double().unsqueeze(1) * parts
+    for few in (0, 3, tokens, None):
+        found = computed(operator, pairs, x, routed, gate, biases, [every], few)
+        assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+        alone = [range(i, i + 1) for i in every if counts[i]]
+        for count, turns in ((1, alone), (3, [range(5), range(5, 8)])):
+            with threads(count):
+                again = computed(operator, pairs, x, routed, gate, biases, turns, few)
+            assert torch.equal(again, found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_tokens_have_the_bits_of_single_ones(operator: Operator, kind: str) -> None:
+    """More experts than one call of those kernels takes, in both formats of activations."""
+    ((first, second),) = experts((kind, kind), 128, (128,))
+    up, down = prepared(operator, first), prepared(operator, second)
+    x = torch.randn(19, 128, generator=torch.Generator().manual_seed(2))
+    asking = [[5, 6, 11], [6], [0, 18], [3, 4, 5]] * 20
+    places = torch.tensor([row for rows in asking for row in rows])
+    starts = [0]
+    for rows in asking:
+        starts.append(starts[-1] + len(rows))
+    weights = torch.rand(len(places), generator=torch.Generator().manual_seed(4))
+    ups, downs = [up] * len(asking), [down] * len(asking)
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = x.to(dtype)
+        out = torch.zeros(x.shape)
+        operator.many_experts(ups, downs, narrow, (starts, places, weights), out, few=3)
+        single = operator.gated_together(ups, downs, narrow, asking)
+        wanted = torch.zeros(x.shape)
+        for place, (row, weight) in enumerate(zip(places.tolist(), weights, strict=True)):
+            wanted[row] = torch.addcmul(wanted[row], single[place], weight)
+        assert torch.allclose(out, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+        alone = torch.zeros(x.shape)
+        one = torch.ones(1)
+        operator.many_experts([up], [down], narrow, ([0, 1], places[:1], one), alone, few=3)
+        assert torch.equal(alone[5], single[0])
 
 
 def test_many_tokens_of_one_expert(operator: Operator) -> None:

@@ -88,15 +88,7 @@ def library() -> Path:
         Unavailable: switched off, no compiler that will do, a system without torch's OpenMP, a compiler that failed, a
             cache that belongs to another user, or an operator that crashes or computes wrongly.
     """
-    if os.environ.get(SWITCH, "").lower() == "off":
-        raise Unavailable(f"{SWITCH}=off")
-    if os.name != "posix" or platform.system() == "Darwin":
-        raise Unavailable(f"not built on {platform.system()}")
-    openmp = _openmp()
-    compiler, version = _compiler()
-    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
-    parts = (*_FLAGS, *_LINK, *sanitizers, compiler, version, str(openmp))
-    path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
+    path, compiler, sanitizers, openmp = _place()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path.parent.parent, path.parent):
@@ -107,6 +99,30 @@ def library() -> Path:
     except OSError as error:
         raise Unavailable(f"{path.parent} cannot be used: {error.strerror}") from error
     return path
+
+
+def is_built() -> bool:
+    """Whether ``library`` finds one that was compiled and tried, so that it does not take long.
+
+    Raises:
+        Unavailable: there can be none here.
+    """
+    path = _place()[0]
+    return path.is_file() and path.with_suffix(TOLD_SUFFIX).is_file()
+
+
+def _place() -> tuple[Path, str, tuple[str, ...], Path]:
+    """Where the library is or will be, the compiler, flags of sanitizers, and the OpenMP runtime."""
+    if os.environ.get(SWITCH, "").lower() == "off":
+        raise Unavailable(f"{SWITCH}=off")
+    if os.name != "posix" or platform.system() == "Darwin":
+        raise Unavailable(f"not built on {platform.system()}")
+    openmp = _openmp()
+    compiler, version = _compiler()
+    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
+    parts = (*_FLAGS, *_LINK, *sanitizers, compiler, version, str(openmp))
+    path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
+    return path, compiler, sanitizers, openmp
 
 
 def _openmp() -> Path:
@@ -136,14 +152,14 @@ def _compiler() -> tuple[str, str]:
 
 
 def _digest(parts: tuple[str, ...]) -> str:
-    machine = (_processor(), *platform.libc_ver(), torch.__version__, _assertions())
+    machine = (processor(), *platform.libc_ver(), torch.__version__, _assertions())
     digest = hashlib.sha256("\0".join((*parts, *machine)).encode())
     for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         digest.update(one.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What ``-march=native`` looks at: a home folder may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -77,7 +77,10 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     "many_rows": (_int, (_int, _at, _at, _at, _long, _at, _long, _long, _long, _int)),
     "many_experts": (
         _int,
-        (*(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int), *[_at] * 3, _long, *[_at] * 3),
+        (
+            *(_int, _int, _long, *[_at] * 7, _long, _long, _at, _int),
+            *(*[_at] * 3, _long, *[_at] * 3, _long),
+        ),
     ),
     "decoder_together": (_long, (_at, _at, _at, _at, _long, *[_at] * 4)),
     "gated_together": (
@@ -681,16 +684,19 @@ class Operator:
         out: Tensor,
         gate: ExpertGate = _SILU,
         biases: Sequence[tuple[Tensor, Tensor]] | None = None,
+        few: int | None = None,
     ) -> None:
         """out[row] += weight * D_i gate(G_i x[row], U_i x[row]) for the tokens of every expert, in the experts' order.
 
-        One call or several give the same bits.
+        One call or several give the same bits. An expert that few tokens want is computed by the kernels of single
+        tokens, which round activations to the same bytes and add up in another order.
 
         Args:
             ups, downs, gate, biases: as of ``gated_experts``, in forms that ``takes_many`` names.
             x: fp32 or bf16 [T, H], contiguous.
             routed: where the tokens of each expert begin, n + 1 numbers; their rows, int64 [N], and weights, fp32 [N].
             out: fp32 [T, H], contiguous.
+            few: how many tokens those are at the most; by default as many as suit the form.
         """
         up, down, count = ups[0].form, downs[0].form, len(ups)
         columns, (tokens, width) = up.columns, x.shape
@@ -723,7 +729,7 @@ class Operator:
             numbers(*[one.form.group for one in downs]),
             *(narrow, *added, ctypes.addressof(how), tokens),
             (ctypes.c_int64 * (count + 1))(*starts),
-            *(rows.data_ptr(), weights.data_ptr()),
+            *(rows.data_ptr(), weights.data_ptr(), -1 if few is None else few),
         )
         if failed:
             _failed(failed)

@@ -1,6 +1,7 @@
 // Stored weights times many tokens, and gated experts for the tokens of a prompt.
 //
-// A thread expands 64 rows of a matrix into its own caches and multiplies them with all tokens that want them. Outputs of
+// A thread expands 64 rows of a matrix into its own caches and multiplies them with all tokens that want them. For an
+// expert that few tokens want that does not pay: it is computed by the kernels of single tokens (experts.h). Outputs of
 // experts are added in the order in which they are given, by one thread for each number, so neither threads nor how
 // experts are divided among calls show in a result.
 
@@ -13,6 +14,8 @@ namespace {
 
 constexpr int64_t AT_A_TIME = 504;      // tokens: whole tiles of every size, whose products stay in the second cache
 constexpr int64_t TOGETHER = 1 << 11;   // tokens of experts whose activations lie in memory at a time
+
+constexpr int64_t FEW_AT_A_TIME = 128;  // tokens of experts that have few each, whose activations lie in memory as fp32
 
 // Whether the products below take a matrix.
 inline bool strips_take(int kind, int64_t rows, int64_t columns, int64_t group) {
@@ -155,9 +158,80 @@ struct Routed {
 inline int64_t strip_of(int64_t block) { return std::max(PANEL, block); }
 inline bool whole_strips(int64_t block) { return strip_of(block) % block == 0 && strip_of(block) % PANEL == 0; }
 
-// The experts `first`... `last` - 1: out [.., columns] += weight * D gate(G x, U x), added in their order.
-void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, int64_t last, const Rows& x,
-                  const RoundedRows* ready, int64_t up_group, float* out, int64_t columns) {
+// Up to how many tokens of an expert the kernels of single tokens take less time (benchmarks/few_tokens.py): those read
+// weights as they lie, once for two tokens, where the products here expand them for any number of tokens. Not measured
+// with NEON: as many as a tile has, for fewer of which it is not filled.
+constexpr int64_t few_tokens(int up_kind) {
+#if CONMOE_WIDE_BYTES
+  return up_kind == INT8 ? 1 : up_kind == MXFP4 ? 3 : up_kind == Q4 || up_kind == Q3 || up_kind == Q2 ? 6 : 4;
+#elif CONMOE_INTEGERS
+  return up_kind == Q3 ? 3 : up_kind == MXFP4 ? 5 : 6;
+#else
+  return Quads::TOKENS;
+#endif
+}
+
+// What those experts of `first`... `last` - 1 that get up to `few` tokens make of them, by the kernels of single tokens.
+struct FewTokens {
+  std::vector<const float*> outputs;  // of each expert, a row for each of its tokens; null where it gets more
+  Room<float> y;
+
+  FewTokens(int64_t first, int64_t last, int64_t few, const int64_t* starts, int64_t columns)
+      : outputs(size_t(last - first), nullptr), y(places(first, last, few, starts) * columns) {}
+
+  static int64_t places(int64_t first, int64_t last, int64_t few, const int64_t* starts) {
+    int64_t found = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t mine = starts[i + 1] - starts[i];
+      if (mine <= few) found += mine;
+    }
+    return found;
+  }
+
+  // 0, or another code.
+  int64_t compute(int up_kind, int down_kind, const Routed& all, int64_t first, int64_t last, int64_t few, const Rows& x,
+                  int64_t up_group, int64_t columns) {
+    std::vector<const void*> tables[4];
+    std::vector<const uint16_t*> biases[2];
+    std::vector<int64_t> widths, groups, slots;
+    Askers askers;
+    for (int64_t i = first; i < last; ++i) {
+      if (all.starts[i + 1] - all.starts[i] > few) continue;
+      outputs[size_t(i - first)] = y.data() + int64_t(slots.size()) * columns;
+      if (all.starts[i + 1] == all.starts[i]) continue;
+      for (int64_t slot = all.starts[i]; slot < all.starts[i + 1]; ++slot) {
+        askers.tokens.push_back(int64_t(slots.size()));
+        slots.push_back(slot);
+      }
+      askers.starts.push_back(int64_t(slots.size()));
+      const void* const* const from[4] = {all.ups.values, all.ups.scales, all.downs.values, all.downs.scales};
+      for (int j = 0; j < 4; ++j) tables[j].push_back(from[j][i]);
+      biases[0].push_back(all.ups.bias_of(i));
+      biases[1].push_back(all.downs.bias ? all.downs.bias[i] : nullptr);
+      widths.push_back(all.ups.widths[i]);
+      groups.push_back(all.downs.groups[i]);
+    }
+    if (slots.empty()) return 0;
+    const auto tokens = int64_t(slots.size());
+    Room<float> wide(tokens * columns);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* const to = wide.data() + t * columns;
+      const float* const row = x.some(all.rows[slots[size_t(t)]], 0, columns, to);
+      if (row != to) std::copy_n(row, columns, to);
+    }
+    const Gated ups{int64_t(widths.size()), tables[0].data(), tables[1].data(), biases[0].data(), widths.data(),
+                    all.ups.gate};
+    const Down downs{tables[2].data(), tables[3].data(), biases[1].data(), groups.data()};
+    return gated_experts(up_kind, down_kind, ups, downs, askers, wide.data(), tokens, y.data(), columns, up_group);
+  }
+};
+
+// The experts `first`... `last` - 1: out [.., columns] += weight * D gate(G x, U x), added in their order. 0, or another
+// code.
+int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, int64_t last, int64_t few, const Rows& x,
+                     const RoundedRows* ready, int64_t up_group, float* out, int64_t columns) {
+  FewTokens aside(first, last, few, all.starts, columns);
+  if (const int64_t code = aside.compute(up_kind, down_kind, all, first, last, few, x, up_group, columns)) return code;
   const Times up = times_of(up_kind), down = times_of(down_kind);
   const Gated& ups = all.ups;
   const int64_t begin = all.starts[first], tokens = all.starts[last] - begin, block = block_of(up_kind, up_group);
@@ -166,20 +240,24 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
   int64_t widest = 0, most = 0;
   std::vector<int64_t> widths;
   for (int64_t i = first; i < last; ++i) {
-    widths.push_back(ups.widths[i]);
+    const bool here = !aside.outputs[size_t(i - first)];
+    widths.push_back(here ? ups.widths[i] : 0);
+    if (!here) continue;
     widest = std::max(widest, ups.widths[i]);
     most = std::max(most, std::min(AT_A_TIME, all.starts[i + 1] - all.starts[i]));
   }
   const Blocks strips(last - first, widths.data(), strip);
-  Packed packed(tokens, columns, block), inner(tokens, widest, down_block);
+  const int64_t packing = most ? tokens : 0;
+  Packed packed(packing, columns, block), inner(packing, widest, down_block);
   const int64_t space = std::max(panel_room(block), panel_room(down_block));
   RoomOfThreads rooms(space + most * 2 * strip);
   const bool apart_rows = ups.gate.interleaved != 0;
 #pragma omp parallel if (tokens * widest * columns > MANY)
   {
 #pragma omp for schedule(static)
-    for (int64_t slot = 0; slot < tokens; ++slot) {
+    for (int64_t slot = 0; slot < packing; ++slot) {
       const int64_t which = std::upper_bound(all.starts + first, all.starts + last + 1, begin + slot) - all.starts - 1;
+      if (aside.outputs[size_t(which - first)]) continue;
       const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
       pack_row(packed, x, ready, all.rows[begin + slot], from, mine, slot - from, up.offset);
     }
@@ -228,6 +306,14 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
       float *const room = rooms.own(), *const found = room + space;
       const int64_t height = std::min(PANEL, columns - row);
       for (int64_t which = first; which < last; ++which) {
+        if (const float* const made = aside.outputs[size_t(which - first)]) {
+          for (int64_t slot = all.starts[which]; slot < all.starts[which + 1]; ++slot) {
+            const float* const value = made + (slot - all.starts[which]) * columns + row;
+            float* const to = out + all.rows[slot] * columns + row;
+            for (int64_t r = 0; r < height; ++r) to[r] += all.weights[slot] * value[r];
+          }
+          continue;
+        }
         const Stored w{all.downs.values[which], all.downs.scales[which], columns, ups.widths[which], all.downs.groups[which]};
         const uint16_t* const bias = all.downs.bias ? all.downs.bias[which] : nullptr;
         const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
@@ -247,11 +333,14 @@ void some_experts(int up_kind, int down_kind, const Routed& all, int64_t first, 
       }
     }
   }
+  return 0;
 }
 
-// All experts of a call, those of up to `TOGETHER` tokens at a time; x has `tokens` rows. 0, or another code.
-int64_t many_experts(int up_kind, int down_kind, const Routed& all, const Rows& x, int64_t tokens,
+// All experts of a call, those of up to `TOGETHER` tokens at a time; x has `tokens` rows. `few`: up to how many tokens of
+// an expert the kernels of single tokens compute it; below 0 as many as suit its form. 0, or another code.
+int64_t many_experts(int up_kind, int down_kind, const Routed& all, int64_t few, const Rows& x, int64_t tokens,
                      int64_t up_group, float* out, int64_t columns) {
+  if (few < 0) few = few_tokens(up_kind);
   const int64_t count = all.ups.count;
   if (!strips_take(up_kind, TILE, columns, up_group)) return FORM;
   for (int64_t i = 0; i < count; ++i) {
@@ -266,9 +355,12 @@ int64_t many_experts(int up_kind, int down_kind, const Routed& all, const Rows& 
   for (int64_t first = 0, last = 0; first < count; first = last) {
     const int64_t group = all.downs.groups[first];
     for (last = first + 1; last < count && all.downs.groups[last] == group; ++last)
-      if (all.starts[last + 1] - all.starts[first] > TOGETHER) break;
-    if (all.starts[last] > all.starts[first])
-      some_experts(up_kind, down_kind, all, first, last, x, ready.get(), up_group, out, columns);
+      if (all.starts[last + 1] - all.starts[first] > TOGETHER ||
+          FewTokens::places(first, last + 1, few, all.starts) > FEW_AT_A_TIME)
+        break;
+    if (all.starts[last] == all.starts[first]) continue;
+    const int64_t code = some_experts(up_kind, down_kind, all, first, last, few, x, ready.get(), up_group, out, columns);
+    if (code) return code;
   }
   return 0;
 }

@@ -260,20 +260,20 @@ int conmoe_many_rows(int kind, const void* values, const void* scales, const voi
 }
 
 // out[rows[j]] += weights[j] * D_i gate(G_i x[rows[j]], U_i x[rows[j]]) for starts[i] <= j < starts[i + 1] and i < count, in
-// this order. x [tokens, columns] (bf16 where `narrow`, else fp32), out fp32 [tokens, columns]; the others as of
-// conmoe_gated_experts.
+// this order. x [tokens, columns] (bf16 where `narrow`, else fp32), out fp32 [tokens, columns]; `few` as of `many_experts`
+// in many_rows.h, the others as of conmoe_gated_experts.
 int conmoe_many_experts(int up_kind, int down_kind, int64_t count, const void* const* up_values,
                         const void* const* up_scales, const void* const* down_values, const void* const* down_scales,
                         const void* x, float* out, const int64_t* widths, int64_t columns, int64_t up_group,
                         const int64_t* down_groups, int narrow, const uint16_t* const* up_bias,
                         const uint16_t* const* down_bias, const Gate* gate, int64_t tokens, const int64_t* starts,
-                        const int64_t* rows, const float* weights) {
+                        const int64_t* rows, const float* weights, int64_t few) {
   const bool right = given(up_values, up_scales, down_values, down_scales, x, out, widths, down_groups, gate, starts, rows,
                            weights) && count >= 0 && tokens >= 0 && columns > 0 && up_group >= 0;
   return guarded(right, [&] {
     const Gated ups{count, up_values, up_scales, up_bias, widths, *gate};
     const Routed all{ups, Down{down_values, down_scales, down_bias, down_groups}, starts, rows, weights};
-    return int(many_experts(up_kind, down_kind, all, Rows{x, narrow != 0, columns}, tokens, up_group, out, columns));
+    return int(many_experts(up_kind, down_kind, all, few, Rows{x, narrow != 0, columns}, tokens, up_group, out, columns));
   });
 }
 

@@ -11,6 +11,7 @@ sliding window or a recurrent state costs each conversation the same from its fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from conmoe_edge.units import round_up
@@ -22,10 +23,11 @@ class Room:
     def __init__(
         self, context: int, step: int, cache_bytes: Callable[[int], int] | None = None
     ) -> None:
-        """``cache_bytes`` of a conversation at so many tokens; by default one for each token."""
+        """``cache_bytes`` of a conversation at so many tokens; by default (``counts_tokens``) one for each token."""
         self.context = context
         self._step = step
-        self._cache_bytes = cache_bytes or int
+        self.counts_tokens = cache_bytes is None
+        self._cache_bytes = functools.cache(cache_bytes or int)
         self.total = self._cache_bytes(context)
         self.used = 0
 
@@ -51,14 +53,15 @@ class Room:
         self.used -= nbytes
         assert self.used >= 0, "what was taken is given back once"
 
-    def worth(self) -> int:
-        """The length of the single conversation that takes what all of them have reserved: what the
+    def worth(self, beside: int = 0) -> int:
+        """The length of the single conversation that takes what all of them have reserved and ``beside``: what the
         runtime has to leave room for.
         """
+        wanted = min(self.total, self.used + beside)
         low, high = 0, self.context
         while low < high:
             middle = (low + high) // 2
-            if self._cache_bytes(middle) >= self.used:
+            if self._cache_bytes(middle) >= wanted:
                 high = middle
             else:
                 low = middle + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conmoe_edge.serve.room import Room
+from conmoe_edge.offload.generation.cache_room import Room
 
 
 @given(

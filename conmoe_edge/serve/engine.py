@@ -113,6 +113,11 @@ class Engine:
         budget = 0 if runtime.budget is None else runtime.budget.device_bytes
         return request_sizes(budget, runtime.context, self.loaded.fewest.longest)
 
+    @property
+    def most(self) -> int:
+        """Answers that it can have at once, those that wait included."""
+        return self._most
+
     def submit(self, job: Job) -> None:
         """Line up.
 
@@ -135,14 +140,18 @@ class Engine:
                 self._metrics.answer("cancelled", 0, 0, 0)
             self._wake.notify()
 
-    def withdraw(self, job: Job) -> bool:
-        """Take a job out of the queue for another one's sake; False where it does not wait there."""
+    def withdraw(self, *jobs: Job) -> bool:
+        """Take the jobs of a request out of the queue for another one's sake; False where one of them does not wait
+        there."""
         with self._wake:
-            waited = self._waiting.remove(job)
-        if waited:
+            if not all(job in self._waiting for job in jobs):
+                return False
+            for job in jobs:
+                self._waiting.remove(job)
+        for job in jobs:
             self._metrics.answer("cancelled", 0, 0, 0)
             job.tell(Failed(Busy("full", self.wait_estimate())))
-        return waited
+        return True
 
     def stop(self) -> None:
         """Take in nothing more; end when what runs is over or cancelled."""
@@ -381,12 +390,13 @@ class Engine:
             self._count(answer.made - before)
         if first and answer.first_at is not None:
             self._metrics.first_token(answer.first_at - job.arrived)
-        if piece:
-            job.tell(Piece(piece))
+        scores, answer.scores = tuple(answer.scores), []
+        if piece or scores:
+            job.tell(Piece(piece, scores))
         if answer.finish is not None:
             finish = "stop" if answer.finish == "stop" else "length"
             self._over(job, finish)
-            job.tell(Done(finish, _usage(answer)))
+            job.tell(Done(finish, _usage(answer), answer.met_stop))
             return False
         return True
 
@@ -470,4 +480,4 @@ def _drawn(job: Job, scores: Tensor) -> Callable[[], str]:
 
 
 def _usage(answer: Answer) -> Usage:
-    return Usage(answer.prompt_length, answer.made, answer.reused)
+    return Usage(answer.prompt_length, answer.made, answer.reused, answer.thought)

@@ -88,7 +88,7 @@ def fewest_tokens(tokenizer: Any) -> FewestTokens:
     if normal is None or split is None or model.get("type") != "BPE" or not _plain(model):
         return UNKNOWN
     byte_level = "ByteLevel" in split
-    alphabet = _byte_alphabet() if byte_level else {}
+    alphabet = byte_alphabet() if byte_level else {}
     weights = np.zeros(256)
     longest = np.zeros(256, dtype=np.int64)
     single: set[int] = set()
@@ -171,7 +171,7 @@ def _bytes_of(word: str, alphabet: dict[str, int], byte_level: bool) -> bytes | 
     return word.replace(_BLANK, " ").encode("utf-8", "surrogatepass")
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The character by which byte-level vocabularies write each byte, as GPT-2's encoder has it."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in shown}

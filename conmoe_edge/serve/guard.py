@@ -4,8 +4,9 @@ Pure ASGI. What is refused here never reaches a route. The body is read here, up
 counted (``intake.py``), so that routes get it whole: as ``body_of(scope)``, once.
 
 - ``Host`` has to be a name of this server (DNS rebinding), and so has ``Origin`` where a browser sends
-  one: pages of other sites cannot start an answer. No CORS header is ever sent.
-- Where there is a key, everything but the page and ``/health`` needs ``Authorization: Bearer KEY``.
+  one: pages of other sites cannot start an answer. CORS headers are sent to the origins that were allowed, and to
+  no other.
+- Where there is a key, everything but the page and ``/health`` needs ``Authorization: Bearer KEY``, or ``x-api-key``.
   Keys are compared in constant time.
 - A ``POST`` has to be JSON.
 """
@@ -19,7 +20,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from conmoe_edge.serve.http_errors import ApiError, as_api_error
+from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
 from conmoe_edge.serve.intake import Entry, Intake
 from conmoe_edge.serve.jobs import Busy
 from conmoe_edge.serve.settings import Settings, host_is_allowed
@@ -68,16 +69,23 @@ class Guard:
         async def outgoing(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 self._count(scope["path"], message["status"])
-                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+                headers = [*message.get("headers", []), *_HEADERS, *self._cross_origin(scope)]
+                message = {**message, "headers": headers}
             await send(message)
 
         entry: Entry | None = None
         try:
             self._admit(scope)
+            if _asks_first(scope) and self._origin_is_allowed(scope):
+                await outgoing({"type": "http.response.start", "status": 204, "headers": []})
+                await outgoing({"type": "http.response.body", "body": b""})
+                return
+            self._check_key(scope)
             if scope["method"] == "POST":
+                self._check_kind(scope)
                 entry = await self._taken_in(scope, receive)
         except ApiError as error:
-            await _refuse(error, receive, outgoing)
+            await _refuse(error, body_for(error, scope["path"]), receive, outgoing)
             return
         except _Gone:
             return
@@ -98,23 +106,51 @@ class Guard:
                 code="unknown_host",
             )
         origin = headers.get(b"origin")
-        if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+        own = origin is None or origin.partition(b"://")[2] == headers.get(b"host")
+        if not own and not self._origin_is_allowed(scope):
             raise ApiError(
                 403, "Pages of other sites may not use this server.", code="other_origin"
             )
-        if self._key is not None and scope["path"] not in _OPEN_PATHS:
-            word, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if word.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
-                raise ApiError(
-                    401,
-                    "The API key is missing or wrong.",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
-                raise ApiError(415, "The body has to be JSON: Content-Type: application/json.")
+
+    @staticmethod
+    def _check_kind(scope: Scope) -> None:
+        kind = _headers(scope).get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise ApiError(415, "The body has to be JSON: Content-Type: application/json.")
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] in _OPEN_PATHS:
+            return
+        headers = _headers(scope)
+        word, _, given = headers.get(b"authorization", b"").partition(b" ")
+        shown = given.strip() if word.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if not hmac.compare_digest(shown, self._key):
+            raise ApiError(
+                401,
+                "The API key is missing or wrong.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _origin_is_allowed(self, scope: Scope) -> bool:
+        origin = _headers(scope).get(b"origin")
+        allowed = self._settings.allowed_origins
+        return origin is not None and ("*" in allowed or origin.decode("latin-1") in allowed)
+
+    def _cross_origin(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What lets a page of an allowed site read the response."""
+        if not self._origin_is_allowed(scope):
+            return []
+        headers = _headers(scope)
+        wanted = headers.get(b"access-control-request-headers", b"authorization, content-type")
+        return [
+            (b"access-control-allow-origin", headers[b"origin"]),
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", wanted),
+            (b"access-control-expose-headers", b"x-conmoe-ignored, x-conmoe-model"),
+            (b"access-control-max-age", b"600"),
+            (b"vary", b"origin"),
+        ]
 
     async def _taken_in(self, scope: Scope, receive: Any) -> Entry:
         """Read the body, and leave it and its entry in ``scope``. A body that is pushed out gets 429."""
@@ -168,6 +204,11 @@ def body_of(scope: Any) -> bytes:
     return scope.pop(_BODY)
 
 
+def _asks_first(scope: Scope) -> bool:
+    """Whether a browser asks if it may ask; it shows no key then."""
+    return scope["method"] == "OPTIONS" and b"access-control-request-method" in _headers(scope)
+
+
 _ENTRY, _BODY = "conmoe.entry", "conmoe.body"
 _SMALL_BODY = 16 << 10
 """Of a request that comes while all places are taken, a larger one is not even read."""
@@ -215,12 +256,12 @@ def _headers(scope: Scope) -> dict[bytes, bytes]:
     return dict(scope["headers"])
 
 
-async def _refuse(error: ApiError, receive: Any, send: Any) -> None:
-    """Answer ``error``; what the client still sends meanwhile is thrown away for a moment.
+async def _refuse(error: ApiError, value: dict[str, Any], receive: Any, send: Any) -> None:
+    """Answer ``error`` by ``value``; what the client still sends meanwhile is thrown away for a moment.
 
     A connection that is closed over unread bytes is reset, and the client may lose the answer (RFC 9112, section 9.6).
     """
-    body = json.dumps(error.body).encode()
+    body = json.dumps(value).encode()
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     headers += [
         (b"content-type", b"application/json"),

@@ -59,6 +59,30 @@ class ApiError(Exception):
         }
 
 
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """The JSON value of the response, as Anthropic's clients know it."""
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, usual)
+    about = {"type": kind, "message": error.message}
+    return {"type": "error", "error": about, "param": error.param, "code": error.code}
+
+
+def body_for(error: ApiError, path: str) -> dict[str, Any]:
+    """The JSON value of the response at an address."""
+    return anthropic_body(error) if path.startswith(ANTHROPIC_PATH) else error.body
+
+
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of any exception. The rest goes to the log."""
     if isinstance(error, ApiError):

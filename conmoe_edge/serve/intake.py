@@ -6,8 +6,8 @@ number. What finds no room is refused with 429, or pushes out what has less righ
 
 - an unfinished body that has brought nothing for the longest time, since a client that sends slowly is the only one
   that loses by it;
-- else, where another client's line is longer, the newest of its requests that wait. So a client with many requests
-  cannot keep others out, whatever it sends.
+- else, where another client's line is longer, the newest of its requests that wait. A request takes a place for each
+  answer that it wants. So a client with many requests cannot keep others out, whatever it sends.
 
 Answers that are being made are never pushed out. All of it happens on the event loop's thread. Memory: what it counts.
 """
@@ -15,7 +15,7 @@ Answers that are being made are never pushed out. All of it happens on the event
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from conmoe_edge.serve.jobs import Busy
 
@@ -29,6 +29,7 @@ class Entry:
     def __init__(self, intake: Intake, withdraw: Callable[[], bool]) -> None:
         self.held = 0
         self.client: str | None = None
+        self.places = 1
         self._intake = intake
         self._withdraw = withdraw
         self._moved = time.monotonic()
@@ -53,13 +54,13 @@ class Entry:
         if self.client is None and nbytes - self._noted >= PROGRESS_BYTES:
             self._moved, self._noted = time.monotonic(), nbytes
 
-    def enter(self, client: str) -> None:
-        """The body is there: take a place in the client's line.
+    def enter(self, client: str, places: int = 1) -> None:
+        """The body is there: take a place in the client's line for each answer that it wants.
 
         Raises:
             Busy: all are taken, and nobody's line is longer.
         """
-        self._intake.give_place(self, client)
+        self._intake.give_places(self, client, places)
 
     def on_withdraw(self, withdraw: Callable[[], bool]) -> None:
         """What takes it out of where it waits from now on, and says whether it could."""
@@ -140,19 +141,19 @@ class Intake:
             if not self._push_out_reader(entry) and not self._push_out_waiting(entry.client):
                 raise self.busy()
 
-    def give_place(self, entry: Entry, client: str) -> None:
-        """A place in the line of ``client``.
+    def give_places(self, entry: Entry, client: str, places: int) -> None:
+        """So many places in the line of ``client``.
 
         Raises:
-            Busy: nobody has less right to one.
+            Busy: nobody has less right to them.
         """
-        while self.full:
-            if not self._push_out_waiting(client):
+        while self._inside + places > self._places:
+            if not self._push_out_waiting(client, places):
                 raise self.busy()
         self._reading.pop(entry, None)
-        entry.client = client
+        entry.client, entry.places = client, places
         self._lines.setdefault(client, []).append(entry)
-        self._inside += 1
+        self._inside += places
 
     def drop(self, entry: Entry) -> None:
         """Everything of ``entry`` is free."""
@@ -163,7 +164,7 @@ class Intake:
         if entry in line:
             assert isinstance(line, list) and entry.client is not None, "an entry in a line has one"
             line.remove(entry)
-            self._inside -= 1
+            self._inside -= entry.places
             if not line:
                 del self._lines[entry.client]
         assert self.used >= 0 and self._inside >= 0, "what was taken is given back once"
@@ -176,14 +177,29 @@ class Intake:
         others = (one for one in self._reading if one is not spared)
         return any(one.push_out() for one in sorted(others, key=lambda one: one.quiet_since))
 
-    def _push_out_waiting(self, client: str | None) -> bool:
+    def _push_out_waiting(self, client: str | None, places: int = 1) -> bool:
         """The newest of the longest line, where that stays as long as this client's will be."""
-        own = len(self._lines.get(client or "", ())) + 1
-        longer = [line for name, line in self._lines.items() if name != client and len(line) > own]
-        for line in sorted(longer, key=len, reverse=True):
-            if any(one.push_out() for one in reversed(line[own:])):
+        own = _length(self._lines.get(client or "", ())) + places
+        others = (line for name, line in self._lines.items() if name != client)
+        longer = [line for line in others if _length(line) > own]
+        for line in sorted(longer, key=_length, reverse=True):
+            if any(one.push_out() for one in _beyond(line, own)):
                 return True
         return False
+
+
+def _length(line: Sequence[Entry]) -> int:
+    return sum(entry.places for entry in line)
+
+
+def _beyond(line: Sequence[Entry], places: int) -> list[Entry]:
+    """Those that do not lie within the first ``places`` of a line, the newest first."""
+    found, before = [], 0
+    for entry in line:
+        if before >= places:
+            found.append(entry)
+        before += entry.places
+    return found[::-1]
 
 
 def _nothing() -> bool:

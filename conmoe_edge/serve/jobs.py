@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from conmoe_edge.offload.generation.answer import Answer
+from conmoe_edge.offload.generation.grammar import GrammarMaker
 from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.fewest_tokens import UNKNOWN, FewestTokens
 
 Finish = Literal["stop", "length"]
@@ -18,26 +20,30 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one answer; ``cached`` ones of the prompt did not have to be computed."""
+    """Tokens of one answer; ``cached`` ones of the prompt did not have to be computed, ``reasoning`` ones of the
+    answer are its reasoning."""
 
     prompt: int
     completion: int
     cached: int
+    reasoning: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of an answer."""
+    """Text of an answer, and the scores of tokens where they are wanted."""
 
     text: str
+    scores: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is over."""
+    """The answer is over; ``stop`` is the stop string that ended it, where one did."""
 
     finish: Finish
     usage: Usage
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +93,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine computes with, how few tokens a text can come to, and what is kept over restarts."""
+    """What the engine computes with, how few tokens a text can come to, what is kept over restarts, and what answers
+    are held to where that is asked for."""
 
     model: Any
     tokenizer: Any
     fewest: FewestTokens = UNKNOWN
     files: PromptFiles | None = None
+    grammars: GrammarMaker | None = None

@@ -23,7 +23,9 @@ from conmoe_edge.errors import UsageError
 from conmoe_edge.integrations.load import load_package
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.tokenizers import load_tokenizer
+from conmoe_edge.offload.generation.grammar import GrammarMaker
 from conmoe_edge.offload.generation.named_templates import choose_template
+from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.plan.requests import request_sizes
 from conmoe_edge.serve.app import make_app
@@ -38,7 +40,21 @@ from conmoe_edge.serve.settings import Settings
 from conmoe_edge.serve.tokenising import Tokenising
 
 _ROUTES = frozenset(
-    {"/", "/health", "/metrics", "/stats", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+    {
+        "/",
+        "/detokenize",
+        "/health",
+        "/metrics",
+        "/stats",
+        "/tokenize",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/responses",
+    }
 )
 
 
@@ -227,7 +243,9 @@ def package_loader(
             files = PromptFiles.of_model(
                 model, prompt_cache, most_bytes=prompt_cache_bytes, tell=tell
             )
-        return Loaded(model, tokenizer, fewest, files)
+        rows = model.get_input_embeddings().num_embeddings
+        grammars = GrammarMaker(tokenizer, rows, sorted(end_tokens(model, tokenizer)))
+        return Loaded(model, tokenizer, fewest, files, grammars)
 
     return load
 

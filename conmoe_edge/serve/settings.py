@@ -41,6 +41,11 @@ class Limits:
     stop_seconds: int = 10
     connections: int = 512
 
+    @property
+    def answers(self) -> int:
+        """Most answers to one request: half of the places that all requests share."""
+        return max(1, (self.parallel + self.queue) // 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -52,6 +57,9 @@ class Settings:
         name: of the model, for clients.
         api_key: what clients have to show; ``None`` for nothing.
         allowed_hosts: names under which the server may be reached, besides addresses and localhost.
+        aliases: other names of the model.
+        allowed_origins: of pages of other sites that may use this server; ``*`` for all.
+        strict: whether fields that nobody knows, and other models' names, are refused.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
     """
 
@@ -62,6 +70,9 @@ class Settings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     allow_special_tokens: bool = False
+    aliases: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    strict: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def check(self) -> None:

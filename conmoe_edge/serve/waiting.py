@@ -62,6 +62,9 @@ class FairQueue(Generic[T]):
                 return True
         return False
 
+    def __contains__(self, item: T) -> bool:
+        return any(item in line for line in self._lines.values())
+
     def drain(self) -> list[T]:
         """Everything, and nothing is left."""
         items = []

@@ -28,7 +28,7 @@ With the same private memory (331 MB), a server has had 198 MB of files in one i
 """
 NAME = "demo-served"
 KEY = "correct-horse-battery"
-START_SECONDS = 120.0
+START_SECONDS = float(os.environ.get("CONMOE_START_SECONDS", "120"))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -166,12 +166,12 @@ def server(package: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def strict(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """With a key from a file, and room for one answer and one that waits."""
+    """With a key from a file, room for one answer and one that waits, and nothing unknown taken."""
     file = tmp_path_factory.mktemp("key") / "key"
     file.write_text(KEY + "\n", encoding="utf-8")
-    with serving(
-        package, "--api-key-file", str(file), "--parallel", "1", "--queue", "1"
-    ) as running:
+    few = ("--api-key-file", str(file), "--parallel", "1", "--queue", "1")
+    names = ("--strict", "--alias", "gpt-local", "--allow-origin", "https://ours.example")
+    with serving(package, *few, *names) as running:
         running.key = KEY
         yield running
 

@@ -166,12 +166,13 @@ def test_many_at_once_say_what_they_say_alone(server: Running, alone: dict[str, 
 
 def test_the_clients_error_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
-        ask(client, model="gpt-4o")
+        client.models.retrieve("gpt-4o")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as tools:
-        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        ask(client, tools=[tool])
-    assert (tools.value.param, tools.value.code) == ("tools", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError) as audio:
+        ask(client, audio={"format": "wav", "voice": "alloy"})
+    assert (audio.value.param, audio.value.code) == ("audio", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
+        client.embeddings.create(model=NAME, input="x")
     with pytest.raises(openai.BadRequestError) as long:
         ask(client, "word " * 3000)
     assert long.value.code == "context_length_exceeded"

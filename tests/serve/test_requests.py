@@ -22,9 +22,9 @@ from conmoe_edge.serve.requests import (
 CHAT = '{"model": "m", "messages": [{"role": "user", "content": "x"}]%s}'
 
 
-def chat(more: str) -> ChatRequest:
+def chat(more: str, strict: bool = True) -> ChatRequest:
     whole = '{"model": "m"%s}' if '"messages"' in more else CHAT  # no field may be there twice
-    return read_request((whole % more).encode(), ChatRequest, 8)
+    return read_request((whole % more).encode(), ChatRequest, 8, strict=strict)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def chat(more: str) -> ChatRequest:
     [
         ', "user": "u", "metadata": {"a": "b"}, "store": false, "service_tier": "auto"',
         ', "n": 1, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}',
+        ', "keep_alive": "5m", "best_of": 1, "mirostat": 0, "typical_p": 1.0, "audio": null',
         ', "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": false, "logit_bias": {}',
         ', "stop": null, "stream": null, "max_tokens": null, "temperature": null, "seed": -1',
         ', "stream_options": {"include_usage": true}, "top_k": 5, "stop": ["a", "b"]',
@@ -44,18 +45,21 @@ def test_what_asks_for_nothing_is_taken(more: str) -> None:
 @pytest.mark.parametrize(
     ("more", "param", "code"),
     [
-        (', "n": 2', "n", "unsupported_parameter"),
-        (', "n": true', "n", "unsupported_parameter"),
-        (', "tools": [{"type": "function"}]', "tools", "unsupported_parameter"),
-        (', "tool_choice": "required"', "tool_choice", "unsupported_parameter"),
-        (
-            ', "response_format": {"type": "json_object"}',
-            "response_format",
-            "unsupported_parameter",
-        ),
-        (', "logprobs": true', "logprobs", "unsupported_parameter"),
-        (', "frequency_penalty": 0.5', "frequency_penalty", "unsupported_parameter"),
-        (', "logit_bias": {"5": 1}', "logit_bias", "unsupported_parameter"),
+        (', "n": 0', "n", "invalid_value"),
+        (', "n": true', "n", "invalid_value"),
+        (', "n": 1000', "n", "invalid_value"),
+        (', "best_of": 2', "best_of", "unsupported_parameter"),
+        (', "mirostat": 2', "mirostat", "unsupported_parameter"),
+        (', "guided_json": {}', "guided_json", "unsupported_parameter"),
+        (', "logit_bias": {"5": 101}', "logit_bias", "invalid_value"),
+        (', "logit_bias": {"the": 1}', "logit_bias", "invalid_value"),
+        (', "frequency_penalty": 2.5', "frequency_penalty", "invalid_value"),
+        (', "min_p": -0.1', "min_p", "invalid_value"),
+        (', "logprobs": true, "top_logprobs": 21', "top_logprobs", "invalid_value"),
+        (', "tools": [{"type": "function"}]', "tools[0].function", "missing_required_parameter"),
+        (', "tool_choice": "some"', "tool_choice", "invalid_value"),
+        (', "response_format": {"type": "xml"}', "response_format.type", "invalid_value"),
+        (', "reasoning_effort": "endless"', "reasoning_effort", "invalid_value"),
         (', "temprature": 1', "temprature", "unknown_parameter"),
         (', "temperature": "hot"', "temperature", "invalid_value"),
         (', "temperature": 2.5', "temperature", "invalid_value"),
@@ -63,12 +67,19 @@ def test_what_asks_for_nothing_is_taken(more: str) -> None:
         (', "max_tokens": 0', "max_tokens", "invalid_value"),
         (', "max_tokens": 1.5', "max_tokens", "invalid_value"),
         (', "max_tokens": true', "max_tokens", "invalid_value"),
-        (', "stop": ["a", "b", "c", "d", "e"]', "stop", "invalid_value"),
+        (f', "stop": {json.dumps(["a"] * 17)}', "stop", "invalid_value"),
         (', "stop": [""]', "stop", "invalid_value"),
         (', "stream_options": {"x": 1}', "stream_options.x", "unknown_parameter"),
         (', "messages": []', "messages", "invalid_value"),
         (', "messages": [{"role": "user"}]', "messages[0].content", "missing_required_parameter"),
-        (', "messages": [{"role": "tool", "content": "x"}]', "messages[0].role", "invalid_value"),
+        (', "messages": [{"role": "other", "content": "x"}]', "messages[0].role", "invalid_value"),
+        (', "messages": [{"role": "user", "content": null}]', "messages[0]", "invalid_value"),
+        (
+            ', "messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function":'
+            ' {"name": "f", "arguments": "[1]"}}]}]',
+            "messages[0].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(more: str, param: str, code: str) -> None:
@@ -189,3 +200,73 @@ def test_a_body_takes_a_few_times_its_bytes_at_the_most(name: str) -> None:
         tracemalloc.stop()
     assert caught.value.status == 400
     assert peak < 3 * len(body) + 200 * MOST_VALUES, (peak, len(body))
+
+
+def test_what_nobody_knows_is_said_unless_the_server_is_strict() -> None:
+    more = (
+        ', "temprature": 1, "verbosity": "low", "keep_alive": "5m", "store": true,'
+        ' "stream_options": {"x": 1}, "repeat_penalty": 1.5'
+    )
+    asked = chat(more, strict=False)
+    assert asked.ignored == ("temprature", "verbosity")
+    assert asked.sampling.repetition_penalty == 1.5 and asked.temperature is None
+    for wish in (', "audio": {}', ', "min_tokens": 5', ', "mirostat": 1'):
+        with pytest.raises(ApiError, match="not supported"):
+            chat(wish, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (', "top_logprobs": 2', "needs logprobs"),
+        (', "tool_choice": "required"', "there are no tools"),
+        (
+            ', "tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice":'
+            ' {"type": "function", "function": {"name": "g"}}',
+            "names g",
+        ),
+        (
+            f', "tools": {json.dumps([{"type": "function", "function": {"name": "f"}}] * 2)}',
+            "same name",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_each_other(more: str, text: str) -> None:
+    with pytest.raises(ApiError, match=text) as caught:
+        chat(more)
+    assert caught.value.status == 400
+
+
+def test_calls_in_a_conversation_as_templates_take_them() -> None:
+    call = {"id": "a1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+    given = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call], "reasoning": "so"},
+        {"role": "tool", "tool_call_id": "a1", "content": [{"type": "text", "text": "5"}]},
+    ]
+    body = json.dumps({"messages": given}).encode()
+    plain = [message.plain() for message in read_request(body, ChatRequest, 8).messages]
+    assert plain[1:] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "so",
+            "tool_calls": [
+                {"id": "a1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
+            ],
+        },
+        {"role": "tool", "content": "5", "tool_call_id": "a1"},
+    ]
+
+
+def test_prompts_in_every_form() -> None:
+    for prompt, expected in (
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ):
+        body = json.dumps({"prompt": prompt}).encode()
+        assert read_request(body, CompletionRequest, 8).prompts == expected
+    with pytest.raises(ApiError, match="echo with logprobs"):
+        read_request(b'{"prompt": "a", "echo": true, "logprobs": 1}', CompletionRequest, 8)

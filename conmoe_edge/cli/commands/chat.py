@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,12 @@ OF_THE_DEMO = "This is the demo model: twelve million parameters. It speaks, it 
 @template_option
 @prompt_cache_options
 @click.option(
+    "--json-schema",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Answer with JSON of the schema in FILE, and nothing else.",
+)
+@click.option(
     "--on-full",
     type=click.Choice(ON_FULL),
     default="drop",
@@ -112,6 +120,7 @@ def chat(
     on_full: OnFull,
     no_markdown: bool,
     no_history: bool,
+    json_schema: Path | None,
     output: Output,
     **sampling: Any,
 ) -> None:
@@ -141,6 +150,7 @@ def chat(
     if question is not None and not question.strip():
         raise UsageError("The question is empty.", "", "--prompt TEXT, or text on standard input")
     drawn = SamplingSettings(**sampling)
+    schema = None if json_schema is None else _read_schema(json_schema)
     output.note(f"Loading {path_text(folder)} ...")
     with silent_keys() if question is None else nullcontext():
         from conmoe_edge.api.running import open_session
@@ -164,6 +174,10 @@ def chat(
         settle()
     if slow := slow_line(str(session.runtime.device)):
         output.warning(slow)
+    if schema is not None:
+        drawn = replace(drawn, grammar=session.json_grammar(schema))
+    if output.stdout_is_terminal:
+        session.on_reasoning = lambda text: _show_reasoning(output, text)
     if question is None:
         looks = {"on_full": on_full, "markdown": not no_markdown}
         _converse(session, folder, system, drawn, output, keep_history=not no_history, **looks)
@@ -190,6 +204,25 @@ def check_package(folder: Path) -> None:
         "it has no conmoe.json",
         "conmoe-edge fit MODEL --out DIR writes one",
     )
+
+
+def _read_schema(path: Path) -> Any:
+    """The JSON value in a file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"The schema in {path} cannot be read.",
+            getattr(error, "strerror", None) or str(error),
+            "a file with a JSON schema, as text in UTF-8",
+        ) from error
+
+
+def _show_reasoning(output: Output, text: str | None) -> None:
+    """Reasoning stands dimmed before the answer; ``None`` ends it."""
+    from conmoe_edge.cli.ui.text import without_controls
+
+    output.stream("\n\n" if text is None else f"\x1b[2m{without_controls(text)}\x1b[22m")
 
 
 def _way_to(name: str) -> tuple[str, str]:

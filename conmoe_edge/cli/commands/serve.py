@@ -55,6 +55,17 @@ _LARGEST_KEY_FILE = 4096
     "--name", metavar="NAME", help="Name of the model for clients.  [default: DIR's name]"
 )
 @click.option(
+    "--alias",
+    metavar="NAME",
+    multiple=True,
+    help="Another name of the model for clients; may be given several times.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse fields that are not known, and other models' names, which are else said in a header.",
+)
+@click.option(
     "--api-key-file",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -70,6 +81,12 @@ _LARGEST_KEY_FILE = 4096
     metavar="NAME",
     multiple=True,
     help="A name by which this server may be called, besides addresses and localhost.",
+)
+@click.option(
+    "--allow-origin",
+    metavar="ORIGIN",
+    multiple=True,
+    help="A site whose pages may use this server from a browser, https://site.example; * for all.",
 )
 @click.option(
     "--parallel",
@@ -114,7 +131,8 @@ def serve(
     output: Output,
     **words: Any,
 ) -> None:
-    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions and /v1/models,
+    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models,
+    Anthropic's /v1/messages,
     /health, /metrics for Prometheus, and a page at / to talk to it.
 
     It listens on this machine only. An address that others can reach needs an API key. Ctrl-C lets
@@ -182,6 +200,9 @@ def _settings(folder: Path, words: dict[str, Any]) -> Settings:
         api_key=_api_key(words["api_key"], words["api_key_file"]),
         allowed_hosts=tuple(words["allow_host"]),
         allow_special_tokens=words["allow_special_tokens"],
+        aliases=tuple(words["alias"]),
+        allowed_origins=tuple(words["allow_origin"]),
+        strict=words["strict"],
         limits=Limits(
             max_tokens=words["max_tokens"], queue=words["queue"], parallel=words["parallel"]
         ),

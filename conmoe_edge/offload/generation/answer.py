@@ -21,6 +21,7 @@ from conmoe_edge.offload.generation.sampling import Sampler
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.generation.stop_strings import StopFilter
+from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 
 Finish = Literal["stop", "length", "context", "interrupted"]
@@ -37,6 +38,7 @@ class Generation:
         prompt_length: tokens of the prompt; ``reused`` of them were in the cache at the start.
         made: tokens made, the end mark included.
         finish: ``None`` while it goes on.
+        scores: log-probabilities of tokens that were made, where the settings want them; whoever reads them takes them.
         first_at, latest_at: when the first and the latest token came (``time.perf_counter``).
     """
 
@@ -81,6 +83,12 @@ class Generation:
         self._context = context
         self._ends = ends
         self._sampler = Sampler(settings, model.device)
+        self.scores: list[TokenScore] = []
+
+    @property
+    def thought(self) -> int:
+        """Tokens of reasoning among those that were made, where the settings say what begins and ends it."""
+        return self._sampler.thought
 
     def advance(self) -> int | None:
         """One forward: the next token, or ``None`` after a chunk of the prompt, or where memory ran out and something
@@ -116,6 +124,8 @@ class Generation:
             self.finish = "stop"
             return token
         self.tokens.append(token)
+        if self._sampler.latest is not None:
+            self.scores.append(self._sampler.latest)
         if self.made == self._settings.max_tokens:
             self.finish = "length"
         elif len(self.tokens) > self._context:
@@ -154,8 +164,13 @@ class Answer(Generation):
     ) -> None:
         """As for ``Generation``."""
         super().__init__(model, cached, tokens, settings, context=context, ends=ends)
-        self._text = TextStream(tokenizer)
+        self._text = TextStream(tokenizer, settings.shown)
         self._stops = StopFilter(settings.stop)
+
+    @property
+    def met_stop(self) -> str | None:
+        """The stop string that ended it; ``None`` where none did."""
+        return self._stops.met
 
     def step(self) -> str:
         """One forward, as ``advance``; the text that became certain."""

@@ -17,14 +17,21 @@ class TextStream:
     tokens at once gives.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
+        """``shown``: special tokens that are text here, where the others are none."""
         self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items() if shown else ()
+        special = {number for number, token in added if token.special}
+        self._left_out = special - shown
+        self._skips = not shown
         self._tokens: list[int] = []
         self._start = 0  # first token of the window
         self._given = 0  # tokens before this one have been given out
 
     def add(self, token: int) -> str:
         """The text that became certain with ``token``; often a word, sometimes nothing."""
+        if token in self._left_out:
+            return ""
         self._tokens.append(token)
         before = self._decode(self._start, self._given)
         now = self._decode(self._start, len(self._tokens))
@@ -42,5 +49,7 @@ class TextStream:
 
     def _decode(self, start: int, stop: int) -> str:
         return self._tokenizer.decode(
-            self._tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._tokens[start:stop],
+            skip_special_tokens=self._skips,
+            clean_up_tokenization_spaces=False,
         )

@@ -35,6 +35,7 @@ def prompt_tokens(
     allow_special_tokens: bool = False,
     stop_event: threading.Event | None = None,
     check: Callable[[str], None] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The prompt: the chat template's. For a model without one the last message alone, with the system text as text
     in front. For any thread.
@@ -45,6 +46,7 @@ def prompt_tokens(
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
         stop_event: ends the rendering of the template once it is set.
         check: called with the text before it is tokenised; what it raises leaves the call.
+        variables: what the template sees besides, such as ``tools``; plain JSON values.
 
     Raises:
         UsageError: there is no message, one is no text, or the template refuses them, writes nothing for them or goes
@@ -65,7 +67,9 @@ def prompt_tokens(
         if check is not None:
             check(text)
         return text_tokens(tokenizer, text, allow_special_tokens=allow_special_tokens)
-    variables = template_variables(tokenizer)
+    given, variables = variables or {}, template_variables(tokenizer)
+    _check_variables(given, variables)
+    variables |= given
     if allow_special_tokens:
         (text,) = shared.render(template, [plain], variables, stop_event)
         _check_written(text, plain)
@@ -73,6 +77,7 @@ def prompt_tokens(
             check(text or "")
         return list(tokenizer(text or "", add_special_tokens=False).input_ids)
     control = ControlTokens.of(tokenizer, template)
+    _check_no_control(given, control)
     for message in plain:
         _check_role(message.get("role"), control)
     stand_ins = StandIns(plain, template, shared.looked_for(template), control)
@@ -139,6 +144,26 @@ def template_variables(tokenizer: Any) -> dict[str, Any]:
         "add_generation_prompt": True,
         **tokenizer.special_tokens_map,
     }
+
+
+def _check_variables(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """What a caller gives a template replaces none of its own variables but ``tools`` and ``documents``."""
+    taken = ((own.keys() | {"messages"}) - {"tools", "documents"}) & given.keys()
+    if taken:
+        raise UsageError(f"The template variable {min(taken)} cannot be given.", "", "leave it out")
+    _check_text(json.dumps(given, ensure_ascii=False))
+
+
+def _check_no_control(given: Mapping[str, Any], control: ControlTokens) -> None:
+    """What is not in a message cannot be told from the template's own text, so it may not have control tokens."""
+    said = json.dumps(given, ensure_ascii=False)
+    found = next((token for token in sorted(control.special) if token in said), None)
+    if found is not None:
+        raise UsageError(
+            f"{found!r} is a control token of this model, and cannot stand in tools or template variables.",
+            "",
+            f"leave it out; {ALLOW}",
+        )
 
 
 def template_view(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from conmoe_edge.errors import CheckpointError
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.offload.generation.score_changes import ScoreChanges
+from conmoe_edge.offload.generation.thinking import Thinking
+from conmoe_edge.offload.generation.token_scores import TokenScore, token_score
 
 GREEDY_BELOW = 1e-4
 """A temperature that is taken for 0: dividing by less gives infinities."""
@@ -27,28 +30,65 @@ class Sampler:
         # Where one token may be drawn it is the first of the likeliest; the library's filters keep
         # all equals.
         self._greedy = temperature < GREEDY_BELOW or settings.top_k == 1 or top_p <= ONE_LEFT
-        self._processors = _processors(settings, drawn=not self._greedy)
+        self._repetition = _repetition(settings)
+        self._filters = None if self._greedy else _filters(settings)
+        self._changes = ScoreChanges(settings)
+        self._logprobs = settings.logprobs
+        self._rule = None if settings.grammar is None else settings.grammar.rule()
+        self._thinking = None if settings.thinking is None else Thinking(settings.thinking)
+        self.latest: TokenScore | None = None
         self._generator = torch.Generator(device=device)
         if settings.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(settings.seed)
 
+    @property
+    def thought(self) -> int:
+        """Tokens of reasoning among those that were made."""
+        return 0 if self._thinking is None else self._thinking.made
+
     def next(self, tokens: Sequence[int], logits: Tensor) -> int:
         """One token after ``tokens`` with the scores ``logits`` [1, V]; waits until a GPU is done. Where it fails, the
-        next call draws as this one would have.
+        next call draws as this one would have. ``latest`` has its log-probability, where that is wanted.
 
         Raises:
             CheckpointError: the scores are no numbers, so that no token is more likely than another.
         """
-        scores = logits.float()
-        if not bool(scores.max().isfinite()):
+        own = logits.float()
+        if not bool(own.max().isfinite()):
             raise _no_number()
-        if self._processors:
-            before = torch.tensor([tokens], device=logits.device)
-            scores = self._processors(before, scores)  # type: ignore[arg-type]
-        if self._greedy:
+        scores = self._changed(tokens, own)
+        forced = None if self._thinking is None else self._thinking.forced()
+        token = self._draw(tokens, scores) if forced is None else forced
+        self.latest = None if self._logprobs is None else token_score(own, token, self._logprobs)
+        self._changes.took(token)
+        reasoned = self._thinks
+        if self._thinking is not None:
+            self._thinking.took(token)
+        if self._rule is not None and not (reasoned or self._thinks):
+            self._rule.took(token)
+        return token
+
+    @property
+    def _thinks(self) -> bool:
+        return self._thinking is not None and self._thinking.is_open
+
+    def _changed(self, tokens: Sequence[int], scores: Tensor) -> Tensor:
+        """With penalties and bias, and without the tokens that the grammar does not have here."""
+        if self._changes.any:
+            scores = self._changes.changed(scores)
+        if self._repetition is not None:
+            scores = self._repetition(_before(tokens, scores), scores)
+        if self._rule is not None and not self._thinks:
+            begin = None if self._thinking is None else self._thinking.may_begin
+            scores = self._rule.allowed(scores, begin)
+        return scores
+
+    def _draw(self, tokens: Sequence[int], scores: Tensor) -> int:
+        if self._filters is None:
             return int(scores.argmax(-1))
+        scores = self._filters(_before(tokens, scores), scores)
         chances = torch.softmax(scores, dim=-1)
         if not bool(chances.sum().isfinite()):
             raise _no_number()
@@ -60,6 +100,11 @@ class Sampler:
             raise
 
 
+def _before(tokens: Sequence[int], scores: Tensor) -> Tensor:
+    """``tokens`` as transformers' processors take them."""
+    return torch.tensor([tokens], device=scores.device)
+
+
 def _no_number() -> CheckpointError:
     return CheckpointError(
         "The model computes NaN or infinity.",
@@ -68,23 +113,30 @@ def _no_number() -> CheckpointError:
     )
 
 
-def _processors(settings: SamplingSettings, *, drawn: bool) -> Any:
-    """What changes the scores: penalties always, filters where a token is ``drawn``."""
+def _repetition(settings: SamplingSettings) -> Any:
+    """The penalty for tokens of prompt and answer; ``None`` where there is none."""
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    if settings.repetition_penalty in (None, 1.0):
+        return None
+    return RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+
+
+def _filters(settings: SamplingSettings) -> Any:
+    """The temperature, and what leaves out unlikely tokens."""
     from transformers.generation.logits_process import (
         LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
+        MinPLogitsWarper,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
 
-    found = LogitsProcessorList()
-    if settings.repetition_penalty not in (None, 1.0):
-        found.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if drawn:
-        found.append(TemperatureLogitsWarper(float(settings.temperature or 0.0)))
-        if settings.top_k:
-            found.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p is not None and settings.top_p < 1.0:
-            found.append(TopPLogitsWarper(settings.top_p))
+    found = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature or 0.0))])
+    if settings.top_k:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1.0:
+        found.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        found.append(MinPLogitsWarper(settings.min_p))
     return found

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conmoe_edge.errors import InUse, UsageError
 from conmoe_edge.offload.generation.answer import Answer, Finish, Generation
+from conmoe_edge.offload.generation.answer_parts import Part, Said, Thought
+from conmoe_edge.offload.generation.chat_prompt import chat_prompt
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
+from conmoe_edge.offload.generation.grammar import Grammar, GrammarMaker
 from conmoe_edge.offload.generation.known_prompt import KnownPrompt
 from conmoe_edge.offload.generation.prompt import end_tokens, prompt_tokens
 from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.offload.generation.sampling_settings import GREEDY, SamplingSettings
 from conmoe_edge.offload.generation.sequence import CachedTokens
+from conmoe_edge.offload.generation.tool_forms import Tools
 from conmoe_edge.offload.runtime import Runtime, RuntimeStats
 
 
@@ -77,6 +82,8 @@ class ChatSession:
     ) -> None:
         """``context`` may be shorter than what the model was loaded for, not longer. ``allow_special_tokens``: whether
         control tokens that are spelt out in messages steer the model. ``files``: where prompts are kept over restarts.
+
+        ``on_reasoning`` may be set: it gets the reasoning of an answer as it comes, and ``None`` when that is over.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -89,7 +96,9 @@ class ChatSession:
             )
         self.context = context or self.runtime.context
         self.last: TurnStats | None = None
+        self.on_reasoning: Callable[[str | None], None] = lambda _: None
         self.allow_special_tokens = allow_special_tokens
+        self._grammars: GrammarMaker | None = None
         self._cached = CachedTokens(model, max(1, min(self.runtime.prefill_chunk, self.context)))
         self._known = KnownPrompt(model, self._cached, files)
         self._answering = threading.Lock()
@@ -112,18 +121,60 @@ class ChatSession:
         """Drop the cache; the next turn starts from its first token."""
         self._cached.forget()
 
+    def json_grammar(self, schema: Mapping[str, Any] | bool) -> Grammar:
+        """What holds an answer to a JSON schema, as ``SamplingSettings(grammar=...)``.
+
+        Raises:
+            UsageError: the schema is wrong, or uses what cannot be enforced.
+        """
+        if self._grammars is None:
+            rows = self.model.get_input_embeddings().num_embeddings
+            ends = sorted(end_tokens(self.model, self.tokenizer))
+            self._grammars = GrammarMaker(self.tokenizer, rows, ends)
+        return self._grammars.json_schema(schema)
+
     def reply(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         settings: SamplingSettings | None = None,
         *,
         stop_event: threading.Event | None = None,
     ) -> Iterator[str]:
-        """The answer to ``messages``, piece by piece; afterwards ``last`` has the turn's figures.
+        """The text of the answer to ``messages``, piece by piece, as ``parts``. A model's reasoning is no part of it;
+        ``on_reasoning`` gets that.
+        """
+        thinks = False
+        with closing(self.parts(messages, settings, stop_event=stop_event)) as parts:
+            for part in parts:
+                if isinstance(part, Thought):
+                    thinks = True
+                    self.on_reasoning(part.text)
+                elif isinstance(part, Said):
+                    if thinks:
+                        self.on_reasoning(None)
+                    thinks = False
+                    yield part.text
+        if thinks:
+            self.on_reasoning(None)
+
+    def parts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        settings: SamplingSettings | None = None,
+        *,
+        tools: Tools = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> Generator[Part, None, None]:
+        """What is reasoned, said and called in the answer to ``messages``, piece by piece; afterwards ``last`` has the
+        turn's figures.
 
         Args:
-            messages: ``{"role": ..., "content": ...}``, oldest first.
+            messages: ``{"role": ..., "content": ...}``, oldest first; answers may have ``tool_calls``, and what came
+                of those is of role ``tool``.
             settings: by default the model's generation config.
+            tools: that the answer may call: ``{"type": "function", "function": {...}}``.
+            template_kwargs: further variables of the chat template, such as ``enable_thinking``.
             stop_event: once it is set, the answer ends within a token (or a chunk of the prompt).
 
         Raises:
@@ -140,22 +191,28 @@ class ChatSession:
                 "read that answer to its end or close() it; a ChatSession of its own for every conversation",
             )
         try:
-            yield from self._reply(messages, settings, stop_event or threading.Event())
+            stop = stop_event or threading.Event()
+            yield from self._parts(messages, settings, tools, template_kwargs, stop)
         finally:
             self._answering.release()
 
-    def _reply(
+    def _parts(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         settings: SamplingSettings | None,
+        tools: Tools,
+        template_kwargs: Mapping[str, Any] | None,
         stop: threading.Event,
-    ) -> Iterator[str]:
-        tokens = prompt_tokens(
+    ) -> Iterator[Part]:
+        prompt = chat_prompt(
             self.tokenizer,
             messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
             allow_special_tokens=self.allow_special_tokens,
             stop_event=stop,
         )
+        tokens, form = prompt.tokens, prompt.form
         if len(tokens) + 1 > self.context:
             raise context_full(len(tokens) + 1, self.context, longest_context(self.model))
         before, start = self.runtime.stats(), time.perf_counter()
@@ -166,15 +223,16 @@ class ChatSession:
             self.tokenizer,
             self._cached,
             tokens,
-            settings,
+            form.settings(settings),
             context=self.context,
             ends=end_tokens(self.model, self.tokenizer),
         )
+        reader = form.reader(tools)
         try:
             while answer.finish is None:
                 piece = answer.interrupt() if stop.is_set() else answer.step()
-                if piece:
-                    yield piece
+                yield from reader.add(piece)
+            yield from reader.finish()
         finally:  # also where the caller leaves the stream, or memory ran out
             self.last = _turn_stats(answer, start, before, self.runtime.stats())
         if answer.finish == "context":

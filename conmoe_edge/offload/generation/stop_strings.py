@@ -14,17 +14,23 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.hit = False
+        self.met: str | None = None
+
+    @property
+    def hit(self) -> bool:
+        """Whether a stop string came; ``met`` is it."""
+        return self.met is not None
 
     def add(self, piece: str) -> str:
         """The text that is certain now. After a stop was met there is no more."""
         if self.hit:
             return ""
         text = self._held + piece
-        found = [text.find(stop) for stop in self._stops if stop in text]
+        found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)]
+            at, self.met = min(found)
+            self._held = ""
+            return text[:at]
         keep = self._unsure(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

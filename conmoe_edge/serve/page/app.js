@@ -101,6 +101,20 @@ function under(item, words, problem) {
   item.append(line);
 }
 
+// A model's reasoning stands folded above its answer, and is not sent back.
+function showReasoning(item) {
+  const fold = document.createElement("details");
+  const name = document.createElement("summary");
+  const body = document.createElement("div");
+  fold.className = "reasoning";
+  name.textContent = "Reasoning";
+  body.className = "thoughts";
+  body.dir = "auto";
+  fold.append(name, body);
+  item.prepend(fold);
+  return body;
+}
+
 function followsEnd() {
   const chat = $("chat");
   return chat.scrollHeight - chat.scrollTop - chat.clientHeight < 60;
@@ -132,7 +146,7 @@ async function answer(question) {
   setRunning(new AbortController());
   const { signal } = running;
   const start = performance.now();
-  let text = "", first = 0, usage = null, finish = "", problem = "", pending = false;
+  let thoughts = null, text = "", first = 0, usage = null, finish = "", problem = "", pending = false;
   const draw = () => {
     pending = false;
     const follow = followsEnd();
@@ -152,6 +166,11 @@ async function answer(question) {
         const choice = event.choices[0];
         if (!choice) continue;
         finish = choice.finish_reason || finish;
+        if (choice.delta.reasoning_content) {
+          first ||= performance.now();
+          thoughts ||= showReasoning(item);
+          thoughts.append(choice.delta.reasoning_content);
+        }
         if (!choice.delta.content) continue;
         first ||= performance.now();
         text += choice.delta.content;

@@ -21,6 +21,7 @@ OWN = {
     "top_p": 0.8,
     "top_k": 20,
     "repetition_penalty": 1.1,
+    "min_p": 0.05,
     "max_new_tokens": 77,
 }
 
@@ -34,7 +35,7 @@ def test_what_is_not_given_is_the_models_own() -> None:
 
 
 def test_what_is_given_stays() -> None:
-    given = SamplingSettings(3, 0.0, 0.0, 0, 1.0, 5, ("END",))
+    given = SamplingSettings(3, 0.0, 0.0, 0, 1.0, 5, ("END",), 0.1)
     assert given.filled(GenerationConfig(**OWN)) == given
 
 
@@ -54,6 +55,11 @@ def test_a_model_that_does_not_draw_is_greedy() -> None:
         {"top_k": -1},
         {"max_tokens": 0},
         {"stop": "END"},
+        {"min_p": 1.5},
+        {"frequency_penalty": 2.1},
+        {"presence_penalty": -3},
+        {"logprobs": 21},
+        {"logit_bias": ((3, 101.0),)},
     ],
 )
 def test_values_outside_their_range_are_refused(wrong: dict[str, Any]) -> None:

@@ -335,6 +335,6 @@ def test_a_model_without_template_completes(model: Any, tokenizer: Any) -> None:
 
 def test_a_template_that_refuses_is_the_users_error(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UsageError, match="refuses"):
-        _reply(ChatSession(model, tokenizer), [{"role": "tool", "content": "x"}])
+        _reply(ChatSession(model, tokenizer), [{"role": "developer", "content": "x"}])
     with pytest.raises(UsageError):
         _reply(ChatSession(model, tokenizer), [])

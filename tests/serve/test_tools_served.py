@@ -68,7 +68,9 @@ def test_calls_are_streamed(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**{**GREEDY, **wish}) as stream:
         for _ in stream:
             pass
-        check(stream.get_final_completion().choices[0].message.tool_calls[0])
+        calls = stream.get_final_completion().choices[0].message.tool_calls
+        assert calls
+        check(calls[0])
 
 
 def test_a_conversation_with_calls_goes_on(client: openai.OpenAI) -> None:

@@ -2,7 +2,7 @@
 
 Between two parallel parts of a token libgomp lets its threads spin, by default for 300,000 turns, some milliseconds.
 On an idle machine that saves the time to wake up. Beside a browser or a compiler the thread that is waited for is not
-on a processor, and those that spin keep it from getting there: answers became 50 to 100 times slower. So the turns are
+on a processor, and those that spin keep it from getting there: answers became several times slower. So the turns are
 bounded here: long enough for the gaps within a token, far shorter than a turn of the scheduler.
 
 libgomp reads the variable once, when it is loaded, that is, when torch is imported. ``bound_spinning`` therefore runs

@@ -67,10 +67,10 @@ def test_a_server_that_is_started_again_knows_its_prompts(tiny: Path, tmp_path: 
         for one in both:
             one.join()
         other = found[0][0]
-        assert found[0] == found[1] and found[0][1] >= 2 * CHUNK
+        assert found[0][0] == found[1][0] and min(one[1] for one in found) >= 2 * CHUNK
         counts = server.metrics()
         assert counts['conmoe_kept_lookups_total{found="yes"}'] == 2
-        assert counts["conmoe_kept"] == 2 and counts["conmoe_kept_bytes"] > 0
+        assert counts["conmoe_kept"] >= 1 and counts["conmoe_kept_bytes"] > 0
         assert counts['conmoe_prompt_file_bytes_total{done="written"}'] > 0
         stats = server.get("/stats").json()["prompts"]
         assert stats["hits"] == 2 and stats["bytes"] == counts["conmoe_kept_bytes"]

@@ -70,9 +70,9 @@ class Server:
         settings: Settings,
         load: Callable[[Callable[[int, int], None]], Loaded],
         *,
-        on_ready: Callable[[], None] | None = None,
+        on_ready: Callable[[Loaded], None] | None = None,
     ) -> None:
-        """``load`` gets a progress callback; ``on_ready`` is called on another thread.
+        """``load`` gets a progress callback; ``on_ready`` gets what was loaded, on another thread.
 
         Raises:
             UsageError: the address cannot be had.
@@ -87,7 +87,7 @@ class Server:
         def loaded() -> Loaded:
             value = load(self._on_progress)
             if on_ready is not None and not self._stopping:
-                on_ready()
+                on_ready(value)
             return value
 
         self.engine = Engine(

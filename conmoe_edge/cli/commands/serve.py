@@ -169,13 +169,13 @@ def serve(
         prompt_cache_bytes=words["prompt_cache_size"],
         tell=output.warning,
     )
-    server = Server(settings, load, on_ready=lambda: _ready(server, output))
+    server = Server(settings, load, on_ready=lambda loaded: _ready(server, loaded, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")
     server.run()
     output.note("Stopped.")
 
 
-def _ready(server: Any, output: Output) -> None:
+def _ready(server: Any, loaded: Any, output: Output) -> None:
     """Say where it is, once it answers."""
     from conmoe_edge.memory.garbage import settle
     from conmoe_edge.memory.heap import trim_heap
@@ -184,7 +184,7 @@ def _ready(server: Any, output: Output) -> None:
     trim_heap()
     url, name = server.url, server.settings.name
     output.value({"url": url, "model": name, "api": f"{url}/v1"})
-    if slow := slow_line(str(server.engine.loaded.model.conmoe.device)):
+    if slow := slow_line(str(loaded.model.conmoe.device)):
         output.warning(slow)
     output.note(f"Serving {name}. Chat: {url}/   API: {url}/v1   Ctrl-C stops it.")
 

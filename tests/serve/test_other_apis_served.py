@@ -92,7 +92,12 @@ def test_responses_call_tools_and_go_on(client: openai.OpenAI) -> None:
 
 
 def test_responses_of_a_schema(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "name": "x", "strict": True, "schema": schema}
     reply = respond(client, text={"format": form}, max_output_tokens=60)
     assert json.loads(reply.output_text)["a"] in (True, False)
@@ -122,6 +127,9 @@ def test_tools_of_other_servers_are_left_out_and_named(client: openai.OpenAI) ->
 
 # Messages
 
+GREEDY = {"temperature": 0}
+"""The client has no argument for it, the interface has."""
+
 
 @pytest.fixture(scope="module")
 def claude(server: Running) -> anthropic.Anthropic:
@@ -129,7 +137,7 @@ def claude(server: Running) -> anthropic.Anthropic:
 
 
 def message(client: anthropic.Anthropic, **more: Any) -> Any:
-    plain = {"model": NAME, "temperature": 0, "max_tokens": 20, "messages": QUESTION}
+    plain = {"model": NAME, "max_tokens": 20, "messages": QUESTION, "extra_body": GREEDY}
     return client.messages.create(**{**plain, **more})
 
 
@@ -140,7 +148,7 @@ def test_messages_say_what_chat_says(client: openai.OpenAI, claude: anthropic.An
         reply = message(claude, system=system)
         assert [(one.type, one.text) for one in reply.content] == [("text", expected)]
         assert (reply.stop_reason, reply.usage.output_tokens) == ("max_tokens", 20)
-    plain: dict[str, Any] = {"model": NAME, "temperature": 0, "messages": QUESTION}
+    plain: dict[str, Any] = {"model": NAME, "messages": QUESTION, "extra_body": GREEDY}
     with claude.messages.stream(max_tokens=20, system="Be short.", **plain) as stream:
         assert "".join(stream.text_stream) == expected
         final = stream.get_final_message()
@@ -173,7 +181,7 @@ def test_messages_call_tools_and_go_on(claude: anthropic.Anthropic) -> None:
     ]
     for choice in ({"type": "auto"}, {"type": "none"}, {"type": "tool", "name": "river_length"}):
         assert message(claude, **{**wish, "messages": turns, "tool_choice": choice}).content
-    plain: dict[str, Any] = {"model": NAME, "temperature": 0, "messages": QUESTION}
+    plain: dict[str, Any] = {"model": NAME, "messages": QUESTION, "extra_body": GREEDY}
     with claude.messages.stream(**plain, **wish) as stream:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use" and final.content[0].type == "tool_use"
@@ -185,7 +193,7 @@ def test_messages_refuse_in_their_own_form(claude: anthropic.Anthropic, strict: 
     with pytest.raises(anthropic.BadRequestError, match="only text"):
         message(claude, messages=picture)
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
-        message(claude, temperature=9)
+        message(claude, extra_body={"temperature": 9})
     locked = anthropic.Anthropic(base_url=strict.url, api_key="wrong", max_retries=0)
     with pytest.raises(anthropic.AuthenticationError) as refused:
         message(locked)

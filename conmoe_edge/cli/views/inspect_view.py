@@ -53,7 +53,7 @@ def package_line(facts: PackageSummary) -> str:
 
 
 def method_line(facts: PackageSummary) -> str:
-    """``auto · 50 % removed · scope 1 · bf16 · by conmoe-edge 0.1.0``."""
+    """``auto · 50 % fewer expert weights · scope 1 · bf16 · by conmoe-edge 0.1.0``."""
     manifest = facts.manifest
     parts = [printable(manifest.method)]
     if not facts.unchanged:
@@ -81,8 +81,7 @@ def _removed(facts: PackageSummary) -> str:
     # Beside narrower experts there are more of them, so the share is one of weights.
     expected = (1 - manifest.rate) * len(facts.every_slot)
     trimmed = len(manifest.prototypes) > expected + len(manifest.slots)
-    what = "the experts' weights" if trimmed else "the experts"
-    return f"{percent(manifest.rate)} of {what} removed"
+    return f"{percent(manifest.rate)} fewer {'expert weights' if trimmed else 'experts'}"
 
 
 def files_line(facts: PackageSummary) -> str:

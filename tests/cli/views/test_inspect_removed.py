@@ -16,8 +16,8 @@ from conmoe_edge.report.package_summary import summarise
 @pytest.mark.parametrize(
     ("slots", "rate", "words"),
     [
-        (thirds, 0.625, "62.5 % of the experts removed"),
-        (identity, 0.25, "25 % of the experts' weights removed"),
+        (thirds, 0.625, "62.5 % fewer experts"),
+        (identity, 0.25, "25 % fewer expert weights"),
         (identity, 0.0, "nothing removed"),
     ],
     ids=["fewer", "narrower", "none"],

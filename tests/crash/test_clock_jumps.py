@@ -24,8 +24,10 @@ JUMPS = (0.0, -86400.0, _YEARS, -_YEARS, 3600.0)
 
 MAY_ASK = {
     "memory/bandwidth.py",  # how old a measurement is; one from the future is made again
+    "offload/generation/prompt_files.py",  # which file of a prompt was used last: what is deleted first, no more
     "offload/generation/template_process.py",  # the date, for templates that ask for it
     "serve/app.py",  # "created" of the model, for clients
+    "serve/responses_api.py",  # the same, of a response
     "serve/replies.py",  # "created" of an answer, for clients
 }
 

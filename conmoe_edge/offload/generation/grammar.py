@@ -191,7 +191,11 @@ def _check_depth(value: Any) -> None:
     while level:
         depth += 1
         if depth > _DEEPEST:
-            raise UsageError("The JSON schema is nested too deeply.", f"over {_DEEPEST} levels", "")
+            raise UsageError(
+                "The JSON schema is nested too deeply.",
+                f"over {_DEEPEST} levels",
+                f"a schema of at most {_DEEPEST} levels; parts of it can be named under $defs",
+            )
         inner = (one.values() if isinstance(one, Mapping) else one for one in level)
         level = [x for group in inner for x in group if isinstance(x, (Mapping, list))]
 

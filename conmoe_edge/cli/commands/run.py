@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,12 @@ from conmoe_edge.cli.ui.cli_options import common_options, lever_options, plan_r
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.cli.ui.name_completion import complete_model
 from conmoe_edge.cli.ui.text import path_text
-from conmoe_edge.errors import UsageError
+from conmoe_edge.errors import ConmoeError, UsageError
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
     from conmoe_edge.cli.ui.output import Output
     from conmoe_edge.plan.request import PlanRequest
 
@@ -85,7 +89,6 @@ def _fit(
     """
     from conmoe_edge import api
     from conmoe_edge.cli.commands.plan import say_where_it_looks
-    from conmoe_edge.cli.ui.progress import ProgressView
     from conmoe_edge.cli.views.plan_views import plan_view
     from conmoe_edge.memory.machine import disk_free_if_readable
 
@@ -99,14 +102,69 @@ def _fit(
     output.note()
     if not yes:
         _ask(output, place, model)
-    view = ProgressView(output)
+    _in_a_process_of_its_own(model, place, request, places, output)
+    output.note(f"Kept in {path_text(place)}; conmoe-edge rm {place.name} removes it.")
+    output.note()
+
+
+def _in_a_process_of_its_own(
+    model: str, place: Path, request: PlanRequest, places: dict[str, Any], output: Output
+) -> None:
+    """``fit``, whose memory goes back to the system at its end: the budget of what follows counts all of this process.
+
+    Raises:
+        ConmoeError: what ``fit`` raises.
+        Interrupted: Ctrl-C.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    looks = {"as_json": output.as_json, "quiet": output.quiet}
+    child = context.Process(target=_child, args=(model, place, request, places, looks, there))
+    child.start()
+    there.close()
+    try:
+        error = here.recv()
+    except EOFError:
+        error = ConmoeError(
+            "The fit ended without a word.",
+            f"exit code {_code_of(child)}; -9 means that the system ended it, mostly for want of memory",
+            "run the same command to go on where it was, with less beside it",
+        )
+    except KeyboardInterrupt:
+        child.join()
+        raise Interrupted("Stopped. Run the same command to go on.") from None
+    child.join()
+    if error is not None:
+        raise error
+
+
+def _code_of(child: BaseProcess) -> int | None:
+    child.join()
+    return child.exitcode
+
+
+def _child(
+    model: str,
+    place: Path,
+    request: PlanRequest,
+    places: dict[str, Any],
+    looks: dict[str, bool],
+    parent: Connection,
+) -> None:
+    from conmoe_edge import api
+    from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.cli.ui.progress import ProgressView
+
+    view = ProgressView(Output(**looks))
     try:
         with view:
             api.fit(model, place, request, **places, progress=view.update)
+    except ConmoeError as error:
+        parent.send(error)
     except KeyboardInterrupt:
-        raise Interrupted("Stopped. Run the same command to go on.") from None
-    output.note(f"Kept in {path_text(place)}; conmoe-edge rm {place.name} removes it.")
-    output.note()
+        return  # the parent had it, too
+    else:
+        parent.send(None)
 
 
 def _ask(output: Output, place: Path, model: str) -> None:

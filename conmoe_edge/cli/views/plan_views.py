@@ -78,7 +78,8 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
 def prompt_line(prompt: PromptSpeed, chunk: int) -> tuple[str, str]:
     """``512 tokens in about 3.4 s (151 tok/s)`` and how many go through at a time."""
     seconds = f"{prompt.seconds:.2g}" if prompt.seconds < 10 else f"{prompt.seconds:,.0f}"
-    speed = f"{prompt.tokens_per_second:.3g} tok/s"
+    rate = prompt.tokens_per_second
+    speed = f"{rate:,.0f} tok/s" if rate >= 100 else f"{rate:.3g} tok/s"
     text = f"{counted(prompt.tokens, 'token')} in about {seconds} s ({speed})"
     return text, f"up to {chunk:,} tokens at a time"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,30 @@ def test_a_model_is_no_package_and_chat_says_so(
     assert done.exit_code == 1 and f"conmoe-edge run {name}" in done.stderr
     elsewhere = run("chat", "./nowhere", "--prompt", "x")
     assert "fit MODEL --out nowhere" in elsewhere.stderr
+
+
+def test_errors_of_the_fit_come_over_and_its_memory_stays_there(
+    model: Path, tmp_path: Path
+) -> None:
+    """The fit has a process of its own; what it refuses is said as if it had not."""
+    wish = ("run", model, "--gpu", "2GiB", "--device", "cpu", "--yes", "--prompt", "x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "packages").write_text("in the way")
+    refused = run(*wish)
+    assert (
+        refused.exit_code == 1 and "error:" in refused.stderr and "Traceback" not in refused.stderr
+    )
+    (tmp_path / "data" / "packages").unlink()
+    modules = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from conmoe_edge.cli.main import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: print('conmoe_edge.compress.pipeline' in sys.modules, file=sys.stderr)",
+            *map(str, wish),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert modules.stdout.strip() and modules.stderr.splitlines()[-1] == "False"

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
+
+from conmoe_edge.model.attention_in_place import EAGER, attend_through
 
 BLOCKED = "conmoe_blocked_eager"
 QUERIES = 64
@@ -32,13 +33,7 @@ def blocked(kind: type[PreTrainedModel]) -> bool:
 
 def attend_in_blocks(model: PreTrainedModel) -> bool:
     """Let ``model`` attend through ``blocked_attention`` where that is made for it; whether it will."""
-    config = model.config.get_text_config()
-    if not blocked(type(model)) or config._attn_implementation != "eager":
-        return False
-    AttentionInterface.register(BLOCKED, blocked_attention)
-    AttentionMaskInterface.register(BLOCKED, eager_mask)
-    model.set_attn_implementation(BLOCKED)
-    return config._attn_implementation == BLOCKED
+    return blocked(type(model)) and attend_through(model, BLOCKED, blocked_attention, EAGER)
 
 
 def blocked_attention(

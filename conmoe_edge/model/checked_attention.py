@@ -11,36 +11,24 @@ one sequence's in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from conmoe_edge.model.all_finite import all_finite
+from conmoe_edge.model.attention_in_place import FUSED, attend_through
 from conmoe_edge.model.blocked_attention import attend_in_blocks
 
-FUSED, CHECKED = "sdpa", "conmoe_checked_sdpa"
+CHECKED = "conmoe_checked_sdpa"
 
 
 def check_attention(model: PreTrainedModel) -> bool:
     """Let ``model`` attend through ``checked_attention`` where it would through torch's, and some queries at a time
     where that is not fused; whether it will.
     """
-    return attend_through(model, CHECKED, checked_attention) or attend_in_blocks(model)
-
-
-def attend_through(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> bool:
-    """Register ``function`` and let ``model`` attend through it in place of torch's fused one; whether it will."""
-    config = model.config.get_text_config()
-    if config._attn_implementation != FUSED:
-        return False
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
-    return config._attn_implementation == name
+    return attend_through(model, CHECKED, checked_attention, FUSED) or attend_in_blocks(model)
 
 
 def checked_attention(

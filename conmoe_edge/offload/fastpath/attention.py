@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, cache_of
+from conmoe_edge.model.attention_in_place import EAGER
 from conmoe_edge.model.blocked_attention import BLOCKED
 from conmoe_edge.model.kv_rows import unpack_rows
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
@@ -386,7 +387,7 @@ def _fused(
     name, children = type(module).__name__, dict(module.named_children())
     eager = isinstance(spec, Attention) and spec.eager
     implementation = module.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue]
-    if implementation not in (("eager", BLOCKED) if eager else (SUITED,)):
+    if implementation not in ((EAGER, BLOCKED) if eager else (SUITED,)):
         return Refusal(f"its attention is {implementation}")
     if set(children) != {*linears, *norms}:
         return Refusal(f"{name} has other parts than its class")

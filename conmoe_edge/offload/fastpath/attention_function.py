@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conmoe_edge.model.checked_attention import attend_through, checked_attention
+from conmoe_edge.model.attention_in_place import FUSED, attend_through
+from conmoe_edge.model.checked_attention import checked_attention
 from conmoe_edge.offload.compute.torch_backend import Machine
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 
@@ -31,7 +32,7 @@ def suit_attention(model: PreTrainedModel, machine: Machine) -> bool:
     slow = machine.device == "cpu" and model.dtype == torch.bfloat16
     if not slow or operator() is None:
         return False
-    return attend_through(model, SUITED, one_token_attention)
+    return attend_through(model, SUITED, one_token_attention, FUSED)
 
 
 def one_token_attention(

@@ -211,6 +211,11 @@ class ModelAnatomy:
         return tuple(layer for layer in self.layers if layer.experts is not None)
 
     @property
+    def moe_experts(self) -> tuple[ExpertsAnatomy, ...]:
+        """The routed experts of each of ``moe_layers``."""
+        return tuple(layer.experts for layer in self.layers if layer.experts is not None)
+
+    @property
     def dense_bytes(self) -> int:
         """Everything that is not a routed expert."""
         return self.outside_bytes + sum(layer.dense_bytes for layer in self.layers)

@@ -113,8 +113,7 @@ def asked_bytes(anatomy: ModelAnatomy, bits: float) -> int:
 
 def _largest(anatomy: ModelAnatomy) -> int:
     """Bytes of the largest record that there may be."""
-    experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
-    return max(record_options(one, FREE)[-1].nbytes for one in experts)
+    return max(record_options(one, FREE)[-1].nbytes for one in anatomy.moe_experts)
 
 
 def _read_bytes(anatomy: ModelAnatomy, pool: int) -> float:

@@ -125,9 +125,9 @@ def planned_prompt(
     """
     tokens = min(tokens, plan.context)
     chosen = plan.chosen
-    shape = [one.experts for one in anatomy.moe_layers if one.experts is not None]
     # As if no neuron were cut off: which are is found by the fit.
-    operations = 2.0 * tokens * sum(one.top_k * one.expert_numel for one in shape)
+    routed = sum(one.top_k * one.expert_numel for one in anatomy.moe_experts)
+    operations = 2.0 * tokens * routed
     in_bytes = experts_in_bytes(chosen.precision, chosen.wide_prototypes / chosen.prototypes)
     dense, dense_bytes = dense_operations(anatomy, plan.dense_precision, tokens)
     if not rates.bytes:
@@ -155,7 +155,7 @@ def prompt_reads(
     """Bytes that all chunks of a prompt read from the disk and from a GPU machine's RAM, where ``offloaded`` bytes of
     the prototypes have no cache slot: each chunk those of them that its tokens ask for, once.
     """
-    shape = [one.experts for one in anatomy.moe_layers if one.experts is not None]
+    shape = anatomy.moe_experts
     lengths = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
     asked = sum(asked_share(one.top_k, one.count, length) for one in shape for length in lengths)
     nbytes = offloaded * asked / len(shape)

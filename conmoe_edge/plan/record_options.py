@@ -100,16 +100,14 @@ def slot_bytes(experts: ExpertsAnatomy) -> int:
 
 def constant_bytes(anatomy: ModelAnatomy) -> int:
     """Of constants of all router slots while a package runs, in fp32: no package has more."""
-    experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
-    return sum(2 * slot_bytes(one) * one.count for one in experts)
+    return sum(2 * slot_bytes(one) * one.count for one in anatomy.moe_experts)
 
 
 def beside_bytes(anatomy: ModelAnatomy) -> int:
     """What a package has of its experts beside prototypes and constants, where every layer has prototypes of its own:
     the map, and the headers of the files of records.
     """
-    experts = [one.experts for one in anatomy.moe_layers if one.experts is not None]
-    headers = sum(round_up(_NAMED * one.count, PAGE) for one in experts)
+    headers = sum(round_up(_NAMED * one.count, PAGE) for one in anatomy.moe_experts)
     return headers + _MAPPED * anatomy.expert_count
 
 

@@ -47,8 +47,7 @@ def scopes_to_try(
 
 def trial_bytes(anatomy: ModelAnatomy, tried: Sequence[int]) -> int:
     """Of disk, while scopes are tried: the experts of the layers of the largest."""
-    layers = [one.experts for one in anatomy.moe_layers if one.experts is not None]
-    largest = max((one.count * one.expert_bytes for one in layers), default=0)
+    largest = max((one.count * one.expert_bytes for one in anatomy.moe_experts), default=0)
     return max(tried, default=0) * largest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from conmoe_edge.offload.generation.answer_parts import Called, Part, Said, Thought
 from conmoe_edge.offload.generation.token_scores import TokenScore
-from conmoe_edge.serve.http_errors import ApiError, anthropic_body
+from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
 
@@ -126,9 +126,7 @@ def _messages(message: Any, where: str) -> list[dict[str, Any]]:
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking") or ""))
         elif kind != "redacted_thinking":
-            raise ApiError(
-                400, f"{place}: only text is supported.", param=place, code="unsupported_content"
-            )
+            raise only_text(place)
     if not (texts or calls or thoughts):
         return before or [{"role": role, "content": ""}]
     whole: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
@@ -147,9 +145,7 @@ def _text(value: Any, where: str) -> str:
     for block in value if isinstance(value, list) else [value]:
         text = block.get("text") if isinstance(block, dict) else None
         if not isinstance(text, str) or block.get("type") != "text":
-            raise ApiError(
-                400, f"{where}: only text is supported.", param=where, code="unsupported_content"
-            )
+            raise only_text(where)
         parts.append(text)
     return "\n".join(parts)
 

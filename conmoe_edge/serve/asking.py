@@ -198,7 +198,6 @@ class Asking:
         reader: Callable[[], PartReader],
     ) -> Asked:
         count = wanted.n or 1
-        self._check_answers(count * len(prompts), "n")
         each: list[SamplingSettings] = []
         for tokens in prompts:
             settings = self._sampling(wanted, sampling, tokens)

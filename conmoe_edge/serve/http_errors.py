@@ -59,6 +59,13 @@ class ApiError(Exception):
         }
 
 
+def only_text(where: str) -> ApiError:
+    """For what is no text at a place of a request."""
+    return ApiError(
+        400, f"{where}: only text is supported.", param=where, code="unsupported_content"
+    )
+
+
 def anthropic_body(error: ApiError) -> dict[str, Any]:
     """The JSON value of the response, as Anthropic's clients know it."""
     usual = "invalid_request_error" if error.status < 500 else "api_error"

@@ -24,7 +24,7 @@ from conmoe_edge.offload.generation.sampling_settings import (
     MOST_PENALTY,
     SamplingSettings,
 )
-from conmoe_edge.serve.http_errors import ApiError
+from conmoe_edge.serve.http_errors import ApiError, only_text
 from conmoe_edge.serve.request_fields import sift
 from conmoe_edge.serve.tool_requests import MOST_TOOLS, STRICT, NamedTool, Tool, ToolCall
 
@@ -299,29 +299,13 @@ _HONOURED: dict[type[BaseModel], frozenset[str]] = {
 }
 
 
-def read_request(
-    body: bytes,
-    kind: type[R],
-    most_messages: int,
-    most_values: int = MOST_VALUES,
-    *,
-    strict: bool = False,
-) -> R:
-    """The request in ``body``, of at most ``most_values`` JSON values.
-
-    Raises:
-        ApiError: 400, with the field that is wrong as ``param``.
-    """
-    return check_request(read_json(body, most_values), kind, most_messages, strict=strict)
-
-
 def check_request(
     value: dict[str, Any], kind: type[R], most_messages: int, *, strict: bool = False
 ) -> R:
     """The request in a JSON object, which is emptied of what is not honoured.
 
     Raises:
-        ApiError: as ``read_request``.
+        ApiError: 400, with the field that is wrong as ``param``.
     """
     ignored = sift(value, _HONOURED[kind], strict)
     if "messages" in value and isinstance(value["messages"], list):
@@ -438,9 +422,7 @@ def _field_error(error: ValidationError) -> ApiError:
         return ApiError(400, f"{where} is missing.", param=where, code="missing_required_parameter")
     part = first["loc"]
     if "content" in part and part[-1] in ("type", "image_url", "input_audio", "file"):
-        return ApiError(
-            400, f"{where}: only text is supported.", param=where, code="unsupported_content"
-        )
+        return only_text(where)
     text = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {text}.", param=where, code="invalid_value")
 

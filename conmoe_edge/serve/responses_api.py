@@ -13,7 +13,7 @@ from typing import Any
 
 from conmoe_edge.offload.generation.answer_parts import Called, Part, Said, Thought
 from conmoe_edge.offload.generation.token_scores import TokenScore
-from conmoe_edge.serve.http_errors import ApiError
+from conmoe_edge.serve.http_errors import ApiError, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
 
@@ -162,9 +162,7 @@ def _text(value: Any, where: str) -> str:
         kind = plain.get("type")
         text = plain.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str) or kind not in (*_TEXTS, "refusal"):
-            raise ApiError(
-                400, f"{where}: only text is supported.", param=where, code="unsupported_content"
-            )
+            raise only_text(where)
         parts.append(text)
     return "".join(parts)
 
@@ -264,7 +262,7 @@ class ResponseReply:
         item["content"][0]["text"] += part.text
         name = _TEXT_EVENTS[kind]
         more = {"logprobs": []} if isinstance(part, Said) else {}
-        return found + self._event(f"{name}.delta", **self._place(0), delta=part.text, **more)
+        return found + self._event(f"{name}.delta", **self._place(), delta=part.text, **more)
 
     def _begin(self, part: Part) -> bytes:
         if isinstance(part, Thought):
@@ -285,7 +283,7 @@ class ResponseReply:
             output_index=len(self._items) - 1,
             item={**self._open, "content": []},
         )
-        return added + self._event("response.content_part.added", **self._place(0), part=content)
+        return added + self._event("response.content_part.added", **self._place(), part=content)
 
     def _stop(self) -> bytes:
         item = self._open
@@ -293,7 +291,7 @@ class ResponseReply:
             return b""
         content, name = item["content"][0], _TEXT_EVENTS[item["type"]]
         more = {"logprobs": []} if item["type"] == "message" else {}
-        place = self._place(0)
+        place = self._place()
         item["status"], self._open = "completed", None
         return (
             self._event(f"{name}.done", **place, text=content["text"], **more)
@@ -324,12 +322,12 @@ class ResponseReply:
             + self._event("response.output_item.done", output_index=index, item=item)
         )
 
-    def _place(self, content: int) -> dict[str, Any]:
+    def _place(self) -> dict[str, Any]:
         index = len(self._items) - 1
         return {
             "item_id": self._items[index]["id"],
             "output_index": index,
-            "content_index": content,
+            "content_index": 0,
         }
 
     def _event(self, kind: str, **more: Any) -> bytes:

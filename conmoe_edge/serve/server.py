@@ -25,7 +25,6 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.tokenizers import load_tokenizer
 from conmoe_edge.offload.generation.grammar import GrammarMaker
 from conmoe_edge.offload.generation.named_templates import choose_template
-from conmoe_edge.offload.generation.prompt import end_tokens
 from conmoe_edge.offload.generation.prompt_files import PromptFiles
 from conmoe_edge.plan.requests import request_sizes
 from conmoe_edge.serve.app import make_app
@@ -243,9 +242,7 @@ def package_loader(
             files = PromptFiles.of_model(
                 model, prompt_cache, most_bytes=prompt_cache_bytes, tell=tell
             )
-        rows = model.get_input_embeddings().num_embeddings
-        grammars = GrammarMaker(tokenizer, rows, sorted(end_tokens(model, tokenizer)))
-        return Loaded(model, tokenizer, fewest, files, grammars)
+        return Loaded(model, tokenizer, fewest, files, GrammarMaker.of_model(model, tokenizer))
 
     return load
 

@@ -15,11 +15,19 @@ from conmoe_edge.serve.requests import (
     MOST_VALUES,
     ChatRequest,
     CompletionRequest,
+    R,
+    check_request,
     count_values,
-    read_request,
+    read_json,
 )
 
 CHAT = '{"model": "m", "messages": [{"role": "user", "content": "x"}]%s}'
+
+
+def read_request(
+    body: bytes, kind: type[R], most: int, values: int = MOST_VALUES, *, strict: bool = False
+) -> R:
+    return check_request(read_json(body, values), kind, most, strict=strict)
 
 
 def chat(more: str, strict: bool = True) -> ChatRequest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conmoe_edge.cli.ui.cli_options import common_options
+from conmoe_edge.cli.ui.confirm import confirmed
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.errors import UsageError
 
@@ -40,12 +41,7 @@ def remove(name: str, yes: bool, output: Output) -> None:
             raise UsageError(
                 f"The {what} would be removed, and nobody is there to ask.", "", "--yes"
             )
-        try:
-            agreed = click.confirm(f"Remove the {what}?", err=True)
-        except click.Abort:
-            output.note()
-            agreed = False
-        if not agreed:
+        if not confirmed(f"Remove the {what}?", output):
             raise Interrupted("Nothing was removed.")
     for one in found:
         shelf.remove(one)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conmoe_edge.cli.ui.cli_options import common_options, lever_options, plan_request
+from conmoe_edge.cli.ui.confirm import confirmed
 from conmoe_edge.cli.ui.error_text import Interrupted
 from conmoe_edge.cli.ui.name_completion import complete_model
 from conmoe_edge.cli.ui.text import path_text
@@ -174,10 +175,5 @@ def _ask(output: Output, place: Path, model: str) -> None:
             "run fits it first, which takes time and disk",
             f"conmoe-edge run {model} --yes",
         )
-    try:
-        agreed = click.confirm(f"Fit it into {path_text(place)}, and talk to it?", True, err=True)
-    except click.Abort:
-        output.note()  # closes the line of the question
-        agreed = False
-    if not agreed:
+    if not confirmed(f"Fit it into {path_text(place)}, and talk to it?", output, default=True):
         raise Interrupted("Nothing was written.")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.offload.generation.prompt import end_tokens
 
 WHITESPACE = r"(\n[ \t]{0,32}|[ ]?)"
 """Between the parts of a JSON value: a blank, or a line's end and an indentation. A model that cannot stop writing
@@ -43,6 +44,12 @@ class GrammarMaker:
         self._ends = sorted(ends)
         self._lock = threading.Lock()
         self._tokens: Any = None
+
+    @classmethod
+    def of_model(cls, model: Any, tokenizer: Any) -> GrammarMaker:
+        """For a loaded package and its tokenizer."""
+        rows = model.get_input_embeddings().num_embeddings
+        return cls(tokenizer, rows, sorted(end_tokens(model, tokenizer)))
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> Grammar:
         """JSON values of ``schema``, which ``{"type": "object"}`` leaves any object.

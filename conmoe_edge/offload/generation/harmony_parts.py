@@ -11,7 +11,15 @@ from __future__ import annotations
 import json
 import re
 
-from conmoe_edge.offload.generation.answer_parts import Called, Part, Said, Thought, joined, unsure
+from conmoe_edge.offload.generation.answer_parts import (
+    Called,
+    Part,
+    Said,
+    Thought,
+    earliest,
+    joined,
+    unsure,
+)
 
 MESSAGE = "<|message|>"
 CHANNEL = "<|channel|>"
@@ -56,14 +64,13 @@ class HarmonyReader:
                     return parts
                 self._begin(before)
                 self._text = after
-            found = [(self._text.find(end), end) for end in _ENDS if end in self._text]
-            if not found:
+            at, end = earliest(self._text, _ENDS)
+            if not end:
                 keep = 0 if over else unsure(self._text, _ENDS)
                 cut = len(self._text) - keep
                 parts += self._inside(self._text[:cut])
                 self._text = self._text[cut:]
                 return parts
-            at, end = min(found)
             parts += self._inside(self._text[:at])
             parts += self._ended(end)
             self._text = self._text[at + len(end) :]

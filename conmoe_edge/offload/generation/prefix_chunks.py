@@ -75,10 +75,14 @@ class PromptChunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ChunkEnds:
-    """The ends of windows and states behind a chunk, layer by layer, ``None`` for layers of rows; their bytes."""
+    """The ends of windows and states behind a chunk, layer by layer, ``None`` for layers of rows."""
 
     layers: list[Tensors | None]
-    nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return _nbytes(self.layers)
 
 
 class HeldChunk:
@@ -91,7 +95,7 @@ class HeldChunk:
     @property
     def nbytes(self) -> int:
         """Of all tensors."""
-        return sum(one.nbytes for layer in self.layers for one in layer or ())
+        return _nbytes(self.layers)
 
     def layer(self, index: int) -> Tensors:
         """As of ``PromptChunk``."""
@@ -107,11 +111,15 @@ class HeldChunk:
             None if one.kind == "rows" else held
             for one, held in zip(form, self.layers, strict=True)
         ]
-        return ChunkEnds(layers, sum(one.nbytes for layer in layers for one in layer or ()))
+        return ChunkEnds(layers)
 
     def drop(self, index: int) -> None:
         """As of ``PromptChunk``; only for a chunk that nobody else has."""
         self.layers[index] = None
+
+
+def _nbytes(layers: Sequence[Tensors | None]) -> int:
+    return sum(one.nbytes for layer in layers for one in layer or ())
 
 
 def form_of(model: Any, cache: Any) -> Form | None:
@@ -204,7 +212,7 @@ def ends_of(cache: Any, form: Form, size: int) -> ChunkEnds:
         else:
             count = min(size, one.window - 1, layer.keys.shape[-2])
             found.append(tuple(_last(held, count).clone() for held in (layer.keys, layer.values)))
-    return ChunkEnds(found, sum(one.nbytes for layer in found for one in layer or ()))
+    return ChunkEnds(found)
 
 
 def rows_of(cache: Any, index: int, start: int, end: int) -> Tensors:
@@ -238,8 +246,7 @@ def cache_of_chunks(
         if one.kind == "rows":
             _fill_rows(layer, [chunk.layer(index) for chunk in chunks], model.dtype)
         else:
-            needed = 1 if one.kind == "state" else -(-(one.window - 1) // size)
-            parts = [chunk.layer(index) for chunk in chunks[-needed:]]
+            parts = [chunk.layer(index) for chunk in chunks[-ends_needed((one,), size) :]]
             put_end(layer, one, parts, tokens, model.dtype)
         if move:
             for chunk in chunks:

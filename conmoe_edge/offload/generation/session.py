@@ -128,9 +128,7 @@ class ChatSession:
             UsageError: the schema is wrong, or uses what cannot be enforced.
         """
         if self._grammars is None:
-            rows = self.model.get_input_embeddings().num_embeddings
-            ends = sorted(end_tokens(self.model, self.tokenizer))
-            self._grammars = GrammarMaker(self.tokenizer, rows, ends)
+            self._grammars = GrammarMaker.of_model(self.model, self.tokenizer)
         return self._grammars.json_schema(schema)
 
     def reply(

@@ -24,7 +24,27 @@ from benchmarks.hub_server import (
     folder_repository,
 )
 
-__all__ = ["Fault", "Hub", "Serving", "bytes_file", "folder_repository", "local_hub"]
+__all__ = [
+    "Fault",
+    "Hub",
+    "Serving",
+    "bytes_file",
+    "folder_repository",
+    "local_hub",
+    "put_into_cache",
+]
+
+
+def put_into_cache(folder: Path, cache: Path, commit: str) -> Path:
+    """The model ``org/name`` in a hub's cache, as it was at ``commit``: its snapshot."""
+    repository = cache / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).write_bytes(file.read_bytes())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
 
 
 @contextmanager

@@ -5,10 +5,13 @@ The builders are handed out whole, so that a property test can call them with dr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import (
+    DenseMatrix,
     ExpertPart,
     ExpertsAnatomy,
     KVLayer,
@@ -92,6 +95,18 @@ def model():
 def olmoe() -> ModelAnatomy:
     """OLMoE-1B-7B."""
     return build_olmoe()
+
+
+@pytest.fixture
+def with_matrices(olmoe: ModelAnatomy) -> ModelAnatomy:
+    """OLMoE with its attention and its head as what may be quantised."""
+    attention = tuple(
+        DenseMatrix(layer.index, 2048, 2048, 2 * 2048 * 2048)
+        for layer in olmoe.layers
+        for _ in range(4)
+    )
+    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048, at_an_end=True)
+    return replace(olmoe, dense_matrices=(*attention, head))
 
 
 @pytest.fixture(scope="session")

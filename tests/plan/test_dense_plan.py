@@ -18,18 +18,6 @@ from conmoe_edge.plan.speed import REACH, expected_seconds, planned_step
 from conmoe_edge.units import MIB, parse_size
 
 
-@pytest.fixture
-def with_matrices(olmoe):
-    """OLMoE with its attention and its head as what may be quantised."""
-    attention = tuple(
-        DenseMatrix(layer.index, 2048, 2048, 2 * 2048 * 2048)
-        for layer in olmoe.layers
-        for _ in range(4)
-    )
-    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048, at_an_end=True)
-    return replace(olmoe, dense_matrices=(*attention, head))
-
-
 def test_int8_bytes_by_hand(with_matrices) -> None:
     saved = 64 * (2048 * 2048 - 2 * 2048) + 50304 * 2048 - 2 * 50304
     small = stored(with_matrices, "int8")

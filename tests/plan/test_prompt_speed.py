@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from conmoe_edge.model.anatomy import DenseMatrix
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.prompt_speed import (
     PROMPT_REACH,
@@ -26,15 +25,11 @@ HERE = Arithmetic(floats=90e9, bytes=938e9)
 
 
 @pytest.fixture
-def shape(olmoe):
+def shape(with_matrices):
     """OLMoE with its attention, table and head."""
-    attention = tuple(
-        DenseMatrix(layer.index, 2048, 2048, 2 * 2048 * 2048)
-        for layer in olmoe.layers
-        for _ in range(4)
-    )
-    head = DenseMatrix(None, 50304, 2048, 2 * 50304 * 2048, at_an_end=True)
-    return replace(olmoe, dense_matrices=(*attention, head, replace(head, looked_up=True)))
+    matrices = with_matrices.dense_matrices
+    table = replace(matrices[-1], looked_up=True)
+    return replace(with_matrices, dense_matrices=(*matrices, table))
 
 
 def test_operations_outside_the_experts(shape):

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
+from local_hub import put_into_cache
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.sources import hub_reach
@@ -76,13 +77,7 @@ def test_an_address_that_never_answers(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_cache_serves_without_a_connection(dead: str, single: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "cache" / "models--org--name" / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    for file in single.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(COMMIT)
+    snapshot = put_into_cache(single, tmp_path / "cache", COMMIT)
     for call in (locate, find, describe):
         assert call("org/name").path == snapshot
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from families import save_tiny
+from local_hub import put_into_cache
 from small_tokenizers import make
 
 from conmoe_edge.api.shelf import Kept, find_kept, kept, package_place, packages_folder
@@ -103,14 +104,7 @@ def test_only_what_was_made_here_is_removed(model: Path, monkeypatch: pytest.Mon
 
 
 def test_a_model_in_the_cache_is_a_source(model: Path, tmp_path: Path) -> None:
-    commit = "0" * 40
-    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for file in model.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(commit)
+    snapshot = put_into_cache(model, tmp_path / "hub", "0" * 40)
     (one,) = kept()
     assert (one.name, one.kind) == ("org/name", "source") and one.nbytes > 0
     assert run("rm", "org/name", "--yes").exit_code == 0

@@ -8,7 +8,6 @@ marks have to be in the text.
 
 from __future__ import annotations
 
-import json
 import re
 
 from conmoe_edge.offload.generation.answer_parts import (
@@ -20,6 +19,7 @@ from conmoe_edge.offload.generation.answer_parts import (
     joined,
     unsure,
 )
+from conmoe_edge.offload.generation.tool_forms import json_value
 
 MESSAGE = "<|message|>"
 CHANNEL = "<|channel|>"
@@ -101,7 +101,7 @@ class HarmonyReader:
         if tool is None:
             return []
         try:
-            given = json.loads(self._arguments or "{}")
+            given = json_value(self._arguments or "{}")
         except ValueError:
             given = None
         if not isinstance(given, dict):

@@ -110,7 +110,7 @@ def json_calls(body: str) -> list[Called]:
     Raises:
         ValueError: it is none.
     """
-    given = _loaded(body)
+    given = json_value(body)
     return [_json_call(one) for one in (given if isinstance(given, list) else [given])]
 
 
@@ -123,13 +123,18 @@ def _json_call(value: Any) -> Called:
 
 def _arguments_text(given: Any) -> str:
     if isinstance(given, str):
-        given = _loaded(given)
+        given = json_value(given)
     if not isinstance(given, dict):
         raise ValueError("the arguments are no object")
     return json.dumps(given, ensure_ascii=False)
 
 
-def _loaded(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """The value that a text is as JSON.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -171,7 +176,7 @@ def _typed(pairs: Iterable[tuple[str, str]], schema: Mapping[str, Any]) -> str:
             values[name] = text
             continue
         try:
-            values[name] = _loaded(text)
+            values[name] = json_value(text)
         except ValueError:
             values[name] = text
     return json.dumps(values, ensure_ascii=False)
@@ -258,7 +263,7 @@ def _mistral(tools: Tools) -> CallMarks:
             found = _MISTRAL_CALL.match(one)
             if found is None:
                 raise ValueError("no name")
-            calls.append(Called(found[1], _arguments_text(_loaded(one[found.end() :]))))
+            calls.append(Called(found[1], _arguments_text(json_value(one[found.end() :]))))
         return calls
 
     return CallMarks(_TOOL_CALLS, "", read)
@@ -304,7 +309,9 @@ _KIMI_CALL = re.compile(
 
 def _sectioned(begin: str, end: str, call: re.Pattern[str]) -> Callable[[Tools], CallMarks]:
     def read(body: str) -> list[Called]:
-        return [Called(name, _arguments_text(_loaded(given))) for name, given in call.findall(body)]
+        return [
+            Called(name, _arguments_text(json_value(given))) for name, given in call.findall(body)
+        ]
 
     return lambda tools: CallMarks(begin, end, read)
 

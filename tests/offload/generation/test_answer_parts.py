@@ -204,6 +204,20 @@ def test_harmony(text: str, expected: list[Part]) -> None:
     assert both(HarmonyReader, text) == expected
 
 
+@pytest.mark.parametrize("form", [TAGGED, HARMONY], ids=lambda form: form.name)
+def test_a_call_nested_beyond_reading_stays_text(form: ToolForm) -> None:
+    deep = '{"a":' * 100_000
+    if form is HARMONY:
+        reader: PartReader = HarmonyReader()
+        text = f"<|channel|>commentary to=functions.x <|constrain|>json<|message|>{deep}<|call|>"
+    else:
+        assert form.marks is not None
+        reader = MarkedReader(None, form.marks(TOOLS))
+        text = f"<tool_call>{deep}</tool_call>"
+    parts = [*reader.add(text), *reader.finish()]
+    assert parts and all(isinstance(one, Said) for one in parts)
+
+
 def test_plain_text_is_left_alone() -> None:
     assert read(PlainReader, " a <think> b ", 1) == [Said(" a <think> b ")]
 

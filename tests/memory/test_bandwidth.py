@@ -41,7 +41,7 @@ def test_memory_is_read_at_some_speed_in_bounded_time():
     assert 1 <= threads() <= (os.cpu_count() or 1)
     start = time.perf_counter()
     assert 1e8 < (memory_bandwidth(16 * MIB, seconds=0.02) or 0) < 1e13
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60
 
 
 def test_a_folder_without_large_files_is_measured_with_a_file_that_is_gone_afterwards(tmp_path):

@@ -48,7 +48,7 @@ def test_ready_when_waiting_would_take_no_time(store: _Held) -> None:
     threading.Timer(0.05, store.go.set).start()
     transfer.wait((0, 0))
     assert transfer.ready((0, 0))
-    assert 0.02 < transfer.counts.waited_seconds < 5
+    assert 0.02 < transfer.counts.waited_seconds < 60
     waited = transfer.counts.waited_seconds
     transfer.wait((0, 0))
     transfer.load(2, (0, 0), target)

@@ -60,6 +60,9 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         chat["user"] = metadata["user_id"][:512]
     chat |= _thinking(given.pop("thinking", None))
+    chat |= _output(given.pop("output_config", None), ignored)
+    if given.pop("context_management", None):
+        ignored.append("context_management")
     return {**given, **chat}, ignored
 
 
@@ -76,6 +79,27 @@ def _thinking(value: Any) -> dict[str, Any]:
     budget = value.get("budget_tokens")
     wish = {} if budget is None else {"thinking_budget": budget}
     return {"chat_template_kwargs": {"enable_thinking": True}, **wish}
+
+
+def _output(value: Any, ignored: list[str]) -> dict[str, Any]:
+    """What an answer has to be, and how much it should be thought about."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ApiError(400, "output_config: an object.", param="output_config")
+    chat: dict[str, Any] = {}
+    if value.get("effort") is not None:
+        chat["reasoning_effort"] = value["effort"]
+    form = value.get("format")
+    if form is not None:
+        schema = form.get("schema") if isinstance(form, dict) else None
+        if not isinstance(schema, dict) or form.get("type") != "json_schema":
+            raise ApiError(
+                400, "output_config.format: a json_schema.", param="output_config.format"
+            )
+        chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    ignored += [f"output_config.{name}" for name in value if name not in ("effort", "format")]
+    return chat
 
 
 def _tools(tools: Any, ignored: list[str]) -> list[Any]:

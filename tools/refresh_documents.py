@@ -201,7 +201,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Print again what documents print.")
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=", ".join(BY_NAME))
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where one differs")
     parser.add_argument("--list", action="store_true", help="run nothing; show the commands")

@@ -29,8 +29,10 @@ _BLANKS = re.compile(r"\s+")
 _MAP = re.compile(r"^\s*\d+\s+[░▒▓█● ]+$")
 _BARS = re.compile(r"[━─█▏▎▍▌▋▊▉]{2,}|[━▏▎▍▌▋▊▉]")
 _SECONDS = 900
-_TYPED = "y\nHello.\n"
-"""What is typed at commands that ask: yes, and one message."""
+_TYPED = "Hello.\n"
+"""What comes on stdin: one message for ``chat`` and ``run``."""
+_ASK = ("rm", "run")
+"""Commands that ask on a terminal and refuse to go on without one: they get ``--yes``."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def run(line: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]
     """One command line: its exit status, and what it printed, stdout before stderr."""
     words, _, into = line.partition(" > ")
     command = [sys.executable, "-m", "conmoe_edge", *shlex.split(words)]
+    command += ["--yes"] if shlex.split(words)[0] in _ASK else []
     process = subprocess.Popen(
         command,
         cwd=folder,

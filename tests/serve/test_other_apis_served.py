@@ -103,6 +103,14 @@ def test_responses_of_a_schema(client: openai.OpenAI) -> None:
     assert json.loads(reply.output_text)["a"] in (True, False)
 
 
+def test_responses_go_on_behind_a_tool_that_took_a_text(client: openai.OpenAI) -> None:
+    """As of a conversation that another model has begun."""
+    call = {"type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": "*** x"}
+    result = {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"}
+    longer = respond(client, input=[*QUESTION, call, result], max_output_tokens=1).usage
+    assert longer.input_tokens > respond(client, max_output_tokens=1).usage.input_tokens + 20
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -186,6 +194,21 @@ def test_messages_call_tools_and_go_on(claude: anthropic.Anthropic) -> None:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use" and final.content[0].type == "tool_use"
     assert final.content[0].input == call.input
+
+
+def test_messages_of_a_schema(claude: anthropic.Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wish = {"format": {"type": "json_schema", "schema": schema}, "effort": "high"}
+    reply = message(claude, max_tokens=60, extra_body={**GREEDY, "output_config": wish})
+    assert json.loads(reply.content[0].text)["a"] in (True, False)
+    for wrong in ("json", {"format": {"type": "xml"}}, {"effort": "endless"}):
+        with pytest.raises(anthropic.BadRequestError, match=r"output_config|reasoning_effort"):
+            message(claude, extra_body={"output_config": wrong})
 
 
 def test_messages_refuse_in_their_own_form(claude: anthropic.Anthropic, strict: Running) -> None:

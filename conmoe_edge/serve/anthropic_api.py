@@ -16,6 +16,7 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_results import result_texts
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -36,7 +37,7 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(said, list):
         raise ApiError(400, "messages is missing.", param="messages")
     for index, message in enumerate(said):
-        messages += _messages(message, f"messages[{index}]")
+        messages += _messages(message, f"messages[{index}]", ignored)
     chat["messages"] = messages
     if given.get("max_tokens") is None:
         raise ApiError(400, "max_tokens is missing.", param="max_tokens")
@@ -120,7 +121,7 @@ def _tools(tools: Any, ignored: list[str]) -> list[Any]:
     return found
 
 
-def _messages(message: Any, where: str) -> list[dict[str, Any]]:
+def _messages(message: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
     """A message of blocks is several of OpenAI's: what came of tools first."""
     if not isinstance(message, dict):
         raise ApiError(400, f"{where}: an object.", param=where)
@@ -137,7 +138,8 @@ def _messages(message: Any, where: str) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block], place))
         elif kind == "tool_result":
-            text = _text(block.get("content") or "", place)
+            given = block.get("content") or ""
+            text = "\n".join(result_texts(given, f"{place}.content", ("text",), ignored))
             if block.get("is_error") is True:
                 text = f"Error: {text}"
             before.append(

@@ -17,6 +17,7 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_results import result_texts
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
@@ -46,7 +47,7 @@ def chat_of_response(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             )
     for name in _LEFT_ALONE:
         given.pop(name, None)
-    chat: dict[str, Any] = {"messages": _messages(given)}
+    chat: dict[str, Any] = {"messages": _messages(given, ignored)}
     tools = given.pop("tools", None)
     if tools:
         chat["tools"] = _tools(tools, ignored)
@@ -94,7 +95,7 @@ def _tools(tools: Any, ignored: list[str]) -> list[Any]:
     return found
 
 
-def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
+def _messages(given: dict[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
     """Items become messages; calls and reasoning belong to the answer around them."""
     messages: list[dict[str, Any]] = []
     instructions = given.pop("instructions", None)
@@ -141,7 +142,7 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
             if thought:
                 open_answer["reasoning_content"] = thought
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            output = _text(item.get("output"), where)
+            output = "".join(result_texts(item.get("output"), f"{where}.output", _TEXTS, ignored))
             messages.append(
                 {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}
             )

@@ -196,6 +196,26 @@ def test_messages_call_tools_and_go_on(claude: anthropic.Anthropic) -> None:
     assert final.content[0].input == call.input
 
 
+def test_a_picture_that_a_tool_gave_is_said_and_does_not_end_the_conversation(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+    use = {"type": "tool_use", "id": "t1", "name": "read", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [picture]}
+    turns: Any = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    asked: Any = {"model": NAME, "max_tokens": 1, "messages": [*QUESTION, *turns]}
+    reply = claude.messages.with_raw_response.create(**asked)
+    assert reply.headers["x-conmoe-ignored"] == "messages[2].content[0].content[0] (image)"
+    call = {"type": "function_call", "call_id": "c1", "name": "view", "arguments": "{}"}
+    output = [{"type": "input_text", "text": "A tree."}, {"type": "input_image", "image_url": "x"}]
+    seen = {"type": "function_call_output", "call_id": "c1", "output": output}
+    items: Any = [*QUESTION, call, seen]
+    raw = client.responses.with_raw_response.create(model=NAME, input=items, max_output_tokens=1)
+    assert raw.headers["x-conmoe-ignored"] == "input[2].output[1] (input_image)"
+    with pytest.raises(openai.BadRequestError, match="only text"):
+        respond(client, input=[*QUESTION, call, {**seen, "output": 7}])
+
+
 def test_messages_of_a_schema(claude: anthropic.Anthropic) -> None:
     schema = {
         "type": "object",

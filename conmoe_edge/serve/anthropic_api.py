@@ -16,6 +16,7 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_results import result_texts
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -36,7 +37,7 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(said, list):
         raise ApiError(400, "messages is missing.", param="messages")
     for index, message in enumerate(said):
-        messages += _messages(message, f"messages[{index}]")
+        messages += _messages(message, f"messages[{index}]", ignored)
     chat["messages"] = messages
     if given.get("max_tokens") is None:
         raise ApiError(400, "max_tokens is missing.", param="max_tokens")
@@ -60,6 +61,9 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         chat["user"] = metadata["user_id"][:512]
     chat |= _thinking(given.pop("thinking", None))
+    chat |= _output(given.pop("output_config", None), ignored)
+    if given.pop("context_management", None):
+        ignored.append("context_management")
     return {**given, **chat}, ignored
 
 
@@ -76,6 +80,27 @@ def _thinking(value: Any) -> dict[str, Any]:
     budget = value.get("budget_tokens")
     wish = {} if budget is None else {"thinking_budget": budget}
     return {"chat_template_kwargs": {"enable_thinking": True}, **wish}
+
+
+def _output(value: Any, ignored: list[str]) -> dict[str, Any]:
+    """What an answer has to be, and how much it should be thought about."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ApiError(400, "output_config: an object.", param="output_config")
+    chat: dict[str, Any] = {}
+    if value.get("effort") is not None:
+        chat["reasoning_effort"] = value["effort"]
+    form = value.get("format")
+    if form is not None:
+        schema = form.get("schema") if isinstance(form, dict) else None
+        if not isinstance(schema, dict) or form.get("type") != "json_schema":
+            raise ApiError(
+                400, "output_config.format: a json_schema.", param="output_config.format"
+            )
+        chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    ignored += [f"output_config.{name}" for name in value if name not in ("effort", "format")]
+    return chat
 
 
 def _tools(tools: Any, ignored: list[str]) -> list[Any]:
@@ -96,7 +121,7 @@ def _tools(tools: Any, ignored: list[str]) -> list[Any]:
     return found
 
 
-def _messages(message: Any, where: str) -> list[dict[str, Any]]:
+def _messages(message: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
     """A message of blocks is several of OpenAI's: what came of tools first."""
     if not isinstance(message, dict):
         raise ApiError(400, f"{where}: an object.", param=where)
@@ -113,7 +138,8 @@ def _messages(message: Any, where: str) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block], place))
         elif kind == "tool_result":
-            text = _text(block.get("content") or "", place)
+            given = block.get("content") or ""
+            text = "\n".join(result_texts(given, f"{place}.content", ("text",), ignored))
             if block.get("is_error") is True:
                 text = f"Error: {text}"
             before.append(

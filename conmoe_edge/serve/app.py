@@ -12,7 +12,6 @@ for its client to read. A text that cannot fit is refused before it is tokenised
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -24,15 +23,13 @@ from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
 from conmoe_edge.serve.intake import Intake
 from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.page_files import FILES, FOLDER
 from conmoe_edge.serve.page_stats import page_stats
 from conmoe_edge.serve.prometheus import CONTENT_TYPE, Metrics
 from conmoe_edge.serve.replies import ChatReply, CompletionReply, model_json, models
 from conmoe_edge.serve.responses_api import ResponseReply, chat_of_response
 from conmoe_edge.serve.settings import Settings
 from conmoe_edge.serve.tokenising import Tokenising
-
-_PAGE = Path(__file__).parent / "page"
-_FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def make_app(
@@ -145,13 +142,13 @@ def make_app(
 
     @app.get("/")
     async def page() -> Response:
-        return FileResponse(_PAGE / "index.html", media_type="text/html")
+        return FileResponse(FOLDER / "index.html", media_type="text/html")
 
-    @app.get("/page/{name}")
+    @app.get("/page/{name:path}")
     async def page_file(name: str) -> Response:
-        if name not in _FILES:
+        if name not in FILES:
             raise ApiError(404, "There is nothing at this address.")
-        return FileResponse(_PAGE / name, media_type=_FILES[name])
+        return FileResponse(FOLDER / name, media_type=FILES[name])
 
     return app
 

@@ -23,10 +23,11 @@ from typing import Any
 from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
 from conmoe_edge.serve.intake import Entry, Intake
 from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.page_files import FILES
 from conmoe_edge.serve.settings import Settings, host_is_allowed
 
 Scope = dict[str, Any]
-_OPEN_PATHS = frozenset({"/", "/health", "/page/app.js", "/page/style.css", "/page/icon.svg"})
+_OPEN_PATHS = frozenset({"/", "/health", *(f"/page/{name}" for name in FILES)})
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

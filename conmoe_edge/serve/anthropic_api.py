@@ -16,7 +16,9 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_requests import function_tools
 
+_FIELDS = {"name": "name", "description": "description", "parameters": "input_schema"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -42,7 +44,7 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ApiError(400, "max_tokens is missing.", param="max_tokens")
     tools = given.pop("tools", None)
     if tools:
-        chat["tools"] = _tools(tools, ignored)
+        chat["tools"] = function_tools(tools, _FIELDS, "custom", ignored, usual="custom")
     choice = given.pop("tool_choice", None)
     if isinstance(choice, dict):
         kind = choice.get("type")
@@ -76,24 +78,6 @@ def _thinking(value: Any) -> dict[str, Any]:
     budget = value.get("budget_tokens")
     wish = {} if budget is None else {"thinking_budget": budget}
     return {"chat_template_kwargs": {"enable_thinking": True}, **wish}
-
-
-def _tools(tools: Any, ignored: list[str]) -> list[Any]:
-    found = []
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if not isinstance(tool, dict):
-            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
-        kind = tool.get("type") or "custom"
-        if kind != "custom":  # one that Anthropic's own servers run
-            ignored.append(f"tools[{index}] ({kind})")
-            continue
-        function = {
-            "name": tool.get("name"),
-            "description": tool.get("description"),
-            "parameters": tool.get("input_schema"),
-        }
-        found.append({"type": "function", "function": function})
-    return found
 
 
 def _messages(message: Any, where: str) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.answer_form import AnswerForm, answer_form
 from conmoe_edge.offload.generation.chat_template import shared
 from conmoe_edge.offload.generation.generic_tools import tools_as_text
@@ -99,8 +98,5 @@ def takes_tools(tokenizer: Any, template: str) -> bool:
 @functools.lru_cache(maxsize=8)
 def _takes_tools(template: str, variables: str) -> bool:
     given = {**json.loads(variables), "tools": [_PROBE_TOOL]}
-    try:
-        (text,) = shared.render(template, [[{"role": "user", "content": "x"}]], given)
-    except UsageError:  # it refuses them
-        return False
+    text = shared.taken(template, [{"role": "user", "content": "x"}], given)
     return _PROBE in (text or "")

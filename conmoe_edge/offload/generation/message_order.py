@@ -5,7 +5,7 @@ Many templates know one system message, the first, and turns that alternate; the
 a word. What a template takes is found by giving it small conversations, so it depends on the template alone.
 
 - System messages at the beginning become one: models were trained on one.
-- A later one becomes the user's where the template does not write it in its place.
+- A later one becomes the user's where the template does not write it.
 - The user's messages in a row become one where the template does not write both.
 
 Texts only, joined by a blank line; pure but for the rendering.
@@ -19,7 +19,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.chat_template import shared
 from conmoe_edge.offload.generation.prompt import SYSTEM_ROLES
 
@@ -36,6 +35,9 @@ def in_order(messages: Messages, template: str, variables: Mapping[str, Any]) ->
         messages: plain, oldest first.
         template: Jinja; empty for a model without one.
         variables: what it sees besides.
+
+    Raises:
+        ConmoeError: as ``TemplateRenderer.taken``; whether the template takes them is then not known.
     """
     found = _opening_joined(messages)
     if not template:
@@ -89,8 +91,4 @@ def _writes(template: str, variables: str, turns: tuple[str, ...]) -> bool:
     """Whether a template takes such a conversation and writes the probe in it."""
     pairs = (turn.split(":") for turn in turns)
     messages = [{"role": role, "content": text} for role, text in pairs]
-    try:
-        (text,) = shared.render(template, [messages], json.loads(variables))
-    except UsageError:  # it refuses them
-        return False
-    return _PROBE in (text or "")
+    return _PROBE in (shared.taken(template, messages, json.loads(variables)) or "")

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.chat_prompt import chat_prompt
+from conmoe_edge.offload.generation.chat_template import shared
 from conmoe_edge.offload.generation.message_order import in_order
 from tests import chat_templates as templates
 from tests.small_tokenizers import make
@@ -70,3 +72,19 @@ def test_no_message_is_lost(template: str) -> None:
     assert made.reordered and all(word in text for word in words), text
     plain = chat_prompt(tokenizer, given[2:3])
     assert not plain.reordered
+
+
+def test_a_template_that_could_not_be_asked_is_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A busy machine must not decide for good how a model is talked to."""
+    template = FIRST_ONLY + "{# asked on a busy machine #}"
+
+    def busy(*_: Any) -> str:
+        raise UsageError("The model's chat template does not come to an end.", "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "taken", busy)
+        with pytest.raises(UsageError, match="come to an end"):
+            in_order(turns(OF_AGENT), template, {})
+    assert lines(in_order(turns(OF_AGENT), template, {}))[3] == "user:E"

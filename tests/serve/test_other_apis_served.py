@@ -108,6 +108,8 @@ def test_responses_of_a_schema(client: openai.OpenAI) -> None:
     [
         ({"previous_response_id": "resp_1"}, "stores nothing"),
         ({"background": True}, "stores nothing"),
+        ({"background": 0}, "stores nothing"),  # is no false
+        ({"tools": {"type": "function"}}, "tools: a list"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text"),
         ({"input": [{"type": "computer_call"}]}, "computer_call"),
         ({"input": []}, "input is missing"),

@@ -159,6 +159,7 @@ READ_ELSEWHERE = {
     "offload/generation/prompt_identity.py": OUR_OWN,
     "offload/generation/template_process.py": THE_SYSTEMS,
     "offload/kernels/cpu/build.py": OUR_OWN,
+    "offload/kernels/cpu/levels.py": THE_SYSTEMS,
     "report/measured.py": THE_USERS,
 }
 """Files that read without the one function, and why they may. Every other one uses it."""

@@ -139,4 +139,5 @@ def _busy(error: Busy) -> ApiError:
 
 
 def _sentences(error: ConmoeError) -> str:
-    return f"{error.what} {error.why[:1].upper()}{error.why[1:]}.".removesuffix(" .")
+    why = error.why.rstrip(".")
+    return f"{error.what} {why[:1].upper()}{why[1:]}.".removesuffix(" .")

@@ -155,6 +155,12 @@ class Rule:
             )
         return scores.masked_fill(~torch.from_numpy(may).to(scores.device)[None], -torch.inf)
 
+    def unended(self, scores: Tensor) -> Tensor:
+        """``scores`` [1, V] with minus infinity for the tokens that end an answer: before the grammar's text has begun
+        none may."""
+        ends = [end for end in self._ends if end < scores.shape[-1]]
+        return scores.index_fill(-1, torch.tensor(ends, device=scores.device), -torch.inf)
+
     def took(self, token: int) -> None:
         """The answer goes on with ``token``."""
         if token not in self._ends and not self._matcher.is_stopped():

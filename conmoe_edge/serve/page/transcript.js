@@ -111,7 +111,7 @@ export class AnswerItem {
     const node = this.thoughts.firstChild, text = this.turn.reasoning;
     if (text.length > node.length) node.appendData(text.slice(node.length));
     const seconds = this.turn.thoughtFor;
-    this.thinking.textContent = seconds === undefined ? "Reasoning …" : `Reasoned for ${seconds.toFixed(1)} s`;
+    this.thinking.textContent = seconds === undefined ? "Reasoning …" : seconds < 0.1 ? "Reasoning" : `Reasoned for ${seconds.toFixed(1)} s`;
   }
 
   /** Calls stand folded below it. */
@@ -211,7 +211,8 @@ export function drawActions(item, conversation, turn, running) {
     row.append(back, make("span", "count", `${at + 1} of ${others.length}`), on);
   }
   if (turn.content) row.append(button("Copy", "copy"));
-  if (!running) row.append(turn.role === "user" ? button("Edit", "edit") : button("Regenerate", "retry"));
+  if (!running && turn.role === "user") row.append(button("Edit", "edit"));
+  else if (!running && !turn.problem) row.append(button("Regenerate", "retry")); // a problem has its own way out
   if (row.childNodes.length) item.append(row);
 }
 

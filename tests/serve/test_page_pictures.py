@@ -139,6 +139,9 @@ def test_every_state_can_be_read(browser: Any, scripted: Scripted, size: str, sc
     window.ask("And of the ponds?")
     page.wait_for_selector(".waiting")
     look.at("waiting")
+    assert page.locator("[data-action=try-now]").evaluate(
+        "e => e.getBoundingClientRect().bottom <= document.querySelector('footer').offsetTop"
+    )
     page.keyboard.press("Escape")
     window.answered()
 

@@ -59,6 +59,7 @@ async function answerTo(parent, leastOut = 0) {
 /** The response that streams; waits while the server is busy, and leaves out old turns while it is full. */
 async function answered(before, node, item, leastOut) {
   const wanted = wishes(), text = systemText(), { signal } = running.stop;
+  node.most = wanted.max_tokens;
   const first = text ? [{ role: "system", content: text }] : [];
   const sent = messages(before);
   const said = before.findLast((turn) => turn.role === "assistant")?.leftOut || 0;
@@ -92,7 +93,9 @@ function tellLeftOut(node, item, already, said) {
 async function pause(item, failed, signal) {
   try {
     for (let left = Math.ceil(failed.wait); left > 0; left--) {
+      const follow = followsEnd();
       item.wait(`${failed.message} Trying again in ${left} s.`);
+      if (follow) toEnd();
       const early = await new Promise((resolve, reject) => {
         const timer = setTimeout(resolve, 1000, false);
         running.now = () => { clearTimeout(timer); resolve(true); };

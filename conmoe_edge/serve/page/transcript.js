@@ -191,7 +191,10 @@ function words(turn) {
   const known = turn.usage?.prompt_tokens_details?.cached_tokens;
   if (known) found.push(`${known} of ${turn.usage.prompt_tokens} prompt tokens were known`);
   if (turn.stopped) found.push("stopped");
-  if (turn.finish === "length") found.push("cut: it reached the longest answer or the end of the context");
+  if (turn.finish === "length") {
+    const wanted = turn.most && turn.usage?.completion_tokens >= turn.most;
+    found.push(wanted ? "cut at the longest answer of the settings" : "cut at the server’s longest answer or the end of the context");
+  }
   if (turn.finish && !turn.content && !turn.calls?.length) found.push("an empty answer");
   if (turn.ignored) found.push(`left out by the server: ${turn.ignored}`);
   return found;

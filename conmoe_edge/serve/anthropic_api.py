@@ -16,8 +16,10 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_requests import function_tools
 from conmoe_edge.serve.tool_results import result_texts
 
+_FIELDS = {"name": "name", "description": "description", "parameters": "input_schema"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -43,7 +45,7 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ApiError(400, "max_tokens is missing.", param="max_tokens")
     tools = given.pop("tools", None)
     if tools:
-        chat["tools"] = _tools(tools, ignored)
+        chat["tools"] = function_tools(tools, _FIELDS, "custom", ignored, usual="custom")
     choice = given.pop("tool_choice", None)
     if isinstance(choice, dict):
         kind = choice.get("type")
@@ -101,24 +103,6 @@ def _output(value: Any, ignored: list[str]) -> dict[str, Any]:
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
     ignored += [f"output_config.{name}" for name in value if name not in ("effort", "format")]
     return chat
-
-
-def _tools(tools: Any, ignored: list[str]) -> list[Any]:
-    found = []
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if not isinstance(tool, dict):
-            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
-        kind = tool.get("type") or "custom"
-        if kind != "custom":  # one that Anthropic's own servers run
-            ignored.append(f"tools[{index}] ({kind})")
-            continue
-        function = {
-            "name": tool.get("name"),
-            "description": tool.get("description"),
-            "parameters": tool.get("input_schema"),
-        }
-        found.append({"type": "function", "function": function})
-    return found
 
 
 def _messages(message: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:

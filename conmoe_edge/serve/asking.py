@@ -21,11 +21,13 @@ from conmoe_edge.offload.generation.context_limit import context_full, longest_c
 from conmoe_edge.offload.generation.prompt import SYSTEM_ROLES, text_tokens
 from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
 from conmoe_edge.serve.answer_rules import answer_rule
-from conmoe_edge.serve.answering import Asked, ClientLeft, unless_left
+from conmoe_edge.serve.answering import Asked
+from conmoe_edge.serve.busy import Busy
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import body_of, entry_of
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
-from conmoe_edge.serve.jobs import Busy, Loaded
+from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.leaving import ClientLeft, unless_left
 from conmoe_edge.serve.requests import (
     MOST_VALUES,
     ChatRequest,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.errors import ConmoeError, ContextFull, NotFinite, OutOfMemory, UsageError
-from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.busy import Busy
 
 log = logging.getLogger("conmoe_edge.serve")
 

@@ -17,6 +17,8 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.request_fields import refuse_wish
+from conmoe_edge.serve.tool_requests import function_tools
 from conmoe_edge.serve.tool_results import result_texts
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
@@ -25,6 +27,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (None,),
     "prompt": (None,),
 }
+_FIELDS = {name: name for name in ("name", "description", "parameters", "strict")}
 _LEFT_ALONE = ("include", "max_tool_calls", "store", "truncation", "client_metadata")
 _TEXTS = ("input_text", "output_text", "text")
 _OF_ANSWERS = ("reasoning", "function_call", "custom_tool_call")
@@ -38,19 +41,18 @@ def chat_of_response(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     given, ignored = dict(value), []
     for name, nothings in _NOTHING.items():
-        if given.pop(name, None) not in nothings:
-            raise ApiError(
-                400,
-                f"{name} is not supported: this server stores nothing.",
-                param=name,
-                code="unsupported_parameter",
-            )
+        refuse_wish(
+            name,
+            given.pop(name, None),
+            nothings,
+            "is not supported: this server stores nothing.",
+        )
     for name in _LEFT_ALONE:
         given.pop(name, None)
     chat: dict[str, Any] = {"messages": _messages(given, ignored)}
     tools = given.pop("tools", None)
     if tools:
-        chat["tools"] = _tools(tools, ignored)
+        chat["tools"] = function_tools(tools, _FIELDS, "function", ignored)
     choice = given.pop("tool_choice", None)
     if isinstance(choice, dict) and choice.get("type") == "function":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
@@ -78,21 +80,6 @@ def _format(wanted: Any) -> dict[str, Any]:
         return {"response_format": wanted}
     inner = {k: v for k, v in wanted.items() if k != "type"}
     return {"response_format": {"type": "json_schema", "json_schema": inner}}
-
-
-def _tools(tools: Any, ignored: list[str]) -> list[Any]:
-    found = []
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if not isinstance(tool, dict):
-            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
-        kind = tool.get("type")
-        if kind != "function":
-            ignored.append(f"tools[{index}] ({kind})")
-            continue
-        names = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in names if name in tool}
-        found.append({"type": "function", "function": function})
-    return found
 
 
 def _messages(given: dict[str, Any], ignored: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.offload.kernels.cpu import build
+from conmoe_edge.offload.kernels.cpu.compiling import SOURCE
 
 CHECK = Path(__file__).with_name("low_bit_sums.cpp")
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
@@ -31,9 +31,17 @@ def test_sums(name: str, tmp_path: Path) -> None:
             pytest.skip(f"no {tool} here")
     if march.startswith("x86") and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"this is no {march}")
-    options = ["-std=c++17", "-O1", f"-march={march}", "-ffp-contract=fast", "-w", "-static"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        f"-march={march}",
+        "-ffp-contract=fast",
+        "-pthread",
+        "-w",
+        "-static",
+    ]
     path = tmp_path / "check"
-    command = [compiler, *options, f"-I{build.SOURCE.parent}", str(CHECK), "-o", str(path)]
+    command = [compiler, *options, f"-I{SOURCE.parent}", str(CHECK), "-o", str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Puts compiled libraries of the CPU operator into a wheel for one system.
 
-``CONMOE_WHEEL`` names the system; ``tools/platform_wheels.py`` has compiled its libraries and sets it. Without it nothing
-is done: the wheel is for every system, and the operator is compiled on first use.
+``CONMOE_WHEEL`` names the system; ``tools/platform_wheels.py`` has compiled its libraries and sets it. Without it
+nothing is done: the wheel is for every system, and the operator is compiled on first use.
 """
 
 from __future__ import annotations

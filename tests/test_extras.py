@@ -12,7 +12,7 @@ from conmoe_edge import extras
 _PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
-@pytest.mark.parametrize("extra", ["serve", "eval", "compile"])
+@pytest.mark.parametrize("extra", ["serve", "eval"])
 def test_the_packages_of_the_project_file_are_named(extra: str) -> None:
     declared = tomllib.loads(_PROJECT.read_text())["project"]["optional-dependencies"][extra]
     said = extras.install_command(extra)

@@ -4,9 +4,9 @@
     python tools/platform_wheels.py                          # all of them, into dist/
     python tools/platform_wheels.py linux-x86_64 --out wheels
 
-Every library is compiled by ``ziglang``, which has the C and C++ libraries of all these systems, so any of them builds the
-wheels of all. A level takes seconds; the first one for a system a minute more, in which its C++ library is built. Then
-``pip wheel`` packs them (``hatch_build.py``).
+Every library is compiled by ``ziglang``, which has the C and C++ libraries of all these systems, so any of them builds
+the wheels of all. A level takes a minute of processor; the first one for a system another, in which its C++ library is
+built. Then ``pip wheel`` packs them (``hatch_build.py``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HEX = "[0-9a-f]" * 32
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Build wheels that bring the CPU operator.")
     parser.add_argument("systems", nargs="*", metavar="SYSTEM", help=", ".join(WHEELS))
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheels")
     asked = parser.parse_args(arguments)

@@ -2,8 +2,8 @@
 
 ``check_library.cpp`` reads it: a processor or a system that is emulated tests the very library that a wheel has.
 
-    case: nine numbers of 64 bits (function, kind, rows, columns, group, tokens, and how many bytes the three arrays have)
-          near (fp64), values, scales, x (fp32 [tokens, columns]); then wanted: a count (64 bits) and that many fp64
+    case: nine numbers of 64 bits (function, kind, rows, columns, group, tokens, bytes of the three arrays), near
+          (fp64), values, scales, x (fp32 [tokens, columns]); then wanted: a count (64 bits) and that many fp64
 
 The functions are those below. A gate's second matrix is a case of its own behind the first.
 """
@@ -40,7 +40,8 @@ def _cases() -> Iterator[bytes]:
         return torch.randn(*shape, generator=generator)
 
     forms: list[tuple[Kind, Grid | None]] = [(kind, None) for kind in _KINDS]
-    forms += [("grid4", Grid(32, dtype, zeros)) for dtype, zeros in GRID_CODES]
+    for dtype, zeros in GRID_CODES:
+        forms.append(("grid4", Grid(32, dtype, zeros)))
     for dtype in PLAIN:
         matrix = quantise((random(96, 160) * 0.1).to(dtype), "plain")
         yield from _products(PLAIN[dtype], matrix, random(3, 160), 1e-4)

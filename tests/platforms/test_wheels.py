@@ -1,4 +1,4 @@
-"""Wheels with libraries: their tags, what the libraries need of a system, and one in an environment without a compiler."""
+"""Wheels with libraries: their tags, what the libraries need of a system, and one used without a compiler."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ print(json.dumps({
 def test_a_wheel_without_a_compiler_has_the_best_operator(
     compiler: Compiler, tmp_path: Path
 ) -> None:
-    """Installed into an environment of its own, with no program on the path; torch and the like come from this one's."""
+    """In an environment of its own, with no program on the path; torch and the like come from this one's."""
     name = here().name
     if name not in WHEELS:
         pytest.skip(f"no wheel is made for {name}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
 from conmoe_edge.offload.kernels.cpu import bindings as native
 from conmoe_edge.offload.kernels.cpu import build, compilers, targets
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
-from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 GRIDS = {
     "grid4": Grid(32, "float16", False),

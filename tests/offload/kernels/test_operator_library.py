@@ -231,8 +231,8 @@ extern "C" { const char* conmoe_level() { return "plain"; } %s }
 
 
 def rebuilt_as(path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library of another text under the key of the operator's, as a compiler that has gone wrong would leave it, and no
-    other compiler.
+    """A library of another text under the key of the operator's, as a compiler that has gone wrong would leave it, and
+    no other compiler.
     """
     (compiler, *_) = compilers()
     monkeypatch.setenv("CXX", compiler.command[0])

@@ -58,7 +58,7 @@ __all__ = [
 
 
 def operator() -> Operator | None:
-    """This machine's operator, compiled on the first call ever unless the wheel brings it; ``None`` where there is none."""
+    """This machine's operator, compiled on the first call unless the wheel has it; ``None`` where there is none."""
     return _state()[0]
 
 

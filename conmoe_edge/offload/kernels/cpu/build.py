@@ -2,12 +2,12 @@
 
 ``found_library()`` gives the path of a shared library. A wheel for this system brings one for every instruction set
 (``tools/platform_wheels.py``), in ``lib/``; they count only if they were made from the source beside them. Else it is
-compiled on the first call ever (seconds; a minute or two by ``ziglang``), with the first compiler that does it, and found
+compiled on the first call ever (under a minute; some by ``ziglang``) with the first compiler that does it, and found
 in the user's cache folder afterwards.
 
 The name of a library is a digest of everything that went into it (``library_files.py``): source, flags, layout of the
-structures, and in the cache the compiler and the C library. Before it is used the first time it is tested in a process of
-its own (``tried_apart.py``).
+structures, and in the cache the compiler and the C library. Before it is used the first time it is tested in a process
+of its own (``tried_apart.py``).
 
 ``CONMOE_OPERATOR_SANITIZE=1`` builds with the address and undefined-behaviour sanitizers, under a name of its own
 (``make test-asan``).
@@ -69,8 +69,8 @@ def found_library() -> Library:
     """The operator's library, compiled where there is none.
 
     Raises:
-        Unavailable: switched off, a system without an operator, no compiler or none that does it, a cache that belongs to
-            another user, or an operator that crashes or computes wrongly.
+        Unavailable: switched off, a system without an operator, a level that is none of this machine, no compiler or
+            none that does it, a cache that belongs to another user, or an operator that crashes or computes wrongly.
     """
     wanted = _Wanted.here()
     reasons: list[Unavailable] = []

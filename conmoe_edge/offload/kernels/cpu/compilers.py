@@ -1,8 +1,8 @@
 """C++ compilers of this machine, in the order in which they are tried.
 
-``CXX`` is the only one where it names one. Else what the system has comes first (``g++``, ``clang++``, ``c++``), then the
-one that pip brings: the package ``ziglang`` of the extra ``[compile]`` holds clang with its own C++ library and the C
-libraries of other systems, so that it also builds what runs elsewhere (``tools/platform_wheels.py``). All of them take
+``CXX`` is the only one where it names one. Else what the system has comes first (``g++``, ``clang++``, ``c++``), then
+the one that pip brings: the package ``ziglang`` of the extra ``[compile]`` holds clang with its own C++ library and the
+C libraries of other systems, so it also builds what runs elsewhere (``tools/platform_wheels.py``). All of them take
 the same flags, but for names of processors (``zig_flag``). Microsoft's own compiler is not among them.
 
 Memory: what a compiler prints.
@@ -27,10 +27,8 @@ from typing import Literal
 from conmoe_edge.extras import install_command
 from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
-SECONDS = 400
-"""For one call of a compiler."""
-ZIG_SECONDS = 1500
-"""Its first call for a system also builds the C++ library for it: a minute on an idle core."""
+SECONDS = 1500
+"""For one call of a compiler: minutes on a busy machine. The first one of zig also builds the C++ library of a system."""
 _NAMES = ("g++", "clang++", "c++")
 
 
@@ -68,13 +66,12 @@ class Compiler:
         Raises:
             Unavailable: it does not run, fails or takes too long.
         """
-        seconds = ZIG_SECONDS if self.kind == "zig" else SECONDS
-        return run([*self.command, *arguments], seconds, self.name)
+        return run([*self.command, *arguments], SECONDS, self.name)
 
 
 def zig_flag(flag: str) -> str:
-    """Zig has its own names of processors: ``-march=x86-64-v3`` is ``-mcpu=x86_64_v3``, and ``-march=armv8.2-a+dotprod``
-    is ``-mcpu=generic+v8_2a+dotprod``.
+    """Zig has its names for processors: ``-march=x86-64-v3`` is ``-mcpu=x86_64_v3``, ``-march=armv8.2-a+dotprod`` is
+    ``-mcpu=generic+v8_2a+dotprod``.
     """
     name, _, value = flag.partition("=")
     if name != "-march":

@@ -1,7 +1,7 @@
 """The operator's source, compiled for a target and an instruction set.
 
-The ``ctypes`` structures (``structs.py``, ``attention_tables.py``, ``decoder_tables.py``) are the one description of their
-layout: sizes and offsets go into the compiled text as static assertions, so a C++ structure that differs does not
+The ``ctypes`` structures (``structs.py``, ``attention_tables.py``, ``decoder_tables.py``) are the one description of
+their layout: sizes and offsets go into the compiled text as static assertions, so a C++ structure that differs does not
 compile. Nothing is compiled out of a model folder.
 
 Peak memory: the compiler's, in a process of its own.
@@ -25,7 +25,7 @@ _HEX = 32
 
 
 def source_digest(target: Target, flags: Sequence[str]) -> str:
-    """Of all that a library is made from, but for the compiler: source, layout of the structures, target and ``flags``."""
+    """Of all that a library is made from but the compiler: source, layout of the structures, target and ``flags``."""
     parts = (target.name, *target.compile_flags, *target.link_flags, *flags, assertions())
     digest = hashlib.sha256("\0".join(parts).encode())
     for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):

@@ -44,8 +44,8 @@ def whole_library(folder: Path, key: str, suffix: str, *, ours: bool) -> Path | 
 
 
 def put_library(built: Path, folder: Path, key: str, suffix: str) -> Path:
-    """Move ``built`` into ``folder`` (on the same disk) under its name: whole or not at all, also where two processes do
-    so at a time.
+    """Move ``built`` into ``folder`` (on the same disk) under its name: whole or not at all, also where two processes
+    do so at a time.
     """
     path = folder / f"{key}-{content_digest(built)}{suffix}"
     built.chmod(0o700)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,6 +19,7 @@ from conmoe_edge.api.planning import (
     stays_whole,
     with_export,
     with_fetching,
+    with_memory,
     with_other_parts,
     with_tokenizer,
 )
@@ -153,6 +155,7 @@ def fit(
     tried = tried_tokenizer(folder, source.gguf)
     report = with_tokenizer(report, tried)
     report = with_other_parts(report, source.beside, kept=keep_vision)
+    report = with_memory(report, asked, passes)
     if source.ranges is not None:
         sizes = {name: entry.nbytes for name, entry in source.index.tensors.items()}
         report = with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
@@ -175,7 +178,7 @@ def fit(
         return _fit_unchanged(
             source, Path(out), report, notes=notes, overwrite=overwrite, fresh=fresh
         )
-    _require_memory(report, asked)
+    _require_memory(report, asked, passes)
     planned = report.plan.chosen
     check_reach(source.config, anatomy, asked.method, planned.rate, planned.scope)
     target = torch.device(
@@ -255,20 +258,22 @@ def fit(
         )
 
 
-def _require_memory(report: PlanReport, asked: Resolved) -> None:
+def _require_memory(report: PlanReport, asked: Resolved, passes: int) -> None:
     """Refuse where this machine, with nothing else on it, has less RAM than the fit takes."""
     need, limit = report.memory, measure_machine().ram_limit
     if need is None or need.nbytes <= limit:
         return
-    tokens = most_tokens(
-        limit, asked.request.tokens, lambda count: memory_of_fit(report, asked, count)
-    )
+    fix = "Fit it on a larger machine; the package runs on this one."
+    for count in range(1, passes + 1):  # two, where that will do
+        tokens = most_tokens(
+            limit, asked.request.tokens, partial(memory_of_fit, report, asked, passes=count)
+        )
+        if tokens:
+            fix = f"--calibration-tokens {tokens}" + (" --passes 1" if count < passes else "")
     raise OutOfMemory(
         f"This machine has too little RAM to fit {report.source_name}.",
         f"about {human_size(need.nbytes)} are needed, it has {human_size(limit)}",
-        f"--calibration-tokens {tokens}"
-        if tokens
-        else "Fit it on a larger machine; the package runs on this one.",
+        fix,
     )
 
 

@@ -134,7 +134,7 @@ def plan(
         request: what is asked, as one object.
         revision: branch, tag or commit of a hub model.
         offline: open no socket.
-        keep_source, passes: as of ``fit``; they decide what is fetched.
+        keep_source, passes: as of ``fit``; they decide what is fetched, and what memory the fit takes.
         keep_vision: as of ``fit``.
         levers: fields of ``PlanRequest``, which says what they mean: ``budget``, ``device``, ``context``, ``rate``,
             ``scope``, ``precision``, ``bits``, ``dense_precision``, ``kv_precision``, ``prefer``, ``min_resident``,
@@ -167,10 +167,12 @@ def plan(
     report = with_export(report, asked, config)
     report = with_tokenizer(report, tried_tokenizer(found.path, found.gguf))
     report = with_other_parts(report, source.beside, kept=keep_vision)
+    passes = passes or (2 if found.index is not None or keep_source else 1)
+    report = with_memory(report, asked, passes)
     if found.index is not None:
         return report
     sizes = {name: one.nbytes for name, one in found.tensors.items()}
-    return with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes or 1)
+    return with_fetching(report, sizes, asked, keep_source=keep_source, passes=passes)
 
 
 def with_tokenizer(report: PlanReport, tried: Any) -> PlanReport:
@@ -261,7 +263,7 @@ def report_on(
     rates = None
     if request.engine is None and budget.measured and budget.device == "cpu":
         rates = arithmetic_here(meter)
-    found = PlanReport(
+    return PlanReport(
         source_name=name,
         anatomy=anatomy,
         plan=decided,
@@ -271,12 +273,16 @@ def report_on(
         outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
         scopes_tried=scopes_to_try(anatomy, request, decided.chosen, keeps=asked.method.keeps),
     )
-    if stays_whole(found, asked):
-        return found
-    return replace(found, memory=memory_of_fit(found, asked, request.tokens))
 
 
-def memory_of_fit(report: PlanReport, asked: Resolved, tokens: int) -> FitMemory:
+def with_memory(report: PlanReport, asked: Resolved, passes: int) -> PlanReport:
+    """The report with what the fit itself takes."""
+    if stays_whole(report, asked):
+        return report
+    return replace(report, memory=memory_of_fit(report, asked, asked.request.tokens, passes))
+
+
+def memory_of_fit(report: PlanReport, asked: Resolved, tokens: int, passes: int) -> FitMemory:
     """What the fit of a plan takes with so many calibration tokens."""
     import torch
 
@@ -290,6 +296,7 @@ def memory_of_fit(report: PlanReport, asked: Resolved, tokens: int) -> FitMemory
         tokens,
         trims=asked.method.trims,
         precision=report.plan.chosen.precision,
+        surveys=passes > 1 and asked.method.budgets,
         wide=wide,
         on_host=on_host,
     )

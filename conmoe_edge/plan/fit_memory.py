@@ -1,13 +1,14 @@
 """What a fit itself needs of this machine's RAM, as named terms that add up; arithmetic only.
 
-The most of three moments: a layer is loaded, text runs through it, it is decided. b = bytes of a number as it is
-computed here, H = hidden size, E = experts of a layer, I = neurons of one, k = top-k, T = calibration tokens:
+The most of four moments: a layer is loaded, text runs through it, it is surveyed, it is decided. b = bytes of a number
+as it is computed here, H = hidden size, E = experts of a layer, I = neurons of one, k = top-k, T = calibration tokens:
 
 =====================  ============================================================================
 in each of them        the process with torch; a layer; the text's hidden states T·H·b, a quarter for the held-out ones,
                        and once more for the package's own stream, where the method aims or prototypes are rounded
 load                   one fused parameter of the layer twice more
 run                    the stream and the layer's tokens, T·H·b each; a batch of activations
+survey                 at most the layer three times more, as stand-ins of each division that is tried
 decide                 the layer's tokens, T·H·b, slots and gates; six Gram matrices of inputs, H·H·4, and one prototype
                        four times in fp32; and beside that
 decide, ``auto``       activations of all routed tokens T·k·I·b, Gram matrices E·I·I·4, down projections E·H·I·4, what
@@ -41,7 +42,7 @@ _BYTES = {"float32": 4, "float64": 8}
 
 @dataclass(frozen=True, slots=True)
 class FitMemory:
-    """The moment of a fit that takes the most RAM. ``moment``: ``load``, ``run`` or ``decide``."""
+    """The moment of a fit that takes the most RAM. ``moment``: ``load``, ``run``, ``survey`` or ``decide``."""
 
     moment: str
     terms: tuple[Term, ...]
@@ -53,7 +54,14 @@ class FitMemory:
 
 
 def fit_memory(
-    anatomy: ModelAnatomy, tokens: int, *, trims: bool, precision: str, wide: int, on_host: bool
+    anatomy: ModelAnatomy,
+    tokens: int,
+    *,
+    trims: bool,
+    precision: str,
+    surveys: bool,
+    wide: int,
+    on_host: bool,
 ) -> FitMemory:
     """What consolidating a model takes.
 
@@ -62,6 +70,7 @@ def fit_memory(
         tokens: to calibrate on.
         trims: whether the method gives prototypes fewer neurons, and refits them.
         precision: of the prototypes.
+        surveys: whether it is measured first what each layer is worth.
         wide: bytes of a number as it is computed.
         on_host: whether layers run on the CPU; else their weights and batches are on the GPU.
     """
@@ -75,7 +84,8 @@ def fit_memory(
         Term("Hidden states", streams, f"of {tokens:,} calibration tokens, and those held out"),
     )
     layer = _layer_bytes(anatomy, experts, wide) if on_host else 0
-    held = (*always, Term("One layer", layer, "its weights"))
+    loaded = Term("One layer", layer, "its weights")
+    held = (*always, loaded)
     fused = max(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
     batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
     work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
@@ -90,6 +100,14 @@ def fit_memory(
             "load", (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together"))
         ),
         FitMemory("run", (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens"))),
+        FitMemory(
+            "survey",
+            (
+                always[0],
+                loaded,
+                Term("Stand-ins", 3 * layer if surveys else 0, "at most; --passes 1 has none"),
+            ),
+        ),
         FitMemory(
             "decide",
             (

@@ -15,7 +15,14 @@ QWEN: dict[str, int] = {"hidden": 2048, "width": 768, "count": 128, "top_k": 8, 
 
 
 def need(anatomy: Any, tokens: int = 32768, **changed: Any):
-    given = {"trims": True, "precision": "free", "wide": 2, "on_host": True, **changed}
+    given = {
+        "trims": True,
+        "precision": "free",
+        "surveys": False,
+        "wide": 2,
+        "on_host": True,
+        **changed,
+    }
     return fit_memory(anatomy, tokens, **given)
 
 
@@ -48,6 +55,7 @@ def test_wide_numbers_and_other_methods(model) -> None:
     plain = need(olmoe, trims=False, precision="source")
     assert plain.nbytes < need(olmoe, trims=False, precision="int4", tokens=1 << 17).nbytes
     assert plain.nbytes < need(olmoe).nbytes
+    assert need(olmoe, surveys=True, tokens=512).moment == "survey"
     assert need(olmoe, on_host=False).nbytes < need(olmoe).nbytes
 
 

@@ -93,7 +93,7 @@ def test_noise_becomes_calls(tokenizer: Any, form: ToolForm) -> None:
     added = tokenizer.added_tokens_decoder.items()
     shown = frozenset(n for n, token in added if token.special) - {tokenizer.eos_token_id}
     names, most = set(), 0
-    for seed in range(8):
+    for seed in range(10):
         several = seed % 2 == 1
         grammar = calls_grammar(form, TOOLS, speller(tokenizer), several=several)
         text = answer(tokenizer, grammar, seed, shown, 3000)

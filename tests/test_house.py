@@ -159,6 +159,7 @@ READ_ELSEWHERE = {
     "offload/generation/prompt_identity.py": OUR_OWN,
     "offload/generation/template_process.py": THE_SYSTEMS,
     "offload/kernels/cpu/build.py": OUR_OWN,
+    "offload/kernels/cpu/levels.py": THE_SYSTEMS,
     "report/measured.py": THE_USERS,
 }
 """Files that read without the one function, and why they may. Every other one uses it."""
@@ -478,7 +479,8 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner"]
+    "module",
+    ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner", "conmoe_edge.serve.front"],
 )
 def test_start_does_not_load_torch(module: str) -> None:
     heavy = ("torch", "transformers", "accelerate", "bitsandbytes")

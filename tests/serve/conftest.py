@@ -89,11 +89,16 @@ class Running:
 
 @contextlib.contextmanager
 def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
+    """A server of one package that is ready."""
+    with running_server(str(folder), "--name", NAME, *words, **variables) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_server(*words: str, **variables: str) -> Iterator[Running]:
     """A server that is ready. It is stopped as a user would, and has to leave with 0."""
     process = subprocess.Popen(
-        command(
-            "serve", str(folder), "--port", "0", "--name", NAME, "--device", "cpu", "--json", *words
-        ),
+        command("serve", *words, "--port", "0", "--device", "cpu", "--json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from conmoe_edge.offload.generation.answer_parts import Part, Said
 from conmoe_edge.serve.guard import _HEADERS
@@ -102,6 +103,7 @@ class Scripted:
         answers: the scripts for a last message, one after the other; the last one stays.
         asked: the bodies of all requests for an answer.
         stats: what ``/stats`` says.
+        stats_of: what it says otherwise of a model by its name.
         names: of ``/v1/models``.
         key: that requests need.
         context: tokens, of which a word of a message is one.
@@ -111,6 +113,7 @@ class Scripted:
     answers: dict[str, list[Script]] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(STATS)))
+    stats_of: dict[str, dict[str, Any]] = field(default_factory=dict)
     names: list[str] = field(default_factory=lambda: ["river-30b"])
     key: str | None = None
     context: int = CONTEXT
@@ -183,8 +186,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, FILES[name], (FOLDER / name).read_bytes())
         elif not self._is_let_in():
             return
-        elif self.path == "/stats":
-            self._json(self.scripted.stats)
+        elif urlsplit(self.path).path == "/stats":
+            named = parse_qs(urlsplit(self.path).query).get("model", [""])[0]
+            self._json({**self.scripted.stats, **self.scripted.stats_of.get(named, {})})
         elif self.path == "/v1/models":
             first, *others = self.scripted.names
             self._json(models(first, others, 1, loaded=True))

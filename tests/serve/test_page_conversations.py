@@ -208,11 +208,17 @@ def test_one_of_several_models_is_chosen(window: Window, scripted: Scripted) -> 
     page = window.page
     assert not page.is_visible("#models") and page.inner_text("#model") == "river-30b"
     scripted.names = ["river-30b", "sea-7b", "<b>lake</b>"]
+    listed = [{"name": "sea-7b", "state": "ready", "loaded": False}]
+    nothing = {"memory": None, "prompts": None, "compute": None, "cache": None, "context": None}
+    scripted.stats_of["sea-7b"] = {"model": "sea-7b", "models": listed, **nothing}
     page.reload()
     window.ready()
     page.wait_for_selector("#models:not([hidden])")
     assert page.locator("#models option").all_inner_texts() == scripted.names
     window.answer("First?")
+    assert page.is_visible("#tiers")
     page.select_option("#models", "sea-7b")
+    settles(page.locator("#state"), "loads when it is asked")
+    assert not page.is_visible("#tiers"), "the figures are of the other one"
     window.answer("Second?")
     assert [one["model"] for one in scripted.asked] == ["river-30b", "sea-7b"]

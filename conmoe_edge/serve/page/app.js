@@ -325,14 +325,16 @@ async function poll(soon) {
   if (soon) { timer = setTimeout(poll, 50); return; }
   let next = document.hidden ? 10_000 : running || !model ? 1000 : 3000;
   try {
-    const response = await ask("stats");
+    const chosen = $("models").hidden ? "" : $("models").value;
+    const response = await ask(chosen ? `stats?model=${encodeURIComponent(chosen)}` : "stats");
     if (response.ok) {
       const stats = await response.json();
       model = stats.model;
       context = stats.context || 0;
       $("model").textContent = model;
       document.title = `${model} · conmoe-edge`;
-      setState(stats.state, STATES[stats.state] || stats.state);
+      const waits = stats.models?.find((one) => one.name === model && one.state === "ready" && !one.loaded);
+      setState(stats.state, waits ? "loads when it is asked" : STATES[stats.state] || stats.state);
       figures(stats);
       if (polls++ % 10 === 0) await namesOfModels();
     }
@@ -403,6 +405,7 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) poll(true);
   else if (running) keep(conversation); // the tab may be closed in the middle of an answer
 });
+$("models").addEventListener("change", () => poll(true));
 $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", startAnew);
 $("ideas").addEventListener("click", (event) => {

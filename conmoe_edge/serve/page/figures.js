@@ -7,6 +7,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 const lately = []; // share of prototypes found, at most 60 polls
 let before = null; // hits and misses of the poll before
+let model = ""; // that the figures are of
 let own = null; // {first, last, pieces} of the answer that this page gets
 
 export function bytes(value) {
@@ -59,10 +60,15 @@ export function figures(stats) {
     const path = stats.compute.fast_path ? `; fast path: ${stats.compute.fast_path.summary}` : "";
     $("compute-note").textContent = `kernel: ${stats.compute.kernel}${path}`;
   }
-  if (!stats.memory || !stats.cache) return;
+  if (stats.model !== model) {
+    model = stats.model;
+    lately.length = 0;
+    before = null;
+  }
+  $("tiers").hidden = !stats.memory || !stats.cache; // a model that is not loaded takes nothing
+  if ($("tiers").hidden) return;
   const gpu = !stats.memory.device.startsWith("cpu");
   const name = gpu ? "GPU memory" : "RAM";
-  $("tiers").hidden = false;
   $("device-name").textContent = name;
   memory(stats.memory, stats.cache);
   prototypes(stats.cache, name, gpu);

@@ -109,7 +109,7 @@ def _figures(facts: PackageSummary) -> list[tuple[str, str]]:
     left = facts.reduction
     if left.experts:
         narrower = f", {left.narrower:,} of them narrower" if left.narrower else ""
-        figures.append((f"{left.kept:,} of {left.experts:,}", f"experts kept{narrower}"))
+        figures.append((f"{left.kept:,} of {left.experts:,}", f"experts left{narrower}"))
     if left.removed is not None and left.bytes_before is not None:
         change = "fewer" if left.removed >= 0 else "more"
         was, now = human_size(left.bytes_before), human_size(left.bytes_now)

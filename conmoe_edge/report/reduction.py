@@ -38,7 +38,7 @@ class Reduction:
 
     Attributes:
         experts: that there were.
-        kept: of these that are prototypes.
+        kept: of these that are prototypes, their own weights or merged ones.
         narrower: of these that have fewer neurons; ``None`` where that is not known.
         bytes_now: of the prototypes' records.
         bytes_before: of all experts in the checkpoint.
@@ -106,12 +106,12 @@ def reduction(manifest: Manifest, prototypes: Sequence[PrototypeFact]) -> Reduct
 
 
 def reduction_words(facts: Reduction) -> list[str]:
-    """In statements: how many experts are kept and how, and what that is in bytes; empty without experts."""
+    """In statements: how many experts are left and how, and what that is in bytes; empty without experts."""
     if not facts.experts:
         return []
-    kept = f"{facts.kept:,} of {facts.experts:,} experts are kept"
+    kept = f"{facts.kept:,} of {facts.experts:,} experts are left"
     if facts.kept == facts.experts:
-        kept = f"all {facts.experts:,} experts are kept"
+        kept = f"all {facts.experts:,} experts are left"
     if facts.narrower:
         count = "all" if facts.narrower == facts.kept else f"{facts.narrower:,}"
         kept += f", {count} of them with fewer neurons"

@@ -222,4 +222,4 @@ def test_packages_from_before_say_less(scoped: Path, tmp_path: Path) -> None:
     save_manifest(folder, replace(load_manifest(folder), originals={}))
     removed = summarise(folder).reduction
     assert removed.removed is None and removed.narrower is None and removed.bits_now is None
-    assert reduction_words(removed) == ["96 of 192 experts are kept"]
+    assert reduction_words(removed) == ["96 of 192 experts are left"]

@@ -200,9 +200,9 @@ def test_the_header_says_what_the_json_says(facts: PackageSummary) -> None:
     tiles = [(one.findtext("dd"), one.findtext("dt") or "") for one in root.iter("div")]
     shown = {figure: word for figure, word in tiles if figure is not None}
     if value is None:
-        assert not any("experts kept" in word for word in shown.values())
+        assert not any("experts left" in word for word in shown.values())
         return
-    assert shown[f"{value['kept']:,} of {value['experts']:,}"].startswith("experts kept")
+    assert shown[f"{value['kept']:,} of {value['experts']:,}"].startswith("experts left")
     if value["removed"] is not None:
         word = "fewer" if value["removed"] >= 0 else "more"
         assert shown[f"{100 * abs(value['removed']):.0f} %"].startswith(f"{word} bytes of experts")

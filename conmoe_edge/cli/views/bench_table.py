@@ -41,8 +41,11 @@ def package_line(report: BenchReport) -> str:
     if not package["prototypes"]:
         return " · ".join([*parts, "unchanged, every expert resident"])
     rate = package["rate"]
-    parts.append(f"{percent(rate)} removed" if rate else "nothing removed")
-    parts.append(precision_name(package["precision"]))
+    if package["precision"] == "free":  # the rate says nothing of it
+        parts.append("bits and neurons by worth")
+    else:
+        parts.append(f"{percent(rate)} removed" if rate else "nothing removed")
+        parts.append(precision_name(package["precision"]))
     share = percent_whole(package["resident"] / package["prototypes"])
     return " · ".join([*parts, f"{package['prototypes']:,} prototypes, {share} resident"])
 

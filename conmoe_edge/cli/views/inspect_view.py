@@ -76,7 +76,7 @@ def method_line(facts: PackageSummary) -> str:
 
 
 def experts_lines(facts: PackageSummary) -> list[str]:
-    """``150 of 192 experts are kept, all of them with fewer neurons`` and what that is in bytes; empty where the model
+    """``150 of 192 experts are left, all of them with fewer neurons`` and what that is in bytes; empty where the model
     is as it was.
     """
     if facts.unchanged:
@@ -156,7 +156,7 @@ def _against_plan(facts: PackageSummary) -> RenderableType:
     if facts.prototypes:
         made = len(facts.prototypes)
         if len({one.nbytes for one in facts.prototypes}) == 1 and not plan.chosen.bits:
-            rows.append(("experts kept", f"{plan.chosen.prototypes:,}", f"{made:,}", ""))
+            rows.append(("experts left", f"{plan.chosen.prototypes:,}", f"{made:,}", ""))
         else:  # a plan gives bytes then, and the fit finds how many experts stay in them
             found = human_size(facts.reduction.bytes_now)
             rows.append(("experts", human_size(plan.chosen.pool_bytes), found, ""))

@@ -31,6 +31,13 @@ def test_the_fast_path_has_a_line_where_it_is_known() -> None:
     assert "Tokens   native, 3 of 3 layers" in _shown(report_of(fast_path="native, 3 of 3 layers"))
 
 
+def test_what_was_removed_is_said_of_neurons_and_bits_too() -> None:
+    package = {**report_of().facts.package, "rate": 0.0, "precision": "free"}
+    shown = _shown(report_of(package=package))
+    assert "bits and neurons by worth" in shown and "nothing removed" not in shown
+    assert "50 % removed · bf16" in _shown(report_of())
+
+
 def test_the_table_fits_80_columns() -> None:
     shown = _shown(report_of())
     assert max(map(len, shown.splitlines())) <= 80

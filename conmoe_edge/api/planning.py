@@ -16,6 +16,7 @@ from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
+from conmoe_edge.model.accelerator import facts_for
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.tokenizers import tried_tokenizer
@@ -250,7 +251,9 @@ def report_on(
     """
     request = asked.request
     meter = Meter(folder)
-    budget = resolve_budget(request.budget, request.device, meter=meter)
+    budget = resolve_budget(
+        request.budget, request.device, facts=facts_for(request.device), meter=meter
+    )
     decided = make_plan(anatomy, budget, request, trims=asked.method.trims)
     rates = None
     if request.engine is None and budget.measured and budget.device == "cpu":

@@ -6,7 +6,8 @@ N = tokens of context, V = vocabulary, E = experts of a layer.
 
 ========================  ========================================================================
 Python and libraries      a constant on ``cpu``, where the process shares the RAM with the model
-CUDA context, allocator   a constant on ``cuda``
+CUDA context, allocator   a constant on ``cuda``, taken for those of other GPUs as well; on ``mps``,
+                          whose memory is the RAM, beside the one above
 Dense weights             everything outside the routed experts, as it is stored
 Slot constants            of all router slots, where they are planned
 KV cache                  ``ModelAnatomy.kv_bytes(N)``
@@ -136,6 +137,11 @@ def needs_of(
     """The needs of a model for a conversation of ``context`` tokens; ``constants``: bytes of those of router slots."""
     if device == "cpu":
         runtime = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
+    elif device == "mps":  # the process and the GPU's driver take it from the same RAM
+        both = PYTHON_BYTES + CUDA_BYTES
+        runtime = Term("Python, libraries, Metal", both, "the process itself, with torch; kernels")
+    elif device == "xpu":
+        runtime = Term("Driver context and allocator", CUDA_BYTES, "driver, oneDNN, kernels")
     else:
         runtime = Term("CUDA context and allocator", CUDA_BYTES, "driver, cuBLAS, kernels")
     size = 4 if anatomy.dtype in ("float32", "float64") else 2

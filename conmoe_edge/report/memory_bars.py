@@ -16,7 +16,7 @@ def memory_bars(facts: PackageSummary) -> Markup:
         return Markup("")
     budget = facts.plan.budget.device_bytes
     used = facts.plan.device_bytes_used
-    where = "GPU" if facts.plan.budget.device == "cuda" else "RAM"
+    where = "GPU" if facts.plan.budget.device != "cpu" else "RAM"
     parts = [_stack(terms, budget)]
     parts += [
         _row(number, term, max(t.planned for t in terms)) for number, term in enumerate(terms)

@@ -150,15 +150,14 @@ def serve(
     _need_extra()
     output.note("Starting ...")
     from conmoe_edge.memory.heap import one_heap
-    from conmoe_edge.memory.resolve import resolve_budget
+    from conmoe_edge.model.accelerator import budget_here
     from conmoe_edge.serve.server import Server, package_loader
 
     one_heap()
 
-    where: Any = device if device in ("cpu", "cuda") else "auto"
     load = package_loader(
         folder,
-        budget=None if gpu is None else resolve_budget(gpu, where),
+        budget=None if gpu is None else budget_here(gpu, device),
         device=None if device == "auto" else device,
         context=context,
         cache_policy=cache_policy,

@@ -86,7 +86,7 @@ def _blocks(report: BenchReport) -> list[_Block]:
     decode, prefill = report.decode, report.prefill
     speeds = [_speed("decode", decode), _speed("prefill", prefill)]
     tiers = (("memory", "memory"), ("host", "host"), ("disk", "disk"))
-    if report.facts.budget.device == "cpu":
+    if report.facts.budget.above_disk:
         tiers = (tiers[0], tiers[2])
     waits = [_wait("decode", decode), _wait("prefill", prefill)]
     return [

@@ -129,7 +129,7 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-# Any Chromium will do; `$(BIN)/playwright install chromium` brings one where there is none.
+# A Chromium or Chrome of the system will do; `$(BIN)/playwright install chromium` brings one where there is none.
 test-browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)

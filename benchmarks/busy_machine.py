@@ -1,4 +1,4 @@
-"""Answers beside other busy processes, by how OpenMP's threads wait for each other.
+"""Answers beside other busy processes, by how long the operator's threads and torch's stay awake.
 
     conmoe-edge fit demo --gpu 2GB --device cpu --out /data/demo-out --yes
     python -m benchmarks.busy_machine --package /data/demo-out
@@ -21,17 +21,16 @@ from typing import Any
 
 from benchmarks.measure import machine
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
-from conmoe_edge.waiting_threads import POLICY_VARIABLE, SPIN_VARIABLE, TURNS
+from conmoe_edge.waiting_threads import AWAKE_VARIABLE, POLICY_VARIABLE, SPIN_VARIABLE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _OWN_TURNS = 300_000
 """libgomp's, where there are no more threads than processors."""
 WAYS: dict[str, dict[str, str]] = {
-    "asleep": {POLICY_VARIABLE: "PASSIVE"},
-    **{
-        f"{turns} turns": {SPIN_VARIABLE: str(turns)}
-        for turns in (500, TURNS, 10_000, 50_000, _OWN_TURNS)
-    },
+    "as it is": {},
+    **{f"{time} us": {AWAKE_VARIABLE: str(time)} for time in (0, 20, 50, 100, 200, 1000)},
+    "torch's own": {SPIN_VARIABLE: str(_OWN_TURNS)},
+    "one thread": {"OMP_NUM_THREADS": "1"},
 }
 _PROMPT, _ANSWER = 512, 256
 
@@ -76,7 +75,7 @@ class Worker:
     """Another process with the package open."""
 
     def __init__(self, package: Path, way: dict[str, str]) -> None:
-        own = {POLICY_VARIABLE, SPIN_VARIABLE, "OMP_NUM_THREADS"}
+        own = {AWAKE_VARIABLE, POLICY_VARIABLE, SPIN_VARIABLE, "OMP_NUM_THREADS"}
         env = {key: one for key, one in os.environ.items() if key not in own} | way
         command = [sys.executable, "-m", "benchmarks.busy_machine", "--worker", str(package)]
         self.process = subprocess.Popen(

@@ -1,9 +1,9 @@
 """How long the threads of torch's OpenMP wait awake for each other.
 
-Between two parallel parts of a token libgomp lets its threads spin, by default for 300,000 turns, some milliseconds.
-On an idle machine that saves the time to wake up. Beside a browser or a compiler the thread that is waited for is not
-on a processor, and those that spin keep it from getting there: answers became several times slower. So the turns are
-bounded here: long enough for the gaps within a token, far shorter than a turn of the scheduler.
+Behind a parallel operation libgomp lets its threads spin, by default for 300,000 turns, some milliseconds. On an idle
+machine that saves the time to wake up. Beside a browser, a compiler or the operator's own threads the thread that is
+waited for is not on a processor, and those that spin keep it from getting there: answers became several times slower.
+So the turns are bounded here: long enough for the gaps between operations, far shorter than a turn of the scheduler.
 
 libgomp reads the variable once, when it is loaded, that is, when torch is imported. ``bound_spinning`` therefore runs
 when ``conmoe_edge`` is imported. It changes nothing where the user has said how threads wait, and can change nothing
@@ -17,6 +17,8 @@ import sys
 
 SPIN_VARIABLE = "GOMP_SPINCOUNT"
 POLICY_VARIABLE = "OMP_WAIT_POLICY"
+AWAKE_VARIABLE = "CONMOE_OPERATOR_AWAKE"
+"""Microseconds that the operator's own threads stay awake (``offload/kernels/cpu/csrc/pool.h``)."""
 TURNS = 2000
 
 _said: list[str] = []

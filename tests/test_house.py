@@ -159,6 +159,7 @@ READ_ELSEWHERE = {
     "offload/generation/prompt_identity.py": OUR_OWN,
     "offload/generation/template_process.py": THE_SYSTEMS,
     "offload/kernels/cpu/build.py": OUR_OWN,
+    "offload/kernels/cpu/levels.py": THE_SYSTEMS,
     "report/measured.py": THE_USERS,
     "system_calls.py": "a file that is open already, by another descriptor",
 }
@@ -479,7 +480,8 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner"]
+    "module",
+    ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner", "conmoe_edge.serve.front"],
 )
 def test_start_does_not_load_torch(module: str) -> None:
     heavy = ("torch", "transformers", "accelerate", "bitsandbytes")

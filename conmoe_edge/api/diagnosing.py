@@ -293,7 +293,7 @@ def operator_finding() -> Finding:
     """Whether the operator for few tokens on a processor compiles and computes what it should."""
     from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
 
-    fix = "install a C++ compiler with OpenMP: apt install g++, or xcode-select --install"
+    fix = "install a C++ compiler: apt install g++, or xcode-select --install"
     made = operator()
     return _operator("cpu operator", made and made.name, why_not(), fix)
 

@@ -16,7 +16,7 @@ from conmoe_edge.cli.ui.text import to_encoding
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
 def test_the_main_commands(encoding: str, model: Path, package: Path, tmp_path: Path) -> None:
     folders = [str(ROOT), str(ROOT / "tests" / "cli")]
     environment = {

@@ -11,20 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from names_of_systems import MODULES_NOT_ON_WINDOWS, NOT_ON_MACOS, NOT_ON_WINDOWS
+from used_names import needs_of, uses
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "conmoe_edge"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-ABSENT = {
-    f"{module}.{name}"
-    for table in (NOT_ON_WINDOWS, NOT_ON_MACOS)
-    for module, names in table.items()
-    for name in names.split()
-}
-QUESTIONS = ("os.name", "sys.platform", "platform.system", "hasattr", "getattr")
-"""What a condition asks when it asks for the system."""
 
 ELSEWHERE: dict[tuple[str, str], str] = {
     ("offload/storage/slot_pool.py", "mmap.MADV_DONTNEED"): "behind can_shrink, which is for Linux",
@@ -32,76 +23,6 @@ ELSEWHERE: dict[tuple[str, str], str] = {
 """(file, name): why it needs no question."""
 COMPILING = "offload/kernels/cpu/"
 """What compiles the operator asks for the system once, before all of it."""
-
-
-def _asks(node: ast.AST) -> bool:
-    text = ast.unparse(node)
-    return any(word in text for word in QUESTIONS)
-
-
-def _leaves(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue)
-
-
-def uses(source: str) -> list[tuple[int, str]]:
-    """(line, name) of what Windows or macOS lacks, used without a question for the system before it."""
-    tree = ast.parse(source)
-    above: dict[ast.AST, ast.AST] = {
-        child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)
-    }
-
-    def asked(node: ast.AST) -> bool:
-        inner: ast.AST = node
-        while inner in above:
-            outer = above[inner]
-            if (
-                isinstance(outer, ast.If | ast.IfExp)
-                and inner is not outer.test
-                and _asks(outer.test)
-            ):
-                return True
-            if isinstance(outer, ast.BoolOp) and any(
-                _asks(value)
-                for value in outer.values[: outer.values.index(inner)]  # type: ignore[arg-type]
-            ):
-                return True
-            if isinstance(outer, ast.Try) and inner in outer.body:
-                caught = " ".join(ast.unparse(one.type) for one in outer.handlers if one.type)
-                if "ImportError" in caught or "AttributeError" in caught:
-                    return True
-            if isinstance(outer, ast.With) and inner in outer.body:
-                around = ast.unparse(outer.items[0].context_expr)
-                if "suppress" in around and ("ImportError" in around or "AttributeError" in around):
-                    return True
-            for field in ("body", "orelse", "finalbody"):
-                block = getattr(outer, field, None)
-                if isinstance(block, list) and inner in block:
-                    before = block[: block.index(inner)]
-                    if any(
-                        isinstance(one, ast.If) and _asks(one.test) and _leaves(one.body)
-                        for one in before
-                    ):
-                        return True
-            inner = outer
-        return False
-
-    found = []
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            names = [f"{node.value.id}.{node.attr}"]
-        elif isinstance(node, ast.Import):
-            names = [one.name for one in node.names if one.name in MODULES_NOT_ON_WINDOWS]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{one.name}" for one in node.names]
-            names += [node.module] * (node.module in MODULES_NOT_ON_WINDOWS)
-        elif isinstance(node, ast.keyword) and node.arg in ("start_new_session", "preexec_fn"):
-            names = [node.arg] if node.arg == "preexec_fn" else []
-        for name in names:
-            known = name in ABSENT or name in MODULES_NOT_ON_WINDOWS or name == "preexec_fn"
-            if known and not asked(node):
-                found.append((getattr(node, "lineno", 0), name))
-    return found
 
 
 def test_nothing_that_a_system_lacks_is_used_unasked() -> None:
@@ -204,7 +125,7 @@ def test_a_file_without_an_encoding_is_found() -> None:
         assert not without_encoding(call), call
 
 
-@pytest.mark.parametrize("system", ["windows", "darwin"])
+@pytest.mark.parametrize("system", ["windows", pytest.param("darwin", marks=pytest.mark.slow)])
 def test_every_module_and_the_main_commands_without_what_a_system_lacks(
     system: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -222,5 +143,21 @@ def test_every_module_and_the_main_commands_without_what_a_system_lacks(
     assert "answer '" in done.stdout
     modules = int(done.stdout.split()[0])
     assert modules > 300
-    direct = "F_NOCACHE" if system == "darwin" else "buffered"
-    assert direct in done.stdout or system == "darwin"
+    # Linux' fcntl has no F_NOCACHE, so that neither of them reads directly here.
+    assert "this system has no direct reads" in done.stdout
+
+
+def test_tests_that_cannot_run_there_are_known_by_name() -> None:
+    tests = ROOT / "tests"
+    pipes = needs_of(tests / "checkpoint" / "fs" / "test_contained.py", "windows")
+    assert pipes and set(pipes.values()) == {"os.mkfifo"} and "" not in pipes
+    assert needs_of(tests / "checkpoint" / "fs" / "test_contained.py", "darwin") == {}
+    terminal = tests / "cli" / "chat_loop" / "test_on_a_terminal.py"
+    theirs = needs_of(terminal, "windows")
+    assert {theirs[name] for name in theirs if name.startswith("test_")} == {"fcntl"}
+    helper = tests / "fuzz" / "forked_command.py"
+    users = [
+        one for one in tests.rglob("test_*.py") if "fuzz.forked_command" in one.read_text("utf-8")
+    ]
+    assert needs_of(helper, "windows")[""] == "resource" and users
+    assert all(needs_of(one, "windows")[""] for one in users)

@@ -31,7 +31,15 @@ def test_sums(name: str, tmp_path: Path) -> None:
             pytest.skip(f"no {tool} here")
     if march.startswith("x86") and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"this is no {march}")
-    options = ["-std=c++17", "-O1", f"-march={march}", "-ffp-contract=fast", "-w", "-static"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        f"-march={march}",
+        "-ffp-contract=fast",
+        "-pthread",
+        "-w",
+        "-static",
+    ]
     path = tmp_path / "check"
     command = [compiler, *options, f"-I{build.SOURCE.parent}", str(CHECK), "-o", str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from conmoe_edge.offload.kernels.cpu.attention_tables import (
     LatentTable,
     Positions,
 )
-from conmoe_edge.offload.kernels.cpu.build import Unavailable, library
+from conmoe_edge.offload.kernels.cpu.build import library
 from conmoe_edge.offload.kernels.cpu.decoder_tables import BlockTable, RouterTable
 from conmoe_edge.offload.kernels.cpu.operator import Operator, takes_many
 from conmoe_edge.offload.kernels.cpu.self_test import check
@@ -31,6 +31,7 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     RmsNorm,
 )
 from conmoe_edge.offload.kernels.cpu.together_tables import FoundTogether
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 __all__ = [
     "AttentionTable",

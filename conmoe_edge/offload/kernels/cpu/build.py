@@ -1,8 +1,9 @@
-"""Compile the operator for this processor, once, with the compiler that the machine has.
+"""Compile the operator for an instruction set of this processor, once, with the compiler that the machine has.
 
 ``library()`` gives the path of a shared library in the user's cache folder. It is compiled on the first call ever
-(about two seconds) and found there afterwards. Its name is a digest of everything that went into it: source, flags,
-layout of the structures, compiler, processor, C library, torch. Nothing is compiled out of a model folder.
+(about two seconds) and found there afterwards. Its name is a digest of everything that went into it: source, flags
+(those of the best of ``levels.py``), layout of the structures, compiler, C library. Nothing is compiled out of a model
+folder.
 
 The ``ctypes`` structures (``structs.py``, ``attention_tables.py``, ``decoder_tables.py``) are the one description of
 their layout: sizes and offsets go into the compiled text as static assertions, so a C++ structure that differs does not
@@ -15,9 +16,8 @@ that somebody else owns or may write, is compiled anew in its place.
 A library that was just built is tried in a process of its own first (``self_test.py``): a miscompiled one may crash
 there. What came of it is written beside the library, so that one that crashed is not opened at the next start either.
 
-The library uses the OpenMP runtime that torch brought along, so that there is one pool of threads in the process and
-``torch.set_num_threads`` holds for it. That is libgomp. Clang's OpenMP code calls another runtime and does not link
-with it, so clang is refused.
+The library has threads of its own (``csrc/pool.h``), as many as ``torch.set_num_threads`` says, and needs no other
+library than that of the compiler.
 
 ``CONMOE_OPERATOR_SANITIZE=1`` builds with the address and undefined-behaviour sanitizers, under a name of its own
 (``make test-asan``).
@@ -40,10 +40,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from platformdirs import user_cache_path
 
 from conmoe_edge.offload.kernels.cpu.decoder_tables import STRUCTURES
+from conmoe_edge.offload.kernels.cpu.levels import best_level
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 SOURCE = Path(__file__).with_name("csrc") / "operator.cpp"
 SWITCH = "CONMOE_OPERATOR"
@@ -51,9 +52,18 @@ SWITCH = "CONMOE_OPERATOR"
 SANITIZE = "CONMOE_OPERATOR_SANITIZE"
 """Environment variable; ``1`` builds with sanitizers."""
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+    "-pthread",
+    "-fPIC",
+    "-w",
+)
 _LINK = (
     "-shared",
+    "-pthread",
     "-Wl,-z,defs",
 )  # what is undefined is an error now, not a crash at the first call
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
@@ -77,25 +87,21 @@ except (Unavailable, OSError, AttributeError) as error:
 """
 
 
-class Unavailable(Exception):
-    """There is no operator here; the text says why."""
-
-
 def library() -> Path:
     """The compiled operator.
 
     Raises:
-        Unavailable: switched off, no compiler that will do, a system without torch's OpenMP, a compiler that failed, a
-            cache that belongs to another user, or an operator that crashes or computes wrongly.
+        Unavailable: switched off, a level that is none of this machine, no compiler, one that failed, a cache that
+            belongs to another user, or an operator that crashes or computes wrongly.
     """
-    path, compiler, sanitizers, openmp = _place()
+    path, compiler, flags = _place()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (path.parent.parent, path.parent):
             _close_to_others(folder)
         if not (_is_own(path) and _is_whole(path)):
-            _compile(compiler, sanitizers, openmp, path)
-        _try_apart(path, _SANITIZED_SECONDS if sanitizers else _SECONDS)
+            _compile(compiler, flags, path)
+        _try_apart(path, _seconds())
     except OSError as error:
         raise Unavailable(f"{path.parent} cannot be used: {error.strerror}") from error
     return path
@@ -111,48 +117,38 @@ def is_built() -> bool:
     return path.is_file() and path.with_suffix(TOLD_SUFFIX).is_file()
 
 
-def _place() -> tuple[Path, str, tuple[str, ...], Path]:
-    """Where the library is or will be, the compiler, flags of sanitizers, and the OpenMP runtime."""
+def _place() -> tuple[Path, str, tuple[str, ...]]:
+    """Where the library is or will be, the compiler, and flags of the level and of sanitizers."""
     if os.environ.get(SWITCH, "").lower() == "off":
         raise Unavailable(f"{SWITCH}=off")
     if os.name != "posix" or platform.system() == "Darwin":
         raise Unavailable(f"not built on {platform.system()}")
-    openmp = _openmp()
     compiler, version = _compiler()
-    sanitizers = _SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
-    parts = (*_FLAGS, *_LINK, *sanitizers, compiler, version, str(openmp))
+    flags = (*best_level().flags, *(_SANITIZERS if _sanitized() else ()))
+    parts = (*_FLAGS, *_LINK, *flags, compiler, version)
     path = user_cache_path("conmoe-edge") / "operator" / f"{_digest(parts)}.so"
-    return path, compiler, sanitizers, openmp
+    return path, compiler, flags
 
 
-def _openmp() -> Path:
-    """The OpenMP runtime inside torch's own folder."""
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    if not found:
-        raise Unavailable("this build of torch brings no OpenMP library of its own")
-    return found[0]
+def _sanitized() -> bool:
+    return os.environ.get(SANITIZE) == "1"
+
+
+def _seconds() -> int:
+    return _SANITIZED_SECONDS if _sanitized() else _SECONDS
 
 
 def _compiler() -> tuple[str, str]:
-    """A compiler whose OpenMP code calls libgomp, and what it says of its version."""
-    clang = None
+    """A compiler, and what it says of its version."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         path = shutil.which(name) if name else None
-        if path is None:
-            continue
-        version = _run([path, "--version"]).partition("\n")[0]
-        if "clang" not in version:
-            return path, version
-        clang = path
-    if clang is None:
-        raise Unavailable("there is no C++ compiler (install g++ to compute faster)")
-    raise Unavailable(
-        f"{clang} is clang, whose OpenMP code does not link with torch's libgomp (install g++ to compute faster)"
-    )
+        if path is not None:
+            return path, _run([path, "--version"]).partition("\n")[0]
+    raise Unavailable("there is no C++ compiler (install g++ to compute faster)")
 
 
 def _digest(parts: tuple[str, ...]) -> str:
-    machine = (processor(), *platform.libc_ver(), torch.__version__, _assertions())
+    machine = (*platform.libc_ver(), _assertions())
     digest = hashlib.sha256("\0".join((*parts, *machine)).encode())
     for one in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         digest.update(one.read_bytes())
@@ -160,7 +156,7 @@ def _digest(parts: tuple[str, ...]) -> str:
 
 
 def processor() -> str:
-    """What ``-march=native`` looks at: a home folder may be shared between machines."""
+    """Which processor this is, as text: a home folder may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -276,16 +272,14 @@ def _self_test(path: Path, seconds: int) -> str:
     return ""
 
 
-def _compile(compiler: str, sanitizers: tuple[str, ...], openmp: Path, path: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         text, code = Path(folder) / "checked.cpp", Path(folder) / "operator.o"
         built = Path(folder) / "operator.so"
         text.write_text(_assertions(), "utf-8")
-        options = [*_FLAGS, *sanitizers, "-include", str(SOURCE)]
-        seconds = _SANITIZED_SECONDS if sanitizers else _SECONDS
-        _run([compiler, *options, "-c", str(text), "-o", str(code)], seconds)
-        # Without -fopenmp here: that would link the system's runtime beside torch's.
-        _run([compiler, *_LINK, *sanitizers, str(code), str(openmp), "-o", str(built)])
+        options = [*_FLAGS, *flags, "-include", str(SOURCE)]
+        _run([compiler, *options, "-c", str(text), "-o", str(code)], _seconds())
+        _run([compiler, *_LINK, *flags, str(code), "-o", str(built)])
         content = built.read_bytes()
         built.write_bytes(content + hashlib.sha256(content).digest())
         built.chmod(0o700)

@@ -11,7 +11,7 @@ order than it says, before an address is used, and ``MemoryError`` where the ope
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -94,7 +94,9 @@ _FUNCTIONS: dict[str, tuple[type, Sequence[type]]] = {
     ),
     "dense_together": (_int, (_at, _long, _at, _at)),
 }
-"""Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``."""
+"""Results and arguments of the functions in operator.cpp, whose names there begin with ``conmoe_``; before these comes
+the number of threads.
+"""
 
 
 def _refuse(what: str) -> NoReturn:
@@ -122,6 +124,12 @@ def _only_narrow(x: Tensor, count: int) -> None:
         _refuse("activations in fp32")
 
 
+def _on_threads(function: Any) -> Callable[..., int]:
+    """``function`` on as many threads as torch uses now."""
+    threads = torch.get_num_threads
+    return lambda *arguments: function(threads(), *arguments)
+
+
 class Operator:
     """The compiled operator of this machine."""
 
@@ -134,8 +142,8 @@ class Operator:
         found = {}
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(handle, f"conmoe_{name}")
-            function.restype, function.argtypes = result, arguments
-            found[name] = function
+            function.restype, function.argtypes = result, (_long, *arguments)
+            found[name] = _on_threads(function)
         self._few_rows, self._gated = found["few_rows"], found["gated_experts"]
         self._combine, self._layer = found["combine"], found["layer"]
         self._norm, self._attend = found["rms_norm"], found["attend"]
@@ -149,7 +157,10 @@ class Operator:
         self._decoder_together = found["decoder_together"]
         self._gated_together = found["gated_together"]
         self._dense_together = found["dense_together"]
-        self.name = f"native, {torch.backends.cpu.get_cpu_capability()}"
+        handle.conmoe_level.restype = ctypes.c_char_p
+        self.level: str = (handle.conmoe_level() or b"").decode()
+        """The instruction set that it was compiled for, as of ``levels.py``."""
+        self.name = f"native, {self.level}"
 
     def prepare(self, matrix: Matrix) -> Prepared | None:
         """``matrix`` for use here; ``None`` where its form, device or strides are not for this operator."""

@@ -20,7 +20,6 @@ from conmoe_edge.offload.kernels.cpu.attention_tables import (
     LatentTable,
     Positions,
 )
-from conmoe_edge.offload.kernels.cpu.build import Unavailable
 from conmoe_edge.offload.kernels.cpu.decoder_tables import (
     BlockTable,
     RouterTable,
@@ -36,6 +35,7 @@ from conmoe_edge.offload.kernels.cpu.structs import (
     PrototypeTable,
     RmsNorm,
 )
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 _BF16 = torch.bfloat16
 _HIDDEN, _WIDTH, _HEADS, _GROUPS, _HEAD, _HELD, _EXPERTS, _CHOSEN = 96, 64, 4, 2, 24, 5, 6, 3

@@ -68,8 +68,8 @@ void attend(int64_t groups, const void* const* keys, const void* const* values, 
   Room<float> scores(groups * each * length);
   row_scores(groups, keys, key, query.values, each, scores.data(), length);
   const int64_t rows = groups * each;
-#pragma omp parallel for schedule(static) if (rows * length > MANY)
-  for (int64_t row = 0; row < rows; ++row) softmax(scores.data() + row * length, length, scaling);
+  shared_loop(rows, evenly(rows, rows * length > MANY),
+              [&](int64_t row, int64_t) { softmax(scores.data() + row * length, length, scaling); });
   row_sums(groups, values, value, scores.data(), each, Target{out, true}, length);
 }
 
@@ -214,8 +214,7 @@ void attend_eagerly(int64_t groups, const void* const* keys, const void* const* 
   Room<float> scores(groups * each * length);
   row_scores(groups, keys, key, query.values, each, scores.data(), length);
   const int64_t rows = groups * each;
-#pragma omp parallel for schedule(static) if (rows * length > MANY)
-  for (int64_t row = 0; row < rows; ++row) {
+  shared_loop(rows, evenly(rows, rows * length > MANY), [&](int64_t row, int64_t) {
     float* const x = scores.data() + row * length;
     for (int64_t k = 0; k < length; ++k) x[k] = rounded(rounded(x[k]) * scaling);
     const float sink = sinks ? from_bf16(sinks[row]) : -std::numeric_limits<float>::infinity();
@@ -224,7 +223,7 @@ void attend_eagerly(int64_t groups, const void* const* keys, const void* const* 
     for_each(x, x, length, [](Lanes v, Lanes) { return exp(v); });
     const float total = sum_of(x, length) + (sinks ? std::exp(rounded(sink - top)) : 0.0f);
     for (int64_t k = 0; k < length; ++k) x[k] = rounded(x[k] / total);
-  }
+  });
   row_sums(groups, values, value, scores.data(), each, Target{out, true}, length);
 }
 
@@ -242,22 +241,10 @@ struct Standing {
   Cached cached;
 };
 
-// Runs `run(token)` for each of several tokens, on all threads where there is more than one; then it may fail on any of
-// them.
+// Runs `run(token)` for each of several tokens, on all threads where there is more than one.
 template <class Run>
 void for_tokens(int64_t tokens, Run run) {
-  if (tokens == 1) return run(0);
-  bool failed = false;
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t token = 0; token < tokens; ++token) {
-    try {
-      run(token);
-    } catch (...) {  // nothing may leave a parallel region
-#pragma omp atomic write
-      failed = true;
-    }
-  }
-  if (failed) throw std::bad_alloc();
+  shared_loop(tokens, 1, [&](int64_t token, int64_t) { run(token); });
 }
 
 // From a token's queries, keys and values, which are changed, and its `gates`, to what its heads give.

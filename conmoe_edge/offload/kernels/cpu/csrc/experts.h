@@ -195,16 +195,15 @@ int64_t routed(const Layer* layer, int64_t tokens, const int64_t* slots, const v
   std::copy(chosen.begin(), chosen.end(), layer->asked);
   const Source before(residual ? residual : out, narrow, residual ? tokens * columns : 0);
   const Target target{out, narrow != 0};
-#pragma omp parallel for schedule(static) if (tokens > 1)
-  for (int64_t token = 0; token < tokens; ++token) {
+  shared_loop(tokens, evenly(tokens, tokens > 1), [&](int64_t token, int64_t) {
     const Choice& choice = choices[size_t(token)];
     const int64_t start = token * columns;
     combine(int64_t(choice.numbers.size()), rows[size_t(token)].data(), choice.weights.data(),
             int64_t(choice.constants.size()), choice.constants.data(), choice.shares.data(), totals.data() + start,
             target.from(start), columns);
-    if (!residual) continue;
+    if (!residual) return;
     for (int64_t i = start; i < start + columns; ++i) target.put(i, before.values[i] + target.get(i));
-  }
+  });
   return int64_t(chosen.size());
 }
 

@@ -86,10 +86,10 @@ void row_scores(int64_t count, const void* const* rows, RowForm form, const floa
   const PackedRows packed{rows, form};
   const int64_t blocks = (length + NEAR - 1) / NEAR;
   RoomOfThreads rooms(packed.room(NEAR));
-#pragma omp parallel for schedule(static) if (count * length * columns > MANY)
-  for (int64_t number = 0; number < count * blocks; ++number) {
+  const int64_t at_once = evenly(count * blocks, count * length * columns > MANY);
+  shared_loop(count * blocks, at_once, [&](int64_t number, int64_t thread) {
     const int64_t which = number / blocks, first = number % blocks * NEAR, height = std::min(NEAR, length - first);
-    const float* const w = packed.at(which, first, height, rooms.own());
+    const float* const w = packed.at(which, first, height, rooms.own(thread));
     const float* const input = x + which * tokens * columns;
     float* const to = scores + which * tokens * length + first;
     for (int64_t token = 0; token < tokens; token += TOKENS) {
@@ -102,7 +102,7 @@ void row_scores(int64_t count, const void* const* rows, RowForm form, const floa
         for (int64_t t = 0; t < some; ++t) to[(token + t) * length + r] = sums[t];
       }
     }
-  }
+  });
 }
 
 // y[i, t] = sum over r of p[i, t, r] times row r of i.

@@ -59,26 +59,24 @@ bool latent_heads(const Latent& layer, Rotary rotary, const Cached& cached, uint
   const int64_t each = still + values_wide;
   const bool known = in_rows(int(layer.expand.kind), [&](auto form) {
     using Form = decltype(form);
-#pragma omp parallel for schedule(static) if (heads * each * rank > MANY)
-    for (int64_t head = 0; head < heads; ++head) {
+    shared_loop(heads, evenly(heads, heads * each * rank > MANY), [&](int64_t head, int64_t) {
       some_rows<Form>(layer.expand, head * each, still, wide.values + head * width, latent.data() + head * rank, true);
       std::copy_n(wide.values + head * width + still, turned, angles.data() + head * turned);
-    }
+    });
     const void* const rows = cached.keys;
     const void* const parts = cached.values;
     row_scores(1, &rows, cached.form(rank), latent.data(), heads, scores.data(), length);
     row_scores(1, &parts, cached.form(turned), angles.data(), heads, other.data(), length);
-#pragma omp parallel for schedule(static) if (heads * length > MANY)
-    for (int64_t head = 0; head < heads; ++head) {
+    shared_loop(heads, evenly(heads, heads * length > MANY), [&](int64_t head, int64_t) {
       float* const row = scores.data() + head * length;
       for_each(other.data() + head * length, row, length, [](Lanes a, Lanes b) { return add(a, b); });
       softmax(row, length, layer.scaling);
-    }
+    });
     row_sums(1, &rows, cached.form(rank), scores.data(), heads, Target{sums.data(), false}, length);
-#pragma omp parallel for schedule(static) if (heads * each * rank > MANY)
-    for (int64_t head = 0; head < heads; ++head)
+    shared_loop(heads, evenly(heads, heads * each * rank > MANY), [&](int64_t head, int64_t) {
       some_rows<Form>(layer.expand, head * each + still, values_wide, sums.data() + head * rank,
                       values.data() + head * values_wide, false);
+    });
   });
   for (int64_t k = 0; known && k < heads * values_wide; ++k) mixed[k] = to_bf16(values[k]);
   return !known;
@@ -98,13 +96,11 @@ bool latent_attention(const Latent& layer, int64_t tokens, const uint16_t* x, co
   }
   if (linears(&layer.query, 1, tokens, asking, query.data()) || linears(&layer.compress, 1, tokens, x, state.data()))
     return true;
-  bool failed = false;
+  std::atomic<bool> failed{false};
   for_tokens(tokens, [&](int64_t token) {
     if (latent_heads(layer, standing[token].rotary, standing[token].cached, query.data() + token * asked,
-                     state.data() + token * kept, mixed.data() + token * given)) {
-#pragma omp atomic write
+                     state.data() + token * kept, mixed.data() + token * given))
       failed = true;
-    }
   });
   return failed || linears(&layer.output, 1, tokens, mixed.data(), out) != 0;
 }

@@ -91,8 +91,7 @@ struct RoundedRows {
 
   RoundedRows(const Rows& x, int64_t tokens, int64_t block)
       : columns(up_to(x.columns, block)), block(block), blocks(columns / block), q(tokens * columns), made(size_t(tokens * blocks)) {
-#pragma omp parallel for schedule(static) if (tokens * columns > MANY)
-    for (int64_t row = 0; row < tokens; ++row)
+    shared_loop(tokens, evenly(tokens, tokens * columns > MANY), [&](int64_t row, int64_t) {
       for (int64_t b = 0; b < blocks; ++b) {
         float wide[Packed::MOST_BLOCK], room[Packed::MOST_BLOCK];
         const int64_t width = std::min(block, x.columns - b * block);
@@ -100,6 +99,7 @@ struct RoundedRows {
         std::fill(to + width, to + block, int8_t(0));
         made[size_t(row * blocks + b)] = Rounded(x.some(row, b * block, width, wide), to, width, room);
       }
+    });
   }
 };
 
@@ -126,22 +126,20 @@ void many_rows(int kind, const Stored& w, const Rows& x, int64_t tokens, Target 
   const int64_t most = std::min(tokens, AT_A_TIME), panels = (w.rows + PANEL - 1) / PANEL;
   const int64_t space = panel_room(block);
   RoomOfThreads rooms(space + most * PANEL);
-#pragma omp parallel if (tokens * w.rows * w.columns > MANY)
-  {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; ++t) pack_row(packed, x, nullptr, t, 0, tokens, t, times.offset);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t row = panel * PANEL, height = std::min(PANEL, w.rows - row);
-      float *const room = rooms.own(), *const out = room + space;
-      for (int64_t first = 0; first < tokens; first += AT_A_TIME) {
-        const int64_t some = std::min(AT_A_TIME, tokens - first);
-        times.panel(w, row, height, packed, first, some, room, out, PANEL);
-        for (int64_t t = 0; t < some; ++t)
-          for (int64_t r = 0; r < height; ++r) y.put((first + t) * w.rows + row + r, out[t * PANEL + r]);
-      }
+  const bool worth = tokens * w.rows * w.columns > MANY;
+  shared_loop(tokens, evenly(tokens, worth), [&](int64_t t, int64_t) {
+    pack_row(packed, x, nullptr, t, 0, tokens, t, times.offset);
+  });
+  shared_loop(panels, worth ? 1 : panels, [&](int64_t panel, int64_t thread) {
+    const int64_t row = panel * PANEL, height = std::min(PANEL, w.rows - row);
+    float *const room = rooms.own(thread), *const out = room + space;
+    for (int64_t first = 0; first < tokens; first += AT_A_TIME) {
+      const int64_t some = std::min(AT_A_TIME, tokens - first);
+      times.panel(w, row, height, packed, first, some, room, out, PANEL);
+      for (int64_t t = 0; t < some; ++t)
+        for (int64_t r = 0; r < height; ++r) y.put((first + t) * w.rows + row + r, out[t * PANEL + r]);
     }
-  }
+  });
 }
 
 // Experts with the tokens that each of them gets: `rows[starts[i]]`... `rows[starts[i + 1] - 1]` are rows of x and of
@@ -252,87 +250,84 @@ int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t firs
   const int64_t space = std::max(panel_room(block), panel_room(down_block));
   RoomOfThreads rooms(space + most * 2 * strip);
   const bool apart_rows = ups.gate.interleaved != 0;
-#pragma omp parallel if (tokens * widest * columns > MANY)
-  {
-#pragma omp for schedule(static)
-    for (int64_t slot = 0; slot < packing; ++slot) {
-      const int64_t which = std::upper_bound(all.starts + first, all.starts + last + 1, begin + slot) - all.starts - 1;
-      if (aside.outputs[size_t(which - first)]) continue;
-      const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
-      pack_row(packed, x, ready, all.rows[begin + slot], from, mine, slot - from, up.offset);
+  const bool worth = tokens * widest * columns > MANY;
+  shared_loop(packing, evenly(packing, worth), [&](int64_t slot, int64_t) {
+    const int64_t which = std::upper_bound(all.starts + first, all.starts + last + 1, begin + slot) - all.starts - 1;
+    if (aside.outputs[size_t(which - first)]) return;
+    const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
+    pack_row(packed, x, ready, all.rows[begin + slot], from, mine, slot - from, up.offset);
+  });
+  shared_loop(strips.all(), worth ? 2 : strips.all(), [&](int64_t number, int64_t thread) {
+    int64_t place = number;
+    const int64_t which = first + strips.find(&place), width = ups.widths[which], neuron = place * strip;
+    const int64_t height = std::min(strip, width - neuron);
+    const Stored w{ups.values[which], ups.scales[which], 2 * width, columns, up_group};
+    const uint16_t* const bias = ups.bias_of(which);
+    float *const room = rooms.own(thread), *const both = room + space;
+    const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
+    // Two runs of rows, as in `gated_rows`.
+    const int64_t run[2] = {apart_rows ? 2 * neuron : neuron, apart_rows ? 2 * neuron + height : width + neuron};
+    for (int64_t t = 0; t < mine; t += AT_A_TIME) {
+      const int64_t some = std::min(AT_A_TIME, mine - t);
+      for (int64_t half = 0; half < 2; ++half)
+        for (int64_t row = 0; row < height; row += PANEL)
+          up.panel(w, run[half] + row, std::min(PANEL, height - row), packed, from + t, some, room,
+                          both + half * strip + row, 2 * strip);
+      for (int64_t i = 0; i < some; ++i) {
+        float* const one = both + i * 2 * strip;
+        float* const other = one + strip;
+        if (bias)
+          for (int64_t r = 0; r < height; ++r) {
+            one[r] += from_bf16(bias[run[0] + r]);
+            other[r] += from_bf16(bias[run[1] + r]);
+          }
+        if (apart_rows) {
+          float turned[2 * Packed::MOST_BLOCK];
+          std::copy_n(one, height, turned);
+          std::copy_n(other, height, turned + height);
+          for (int64_t r = 0; r < height; ++r) {
+            one[r] = turned[2 * r];
+            other[r] = turned[2 * r + 1];
+          }
+        }
+        gate(one, other, height, ups.gate);
+        const int64_t tile = (t + i) / Quads::TOKENS * Quads::TOKENS, count = std::min(Quads::TOKENS, mine - tile);
+        inner.put(from + tile, count, t + i - tile, other, neuron, height, down.offset);
+      }
     }
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t number = 0; number < strips.all(); ++number) {
-      int64_t place = number;
-      const int64_t which = first + strips.find(&place), width = ups.widths[which], neuron = place * strip;
-      const int64_t height = std::min(strip, width - neuron);
-      const Stored w{ups.values[which], ups.scales[which], 2 * width, columns, up_group};
-      const uint16_t* const bias = ups.bias_of(which);
-      float *const room = rooms.own(), *const both = room + space;
+  });
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+  shared_loop(panels, worth ? 1 : panels, [&](int64_t panel, int64_t thread) {
+    const int64_t row = panel * PANEL;
+    float *const room = rooms.own(thread), *const found = room + space;
+    const int64_t height = std::min(PANEL, columns - row);
+    for (int64_t which = first; which < last; ++which) {
+      if (const float* const made = aside.outputs[size_t(which - first)]) {
+        for (int64_t slot = all.starts[which]; slot < all.starts[which + 1]; ++slot) {
+          const float* const value = made + (slot - all.starts[which]) * columns + row;
+          float* const to = out + all.rows[slot] * columns + row;
+          for (int64_t r = 0; r < height; ++r) to[r] += all.weights[slot] * value[r];
+        }
+        continue;
+      }
+      const Stored w{all.downs.values[which], all.downs.scales[which], columns, ups.widths[which], all.downs.groups[which]};
+      const uint16_t* const bias = all.downs.bias ? all.downs.bias[which] : nullptr;
       const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
-      // Two runs of rows, as in `gated_rows`.
-      const int64_t run[2] = {apart_rows ? 2 * neuron : neuron, apart_rows ? 2 * neuron + height : width + neuron};
       for (int64_t t = 0; t < mine; t += AT_A_TIME) {
         const int64_t some = std::min(AT_A_TIME, mine - t);
-        for (int64_t half = 0; half < 2; ++half)
-          for (int64_t row = 0; row < height; row += PANEL)
-            up.panel(w, run[half] + row, std::min(PANEL, height - row), packed, from + t, some, room,
-                            both + half * strip + row, 2 * strip);
+        down.panel(w, row, height, inner, from + t, some, room, found, PANEL);
         for (int64_t i = 0; i < some; ++i) {
-          float* const one = both + i * 2 * strip;
-          float* const other = one + strip;
-          if (bias)
-            for (int64_t r = 0; r < height; ++r) {
-              one[r] += from_bf16(bias[run[0] + r]);
-              other[r] += from_bf16(bias[run[1] + r]);
-            }
-          if (apart_rows) {
-            float turned[2 * Packed::MOST_BLOCK];
-            std::copy_n(one, height, turned);
-            std::copy_n(other, height, turned + height);
-            for (int64_t r = 0; r < height; ++r) {
-              one[r] = turned[2 * r];
-              other[r] = turned[2 * r + 1];
-            }
-          }
-          gate(one, other, height, ups.gate);
-          const int64_t tile = (t + i) / Quads::TOKENS * Quads::TOKENS, count = std::min(Quads::TOKENS, mine - tile);
-          inner.put(from + tile, count, t + i - tile, other, neuron, height, down.offset);
-        }
-      }
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t row = 0; row < columns; row += PANEL) {
-      float *const room = rooms.own(), *const found = room + space;
-      const int64_t height = std::min(PANEL, columns - row);
-      for (int64_t which = first; which < last; ++which) {
-        if (const float* const made = aside.outputs[size_t(which - first)]) {
-          for (int64_t slot = all.starts[which]; slot < all.starts[which + 1]; ++slot) {
-            const float* const value = made + (slot - all.starts[which]) * columns + row;
-            float* const to = out + all.rows[slot] * columns + row;
-            for (int64_t r = 0; r < height; ++r) to[r] += all.weights[slot] * value[r];
-          }
-          continue;
-        }
-        const Stored w{all.downs.values[which], all.downs.scales[which], columns, ups.widths[which], all.downs.groups[which]};
-        const uint16_t* const bias = all.downs.bias ? all.downs.bias[which] : nullptr;
-        const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
-        for (int64_t t = 0; t < mine; t += AT_A_TIME) {
-          const int64_t some = std::min(AT_A_TIME, mine - t);
-          down.panel(w, row, height, inner, from + t, some, room, found, PANEL);
-          for (int64_t i = 0; i < some; ++i) {
-            const int64_t slot = all.starts[which] + t + i;
-            const float weight = all.weights[slot];
-            float* const to = out + all.rows[slot] * columns + row;
-            for (int64_t r = 0; r < height; ++r) {
-              const float value = bias ? found[i * PANEL + r] + from_bf16(bias[row + r]) : found[i * PANEL + r];
-              to[r] += weight * value;
-            }
+          const int64_t slot = all.starts[which] + t + i;
+          const float weight = all.weights[slot];
+          float* const to = out + all.rows[slot] * columns + row;
+          for (int64_t r = 0; r < height; ++r) {
+            const float value = bias ? found[i * PANEL + r] + from_bf16(bias[row + r]) : found[i * PANEL + r];
+            to[r] += weight * value;
           }
         }
       }
     }
-  }
+  });
   return 0;
 }
 
@@ -380,10 +375,9 @@ inline Sum kept(Sum sum) {
 // without vectors, where the compiler chooses what becomes of them.
 template <class V>
 int64_t byte_products(int64_t rounds) {
-  int64_t done = 0;
+  std::atomic<int64_t> done{0};
 #if CONMOE_INTEGERS || CONMOE_NEON
-#pragma omp parallel reduction(+ : done)
-  {
+  shared_loop(threads_allowed, 1, [&](int64_t, int64_t) {
     constexpr int64_t COUNT = V::VECTORS * V::TOKENS;  // one after another, so that they stay in registers
     typename V::Sum sums[COUNT];
     for (auto& one : sums) one = V::start(0);
@@ -401,7 +395,7 @@ int64_t byte_products(int64_t rounds) {
           sums[i] = kept(V::add(sums[i], w, x));
       }
     done += 2 * rounds * COUNT * V::ROWS * QUAD;
-  }
+  });
 #endif
   return done;
 }

@@ -14,11 +14,7 @@
 #include <utility>
 
 #include "low_bits.h"
-
-extern "C" {
-int omp_get_max_threads(void);
-int omp_get_thread_num(void);
-}
+#include "pool.h"
 
 namespace {
 
@@ -327,8 +323,7 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
                bool shared, int64_t tokens, Target y, int64_t rows, int64_t columns) {
   const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(high * columns);
   const int64_t blocks = (rows + high - 1) / high, all_blocks = blocks * count;
-#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
-  for (int64_t block = 0; block < all_blocks; ++block) {
+  shared_loop(all_blocks, at_once, [&](int64_t block, int64_t) {
     const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns;
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
@@ -341,7 +336,7 @@ void rows_kind(int64_t count, const void* const* values, const void* const* scal
       for (int64_t t = 0; t < some; ++t)
         for (int64_t r = 0; r < height; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t][r]);
     }
-  }
+  });
 }
 
 // Blocks of rows of several matrices of different heights, one after another.
@@ -431,8 +426,7 @@ void gated_rows(const Gated& experts, const Askers& askers, const typename Way::
   const int64_t* const widths = experts.widths;
   const int64_t high = block_rows<Way>(columns), at_once = blocks_at_once<Way>(2 * high * columns);
   const Blocks blocks(count, widths, high);
-#pragma omp parallel for schedule(dynamic, at_once) if (blocks.all() > at_once)
-  for (int64_t number = 0; number < blocks.all(); ++number) {
+  shared_loop(blocks.all(), at_once, [&](int64_t number, int64_t) {
     int64_t block = number;
     const int64_t which = blocks.find(&block), row = block * high, width = widths[which];
     const auto* w = static_cast<const typename Way::T*>(experts.values[which]);
@@ -451,7 +445,7 @@ void gated_rows(const Gated& experts, const Askers& askers, const typename Way::
                          both[0] + height, 2 * MOST);
       for (int64_t t = 0; t < some; ++t) gate_rows(experts, which, row, height, both[t], h[place + t]);
     }
-  }
+  });
 }
 
 // y[p] = W x_p for every place p of the experts, [places, rows]; x[i] has the inputs of expert i, columns[i] numbers each.
@@ -461,8 +455,7 @@ void down_rows(int64_t count, const void* const* values, const void* const* scal
   const int64_t widest = *std::max_element(columns, columns + count);
   const int64_t high = block_rows<Way>(widest), at_once = blocks_at_once<Way>(high * widest);
   const int64_t blocks = (rows + high - 1) / high, all_blocks = blocks * count;
-#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
-  for (int64_t block = 0; block < all_blocks; ++block) {
+  shared_loop(all_blocks, at_once, [&](int64_t block, int64_t) {
     const int64_t which = block / blocks, row = block % blocks * high, height = std::min(rows - row, high);
     const auto* w = static_cast<const typename Way::T*>(values[which]) + row * columns[which];
     const auto* scale = static_cast<const uint16_t*>(scales[which]);
@@ -474,7 +467,7 @@ void down_rows(int64_t count, const void* const* values, const void* const* scal
       block_of_rows<Way>(w, scale ? scale + row : nullptr, columns[which], inputs, some, height,
                          y + (first + token) * rows + row, rows);
     }
-  }
+  });
 }
 
 // y[t] += sum over r < rows of p[t, r] * W[r] for `COUNT` tokens in `WIDE` times 16 columns at once. Tokens are `step`
@@ -501,11 +494,11 @@ void add_weighted(const typename Form::T* w, const float* p, int64_t step, float
       for (int64_t r = 0; r < rows; ++r) y[t * columns + j] += Form::one(w[r * columns + j]) * p[t * step + r];
 }
 
-// So many numbers for every thread of a parallel region. It is made outside of one, where it may fail.
+// So many numbers for every thread of a shared loop. It is made outside of one, so that it fails before anything is done.
 class RoomOfThreads {
  public:
-  explicit RoomOfThreads(int64_t count) : count(count), numbers(count * omp_get_max_threads()) {}
-  float* own() { return numbers.data() + count * omp_get_thread_num(); }
+  explicit RoomOfThreads(int64_t count) : count(count), numbers(count * threads_allowed) {}
+  float* own(int64_t thread) { return numbers.data() + count * thread; }
 
  private:
   int64_t count;
@@ -523,10 +516,10 @@ void weighted(int64_t count, const Values& values, const float* p, int64_t token
   const int64_t parts = (rows + PART - 1) / PART, size = tokens * columns;
   std::vector<float> sums(size_t(count * parts * size), 0.0f);
   RoomOfThreads rooms(values.room(NEAR));
-#pragma omp parallel for schedule(static) if (count * rows * columns > MANY)
-  for (int64_t number = 0; number < count * parts; ++number) {
+  const int64_t at_once = evenly(count * parts, count * rows * columns > MANY);
+  shared_loop(count * parts, at_once, [&](int64_t number, int64_t thread) {
     const int64_t which = number / parts, first = number % parts * PART, last = std::min(rows, first + PART);
-    float* const room = rooms.own();
+    float* const room = rooms.own(thread);
     const float* weights = p + which * tokens * rows;
     float* const to = sums.data() + number * size;
     for (int64_t row = first; row < last; row += NEAR) {
@@ -540,7 +533,7 @@ void weighted(int64_t count, const Values& values, const float* p, int64_t token
         add_weighted<Form, 1, 8>(w, weights + token * rows + row, rows, to + token * columns, height,
                                  columns);
     }
-  }
+  });
   for (int64_t which = 0; which < count; ++which)
     for (int64_t i = 0; i < size; ++i) {
       float total = 0;
@@ -738,8 +731,7 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
            int64_t tokens, Target y, int64_t rows, int64_t columns, int64_t group) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = tiles_at_once<Form>(columns);
-#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
-  for (int64_t block = 0; block < all_blocks; ++block) {
+  shared_loop(all_blocks, at_once, [&](int64_t block, int64_t) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const auto* w = tile_at<Form>(values[which], row, columns);
     const auto* steps = static_cast<const typename Form::T*>(scales[which]);
@@ -752,7 +744,7 @@ void tiles(int64_t count, const void* const* values, const void* const* scales, 
       for (int64_t t = 0; t < some; ++t)
         for (int64_t r = 0; r < TILE; ++r) y.put((which * tokens + token + t) * rows + row + r, sums[t * TILE + r]);
     }
-  }
+  });
 }
 
 // A tile may have rows of the gate and others: all rows first, then what they make.
@@ -772,41 +764,36 @@ void gated_tiles(const Gated& experts, const Askers& askers, const Bytes& x, flo
   }
   Room<float> rows(before.back());
   const Blocks strips(count, heights.data(), strip), halves(askers.places(), answered.data(), TILE);
-#pragma omp parallel if (strips.all() > 1)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t number = 0; number < strips.all(); ++number) {
-      int64_t place = number;
-      const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
-      const int64_t stop = height - start < strip ? height : start + strip;
-      const auto* steps = static_cast<const typename Form::T*>(experts.scales[which]);
-      for (int64_t row = start; row < stop; row += TILE) {
-        const uint8_t* const w = tile_at<Form>(experts.values[which], row, columns);
-        for (int64_t at = askers.first(which); at < askers.last(which); at += TOKENS) {
-          const int64_t some = std::min(TOKENS, askers.last(which) - at);
-          Token inputs[TOKENS];
-          float sums[TOKENS * TILE];
-          for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(askers.token(at + t));
-          tile_of_tokens<Form>(w, steps, row, height, columns, group, inputs, some, sums);
-          for (int64_t t = 0; t < some; ++t)
-            std::copy_n(sums + t * TILE, TILE, rows.data() + before[size_t(at + t)] + row);
-        }
+  shared_loop(strips.all(), 1, [&](int64_t number, int64_t) {
+    int64_t place = number;
+    const int64_t which = strips.find(&place), height = heights[size_t(which)], start = place * strip;
+    const int64_t stop = height - start < strip ? height : start + strip;
+    const auto* steps = static_cast<const typename Form::T*>(experts.scales[which]);
+    for (int64_t row = start; row < stop; row += TILE) {
+      const uint8_t* const w = tile_at<Form>(experts.values[which], row, columns);
+      for (int64_t at = askers.first(which); at < askers.last(which); at += TOKENS) {
+        const int64_t some = std::min(TOKENS, askers.last(which) - at);
+        Token inputs[TOKENS];
+        float sums[TOKENS * TILE];
+        for (int64_t t = 0; t < some; ++t) inputs[t] = x.token(askers.token(at + t));
+        tile_of_tokens<Form>(w, steps, row, height, columns, group, inputs, some, sums);
+        for (int64_t t = 0; t < some; ++t)
+          std::copy_n(sums + t * TILE, TILE, rows.data() + before[size_t(at + t)] + row);
       }
     }
-#pragma omp for schedule(static)
-    for (int64_t number = 0; number < halves.all(); ++number) {
-      int64_t block = number;
-      const int64_t place = halves.find(&block), which = owners[size_t(place)], width = widths[which];
-      const int64_t start = block * TILE, stop = width - start < TILE ? width : start + TILE, height = stop - start;
-      const float* const from = rows.data() + before[size_t(place)];
-      const int64_t step = experts.gate.interleaved ? 2 : 1;
-      const int64_t first = step * start, next = step == 2 ? first + height : width + start;
-      float both[2 * TILE];
-      std::copy_n(from + first, height, both);
-      std::copy_n(from + next, height, both + height);
-      gate_rows(experts, which, start, height, both, h[place]);
-    }
-  }
+  });
+  shared_loop(halves.all(), evenly(halves.all(), strips.all() > 1), [&](int64_t number, int64_t) {
+    int64_t block = number;
+    const int64_t place = halves.find(&block), which = owners[size_t(place)], width = widths[which];
+    const int64_t start = block * TILE, stop = width - start < TILE ? width : start + TILE, height = stop - start;
+    const float* const from = rows.data() + before[size_t(place)];
+    const int64_t step = experts.gate.interleaved ? 2 : 1;
+    const int64_t first = step * start, next = step == 2 ? first + height : width + start;
+    float both[2 * TILE];
+    std::copy_n(from + first, height, both);
+    std::copy_n(from + next, height, both + height);
+    gate_rows(experts, which, start, height, both, h[place]);
+  });
 }
 
 template <class Form>
@@ -814,8 +801,7 @@ void down_tiles(int64_t count, const void* const* values, const void* const* sca
                 const std::vector<Bytes>& x, const int64_t* columns, float* y, int64_t rows, const int64_t* groups) {
   const int64_t blocks = rows / TILE, all_blocks = blocks * count;
   const int64_t at_once = tiles_at_once<Form>(*std::max_element(columns, columns + count));
-#pragma omp parallel for schedule(dynamic, at_once) if (all_blocks > at_once)
-  for (int64_t block = 0; block < all_blocks; ++block) {
+  shared_loop(all_blocks, at_once, [&](int64_t block, int64_t) {
     const int64_t which = block / blocks, row = block % blocks * TILE;
     const uint8_t* const w = tile_at<Form>(values[which], row, columns[which]);
     const auto* steps = static_cast<const typename Form::T*>(scales[which]);
@@ -828,7 +814,7 @@ void down_tiles(int64_t count, const void* const* values, const void* const* sca
       tile_of_tokens<Form>(w, steps, row, rows, columns[which], groups[which], inputs, some, sums);
       for (int64_t t = 0; t < some; ++t) std::copy_n(sums + t * TILE, TILE, y + (first + token + t) * rows + row);
     }
-  }
+  });
 }
 
 // The weights of a tile, fp32, where rows lie `columns` apart.
@@ -855,17 +841,18 @@ void expand_halves(const uint8_t* w, const typename Form::T* scales, int64_t row
 template <class Fill>
 void expanded(void* out, bool narrow, int64_t rows, int64_t columns, int64_t each, Fill fill) {
   RoomOfThreads room(narrow ? each * columns : 0);
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row += each) {
+  const int64_t runs = (rows + each - 1) / each;
+  shared_loop(runs, evenly(runs, true), [&](int64_t number, int64_t thread) {
+    const int64_t row = number * each;
     if (!narrow) {
       fill(row, static_cast<float*>(out) + row * columns);
-      continue;
+      return;
     }
-    float* const wide = room.own();
+    float* const wide = room.own(thread);
     fill(row, wide);
     uint16_t* const to = static_cast<uint16_t*>(out) + row * columns;
     for (int64_t k = 0; k < each * columns; ++k) to[k] = to_bf16(wide[k]);
-  }
+  });
 }
 
 template <class Form>

@@ -16,7 +16,6 @@ from conmoe_edge.memory.bandwidth import Meter, threads
 from conmoe_edge.memory.garbage import no_collections
 from conmoe_edge.memory.outcomes import Outcome, recall
 from conmoe_edge.memory.resolve import resolve_budget
-from conmoe_edge.model.accelerator import facts_for
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.tokenizers import tried_tokenizer
@@ -255,6 +254,8 @@ def report_on(
     """Decide for a model whose package will lie in ``folder``, or on the same disk; ``identity`` is the model's
     fingerprint where it is known.
     """
+    from conmoe_edge.model.accelerator import facts_for  # loads torch
+
     request = asked.request
     meter = Meter(folder)
     budget = resolve_budget(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conmoe_edge.memory.budget import Budget
-from conmoe_edge.model.accelerator import budget_here
 from conmoe_edge.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def load(
         DoesNotFit: the budget is too small even for one cache slot a layer.
     """
     from conmoe_edge.integrations.load import load_package
+    from conmoe_edge.model.accelerator import budget_here
 
     if isinstance(budget, str):
         budget = budget_here(budget, device)

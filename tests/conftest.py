@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from used_names import needs_of
+
+from conmoe_edge.system_calls import system_name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several test processes share the cores; threads that wait by spinning would take them from each other.
@@ -39,3 +42,20 @@ def _nothing_for_good() -> Iterator[None]:
     """Commands that run one model set aside what is there (``memory/garbage.py``); a test process runs many."""
     yield
     gc.unfreeze()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """On Windows and macOS: files that cannot be imported there."""
+    if system_name() not in ("windows", "darwin") or collection_path.suffix != ".py":
+        return None
+    return True if needs_of(collection_path, system_name()).get("") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On Windows and macOS: tests that use what is not there are skipped by its name."""
+    if system_name() not in ("windows", "darwin"):
+        return
+    for item in items:
+        name = needs_of(item.path, system_name()).get(getattr(item, "originalname", item.name))
+        if name:
+            item.add_marker(pytest.mark.skip(reason=f"needs {name}"))

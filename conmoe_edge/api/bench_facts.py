@@ -206,16 +206,19 @@ def _distinct(manifest: Manifest, anatomy: ModelAnatomy) -> dict[int, float]:
 
 def _with_rates(budget: Budget, rates: Rates) -> Budget:
     """The budget with what was measured here; a GPU's own figures come from its driver."""
-    if budget.device == "cpu":
+    if budget.device in (
+        "cpu",
+        "mps",
+    ):  # what an Apple GPU reads is the RAM, at that speed at least
         return replace(
             budget,
             device_bandwidth=rates.memory,
             link_bandwidth=rates.disk,
             disk_bandwidth=rates.disk,
         )
-    from conmoe_edge.memory.machine import measure_machine
+    from conmoe_edge.model.accelerator import facts_for
 
-    gpu = measure_machine().gpu
+    gpu = facts_for(budget.device).gpu
     return replace(
         budget,
         device_bandwidth=gpu.memory_bandwidth if gpu else budget.device_bandwidth,

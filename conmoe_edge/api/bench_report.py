@@ -153,7 +153,7 @@ class BenchReport:
                 "device": budget.device,
                 "threads": facts.threads,
                 "memory_bandwidth": budget.device_bandwidth,
-                "link_bandwidth": budget.link_bandwidth if budget.device == "cuda" else None,
+                "link_bandwidth": budget.link_bandwidth if not budget.above_disk else None,
                 "disk_bandwidth": budget.disk_bandwidth,
                 "flops_per_second": facts.flops_per_second,
                 "byte_operations_per_second": facts.byte_operations_per_second or None,

@@ -1,4 +1,5 @@
-"""``doctor``: what this machine has and what is wrong with it. The GPU's part is in ``diagnosing_gpu.py``.
+"""``doctor``: what this machine has and what is wrong with it. The GPU's part is in ``diagnosing_gpu.py``,
+the operating system's in ``diagnosing_system.py``.
 
 Each finding reads one thing and says it in one line, with a fix where it is wrong; it is never raised. Those that need
 torch or another package import it when they run, so that what is missing can be said.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.api.finding import Finding
 from conmoe_edge.extras import install_command
+from conmoe_edge.system_calls import drop_from_cache
 from conmoe_edge.units import GIB, human_size, path_text
 
 if TYPE_CHECKING:
@@ -47,12 +49,14 @@ def findings(
 ) -> Iterator[Finding]:
     """The same, one after the other as they are found."""
     from conmoe_edge.api.diagnosing_gpu import gpu_findings
+    from conmoe_edge.api.diagnosing_system import system_findings
     from conmoe_edge.memory.machine import measure_machine
 
     facts = measure_machine(folder)
     yield python_finding()
     yield from package_findings()
     yield from gpu_findings(facts.gpu_problem)
+    yield from system_findings(facts, folder)
     yield cpu_finding()
     yield waiting_finding()
     yield memory_finding(facts)
@@ -229,9 +233,7 @@ def disk_speed_finding(folder: Path) -> Finding:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            dropped = hasattr(os, "posix_fadvise")
-            if dropped:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            dropped = drop_from_cache(file.fileno())
             file.seek(0)
             start = time.perf_counter()
             while file.read(4 << 20):

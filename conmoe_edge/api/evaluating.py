@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.sources.locate import Source, locate
 from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.budget import DeviceWord
 from conmoe_edge.model.tokenizers import tokenizer_of
 from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.request import CALIBRATION_TOKENS, HELD_OUT_SHARE, SEQUENCE_LENGTH
@@ -33,7 +34,7 @@ def evaluate(
     prompt_tokens: int = PROMPT_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
     kv_precision: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: DeviceWord = "auto",
     revision: str | None = None,
     offline: bool = False,
     on_cost: Callable[[Cost], None] | None = None,

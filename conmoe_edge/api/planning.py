@@ -256,9 +256,13 @@ def report_on(
     """Decide for a model whose package will lie in ``folder``, or on the same disk; ``identity`` is the model's
     fingerprint where it is known.
     """
+    from conmoe_edge.model.accelerator import facts_for  # loads torch
+
     request = asked.request
     meter = Meter(folder)
-    budget = resolve_budget(request.budget, request.device, meter=meter)
+    budget = resolve_budget(
+        request.budget, request.device, facts=facts_for(request.device), meter=meter
+    )
     decided = make_plan(anatomy, budget, request, trims=asked.method.trims)
     rates = None
     if request.engine is None and budget.measured and budget.device == "cpu":

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conmoe_edge.memory.budget import Budget
-from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def load(
     Args:
         path: folder that ``fit`` wrote.
         budget: as for ``plan``; by default what the package was planned for.
-        device: ``cpu`` or ``cuda``; by default what the budget says.
+        device: ``cpu``, ``cuda``, ``hip``, ``mps`` or ``xpu``; by default what the budget says.
         context: tokens that the key-value cache must hold; by default what was planned.
         cache_policy: who goes when a cache slot is wanted: ``lru``, ``layer-lru``, ``lfru``, ``pins``; by default what
             would have had the most hits on the calibration's routing. Changes speed only.
@@ -45,9 +44,10 @@ def load(
         DoesNotFit: the budget is too small even for one cache slot a layer.
     """
     from conmoe_edge.integrations.load import load_package
+    from conmoe_edge.model.accelerator import budget_here
 
     if isinstance(budget, str):
-        budget = resolve_budget(budget, device if device in ("cpu", "cuda") else "auto")  # type: ignore[arg-type]
+        budget = budget_here(budget, device)
     return load_package(
         Path(path),
         budget=budget,

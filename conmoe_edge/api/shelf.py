@@ -19,6 +19,7 @@ from typing import Any
 from platformdirs import user_data_path
 
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
+from conmoe_edge.checkpoint.fs.contained import is_plain_name
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.checkpoint.sources.hub_cache import cached_models, remove_cached
 from conmoe_edge.checkpoint.sources.model_names import resolve
@@ -78,9 +79,15 @@ def package_place(model: str, request: PlanRequest) -> Path:
     name = _ODD.sub("-", model if place is None or meaning.kind == "alias" else place.name)
     said = {"request": request.to_json(), "model": shown if place is None else str(place)}
     if request == PlanRequest() and (place is None or meaning.kind == "alias"):
-        return packages_folder() / name.strip("-.").lower()
+        return packages_folder() / _folder_name(name)
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-    return packages_folder() / f"{name.strip('-.').lower()}-{digest}"
+    return packages_folder() / _folder_name(f"{name.strip('-.')}-{digest}")
+
+
+def _folder_name(name: str) -> str:
+    """``name`` as a folder may be called on every system: Windows takes ``con`` and ``aux.7b`` for devices."""
+    plain = name.strip("-.").lower()
+    return plain if is_plain_name(plain) else f"model-{plain}"
 
 
 def kept() -> tuple[Kept, ...]:

@@ -30,6 +30,7 @@ from conmoe_edge.integrations.dense_weights import (
     products_for,
     take_quantised,
 )
+from conmoe_edge.integrations.device_check import check_device
 from conmoe_edge.integrations.load_options import current_options, device_of
 from conmoe_edge.integrations.memory_plan import default_context, plan_memory
 from conmoe_edge.integrations.no_copies import refuse_copies
@@ -141,7 +142,8 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
 
     Raises:
         DoesNotFit: the budget holds no prototype.
-        UsageError: the context is longer than the model's positions.
+        UsageError: the context is longer than the model's positions, or the device computes something else than the
+            processor.
         UnsupportedModel: the cache has no form in the precision that is asked for.
     """
     check_values(model, loading.folder)
@@ -166,6 +168,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]
+    check_device(model, runtime)
     guard_context(model, context, runtime.make_room)
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 
 from conmoe_edge.checkpoint.format.manifest import UNCHANGED
 from conmoe_edge.checkpoint.package.opened_package import open_package
-from conmoe_edge.errors import ConmoeError, OutOfMemory, PackageError, UsageError
+from conmoe_edge.errors import ConmoeError, OutOfMemory, PackageError
 from conmoe_edge.integrations.attach import attach_unchanged
 from conmoe_edge.integrations.load_options import LoadOptions, loading
 from conmoe_edge.integrations.small_files import read_small_files
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.model.accelerator import device_named
 from conmoe_edge.model.text_part import text_class
 from conmoe_edge.offload.compute.miss_split import check_misses
 from conmoe_edge.offload.generation.sequence import is_out_of_memory
@@ -51,8 +52,8 @@ def load_package(
     Args:
         path: folder of the package.
         budget: what may be used; by default what the package was planned for.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the budget's, else a GPU where there is
-            one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``, ``hip``, ``mps``, ``xpu``; by default the budget's, else a GPU
+            where there is one.
         context: tokens to keep room for; by default what the package was planned for.
         dtype: of the computation; by default the checkpoint's own.
         slots: cache slots of every record layout, instead of what the budget gives.
@@ -67,7 +68,7 @@ def load_package(
     Raises:
         PackageError: the package is damaged.
         DoesNotFit: the budget holds no prototype.
-        UsageError: the device is not there.
+        UsageError: the device is not there, or computes something else than the processor.
         UnsupportedModel: the context cannot be counted with this release of transformers, or the model's cache has no
             form in 8 bits.
     """
@@ -136,16 +137,7 @@ def _device(device: str | None, budget: Budget | None) -> torch.device:
     word = device or (budget.device if budget is not None else None)
     if word is None:
         word = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.device(word)
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "There is no GPU that torch can use here.",
-            "the package was asked for on a GPU",
-            "--device cpu, and a --gpu SIZE that this machine's RAM holds",
-        )
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    return device_named(word)
 
 
 def _not_loaded(folder: Path, error: Exception) -> ConmoeError:

@@ -18,7 +18,7 @@ from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, USUAL_CHUNK, Manif
 from conmoe_edge.errors import DoesNotFit, PackageError
 from conmoe_edge.integrations.load_options import LoadOptions
 from conmoe_edge.memory.budget import Budget, DeviceKind
-from conmoe_edge.memory.resolve import resolve_budget
+from conmoe_edge.model.accelerator import budget_here
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import without_quantization
 from conmoe_edge.model.probe import probe
@@ -108,7 +108,7 @@ def plan_memory(
         DoesNotFit: the budget holds not one prototype of each layout beside the package's chunk.
         UnsupportedModel: the cache has no form in the precision that is asked for.
     """
-    kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
+    kind: DeviceKind = device.type if device.type in ("cpu", "mps", "xpu") else "cuda"  # type: ignore[assignment]
     budget = options.budget or default_budget(planned_by(manifest), kind)
     chunk = min(chunk_of(manifest), context)
     kv = options.kv_precision or manifest.kv_precision
@@ -175,7 +175,7 @@ def planned_by(manifest: Manifest) -> Plan | None:
 
 def default_budget(planned: Plan | None, kind: DeviceKind) -> Budget:
     """What the package was planned for, where this is that kind of device and has as much; else what is free here."""
-    here = resolve_budget("auto", kind)
+    here = budget_here("auto", kind)
     if (
         planned is None
         or planned.budget.device != kind

@@ -31,6 +31,14 @@ from typing import Any
 import psutil
 from platformdirs import user_cache_path
 
+from conmoe_edge.system_calls import (
+    FOREIGN_FILE,
+    allowed_processors,
+    drop_from_cache,
+    opened_directly,
+    read_at,
+)
+
 CACHE_DIR_VARIABLE = "CONMOE_CACHE_DIR"
 READERS = 3
 
@@ -87,8 +95,7 @@ class Meter:
 def threads() -> int:
     """Cores that this process may use, as the compute kernels count them."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+    return max(1, min(physical, allowed_processors() or physical))
 
 
 def memory_bandwidth(nbytes: int = _MEMORY_BYTES, seconds: float = _MEMORY_SECONDS) -> float | None:
@@ -186,7 +193,7 @@ def _read_speed(handle: int, size: int, block: int, seconds: float) -> float | N
                 # Once over the file is enough: what comes twice may come from a cache below us.
                 if turn >= len(places) or (turn and time.perf_counter() - start > seconds):
                     return done
-                done += os.preadv(handle, [view], places[turn])
+                done += read_at(handle, view, places[turn], lock)
 
     with ThreadPoolExecutor(READERS) as pool:
         total = sum(one.result() for one in [pool.submit(read) for _ in range(READERS)])
@@ -197,11 +204,9 @@ def _read_speed(handle: int, size: int, block: int, seconds: float) -> float | N
 @contextmanager
 def _something_to_read(folder: Path, block: int) -> Iterator[int]:
     """A readable file on the disk of ``folder`` that the page cache need not hold."""
-    if not hasattr(os, "preadv"):
-        raise OSError("positioned reads into memory are not there")
     largest = _largest_file(folder)
     if largest is not None and largest.stat().st_size >= max(_SCRATCH_BYTES // 4, 4 * block):
-        handle = os.open(largest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(largest, os.O_RDONLY | FOREIGN_FILE)
         try:
             yield handle
         finally:
@@ -234,12 +239,10 @@ def _past_the_cache(handle: int) -> Iterator[int]:
     """The same file for reads that leave the page cache alone; elsewhere what it holds of the file
     is dropped and the handle is the same.
     """
-    direct = None
-    with suppress(OSError, AttributeError):
-        direct = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_DIRECT)
+    direct = opened_directly(handle)
     if direct is None:
-        with suppress(OSError, AttributeError):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            drop_from_cache(handle)
         yield handle
         return
     try:

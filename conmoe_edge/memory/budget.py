@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-DeviceKind = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "cuda", "mps", "xpu"]
+"""Where a package computes, in torch's words: AMD's GPUs are ``cuda`` to it, Apple's ``mps``, Intel's ``xpu``."""
+DeviceWord = Literal["auto", "cpu", "cuda", "mps", "xpu", "hip"]
+"""What a user may say; ``hip`` is ``cuda`` on an AMD GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +21,12 @@ class Budget:
 
     Attributes:
         device: where the compute happens; on ``cpu`` the device tier is RAM and the backing tier is the disk.
+            On ``mps``, and on other GPUs that share the RAM, it is the same: one pool, counted once.
         device_bytes: hard ceiling of the device tier, everything included (context, weights, caches, workspace).
         asked: the user's own word, ``24GB``, ``rtx-4090`` or ``auto``.
         source: one sentence that says where ``device_bytes`` comes from.
-        host_bytes: RAM for the backing tier of a GPU; ``None`` where unknown, 0 on ``cpu`` (there is no tier between).
+        host_bytes: RAM for the backing tier of a GPU, no more than may be page-locked; ``None`` where unknown, 0 where
+            the device tier is the RAM (there is no tier between).
         device_bandwidth: memory of the device, bytes/s.
         link_bandwidth: from the backing tier to the device, bytes/s (PCIe for a GPU; the disk for ``cpu``).
         disk_bandwidth: sequential reads of records from the disk, bytes/s.
@@ -43,6 +48,11 @@ class Budget:
     here: str = ""
     measured: bool = False
 
+    @property
+    def above_disk(self) -> bool:
+        """Whether what the device tier does not hold comes from the disk, with no tier of RAM between."""
+        return self.device in ("cpu", "mps") or self.host_bytes == 0
+
     def without_measurements(self) -> Budget:
         """What follows from the user's word alone: the same on every machine and at any time.
 
@@ -52,7 +62,7 @@ class Budget:
             return self
         return replace(
             self,
-            host_bytes=0 if self.device == "cpu" else None,
+            host_bytes=0 if self.device in ("cpu", "mps") else None,
             device_bandwidth=None,
             link_bandwidth=None,
             disk_bandwidth=None,

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import psutil
 
+from conmoe_edge.memory.budget import DeviceKind
 from conmoe_edge.memory.cgroup import cgroup_memory
+from conmoe_edge.memory.system_limits import commit_left, lockable, obtainable
+from conmoe_edge.system_calls import system_name
 
 # Bytes per second and lane, by PCIe generation, and the part of it that large pinned copies reach.
 _PCIE_LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.56e9}
@@ -24,7 +27,11 @@ _PCIE_EFFICIENCY = 0.85
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """The first GPU that may be used here. ``used_by_others`` holds the driver's own share too."""
+    """The first GPU that may be used here. ``used_by_others`` holds the driver's own share too.
+
+    ``kind`` is torch's word for it (``cuda`` for AMD's as well); ``unified`` says that its memory is the RAM, so that
+    ``total`` is the most of it that the GPU may take, and nothing of that is counted twice.
+    """
 
     name: str
     total: int
@@ -33,6 +40,8 @@ class GpuFacts:
     driver: str = ""
     memory_bandwidth: float | None = None
     link_bandwidth: float | None = None
+    kind: DeviceKind = "cuda"
+    unified: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,12 @@ class MachineFacts:
     gpu: GpuFacts | None
     gpu_problem: str
     disk_free: int
+    system: str = "linux"
+
+    @property
+    def ram_lockable(self) -> int:
+        """RAM that this process may have page-locked for a GPU's copies."""
+        return lockable(self.system, self.ram_total, self.ram_usable)
 
     @property
     def ram_limit(self) -> int:
@@ -70,13 +85,14 @@ def measure_machine(folder: Path | None = None) -> MachineFacts:
     gpu, problem = _first_gpu()
     return MachineFacts(
         ram_total=memory.total,
-        ram_available=memory.available,
+        ram_available=obtainable(system_name(), memory.available, commit_left()),
         cgroup_limit=limit.limit if limit else None,
         cgroup_available=limit.available if limit else None,
         physical_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         gpu=gpu,
         gpu_problem=problem,
         disk_free=disk_free(folder or Path()),
+        system=system_name(),
     )
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Literal
 
 from conmoe_edge.errors import UsageError
 from conmoe_edge.memory.bandwidth import Meter
-from conmoe_edge.memory.budget import Budget, DeviceKind
+from conmoe_edge.memory.budget import Budget, DeviceKind, DeviceWord
 from conmoe_edge.memory.machine import GpuFacts, MachineFacts, measure_machine
 from conmoe_edge.memory.profiles import Profile, get_profile
 from conmoe_edge.units import MIB, human_size, parse_size
@@ -32,13 +31,14 @@ _GPU_LEFT_AT_LEAST = 256 * MIB
 
 def resolve_budget(
     asked: str,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: DeviceWord = "auto",
     *,
     facts: MachineFacts | None = None,
     meter: Meter | None = None,
 ) -> Budget:
     """The budget that ``asked`` means; without ``facts`` this machine is looked at where needed,
-    and with a ``meter`` a target like this machine gets its bandwidths.
+    and with a ``meter`` a target like this machine gets its bandwidths. Of GPUs that are not NVIDIA's ``facts`` has
+    to know (``model/accelerator.py``).
     """
     word = asked.strip()
     size = parse_size(word)
@@ -65,10 +65,10 @@ def resolve_budget(
 
 def _with_rates(budget: Budget, facts: MachineFacts, meter: Meter | None) -> Budget:
     """The budget with the bandwidths that it lacks, as far as this machine can stand for it."""
-    if meter is None or (budget.device == "cuda" and facts.gpu is None):
+    if meter is None or (budget.device != "cpu" and facts.gpu is None):
         return budget
     disk = budget.disk_bandwidth or meter.disk()
-    if budget.device == "cuda":
+    if facts.gpu is not None and budget.device != "cpu" and not facts.gpu.unified:
         return replace(budget, disk_bandwidth=disk)
     memory = budget.device_bandwidth or meter.memory()
     return replace(budget, device_bandwidth=memory, link_bandwidth=disk, disk_bandwidth=disk)
@@ -86,10 +86,18 @@ def _from_size(asked: str, size: int, device: str, facts: MachineFacts) -> Budge
         note = f"you asked for {asked} = {human_size(size)} of RAM"
         return Budget("cpu", size, asked, note, host_bytes=0, here=here, measured=True)
     note = f"you asked for {asked} = {human_size(size)} of GPU memory"
-    gpu = facts.gpu
+    gpu = _gpu_of(kind, facts)
     if gpu is None:
         here = "this machine has no GPU, so the target is another one"
-        return Budget("cuda", size, asked, note, here=here, measured=True)
+        if kind != "cuda" or device == "hip":
+            here = f"this machine has no {device} device, so the target is another one"
+        host = 0 if kind == "mps" else None
+        return Budget(kind, size, asked, note, host_bytes=host, here=here, measured=True)
+    if gpu.unified:
+        most = min(gpu.total, facts.ram_usable)
+        here = f"the {gpu.name} here shares the RAM and may take {human_size(gpu.total)}"
+        here += f", {human_size(most)} can be had now" * (size > most)
+        return replace(_gpu_budget(size, asked, note, gpu, facts, others=0), here=here)
     here = f"the {gpu.name} here has {human_size(gpu.total)}, {human_size(gpu.used_by_others)} in use by others"
     if size > gpu.total:
         here += ", which is less than you asked for"
@@ -115,13 +123,17 @@ def _from_machine(device: str, facts: MachineFacts) -> Budget:
         return Budget(
             "cpu", usable, "auto", note, host_bytes=0, in_use_by_others=others, measured=True
         )
-    gpu = facts.gpu
+    gpu = _gpu_of(_kind(device, facts), facts)
     if gpu is None:
         raise UsageError(
-            "This machine has no GPU to measure.",
+            "This machine has no GPU to measure."
+            if device in ("auto", "cuda")
+            else f"This machine has no {device} device.",
             facts.gpu_problem,
             "--device cpu for its RAM, or name the target: --gpu rtx-4090 (any profile or size)",
         )
+    if gpu.unified:
+        return _from_shared(gpu, facts)
     free = gpu.total - gpu.used_by_others
     usable = free - max(_GPU_LEFT_AT_LEAST, int(free * _GPU_SHARE_LEFT))
     if usable <= 0:
@@ -133,6 +145,21 @@ def _from_machine(device: str, facts: MachineFacts) -> Budget:
     note = f"the {gpu.name} has {human_size(gpu.total)}, {human_size(gpu.used_by_others)} in use by others"
     note += "; a margin is kept"
     return _gpu_budget(usable, "auto", note, gpu, facts, others=gpu.used_by_others)
+
+
+def _from_shared(gpu: GpuFacts, facts: MachineFacts) -> Budget:
+    """A GPU whose memory is the RAM: what is free, less a share for others, and no more than the GPU may take."""
+    usable = min(gpu.total, int(facts.ram_usable * (1 - _RAM_SHARE_LEFT)))
+    if usable <= 0:
+        raise UsageError(
+            f"There is no free memory for the {gpu.name}.",
+            "it shares the RAM with the processor",
+            "Close other programs, or give --gpu SIZE",
+        )
+    note = f"the {gpu.name} shares the RAM: it may take {human_size(gpu.total)}, and nine tenths of the "
+    note += f"{human_size(facts.ram_usable)} that are free are used"
+    others = max(0, facts.ram_limit - facts.ram_usable)
+    return _gpu_budget(usable, "auto", note, gpu, facts, others=others)
 
 
 def _from_profile(profile: Profile, device: str) -> Budget:
@@ -162,11 +189,11 @@ def _gpu_budget(
     size: int, asked: str, note: str, gpu: GpuFacts, facts: MachineFacts, *, others: int
 ) -> Budget:
     return Budget(
-        device="cuda",
+        device=gpu.kind,
         device_bytes=size,
         asked=asked,
         source=note,
-        host_bytes=facts.ram_usable,
+        host_bytes=0 if gpu.unified else facts.ram_lockable,
         device_bandwidth=gpu.memory_bandwidth,
         link_bandwidth=gpu.link_bandwidth,
         in_use_by_others=others,
@@ -178,4 +205,11 @@ def _kind(device: str, facts: MachineFacts) -> DeviceKind:
     """``auto`` is the GPU where there is one."""
     if device == "cpu" or (device == "auto" and facts.gpu is None):
         return "cpu"
-    return "cuda"
+    if device == "auto" and facts.gpu is not None:
+        return facts.gpu.kind
+    return device if device in ("mps", "xpu") else "cuda"  # type: ignore[return-value]
+
+
+def _gpu_of(kind: DeviceKind, facts: MachineFacts) -> GpuFacts | None:
+    """This machine's GPU, where it is of that kind."""
+    return facts.gpu if facts.gpu is not None and facts.gpu.kind == kind else None

@@ -8,7 +8,8 @@ Raises ``PackageError`` for damaged records and ``OutOfMemory`` where the slots 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
@@ -20,12 +21,14 @@ from conmoe_edge.checkpoint.format.manifest import USUAL_CHUNK, Manifest
 from conmoe_edge.errors import OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.heap import return_large_blocks
+from conmoe_edge.model.accelerator import empty_cache, memory_used
 from conmoe_edge.offload.compute.backend import ExpertBackend, backend_maker
 from conmoe_edge.offload.compute.experts_forward import LayerHandle
 from conmoe_edge.offload.compute.torch_backend import Arithmetic
 from conmoe_edge.offload.fastpath.kv_cache import STEP_TOKENS
 from conmoe_edge.offload.fastpath.report import FastPathReport
 from conmoe_edge.offload.residency.kv_lending import Lending
+from conmoe_edge.offload.residency.policies import default_settings
 from conmoe_edge.offload.residency.prefetch import Prefetcher, reads_ahead
 from conmoe_edge.offload.residency.quota import halved
 from conmoe_edge.offload.residency.residency import Residency
@@ -35,7 +38,12 @@ from conmoe_edge.offload.storage.pinned_tier import HostTier
 from conmoe_edge.offload.storage.read_mode import choose_read_mode, free_memory
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import SlotPool, can_shrink
-from conmoe_edge.offload.storage.transfer import DirectTransfer, StagedTransfer, Transfer
+from conmoe_edge.offload.storage.transfer import (
+    DirectTransfer,
+    QueuedTransfer,
+    StagedTransfer,
+    Transfer,
+)
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +58,8 @@ class RuntimeStats:
         prototypes: how many the package has.
         resident: how many of them the slots hold at once.
         slots, slot_bytes: the cache slots and their memory.
-        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on a GPU).
+        memory_used: of this process on the device now (resident memory on a CPU, torch's reserve on a GPU, both where
+            the GPU's memory is the RAM).
         memory_budget: the budget's ceiling; ``None`` where none was given.
         device: ``cpu``, ``cuda:0``.
         disk_bytes, host_bytes: the parts of ``bytes_read`` that came from the disk, and from the tier in host memory.
@@ -264,6 +273,31 @@ class Runtime:
                 return True
         return False
 
+    @contextmanager
+    def reference(self) -> Iterator[Residency | None]:
+        """Within it the prototypes on the processor, read once more from the files into one slot of each layout;
+        ``None`` for a model that has none.
+        """
+        if not self.manifest.prototypes:
+            yield None
+            return
+        used = {entry.layout for entry in self.manifest.prototypes}
+        slots = tuple(int(layout in used) for layout in range(len(self.manifest.layouts)))
+        pools = [
+            SlotPool(layout, count, torch.device("cpu"))
+            for layout, count in zip(self.manifest.layouts, slots, strict=True)
+        ]
+        transfer = DirectTransfer(self._store, readers=1)
+        residency = Residency(
+            self.manifest, pools, transfer, default_settings(self.manifest, slots)
+        )
+        try:
+            residency.preload()
+            yield residency
+        finally:
+            residency.close()
+            transfer.close()
+
     def close(self) -> None:
         """Give memory, threads and files back; the model cannot compute afterwards."""
         if self.closed:
@@ -285,6 +319,8 @@ class Runtime:
         if self.device.type == "cpu" or not self.manifest.prototypes:
             return DirectTransfer(self._store)
         largest = max(layout.nbytes for layout in self.manifest.layouts)
+        if self.device.type != "cuda":
+            return QueuedTransfer(self._store, largest)
         host_bytes = 0 if self.budget is None else self.budget.host_bytes or 0
         by_weight = sorted(
             range(len(self.manifest.prototypes)),
@@ -340,8 +376,8 @@ class Runtime:
         for handle in self._handles:
             handle.use(None)
         self.residency.close()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type != "cpu":
+            empty_cache(self.device)
 
     def _make_pools(self) -> list[SlotPool]:
         """Pools of the present number of slots, or of fewer where even those cannot be had."""
@@ -379,6 +415,5 @@ class Runtime:
         return tuple(map(add, self._slots, self._lending.slots))
 
     def _memory_used(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_reserved(self.device)
-        return self._process.memory_info().rss
+        resident = self._process.memory_info().rss
+        return memory_used(self.device, resident)

@@ -6,7 +6,8 @@ N = tokens of context, V = vocabulary, E = experts of a layer.
 
 ========================  ========================================================================
 Python and libraries      a constant on ``cpu``, where the process shares the RAM with the model
-CUDA context, allocator   a constant on ``cuda``
+CUDA context, allocator   a constant on ``cuda``, taken for those of other GPUs as well; on ``mps``,
+                          whose memory is the RAM, beside the one above
 Dense weights             everything outside the routed experts, as it is stored
 Slot constants            of all router slots, where they are planned
 KV cache                  ``ModelAnatomy.kv_bytes(N)``
@@ -51,7 +52,12 @@ from conmoe_edge.units import MIB
 PYTHON_BYTES = 512 * MIB
 # CUDA context, cuBLAS and lazily loaded kernels take 300 to 600 MB; 0.45 GiB is the middle.
 CUDA_BYTES = 461 * MIB
-PROCESS_TERMS = ("Python and libraries", "CUDA context and allocator")
+PROCESS_TERMS = (
+    "Python and libraries",
+    "CUDA context and allocator",
+    "Python, libraries, Metal",
+    "Driver context and allocator",
+)
 """Names of what a process takes on ``cpu`` and on ``cuda`` whatever the model is."""
 TRANSFER_RECORDS = 2
 
@@ -138,6 +144,11 @@ def needs_of(
     """The needs of a model for a conversation of ``context`` tokens; ``constants``: bytes of those of router slots."""
     if device == "cpu":
         runtime = Term(PROCESS_TERMS[0], PYTHON_BYTES, "the process itself, with torch")
+    elif device == "mps":  # the process and the GPU's driver take it from the same RAM
+        both = PYTHON_BYTES + CUDA_BYTES
+        runtime = Term(PROCESS_TERMS[2], both, "the process itself, with torch; kernels")
+    elif device == "xpu":
+        runtime = Term(PROCESS_TERMS[3], CUDA_BYTES, "driver, oneDNN, kernels")
     else:
         runtime = Term(PROCESS_TERMS[1], CUDA_BYTES, "driver, cuBLAS, kernels")
     size = 4 if anatomy.dtype in ("float32", "float64") else 2

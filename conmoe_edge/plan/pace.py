@@ -13,11 +13,11 @@ from conmoe_edge.memory.budget import Budget
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.plan.dense_precision import read_by_kind
 from conmoe_edge.plan.speed import (
-    REACH,
     decode_bound,
     dense_share,
     kernel_share,
     planned_step,
+    reach_of,
 )
 
 
@@ -55,7 +55,7 @@ def pace(
     """
     if not budget.device_bandwidth:
         return None
-    reach = REACH[budget.device]
+    reach = reach_of(budget.device)
     compute, read = [], []
     for kind, nbytes in records:
         step = planned_step(

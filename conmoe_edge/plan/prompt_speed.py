@@ -106,7 +106,7 @@ def expected_prompt(work: PromptWork, budget: Budget, rates: Arithmetic) -> floa
     below = below_seconds(work.from_disk, work.from_host, budget)
     if below is None or not budget.device_bandwidth:
         return None
-    reach = PROMPT_REACH[budget.device]
+    reach = PROMPT_REACH.get(budget.device, PROMPT_REACH["cuda"])
     dense = _seconds(work.dense_floats, work.dense_bytes, reach, rates)
     experts = _seconds(work.expert_floats, work.expert_bytes, reach, rates)
     if dense is None or experts is None:

@@ -130,6 +130,6 @@ def _why_free(budget: Budget, option: Option, request: PlanRequest) -> str:
 def _shortcoming(budget: Budget, candidate: Candidate) -> str:
     """Why a candidate that fits is called slow."""
     share = candidate.resident_share
-    origin = "from the disk" if budget.device == "cpu" else "over PCIe"
+    origin = "from the disk" if budget.above_disk else "over PCIe"
     rest = "most experts come" if share < 0.5 else "the rest comes"
     return f"{percent(share)} resident: {rest} {origin}"

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 from conmoe_edge.errors import UsageError
+from conmoe_edge.memory.budget import DeviceWord
 from conmoe_edge.plan.dense_precision import DENSE_PRECISIONS
 from conmoe_edge.plan.gguf_types import FILE_TYPES
 from conmoe_edge.plan.kv_precision import check_kv_precision
 from conmoe_edge.plan.levers import FREE, PRECISIONS
 from conmoe_edge.plan.plan import Preference
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = DeviceWord
 Widths = Literal["free", "equal"]
 Rate = float | Literal["auto"]
 Scope = int | Literal["auto"]

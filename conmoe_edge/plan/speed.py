@@ -100,6 +100,12 @@ REACH: Mapping[DeviceKind, Reach] = MappingProxyType(
         ),
     }
 )
+"""``mps`` and ``xpu`` are missing: nothing was measured there, so ``reach_of`` takes a GPU's."""
+
+
+def reach_of(device: DeviceKind) -> Reach:
+    """The kernels' reach on a device."""
+    return REACH.get(device, REACH["cuda"])
 
 
 _BITS = {"int8": 8, "int4": 4.5, "mxfp4": 4.25, "q4": 4.25, "q3": 3.25, "q2": 2.25}
@@ -193,7 +199,7 @@ def expected_seconds(step: StepBytes, budget: Budget) -> float | None:
     below = below_seconds(step.from_disk, step.from_host, budget)
     if not budget.device_bandwidth or below is None:
         return None
-    reach = REACH[budget.device]
+    reach = reach_of(budget.device)
     # A kind that is not known comes from a manifest of another version.
     moved = sum(nbytes / kernel_share(reach.kernels, kind) for kind, nbytes in step.routed.items())
     moved += step.dense / dense_share(reach.kernels, step.dense, step.dense_kinds)
@@ -248,7 +254,7 @@ def planned_step(
         requests = sum(one.experts.top_k for one in anatomy.moe_layers if one.experts is not None)
     missed = (1.0 - hit_rate) * sum(routed.values())
     on_disk = 1.0
-    if budget.device == "cuda":
+    if budget.device != "cpu":
         held = budget.host_bytes
         within = held is None or offloaded_bytes <= held
         on_disk = 0.0 if within or held is None else 1.0 - held / offloaded_bytes

@@ -22,7 +22,7 @@ def memory_bars(facts: PackageSummary) -> Markup:
         return Markup("")
     budget = facts.plan.budget.device_bytes
     used = facts.plan.device_bytes_used
-    where = "GPU memory" if facts.plan.budget.device == "cuda" else "RAM"
+    where = "GPU memory" if facts.plan.budget.device != "cpu" else "RAM"
     lead = f"Planned: {human_size(used)} of {human_size(budget)} of {where}."
     if facts.measured is not None:
         taken = facts.measured.memory

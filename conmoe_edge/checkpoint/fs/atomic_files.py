@@ -20,6 +20,7 @@ from typing import Any
 
 from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.fs.disk import ELSEWHERE, disk_errors
+from conmoe_edge.system_calls import drop_from_cache
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -76,9 +77,8 @@ def _drop_from_cache(path: Path) -> None:
     """What was written is not needed soon; under a memory limit its pages would crowd out the
     model's.
     """
-    if hasattr(os, "posix_fadvise"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        drop_from_cache(descriptor)
+    finally:
+        os.close(descriptor)

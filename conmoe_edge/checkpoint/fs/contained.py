@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from conmoe_edge.errors import CheckpointError
+from conmoe_edge.system_calls import FOREIGN_FILE
 
 MAX_JSON_BYTES = 256 << 20
 """The largest small file (config, tokenizer, index) that is read whole; the largest known tokenizers have 40 MB."""
@@ -72,9 +73,8 @@ def open_inside(folder: Path, name: str, flags: int = 0) -> int:
     real, info = _found(folder, name)
     # The path is resolved, so a link in its last place has come since then. Non-blocking, because the same goes for a
     # pipe.
-    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        handle = os.open(real, os.O_RDONLY | getattr(os, "O_BINARY", 0) | safe | flags)
+        handle = os.open(real, os.O_RDONLY | FOREIGN_FILE | flags)
     except OSError as error:
         _cannot_read(folder / name, error)
     opened = os.fstat(handle)

@@ -42,6 +42,14 @@ def require_space(path: Path, nbytes: int) -> None:
         )
 
 
+_SHARING_VIOLATION, _LOCK_VIOLATION = 32, 33
+
+
+def is_in_use(error: OSError) -> bool:
+    """Whether Windows refuses because a program has the file open."""
+    return getattr(error, "winerror", None) in (_SHARING_VIOLATION, _LOCK_VIOLATION)
+
+
 ELSEWHERE = "Choose a folder that you may write to with --out."
 """What helps where the output of most commands cannot be written."""
 
@@ -59,6 +67,12 @@ def disk_errors(path: Path, fix: str = ELSEWHERE) -> Iterator[None]:
                 f"The disk became full while {path} was written.",
                 f"{human_size(free_bytes(path))} are free now.",
                 "Free some space and run the same command again: it goes on where it stopped.",
+            ) from error
+        if is_in_use(error):
+            raise ConmoeError(
+                f"Cannot write {path}: a program has files of it open.",
+                "Windows does not replace or delete what is open",
+                "End what runs from there (chat, serve), and run the same command again.",
             ) from error
         raise ConmoeError(
             f"Cannot write {path}.",

@@ -15,10 +15,14 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 CRASH_VARIABLE = "CONMOE_CRASH_AT"
 CRASH_STATUS = 137
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds between the tries on Windows."""
 
 # A counter has to live as long as the process, since the crash tests count the steps of a whole
 # run. Nothing reads it unless the variable is set.
@@ -60,7 +64,7 @@ def replace(source: Path, target: Path) -> None:
     then sync the names.
     """
     _step()
-    source.replace(target)
+    _patiently(lambda: source.replace(target))
     fsync_folder(target.parent)
     if source.parent != target.parent:
         fsync_folder(source.parent)
@@ -71,4 +75,23 @@ def remove_tree(path: Path) -> None:
     they delete.
     """
     _step()
-    shutil.rmtree(path)
+    _patiently(lambda: shutil.rmtree(path))
+
+
+def waits_for_others() -> bool:
+    """Whether this system refuses to rename and delete what is open."""
+    return os.name == "nt"
+
+
+def _patiently(act: Callable[[], object]) -> None:
+    """On Windows nothing can be renamed or deleted while a program has it open, and indexers and virus scanners open
+    what is new for a moment: so it is tried for a second and a half. Elsewhere once.
+    """
+    for wait in _PAUSES if waits_for_others() else ():
+        try:
+            act()
+        except PermissionError:
+            time.sleep(wait)
+        else:
+            return
+    act()

@@ -12,7 +12,7 @@ For a target ``out`` the parent folder holds meanwhile
   was cut short
 
 Raises ``OutputExists``, ``InUse``, ``ResumeMismatch``, ``NoSpace``; ``ConmoeError`` where the
-parent cannot be written.
+parent cannot be written; ``UsageError`` where the path is too long for Windows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
 from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.fs.atomic_files import TEMPORARY_SUFFIX, write_json
 from conmoe_edge.checkpoint.fs.disk import disk_errors
+from conmoe_edge.checkpoint.fs.path_limits import check_length
 from conmoe_edge.checkpoint.tensors.fingerprint import settings_fingerprint
 from conmoe_edge.checkpoint.tensors.tensor_index import read_json_object
 from conmoe_edge.errors import ConmoeError, InUse, OutputExists, ResumeMismatch, UsageError
@@ -83,6 +84,7 @@ class StagedFolder:
         self.path = self._partial / "package"
         self.work = self._partial / "work"
         self.resumed = False
+        check_length(self.path)
         self._lock = FileLock(self._sibling("lock"), timeout=0)
 
     def __enter__(self) -> StagedFolder:
@@ -147,14 +149,14 @@ class StagedFolder:
         except Timeout:
             owner = ""
             with suppress(OSError, ValueError):
-                owner = path.read_text().strip()
+                owner = path.read_text(encoding="ascii").strip()
             raise InUse(
                 f"{self.target} is being written by another process.",
                 f"It has the process id {owner}." if owner.isdigit() else "",
                 "Wait until it is done, or choose another folder with --out.",
             ) from None
         with suppress(OSError):
-            path.write_text(f"{os.getpid()}\n")
+            path.write_text(f"{os.getpid()}\n", encoding="ascii")
 
     def _release(self) -> None:
         if self._lock.is_locked:

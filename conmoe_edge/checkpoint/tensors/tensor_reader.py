@@ -25,6 +25,7 @@ from conmoe_edge.checkpoint.format.torch_dtype import torch_dtype
 from conmoe_edge.checkpoint.fs.contained import open_inside
 from conmoe_edge.checkpoint.tensors.tensor_index import CheckpointIndex, TensorEntry
 from conmoe_edge.errors import CheckpointError
+from conmoe_edge.system_calls import drop_from_cache, read_at
 
 # Linux returns at most 2 GiB less a page from one call; smaller calls also keep Ctrl-C responsive.
 _MOST_PER_CALL = 256 << 20
@@ -70,7 +71,7 @@ class _OpenFile:
 
     def __init__(self, folder: Path, name: str, drop_cache: bool) -> None:
         self.fd = open_inside(folder, name)
-        self.drop_cache = drop_cache and hasattr(os, "posix_fadvise")
+        self.drop_cache = drop_cache
         self.lock = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> int:
@@ -82,24 +83,15 @@ class _OpenFile:
             part = view[done : done + _MOST_PER_CALL]
             # Python itself repeats a call that a signal interrupted; a short count is the only
             # thing left to handle.
-            got = self._read_some(part, offset + done)
+            got = read_at(self.fd, part, offset + done, self.lock)
             if got == 0:
                 break
             done += got
         if self.drop_cache:
             # The kernel drops whole pages only, so pages that two tensors share stay until the
             # second is read.
-            os.posix_fadvise(self.fd, offset, done, os.POSIX_FADV_DONTNEED)
+            drop_from_cache(self.fd, offset, done)
         return done
-
-    def _read_some(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self.fd, [view], offset)
-        with self.lock:
-            os.lseek(self.fd, offset, os.SEEK_SET)
-            data = os.read(self.fd, min(len(view), 8 << 20))
-        view[: len(data)] = data
-        return len(data)
 
 
 class ShardReader(Mapping[str, "LazyTensor"]):

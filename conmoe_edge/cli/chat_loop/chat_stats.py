@@ -173,7 +173,7 @@ def read_stats(session: ChatSession) -> ChatStats:
         finish=turn.finish if turn else "",
         used_bytes=runtime.memory_used,
         budget_bytes=runtime.memory_budget,
-        tier="GPU" if runtime.device.startswith("cuda") else "RAM",
+        tier="RAM" if runtime.device == "cpu" else "GPU",
         prototypes=runtime.prototypes,
         resident=runtime.resident,
         slots=runtime.slots,

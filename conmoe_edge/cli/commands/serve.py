@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.memory.budget import Budget
     from conmoe_edge.serve.loading import Loading
     from conmoe_edge.serve.settings import Settings
 
@@ -170,14 +171,12 @@ def serve(
     for folder in folders:
         check_package(folder)
     _need_extra()
-    from conmoe_edge.memory.resolve import resolve_budget
     from conmoe_edge.serve.loading import Loading
 
-    where: Any = device if device in ("cpu", "cuda") else "auto"
     word = "auto" if several and gpu is None else gpu
     loading = Loading(
         first,
-        budget=None if word is None else resolve_budget(word, where),
+        budget=None if word is None else _budget(word, device, several=several),
         device=None if device == "auto" else device,
         context=words["context"],
         cache_policy=words["cache_policy"],
@@ -192,6 +191,19 @@ def serve(
     else:
         _serve_one(settings, loading, output)
     output.note("Stopped.")
+
+
+def _budget(word: str, device: Any, *, several: bool) -> Budget:
+    """What ``--gpu word`` means on ``device``. The process in front of several packages does without torch where it
+    can, since each of them runs in one of its own; there ``auto`` finds NVIDIA's GPUs alone.
+    """
+    if several and device in ("auto", "cpu", "cuda"):
+        from conmoe_edge.memory.resolve import resolve_budget
+
+        return resolve_budget(word, device)
+    from conmoe_edge.model.accelerator import budget_here
+
+    return budget_here(word, device)
 
 
 def _serve_one(settings: Settings, loading: Loading, output: Output) -> None:

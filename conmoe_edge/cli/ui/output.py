@@ -19,7 +19,7 @@ from rich.text import Text
 
 from conmoe_edge.cli.ui.error_text import ErrorText
 from conmoe_edge.cli.ui.json_stdout import of_this_run
-from conmoe_edge.cli.ui.text import printable, to_ascii
+from conmoe_edge.cli.ui.text import printable, to_encoding
 
 _UNFOLDED = 1000
 
@@ -106,14 +106,15 @@ class Output:
         self._stderr.file.write(text)
 
 
-class _AsciiStream:
-    """A stream that takes any text and writes ASCII."""
+class _NarrowStream:
+    """A stream that takes any text and writes what its encoding has, symbols in ASCII."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
+        self._encoding = known_encoding(stream)
 
     def write(self, text: str) -> int:
-        self._stream.write(to_ascii(text))
+        self._stream.write(to_encoding(text, self._encoding))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -122,17 +123,26 @@ class _AsciiStream:
 
 def speaks_unicode(stream: IO[str]) -> bool:
     """Whether the stream's encoding has the symbols that the output uses."""
-    encoding = getattr(stream, "encoding", None) or "ascii"
     try:
-        "❯·━✓".encode(encoding)
-    except (UnicodeEncodeError, LookupError):
+        "❯·━✓".encode(known_encoding(stream))
+    except UnicodeEncodeError:
         return False
     return True
 
 
+def known_encoding(stream: IO[str]) -> str:
+    """The stream's encoding; ASCII where it has none, or one that Python does not know."""
+    encoding = getattr(stream, "encoding", None) or "ascii"
+    try:
+        "".encode(encoding)
+    except LookupError:
+        return "ascii"
+    return encoding
+
+
 def _console(stream: IO[str]) -> Console:
     """A console that takes text literally: no markup, no emoji names, no guessed highlighting."""
-    file: Any = stream if speaks_unicode(stream) else _AsciiStream(stream)
+    file: Any = stream if speaks_unicode(stream) else _NarrowStream(stream)
     terminal = stream.isatty()
     return Console(
         file=file,

@@ -15,10 +15,11 @@ __all__ = [
     "printable",
     "span",
     "to_ascii",
+    "to_encoding",
     "without_controls",
 ]
 
-# What a console without UTF-8 gets instead; characters that are not listed become "?".
+# What a console without UTF-8 gets instead; characters that are not listed, and that it lacks, become "?".
 _ASCII = str.maketrans(
     {
         "❯": ">",
@@ -53,7 +54,14 @@ _ASCII = str.maketrans(
 
 def to_ascii(text: str) -> str:
     """The text in plain ASCII, symbols replaced by what reads most like them."""
-    return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
+    return to_encoding(text, "ascii")
+
+
+def to_encoding(text: str, encoding: str) -> str:
+    """The text as a console with ``encoding`` can show it: symbols replaced by what reads most like them, letters kept
+    where it has them.
+    """
+    return text.translate(_ASCII).encode(encoding, "replace").decode(encoding, "replace")
 
 
 def without_controls(text: str) -> str:

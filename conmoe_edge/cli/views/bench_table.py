@@ -53,9 +53,9 @@ def package_line(report: BenchReport) -> str:
 def machine_line(report: BenchReport) -> str:
     """``2 threads · memory 18.2 GB/s · disk 0.61 GB/s · 95 GFLOP/s``, then GOP/s of bytes if a prompt has any."""
     facts, budget = report.facts, report.facts.budget
-    parts = ["GPU" if budget.device == "cuda" else counted(facts.threads, "thread")]
+    parts = ["GPU" if budget.device != "cpu" else counted(facts.threads, "thread")]
     rates = [("memory", budget.device_bandwidth), ("disk", budget.disk_bandwidth)]
-    if budget.device == "cuda":
+    if not budget.above_disk:
         rates.insert(1, ("link", budget.link_bandwidth))
     parts += [f"{name} {rate / _GB:.3g} GB/s" for name, rate in rates if rate]
     parts.append(f"{facts.flops_per_second / 1e9:,.0f} GFLOP/s")
@@ -104,7 +104,7 @@ def _figures(report: BenchReport) -> Table:
         ("waiting for them", _waiting(decode), _waiting(prefill)),
     ]
     for label, one, other in rows:
-        if label == "brought from host" and report.facts.budget.device == "cpu":
+        if label == "brought from host" and report.facts.budget.above_disk:
             continue  # there is no tier between RAM and disk
         bold = label in ("tokens/s", "share of that bound")
         table.add_row(f"  {label}", one, other, style="bold" if bold else "")

@@ -136,7 +136,7 @@ def budget_line(budget: Budget) -> tuple[str, str]:
 
 def tier_name(budget: Budget) -> str:
     """What a user calls the device tier."""
-    return "GPU" if budget.device == "cuda" else "RAM"
+    return "GPU" if budget.device != "cpu" else "RAM"
 
 
 def _head(label: str, value: str, note: str = "") -> Text:
@@ -151,7 +151,7 @@ def _needs(plan: Plan) -> Table:
     table.add_column(min_width=36)
     table.add_column(justify="right", min_width=8)
     table.add_column(style="dim", overflow="fold")
-    where = "on the GPU" if plan.budget.device == "cuda" else "in RAM"
+    where = "on the GPU" if plan.budget.device != "cpu" else "in RAM"
     table.add_row(Text(f"  Needed {where}", style="bold"), Text(unit.name, style="bold"), "")
     for term in plan.terms:
         table.add_row(Text(f"  {term.name}"), unit.text(term.nbytes), Text(term.note))

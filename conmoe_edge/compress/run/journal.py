@@ -76,7 +76,7 @@ class Journal:
         if not path.is_file():
             return cls(work)
         try:
-            return cls(work, **json.loads(path.read_text()))
+            return cls(work, **json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
                 f"The journal {path} of the unfinished run is damaged.",

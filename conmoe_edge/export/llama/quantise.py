@@ -81,7 +81,7 @@ def quantise(
             [str(python), str(_PROGRAM)],
             input=json.dumps(job),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             env=own,
         )

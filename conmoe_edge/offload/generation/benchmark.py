@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.model.accelerator import synchronize
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
 from conmoe_edge.offload.generation.context_limit import context_full, longest_context
@@ -205,8 +206,7 @@ def matrix_rate(device: torch.device) -> float:
         while True:
             start = time.perf_counter()
             torch.mm(left, right, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             now = time.perf_counter()
             best = max(best, 2 * 512 * 2048 * 2048 / (now - start))
             if now >= end:

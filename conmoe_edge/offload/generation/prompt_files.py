@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import struct
 import time
 import warnings
@@ -51,6 +50,7 @@ from conmoe_edge.offload.generation.prefix_chunks import (
     standing_at,
 )
 from conmoe_edge.offload.generation.prompt_identity import prompt_identity
+from conmoe_edge.system_calls import others_may_write
 
 DEFAULT_BYTES = 2 * 10**9
 """Of all files of a folder together."""
@@ -369,10 +369,7 @@ def _digest_of_names(key: str, names: Sequence[str], rows: Sequence[bytes]) -> b
 
 
 def _check_private(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    info: Any = folder.stat()
-    if info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if others_may_write(folder.stat()):
         raise UsageError(
             f"Others may write to {folder}.",
             "what lies there would be computed with",

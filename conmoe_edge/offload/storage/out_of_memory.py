@@ -6,9 +6,15 @@ import torch
 
 from conmoe_edge.errors import OutOfMemory
 
-_WORDS = ("can't allocate memory", "out of memory", "could not create a primitive")
-"""The last is oneDNN's, which says no more where it finds no memory for a product. Its thread cannot make any product
-of a new shape afterwards, so that only a new process goes on.
+_WORDS = (
+    "can't allocate memory",
+    "out of memory",
+    "could not create a primitive",
+    "Invalid buffer size",
+)
+"""The third is oneDNN's, which says no more where it finds no memory for a product. Its thread cannot make any product
+of a new shape afterwards, so that only a new process goes on. The last is torch's on an Apple GPU, for more than Metal
+gives at once.
 """
 
 

@@ -10,10 +10,10 @@ There are two ways to read, with the same bytes as the result:
 - *buffered*, through the page cache of the system, which works as a tier of its own: what was read once is often still
   there. Where the budget is the whole machine that copy competes with the cache slots; ``keep_cached=False`` tells the
   system to forget a record once it is read.
-- *direct* (O_DIRECT), from the disk into the buffer: no copy by the processor and no page cache. It needs offsets,
-  lengths and addresses that are multiples of 4096, which those of large records and their cache slots are. Of a small
-  record the pages that it lies in are read, and what it has of them is copied. What else is not aligned, or what the
-  file system refuses, is buffered.
+- *direct* (O_DIRECT; F_NOCACHE on macOS), from the disk into the buffer: no copy by the processor and no page cache.
+  It needs offsets, lengths and addresses that are multiples of 4096, which those of large records and their cache slots
+  are. Of a small record the pages that it lies in are read, and what it has of them is copied. What else is not
+  aligned, or what the file system refuses, is buffered, and so is everything on Windows (``system_calls.py``).
 
 ``read_mode`` decides between them. What was read is looked at before anybody computes with it
 (``format/record_check.py``).
@@ -37,6 +37,14 @@ from conmoe_edge.checkpoint.format.record_check import RecordCheck
 from conmoe_edge.checkpoint.fs.contained import open_inside
 from conmoe_edge.errors import CheckpointError, PackageError
 from conmoe_edge.offload.storage.slot_pool import host_buffer
+from conmoe_edge.system_calls import (
+    direct_flag,
+    direct_way,
+    drop_from_cache,
+    expect_random_reads,
+    leave_the_cache,
+    read_at,
+)
 from conmoe_edge.units import round_up
 
 _LARGEST_READ = 1 << 30  # the kernel moves at most 2 GiB - 4096 bytes a call
@@ -102,7 +110,7 @@ class RecordStore:
         while done < nbytes:
             piece = buffer[done : min(nbytes, done + _LARGEST_READ)]
             try:
-                count = _read_at(
+                count = read_at(
                     handle if direct is None else direct, piece, entry.offset + done, self._lock
                 )
             except OSError as error:
@@ -120,8 +128,8 @@ class RecordStore:
             done += count
             if done % PAGE:
                 direct = None  # the rest of an interrupted read
-        if not self._keep_cached and direct is None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, entry.offset, nbytes, os.POSIX_FADV_DONTNEED)
+        if not self._keep_cached and direct is None:
+            drop_from_cache(handle, entry.offset, nbytes)
         why = self._checks[entry.layout].wrong(target)
         if why:
             raise self._damaged(entry.file, f"{why} in the record of prototype {list(entry.id)}")
@@ -133,13 +141,13 @@ class RecordStore:
 
     def read_direct(self) -> bool:
         """Read directly from now on; False where the system cannot, and nothing changes."""
-        flag = getattr(os, "O_DIRECT", 0)
-        if not flag or not hasattr(os, "preadv"):
+        if not direct_way():
             return False
         try:
             for name in self._files.keys() - self._direct.keys():
-                self._direct[name] = open_inside(self._folder, name, flag)
-        except CheckpointError:
+                self._direct[name] = open_inside(self._folder, name, direct_flag())
+                leave_the_cache(self._direct[name])
+        except (CheckpointError, OSError):
             return False
         self._mode = "direct"
         return True
@@ -163,7 +171,7 @@ class RecordStore:
             pages: Any = host_buffer(SMALL_RECORD + 2 * PAGE).numpy()
             room = self._pages.room = memoryview(pages)
         try:
-            count = _read_at(handle, room[: round_up(skipped + nbytes, PAGE)], start, self._lock)
+            count = read_at(handle, room[: round_up(skipped + nbytes, PAGE)], start, self._lock)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 self.read_buffered()
@@ -180,9 +188,8 @@ class RecordStore:
             self.close()
             raise self._damaged(name, str(error)) from error
         self._files[name] = handle
-        if hasattr(os, "posix_fadvise"):
-            # Records are read whole and in no order: reading ahead of a record would be wasted.
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+        # Records are read whole and in no order: reading ahead of a record would be wasted.
+        expect_random_reads(handle)
 
     def _damaged(self, name: str, why: str) -> PackageError:
         return PackageError(
@@ -196,14 +203,3 @@ def _close(*handles: dict[str, int]) -> None:
     for files in handles:
         while files:
             os.close(files.popitem()[1])
-
-
-def _read_at(handle: int, buffer: memoryview, offset: int, lock: threading.Lock) -> int:
-    """Positioned read; where the system has none, seek and read under the lock."""
-    if hasattr(os, "preadv"):
-        return os.preadv(handle, [buffer], offset)
-    with lock:
-        os.lseek(handle, offset, os.SEEK_SET)
-        data = os.read(handle, len(buffer))
-    buffer[: len(data)] = data
-    return len(data)

@@ -21,6 +21,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.manifest import RecordLayout
 from conmoe_edge.checkpoint.format.records import view
 from conmoe_edge.errors import OutOfMemory
+from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 from conmoe_edge.units import human_size, round_up
 
@@ -92,7 +93,9 @@ class SlotPool:
         if device.type != "cpu":
             try:
                 return torch.empty(nbytes, dtype=torch.uint8, device=device)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch has a class for it on some devices only
+                if not is_out_of_memory(error):
+                    raise
                 raise _no_memory(nbytes, str(device)) from error
         self._mapping, memory = _mapped(nbytes, touch=True)
         return memory

@@ -1,6 +1,6 @@
 """How a record gets into its cache slot, and when compute may read it.
 
-Two ways with one interface:
+Three ways with one interface:
 
 - ``DirectTransfer`` (CPU): worker threads read from disk straight into the cache slot.
 - ``StagedTransfer`` (CUDA): worker threads read into a small ring of pinned staging buffers; a copy stream moves them
@@ -8,17 +8,22 @@ Two ways with one interface:
   Records that ``HostTier`` holds in registered host memory skip disk, ring and threads: the caller issues their copies,
   unless they are read ahead.
 
+- ``QueuedTransfer`` (other GPUs): worker threads read into a buffer of their own and copy to the cache slot by the
+  device's one queue, which takes compute and copies in the order in which they are issued.
+
 Reads ``ahead`` of any demand have a thread of their own and go one at a time, so that no more than the rest of one of
 them stands in the way of a demand read; those that have not begun can be taken back with ``cancel``.
 
 A caller says ``load`` when the policy gave a place, ``wait`` before the compute that reads it, ``used`` after that
 compute was issued. ``counts`` says what was brought from which tier, and how long the caller stood in ``wait``. Memory:
-the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, nothing on the CPU. Errors of a read surface in
+the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, a record for each thread on other GPUs, nothing on the
+CPU. Errors of a read surface in
 ``wait``.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +38,7 @@ from torch import Tensor
 from conmoe_edge.offload.storage.pinned_tier import HostTier
 from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.record_store import RecordStore
+from conmoe_edge.offload.storage.slot_pool import host_buffer
 
 READERS = 3
 """Whole records at a time. Measured on a virtual disk with records of 12 and of 3 MiB, direct: one
@@ -161,6 +167,39 @@ class DirectTransfer(_ThreadedTransfer):
         if cancelled:
             self.counts.disk_bytes -= target.numel()
         return cancelled
+
+
+class QueuedTransfer(_ThreadedTransfer):
+    """Other GPUs: disk to host memory to cache slot, one copy at a time.
+
+    Compute that reads the place was issued before ``load``, and the copy is issued after it, to the same queue: so it
+    waits. ``copy_`` from pageable memory returns when the bytes are out of the buffer.
+    """
+
+    def __init__(self, store: RecordStore, largest_record: int, readers: int = READERS) -> None:
+        super().__init__(store, readers)
+        self._largest = largest_record
+        self._buffers = threading.local()
+        self._copies = threading.Lock()
+
+    def load(self, number: int, place: Place, target: Tensor, *, ahead: bool = False) -> None:
+        self.counts.disk_bytes += target.numel()
+        self._start(place, lambda: self._bring(number, target), ahead=ahead)
+
+    def cancel(self, number: int, place: Place, target: Tensor) -> bool:
+        cancelled = self._take_back(place)
+        if cancelled:
+            self.counts.disk_bytes -= target.numel()
+        return cancelled
+
+    def _bring(self, number: int, target: Tensor) -> None:
+        buffer = getattr(self._buffers, "record", None)
+        if buffer is None:
+            buffer = self._buffers.record = host_buffer(self._largest)
+        staged = buffer[: target.numel()]
+        self._store.read_into(number, staged)
+        with self._copies, torch.inference_mode():
+            target.copy_(staged)
 
 
 class StagedTransfer(_ThreadedTransfer):

@@ -192,7 +192,7 @@ def test_error_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(reader_module._OpenFile, "_read_some", broken)
+    monkeypatch.setattr(reader_module, "read_at", broken)
     with (
         ShardReader(CheckpointIndex.open(folder)) as reader,
         pytest.raises(CheckpointError) as caught,

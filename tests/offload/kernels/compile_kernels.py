@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import triton
@@ -18,6 +19,8 @@ from conmoe_edge.offload.kernels.triton import launch as gpu
 from conmoe_edge.offload.kernels.triton import triton_kernels as kernels
 
 CAPABILITIES = (75, 80, 90)
+AMD = ("gfx942", "gfx1100", "gfx1030")
+"""A data centre's card with wavefronts of 64 threads, and two of people's with 32."""
 _ODD = {"wanted", "chosen", "count"}
 _TABLES = {
     **dict.fromkeys(("numbers", "base", "values_at", "scales_at", "widths", "groups"), "*i64"),
@@ -33,9 +36,9 @@ _ROUTED = {
 
 
 def loads(
-    name: str, types: dict[str, str], constants: dict[str, Any], capability: int
+    name: str, types: dict[str, str], constants: dict[str, Any], card: int | str
 ) -> list[str]:
-    """The widths of the loads of a kernel."""
+    """The widths of the loads of a kernel for a CUDA capability or an AMD target."""
     function = getattr(kernels, name)
     types = {**types, **dict.fromkeys(constants, "constexpr")}
     aligned = {
@@ -49,18 +52,24 @@ def loads(
         constexprs=constants,
         attrs=aligned,
     )
-    made = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
-    )
+    if isinstance(card, str):
+        target = GPUTarget("hip", card, 64 if card.startswith("gfx9") else 32)
+        made = triton.compile(source, target=target, options={"num_warps": 4})
+        assert len(made.asm["hsaco"]) > 0
+        return sorted(
+            set(re.findall(r"(?:global|buffer|flat)_load_(\w+)", str(made.asm["amdgcn"])))
+        )
+    made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": 4})
     assert len(made.asm["cubin"]) > 0
     found = re.findall(r"ld\.global\S*?\.((?:v\d\.)?b\d+)", str(made.asm["ptx"]))
     return sorted(set(found))
 
 
 def main() -> None:
-    """Compile all."""
+    """Compile all; with words for those cards alone."""
     found: dict[str, dict[str, list[str]]] = {}
-    for capability in CAPABILITIES:
+    cards = [int(one) if one.isdigit() else one for one in sys.argv[1:]] or CAPABILITIES
+    for capability in cards:
         each = found[str(capability)] = {}
         for gated in (False, True):
             types = {**_TABLES, **_REST, "x": "*fp32" if gated else "*bf16"}

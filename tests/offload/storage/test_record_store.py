@@ -120,7 +120,7 @@ def test_small_records_are_read_by_their_pages(
             raise OSError(failing[0], "no")
         return os.preadv(handle, [buffer], offset)
 
-    monkeypatch.setattr(store_module, "_read_at", read)
+    monkeypatch.setattr(store_module, "read_at", read)
     target = torch.zeros(192, dtype=torch.uint8)
     for failing[0], mode, ways in (
         (0, "direct", [True]),
@@ -147,7 +147,7 @@ def test_a_refused_direct_read_is_read_buffered(
             raise OSError(code, "no")
         return os.preadv(handle, [buffer], offset)
 
-    monkeypatch.setattr(store_module, "_read_at", refuse)
+    monkeypatch.setattr(store_module, "read_at", refuse)
     target = host_buffer(LAYOUT.nbytes)
     store.read_into(1, target)
     assert bytes(target.numpy()) == data[entries[1].offset : entries[1].offset + LAYOUT.nbytes]
@@ -216,7 +216,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         calls.append(offset)
         return os.preadv(handle, [buffer[:1000]], offset)
 
-    monkeypatch.setattr(store_module, "_read_at", one_page)
+    monkeypatch.setattr(store_module, "read_at", one_page)
     store = RecordStore(tmp_path, entries, [LAYOUT])
     target = torch.zeros(LAYOUT.nbytes, dtype=torch.uint8)
     store.read_into(0, target)

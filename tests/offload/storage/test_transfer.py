@@ -13,7 +13,7 @@ from conmoe_edge.checkpoint.format.manifest import ExpertId, PrototypeEntry, Rec
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import host_buffer
-from conmoe_edge.offload.storage.transfer import DirectTransfer
+from conmoe_edge.offload.storage.transfer import DirectTransfer, QueuedTransfer
 
 LAYOUT = RecordLayout("source", (), 8192)
 
@@ -72,4 +72,35 @@ def test_draining_waits_for_reads_and_swallows_what_became_of_them(store: _Held)
     transfer.load(3, (0, 0), host_buffer(LAYOUT.nbytes))
     with pytest.raises(PackageError):
         transfer.wait((0, 0))
+    transfer.close()
+
+
+def test_other_gpus_get_records_by_a_buffer_and_a_copy(store: _Held) -> None:
+    """The processor's memory stands in for the device's: a copy goes the same way."""
+    transfer = QueuedTransfer(store, LAYOUT.nbytes)
+    store.go.set()
+    wanted = Path(store._folder / "p.bin").read_bytes()
+    targets = [torch.zeros(LAYOUT.nbytes, dtype=torch.uint8) for _ in range(3)]
+    for number, target in enumerate(targets):
+        transfer.load(number, (0, number), target, ahead=number == 2)
+    for number, target in enumerate(targets):
+        transfer.wait((0, number))
+        start = number * LAYOUT.nbytes
+        assert bytes(target.numpy()) == wanted[start : start + LAYOUT.nbytes]
+    assert transfer.counts.disk_bytes == 3 * LAYOUT.nbytes
+    transfer.load(3, (0, 0), targets[0])
+    with pytest.raises(PackageError):
+        transfer.wait((0, 0))
+    transfer.close()
+
+
+def test_a_read_for_another_gpu_can_be_taken_back(store: _Held) -> None:
+    transfer = QueuedTransfer(store, LAYOUT.nbytes, readers=1)
+    target = torch.zeros(LAYOUT.nbytes, dtype=torch.uint8)
+    transfer.load(0, (0, 0), target)
+    transfer.load(1, (0, 1), target)  # waits behind the other
+    assert transfer.cancel(1, (0, 1), target)
+    assert transfer.counts.disk_bytes == LAYOUT.nbytes
+    store.go.set()
+    transfer.drain()
     transfer.close()

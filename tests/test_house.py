@@ -159,6 +159,7 @@ READ_ELSEWHERE = {
     "offload/generation/prompt_identity.py": OUR_OWN,
     "offload/generation/template_process.py": THE_SYSTEMS,
     "offload/kernels/cpu/compiling.py": OUR_OWN,
+    "offload/kernels/cpu/levels.py": THE_SYSTEMS,
     "offload/kernels/cpu/library_files.py": OUR_OWN,
     "offload/kernels/cpu/processor.py": THE_SYSTEMS,
     "offload/kernels/cpu/tried_apart.py": OUR_OWN,

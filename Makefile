@@ -147,7 +147,7 @@ wheels: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,compile]"
 	$(BIN)/python tools/platform_wheels.py
 
-# Any Chromium will do; `$(BIN)/playwright install chromium` brings one where there is none.
+# A Chromium or Chrome of the system will do; `$(BIN)/playwright install chromium` brings one where there is none.
 test-browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)

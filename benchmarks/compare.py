@@ -45,10 +45,10 @@ from benchmarks.comparison.arms import (
     order,
 )
 from benchmarks.comparison.artefacts import Workshop
-from benchmarks.comparison.plot import plot
 from benchmarks.comparison.report import Row, claim_lines, claims, make_row, ratios, table
 from benchmarks.comparison.turns import Ledger, Turn, prepare_operator, run_turn
 from benchmarks.measure import disk_read_rate, machine
+from benchmarks.plots import compare_svg
 from conmoe_edge.units import parse_size
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -194,8 +194,7 @@ def write_results(ledger: Ledger, shop: Workshop, settings: Settings, name: str)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     (RESULTS / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    title = f"OLMoE-1B-7B shape on {here['cores']} CPU cores"
-    (RESULTS / f"{name}.svg").write_text(plot(rows, title), encoding="utf-8")
+    (RESULTS / f"{name}.svg").write_text(compare_svg(result), encoding="utf-8")
     return lines
 
 

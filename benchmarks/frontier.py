@@ -32,9 +32,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frontier_plot import plot
-from benchmarks.frontier_report import LLAMA, OURS, PARTS, key_of, lines, points_of
+from benchmarks.frontier_report import LLAMA, OURS, PARTS, key_of, lines
 from benchmarks.measure import machine
+from benchmarks.plots import frontier_svg
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -298,8 +298,7 @@ def _report(data: dict[str, Any], folder: Path) -> None:
     for name, markdown in (("frontier.txt", False), ("frontier.md", True)):
         text = "\n".join(lines(data, markdown=markdown)) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
-    title = f"Divergence against size, {data['model']}"
-    (folder / "frontier.svg").write_text(plot(points_of(data), title), encoding="utf-8")
+    (folder / "frontier.svg").write_text(frontier_svg(data), encoding="utf-8")
     print((folder / "frontier.txt").read_text(encoding="utf-8"), end="")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import machine
-from benchmarks.quality_plot import plot
+from benchmarks.plots import quality_svg
 from benchmarks.quality_report import Cell, key_of, lines
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
 
@@ -124,8 +124,7 @@ def _report(data: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "quality.json", data)
     (folder / "quality.txt").write_text(text, encoding="utf-8")
-    title = f"Loss against size, {data['model']}"
-    (folder / "quality.svg").write_text(plot(list(cells.values()), title), encoding="utf-8")
+    (folder / "quality.svg").write_text(quality_svg(data), encoding="utf-8")
     print(text, end="")
 
 

@@ -4,6 +4,7 @@
     python -m benchmarks.true_shapes --work /data/true-shapes --only qwen3-30b:15GB gpt-oss-20b:8GB
     python -m benchmarks.true_shapes --work /data/true-shapes --only qwen3-30b/16:5GB qwen3-30b/32:10GB
     python -m benchmarks.true_shapes --work /data/true-shapes --layers 2 --experts 8 --only deepseek-16b:3GB
+    python -m benchmarks.true_shapes --work /data/true-shapes --only qwen3-30b:15GB=q3:q4 gpt-oss-20b:8GB=q2:q4
 
 Checkpoints are those of ``generated_checkpoint.py``: true shapes with random numbers, served by a hub in this process
 and never on the disk. A cell is SHAPE[/LAYERS[xEXPERTS]]:BUDGET, and has three stages, each a process of its own:
@@ -14,6 +15,10 @@ and never on the disk. A cell is SHAPE[/LAYERS[xEXPERTS]]:BUDGET, and has three 
 * bench: tokens a second and memory under a hard limit of the budget, beside the plan's prediction, for routes of the
   model's own. Memory is what belongs to no file, and the pages of the libraries: what else is mapped is the kernel's
   to drop.
+
+A fit of 30 billion weights takes hours on two cores. For a cell that ends in =PRECISION:DENSE a package of the true
+shape is written with random numbers in its records (``comparison/random_package.py``), every expert there, and the
+stages are plan, write and bench: what was predicted for that package beside what was measured.
 
 Few calibration tokens are enough, since weights are random. Finished stages are not run again under the same ``--run``,
 and a fit that was stopped goes on where it was (its seconds are then only the last run's, and the table says so).
@@ -32,13 +37,14 @@ import math
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.turns import Ledger, prepare_operator
+from benchmarks.comparison.turns import Ledger, environment, prepare_operator
 from benchmarks.fit_bounds import Rates, Sizes, measure_rates, parts_of, rate_lines
 from benchmarks.fit_from_hub import command_of, fit, serving
 from benchmarks.generated_checkpoint import SHAPES, TrueShape, repository, total_bytes
@@ -60,7 +66,8 @@ CELLS = (
 )
 """The last two stand beside qwen3-30b:15GB: a third and two thirds of its depth and bytes."""
 STAGES = ("plan", "fit", "bench")
-_CELL = re.compile(r"([a-z0-9-]+)(?:/(\d+)(?:x(\d+))?)?:(\w[\w.]*)")
+WRITTEN_STAGES = ("plan", "write", "bench")
+_CELL = re.compile(r"([a-z0-9-]+)(?:/(\d+)(?:x(\d+))?)?:(\w[\w.]*)(?:=([\w-]+:\w+))?")
 _RATE_BYTES = 512 << 20
 _PLAN = """
 import json, sys, time
@@ -68,7 +75,8 @@ import conmoe_edge
 start = time.perf_counter()
 conmoe_edge.plan("demo", budget="2GB", device="cpu")
 middle = time.perf_counter()
-report = conmoe_edge.plan(sys.argv[1], budget=sys.argv[2], device="cpu").to_json()
+levers = json.loads(sys.argv[3])
+report = conmoe_edge.plan(sys.argv[1], budget=sys.argv[2], device="cpu", **levers).to_json()
 seconds = time.perf_counter() - middle
 plan = {key: one for key, one in report["plan"].items() if key != "candidates"}
 print(json.dumps({"seconds": seconds, "libraries_seconds": middle - start, "plan": plan}))
@@ -96,16 +104,20 @@ print(count / (time.perf_counter() - start))
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A shape, perhaps with another depth or number of experts, and a budget."""
+    """A shape, perhaps with another depth or number of experts, and a budget.
+
+    ``written``: PRECISION:DENSE of a package that is written; empty where one is fitted.
+    """
 
     shape: str
     budget: str
     layers: int | None = None
     experts: int | None = None
+    written: str = ""
 
     @classmethod
     def of(cls, text: str, layers: int | None = None, experts: int | None = None) -> Cell:
-        """From SHAPE[/LAYERS[xEXPERTS]]:BUDGET; ``layers`` and ``experts`` where it names none.
+        """From SHAPE[/LAYERS[xEXPERTS]]:BUDGET[=PRECISION:DENSE]; ``layers`` and ``experts`` where it names none.
 
         Raises:
             ValueError: it is none, or names no shape.
@@ -115,7 +127,7 @@ class Cell:
             raise ValueError(f"{text} is no SHAPE[/LAYERS[xEXPERTS]]:BUDGET of {', '.join(SHAPES)}")
         own = (int(one) if one else None for one in (found[2], found[3]))
         depth, count = (one or other for one, other in zip(own, (layers, experts), strict=True))
-        return cls(found[1], found[4], depth, count)
+        return cls(found[1], found[4], depth, count, found[5] or "")
 
     @property
     def key(self) -> str:
@@ -123,7 +135,8 @@ class Cell:
         size = "" if self.layers is None else f"/{self.layers}"
         if self.experts is not None:
             size = f"{size or '/-'}x{self.experts}"
-        return f"{self.shape}{size}:{self.budget}"
+        written = f"={self.written}" if self.written else ""
+        return f"{self.shape}{size}:{self.budget}{written}"
 
     @property
     def slug(self) -> str:
@@ -179,7 +192,13 @@ class Bench:
 
     def plan(self) -> dict[str, Any]:
         """Seconds, and what was planned."""
-        child = run_child([sys.executable, "-c", _PLAN, self.name, self.cell.budget])
+        levers = {}
+        if self.cell.written:  # what such a package is expected to take
+            precision, _, dense = self.cell.written.partition(":")
+            levers = {"method": "conmoe", "rate": 0, "kv_precision": "source"}
+            levers |= {"precision": precision, "dense_precision": dense}
+        words = [self.name, self.cell.budget, json.dumps(levers)]
+        child = run_child([sys.executable, "-c", _PLAN, *words])
         if child.returncode:
             raise SystemExit(f"plan ended with {child.returncode}")
         return json.loads(child.stdout) | {"process_seconds": child.seconds}
@@ -213,6 +232,18 @@ class Bench:
             "rates": asdict(rates) | {"hub": fetched_rate},
             "torch": raw["torch"],
         }
+
+    def write(self) -> dict[str, Any]:
+        """A package with random numbers in its records; bytes."""
+        config = self.folder / "config.json"
+        config.write_text(json.dumps(self.shape.config()), encoding="utf-8")
+        precision, _, dense = self.cell.written.partition(":")
+        command = [sys.executable, "-m", "benchmarks.comparison.random_package"]
+        command += ["--config", str(config), "--out", str(self.out)]
+        command += ["--precision", precision, "--dense-precision", dense or "source"]
+        subprocess.run(command, check=True, env=environment(2))
+        written = sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
+        return {"package_bytes": written}
 
     def bench(self) -> dict[str, Any]:
         """What ``bench`` says, and the most memory."""
@@ -255,6 +286,8 @@ def run_cell(bench: Bench, ledger: Ledger, stages: Sequence[str]) -> None:
                     found = bench.plan()
                 elif stage == "fit":
                     found = bench.fit(hub, _largest_url(bench))
+                elif stage == "write":
+                    found = bench.write()
                 else:
                     found = bench.bench()
             except SystemExit as error:
@@ -276,7 +309,8 @@ def _largest_url(bench: Bench) -> str:
 
 def facts_of(ledger: Ledger, key: str) -> dict[str, dict[str, Any]]:
     """Stage -> its entry, of those that were run."""
-    return {stage: runs[-1] for stage in STAGES if (runs := ledger.runs_of(f"{key} {stage}"))}
+    stages = dict.fromkeys((*STAGES, *WRITTEN_STAGES))
+    return {stage: runs[-1] for stage in stages if (runs := ledger.runs_of(f"{key} {stage}"))}
 
 
 def summary(key: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -312,12 +346,17 @@ def summary(key: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             "planned_speed": report["expected"]["planned_tokens_per_second"],
             "expected_speed": report["expected"]["tokens_per_second"],
             "speed_ratio": report["expected"]["measured_ratio"],
+            "expected_with_reads": report["expected"].get("tokens_per_second_with_these_reads"),
             "hit": decode["hit_rate"],
             "kernel": report["runtime"]["kernel"],
             "share_of_bound": (decode["bound"] or {}).get("share_of_serial"),
             "used_memory": report["memory"]["used_bytes"],
             "peak_memory": ran["peak_anonymous_bytes"] + ran["library_bytes"],
         }
+        if row["expected_with_reads"]:
+            row["reads_ratio"] = row["speed"] / row["expected_with_reads"]
+        if "write" in found:
+            row["planned_memory"] = plan["plan"]["device_bytes_used"]
         if "planned_memory" in row:
             row["memory_difference"] = row["peak_memory"] - row["planned_memory"]
     return row
@@ -335,14 +374,14 @@ def lines_of(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> list[str]:
             else f"fit under a hard limit of {human_size(settings['fit_limit'])}, bench under one of the budget"
         ),
         "",
-        f"{'cell':<22}{'plan s':>7}{'bits':>7}{'resident':>9}{'fit s':>8}{'bound':>8}{'ratio':>7}{'s/layer':>8}"
+        f"{'cell':<28}{'plan s':>7}{'bits':>7}{'resident':>9}{'fit s':>8}{'bound':>8}{'ratio':>7}{'s/layer':>8}"
         f"{'memory GB':>10}{'disk GB':>9}{'package GB':>11}{'planned':>9}",
     ]
     lines += [_fit_line(row) for row in rows]
     lines += [
         "",
-        f"{'cell':<22}{'tokens/s':>9}{'planned':>9}{'expected':>9}{'ratio':>7}{'prompt t/s':>11}{'hit':>6}{'bound':>7}"
-        f"{'peak GB':>9}{'planned':>9}{'differs':>9}",
+        f"{'cell':<28}{'tokens/s':>9}{'planned':>9}{'expected':>9}{'by hits':>9}{'ratio':>7}{'prompt t/s':>11}"
+        f"{'hit':>6}{'bound':>7}{'peak GB':>9}{'planned':>9}{'differs':>9}",
     ]
     lines += [_bench_line(row) for row in rows if "speed" in row]
     for row in rows:
@@ -353,7 +392,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> list[str]:
 
 
 def _fit_line(row: Mapping[str, Any]) -> str:
-    line = f"{row['cell']:<22}{_number(row.get('plan_seconds'), 7, 2)}"
+    line = f"{row['cell']:<28}{_number(row.get('plan_seconds'), 7, 2)}"
     if "fit_seconds" in row:
         line += (
             f"{_number(row['bits'], 7, 2) if row['bits'] else format(row['precision'], '>7')}"
@@ -370,8 +409,9 @@ def _fit_line(row: Mapping[str, Any]) -> str:
 
 def _bench_line(row: Mapping[str, Any]) -> str:
     return (
-        f"{row['cell']:<22}{_number(row['speed'], 9, 2)}{_number(row.get('planned_speed'), 9, 2)}"
-        f"{_number(row['expected_speed'], 9, 2)}{_number(row['speed_ratio'], 7, 2)}"
+        f"{row['cell']:<28}{_number(row['speed'], 9, 2)}{_number(row.get('planned_speed'), 9, 2)}"
+        f"{_number(row['expected_speed'], 9, 2)}{_number(row['expected_with_reads'], 9, 2)}"
+        f"{_number(row.get('reads_ratio', row['speed_ratio']), 7, 2)}"
         f"{_number(row['prompt_speed'], 11, 1)}{_percent(row['hit'], 6)}{_percent(row['share_of_bound'], 7)}"
         f"{row['peak_memory'] / 1e9:>9.2f}{row.get('planned_memory', math.nan) / 1e9:>9.2f}"
         f"{row.get('memory_difference', math.nan) / (1 << 20):>+5.0f} MiB"
@@ -426,8 +466,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "Disk: the budget and 3 GB, one cell at a time.",
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for files and the ledger")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help="SHAPE[/LAYERS[xEXPERTS]]:BUDGET")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="CELL",
+        help="SHAPE[/LAYERS[xEXPERTS]]:BUDGET[=PRECISION:DENSE]",
+    )
+    stages = sorted({*STAGES, *WRITTEN_STAGES})
+    parser.add_argument("--stages", nargs="+", choices=stages, help="all by default")
     parser.add_argument("--layers", type=int, help="of every shape; 2 shows that it runs")
     parser.add_argument("--experts", type=int, help="of every layer")
     parser.add_argument("--calibration-tokens", type=int, default=2048)
@@ -467,10 +513,12 @@ def main(words: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         prepare_operator()
         for cell in cells:
-            if all(ledger.has(f"{cell.key} {stage}", 0) for stage in args.stages):
+            own = WRITTEN_STAGES if cell.written else STAGES
+            stages = [one for one in own if not args.stages or one in args.stages]
+            if all(ledger.has(f"{cell.key} {stage}", 0) for stage in stages):
                 continue
             bench = Bench(cell, args.work, settings)
-            run_cell(bench, ledger, args.stages)
+            run_cell(bench, ledger, stages)
             report(ledger, keys, args.name)
             done = ledger.has(f"{cell.key} bench", 0)
             if done and not args.keep:

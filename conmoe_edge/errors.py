@@ -93,7 +93,7 @@ class NotFinite(PackageError):
 
 
 class OutOfMemory(ConmoeError):
-    """Memory ran out after every retreat was tried."""
+    """Memory ran out after every retreat was tried, or would: the machine has less than is needed."""
 
 
 class ContextFull(ConmoeError):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import metadata
 
 DISTRIBUTION = "conmoe-edge"
+ELSEWHERE = "pip install .    # in a clone of conmoe-edge; Python 3.11 or newer"
+"""For readers who are on another machine: the line of the README."""
 
 
 def install_command(extra: str) -> str:

@@ -15,6 +15,7 @@ from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
     ExpertId,
+    LayerOriginal,
     Manifest,
     PrefetchSettings,
     PrototypeEntry,
@@ -166,6 +167,7 @@ def write_package(
         slots=slots,
         files={file.name: file.entry() for file in files},
         plan=plan or {},
+        originals=originals_of(model),
         tool_version="0.1.0",
         prefill_chunk=prefill_chunk,
     )
@@ -176,6 +178,18 @@ def write_package(
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": 1}
     (folder / "config.json").write_text(json.dumps(config, default=str))
     return folder
+
+
+def originals_of(model: Any) -> dict[int, LayerOriginal]:
+    """What the experts of ``model`` are; nothing was measured of them."""
+    found = {}
+    for layer, (_, module) in find_experts(model).items():
+        parts = {name: getattr(module, name)[0] for name in part_names(module)}
+        neurons = parts["down_proj"].shape[0 if module.is_transposed else 1]
+        weights = sum(one.numel() for one in parts.values())
+        nbytes = sum(one.nbytes for one in parts.values())
+        found[layer] = LayerOriginal(neurons, weights, nbytes)
+    return found
 
 
 def dense_tensors(name: str, weight: Any, kind: Kind | None) -> list[tuple[str, torch.Tensor]]:

@@ -27,4 +27,13 @@ def test_without_an_installation_it_is_the_folder(monkeypatch: pytest.MonkeyPatc
 
 def test_no_hint_leads_to_an_index_that_does_not_have_it() -> None:
     for path in _PROJECT.parent.glob("conmoe_edge/**/*.py"):
-        assert "conmoe-edge[" not in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        assert "conmoe-edge[" not in text and "pip install conmoe-edge" not in text, path
+
+
+def test_who_reads_it_elsewhere_gets_the_line_of_the_readme() -> None:
+    """A model card is read on other machines, where nothing is installed yet."""
+    command, _, place = extras.ELSEWHERE.partition("    # ")
+    readme = (_PROJECT.parent / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.strip().startswith(command + " "))
+    assert "from a clone; Python 3.11 or newer" in line and "clone" in place and "3.11" in place

@@ -482,7 +482,8 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner"]
+    "module",
+    ["conmoe_edge", "conmoe_edge.cli.main", "conmoe_edge.plan.planner", "conmoe_edge.serve.front"],
 )
 def test_start_does_not_load_torch(module: str) -> None:
     heavy = ("torch", "transformers", "accelerate", "bitsandbytes")

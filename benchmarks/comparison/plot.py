@@ -1,121 +1,85 @@
-"""Tokens per second against the memory cap, one line per system, as one self-contained SVG.
+"""Tokens per second of every system, a block for each memory cap, as one self-contained SVG.
 
-The y axis is logarithmic; the caps are equally spaced, with "no cap" at the right. A system that ran
-out of memory under a cap has no point there.
+A row a system with its name and figure, the fastest of a block first; the axis is logarithmic. No lines:
+systems and caps are no scale. A system that ran out of memory under a cap has no row there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
 
-from benchmarks.comparison.arms import SYSTEMS, cap_name
+from benchmarks.comparison.arms import SYSTEMS, System, cap_name
 from benchmarks.comparison.report import Row
+from benchmarks.picture import RIGHT, WIDTH, dot, frame, line, words
 
-WIDTH, HEIGHT = 900, 480
-LEFT, RIGHT, TOP, BOTTOM = 64, 330, 44, 56
-COLOURS = {
-    "ours": (
-        "#1b6e3c",
-        "#2f9e5b",
-        "#57b894",
-        "#0e7c86",
-        "#3aa0c9",
-        "#5b6fd6",
-        "#8455c9",
-        "#a3437f",
-    ),
-    "transformers": ("#666666",),
-    "offload": ("#9a9a9a",),
-    "llama": ("#b34700", "#d97706", "#e0a526", "#c2410c", "#92400e"),
-}
+TOP, ROW, HEAD, BOTTOM = 78, 21, 34, 58
+NAMES = 330
+"""Where the axis begins: right of the names."""
+FIGURES = 46
+"""Width of the figures at the right."""
+TITLE = "Tokens a second of conmoe-edge, llama.cpp and transformers"
+X_LABEL = "tokens a second (log)"
+KINDS = {"ours": "own", "llama": "peer", "transformers": "other", "offload": "other"}
 
 
-def plot(rows: Sequence[Row], title: str) -> str:
-    """The SVG's text; systems in the order of ``SYSTEMS``."""
+def plot(rows: Sequence[Row], subtitle: str) -> str:
+    """The SVG's text; ``subtitle`` says of which model, on what."""
     seen = [row for row in rows if row.speed]
     caps = sorted({row.cap for row in seen}, key=lambda cap: (cap is None, cap or 0))
     if not seen:
-        return _frame(title, [])
+        return frame(TITLE, subtitle, X_LABEL, "", [])
     low = math.floor(math.log10(min(row.speed or 1.0 for row in seen)))
-    high = math.ceil(math.log10(max(row.speed or 1.0 for row in seen)))
-    high = max(high, low + 1)
-    step = (WIDTH - LEFT - RIGHT) / max(1, len(caps) - 1)
+    high = max(low + 1, math.ceil(2 * math.log10(max(row.speed or 1.0 for row in seen))) / 2)
+    begin, end = float(NAMES), float(WIDTH - RIGHT - FIGURES)
 
-    def x(cap: int | None) -> float:
-        return LEFT + 12 + (step - 24 / max(1, len(caps) - 1)) * caps.index(cap)
+    def x(speed: float) -> float:
+        return begin + (math.log10(speed) - low) / (high - low) * (end - begin)
 
-    def y(speed: float) -> float:
-        share = (math.log10(speed) - low) / (high - low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    parts = _grid(low, high, y)
+    height = TOP + len(caps) * HEAD + len(seen) * ROW + BOTTOM
+    foot = height - BOTTOM
+    parts = _grid(low, high, x, foot)
+    y = float(TOP)
     for cap in caps:
-        label = "no cap" if cap is None else cap_name(cap).replace("GiB", " GiB")
-        parts.append(
-            f'<text x="{x(cap):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{label}</text>'
-        )
-    used: dict[str, int] = {}
-    legend = []
-    for system in SYSTEMS.values():
-        points = sorted(
-            (x(row.cap), y(row.speed)) for row in seen if row.system == system.key and row.speed
-        )
-        if not points:
-            continue
-        palette = COLOURS[system.engine]
-        number = used.get(system.engine, 0)
-        used[system.engine] = number + 1
-        colour = palette[number % len(palette)]
-        dash = "" if system.engine == "ours" else ' stroke-dasharray="6 4"'
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
-        )
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>' for a, b in points]
-        legend.append((points[-1][1], colour, system.label))
-    return _frame(title, [*parts, *_legend(legend)])
+        y += HEAD
+        parts.append(words("text", 16, y - 9, _cap_words(cap), bold=True))
+        for row in sorted((r for r in seen if r.cap == cap), key=lambda r: -(r.speed or 0.0)):
+            system = SYSTEMS[row.system]
+            kind = KINDS[system.engine]
+            at, middle = x(row.speed or 1.0), y + ROW / 2
+            parts.append(words(f"name {kind}", 16, middle + 5, _name(system)))
+            if row.lowest and row.highest and row.highest > row.lowest:
+                ends = (x(row.lowest), middle), (x(row.highest), middle)
+                parts.append(line(f"line thin {kind}", *ends))
+            parts.append(dot(kind, at, middle))
+            parts.append(words("text", WIDTH - RIGHT, middle + 5, _figure(row.speed or 0.0), "end"))
+            y += ROW
+    return frame(TITLE, subtitle, X_LABEL, "", parts, begin, height)
 
 
-def _grid(low: int, high: int, y: Callable[[float], float]) -> list[str]:
+def _grid(low: int, high: float, x, foot: float) -> list[str]:
     parts = []
-    for power in range(low, high + 1):
-        for factor in (1, 2, 5) if power < high else (1,):
+    for power in range(low, math.ceil(high) + 1):
+        for factor in (1, 3):
             speed = factor * 10.0**power
-            parts.append(
-                f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(speed):.1f}" y2="{y(speed):.1f}" '
-                f'stroke="#ddd"/><text x="{LEFT - 8}" y="{y(speed) + 4:.1f}" '
-                f'text-anchor="end">{speed:g}</text>'
-            )
+            if math.log10(speed) <= high + 1e-9:
+                parts.append(line("rail", (x(speed), TOP), (x(speed), foot)))
+                parts.append(words("soft", x(speed), foot + 19, f"{speed:g}", "middle"))
     return parts
 
 
-def _legend(entries: Sequence[tuple[float, str, str]]) -> list[str]:
-    """Names at the right, fastest on top."""
-    parts = []
-    for number, (_, colour, label) in enumerate(sorted(entries)):
-        top = TOP + 8 + 18 * number
-        parts.append(
-            f'<rect x="{WIDTH - RIGHT + 22}" y="{top - 8}" width="12" height="8" fill="{colour}"/>'
-            f'<text x="{WIDTH - RIGHT + 40}" y="{top}">{escape(label)}</text>'
-        )
-    return parts
+def _cap_words(cap: int | None) -> str:
+    if cap is None:
+        return "Without a limit of memory"
+    return f"Within {cap_name(cap).replace('GiB', ' GiB')}, page cache included"
 
 
-def _frame(title: str, parts: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            'font-family="sans-serif" font-size="12">',
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-            f'<text x="{LEFT}" y="24" font-size="15">{escape(title)}</text>',
-            *parts,
-            f'<text x="{LEFT + (WIDTH - LEFT - RIGHT) / 2:.0f}" y="{HEIGHT - 12}" '
-            'text-anchor="middle">memory cap, page cache included</text>',
-            f'<text transform="translate(16 {HEIGHT / 2:.0f}) rotate(-90)" '
-            'text-anchor="middle">tokens per second</text>',
-            "</svg>",
-            "",
-        ]
-    )
+def _name(system: System) -> str:
+    name = system.label.replace("rate 0 %", "every expert")
+    for share, said in (("50", "half removed"), ("25", "a quarter removed")):
+        name = name.replace(f"rate {share} %", said)
+    return name.replace(", CPU and disk offload", ", disk offload")
+
+
+def _figure(speed: float) -> str:
+    return f"{speed:.2f}" if speed < 1 else f"{speed:.1f}"

@@ -76,6 +76,7 @@ def gather(
     replayed = replayed_hit_rate(manifest, stats.slots) if stats.resident_share < 1 else None
     pool = sum(manifest.layouts[one.layout].nbytes for one in manifest.prototypes)
     offloaded = max(0, pool - stats.slot_bytes)
+    kinds = dense_kinds(model)
     step = planned_step(
         anatomy,
         budget,
@@ -83,7 +84,7 @@ def gather(
         hit_rate=stats.resident_share if replayed is None else replayed,
         offloaded_bytes=offloaded,
         dense=dense + cache,
-        dense_kinds=dense_kinds(model),
+        dense_kinds=kinds,
         requests=total,
     )
     seconds = expected_seconds(step, budget)
@@ -139,6 +140,7 @@ def gather(
         expected=None if seconds is None else 1.0 / seconds,
         planned=planned.chosen.tokens_per_second if planned is not None and same else None,
         expected_prompt=expected_prompt(work, budget, Arithmetic(floats_rate, bytes_rate)),
+        dense_kinds=kinds,
     )
 
 

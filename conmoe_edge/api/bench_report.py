@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.memory.budget import Budget
-from conmoe_edge.plan.speed import Bound, StepBytes, decode_bound, prefill_bound
+from conmoe_edge.plan.speed import Bound, StepBytes, decode_bound, expected_seconds, prefill_bound
 
 if TYPE_CHECKING:
     from conmoe_edge.offload.generation.benchmark import Phase, Round
@@ -41,6 +41,7 @@ class BenchFacts:
         layers: decoder layers.
         expected: tokens a second by the speed model for this budget, ``None`` where it cannot say.
         planned: what the package's own plan said, for the budget that it was made for.
+        dense_kinds: of the dense bytes, those of matrices in fewer bits, by their kind.
         expected_prompt: seconds of a prompt by the speed model, ``None`` where it cannot say.
         fast_path: which way single tokens take, in one line; empty where that is not known.
         fast_path_json: the same in full.
@@ -65,6 +66,7 @@ class BenchFacts:
     prompt_byte_operations: float = 0.0
     byte_operations_per_second: float = 0.0
     expected_prompt: float | None = None
+    dense_kinds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,11 @@ class PhaseReport:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All that ``bench`` says."""
+    """All that ``bench`` says.
+
+    ``expected_reads``: decode speed by the speed model for the reads that were measured, not for those that the plan
+    expects; ``None`` where it cannot say.
+    """
 
     facts: BenchFacts
     rounds: tuple[Round, ...]
@@ -115,6 +121,7 @@ class BenchReport:
     prefill: PhaseReport
     first_token_seconds: Spread
     memory_used: int
+    expected_reads: float | None = None
 
     @property
     def expected_ratio(self) -> float | None:
@@ -161,6 +168,7 @@ class BenchReport:
                 "tokens_per_second": facts.expected,
                 "measured_ratio": self.expected_ratio,
                 "planned_tokens_per_second": facts.planned,
+                "tokens_per_second_with_these_reads": self.expected_reads,
                 "prompt_seconds": facts.expected_prompt,
                 "prompt_measured_ratio": self.prompt_ratio,
             },
@@ -170,30 +178,37 @@ class BenchReport:
 
 def make_report(facts: BenchFacts, rounds: Sequence[Round]) -> BenchReport:
     """Medians and bounds of at least one round."""
+    phases = [one.decode for one in rounds]
+    step = _step(facts, phases)
+    seconds = expected_seconds(step, facts.budget)
     return BenchReport(
         facts=facts,
         rounds=tuple(rounds),
-        decode=_decode(facts, [one.decode for one in rounds]),
+        decode=_phase(phases, step.read, decode_bound(step, facts.budget)),
         prefill=_prefill(facts, [one.prefill for one in rounds]),
         first_token_seconds=_spread([one.prefill.seconds for one in rounds]),
         memory_used=max(one.memory_used for one in rounds),
+        expected_reads=None if seconds is None else 1.0 / seconds,
     )
 
 
-def _decode(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:
+def _step(facts: BenchFacts, phases: Sequence[Phase]) -> StepBytes:
+    """A token as it was measured."""
+
     def median(value: Callable[[Phase], float]) -> float:
         return statistics.median(value(one) / one.tokens for one in phases)
 
     asked = median(lambda one: one.requests)
     routed = {kind: asked * nbytes for kind, nbytes in facts.record_bytes.items()}
-    step = StepBytes(
+    return StepBytes(
         dense=facts.dense_bytes + facts.cache_bytes + facts.kept_bytes,
         routed=routed,
         from_disk=median(lambda one: one.disk_bytes),
         from_host=median(lambda one: one.host_bytes),
         layers=facts.layers,
+        missed=median(lambda one: one.misses),
+        dense_kinds=facts.dense_kinds,
     )
-    return _phase(phases, step.read, decode_bound(step, facts.budget))
 
 
 def _prefill(facts: BenchFacts, phases: Sequence[Phase]) -> PhaseReport:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from conmoe_edge import __version__
 from conmoe_edge.api.planning import (
     PlanReport,
+    Resolved,
+    memory_of_fit,
     report_on,
     resolve_request,
     stays_whole,
@@ -27,15 +29,18 @@ from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.checkpoint.sources.locate import find, locate
 from conmoe_edge.checkpoint.sources.origin import differs
 from conmoe_edge.compress.quality.division import Division, division_of
-from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace
+from conmoe_edge.errors import CalibrationError, CheckpointError, NoSpace, OutOfMemory
 from conmoe_edge.memory.budget import Budget
+from conmoe_edge.memory.machine import measure_machine
 from conmoe_edge.memory.outcomes import Outcome, remember
 from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.dense_precision import stored
+from conmoe_edge.plan.fit_memory import most_tokens
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH, Levers, PlanRequest
 from conmoe_edge.plan.scope_choice import trial_bytes, with_scope
 from conmoe_edge.plan.serialise import plan_from_json, plan_to_json
+from conmoe_edge.units import human_size
 
 if TYPE_CHECKING:
     from conmoe_edge.compress.run.job import OnProgress
@@ -170,6 +175,7 @@ def fit(
         return _fit_unchanged(
             source, Path(out), report, notes=notes, overwrite=overwrite, fresh=fresh
         )
+    _require_memory(report, asked)
     planned = report.plan.chosen
     check_reach(source.config, anatomy, asked.method, planned.rate, planned.scope)
     target = torch.device(
@@ -247,6 +253,23 @@ def fit(
             manifest.notes,
             _division(manifest, anatomy),
         )
+
+
+def _require_memory(report: PlanReport, asked: Resolved) -> None:
+    """Refuse where this machine, with nothing else on it, has less RAM than the fit takes."""
+    need, limit = report.memory, measure_machine().ram_limit
+    if need is None or need.nbytes <= limit:
+        return
+    tokens = most_tokens(
+        limit, asked.request.tokens, lambda count: memory_of_fit(report, asked, count)
+    )
+    raise OutOfMemory(
+        f"This machine has too little RAM to fit {report.source_name}.",
+        f"about {human_size(need.nbytes)} are needed, it has {human_size(limit)}",
+        f"--calibration-tokens {tokens}"
+        if tokens
+        else "Fit it on a larger machine; the package runs on this one.",
+    )
 
 
 def _division(manifest: Manifest, anatomy: ModelAnatomy) -> tuple[Division, ...]:

@@ -21,6 +21,7 @@ from conmoe_edge.model.other_parts import NOTHING, OtherParts
 from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.fetching import Fetching, fetching_of
+from conmoe_edge.plan.fit_memory import FitMemory, fit_memory
 from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
@@ -52,6 +53,7 @@ class PlanReport:
         scopes_tried: how many layers may share prototypes, where the fit measures it; empty where it does not.
         prompt: how long a prompt should take; ``None`` where rates of the target are not known.
         export_note: what cannot be had of the package in other engines; else empty.
+        memory: what the fit itself takes of this machine's RAM; ``None`` where the model stays as it is.
     """
 
     source_name: str
@@ -69,6 +71,7 @@ class PlanReport:
     scopes_tried: tuple[int, ...] = ()
     prompt: PromptSpeed | None = None
     export_note: str = ""
+    memory: FitMemory | None = None
 
     @property
     def advice(self) -> str:
@@ -104,6 +107,9 @@ class PlanReport:
             if self.prompt is None
             else {**asdict(self.prompt), "tokens_per_second": self.prompt.tokens_per_second},
             "fetching": None if self.fetching is None else asdict(self.fetching),
+            "fit_memory": None
+            if self.memory is None
+            else {**asdict(self.memory), "bytes": self.memory.nbytes},
             "measured": [asdict(one) for one in self.outcomes],
             "advise": self.advice,
         }
@@ -255,7 +261,7 @@ def report_on(
     rates = None
     if request.engine is None and budget.measured and budget.device == "cpu":
         rates = arithmetic_here(meter)
-    return PlanReport(
+    found = PlanReport(
         source_name=name,
         anatomy=anatomy,
         plan=decided,
@@ -264,6 +270,28 @@ def report_on(
         method_note=asked.note,
         outcomes=() if identity is None or asked.request.equal else recall(identity["id"]),
         scopes_tried=scopes_to_try(anatomy, request, decided.chosen, keeps=asked.method.keeps),
+    )
+    if stays_whole(found, asked):
+        return found
+    return replace(found, memory=memory_of_fit(found, asked, request.tokens))
+
+
+def memory_of_fit(report: PlanReport, asked: Resolved, tokens: int) -> FitMemory:
+    """What the fit of a plan takes with so many calibration tokens."""
+    import torch
+
+    from conmoe_edge.compress.stream.layer_stream import compute_dtype
+
+    on_host = asked.request.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_host else "cuda")
+    wide = compute_dtype(device, getattr(torch, report.anatomy.dtype)).itemsize
+    return fit_memory(
+        report.anatomy,
+        tokens,
+        trims=asked.method.trims,
+        precision=report.plan.chosen.precision,
+        wide=wide,
+        on_host=on_host,
     )
 
 

@@ -56,6 +56,45 @@ class Memory:
     kv_precision: str = "source"
 
 
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Bytes on the device.
+
+    Attributes:
+        fixed: of everything but prototypes.
+        records: of one prototype of each record layout, and how many there are.
+    """
+
+    fixed: int
+    records: tuple[tuple[int, int], ...]
+
+    @property
+    def smallest(self) -> int:
+        """Of the fewest cache slots: one of each layout."""
+        return sum(nbytes for nbytes, count in self.records if count)
+
+    @property
+    def everything(self) -> int:
+        """Of all of it, with every prototype resident."""
+        return self.fixed + sum(nbytes * count for nbytes, count in self.records)
+
+
+def needed_bytes(
+    anatomy: ModelAnatomy, manifest: Manifest, kind: DeviceKind, context: int
+) -> Needed:
+    """What a package takes with ``context`` tokens; ``anatomy`` has the dense bytes and how the cache is kept."""
+    counts = [0] * len(manifest.layouts)
+    for entry in manifest.prototypes:
+        counts[entry.layout] += 1
+    records = tuple(
+        (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
+    )
+    largest = max((nbytes for nbytes, _ in records), default=0)
+    needs = needs_of(anatomy, kind, context)
+    chunk = min(chunk_of(manifest), context)
+    return Needed(needs.fixed(largest) + prefetch_bytes(manifest) + needs.workspace(chunk), records)
+
+
 def plan_memory(
     model: PreTrainedModel,
     manifest: Manifest,
@@ -72,24 +111,18 @@ def plan_memory(
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     budget = options.budget or default_budget(planned_by(manifest), kind)
     chunk = min(chunk_of(manifest), context)
-    counts = [0] * len(manifest.layouts)
-    for entry in manifest.prototypes:
-        counts[entry.layout] += 1
     kv = options.kv_precision or manifest.kv_precision
     if options.slots is not None and kv == "source":
         return Memory(budget, tuple(options.slots), chunk)
     anatomy = with_kv(loaded_anatomy(model), kv)
     if options.slots is not None:
         return Memory(budget, tuple(options.slots), chunk, kv_precision=kv)
-    records = [
-        (layout.nbytes, count) for layout, count in zip(manifest.layouts, counts, strict=True)
-    ]
-    largest = max((nbytes for nbytes, _ in records), default=0)
-    needs = needs_of(anatomy, kind, context)
-    fixed = needs.fixed(largest) + prefetch_bytes(manifest) + needs.workspace(chunk)
+    needed = needed_bytes(anatomy, manifest, kind, context)
+    fixed = needed.fixed
     if options.beside is not None and kind == "cpu":
         fixed += options.beside(budget.device_bytes, context)
-    least = fixed + sum(nbytes for nbytes, count in records if count)
+    records = needed.records
+    least = fixed + needed.smallest
     if least > budget.device_bytes:
         raise _too_small(fixed, least, chunk, budget, unchanged=not records)
     slots = slots_for(budget.device_bytes, fixed, records)

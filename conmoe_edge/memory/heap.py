@@ -2,21 +2,29 @@
 
 glibc keeps freed blocks of some megabytes in a heap that breaks into pieces, so that resident
 memory runs ahead of what is in use, by some hundred MB for a key-value cache that grows, by more
-than a GiB for layers that come and go. Three remedies, each for its place: ``return_large_blocks``
+than a GiB for layers that come and go. Four remedies, each for its place: ``return_large_blocks``
 for a process that chats, where large blocks are rare; ``trim_heap`` between two layers of a fit,
-where they are frequent and each would cost its page faults. A server, whose texts are tokenised on
-another thread than its answers are made on, keeps both in ``one_heap``. Elsewhere nothing is done.
+where they are frequent and each would cost its page faults; ``trimmed`` between the experts of one.
+A server, whose texts are tokenised on another thread than its answers are made on, keeps both in
+``one_heap``. Elsewhere nothing is done.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import psutil
+
+One = TypeVar("One")
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _THRESHOLD = 1 << 20
+GROWN = 96 << 20
+"""Bytes by which a process grows before ``trimmed`` gives back what is free in its heap."""
 
 
 def return_large_blocks() -> bool:
@@ -36,6 +44,23 @@ def one_heap() -> bool:
 def trim_heap() -> bool:
     """Give back what is free in the heap now; says whether there was any."""
     return _call("malloc_trim", 0)
+
+
+def trimmed(items: Iterable[One]) -> Iterator[One]:
+    """Each of ``items``, the heap trimmed before the first and wherever the process has grown by ``GROWN`` since that
+    was done last.
+
+    For loops whose every step leaves something behind and needs a multiple of it for a while: what it needs for a while
+    is free again in pieces between what stays, and the next step, a little larger, finds room behind them.
+    """
+    process, least = psutil.Process(), 0
+    for one in items:
+        now = process.memory_info().rss
+        if now > least + GROWN:
+            trim_heap()
+            least = process.memory_info().rss
+        least = min(least, now)
+        yield one
 
 
 def _call(name: str, *args: int) -> bool:

@@ -51,6 +51,8 @@ from conmoe_edge.units import MIB
 PYTHON_BYTES = 512 * MIB
 # CUDA context, cuBLAS and lazily loaded kernels take 300 to 600 MB; 0.45 GiB is the middle.
 CUDA_BYTES = 461 * MIB
+PROCESS_TERMS = ("Python and libraries", "CUDA context and allocator")
+"""Names of what a process takes on ``cpu`` and on ``cuda`` whatever the model is."""
 TRANSFER_RECORDS = 2
 
 DENSE_BLOCK_BYTES = 8 * MIB
@@ -135,9 +137,9 @@ def needs_of(
 ) -> Needs:
     """The needs of a model for a conversation of ``context`` tokens; ``constants``: bytes of those of router slots."""
     if device == "cpu":
-        runtime = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
+        runtime = Term(PROCESS_TERMS[0], PYTHON_BYTES, "the process itself, with torch")
     else:
-        runtime = Term("CUDA context and allocator", CUDA_BYTES, "driver, cuBLAS, kernels")
+        runtime = Term(PROCESS_TERMS[1], CUDA_BYTES, "driver, cuBLAS, kernels")
     size = 4 if anatomy.dtype in ("float32", "float64") else 2
     hidden = anatomy.hidden_size
     experts = [layer.experts for layer in anatomy.moe_layers if layer.experts is not None]

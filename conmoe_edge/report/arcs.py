@@ -7,6 +7,7 @@ experts were, in steps of the package's own distances.
 from __future__ import annotations
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId
+from conmoe_edge.report.charts import Axis, framed, ticks
 from conmoe_edge.report.heat_map import describe
 from conmoe_edge.report.markup import Markup, figure, stretched, tag
 from conmoe_edge.report.package_summary import PackageSummary
@@ -21,12 +22,16 @@ def arcs(facts: PackageSummary) -> Markup:
     """The whole section; nothing where no slot leads elsewhere."""
     if not facts.counts()["alias"]:
         return Markup("")
-    panels = [_panel(facts, layers) for layers in facts.scopes]
+    shared = [layers for layers in facts.scopes if _aliases(facts, layers)]
+    panels = [_panel(facts, layers) for layers in shared]
     lead = "An arc leads from a router slot to the expert that now answers for it; ticks are prototypes. "
+    none = sum(map(len, facts.scopes)) - sum(map(len, shared))
+    if none:
+        lead += f"{none:,} layer{'' if none == 1 else 's'} without any {'is' if none == 1 else 'are'} left out. "
     distances = facts.distances
     if distances:
         lead += (
-            f"Distances between the pretrained weights go from {distances[0]:.3f} to {distances[-1]:.3f}: "
+            f"Distances between the pretrained weights {_range(distances)}: "
             "0 would be the same expert, 1.414 two unrelated ones of one size. The stronger an arc, the farther it is."
         )
     return figure(
@@ -54,22 +59,36 @@ def _panel(facts: PackageSummary, layers: tuple[int, ...]) -> Markup:
     shapes += [
         tag("path", d=f"M{start} 0V{_HIGH:g}", class_="border") for _, start in starts if start
     ]
-    aliases = [slot for layer in layers for slot in facts.slots[layer] if slot.kind == "alias"]
+    aliases = _aliases(facts, layers)
     # The longest lie below, where they can still be pointed at beside the short ones.
     for slot in sorted(
         aliases, key=lambda s: (-abs(_ends(s, place)[0] - _ends(s, place)[1]), s.id)
     ):
         shapes.append(_arc(slot, _ends(slot, place), count, facts.distances))
-    names = [
-        tag("span", f"layer {layer}", style=f"left:{100 * start / count:.3f}%")
-        for layer, start in starts
-    ]
+    names = tuple(
+        ((start + len(facts.slots[layer]) / 2) / count, f"layer {layer}") for layer, start in starts
+    )
+    title = f"Layer{'' if len(layers) == 1 else 's'} {_span(layers)}"
     return tag(
         "div",
-        stretched(*shapes, wide=count, high=_HIGH, label=f"layers {_span(layers)}", class_="arcs"),
-        tag("span", *names, class_="ticks"),
+        framed(
+            title,
+            stretched(*shapes, wide=count, high=_HIGH, label=title, class_="arcs"),
+            ticks(Axis("", names)) if len(layers) > 1 else Markup(""),
+            tag("span", "router slots, in their order", class_="acrossname"),
+        ),
         class_="panel",
     )
+
+
+def _range(distances: tuple[float, ...]) -> str:
+    low, high = f"{distances[0]:.3f}", f"{distances[-1]:.3f}"
+    return f"are {low}" if low == high else f"go from {low} to {high}"
+
+
+def _aliases(facts: PackageSummary, layers: tuple[int, ...]) -> list[SlotFact]:
+    """The slots of these layers that lead to another's expert."""
+    return [slot for layer in layers for slot in facts.slots[layer] if slot.kind == "alias"]
 
 
 def _ends(slot: SlotFact, place: dict[ExpertId, float]) -> tuple[float, float]:

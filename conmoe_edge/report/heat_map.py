@@ -6,7 +6,8 @@ dropped slot a dot: that reads without colour. Cells of wide models scroll sidew
 
 from __future__ import annotations
 
-from conmoe_edge.report.markup import Markup, figure, join, key, stretched, tag, text
+from conmoe_edge.report.charts import chart, count_axis, rows_axis
+from conmoe_edge.report.markup import Markup, figure, join, key, stretched, tag
 from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import Kind, SlotFact
 
@@ -31,28 +32,20 @@ def heat_map(facts: PackageSummary) -> Markup:
     """The whole section."""
     counts = facts.counts()
     longest = max(len(row) for row in facts.slots.values())
-    rows = [
-        tag("div", tag("span", f"{layer}", class_="label"), _row(layer, row, longest), class_="row")
-        for layer, row in facts.slots.items()
-    ]
+    rows = [_row(layer, row, longest) for layer, row in facts.slots.items()]
     legend = [(_sample(kind, 1.5), _WORDS[kind]) for kind in _WORDS if counts[kind]]
     shades = [(_sample("prototype", one), word) for one, word in _SHADES] if facts.usage else []
     return figure(
         "What became of every router slot",
         tag("div", key("A cell is", *legend), key("Its share", *shades), class_="keys"),
-        tag(
-            "div",
-            tag(
-                "div",
-                tag(
-                    "div", tag("span", "layer", class_="label"), _ticks(longest), class_="row head"
-                ),
-                *rows,
-                style=f"min-width:{max(280, 34 + 5 * longest)}px",
-            ),
-            class_="scroll",
-            tabindex="0",
-            aria_label="map of the router slots",
+        chart(
+            "Router slots and the routing weight they had"
+            if facts.usage is not None
+            else "Router slots",
+            join(*rows),
+            across=count_axis("number of the router slot in its layer", longest),
+            up=rows_axis("layer", [str(layer) for layer in facts.slots]),
+            least=max(300, 60 + 5 * longest),
         ),
         lead=_lead(facts),
         tip="Point at a cell, or tap it.",
@@ -131,15 +124,6 @@ def _sample(kind: Kind, relative: float) -> Markup:
         viewBox="0 0 20 20",
         aria_hidden="true",
     )
-
-
-def _ticks(count: int) -> Markup:
-    step = 8 if count <= 64 else 32
-    marks = [
-        tag("span", text(number), style=f"left:{100 * number / count:.3f}%")
-        for number in range(0, count, step)
-    ]
-    return tag("span", join(*marks), class_="ticks")
 
 
 def _lead(facts: PackageSummary) -> str:

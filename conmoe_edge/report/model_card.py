@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.extras import ELSEWHERE
 from conmoe_edge.report.match_rows import MATCH_HEADERS, MATCH_LEAD, match_rows
 from conmoe_edge.units import human_size
 
@@ -61,7 +62,7 @@ def model_card(
         f"{made[0].upper()}{made[1:]}, fitted into less memory by conmoe-edge {manifest.tool_version}.".rstrip(),
         *("", "## What was done", "", *_plan(manifest)),
         *("", "## What it cost in quality", "", *_receipt(manifest.receipt)),
-        *("", "## How to run it", "", "```bash", "pip install conmoe-edge"),
+        *("", "## How to run it", "", "```bash", ELSEWHERE),
         *(f"conmoe-edge pull {hub_id}", f"conmoe-edge chat ./{title}", "```", ""),
     ]
     return "\n".join(lines)

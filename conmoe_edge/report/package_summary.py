@@ -18,10 +18,12 @@ from conmoe_edge.checkpoint.tensors.tensor_index import CONFIG_FILE, read_json_o
 from conmoe_edge.errors import PackageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
 from conmoe_edge.offload.simulate.machine_file import with_machine_file
+from conmoe_edge.plan.needs import PROCESS_TERMS
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.serialise import plan_from_json
-from conmoe_edge.report.hits import HitCurve, hit_curves
+from conmoe_edge.report.hits import Hits, hit_curves
 from conmoe_edge.report.measured import Measured, read_measured
+from conmoe_edge.report.reduction import LayerFact, Reduction, layer_facts, reduction
 from conmoe_edge.report.slot_shares import (
     KINDS,
     PrototypeFact,
@@ -47,12 +49,16 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class MemoryTerm:
-    """One summand of the device memory: what the plan counted, and what is known to be so (``None``: nothing is)."""
+    """One summand of the device memory: what the plan counted, and what is known to be so (``None``: nothing is).
+
+    ``process``: whether it is what a process takes without a model.
+    """
 
     name: str
     planned: int
     found: int | None
     note: str
+    process: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class PackageSummary:
         prototypes: in the order of the manifest.
         scopes: runs of layers that share prototypes.
         usage: what the slots' shares are shares of; ``None`` where nothing is known.
-        curves: hit rates by slots, where they were asked for and there is a trace.
+        hits: hit rates by slots, where they were asked for and there is a trace.
         measured: what ``bench`` found, where it was given.
         verified: whether every file was hashed.
     """
@@ -85,7 +91,7 @@ class PackageSummary:
     prototypes: tuple[PrototypeFact, ...]
     scopes: tuple[tuple[int, ...], ...]
     usage: Usage | None
-    curves: tuple[HitCurve, ...] = ()
+    hits: Hits | None = None
     measured: Measured | None = None
     verified: bool = False
 
@@ -103,6 +109,16 @@ class PackageSummary:
     def every_slot(self) -> tuple[SlotFact, ...]:
         """All router slots, layer by layer."""
         return tuple(slot for row in self.slots.values() for slot in row)
+
+    @property
+    def layers(self) -> dict[int, LayerFact]:
+        """Layer -> what became of its experts."""
+        return dict(layer_facts(self.manifest, self.prototypes))
+
+    @property
+    def reduction(self) -> Reduction:
+        """What was taken from the experts, over all layers."""
+        return reduction(self.manifest, self.prototypes)
 
     @property
     def distances(self) -> tuple[float, ...]:
@@ -177,7 +193,7 @@ def summarise(
         verified=verify,
     )
     if curves and trace is not None:
-        found = replace(found, curves=hit_curves(trace, manifest, tell))
+        found = replace(found, hits=hit_curves(trace, manifest, tell))
     return found
 
 
@@ -187,7 +203,10 @@ def memory_terms(facts: PackageSummary) -> tuple[MemoryTerm, ...]:
     if plan is None:
         return ()
     known = {"Dense weights": facts.sizes.dense}
-    terms = [MemoryTerm(t.name, t.nbytes, known.get(t.name), t.note) for t in plan.terms]
+    terms = [
+        MemoryTerm(t.name, t.nbytes, known.get(t.name), t.note, t.name in PROCESS_TERMS)
+        for t in plan.terms
+    ]
     used = plan.chosen.resident_bytes
     if facts.unchanged:
         # The weights lie in the same files, so only their sum is known.
@@ -205,7 +224,7 @@ def memory_terms(facts: PackageSummary) -> tuple[MemoryTerm, ...]:
 def to_json(facts: PackageSummary) -> dict[str, Any]:
     """Plain JSON: sizes in bytes, shares between 0 and 1, experts as ``[layer, expert]``."""
     manifest, plan, sizes = facts.manifest, facts.plan, facts.sizes
-    distances = facts.distances
+    distances, layers, removed = facts.distances, facts.layers, facts.reduction
     return {
         "package": {
             "path": str(facts.folder),
@@ -247,6 +266,7 @@ def to_json(facts: PackageSummary) -> dict[str, Any]:
             else facts.measured.decode.tokens_per_second.median,
         },
         "receipt": manifest.receipt,
+        "experts": {**asdict(removed), "removed": removed.removed} if removed.experts else None,
         "slots": {
             "planned_prototypes": None if plan is None else plan.chosen.prototypes,
             "prototypes": len(facts.prototypes),
@@ -256,7 +276,7 @@ def to_json(facts: PackageSummary) -> dict[str, Any]:
         },
         "scopes": [list(layers) for layers in facts.scopes],
         "layers": [
-            {"layer": layer, "slots": [_slot(slot) for slot in row]}
+            {**asdict(layers[layer]), "slots": [_slot(slot) for slot in row]}
             for layer, row in facts.slots.items()
         ],
         "prototypes": [
@@ -274,8 +294,9 @@ def to_json(facts: PackageSummary) -> dict[str, Any]:
         else None,
         "cache": [
             {**asdict(one), "slots": list(one.slots), "best": list(one.best)}
-            for one in facts.curves
+            for one in (() if facts.hits is None else facts.hits.layouts)
         ],
+        "whole_cache": None if facts.hits is None else asdict(facts.hits.all_together),
     }
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from conmoe_edge.checkpoint.fs.atomic_files import write_bytes
 from conmoe_edge.report.arcs import arcs
+from conmoe_edge.report.experts_section import experts
 from conmoe_edge.report.heat_map import heat_map
-from conmoe_edge.report.hit_chart import hit_charts
+from conmoe_edge.report.hit_chart import hit_chart
 from conmoe_edge.report.markup import Markup, join, table, tag
 from conmoe_edge.report.memory_bars import memory_bars
 from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.prototypes_section import prototypes
 from conmoe_edge.report.quality_section import quality
+from conmoe_edge.report.reduction import and_list
 from conmoe_edge.report.style import SCRIPT, STYLE
 from conmoe_edge.units import human_size
 
@@ -46,10 +48,11 @@ def page(facts: PackageSummary) -> str:
     elif facts.slots:
         sections += [
             quality(facts),
+            experts(facts),
             heat_map(facts),
             arcs(facts),
             prototypes(facts),
-            hit_charts(facts),
+            hit_chart(facts),
         ]
     head = tag(
         "head",
@@ -79,11 +82,12 @@ def _header(facts: PackageSummary) -> Markup:
     if facts.unchanged:
         parts.append("left as it is")
     else:
-        parts += [f"method {manifest.method}", f"scope {manifest.scope}"]
-        forms = [
-            "the model's own precision" if p == "source" else p for p in facts.layout_precisions
-        ]
-        parts.append(f"prototypes in {' and '.join(forms)}")
+        parts.append(f"method {manifest.method}")
+        if manifest.scope > 1:
+            parts.append(f"prototypes shared by {manifest.scope} layers")
+        forms = list(dict.fromkeys(one.form for one in facts.prototypes))
+        if forms:
+            parts.append(f"experts in {and_list(sorted(forms))}")
     if manifest.dense_precision != "source":
         parts.append(f"dense weights in {manifest.dense_precision}")
     if manifest.kv_precision != "source":
@@ -102,9 +106,15 @@ def _figures(facts: PackageSummary) -> list[tuple[str, str]]:
     manifest, sizes = facts.manifest, facts.sizes
     total = human_size(sizes.dense + sizes.prototypes)
     figures = []
-    if facts.prototypes:
+    left = facts.reduction
+    if left.experts:
+        narrower = f", {left.narrower:,} of them narrower" if left.narrower else ""
+        figures.append((f"{left.kept:,} of {left.experts:,}", f"experts kept{narrower}"))
+    if left.removed is not None and left.bytes_before is not None:
+        change = "fewer" if left.removed >= 0 else "more"
+        was, now = human_size(left.bytes_before), human_size(left.bytes_now)
         figures.append(
-            (f"{len(facts.prototypes):,}", f"prototypes for {len(facts.every_slot):,} router slots")
+            (f"{100 * abs(left.removed):.0f} %", f"{change} bytes of experts, {was} to {now}")
         )
     planned = "" if facts.plan is None else f", {human_size(facts.plan.disk_bytes)} planned"
     figures.append((total, f"of weights on disk{planned}"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from conmoe_edge.report.markup import Markup, figure, join, stretched, table, tag
+from conmoe_edge.report.charts import chart, count_axis, number_axis
+from conmoe_edge.report.experts_section import prototype_words
+from conmoe_edge.report.markup import Markup, figure, stretched, table, tag
 from conmoe_edge.report.package_summary import PackageSummary
 from conmoe_edge.report.slot_shares import PrototypeFact, quantile
 
@@ -16,7 +18,7 @@ def prototypes(facts: PackageSummary) -> Markup:
     if not ranked:
         return Markup("")
     shown = min(_SHOWN, len(ranked) // 2)
-    parts = [tag("h3", "Weight of every prototype, the busiest first"), _ranking(ranked)]
+    parts = [_ranking(ranked)]
     if shown:
         parts.append(
             tag(
@@ -27,7 +29,7 @@ def prototypes(facts: PackageSummary) -> Markup:
             )
         )
     if len(facts.distances) > 1 and facts.distances[-1] > facts.distances[0]:
-        parts += [tag("h3", "Distance from a slot's expert to its prototype"), _histogram(facts)]
+        parts.append(_histogram(facts))
     half = _until_half(ranked)
     lead = f"{len(ranked):,} prototypes answer for {len(facts.every_slot):,} router slots. "
     if ranked[0].weight > 0:
@@ -59,28 +61,19 @@ def _ranking(ranked: tuple[PrototypeFact, ...]) -> Markup:
             "rect", x=number + 0.08, y=100.0 - height, width=0.84, height=height, class_="weight"
         )
         hit = tag("rect", x=float(number), y=0.0, width=1.0, height=100.0, class_="hit")
-        bars.append(tag("g", tag("title", _words(one)), bar, hit))
+        bars.append(tag("g", tag("title", prototype_words(one)), bar, hit))
     equal = 100.0 - 100.0 * min(1.0, sum(p.weight for p in ranked) / len(ranked) / most)
     bars.append(tag("path", d=f"M0 {equal:.2f}H{len(ranked)}", class_="equal"))
-    return join(
-        stretched(
-            *bars, wide=len(ranked), high=100.0, label="weight by prototype", class_="ranking"
-        ),
-        tag(
-            "p",
-            tag("span", f"{100 * ranked[0].weight:.2f} %"),
-            tag("span", "dashed: an equal share", class_="soft"),
-            tag("span", f"{100 * ranked[-1].weight:.2f} %"),
-            class_="ends",
-        ),
+    picture = stretched(
+        *bars, wide=len(ranked), high=100.0, label="weight by prototype", class_="ranking"
     )
-
-
-def _words(one: PrototypeFact) -> str:
-    layers = ", ".join(map(str, one.layers)) or "none"
-    slots = f"{one.slots} slot{'' if one.slots == 1 else 's'}"
-    weight = f"{100 * one.weight:.2f} % of the weight"
-    return f"prototype {one.id.layer}.{one.id.expert}: {weight}, {slots} of layers {layers}"
+    return chart(
+        "Routing weight of every prototype, the busiest first",
+        picture,
+        across=count_axis("prototypes", len(ranked)),
+        up=number_axis("share of all routing weight (%)", 100 * most),
+        note="Dashed: an equal share.",
+    )
 
 
 def _list(title: str, chosen: tuple[PrototypeFact, ...], count: int) -> Markup:
@@ -93,11 +86,11 @@ def _list(title: str, chosen: tuple[PrototypeFact, ...], count: int) -> Markup:
             else "–",
             f"{100 * one.weight:.2f} %",
             f"×{one.weight * count:.2f}",
-            one.precision,
+            one.short_form + (f", {one.neurons:,}" if one.narrower else ""),
         )
         for one in chosen
     ]
-    headers = (title, "slots", "of layers", "weight", "of equal", "record")
+    headers = (title, "slots", "of layers", "weight", "of equal", "form, neurons")
     return table(headers, rows, frozenset({4}))
 
 
@@ -118,13 +111,11 @@ def _histogram(facts: PackageSummary) -> Markup:
         slots = f"{count} slot{'' if count == 1 else 's'}"
         label = f"{slots} at a distance of {edges[0]:.4f} to {edges[1]:.4f}"
         bars.append(tag("g", tag("title", label), bar, hit))
-    return join(
-        stretched(*bars, wide=_BINS, high=100.0, label="distances", class_="ranking"),
-        tag(
-            "p",
-            tag("span", f"{low:.3f}"),
-            tag("span", f"median {quantile(distances, 0.5):.3f}", class_="soft"),
-            tag("span", f"{high:.3f}"),
-            class_="ends",
-        ),
+    picture = stretched(*bars, wide=_BINS, high=100.0, label="distances", class_="ranking")
+    return chart(
+        "Distance from a slot's expert to its prototype",
+        picture,
+        across=number_axis("distance (0 is the same expert, 1.414 two unrelated ones)", high, low),
+        up=number_axis("router slots", max(counts)),
+        note=f"Median {quantile(distances, 0.5):.3f}.",
     )

@@ -11,6 +11,7 @@ from conmoe_edge.report.package_summary import PackageSummary
 
 _HEADERS = ("text", "tokens", "loss before", "after", "rise", "perplexity", "KL", "same top")
 _WIDE = frozenset({1, 2, 3})
+_WIDE_MATCH = frozenset({1})
 
 
 def quality(facts: PackageSummary) -> Markup:
@@ -42,7 +43,8 @@ def _exact(receipt: Mapping[str, Any]) -> list[Markup]:
     rows = match_rows(receipt)
     if not rows:
         return []
-    return [tag("p", text(MATCH_LEAD)), tag("div", table(MATCH_HEADERS, rows), class_="quality")]
+    shown = tag("div", table(MATCH_HEADERS, rows, _WIDE_MATCH), class_="quality exact")
+    return [tag("p", text(MATCH_LEAD), class_="lead"), shown]
 
 
 def _row(name: str, row: Mapping[str, Any], most: Mapping[str, float]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest
 from conmoe_edge.plan.trace import RoutingTrace
+from conmoe_edge.report.record_shape import form_of, neurons_of
 
 Kind = Literal["prototype", "alias", "constant", "dropped"]
 KINDS: tuple[Kind, ...] = ("prototype", "alias", "constant", "dropped")
@@ -60,7 +61,20 @@ class SlotFact:
 
 @dataclass(frozen=True, slots=True)
 class PrototypeFact:
-    """One prototype: how many slots lead to it, from which layers, and the share of the routing weight it carries."""
+    """One prototype.
+
+    Attributes:
+        id: the expert that it was.
+        slots: how many lead to it.
+        layers: that these are of, ascending.
+        weight: the share of the routing weight that it carries.
+        precision: the form of its record, by its name in the manifest.
+        nbytes: of its record.
+        form: the same form in words.
+        neurons: that it keeps; 0 where that is not known.
+        whole: neurons of the expert before; 0 where that is not known.
+        bits: of its record a weight that it keeps, scales and padding included; ``None`` where that is not known.
+    """
 
     id: ExpertId
     slots: int
@@ -68,6 +82,20 @@ class PrototypeFact:
     weight: float
     precision: str
     nbytes: int
+    form: str
+    neurons: int
+    whole: int
+    bits: float | None
+
+    @property
+    def short_form(self) -> str:
+        """The form in a few letters: ``q2-q3``, ``bf16``."""
+        return self.form if self.precision == "source" else self.precision
+
+    @property
+    def narrower(self) -> bool:
+        """Whether it is known to have fewer neurons than the expert."""
+        return 0 < self.neurons < self.whole
 
 
 def usage_of(manifest: Manifest, trace: RoutingTrace | None) -> Usage | None:
@@ -134,17 +162,29 @@ def prototype_facts(manifest: Manifest) -> tuple[PrototypeFact, ...]:
         for slot in row:
             if slot.prototype is not None:
                 leading[slot.prototype].append(layer)
-    return tuple(
-        PrototypeFact(
-            entry.id,
-            len(leading[entry.id]),
-            tuple(sorted(set(leading[entry.id]))),
-            entry.weight,
-            manifest.layouts[entry.layout].precision,
-            manifest.layouts[entry.layout].nbytes,
+    shapes = [(form_of(layout), neurons_of(layout)) for layout in manifest.layouts]
+    facts = []
+    for entry in manifest.prototypes:
+        layout, (form, neurons) = manifest.layouts[entry.layout], shapes[entry.layout]
+        was = manifest.originals.get(entry.id.layer)
+        bits = None
+        if was is not None and neurons:
+            bits = 8 * layout.nbytes * was.neurons / (was.weights * neurons)
+        facts.append(
+            PrototypeFact(
+                entry.id,
+                len(leading[entry.id]),
+                tuple(sorted(set(leading[entry.id]))),
+                entry.weight,
+                layout.precision,
+                layout.nbytes,
+                form,
+                neurons,
+                0 if was is None else was.neurons,
+                bits,
+            )
         )
-        for entry in manifest.prototypes
-    )
+    return tuple(facts)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

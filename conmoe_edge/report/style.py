@@ -7,10 +7,10 @@ are two hues that colour-blind readers can tell apart, and shapes say the same.
 STYLE = """
 :root{--ground:#fff;--text:#1c2128;--soft:#5b6470;--rule:#dfe3e8;--rail:#eef1f4;
 --own:#0b5cad;--alias:#c2570c;--const:#6d4bb0;--found:#7d8793;--loss:#b4371f;
---t0:#8a94a0;--t1:#0b5cad;--t2:#4d95dc;--t3:#a9cbee;--t4:#6d4bb0;--t5:#c2570c}
+--t0:#8a94a0}
 @media (prefers-color-scheme:dark){:root{--ground:#0f1317;--text:#e4e8ed;--soft:#98a2ae;--rule:#2a313a;
 --rail:#1c2229;--own:#62adf5;--alias:#f3994f;--const:#b69af0;--found:#8b96a3;--loss:#f0765c;
---t0:#77818d;--t1:#62adf5;--t2:#3f7fc0;--t3:#a9cbee;--t4:#b69af0;--t5:#f3994f}}
+--t0:#77818d}}
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
 body{margin:0 auto;padding:32px 20px 64px;max-width:920px;background:var(--ground);color:var(--text);
@@ -41,35 +41,45 @@ padding:18px 0;border:solid var(--rule);border-width:1px 0}
 .keys{margin-bottom:12px;display:flex;flex-direction:column;gap:2px}
 .sample{width:16px;height:16px;flex:none}
 .sample.long{width:34px;height:16px}
-.ticks{position:relative;display:block;height:18px;font-size:12px;line-height:18px;color:var(--soft)}
-.ticks span{position:absolute;white-space:nowrap}
-.ticks .last{right:0}
+/* charts */
+figure{margin:22px 0 0}
+figcaption{font-size:14px;font-weight:600;margin-bottom:2px}
+.note,.upname,.acrossname{font-size:13px;color:var(--soft)}
+.chart>.note{margin-bottom:8px;max-width:72ch}
+.chart .upname,.chart .acrossname{display:block}
+.plot{display:grid;grid-template-columns:46px minmax(0,1fr);gap:4px 8px;margin-top:4px}
+.plot>.upname{grid-column:1/3}
+.plot>.across,.plot>.acrossname{grid-column:2}
+.up,.across{position:relative;font-size:12px;line-height:14px;color:var(--soft)}
+.across{height:16px}
+.up span,.across span{position:absolute;white-space:nowrap}
+.up span{right:0;transform:translateY(50%)}
+.across span{transform:translateX(-50%)}
+.acrossname{text-align:center}
+.canvas{min-width:0;border-left:1px solid var(--rule);border-bottom:1px solid var(--rule)}
+.canvas>div>svg{height:100%}
+.plot+.key,.scroll+.key,.chart+.key,.chart+.keys{margin:10px 0 0}
 /* memory */
-.whole{margin-bottom:18px}
-.stack{height:28px;border-radius:3px}
-.stack.thin{height:10px}
-.after{font-size:13px;color:var(--soft);text-align:right;margin-top:2px}
 .rail{fill:var(--rail)}
-.t0{fill:var(--t0)}.t1{fill:var(--t1)}.t2{fill:var(--t2)}.t3{fill:var(--t3)}.t4{fill:var(--t4)}.t5{fill:var(--t5)}
+.process{fill:var(--t0)}.t1,.expert{fill:var(--own)}.free{fill:var(--rail)}.worth{fill:var(--const)}
 .found{fill:var(--found)}
 .bars{display:grid;grid-template-columns:minmax(0,21em) minmax(0,1fr) 8.5em;gap:0 18px;align-items:center;
 padding:7px 0;border-top:1px solid var(--rule)}
 .bars .what{display:flex;flex-direction:column;line-height:1.35}
-.bars .note,.bars .figures .soft{font-size:13px}
+.what .note,.bars .figures .soft{font-size:13px}
 .bars .figures{grid-column:3;text-align:right;display:flex;flex-direction:column;line-height:1.35}
 .bars .figures b{font-weight:600}
 .bars .bar{grid-column:2;grid-row:1;height:20px;min-width:0}
+.foot .scale{grid-column:2}
 /* slots */
-.row{display:flex;align-items:center;gap:8px}
-.row .label{flex:none;width:34px;text-align:right;font-size:12px;color:var(--soft);line-height:1}
-.row .cells{height:20px;margin:1px 0}
-.row .ticks{flex:1}
+.cells{height:20px;margin:1px 0}
 .prototype{fill:var(--own)}.alias{fill:var(--alias)}.constant{fill:var(--const)}.dropped{fill:var(--text)}
-.cells g:hover .hit,.ranking g:hover .hit{stroke:var(--text);stroke-width:1.5px;vector-effect:non-scaling-stroke}
+.cells g:hover .hit,.kept g:hover .hit,.ranking g:hover .hit{stroke:var(--text);stroke-width:1.5px;
+vector-effect:non-scaling-stroke}
 /* arcs */
 .panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(270px,100%),1fr));gap:20px 28px}
 .arcs{height:110px;overflow:visible}
-.arcs path,.chart path,.chart polyline{vector-effect:non-scaling-stroke;fill:none}
+.arcs path,.lines path,.lines polyline{vector-effect:non-scaling-stroke;fill:none}
 .tick{stroke:var(--own);stroke-width:3px}
 .tick.gone{stroke:var(--rule);stroke-width:2px}
 .border{stroke:var(--rule);stroke-width:1px;stroke-dasharray:3 3}
@@ -78,10 +88,9 @@ padding:7px 0;border-top:1px solid var(--rule)}
 .d0{stroke-opacity:.35}.d1{stroke-opacity:.55}.d2{stroke-opacity:.78}.d3{stroke-opacity:1}
 .arc:hover .line{stroke:var(--text);stroke-width:2.6px;stroke-opacity:1}
 /* prototypes */
-.ranking{height:110px;border-bottom:1px solid var(--rule)}
+.ranking{height:110px}
 .weight{fill:var(--own)}
 .equal{stroke:var(--soft);stroke-width:1px;stroke-dasharray:4 4;vector-effect:non-scaling-stroke}
-.ends{display:flex;justify-content:space-between;font-size:12px;margin-top:3px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(330px,100%),1fr));gap:16px 40px;margin-top:20px}
 /* tables */
 table{border-collapse:collapse;width:100%;font-size:14px}
@@ -90,22 +99,20 @@ thead th{color:var(--soft);font-size:13px;border:0;vertical-align:bottom}
 th:first-child{text-align:left;padding-left:0}
 .pair thead th:first-child{color:var(--text);font-weight:600}
 .quality tbody tr:first-child>*{font-weight:600}
+.exact thead th{white-space:normal}
+.exact{margin-top:4px}
+.quality+.lead{margin-top:20px}
 .quality th:first-child{white-space:normal;overflow-wrap:anywhere;min-width:4.4em}
 .barred{display:inline-block;width:100%;min-width:52px;max-width:150px}
 .under{height:4px;margin-top:1px}
 .loss{fill:var(--loss)}
 /* hits */
-.plot{display:grid;grid-template-columns:auto minmax(0,1fr);gap:4px 8px;margin-top:12px}
-.axis{display:flex;flex-direction:column;justify-content:space-between;text-align:right;font-size:12px;
-color:var(--soft);line-height:1;margin:-6px 0}
-.chart{height:260px;overflow:visible}
-.plot .ticks{grid-column:2}
-.plot .ticks span:not(:first-child):not(.last){transform:translateX(-50%)}
+.lines{height:260px;overflow:visible}
 .grid{stroke:var(--rule);stroke-width:1px}
 .planned{stroke:var(--text);stroke-width:1px;fill:none}
 .best{stroke:var(--own);stroke-width:2.6px;fill:none}
 .dot{stroke:var(--own);stroke-width:8px;stroke-linecap:round}
-.chart g:hover .dot{stroke:var(--text)}
+.lines g:hover .dot{stroke:var(--text)}
 .policy{stroke:var(--soft);stroke-width:1.3px;fill:none}
 .p1{stroke-dasharray:7 3}.p2{stroke-dasharray:2 3}.p3{stroke-dasharray:9 3 2 3}.p4{stroke-dasharray:4 6}
 details{margin-top:12px;font-size:14px}
@@ -119,9 +126,9 @@ section{margin-top:40px}
 .facts{grid-template-columns:1fr 1fr;gap:14px 16px}
 .facts dd{font-size:19px}
 .wide{display:none}
-.row .label{width:16px}
-.row{gap:5px}
-.row.head .label{visibility:hidden}
+.plot{grid-template-columns:34px minmax(0,1fr);gap:4px 5px}
+.foot{padding:0}
+.foot .scale{grid-column:1/3}
 .bars{grid-template-columns:minmax(0,1fr) auto;gap:3px 12px}
 .bars .bar{grid-column:1/3;grid-row:2;height:14px}
 .bars .figures{grid-column:2}
@@ -129,7 +136,7 @@ th,td{padding-left:8px}
 .quality table{font-size:13px}
 .quality thead th{font-size:12px}
 .arcs{height:84px}
-.chart{height:200px}
+.lines{height:200px}
 }
 @media print{body{max-width:none}.tip{display:none}}
 """

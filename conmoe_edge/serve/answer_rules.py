@@ -5,15 +5,13 @@ Raises ``UsageError`` for what cannot be enforced, which becomes a 400.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.answer_form import AnswerForm
 from conmoe_edge.offload.generation.grammar import Grammar
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
-from conmoe_edge.offload.generation.tool_forms import Tools, calls_grammar, literal, name_of
+from conmoe_edge.offload.generation.tool_forms import Tools, calls_grammar, name_of, speller
 from conmoe_edge.serve.jobs import Loaded
 from conmoe_edge.serve.requests import ChatRequest
 from conmoe_edge.serve.tool_requests import NamedTool
@@ -57,15 +55,5 @@ def _grammar(asked: ChatRequest, form: AnswerForm, tools: Tools, loaded: Loaded)
         tools = [tool for tool in tools if name_of(tool) == wanted]
     several = asked.parallel_tool_calls is not False and asked.tool_choice == "required"
     return grammars.lark(
-        calls_grammar(form.calls, tools, _speller(loaded.tokenizer), several=several)
+        calls_grammar(form.calls, tools, speller(loaded.tokenizer), several=several)
     )
-
-
-def _speller(tokenizer: Any) -> Callable[[str], str]:
-    """A mark that is a control token is that token, and no other text."""
-    special = {
-        token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    return lambda text: f"<[{special[text]}]>" if text in special else literal(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -18,17 +18,13 @@ from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import entry_of
 from conmoe_edge.serve.http_errors import as_api_error
-from conmoe_edge.serve.jobs import Busy, Done, Job, Piece
+from conmoe_edge.serve.jobs import Done, Job, Piece
+from conmoe_edge.serve.leaving import unless_left
 from conmoe_edge.serve.mailbox import Mailbox
 from conmoe_edge.serve.replies import STILL_HERE, Reply, Whole
 from conmoe_edge.serve.tokenising import Tokens
 
-T = TypeVar("T")
 SIGN_OF_LIFE_SECONDS = 15.0
-
-
-class ClientLeft(Exception):
-    """The client left before there was anything to tell it."""
 
 
 @dataclass(frozen=True)
@@ -101,31 +97,6 @@ class AnswerStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._cancel()
-
-
-async def unless_left(request: Request, making: asyncio.Future[T]) -> T:
-    """What ``making`` comes to.
-
-    Raises:
-        ClientLeft: the client left before that; ``making`` is cancelled.
-        Busy: somebody else cancelled it, because there was no room.
-    """
-    leaving = asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait({making, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if making.cancelled():
-            raise Busy("full")
-        if making.done():
-            return making.result()
-        raise ClientLeft
-    finally:
-        making.cancel()
-        leaving.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _cancel(engine: Engine, jobs: Sequence[Job]) -> None:

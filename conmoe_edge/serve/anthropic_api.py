@@ -16,7 +16,10 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, anthropic_body, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.tool_requests import function_tools
+from conmoe_edge.serve.tool_results import result_texts
 
+_FIELDS = {"name": "name", "description": "description", "parameters": "input_schema"}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -36,13 +39,13 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(said, list):
         raise ApiError(400, "messages is missing.", param="messages")
     for index, message in enumerate(said):
-        messages += _messages(message, f"messages[{index}]")
+        messages += _messages(message, f"messages[{index}]", ignored)
     chat["messages"] = messages
     if given.get("max_tokens") is None:
         raise ApiError(400, "max_tokens is missing.", param="max_tokens")
     tools = given.pop("tools", None)
     if tools:
-        chat["tools"] = _tools(tools, ignored)
+        chat["tools"] = function_tools(tools, _FIELDS, "custom", ignored, usual="custom")
     choice = given.pop("tool_choice", None)
     if isinstance(choice, dict):
         kind = choice.get("type")
@@ -60,6 +63,9 @@ def chat_of_messages(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if isinstance(metadata, dict) and isinstance(metadata.get("user_id"), str):
         chat["user"] = metadata["user_id"][:512]
     chat |= _thinking(given.pop("thinking", None))
+    chat |= _output(given.pop("output_config", None), ignored)
+    if given.pop("context_management", None):
+        ignored.append("context_management")
     return {**given, **chat}, ignored
 
 
@@ -78,25 +84,28 @@ def _thinking(value: Any) -> dict[str, Any]:
     return {"chat_template_kwargs": {"enable_thinking": True}, **wish}
 
 
-def _tools(tools: Any, ignored: list[str]) -> list[Any]:
-    found = []
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if not isinstance(tool, dict):
-            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
-        kind = tool.get("type") or "custom"
-        if kind != "custom":  # one that Anthropic's own servers run
-            ignored.append(f"tools[{index}] ({kind})")
-            continue
-        function = {
-            "name": tool.get("name"),
-            "description": tool.get("description"),
-            "parameters": tool.get("input_schema"),
-        }
-        found.append({"type": "function", "function": function})
-    return found
+def _output(value: Any, ignored: list[str]) -> dict[str, Any]:
+    """What an answer has to be, and how much it should be thought about."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ApiError(400, "output_config: an object.", param="output_config")
+    chat: dict[str, Any] = {}
+    if value.get("effort") is not None:
+        chat["reasoning_effort"] = value["effort"]
+    form = value.get("format")
+    if form is not None:
+        schema = form.get("schema") if isinstance(form, dict) else None
+        if not isinstance(schema, dict) or form.get("type") != "json_schema":
+            raise ApiError(
+                400, "output_config.format: a json_schema.", param="output_config.format"
+            )
+        chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    ignored += [f"output_config.{name}" for name in value if name not in ("effort", "format")]
+    return chat
 
 
-def _messages(message: Any, where: str) -> list[dict[str, Any]]:
+def _messages(message: Any, where: str, ignored: list[str]) -> list[dict[str, Any]]:
     """A message of blocks is several of OpenAI's: what came of tools first."""
     if not isinstance(message, dict):
         raise ApiError(400, f"{where}: an object.", param=where)
@@ -113,7 +122,8 @@ def _messages(message: Any, where: str) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block], place))
         elif kind == "tool_result":
-            text = _text(block.get("content") or "", place)
+            given = block.get("content") or ""
+            text = "\n".join(result_texts(given, f"{place}.content", ("text",), ignored))
             if block.get("is_error") is True:
                 text = f"Error: {text}"
             before.append(

@@ -12,61 +12,34 @@ for its client to read. A text that cannot fit is refused before it is tokenised
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
-from conmoe_edge.serve.answering import ClientLeft, answer
+from conmoe_edge.serve.answering import answer
 from conmoe_edge.serve.anthropic_api import MessageReply, chat_of_messages, count_of_messages
 from conmoe_edge.serve.asking import Asking
 from conmoe_edge.serve.engine import Engine
-from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
+from conmoe_edge.serve.error_handlers import new_app
+from conmoe_edge.serve.http_errors import ApiError
 from conmoe_edge.serve.intake import Intake
-from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.model_list import model_json, models
+from conmoe_edge.serve.page_files import add_page
 from conmoe_edge.serve.page_stats import page_stats
 from conmoe_edge.serve.prometheus import CONTENT_TYPE, Metrics
-from conmoe_edge.serve.replies import ChatReply, CompletionReply, model_json, models
+from conmoe_edge.serve.replies import ChatReply, CompletionReply
 from conmoe_edge.serve.responses_api import ResponseReply, chat_of_response
 from conmoe_edge.serve.settings import Settings
 from conmoe_edge.serve.tokenising import Tokenising
-
-_PAGE = Path(__file__).parent / "page"
-_FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def make_app(
     engine: Engine, metrics: Metrics, settings: Settings, intake: Intake, tokenising: Tokenising
 ) -> FastAPI:
     """The application; its guard reads the bodies and opens their entries in ``intake``."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = new_app()
     started = int(time.time())
     asking = Asking(engine, settings, tokenising)
-
-    @app.exception_handler(ApiError)
-    async def _api_error(request: Request, error: ApiError) -> Response:
-        return _response(error, request)
-
-    @app.exception_handler(Busy)
-    async def _busy(request: Request, error: Exception) -> Response:
-        return _response(as_api_error(error), request)
-
-    @app.exception_handler(ClientLeft)
-    async def _left_early(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)
-
-    @app.exception_handler(404)
-    async def _no_route(request: Request, error: Exception) -> Response:
-        return _response(ApiError(404, "There is nothing at this address."), request)
-
-    @app.exception_handler(405)
-    async def _no_method(request: Request, error: Exception) -> Response:
-        allowed = getattr(error, "headers", None)  # what would do
-        return _response(ApiError(405, "Not by this method.", headers=allowed), request)
-
-    @app.exception_handler(Exception)
-    async def _bug(request: Request, error: Exception) -> Response:
-        return _response(as_api_error(error), request)
 
     @app.get("/health")
     async def health() -> Response:
@@ -87,12 +60,13 @@ def make_app(
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return JSONResponse(models(settings.name, settings.aliases, started))
+        loaded = engine.loaded is not None
+        return JSONResponse(models(settings.name, settings.aliases, started, loaded=loaded))
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         asking.check_name(name, strict=True)
-        return JSONResponse(model_json(name, started))
+        return JSONResponse(model_json(name, started, loaded=engine.loaded is not None))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -143,18 +117,5 @@ def make_app(
             code="unsupported_endpoint",
         )
 
-    @app.get("/")
-    async def page() -> Response:
-        return FileResponse(_PAGE / "index.html", media_type="text/html")
-
-    @app.get("/page/{name}")
-    async def page_file(name: str) -> Response:
-        if name not in _FILES:
-            raise ApiError(404, "There is nothing at this address.")
-        return FileResponse(_PAGE / name, media_type=_FILES[name])
-
+    add_page(app)
     return app
-
-
-def _response(error: ApiError, request: Request) -> Response:
-    return JSONResponse(body_for(error, request.url.path), error.status, error.headers)

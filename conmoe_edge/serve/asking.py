@@ -21,11 +21,13 @@ from conmoe_edge.offload.generation.context_limit import context_full, longest_c
 from conmoe_edge.offload.generation.prompt import SYSTEM_ROLES, text_tokens
 from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, SamplingSettings
 from conmoe_edge.serve.answer_rules import answer_rule
-from conmoe_edge.serve.answering import Asked, ClientLeft, unless_left
+from conmoe_edge.serve.answering import Asked
+from conmoe_edge.serve.busy import Busy
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import body_of, entry_of
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
-from conmoe_edge.serve.jobs import Busy, Loaded
+from conmoe_edge.serve.jobs import Loaded
+from conmoe_edge.serve.leaving import ClientLeft, unless_left
 from conmoe_edge.serve.requests import (
     MOST_VALUES,
     ChatRequest,
@@ -93,7 +95,7 @@ class Asking:
             )
         tools = _tools(asked)
         check = self._check_length("messages")
-        made: list[tuple[AnswerForm, SamplingSettings]] = []
+        made: list[tuple[AnswerForm, SamplingSettings, bool]] = []
 
         def make() -> list[int]:
             found: ChatPrompt = chat_prompt(
@@ -104,15 +106,19 @@ class Asking:
                 allow_special_tokens=self._special,
                 check=check,
             )
-            made.append((found.form, answer_rule(asked, found.form, tools, loaded)))
+            rule = answer_rule(asked, found.form, tools, loaded)
+            made.append((found.form, rule, found.reordered))
             return found.tokens
 
         texts = _texts([messages, tools])
         tokens = await self._tokens(request, asked, texts, make, asked.n or 1)
-        form, sampling = made[0]
+        form, sampling, reordered = made[0]
         ignored = (*asked.ignored, *_without_effect(asked, form))
         wanted = asked.model_copy(update={"messages": (), "tools": None, "ignored": ignored})
         asked_for = self._asked(request, wanted, [tokens], sampling, lambda: form.reader(tools))
+        if reordered:
+            said = {**asked_for.headers, "X-Conmoe-Changed": "messages"}
+            asked_for = replace(asked_for, headers=said)
         return wanted, asked_for
 
     async def completion(self, request: Request) -> tuple[CompletionRequest, Asked, Sequence[str]]:

@@ -39,7 +39,8 @@ from conmoe_edge.offload.generation.shared_steps import (
 )
 from conmoe_edge.offload.runtime import Runtime
 from conmoe_edge.plan.requests import RequestSizes, request_sizes
-from conmoe_edge.serve.jobs import Busy, Done, Failed, Job, Loaded, Piece, Usage
+from conmoe_edge.serve.busy import Busy
+from conmoe_edge.serve.jobs import Done, Failed, Job, Loaded, Piece, Usage
 from conmoe_edge.serve.kept_prompts import KeptPrompts
 from conmoe_edge.serve.prometheus import KeptFigures, Metrics, Outcome, Snapshot, State
 from conmoe_edge.serve.waiting import FairQueue
@@ -64,6 +65,7 @@ class Engine:
         queue: int,
         metrics: Metrics,
         on_end: Callable[[BaseException | None], None],
+        on_ready: Callable[[Loaded], None] | None = None,
     ) -> None:
         """Nothing runs before ``start``.
 
@@ -73,12 +75,14 @@ class Engine:
             queue: most requests that wait.
             metrics: told of every answer.
             on_end: called on the engine's thread when it is over, with the error that ended it.
+            on_ready: called there once requests are taken in, with what was loaded.
         """
         self.loaded: Loaded | None = None
         self._load = load
         self._parallel = parallel
         self._metrics = metrics
         self._on_end = on_end
+        self._on_ready = on_ready
         self._wake = threading.Condition()
         self._most = queue + parallel
         self._waiting: FairQueue[Job] = FairQueue(self._most)
@@ -208,6 +212,8 @@ class Engine:
             if self._state == "loading":
                 self._state = "ready"
             self._publish(force=True)
+        if self._on_ready is not None:
+            self._on_ready(loaded)
 
     def _next_round(self) -> bool:
         """Start the jobs that have room; sleep where there are none. False at the end."""

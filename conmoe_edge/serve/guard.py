@@ -20,13 +20,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from conmoe_edge.serve.busy import Busy
 from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
 from conmoe_edge.serve.intake import Entry, Intake
-from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.page_files import PAGE_PATHS
 from conmoe_edge.serve.settings import Settings, host_is_allowed
 
 Scope = dict[str, Any]
-_OPEN_PATHS = frozenset({"/", "/health", "/page/app.js", "/page/style.css", "/page/icon.svg"})
+_OPEN_PATHS = PAGE_PATHS | {"/health"}
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -81,6 +82,8 @@ class Guard:
                 await outgoing({"type": "http.response.body", "body": b""})
                 return
             self._check_key(scope)
+            if self._settings.forwarded:
+                _name_client(scope)
             if scope["method"] == "POST":
                 self._check_kind(scope)
                 entry = await self._taken_in(scope, receive)
@@ -192,6 +195,16 @@ class Guard:
             raise
         scope[_ENTRY] = entry
         return entry
+
+
+def _name_client(scope: Scope) -> None:
+    """A server of several packages, which has shown the key, says for whom it asks."""
+    named = _headers(scope).get(CLIENT_HEADER)
+    if named is not None:
+        scope["client"] = (named.decode("latin-1"), 0)
+
+
+CLIENT_HEADER = b"x-conmoe-client"
 
 
 def entry_of(scope: Any) -> Entry:

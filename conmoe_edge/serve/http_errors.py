@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conmoe_edge.errors import ConmoeError, ContextFull, NotFinite, OutOfMemory, UsageError
-from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.busy import Busy
 
 log = logging.getLogger("conmoe_edge.serve")
 
@@ -139,4 +139,5 @@ def _busy(error: Busy) -> ApiError:
 
 
 def _sentences(error: ConmoeError) -> str:
-    return f"{error.what} {error.why[:1].upper()}{error.why[1:]}.".removesuffix(" .")
+    why = error.why.rstrip(".")
+    return f"{error.what} {why[:1].upper()}{why[1:]}.".removesuffix(" .")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from conmoe_edge.serve.jobs import Busy
+from conmoe_edge.serve.busy import Busy
 
 PROGRESS_BYTES = 1024
 """A body that has brought so much since it was last looked at has made progress."""

@@ -56,17 +56,6 @@ class Failed:
 Event = Piece | Done | Failed
 
 
-class Busy(Exception):
-    """No more can be taken in: the queue is full, or the engine is not (or no longer) there."""
-
-    def __init__(
-        self, reason: Literal["full", "loading", "stopping"], retry_after: int = 1
-    ) -> None:
-        self.reason = reason
-        self.retry_after = retry_after
-        super().__init__(reason)
-
-
 @dataclass(eq=False, slots=True)
 class Job:
     """One request.

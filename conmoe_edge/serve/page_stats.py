@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conmoe_edge.serve.engine import Engine
-from conmoe_edge.serve.intake import Intake
-from conmoe_edge.serve.prometheus import Metrics
-from conmoe_edge.serve.settings import Settings
+if TYPE_CHECKING:
+    from conmoe_edge.serve.engine import Engine
+    from conmoe_edge.serve.intake import Intake
+    from conmoe_edge.serve.prometheus import Metrics
+    from conmoe_edge.serve.settings import Settings
 
 SCHEMA_VERSION = 1
 

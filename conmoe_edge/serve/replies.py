@@ -337,13 +337,3 @@ def event(value: Any, name: str = "") -> bytes:
     head = f"event: {name}\n".encode() if name else b""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return head + b"data: " + text + b"\n\n"
-
-
-def models(model: str, aliases: Sequence[str], created: int) -> dict[str, Any]:
-    """``GET /v1/models``: the one model, under each of its names."""
-    return {"object": "list", "data": [model_json(name, created) for name in (model, *aliases)]}
-
-
-def model_json(model: str, created: int) -> dict[str, Any]:
-    """``GET /v1/models/NAME``."""
-    return {"id": model, "object": "model", "created": created, "owned_by": "conmoe-edge"}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from conmoe_edge.serve.http_errors import ApiError
@@ -74,7 +75,7 @@ def sift(value: dict[str, Any], honoured: frozenset[str], strict: bool) -> list[
         elif name in honoured:
             continue
         elif name in ASKS_FOR_NOTHING:
-            _refuse_wish(name, value.pop(name))
+            refuse_wish(name, value.pop(name), ASKS_FOR_NOTHING[name])
         elif name in HARMLESS:
             del value[name]
         elif name in HINTS or not strict:
@@ -83,12 +84,16 @@ def sift(value: dict[str, Any], honoured: frozenset[str], strict: bool) -> list[
     return ignored
 
 
-def _refuse_wish(name: str, value: Any) -> None:
-    nothings = ASKS_FOR_NOTHING[name]
+def refuse_wish(
+    name: str,
+    value: Any,
+    nothings: Sequence[Any],
+    why: str = "is not supported by this server.",
+) -> None:
+    """Let a field through that asks for nothing.
+
+    Raises:
+        ApiError: its value is none of ``nothings``, of the same type: 0 is not ``False``.
+    """
     if not any(type(value) is type(one) and value == one for one in nothings):
-        raise ApiError(
-            400,
-            f"{name} is not supported by this server.",
-            param=name,
-            code="unsupported_parameter",
-        )
+        raise ApiError(400, f"{name} {why}", param=name, code="unsupported_parameter")

@@ -209,7 +209,7 @@ class ResponseFormat(BaseModel):
         return self.schema_ or named or {"type": "object"}
 
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatRequest(_Request):

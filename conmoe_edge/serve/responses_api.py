@@ -6,6 +6,7 @@ coding agents do. Tools that OpenAI's servers run are left out and named. Source
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.http_errors import ApiError, only_text
 from conmoe_edge.serve.jobs import Done
 from conmoe_edge.serve.replies import Whole, call_id, event
+from conmoe_edge.serve.request_fields import refuse_wish
+from conmoe_edge.serve.tool_requests import function_tools
+from conmoe_edge.serve.tool_results import result_texts
 
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "background": (None, False),
@@ -23,8 +27,10 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "previous_response_id": (None,),
     "prompt": (None,),
 }
+_FIELDS = {name: name for name in ("name", "description", "parameters", "strict")}
 _LEFT_ALONE = ("include", "max_tool_calls", "store", "truncation", "client_metadata")
 _TEXTS = ("input_text", "output_text", "text")
+_OF_ANSWERS = ("reasoning", "function_call", "custom_tool_call")
 
 
 def chat_of_response(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -35,19 +41,18 @@ def chat_of_response(value: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     given, ignored = dict(value), []
     for name, nothings in _NOTHING.items():
-        if given.pop(name, None) not in nothings:
-            raise ApiError(
-                400,
-                f"{name} is not supported: this server stores nothing.",
-                param=name,
-                code="unsupported_parameter",
-            )
+        refuse_wish(
+            name,
+            given.pop(name, None),
+            nothings,
+            "is not supported: this server stores nothing.",
+        )
     for name in _LEFT_ALONE:
         given.pop(name, None)
-    chat: dict[str, Any] = {"messages": _messages(given)}
+    chat: dict[str, Any] = {"messages": _messages(given, ignored)}
     tools = given.pop("tools", None)
     if tools:
-        chat["tools"] = _tools(tools, ignored)
+        chat["tools"] = function_tools(tools, _FIELDS, "function", ignored)
     choice = given.pop("tool_choice", None)
     if isinstance(choice, dict) and choice.get("type") == "function":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
@@ -77,22 +82,7 @@ def _format(wanted: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": inner}}
 
 
-def _tools(tools: Any, ignored: list[str]) -> list[Any]:
-    found = []
-    for index, tool in enumerate(tools if isinstance(tools, list) else []):
-        if not isinstance(tool, dict):
-            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
-        kind = tool.get("type")
-        if kind != "function":
-            ignored.append(f"tools[{index}] ({kind})")
-            continue
-        names = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in names if name in tool}
-        found.append({"type": "function", "function": function})
-    return found
-
-
-def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
+def _messages(given: dict[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
     """Items become messages; calls and reasoning belong to the answer around them."""
     messages: list[dict[str, Any]] = []
     instructions = given.pop("instructions", None)
@@ -109,7 +99,7 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(item, dict):
             raise ApiError(400, f"{where}: an object.", param=where)
         kind = item.get("type") or "message"
-        is_answer = kind in ("reasoning", "function_call") or item.get("role") == "assistant"
+        is_answer = kind in _OF_ANSWERS or item.get("role") == "assistant"
         if is_answer and open_answer is None:
             open_answer = {"role": "assistant", "content": None}
             messages.append(open_answer)
@@ -126,8 +116,11 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
             messages.append(
                 {"role": item.get("role"), "content": _text(item.get("content"), where)}
             )
-        elif kind == "function_call" and open_answer is not None:
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        elif kind in ("function_call", "custom_tool_call") and open_answer is not None:
+            arguments = item.get("arguments")
+            if kind == "custom_tool_call":  # of a tool that takes a text
+                arguments = json.dumps({"input": item.get("input")}, ensure_ascii=False)
+            function = {"name": item.get("name"), "arguments": arguments}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
             open_answer.setdefault("tool_calls", []).append(call)
         elif kind == "reasoning" and open_answer is not None:
@@ -135,8 +128,8 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
             thought = "".join(str(one.get("text") or "") for one in texts if isinstance(one, dict))
             if thought:
                 open_answer["reasoning_content"] = thought
-        elif kind == "function_call_output":
-            output = _text(item.get("output"), where)
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            output = "".join(result_texts(item.get("output"), f"{where}.output", _TEXTS, ignored))
             messages.append(
                 {"role": "tool", "tool_call_id": item.get("call_id"), "content": output}
             )
@@ -243,7 +236,7 @@ class ResponseReply:
             "output": self._items,
             "usage": {
                 "input_tokens": usage.prompt,
-                "input_tokens_details": {"cached_tokens": usage.cached},
+                "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
                 "output_tokens": usage.completion,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                 "total_tokens": usage.prompt + usage.completion,

@@ -60,6 +60,7 @@ class Settings:
         aliases: other names of the model.
         allowed_origins: of pages of other sites that may use this server; ``*`` for all.
         strict: whether fields that nobody knows, and other models' names, are refused.
+        forwarded: whether requests come through a server of several packages, which names their clients.
         allow_special_tokens: whether control tokens that are spelt out in messages steer the model.
     """
 
@@ -73,6 +74,7 @@ class Settings:
     aliases: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     strict: bool = False
+    forwarded: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def check(self) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from conmoe_edge.serve.http_errors import ApiError
 
 MOST_TOOLS = 128
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -35,6 +38,41 @@ class Tool(BaseModel):
         schema = function.parameters or {"type": "object", "properties": {}}
         described = {"name": function.name, "description": function.description or ""}
         return {"type": "function", "function": {**described, "parameters": schema}}
+
+
+def function_tools(
+    tools: Any,
+    fields: Mapping[str, str],
+    kind: str,
+    ignored: list[str],
+    *,
+    usual: str | None = None,
+) -> list[dict[str, Any]]:
+    """Another API's tools as OpenAI's chat has them; those that its makers' own servers run are left out and named.
+
+    Args:
+        tools: as the request has them.
+        fields: of a function, each with that API's name for it.
+        kind: of a tool that the client runs.
+        ignored: gets the names of what is left out.
+        usual: the kind of a tool that does not say.
+
+    Raises:
+        ApiError: they are no list of objects.
+    """
+    if not isinstance(tools, list):
+        raise ApiError(400, "tools: a list.", param="tools")
+    found = []
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise ApiError(400, f"tools[{index}]: an object.", param="tools")
+        given = tool.get("type") or usual
+        if given != kind:
+            ignored.append(f"tools[{index}] ({given})")
+            continue
+        function = {name: tool[other] for name, other in fields.items() if other in tool}
+        found.append({"type": "function", "function": function})
+    return found
 
 
 class NamedFunction(BaseModel):

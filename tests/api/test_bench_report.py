@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from bench_reports import BUDGET, report_of
 
+from conmoe_edge.plan.speed import REACH
+
 
 def test_bounds_and_shares() -> None:
     report = report_of()
@@ -29,6 +31,18 @@ def test_bounds_and_shares() -> None:
     assert prefill.bound is not None
     assert 500 * prefill.bound.serial == pytest.approx(10.0 + 3.2)
     assert prefill.share == pytest.approx(13.2 / 20)
+
+
+def test_speed_is_expected_for_the_reads_that_were_measured() -> None:
+    """0.4 GB dense, 90 of 100 prototypes of 16 MB are there, in bf16; layers and misses cost their own."""
+    reach = REACH["cpu"]
+    moved = 0.4e9 / reach.kernels["source"] + 1.6e9 / reach.kernels["bf16"]
+    seconds = moved / 20e9 + 0.16 + 16 * reach.layer_seconds + 10 * reach.miss_seconds
+    assert report_of().expected_reads == pytest.approx(1 / seconds)
+    few = report_of(dense_kinds={"q4": 0.3e9, "source": 0.1e9})
+    assert few.expected_reads is not None and few.expected_reads < 1 / seconds
+    assert few.to_json()["expected"]["tokens_per_second_with_these_reads"] == few.expected_reads
+    assert report_of(budget=replace(BUDGET, device_bandwidth=None)).expected_reads is None
 
 
 def test_a_machine_that_could_not_be_measured_has_no_bound() -> None:

@@ -27,6 +27,7 @@ MAY_ASK = {
     "offload/generation/prompt_files.py",  # which file of a prompt was used last: what is deleted first, no more
     "offload/generation/template_process.py",  # the date, for templates that ask for it
     "serve/app.py",  # "created" of the model, for clients
+    "serve/front_app.py",  # the same
     "serve/responses_api.py",  # the same, of a response
     "serve/replies.py",  # "created" of an answer, for clients
 }

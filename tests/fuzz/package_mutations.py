@@ -17,7 +17,17 @@ from random import Random
 from typing import Any
 
 MANIFEST, CONFIG, INDEX = "conmoe.json", "config.json", "model.safetensors.index.json"
-ADVISORY = ("notes", "plan", "receipt", "overview", "cache", "tool_version", "source", "rate")
+ADVISORY = (
+    "notes",
+    "plan",
+    "receipt",
+    "overview",
+    "originals",
+    "cache",
+    "tool_version",
+    "source",
+    "rate",
+)
 """What stands in the manifest for readers, or changes speed alone."""
 
 _NUMBERS = (0, -1, 1, 2, 3, 7, 8, 63, 64, 4096, 65535, 65536, 2**31, 2**53, 2**63, 2**64, 10**30)

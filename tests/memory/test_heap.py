@@ -46,6 +46,27 @@ def test_trimming_gives_freed_blocks_back() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_steps_of_a_loop_leave_no_pieces_behind() -> None:
+    subprocess.run([sys.executable, "-c", STEPS], check=True, timeout=120)
+
+
+STEPS = """
+import psutil, torch
+from conmoe_edge.memory.heap import GROWN, trimmed
+process = psutil.Process()
+del_first = torch.ones(31 << 18)  # from now on blocks of up to 31 MiB come from the heap
+del del_first
+before, kept = process.memory_info().rss, []
+for step in trimmed(range(120)):
+    block = torch.ones((8 << 18) + step * 2**13)  # more each time, with something that lasts behind it
+    kept.append(torch.ones(2**16))
+    del block
+grown = process.memory_info().rss - before
+assert grown < (30 << 20) + GROWN + (32 << 20), grown
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_threads_share_one_heap() -> None:
     """Without it each thread that allocates has a heap of its own, whose free bytes are of no use to the others."""
     done = subprocess.run(

@@ -15,6 +15,7 @@ from conmoe_edge.errors import PackageError, UsageError
 from conmoe_edge.offload.simulate.load_settings import read_trace
 from conmoe_edge.offload.simulate.machine_file import MACHINE_FILE
 from conmoe_edge.report.package_summary import memory_terms, summarise, to_json
+from conmoe_edge.report.reduction import reduction_words
 from conmoe_edge.report.slot_shares import quantile
 
 from .conftest import without_overview
@@ -51,7 +52,7 @@ def test_slots_and_prototypes_are_those_of_the_manifest(package: Path) -> None:
 def test_each_kind_of_slot_and_no_figures_where_nothing_is_known(by_hand: Path) -> None:
     facts = summarise(by_hand, curves=True)
     assert facts.counts() == {"prototype": 108, "alias": 6, "constant": 3, "dropped": 3}
-    assert facts.usage is None and facts.curves == () and facts.plan is None
+    assert facts.usage is None and facts.hits is None and facts.plan is None
     assert {slot.share for slot in facts.every_slot} == {None}
     assert memory_terms(facts) == () and facts.distances == ()
     value = to_json(facts)
@@ -79,7 +80,7 @@ def test_without_a_trace_there_are_neither_curves_nor_shares(scoped: Path, tmp_p
     for name in gone:
         (folder / name).unlink(missing_ok=True)
     facts = summarise(folder, curves=True)
-    assert facts.usage is None and facts.curves == () and facts.top_k is None
+    assert facts.usage is None and facts.hits is None and facts.top_k is None
 
 
 @pytest.mark.parametrize("package", (*PACKAGES, "unchanged"), indirect=True)
@@ -181,3 +182,44 @@ def test_a_report_of_something_else_is_refused(
 )
 def test_quantiles(values: list[float], share: float, wanted: float) -> None:
     assert quantile(values, share) == wanted
+
+
+@pytest.mark.parametrize("package", PACKAGES, indirect=True)
+def test_what_was_taken_adds_up(package: Path) -> None:
+    facts, value = summarise(package), to_json(summarise(package))
+    manifest, removed = load_manifest(package), facts.reduction
+    demo = (32 * 6, 3 * 96 * 192)  # experts, and weights of one
+    assert (removed.experts, removed.kept) == (demo[0], len(manifest.prototypes))
+    assert removed.bytes_before == 2 * demo[0] * demo[1]
+    assert removed.bytes_now == sum(manifest.layouts[p.layout].nbytes for p in manifest.prototypes)
+    assert removed.bits_before == 16 and removed.bits_now == pytest.approx(
+        8 * removed.bytes_now / (demo[0] * demo[1])
+    )
+    assert removed.removed == pytest.approx(1 - removed.bytes_now / removed.bytes_before)
+    layers = facts.layers.values()
+    assert sum(one.nbytes for one in layers) == removed.bytes_now
+    assert sum(one.bytes_before or 0 for one in layers) == removed.bytes_before
+    assert sum(one.prototypes for one in layers) == removed.kept
+    assert value["experts"]["removed"] == removed.removed
+    words = reduction_words(removed)
+    assert f"{100 * (removed.removed or 0):.0f} % less" in words[1]
+    assert f"{removed.kept:,} of 192 experts" in words[0] or removed.kept == 192
+
+
+def test_the_survey_is_kept_where_there_was_one(auto: Path, scoped: Path) -> None:
+    facts = summarise(auto)
+    shares = [one.worth for one in facts.layers.values()]
+    assert all(one is not None for one in shares) and sum(shares) == pytest.approx(1)  # type: ignore[arg-type]
+    assert len(set(shares)) > 1
+    assert facts.reduction.narrower and {one.whole for one in facts.prototypes} == {96}
+    kept = sum(one.neurons for one in facts.prototypes) / (192 * 96)
+    assert facts.reduction.weights_share == pytest.approx(kept)
+    assert {one.worth for one in summarise(scoped).layers.values()} == {None}
+
+
+def test_packages_from_before_say_less(scoped: Path, tmp_path: Path) -> None:
+    folder = without_overview(scoped, tmp_path / "old")
+    save_manifest(folder, replace(load_manifest(folder), originals={}))
+    removed = summarise(folder).reduction
+    assert removed.removed is None and removed.narrower is None and removed.bits_now is None
+    assert reduction_words(removed) == ["96 of 192 experts are kept"]

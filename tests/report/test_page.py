@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,8 +14,14 @@ import pytest
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.report import page as page_module
+from conmoe_edge.report.charts import size_axis
 from conmoe_edge.report.markup import Markup, tag, text
-from conmoe_edge.report.package_summary import PackageSummary, summarise
+from conmoe_edge.report.package_summary import (
+    PackageSummary,
+    memory_terms,
+    summarise,
+    to_json,
+)
 from conmoe_edge.report.page import page, write_page
 from conmoe_edge.report.style import SCRIPT, STYLE
 
@@ -121,14 +128,114 @@ def test_arcs_and_cells_say_their_distance_and_weight(facts: PackageSummary) -> 
 
 @pytest.mark.parametrize("facts", ["mixed"], indirect=True)
 def test_the_chart_draws_the_curve(facts: PackageSummary) -> None:
+    (line,) = marks(tree(page(facts)), "polyline", "best")
+    assert facts.hits is not None and len(facts.hits.layouts) == 2
+    curve = facts.hits.all_together
+    points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+    for (x, y), nbytes, rate in zip(points, curve.nbytes, curve.best, strict=True):
+        assert x == pytest.approx(100 * nbytes / curve.nbytes[-1], abs=0.01)
+        assert y == pytest.approx(100 - 100 * rate, abs=0.01)
+
+
+def said(element: ElementTree.Element) -> str:
+    return " ".join(" ".join(element.itertext()).split())
+
+
+@pytest.mark.parametrize("facts", PACKAGES, indirect=True)
+def test_every_chart_has_a_title_of_its_own_and_named_axes(facts: PackageSummary) -> None:
     root = tree(page(facts))
-    lines = marks(root, "polyline", "best")
-    assert len(lines) == len(facts.curves) == 2
-    for line, curve in zip(lines, facts.curves, strict=True):
-        points = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-        for (x, y), slots, rate in zip(points, curve.slots, curve.best, strict=True):
-            assert x == pytest.approx(100 * slots / curve.prototypes, abs=0.01)
-            assert y == pytest.approx(100 - 100 * rate, abs=0.01)
+    charts = marks(root, "figure", "chart")
+    titles = [one.findtext("figcaption") or "" for one in charts]
+    assert all(titles) and len(set(titles)) == len(titles)
+    for one in charts:
+        across = [said(name) for name in marks(one, "span", "acrossname")]
+        assert len(across) == 1 and across[0], titles
+        if not marks(one, "svg", "arcs"):  # whose height is no scale
+            up = [said(name) for name in marks(one, "span", "upname")]
+            assert len(up) == 1 and up[0], titles
+    charted = sum(len(list(one.iter("svg"))) for one in charts)
+    every = [one for one in root.iter("svg") if "aria-label" in one.attrib]
+    tables = [svg for cell in marks(root, "div", "quality") for svg in cell.iter("svg")]
+    samples = [svg for one in charts for svg in one.iter("svg") if "aria-hidden" in svg.attrib]
+    assert len(every) == charted - len(samples) + len(tables)
+
+
+@pytest.mark.parametrize("facts", PACKAGES, indirect=True)
+def test_figures_of_axes_do_not_cover_each_other(facts: PackageSummary) -> None:
+    room = 360 - 2 * 16 - 34 - 5  # pixels of a picture on a phone
+    for row in marks(tree(page(facts)), "div", "across"):
+        ends = []
+        for mark in row.iter("span"):
+            at = float(re.findall(r"left:([\d.]+)%", mark.attrib["style"])[0]) / 100 * room
+            half = 6.6 * len(mark.text or "") / 2
+            ends.append((at - half, at + half))
+        for (_, right), (left, _) in itertools.pairwise(ends):
+            assert right < left, said(row)
+
+
+@pytest.mark.parametrize("facts", ["auto", "mixed", "scoped", "by_hand"], indirect=True)
+def test_a_bar_is_as_high_as_the_neurons_that_are_kept(facts: PackageSummary) -> None:
+    (picture,) = marks(tree(page(facts)), "svg", "kept")
+    bars = {title(one): one for one in picture.iter("g")}
+    for one in facts.prototypes:
+        name = f"expert {one.id.layer}.{one.id.expert}: "
+        words, group = next((w, g) for w, g in bars.items() if w.startswith(name))
+        assert f"{one.neurons:,} of {one.whole:,} neurons in {one.form}" in words
+        (bar,) = marks(group, "rect", "expert")
+        assert float(bar.attrib["height"]) == pytest.approx(9 * one.neurons / one.whole, abs=0.01)
+    shades = {
+        (one.form, marks(group, "rect", "expert")[0].attrib["fill-opacity"])
+        for one in facts.prototypes
+        for words, group in bars.items()
+        if words.startswith(f"expert {one.id.layer}.{one.id.expert}: ")
+    }
+    assert len(shades) == len({form for form, _ in shades})
+    for kind in ("alias", "constant", "dropped"):
+        assert len(marks(picture, "rect", kind)) == facts.counts()[kind]
+
+
+@pytest.mark.parametrize("facts", PACKAGES, indirect=True)
+def test_the_header_says_what_the_json_says(facts: PackageSummary) -> None:
+    value, root = to_json(facts)["experts"], tree(page(facts))
+    tiles = [(one.findtext("dd"), one.findtext("dt") or "") for one in root.iter("div")]
+    shown = {figure: word for figure, word in tiles if figure is not None}
+    if value is None:
+        assert not any("experts kept" in word for word in shown.values())
+        return
+    assert shown[f"{value['kept']:,} of {value['experts']:,}"].startswith("experts kept")
+    if value["removed"] is not None:
+        word = "fewer" if value["removed"] >= 0 else "more"
+        assert shown[f"{100 * abs(value['removed']):.0f} %"].startswith(f"{word} bytes of experts")
+
+
+@pytest.mark.parametrize("facts", ["auto", "scoped", "by_hand"], indirect=True)
+def test_arcs_are_drawn_where_there_are_any(facts: PackageSummary) -> None:
+    panels = marks(tree(page(facts)), "div", "panel")
+    assert all(marks(one, "g", "arc") for one in panels)
+    assert len(panels) == sum(
+        any(slot.kind == "alias" for layer in layers for slot in facts.slots[layer])
+        for layers in facts.scopes
+    )
+
+
+@pytest.mark.parametrize("facts", ["auto", "unchanged"], indirect=True)
+def test_the_process_stands_apart_from_the_model(facts: PackageSummary) -> None:
+    root = tree(page(facts))
+    own = next(term for term in memory_terms(facts) if term.process)
+    first, second = marks(root, "figure", "chart")[:2]
+    assert any(title(g).startswith("the process itself") for g in first.iter("g"))
+    assert own.name not in said(second)
+    bars = [float(one.attrib["width"]) for one in marks(second, "rect", "t1")]
+    assert max(bars) == pytest.approx(100)
+
+
+def test_a_small_size_is_never_nothing() -> None:
+    axis = size_axis("memory", 3 << 20)
+    assert "MiB" in axis.name and {label for _, label in axis.ticks} >= {"0", "1", "2", "3"}
+    for most in (1, 7, 999, 1023 << 10, 5 << 30, 3 << 40):
+        ticks = size_axis("memory", most).ticks
+        labels = [label for _, label in ticks]
+        assert len(set(labels)) == len(labels) >= 2 and all(0 <= at <= 1 for at, _ in ticks)
 
 
 @pytest.mark.parametrize("facts", ["scoped"], indirect=True)

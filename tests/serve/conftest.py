@@ -14,10 +14,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from tests.serve.page_window import SIZES, Window, system_chromium
+from tests.serve.scripted_server import Scripted, scripted_server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = "562MB"
@@ -85,11 +89,16 @@ class Running:
 
 @contextlib.contextmanager
 def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
+    """A server of one package that is ready."""
+    with running_server(str(folder), "--name", NAME, *words, **variables) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_server(*words: str, **variables: str) -> Iterator[Running]:
     """A server that is ready. It is stopped as a user would, and has to leave with 0."""
     process = subprocess.Popen(
-        command(
-            "serve", str(folder), "--port", "0", "--name", NAME, "--device", "cpu", "--json", *words
-        ),
+        command("serve", *words, "--port", "0", "--device", "cpu", "--json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -174,6 +183,33 @@ def strict(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with serving(package, *few, *names) as running:
         running.key = KEY
         yield running
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, for tests of the page."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=system_chromium(), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    """The page's files in front of answers that a test wrote."""
+    with scripted_server() as found:
+        yield found
+
+
+@pytest.fixture
+def window(browser: Any, scripted: Scripted) -> Iterator[Window]:
+    """The page in front of them; scripts in it must not fail."""
+    found = Window(browser, scripted.url, SIZES["desktop"])
+    found.ready()
+    yield found
+    assert [problem for problem in found.problems if "Failed to load resource" not in problem] == []
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ from conmoe_edge.integrations.load import load_package
 from conmoe_edge.offload.generation.prompt import prompt_tokens
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
+from conmoe_edge.serve.busy import Busy
 from conmoe_edge.serve.engine import Engine
-from conmoe_edge.serve.jobs import Busy, Done, Event, Failed, Job, Loaded, Piece
+from conmoe_edge.serve.jobs import Done, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import tiny_model
 from tests.hand_packages import thirds, write_package

@@ -8,8 +8,8 @@ from itertools import count
 import pytest
 
 import conmoe_edge.serve.intake as module
+from conmoe_edge.serve.busy import Busy
 from conmoe_edge.serve.intake import PROGRESS_BYTES, Entry, Intake
-from conmoe_edge.serve.jobs import Busy
 from tests.fuzz.cases import random_of, seeds
 
 KIB = 1 << 10

@@ -103,6 +103,14 @@ def test_responses_of_a_schema(client: openai.OpenAI) -> None:
     assert json.loads(reply.output_text)["a"] in (True, False)
 
 
+def test_responses_go_on_behind_a_tool_that_took_a_text(client: openai.OpenAI) -> None:
+    """As of a conversation that another model has begun."""
+    call = {"type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": "*** x"}
+    result = {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"}
+    longer = respond(client, input=[*QUESTION, call, result], max_output_tokens=1).usage
+    assert longer.input_tokens > respond(client, max_output_tokens=1).usage.input_tokens + 20
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -186,6 +194,41 @@ def test_messages_call_tools_and_go_on(claude: anthropic.Anthropic) -> None:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use" and final.content[0].type == "tool_use"
     assert final.content[0].input == call.input
+
+
+def test_a_picture_that_a_tool_gave_is_said_and_does_not_end_the_conversation(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+    use = {"type": "tool_use", "id": "t1", "name": "read", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [picture]}
+    turns: Any = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    asked: Any = {"model": NAME, "max_tokens": 1, "messages": [*QUESTION, *turns]}
+    reply = claude.messages.with_raw_response.create(**asked)
+    assert reply.headers["x-conmoe-ignored"] == "messages[2].content[0].content[0] (image)"
+    call = {"type": "function_call", "call_id": "c1", "name": "view", "arguments": "{}"}
+    output = [{"type": "input_text", "text": "A tree."}, {"type": "input_image", "image_url": "x"}]
+    seen = {"type": "function_call_output", "call_id": "c1", "output": output}
+    items: Any = [*QUESTION, call, seen]
+    raw = client.responses.with_raw_response.create(model=NAME, input=items, max_output_tokens=1)
+    assert raw.headers["x-conmoe-ignored"] == "input[2].output[1] (input_image)"
+    with pytest.raises(openai.BadRequestError, match="only text"):
+        respond(client, input=[*QUESTION, call, {**seen, "output": 7}])
+
+
+def test_messages_of_a_schema(claude: anthropic.Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wish = {"format": {"type": "json_schema", "schema": schema}, "effort": "high"}
+    reply = message(claude, max_tokens=60, extra_body={**GREEDY, "output_config": wish})
+    assert json.loads(reply.content[0].text)["a"] in (True, False)
+    for wrong in ("json", {"format": {"type": "xml"}}, {"effort": "endless"}):
+        with pytest.raises(anthropic.BadRequestError, match=r"output_config|reasoning_effort"):
+            message(claude, extra_body={"output_config": wrong})
 
 
 def test_messages_refuse_in_their_own_form(claude: anthropic.Anthropic, strict: Running) -> None:

@@ -148,6 +148,25 @@ class LayerOverview:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerOriginal:
+    """What a routed expert of a layer was before anything was done to it. For readers: the runtime needs none of it.
+
+    Attributes:
+        neurons: of one expert.
+        weights: of one expert, biases included.
+        nbytes: of one expert in the checkpoint, scales included.
+        worth: what was measured of the layer before its bytes were divided: the share of the residual stream behind
+            it, squared, that changes where its experts alone are narrowed to the same bytes as everywhere; ``None``
+            where that was not measured (``compress/phases/survey.py``).
+    """
+
+    neurons: int
+    weights: int
+    nbytes: int
+    worth: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The whole of ``conmoe.json``.
 
@@ -170,6 +189,7 @@ class Manifest:
         prefetch: ``None`` where there is no predictor.
         notes: sentences of the method for the reader, such as a fallback that was taken.
         overview: decoder layer -> what calibration saw of its router slots; empty where nothing was kept of it.
+        originals: decoder layer -> what its experts were; empty in packages from before the field was there.
         plan, receipt: plain JSON for readers (see ``plan/`` and ``compress/quality/receipt.py``).
     """
 
@@ -188,6 +208,7 @@ class Manifest:
     prefetch: PrefetchSettings | None = None
     notes: tuple[str, ...] = ()
     overview: dict[int, LayerOverview] = field(default_factory=dict)
+    originals: dict[int, LayerOriginal] = field(default_factory=dict)
     dense_precision: str = "source"
     tool_version: str = ""
     format_version: int = FORMAT_VERSION

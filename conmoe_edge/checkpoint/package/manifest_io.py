@@ -28,6 +28,7 @@ from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
     CacheSettings,
     ExpertId,
+    LayerOriginal,
     LayerOverview,
     Manifest,
     PrefetchSettings,
@@ -174,6 +175,16 @@ def to_json(manifest: Manifest) -> bytes:
             }
             for layer, one in sorted(manifest.overview.items())
         }
+    if manifest.originals:
+        value["originals"] = {
+            str(layer): {
+                "nbytes": one.nbytes,
+                "neurons": one.neurons,
+                "weights": one.weights,
+                "worth": one.worth,
+            }
+            for layer, one in sorted(manifest.originals.items())
+        }
     try:
         return _text(value).encode()
     except (TypeError, ValueError) as error:
@@ -311,6 +322,11 @@ def _build(parsed: ManifestJson) -> Manifest:
         for layer, one in sorted(parsed.overview.items())
     }
     _check_overview(overview, slots)
+    originals = {
+        layer: LayerOriginal(**one.model_dump()) for layer, one in sorted(parsed.originals.items())
+    }
+    if originals and originals.keys() != slots.keys():
+        raise _Wrong("the originals have other layers than the map")
     return Manifest(
         source=parsed.source,
         method=parsed.method,
@@ -338,6 +354,7 @@ def _build(parsed: ManifestJson) -> Manifest:
         prefetch=prefetch,
         notes=tuple(parsed.notes),
         overview=overview,
+        originals=originals,
         tool_version=parsed.tool_version,
         format_version=parsed.format_version,
         rerouted=tuple(parsed.rerouted),

@@ -126,6 +126,15 @@ class OverviewJson(_Strict):
     distances: list[Annotated[Finite, Field(ge=0)] | None]
 
 
+class OriginalJson(_Strict):
+    """``LayerOriginal``."""
+
+    neurons: Annotated[Count, Field(gt=0)]
+    weights: Annotated[Count, Field(gt=0)]
+    nbytes: Annotated[Count, Field(gt=0)]
+    worth: Annotated[Finite, Field(ge=0)] | None = None
+
+
 class FileJson(_Strict):
     """What is known of one file of the package."""
 
@@ -159,3 +168,4 @@ class ManifestJson(_Strict):
     kv_precision: Literal["source", "int8"] = "source"
     notes: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1 << 16)] = []
     overview: dict[Layer, OverviewJson] = {}
+    originals: dict[Layer, OriginalJson] = {}

@@ -1,4 +1,4 @@
-"""``conmoe-edge serve DIR``: a package behind OpenAI's API, with a page to talk to it."""
+"""``conmoe-edge serve DIR...``: packages behind OpenAI's API, with a page to talk to them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ from conmoe_edge.errors import ConmoeError, UsageError
 from conmoe_edge.extras import install_command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from conmoe_edge.cli.ui.output import Output
+    from conmoe_edge.serve.loading import Loading
     from conmoe_edge.serve.settings import Settings
 
 KEY_VARIABLE = "CONMOE_API_KEY"
 _LARGEST_KEY_FILE = 4096
 
 
-@click.command(short_help="Serve a package to OpenAI clients, with a page to talk to it.")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.command(short_help="Serve packages to OpenAI clients, with a page to talk to it.")
+@click.argument(
+    "folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @package_budget_option
 @click.option(
     "--host",
@@ -58,7 +63,13 @@ _LARGEST_KEY_FILE = 4096
     "--alias",
     metavar="NAME",
     multiple=True,
-    help="Another name of the model for clients; may be given several times.",
+    help="Another name of the model for clients; of several packages NAME=DIR. May be given several times.",
+)
+@click.option(
+    "--keep-alive",
+    metavar="TIME",
+    help="How long a package stays in memory after its last answer: 5m, 90s, 0, forever. With one package without "
+    "this, it stays.  [default: 5m]",
 )
 @click.option(
     "--strict",
@@ -122,18 +133,18 @@ _LARGEST_KEY_FILE = 4096
 @prompt_cache_options
 @common_options
 def serve(
-    folder: Path,
+    folders: tuple[Path, ...],
     gpu: str | None,
     device: str,
-    context: int | None,
-    cache_policy: str | None,
-    misses: str,
     output: Output,
     **words: Any,
 ) -> None:
-    """Serve the package in DIR: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models,
+    """Serve the package in each DIR: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models,
     Anthropic's /v1/messages,
     /health, /metrics for Prometheus, and a page at / to talk to it.
+
+    Of several packages each is loaded when it is asked for, into the one budget, and unloaded when it was idle for
+    --keep-alive or another one needs its room.
 
     It listens on this machine only. An address that others can reach needs an API key. Ctrl-C lets
     running answers finish for 10 s.
@@ -142,37 +153,112 @@ def serve(
     Examples:
       conmoe-edge serve ./out
       conmoe-edge serve ./out --gpu 4GB --port 9000 --context 16k
+      conmoe-edge serve ./olmoe ./qwen --gpu 24GB --keep-alive 30m --alias small=olmoe
       CONMOE_API_KEY=... conmoe-edge serve ./out --host 0.0.0.0 --allow-host tower.local
     """
-    settings = _settings(folder, words)
+    keep_alive = _keep_alive(words["keep_alive"])
+    first, *others = folders
+    several = bool(others) or keep_alive is not None
+    if others and words["name"]:
+        raise UsageError(
+            "--name names one package, and there are several.",
+            "they have the names of their folders",
+            f"--alias {words['name']}={first}",
+        )
+    settings = _settings(first, words)
     settings.check()
-    check_package(folder)
+    for folder in folders:
+        check_package(folder)
     _need_extra()
-    output.note("Starting ...")
-    from conmoe_edge.memory.heap import one_heap
     from conmoe_edge.memory.resolve import resolve_budget
-    from conmoe_edge.serve.server import Server, package_loader
-
-    one_heap()
+    from conmoe_edge.serve.loading import Loading
 
     where: Any = device if device in ("cpu", "cuda") else "auto"
-    load = package_loader(
-        folder,
-        budget=None if gpu is None else resolve_budget(gpu, where),
+    word = "auto" if several and gpu is None else gpu
+    loading = Loading(
+        first,
+        budget=None if word is None else resolve_budget(word, where),
         device=None if device == "auto" else device,
-        context=context,
-        cache_policy=cache_policy,
-        misses=misses,
+        context=words["context"],
+        cache_policy=words["cache_policy"],
+        misses=words["misses"],
         template=words["template"],
         kv_precision=words["kv_precision"],
         prompt_cache=words["prompt_cache"],
         prompt_cache_bytes=words["prompt_cache_size"],
-        tell=output.warning,
     )
+    if several:
+        _serve_several(folders, settings, loading, keep_alive, output)
+    else:
+        _serve_one(settings, loading, output)
+    output.note("Stopped.")
+
+
+def _serve_one(settings: Settings, loading: Loading, output: Output) -> None:
+    """In this process, loaded at the start, until it is stopped."""
+    output.note("Starting ...")
+    from conmoe_edge.memory.heap import one_heap
+    from conmoe_edge.serve.package_loader import PackageLoader
+    from conmoe_edge.serve.server import Server
+
+    one_heap()
+    load = PackageLoader(loading, tell=output.warning).load
     server = Server(settings, load, on_ready=lambda loaded: _ready(server, loaded, output))
     output.note(f"Loading {settings.name}; {server.url}/health says when it is there.")
     server.run()
-    output.note("Stopped.")
+
+
+def _serve_several(
+    folders: Sequence[Path],
+    settings: Settings,
+    loading: Loading,
+    keep_alive: float | None,
+    output: Output,
+) -> None:
+    """Each in a process of its own, loaded when it is asked for, until it is stopped."""
+    from conmoe_edge.serve.front import FrontServer
+    from conmoe_edge.serve.keep_alive import DEFAULT_SECONDS, FOREVER, keep_alive_text
+    from conmoe_edge.serve.model_names import aliases_of, names_of
+    from conmoe_edge.serve.model_pool import PooledModel
+
+    assert loading.budget is not None, "several have one budget"
+    if len(folders) == 1:
+        names, aliases = [settings.name], [settings.aliases]
+    else:
+        names = names_of(folders)
+        aliases = aliases_of(names, folders, settings.aliases)
+    models = [
+        PooledModel(name, folder.resolve(), of_one)
+        for name, folder, of_one in zip(names, folders, aliases, strict=True)
+    ]
+    stays = DEFAULT_SECONDS if keep_alive is None else keep_alive
+    server = FrontServer(
+        settings, models, loading, loading.budget, keep_alive=stays, tell=output.note
+    )
+    output.value({"url": server.url, "models": names, "api": f"{server.url}/v1"})
+    after = (
+        "and stays"
+        if stays == FOREVER
+        else f"and unloaded {keep_alive_text(stays)} after its last answer"
+    )
+    output.note(
+        f"Serving {', '.join(names)}. Each is loaded when it is asked for, {after}.\n"
+        f"Chat: {server.url}/   API: {server.url}/v1   Ctrl-C stops it."
+    )
+    server.run()
+
+
+def _keep_alive(given: str | None) -> float | None:
+    from conmoe_edge.serve.keep_alive import keep_alive_seconds
+
+    try:
+        return None if given is None else keep_alive_seconds(given)
+    except ValueError:
+        raise UsageError(
+            f"--keep-alive {given} is no time.",
+            "",
+            "--keep-alive 5m, 90s, 1h30m, 0 or forever",
+        ) from None
 
 
 def _ready(server: Any, loaded: Any, output: Output) -> None:
@@ -234,11 +320,12 @@ def _need_extra() -> None:
     """Say how to get what only the server needs."""
     try:
         import fastapi
+        import httpx
         import uvicorn
     except ImportError as error:
         raise ConmoeError(
-            "The server needs fastapi and uvicorn.",
+            "The server needs fastapi, uvicorn and httpx.",
             f"{error.name} is not installed",
             install_command("serve"),
         ) from error
-    del fastapi, uvicorn
+    del fastapi, httpx, uvicorn

@@ -108,6 +108,17 @@ def _figures(report: BenchReport) -> Table:
     return table
 
 
+def _other_hits(expected: float, with_reads: float | None) -> bool:
+    """Whether more or fewer prototypes were there than the plan takes for granted, as far as it shows in speed."""
+    return with_reads is not None and not 0.95 < with_reads / expected < 1.05
+
+
+def _with_hits(report: BenchReport) -> str:
+    assert report.expected_reads is not None
+    ratio = report.decode.tokens_per_second.median / report.expected_reads
+    return f"With the hits that were measured {report.expected_reads:.1f} tokens/s are expected; measured ×{ratio:.2f}"
+
+
 def _notes(report: BenchReport) -> list[tuple[str, str]]:
     facts, lines = report.facts, []
     ratio = report.expected_ratio
@@ -116,6 +127,8 @@ def _notes(report: BenchReport) -> list[tuple[str, str]]:
         if facts.planned is not None:
             text += f"; the plan said {facts.planned:.1f}"
         lines.append((text, ""))
+        if _other_hits(facts.expected, report.expected_reads):
+            lines.append((_with_hits(report), ""))
     if facts.expected_prompt is not None and report.prompt_ratio is not None:
         seconds, ratio = _seconds(facts.expected_prompt), report.prompt_ratio
         lines.append(

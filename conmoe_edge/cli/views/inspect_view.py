@@ -10,6 +10,7 @@ from conmoe_edge.cli.ui.text import counted, path_text, percent, percent_whole, 
 from conmoe_edge.cli.views.inspect_map import slot_map
 from conmoe_edge.cli.views.plan_views import precision_name, receipt_view, table_view, tier_name
 from conmoe_edge.report.package_summary import PackageSummary
+from conmoe_edge.report.reduction import and_list, reduction_words
 from conmoe_edge.report.slot_shares import PrototypeFact, quantile
 from conmoe_edge.units import human_size
 
@@ -22,6 +23,7 @@ def inspect_view(facts: PackageSummary, width: int) -> RenderableType:
     parts: list[RenderableType] = [
         _head("Package", package_line(facts)),
         _head("Method", method_line(facts)),
+        *(_head("Experts" if not n else "", line) for n, line in enumerate(experts_lines(facts))),
         _head("Files", files_line(facts)),
     ]
     if facts.manifest.cache:
@@ -53,29 +55,47 @@ def package_line(facts: PackageSummary) -> str:
 
 
 def method_line(facts: PackageSummary) -> str:
-    """``auto · 50 % fewer expert weights · scope 1 · bf16 · by conmoe-edge 0.1.0``."""
+    """``auto · experts in q2, q3 and q4 · all else in int8 · by conmoe-edge 0.1.0``."""
     manifest = facts.manifest
     parts = [printable(manifest.method)]
-    if not facts.unchanged:
-        parts.append(_removed(facts))
-        parts.append(f"scope {manifest.scope}")
-        parts.append(precision_name(printable(manifest.precision)))
+    if manifest.scope > 1:
+        parts.append(f"prototypes shared by {manifest.scope} layers")
+    forms = sorted({part for one in facts.layout_precisions for part in one.split("-")})
+    if not facts.unchanged and forms:
+        words = [precision_name(printable(form)) for form in forms]
+        if words == ["source"]:
+            words = sorted({one.form for one in facts.prototypes})
+        parts.append(f"experts in {and_list(words)}")
     if manifest.dense_precision != "source":
-        parts.append(f"dense {manifest.dense_precision}")
+        parts.append(f"all else in {manifest.dense_precision}")
     if manifest.kv_precision != "source":
-        parts.append(f"keys and values {manifest.kv_precision}")
+        parts.append(f"keys and values in {manifest.kv_precision}")
     if manifest.tool_version:
         parts.append(f"by conmoe-edge {printable(manifest.tool_version)}")
     return " · ".join(parts)
 
 
+def experts_lines(facts: PackageSummary) -> list[str]:
+    """``150 of 192 experts are kept, all of them with fewer neurons`` and what that is in bytes; empty where the model
+    is as it was.
+    """
+    if facts.unchanged:
+        return []
+    lines = reduction_words(facts.reduction)
+    if (
+        facts.reduction.bytes_before is None and lines
+    ):  # a package from before that was written down
+        lines.append(_removed(facts))
+    return lines
+
+
 def _removed(facts: PackageSummary) -> str:
-    """What went: experts, or bits and neurons of all of them."""
+    """What the plan took: experts, or bits and neurons of all of them."""
     manifest = facts.manifest
     chosen = manifest.plan.get("chosen") if manifest.plan else None
     bits = chosen.get("bits") if isinstance(chosen, dict) else None
     if isinstance(bits, float) and bits > 0:
-        return f"{bits:.2f} bits a weight"
+        return f"{bits:.2f} bits a weight of the original's experts"
     if not manifest.rate:
         return "nothing removed"
     # Beside narrower experts there are more of them, so the share is one of weights.
@@ -91,7 +111,7 @@ def files_line(facts: PackageSummary) -> str:
     count = counted(len(facts.manifest.files), "file")
     if facts.verified:
         return f"{total} · {count} hashed, all as the manifest says"
-    return f"{total} · {count} there in full; --verify hashes them"
+    return f"{total} · {count}, all there in full; --verify hashes them"
 
 
 def cache_line(facts: PackageSummary) -> str:
@@ -107,16 +127,15 @@ def cache_line(facts: PackageSummary) -> str:
 def slots_line(facts: PackageSummary) -> str:
     """``Router slots: 96 keep their expert, 96 share another's``."""
     counts = facts.counts()
-    words = (
-        ("prototype", "keep their expert"),
-        ("alias", "share another's"),
-        ("constant", "became constants"),
-        ("dropped", "were dropped"),
-    )
-    said = [f"{counts[kind]:,} {word}" for kind, word in words if counts[kind]]
     added = sum(slot.constant and slot.prototype is not None for slot in facts.every_slot)
-    if added:
-        said.append(f"{added:,} add a constant")
+    words = (
+        (counts["prototype"], "keeps its expert", "keep their expert"),
+        (counts["alias"], "shares another's", "share another's"),
+        (counts["constant"], "became a constant", "became constants"),
+        (counts["dropped"], "was dropped", "were dropped"),
+        (added, "adds a constant", "add a constant"),
+    )
+    said = [f"{count:,} {one if count == 1 else more}" for count, one, more in words if count]
     return f"Router slots: {', '.join(said)}"
 
 
@@ -136,15 +155,16 @@ def _against_plan(facts: PackageSummary) -> RenderableType:
     rows = []
     if facts.prototypes:
         made = len(facts.prototypes)
-        sizes_of = {one.nbytes for one in facts.prototypes}
-        more = made > plan.chosen.prototypes and len(sizes_of) > 1
-        note = f"of {len(sizes_of)} sizes, in the bytes of those planned" if more else ""
-        rows.append(("prototypes", f"{plan.chosen.prototypes:,}", f"{made:,}", note))
+        if len({one.nbytes for one in facts.prototypes}) == 1 and not plan.chosen.bits:
+            rows.append(("experts kept", f"{plan.chosen.prototypes:,}", f"{made:,}", ""))
+        else:  # a plan gives bytes then, and the fit finds how many experts stay in them
+            found = human_size(facts.reduction.bytes_now)
+            rows.append(("experts", human_size(plan.chosen.pool_bytes), found, ""))
     rows += [
         ("weights on disk", human_size(plan.disk_bytes), human_size(weights), ""),
         ("memory", human_size(plan.device_bytes_used), used, f"of {budget} {tier}"),
-        ("resident", percent_whole(plan.chosen.resident_share), _resident(facts), ""),
-        ("decode", _NONE if speed is None else f"~{speed:.0f} tok/s", spoken, ""),
+        ("experts in memory", percent_whole(plan.chosen.resident_share), _resident(facts), ""),
+        ("speed", _NONE if speed is None else f"~{speed:.0f} tok/s", spoken, ""),
     ]
     table = table_view(
         ("  Plan", "planned", "found", ""),
@@ -153,7 +173,9 @@ def _against_plan(facts: PackageSummary) -> RenderableType:
     )
     if measured is not None:
         return table
-    hint = f"  {_NONE} not measured; --bench FILE takes what `bench --json` printed"
+    hint = (
+        f"  {_NONE} known after a run: `bench DIR --json > FILE`, then `inspect DIR --bench FILE`"
+    )
     return Group(table, Text(hint, style="dim"))
 
 
@@ -168,17 +190,23 @@ def _prototypes(facts: PackageSummary) -> list[RenderableType]:
         return []
     shown = min(_SHOWN, len(facts.prototypes) // 2)
     parts: list[RenderableType] = []
-    for title, chosen in (("Busiest", facts.busiest(shown)), ("Loneliest", facts.loneliest(shown))):
-        if chosen and any(one.weight for one in facts.prototypes):
+    if shown and any(one.weight for one in facts.prototypes):
+        busiest = facts.busiest(shown)
+        for title, chosen in (("Busiest", busiest), ("Loneliest", facts.loneliest(shown))):
             parts += [Text(), _table(title, chosen, len(facts.prototypes))]
+        layer, expert = busiest[0].id
+        parts.append(Text(f"  {layer}.{expert} was expert {expert} of layer {layer}.", style="dim"))
     distances = facts.distances
     if distances:
         figures = (
             f"{distances[0]:.3f} least, {quantile(distances, 0.5):.3f} median, "
             f"{quantile(distances, 0.9):.3f} ninth decile, {distances[-1]:.3f} most"
         )
+        if len(distances) == 1:
+            figures = f"{distances[0]:.3f}"
+        word = "Distance" if len(distances) == 1 else "Distances"
         note = "  From a slot's pretrained expert to its prototype: 0 the same, 1.414 unrelated."
-        parts += [Text(), Text(f"  Distances: {figures}"), Text(note, style="dim")]
+        parts += [Text(), Text(f"  {word}: {figures}"), Text(note, style="dim")]
     return parts
 
 
@@ -192,7 +220,7 @@ def _table(title: str, prototypes: tuple[PrototypeFact, ...], count: int) -> Tab
                 span(one.layers),
                 f"{100 * one.weight:.2f} %",
                 f"×{one.weight * count:.2f}",
-                f"{precision_name(one.precision)}, {human_size(one.nbytes)}",
+                f"{one.short_form}, {human_size(one.nbytes)}",
             )
             for one in prototypes
         ],

@@ -71,7 +71,7 @@ def plan_view(report: PlanReport, out: Path, free: int | None) -> RenderableType
         parts.append(_head("Export", printable(report.export_note)))
     if report.advice:
         parts.append(_head("Advise", printable(report.advice)))
-    parts += [_disk(report, out, free), *_fetch(report)]
+    parts += [*_memory(report), _disk(report, out, free), *_fetch(report)]
     return Group(*parts)
 
 
@@ -238,6 +238,13 @@ def _verdict(candidate: Candidate, report: PlanReport) -> str:
         return f"{text}; measured: {cost(known)}"
     prior = demo_divergence(candidate.bits) if candidate.bits else None
     return text if prior is None else f"{text}; measured on the demo model: KL {prior:.3f}"
+
+
+def _memory(report: PlanReport) -> list[Text]:
+    if report.memory is None:
+        return []
+    text = f"the fit itself needs about {human_size(report.memory.nbytes)} of RAM"
+    return [_head("Memory", text, "--calibration-tokens lowers it")]
 
 
 def _disk(report: PlanReport, out: Path, free: int | None) -> Text:

@@ -24,6 +24,7 @@ from conmoe_edge.compress.solvers.neuron_pruning import cuts
 from conmoe_edge.compress.solvers.refit import Features
 from conmoe_edge.compress.solvers.slot_errors import sketch
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.memory.heap import trimmed
 
 PRIOR = 1.0
 _NEARLY_CONSTANT = 0.01
@@ -49,7 +50,7 @@ def narrowings(
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
     """
     grams, found = [], []
-    for expert in range(len(scope.pool)):
+    for expert in trimmed(range(len(scope.pool))):
         gate = gates[:, expert]
         one = activations(scope, tokens, expert, gate)
         grams.append(one.gram)

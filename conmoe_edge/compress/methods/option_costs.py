@@ -35,6 +35,7 @@ from conmoe_edge.compress.solvers.gram_matrix import gram as gram_of
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.compress.solvers.rounding import FED_BACK, inputs_of, round_for
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.memory.heap import trimmed
 from conmoe_edge.model.experts import inner_activations
 
 MEASURED = 4
@@ -62,9 +63,9 @@ def option_errors(
         narrowed: what ``narrowings`` found on the same tokens.
     """
     forms = _forms(scope)
-    samples = [_Inputs.of(scope, tokens, gates, expert) for expert in range(len(scope.pool))]
+    samples = [_Inputs.of(scope, tokens, gates, one) for one in trimmed(range(len(scope.pool)))]
     inputs = [one.changed(lambda weight: _nearest(weight, _COARSE)) for one in samples]
-    downs = [_Down.of(scope, expert, grams[expert]) for expert in range(len(scope.pool))]
+    downs = [_Down.of(scope, one, grams[one]) for one in trimmed(range(len(scope.pool)))]
     factors = _Factors.measured(scope, tokens, gates, forms, samples, inputs, downs, narrowed)
     places = {width: place for place, width in enumerate(scope.widths)}
     return [
@@ -130,10 +131,11 @@ class _Inputs:
 @dataclass(frozen=True, slots=True)
 class _Down:
     """A down projection: its ``gram``, and of every neuron the squared length of its column, the ``pivots`` and its
-    part of the output.
+    part of the output. Its weights are taken from the layer when they are needed.
     """
 
-    weight: Tensor
+    scope: ScopeView
+    expert: int
     gram: Tensor
     columns: Tensor
     pivots: Tensor
@@ -143,7 +145,7 @@ class _Down:
     def of(cls, scope: ScopeView, expert: int, gram: Tensor) -> _Down:
         weight = down_rows(scope, expert)
         columns = weight.square().sum(0)
-        return cls(weight, gram, columns, _pivots(gram), columns * gram.diagonal())
+        return cls(scope, expert, gram, columns, _pivots(gram), columns * gram.diagonal())
 
     def noise(self, neurons: Tensor) -> float:
         """E_down."""
@@ -155,11 +157,12 @@ class _Down:
 
     def rounded(self, kind: Kind, inputs: Inputs) -> float:
         """The error of some rows in a form, as that of all; ``inputs``: ``gram``, with what is found of it."""
-        rows = _spread(len(self.weight), ROWS)
-        part = self.weight[rows]
+        weight = down_rows(self.scope, self.expert)
+        rows = _spread(len(weight), ROWS)
+        part = weight[rows]
         apart = part - _as_packages_have(part, inputs, kind)
         error = ((apart @ self.gram) * apart).sum(dtype=torch.float64)
-        return float(error) * len(self.weight) / len(rows)
+        return float(error) * len(weight) / len(rows)
 
 
 @dataclass(frozen=True, slots=True)

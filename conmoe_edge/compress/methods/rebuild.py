@@ -11,7 +11,7 @@ weights are taken from the pretrained ones when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from conmoe_edge.compress.solvers.refit import Features, refit
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum
 from conmoe_edge.compress.stream.layer_stream import compute_dtype
+from conmoe_edge.memory.heap import trimmed
 from conmoe_edge.model.experts import inner_activations
 
 
@@ -71,7 +72,7 @@ def rebuild(
     features: list[Features] = []
     down: list[Tensor] = []
     kept: list[Tensor] = []
-    for position, expert in enumerate(chosen.prototypes):
+    for position, expert in enumerate(trimmed(chosen.prototypes)):
         known, weights = chosen.neurons.get(expert), alpha[:, position]
         whole = None
         if grams is None:
@@ -98,7 +99,7 @@ def rebuild(
         left = _target(scope, tokens, alpha, chosen.prototypes)
         rounded = None if rounding is None else rounding.outputs(names)
         down, table = refit(
-            *(features, down, gates[:, adding], left),
+            *(features, _used_up(down), gates[:, adding], left),
             constants=bool(adding),
             rounded=rounded,
         )
@@ -130,6 +131,12 @@ def rebuild(
     )
 
 
+def _used_up(values: list[Tensor]) -> Iterator[Tensor]:
+    """All of them, each held by nobody else once it is given."""
+    while values:
+        yield values.pop(0)
+
+
 def _adding(scope: ScopeView, chosen: StandIns, *, rounded: bool) -> list[int]:
     """The slots that add constants. In few bits only those whose experts have gone: the others' constants are worth
     less than the bytes that they take.
@@ -142,7 +149,6 @@ def _adding(scope: ScopeView, chosen: StandIns, *, rounded: bool) -> list[int]:
 
 def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float:
     """Squared distance of the layer's routed output to its target, summed over ``tokens``."""
-    assert tokens.target is not None
     parts_of = decision.parts or scope.weights.parts
     parts = {
         expert: {name: one.to(scope.device) for name, one in parts_of(expert).items()}
@@ -151,7 +157,7 @@ def error_on(scope: ScopeView, tokens: LayerTokens, decision: Decision) -> float
     layer = scope.layers[0].layer
     tap = MappedTap.of(decision.slots, parts, decision.constants.get(layer), layer)
     given = expert_sum(scope.module, tap, tokens, scope.device)
-    return float((given.float() - tokens.target.float()).square().sum(dtype=torch.float64))
+    return float((given.float() - tokens.wanted()).square().sum(dtype=torch.float64))
 
 
 def whole_parts(scope: ScopeView, expert: int) -> dict[str, Tensor]:
@@ -235,8 +241,7 @@ def _as_rows(scope: ScopeView, down: Tensor) -> Tensor:
 
 def _target(scope: ScopeView, tokens: LayerTokens, alpha: Tensor, experts: Sequence[int]) -> Tensor:
     """fp32 [T, H], a copy: what the down projections have to give, biases taken off."""
-    assert tokens.target is not None
-    target = tokens.target.float().clone()
+    target = tokens.wanted()
     biases = [scope.weights.parts(scope.pool[one]).get("down_proj_bias") for one in experts]
     there = [one.float().cpu() for one in biases if one is not None]
     if there:

@@ -160,7 +160,7 @@ def _rounded(
     last = scope[-1]
     came: dict[int, LayerTokens] = {}
     if entered is not None:
-        came[last] = replace(entered.tokens, target=None).weighted()
+        came[last] = replace(entered.tokens, target=None, start=None).weighted()
     else:
         assert tokens is not None, "what is rounded needs the tokens"
         came = {layer: LayerTokens.load(run.work.tokens(layer)) for layer in scope[:-1]}

@@ -4,7 +4,7 @@ Prototypes are rounded for the tokens of the package's stream (``enter``). Metho
 layer's tokens from there and aim at the original's residual stream behind the layer (``aim``). Once the layer is
 written, the package's stream goes through it (``propagate``).
 
-Peak memory: the hidden states of the calibration set twice more, and the layer's tokens with their target.
+Peak memory: the hidden states of the calibration set twice more, the layer's tokens, and three times those in fp32.
 """
 
 from __future__ import annotations
@@ -78,15 +78,17 @@ def aim(run: Run, model: StreamedModel, index: int, streams: Mapping[str, Stream
 
     Where a layer adds its experts' output to what it gives without them, that is the way back to the original's
     stream. Elsewhere (a norm, or a way out of a latent space, comes after the experts) it is what the original experts
-    give.
+    give. The target is the streams themselves, where it can be: it holds until they go on.
     """
     found, stream = enter(run, model, index, streams), streams["package"]
     with run.clock.part("attention"):
+        start = None
         if found.before is not None:
-            target = stream.real_rows(streams["train"].hidden.float() - stream.hidden.float())
+            target = stream.real_rows(streams["train"].hidden)
+            start = stream.real_rows(found.before)
         else:
             target = expert_sum(model.experts[index][1], RoutedTap(), found.tokens, model.device)
-    tokens = replace(found.tokens, target=target, **_marks(run, stream))
+    tokens = replace(found.tokens, target=target, start=start, **_marks(run, stream))
     return Entered(tokens, found.before)
 
 
@@ -141,9 +143,9 @@ def propagate(
     before = None if entered is None else entered.before
     if entered is not None and before is not None and left is not None:
         tokens = entered.tokens
-        assert tokens.target is not None and tokens.weights is not None
+        assert tokens.weights is not None
         stream.hidden = before
-        stream.add_rows(tokens.target - left / tokens.weights.unsqueeze(1))
+        stream.add_rows(tokens.wanted().sub_(left / tokens.weights.unsqueeze(1)))
     elif index in model.experts:
         is_open, module = run.journal.open_slots(index), model.experts[index][1]
         with ShardReader(index_files(run.package, [prototypes_file(index)])) as reader:

@@ -38,10 +38,11 @@ from conmoe_edge.plan.levers import scopes
 
 
 def survey(run: Run, model: StreamedModel) -> dict[int, int]:
-    """MoE layer -> prototypes, or parts of them where their widths differ."""
+    """MoE layer -> prototypes, or parts of them where their widths differ. Its worth goes into the journal."""
     with run.clock.part("survey"):
         found: dict[int, NarrowedLayer] = {}
         worth = _worth(run, model, found)
+        run.journal.worth = {str(layer): one.divergence for layer, one in worth.items()}
         uniform, shared = {}, {}
         for alike in scopes(run.job.anatomy, run.layers):  # runs of layers whose records are alike
             each = run.sizes.uniform(alike[:1])

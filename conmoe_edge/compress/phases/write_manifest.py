@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, Manifest, PrototypeEntry, RecordLayout
+from conmoe_edge.compress.quality.layer_originals import originals_of
 from conmoe_edge.compress.quality.slot_overview import overview_of
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import Journal
@@ -44,6 +45,7 @@ def describe(job: Job, sizes: RecordSizes, journal: Journal) -> Manifest:
         receipt=journal.receipt,
         notes=tuple(journal.notes),
         overview=overview_of(statistics, journal.distances),
+        originals=originals_of(job.anatomy, journal.worth),
         tool_version=job.tool_version,
         rerouted=tuple(layer for layer in layers if journal.open_slots(layer) is not None),
         prefill_chunk=job.plan.get("prefill_chunk"),

@@ -48,6 +48,7 @@ class Journal:
         notes: what the method had to say.
         budgets: layer -> prototypes, or parts of them where their widths differ, where layers do not get the same
             number.
+        worth: layer -> what was measured of it to divide the bytes (``LayerOriginal.worth``); empty where it was not.
         scope: layers that share prototypes, where that was measured; else 0.
         seconds: time by part over all runs.
     """
@@ -64,6 +65,7 @@ class Journal:
     rerouted: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     budgets: dict[str, int] = field(default_factory=dict)
+    worth: dict[str, float] = field(default_factory=dict)
     scope: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

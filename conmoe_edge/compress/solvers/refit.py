@@ -28,13 +28,14 @@ in fp32 a prototype (and one in fp64 while it is factored).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from conmoe_edge.compress.solvers.neuron_pruning import among
+from conmoe_edge.memory.heap import trimmed
 
 PRIOR = 5.0
 """How strongly everything is held where it was, see above."""
@@ -75,7 +76,7 @@ class Features:
 
 def refit(
     features: Sequence[Features],
-    down: Sequence[Tensor],
+    down: Iterable[Tensor],
     gates: Tensor,
     residual: Tensor,
     *,
@@ -86,7 +87,7 @@ def refit(
 
     Args:
         features: of every prototype.
-        down: [H, I] of every prototype.
+        down: [H, I] of every prototype; each is taken once, and held in another order.
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
         residual: fp32 [T, H]: the target less whatever is not refitted (biases); becomes what is left of it.
         constants: whether slots have any.
@@ -100,7 +101,8 @@ def refit(
     for one, weight in zip(features, weights, strict=True):
         residual.index_add_(0, one.rows, one.outputs(weight), alpha=-1.0)
     ridge = _ridge([one.gram for one in features], sum(len(one.rows) for one in features))
-    for place, (one, weight) in enumerate(zip(features, weights, strict=True)):
+    for place in trimmed(range(len(features))):
+        one, weight = features[place], weights[place]
         solved = weight
         if len(one.rows):
             solved = weight + _step(one.gram, ridge, one.gradient(residual))

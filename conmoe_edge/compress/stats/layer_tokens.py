@@ -3,8 +3,9 @@
 ``TokenRecorder`` takes them batch by batch while the layer runs. A scope of several layers keeps
 those of its earlier layers in the run's work folder until it is decided.
 
-Host memory: T * H in the format of the stream, T * K slots and gates, T * E logits where wanted, of
-one layer. Raises ``NoSpace``; ``CheckpointError`` where a file of an earlier run is damaged.
+Host memory: T * H in the format of the stream, T * K slots and gates, T * E logits where wanted, of one layer.
+``target`` and ``start`` may be streams themselves, and are no copies then. Raises ``NoSpace``; ``CheckpointError``
+where a file of an earlier run is damaged.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class LayerTokens:
         slots: [T, K] int64, the router's choice; values outside ``[0, E)`` are skip marks.
         gates: [T, K] fp32.
         logits: [T, E] fp32 of the router, or ``None``.
-        target: [T, H] fp32, what the routed experts should add up to, or ``None``.
+        target: [T, H], where the routed experts should bring the stream, or ``None``.
+        start: [T, H], where the stream is without them; ``None`` for nothing: ``target`` is all that they should give.
         weights: [T] fp32, how much a token's error counts, or ``None`` for all alike.
+        factor: [T] fp32, what ``wanted`` is multiplied with, or ``None`` for 1.
         held: [T] bool, the tokens that candidates are measured on and not fitted on, or ``None``.
         domains: [T] int64, the number of each token's domain, or ``None``.
     """
@@ -38,7 +41,9 @@ class LayerTokens:
     gates: Tensor
     logits: Tensor | None = None
     target: Tensor | None = None
+    start: Tensor | None = None
     weights: Tensor | None = None
+    factor: Tensor | None = None
     held: Tensor | None = None
     domains: Tensor | None = None
 
@@ -57,14 +62,21 @@ class LayerTokens:
         return LayerTokens(**found)  # type: ignore[arg-type]
 
     def weighted(self) -> LayerTokens:
-        """Gates, and targets where there are any, times the weights: a layer's output is linear in its gates, so plain
-        squares over these are the weighted squares over the tokens as they are.
+        """Gates, and what is wanted, times the weights: a layer's output is linear in its gates, so plain squares over
+        these are the weighted squares over the tokens as they are.
         """
         if self.weights is None:
             return self
-        factor = self.weights.unsqueeze(1)
-        target = None if self.target is None else self.target * factor
-        return replace(self, gates=self.gates * factor, target=target, weights=None)
+        gates = self.gates * self.weights.unsqueeze(1)
+        return replace(self, gates=gates, weights=None, factor=self.weights)
+
+    def wanted(self) -> Tensor:
+        """fp32 [T, H], newly made: what the routed experts should add up to."""
+        assert self.target is not None, "these tokens have no target"
+        found = self.target.to(torch.float32, copy=True)
+        if self.start is not None:
+            found -= self.start
+        return found if self.factor is None else found.mul_(self.factor.unsqueeze(1))
 
     def routed(self, slot: int) -> tuple[Tensor, Tensor]:
         """Row numbers [n] and gates [n] of the tokens that chose a slot."""

@@ -16,6 +16,7 @@ from conmoe_edge.compat import cache_of, native_bf16
 from conmoe_edge.compress.stream.calibration_text import TokenSet
 from conmoe_edge.compress.stream.expert_hooks import Tap
 from conmoe_edge.errors import CheckpointError, UnsupportedModel
+from conmoe_edge.model.all_finite import all_finite
 from conmoe_edge.model.packed_layers import rounding_cache
 from conmoe_edge.model.streaming import Batch, StreamedModel
 
@@ -51,11 +52,14 @@ class Stream:
         return int(self._real().sum())
 
     def real_rows(self, values: Tensor) -> Tensor:
-        """[N, T, H] -> [real tokens, H], in the order in which the experts see them."""
-        return values.reshape(-1, values.shape[-1])[self._real()]
+        """[N, T, H] -> [real tokens, H], in the order in which the experts see them; no copy where all are real."""
+        flat = values.reshape(-1, values.shape[-1])
+        return flat if self._whole else flat[self._real()]
 
     def padded(self, rows: Tensor) -> Tensor:
-        """The way back: [real tokens, H] -> [N, T, H], zeros at padding."""
+        """The way back: [real tokens, H] -> [N, T, H], zeros at padding; no copy where there is none."""
+        if self._whole:
+            return rows.view(self.hidden.shape)
         whole = torch.zeros(self.hidden.shape, dtype=rows.dtype)
         whole.view(-1, rows.shape[-1])[self._real()] = rows
         return whole
@@ -63,6 +67,11 @@ class Stream:
     def add_rows(self, rows: Tensor) -> None:
         """hidden += [real tokens, H]."""
         self.hidden += self.padded(rows).to(self.hidden.dtype)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether there is no padding."""
+        return all(keep is None for keep in self.keep)
 
     def _real(self) -> Tensor:
         """[N * T] bool."""
@@ -152,7 +161,7 @@ def run_layer(
             tap.keep = keep
         out = model.run_layer(index, stream.hidden[start:stop].to(model.device), batch)
         stream.hidden[start:stop] = out.to(stream.hidden.dtype).cpu()
-    if not bool(stream.hidden.sum(dtype=torch.float64).isfinite()):
+    if not all_finite(stream.hidden):
         if model.dtype == torch.float16:
             raise CheckpointError(
                 f"Decoder layer {index}{f' of {name}' if name else ''} gives NaN or infinity in float16.",

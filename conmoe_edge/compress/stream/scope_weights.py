@@ -24,6 +24,7 @@ from conmoe_edge.checkpoint.package.record_headers import record_name
 from conmoe_edge.checkpoint.tensors.tensor_index import index_files
 from conmoe_edge.checkpoint.tensors.tensor_reader import ShardReader
 from conmoe_edge.checkpoint.tensors.tensor_writer import write_records
+from conmoe_edge.memory.heap import trimmed
 from conmoe_edge.model.experts import part_names
 
 
@@ -218,7 +219,7 @@ def write_experts(
     buffer = torch.empty(max(sizes.values()), dtype=torch.uint8)
 
     def packed():
-        for expert, layout in records:
+        for expert, layout in trimmed(records):
             own = None if made is None else made(expert)
             tensors = encode(layout, parts_of(expert), transposed, own)
             yield record_name(expert), pack(layout, tensors, buffer[: layout.nbytes])

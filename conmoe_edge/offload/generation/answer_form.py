@@ -96,7 +96,10 @@ def answer_form(
         reasoning = ReasoningMarks(*marks, started=tail.rstrip().endswith(marks[0]))
         begin, end = (_token(tokenizer, mark) for mark in marks)
         if end is not None:
-            thinking = ThinkingMarks(begin, end, reasoning.started)
+            over = tail.rstrip().endswith(
+                marks[1]
+            )  # the template has ended it: there is to be none
+            thinking = ThinkingMarks(None if over else begin, end, reasoning.started)
     texts = [*(marks or ()), *([] if calls is None or generic else _call_marks(template, special))]
     shown = frozenset(special[text] for text in texts if text in special)
     return AnswerForm(template, reasoning, thinking, calls, generic, shown)

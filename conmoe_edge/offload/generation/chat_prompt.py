@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.answer_form import AnswerForm, answer_form
 from conmoe_edge.offload.generation.chat_template import shared
 from conmoe_edge.offload.generation.generic_tools import tools_as_text
+from conmoe_edge.offload.generation.message_order import in_order
 from conmoe_edge.offload.generation.named_templates import default_template
 from conmoe_edge.offload.generation.prompt import prompt_tokens, template_variables
 from conmoe_edge.offload.generation.tool_forms import TAGGED, Tools, form_of
@@ -34,10 +34,14 @@ _PROBE_TOOL = {
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Tokens of a prompt, and the form of its answer."""
+    """Tokens of a prompt, and the form of its answer.
+
+    ``reordered``: whether the chat template was given other messages than came, see ``message_order.py``.
+    """
 
     tokens: list[int]
     form: AnswerForm
+    reordered: bool = False
 
 
 def chat_prompt(
@@ -50,7 +54,7 @@ def chat_prompt(
     stop_event: threading.Event | None = None,
     check: Callable[[str], None] | None = None,
 ) -> ChatPrompt:
-    """As ``prompt_tokens``, for messages that may have ``tool_calls`` and the role ``tool``.
+    """As ``prompt_tokens``, for messages that may have ``tool_calls`` and the role ``tool``, in any order of roles.
 
     Args:
         tools: that the answer may call.
@@ -70,18 +74,20 @@ def chat_prompt(
         calls = (known or TAGGED) if tools else None
         if generic:
             messages = tools_as_text(messages, tools)
+    ordered = in_order(messages, template, template_variables(tokenizer))
     variables = dict(template_kwargs or {})
     if tools and not generic:
         variables["tools"] = list(tools)
     tokens = prompt_tokens(
         tokenizer,
-        messages,
+        ordered,
         allow_special_tokens=allow_special_tokens,
         stop_event=stop_event,
         check=check,
         variables=variables,
     )
-    return ChatPrompt(tokens, answer_form(tokenizer, template, tokens, calls, generic=generic))
+    form = answer_form(tokenizer, template, tokens, calls, generic=generic)
+    return ChatPrompt(tokens, form, reordered=ordered != list(messages))
 
 
 def takes_tools(tokenizer: Any, template: str) -> bool:
@@ -92,8 +98,5 @@ def takes_tools(tokenizer: Any, template: str) -> bool:
 @functools.lru_cache(maxsize=8)
 def _takes_tools(template: str, variables: str) -> bool:
     given = {**json.loads(variables), "tools": [_PROBE_TOOL]}
-    try:
-        (text,) = shared.render(template, [[{"role": "user", "content": "x"}]], given)
-    except UsageError:  # it refuses them
-        return False
+    text = shared.taken(template, [{"role": "user", "content": "x"}], given)
     return _PROBE in (text or "")

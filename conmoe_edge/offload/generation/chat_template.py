@@ -84,14 +84,18 @@ class TemplateRenderer:
             PackageError: it is no template.
             ConmoeError: no process can be started, or ``stop_event`` was set.
         """
-        given = json.dumps([conversations, variables], ensure_ascii=False)
-        request = {
-            "template": template,
-            "conversations": conversations,
-            "variables": variables,
-            "characters": SPARE_CHARACTERS + GROWTH * (len(template) + len(given)),
-        }
-        return self._ask(request, stop_event)
+        return self._ask(_request(template, conversations, variables), stop_event)
+
+    def taken(
+        self, template: str, conversation: Messages, variables: Mapping[str, Any]
+    ) -> str | None:
+        """The text of one conversation; ``None`` where the template refuses it or fails on it.
+
+        Raises:
+            UsageError, PackageError, ConmoeError: as ``render`` for the rest, which says nothing of the template.
+        """
+        reply = self._reply(_request(template, [conversation], variables), None)
+        return None if reply.get("error") in ("refused", "failed") else _texts(reply)[0]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - there is one renderer
     def looked_for(self, template: str) -> tuple[str, ...]:
@@ -113,6 +117,9 @@ class TemplateRenderer:
             self._drop()
 
     def _ask(self, request: dict[str, Any], stop_event: threading.Event | None) -> list[Any]:
+        return _texts(self._reply(request, stop_event))
+
+    def _reply(self, request: dict[str, Any], stop_event: threading.Event | None) -> dict[str, Any]:
         while not self._turn.acquire(timeout=POLL_SECONDS):
             if stop_event is not None and stop_event.is_set():
                 raise _error_of("stopped")
@@ -132,9 +139,7 @@ class TemplateRenderer:
             raise
         finally:
             self._turn.release()
-        if "texts" in reply:
-            return reply["texts"]
-        raise _error_of(reply["error"], reply.get("why", ""))
+        return reply
 
     def _drop(self) -> None:
         if self._process is not None:
@@ -145,6 +150,24 @@ class TemplateRenderer:
         """In a forked child: the process is the parent's."""
         self._turn = threading.Lock()
         self._process = None
+
+
+def _request(
+    template: str, conversations: Sequence[Messages], variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = json.dumps([conversations, variables], ensure_ascii=False)
+    return {
+        "template": template,
+        "conversations": conversations,
+        "variables": variables,
+        "characters": SPARE_CHARACTERS + GROWTH * (len(template) + len(given)),
+    }
+
+
+def _texts(reply: dict[str, Any]) -> list[Any]:
+    if "texts" in reply:
+        return reply["texts"]
+    raise _error_of(reply["error"], reply.get("why", ""))
 
 
 class _Process:

@@ -20,9 +20,10 @@ from torch import Tensor
 from conmoe_edge.errors import UsageError
 from conmoe_edge.offload.generation.prompt import end_tokens
 
-WHITESPACE = r"(\n[ \t]{0,32}|[ ]?)"
-"""Between the parts of a JSON value: a blank, or a line's end and an indentation. A model that cannot stop writing
-blanks comes to an end so."""
+WHITESPACE = "[ ]?"
+"""Between the parts of a JSON value: a blank, or nothing. Every value of a schema can be written so, in one line. Where
+indentation is allowed (20 blanks a line with llama.cpp) a weak model fills its answer with it, and each blank costs
+a token's time."""
 LONGEST_SCHEMA = 256 << 10
 """Characters of a schema or a grammar."""
 _DEEPEST = 64
@@ -153,6 +154,12 @@ class Rule:
                 "a simpler schema",
             )
         return scores.masked_fill(~torch.from_numpy(may).to(scores.device)[None], -torch.inf)
+
+    def unended(self, scores: Tensor) -> Tensor:
+        """``scores`` [1, V] with minus infinity for the tokens that end an answer: before the grammar's text has begun
+        none may."""
+        ends = [end for end in self._ends if end < scores.shape[-1]]
+        return scores.index_fill(-1, torch.tensor(ends, device=scores.device), -torch.inf)
 
     def took(self, token: int) -> None:
         """The answer goes on with ``token``."""

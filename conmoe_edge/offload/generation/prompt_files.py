@@ -110,6 +110,7 @@ class PromptFiles:
         self._most = most_bytes
         self._tell = tell or _warn
         self._writes = True
+        self._last: tuple[list[list[int]], list[str]] = [], []
         with disk_errors(folder, _ANOTHER):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _check_private(folder)
@@ -192,13 +193,24 @@ class PromptFiles:
         self._tell(f"The kept prompt {path} was ignored: {why}. It is computed again.")
 
     def _keys(self, tokens: Sequence[int]) -> list[str]:
-        """Of the whole chunks of ``tokens``, hexadecimal."""
-        keys, before = [], self._root
-        for start in range(0, len(tokens) - self._size + 1, self._size):
-            part = tokens[start : start + self._size]
-            before = hashlib.sha256(before + struct.pack(f"<{len(part)}q", *part)).digest()
-            keys.append(before.hex())
-        return keys
+        """Of the whole chunks of ``tokens``, hexadecimal. A prompt that grows has been here with all but its last."""
+        chunks, keys = self._last
+        found: list[str] = []
+        parts: list[list[int]] = []
+        before, same = self._root, True
+        for index, start in enumerate(range(0, len(tokens) - self._size + 1, self._size)):
+            part = list(tokens[start : start + self._size])
+            same = same and index < len(keys) and part == chunks[index]
+            if same:
+                key = keys[index]
+                before = bytes.fromhex(key)
+            else:
+                before = hashlib.sha256(before + struct.pack(f"<{len(part)}q", *part)).digest()
+                key = before.hex()
+            found.append(key)
+            parts.append(part)
+        self._last = parts, found
+        return found
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

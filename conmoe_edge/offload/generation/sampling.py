@@ -80,7 +80,11 @@ class Sampler:
             scores = self._changes.changed(scores)
         if self._repetition is not None:
             scores = self._repetition(_before(tokens, scores), scores)
-        if self._rule is not None and not self._thinks:
+        if self._rule is None:
+            return scores
+        if self._thinks:
+            scores = self._rule.unended(scores)
+        else:
             begin = None if self._thinking is None else self._thinking.may_begin
             scores = self._rule.allowed(scores, begin)
         return scores

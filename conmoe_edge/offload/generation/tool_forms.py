@@ -84,6 +84,13 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def speller(tokenizer: Any) -> Spell:
+    """A mark that is one token of the tokenizer's own list is that token, and no other text: special as DeepSeek's, or
+    plain as Qwen's ``<tool_call>``, which llguidance takes for a control token all the same."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    return lambda text: f"<[{added[text]}]>" if text in added else literal(text)
+
+
 def _json_arguments(tool: Mapping[str, Any]) -> str:
     from conmoe_edge.offload.generation.grammar import json_rule
 

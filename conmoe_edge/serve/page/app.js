@@ -1,118 +1,179 @@
-// The chat page: streams answers from this server's own API and shows what /stats says.
-// Text from the model only ever becomes text nodes.
-"use strict";
+// The chat page: answers from this server's own API, and what /stats says about them.
+
+import { copy } from "./clipboard.js";
+import { add, beside, goTo, messages, newConversation, path, remove } from "./conversation.js";
+import { keep, reopen, startList } from "./conversation_list.js";
+import { figures, pieceCame, speedBegins, speedOver } from "./figures.js";
+import { leaveOut, more } from "./room.js";
+import { ask, events, Failure, failureOf, post } from "./server.js";
+import { dropsWhenFull, startSettings, systemText, wishes } from "./settings.js";
+import { AnswerItem, drawActions, drawAll, editQuestion, leftOutText } from "./transcript.js";
 
 const $ = (id) => document.getElementById(id);
-const messages = []; // {role, content}
-const history = []; // share found in memory, at most 60
-const MOST_PARTS = 1000; // of one text; with more fences than that it is shown without blocks
+const MOST_TRIES = 10; // while the server is busy
+const OPENED = "conmoe-opened"; // the conversation of this tab
+
+let conversation = newConversation();
+let running = null; // {stop: AbortController, now: function that ends a wait, or null}
 let model = "";
-let running = null; // AbortController of the answer being made
-let before = null; // hits and misses of the poll before
+let context = 0;
 
-// Talking to the server
+// Asking
 
-let key = sessionStorage.getItem("conmoe-key") || "";
-
-async function ask(path, options = {}) {
-  const headers = { ...(options.headers || {}) };
-  if (key) headers.Authorization = `Bearer ${key}`;
-  const response = await fetch(path, { ...options, headers });
-  if (response.status === 401) {
-    await askForKey(Boolean(key));
-    return ask(path, options);
+async function answerTo(parent, leastOut = 0) {
+  const talk = conversation; // another one may be opened meanwhile
+  const before = path(talk, parent);
+  const node = add(talk, { role: "assistant", model: $("models").value || model }, parent);
+  const item = new AnswerItem(node);
+  running = { stop: new AbortController(), now: null };
+  show({ live: item });
+  controls();
+  keep(talk);
+  $("spoken").textContent = "Answering.";
+  speedBegins();
+  const { signal } = running.stop;
+  const clock = { start: performance.now(), first: 0 };
+  const draw = paced(() => item.show());
+  try {
+    const response = await answered(before, node, item, leastOut);
+    node.ignored = response.headers.get("X-Conmoe-Ignored") || undefined;
+    for await (const event of events(response, signal)) take(event, node, clock, draw);
+    if (!node.finish && !signal.aborted) throw new Failure("lost", "The connection ended before the answer did.");
+  } catch (error) {
+    if (!signal.aborted) node.problem = problemOf(error, node);
   }
-  return response;
-}
-
-let askingForKey = null;
-
-function askForKey(wrong) {
-  askingForKey ||= new Promise((resolve) => {
-    const dialog = $("key-dialog");
-    $("key-wrong").hidden = !wrong;
-    $("key").value = "";
-    dialog.showModal();
-    dialog.addEventListener("close", () => {
-      key = $("key").value.trim();
-      sessionStorage.setItem("conmoe-key", key);
-      askingForKey = null;
-      resolve();
-    }, { once: true });
-  });
-  return askingForKey;
-}
-
-async function* events(response, signal) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  while (true) {
-    const { value, done } = await reader.read();
-    if (done || signal.aborted) return;
-    rest += value;
-    const parts = rest.split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      if (!part.startsWith("data: ")) continue;
-      if (part === "data: [DONE]") return;
-      yield JSON.parse(part.slice(6));
-    }
+  if (signal.aborted) node.stopped = true;
+  over(node, clock);
+  running = null;
+  if (talk === conversation) {
+    const follow = followsEnd();
+    item.finish();
+    show({ follow });
+    $("question").focus({ preventScroll: true });
   }
+  controls();
+  await keep(talk);
 }
 
-// The conversation
-
-function show(role, text) {
-  const item = document.createElement("li");
-  item.className = role === "user" ? "mine" : "answer";
-  const body = document.createElement("div");
-  body.className = "text";
-  body.dir = "auto"; // text from right to left too
-  item.append(body);
-  $("messages").append(item);
-  $("welcome").hidden = true;
-  render(body, text);
-  return item;
-}
-
-// Fenced code becomes <pre>; everything else stays as it is. The text only grows, and of what is there
-// only the last part changes, so a long answer is not drawn anew for every word.
-function render(body, text) {
-  const parts = text.split("```", MOST_PARTS);
-  const shown = parts.length < MOST_PARTS ? parts : [text];
-  if (body.childNodes.length > shown.length) body.replaceChildren();
-  for (let index = Math.max(0, body.childNodes.length - 1); index < shown.length; index++) {
-    const node = body.childNodes[index]
-      || body.appendChild(index % 2 ? document.createElement("pre") : document.createTextNode(""));
-    const part = index % 2 ? shown[index].replace(/^[\w+-]*\n/, "").replace(/\n$/, "") : shown[index];
-    if (node.textContent !== part) node.textContent = part;
+/** The response that streams; waits while the server is busy, and leaves out old turns while it is full. */
+async function answered(before, node, item, leastOut) {
+  const wanted = wishes(), text = systemText(), { signal } = running.stop;
+  const first = text ? [{ role: "system", content: text }] : [];
+  const sent = messages(before);
+  const said = before.findLast((turn) => turn.role === "assistant")?.leftOut || 0;
+  let already = Math.max(said, leastOut);
+  if (dropsWhenFull()) {
+    already = await leaveOut({ sent, first, already, context, most: wanted.max_tokens, model: node.model, signal });
+  }
+  for (let tries = 1; ; tries++) {
+    tellLeftOut(node, item, already, said);
+    const body = {
+      model: node.model, messages: [...first, ...sent.slice(already)], stream: true,
+      stream_options: { include_usage: true }, ...wanted,
+    };
+    const response = await post("v1/chat/completions", body, signal);
+    if (response.ok) return response;
+    const failed = await failureOf(response);
+    if (failed.kind === "full" && dropsWhenFull()) already = more(sent, already);
+    else if (failed.kind === "busy" && tries < MOST_TRIES) await pause(item, failed, signal);
+    else throw failed;
   }
 }
 
-function under(item, words, problem) {
-  const line = document.createElement("div");
-  line.className = problem ? "under problem" : "under";
-  if (problem) line.setAttribute("role", "alert");
-  for (const word of words) {
-    const span = document.createElement("span");
-    span.textContent = word;
-    line.append(span);
-  }
-  item.append(line);
+function tellLeftOut(node, item, already, said) {
+  if (!already) return;
+  node.leftOut = already;
+  node.leftOutNow = already > said;
+  item.item.querySelector(".left-out")?.remove();
+  if (node.leftOutNow) item.note(leftOutText(node));
 }
 
-// A model's reasoning stands folded above its answer, and is not sent back.
-function showReasoning(item) {
-  const fold = document.createElement("details");
-  const name = document.createElement("summary");
-  const body = document.createElement("div");
-  fold.className = "reasoning";
-  name.textContent = "Reasoning";
-  body.className = "thoughts";
-  body.dir = "auto";
-  fold.append(name, body);
-  item.prepend(fold);
-  return body;
+async function pause(item, failed, signal) {
+  for (let left = Math.ceil(failed.wait); left > 0; left--) {
+    item.wait(`${failed.message} Trying again in ${left} s.`);
+    const early = await new Promise((resolve, reject) => {
+      const timer = setTimeout(resolve, 1000, false);
+      running.now = () => { clearTimeout(timer); resolve(true); };
+      signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+    });
+    if (early) break;
+  }
+  running.now = null;
+  item.waited();
+}
+
+function take(event, node, clock, draw) {
+  node.usage = event.usage || node.usage;
+  const choice = event.choices[0];
+  if (!choice) return;
+  node.finish = choice.finish_reason || node.finish;
+  const { reasoning_content: thought, content, tool_calls: calls } = choice.delta;
+  if (!thought && !content && !calls) return;
+  clock.first ||= performance.now();
+  pieceCame();
+  if (thought) node.reasoning = (node.reasoning || "") + thought;
+  else if (node.reasoning) node.thoughtFor ??= (performance.now() - clock.first) / 1000;
+  if (content) node.content += content;
+  for (const call of calls || []) takeCall(node, call);
+  draw();
+}
+
+/** A call comes whole, or its arguments in pieces by its `index`. */
+function takeCall(node, { index, id, function: { name, arguments: given } }) {
+  node.calls ||= [];
+  const there = node.calls[index];
+  if (there) there.arguments += given || "";
+  else node.calls[index] = { id, name: name || "", arguments: given || "" };
+}
+
+/** `draw` with the screen, and less often than that where it takes long. */
+function paced(draw) {
+  let pending = false, notBefore = 0;
+  const now = () => {
+    pending = false;
+    const start = performance.now(), follow = followsEnd();
+    draw();
+    if (follow) toEnd();
+    notBefore = performance.now() + 4 * (performance.now() - start);
+  };
+  return () => {
+    if (pending) return;
+    pending = true;
+    const wait = notBefore - performance.now();
+    if (wait > 0) setTimeout(now, wait);
+    else requestAnimationFrame(now);
+  };
+}
+
+function problemOf(error, node) {
+  if (!(error instanceof Failure)) {
+    console.error(error);
+    return { kind: "refused", text: `The page failed: ${error.message}` };
+  }
+  const kept = node.content || node.reasoning ? "What came until then is kept above." : "";
+  const hint = { gone: "Retry once `conmoe-edge serve` runs again.", lost: kept }[error.kind] || "";
+  const full = "Nothing was cut. In the settings, “When the context is full” can leave out the oldest turns by itself.";
+  return { kind: error.kind, text: error.message, hint: error.kind === "full" ? full : hint };
+}
+
+function over(node, clock) {
+  const after = (performance.now() - clock.first) / 1000;
+  if (clock.first) node.firstAfter = (clock.first - clock.start) / 1000;
+  if (node.reasoning) node.thoughtFor ??= after;
+  if (node.usage?.completion_tokens > 1 && after > 0) node.perSecond = (node.usage.completion_tokens - 1) / after;
+  speedOver(node.perSecond || 0, clock.first ? `first token ${node.firstAfter.toFixed(1)} s` : "no answer");
+  const said = node.content.slice(0, 300);
+  $("spoken").textContent = node.problem ? "" : `Answer: ${said}${node.content.length > 300 ? " … and more." : ""}`;
+}
+
+// What is shown
+
+/** Draw what changed; `live` is the item of the answer that begins. */
+function show({ follow = true, live = null } = {}) {
+  const turns = path(conversation);
+  drawAll(conversation, turns, Boolean(running), live);
+  $("welcome").hidden = turns.length > 0;
+  if (follow) toEnd();
 }
 
 function followsEnd() {
@@ -124,220 +185,160 @@ function toEnd() {
   $("chat").scrollTop = $("chat").scrollHeight;
 }
 
-function body() {
-  const system = $("system").value.trim();
-  const first = system ? [{ role: "system", content: system }] : [];
-  const value = { model, messages: [...first, ...messages], stream: true, stream_options: { include_usage: true } };
-  const temperature = Number($("temperature").value);
-  if (temperature >= 0) value.temperature = temperature;
-  const most = parseInt($("max-tokens").value, 10);
-  if (most > 0) value.max_tokens = most;
-  // Half of a surrogate pair is no text, and the server would refuse the whole conversation for it.
-  return JSON.stringify(value, (_, one) => (one?.toWellFormed ? one.toWellFormed() : one));
-}
-
-async function answer(question) {
-  messages.push({ role: "user", content: question });
-  show("user", question);
-  const item = show("assistant", "");
-  const target = item.firstElementChild;
-  item.classList.add("busy");
-  toEnd();
-  setRunning(new AbortController());
-  const { signal } = running;
-  const start = performance.now();
-  let thoughts = null, text = "", first = 0, usage = null, finish = "", problem = "", pending = false;
-  const draw = () => {
-    pending = false;
-    const follow = followsEnd();
-    render(target, text);
-    if (follow) toEnd();
-  };
-  try {
-    const response = await ask("v1/chat/completions", {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: body(), signal,
-    });
-    if (!response.ok) {
-      problem = await reason(response);
-    } else {
-      for await (const event of events(response, signal)) {
-        if (event.error) { problem = event.error.message; break; }
-        usage = event.usage || usage;
-        const choice = event.choices[0];
-        if (!choice) continue;
-        finish = choice.finish_reason || finish;
-        if (choice.delta.reasoning_content) {
-          first ||= performance.now();
-          thoughts ||= showReasoning(item);
-          thoughts.append(choice.delta.reasoning_content);
-        }
-        if (!choice.delta.content) continue;
-        first ||= performance.now();
-        text += choice.delta.content;
-        if (!pending) { pending = true; requestAnimationFrame(draw); }
-      }
-      if (!finish && !problem && !signal.aborted) problem = "The connection ended before the answer did.";
-    }
-  } catch (error) {
-    if (!signal.aborted) problem = "The server cannot be reached.";
-  }
-  draw();
-  item.classList.remove("busy");
-  finished(item, { text, usage, finish, problem, stopped: signal.aborted, start, first });
-  setRunning(null);
-}
-
-async function reason(response) {
-  try {
-    const { error } = await response.json();
-    return error.code === "context_length_exceeded"
-      ? "This conversation is as long as the model can hold. “New chat” starts another."
-      : error.message;
-  } catch {
-    return `The server answered ${response.status}.`;
-  }
-}
-
-function finished(item, { text, usage, finish, problem, stopped, start, first }) {
-  const words = [];
-  if (usage) {
-    const after = (performance.now() - first) / 1000;
-    words.push(`${usage.completion_tokens} tokens`);
-    if (usage.completion_tokens > 1 && after > 0) {
-      words.push(`${((usage.completion_tokens - 1) / after).toFixed(1)} tokens/s`);
-    }
-  }
-  if (first) {
-    const wait = `first token ${((first - start) / 1000).toFixed(1)} s`;
-    words.push(wait);
-    $("first-token").textContent = wait;
-  }
-  if (stopped) words.push("stopped");
-  if (finish === "length") words.push("ended at the longest answer");
-  if (words.length) under(item, words, false);
-  if (problem) under(item, [problem], true);
-  if (text) messages.push({ role: "assistant", content: text });
-  else {
-    const { content } = messages.pop(); // a question without an answer is not kept
-    if (problem && !$("question").value) { $("question").value = content; grow(); }
-    if (!problem && !stopped) under(item, ["an empty answer"], false);
-  }
-  if (followsEnd()) toEnd();
-}
-
-function setRunning(controller) {
-  running = controller;
-  $("send").hidden = Boolean(controller);
-  $("stop").hidden = !controller;
-  if (!controller) $("question").focus({ preventScroll: true });
-  poll(true);
-}
-
-function stop() {
-  if (running) running.abort();
+function open(other) {
+  stop();
+  conversation = other;
+  sessionStorage.setItem(OPENED, other.id);
+  show();
+  closeDrawers();
 }
 
 function startAnew() {
   stop();
-  messages.length = 0;
-  $("messages").replaceChildren();
-  $("welcome").hidden = false;
+  conversation = newConversation();
+  sessionStorage.removeItem(OPENED);
+  for (const one of document.querySelectorAll("#conversations [aria-current]")) one.removeAttribute("aria-current");
+  show();
+  closeDrawers();
   $("question").focus();
 }
 
-// The figures
-
-const MIB = 1 << 20, GIB = 1 << 30;
-
-function size(bytes, unit) {
-  return unit === GIB ? (bytes / GIB).toFixed(2) : Math.round(bytes / MIB).toLocaleString("en");
+function controls() {
+  $("send").hidden = Boolean(running);
+  $("stop").hidden = !running;
+  poll(true);
 }
 
-function bytes(value) {
-  if (value >= GIB) return `${(value / GIB).toFixed(2)} GiB`;
-  return value >= MIB ? `${(value / MIB).toFixed(1)} MiB` : `${Math.round(value / 1024)} KiB`;
+function stop() {
+  running?.stop.abort();
 }
+
+// What can be done with a turn
+
+function retry(turn, leastOut = 0) {
+  const { parent } = turn;
+  const nothing = !turn.content && !turn.reasoning && !turn.calls?.length;
+  if (nothing && !Object.values(conversation.nodes).some((one) => one.parent === turn.id)) remove(conversation, turn);
+  answerTo(parent, leastOut);
+}
+
+function retryShorter(turn) {
+  const sent = messages(path(conversation, turn.parent));
+  try {
+    retry(turn, more(sent, turn.leftOut || 0));
+  } catch (error) {
+    $("messages").querySelector(`[data-turn="${turn.id}"]`).remove(); // it is drawn anew
+    turn.problem = problemOf(error, turn);
+    show();
+  }
+}
+
+const ACTIONS = {
+  retry,
+  "retry-shorter": retryShorter,
+  new: startAnew,
+  "try-now": () => running?.now?.(),
+  copy: (turn, button) => copy(turn.content, button),
+  edit: (turn, button) => editQuestion(button.closest("li"), turn),
+  "cancel-edit": () => show({ follow: false }),
+  before: (turn) => version(turn, -1),
+  after: (turn) => version(turn, 1),
+};
+
+function version(turn, step) {
+  const others = beside(conversation, turn);
+  goTo(conversation, others[others.indexOf(turn) + step]);
+  show({ follow: false });
+  keep(conversation);
+}
+
+function turnOf(element) {
+  return conversation.nodes[element.closest("[data-turn]")?.dataset.turn];
+}
+
+$("messages").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  if (button.className === "copy-code") copy(button.closest(".code").querySelector("code").textContent, button);
+  else if (!running || ["copy", "try-now", "new"].includes(button.dataset.action)) {
+    ACTIONS[button.dataset.action]?.(turnOf(button), button);
+  }
+});
+
+$("messages").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) return;
+  const turn = turnOf(event.target);
+  if (event.target.className === "edit") {
+    const text = event.target.querySelector("textarea").value.trim();
+    if (text) answerTo(add(conversation, { role: "user", content: text }, turn.parent).id);
+  } else {
+    let parent = turn.id;
+    for (const field of event.target.querySelectorAll("textarea")) {
+      parent = add(conversation, { role: "tool", call: field.dataset.call, content: field.value }, parent).id;
+    }
+    answerTo(parent);
+  }
+});
+
+$("messages").addEventListener("keydown", (event) => {
+  if (event.target.tagName !== "TEXTAREA") return;
+  if (event.key === "Escape") show({ follow: false });
+  else if (sends(event)) { event.preventDefault(); event.target.form.requestSubmit(); }
+});
+
+// The server's state
 
 const STATES = { ready: "ready", loading: "loading the model …", stopping: "stopping", failed: "failed" };
 
-function figures(stats) {
-  model = stats.model;
-  $("model").textContent = stats.model;
-  document.title = `${stats.model} · conmoe-edge`;
-  setState(stats.state, STATES[stats.state] || stats.state);
-  if (stats.running) $("speed").textContent = stats.tokens_per_second.toFixed(1);
-  const others = stats.queued ? `, ${stats.queued} waiting` : "";
-  $("now").textContent = `${stats.running} of ${stats.parallel} answers being made${others}; `
-    + `${stats.totals.completion_tokens.toLocaleString("en")} tokens written since the start`;
-  if (stats.memory) memoryFigure(stats.memory);
-  if (stats.compute) {
-    const path = stats.compute.fast_path ? `; fast path: ${stats.compute.fast_path.summary}` : "";
-    $("compute-note").textContent = `kernel: ${stats.compute.kernel}${path}`;
-  }
-  if (stats.cache) cacheFigure(stats.cache);
-}
-
-function memoryFigure(memory) {
-  const limit = memory.budget;
-  const unit = (limit || memory.used) >= GIB ? GIB : MIB;
-  const name = unit === GIB ? "GiB" : "MiB";
-  $("memory").textContent = size(memory.used, unit);
-  $("memory-of").textContent = limit ? `of ${size(limit, unit)} ${name}` : name;
-  $("memory-bar").hidden = !limit;
-  if (limit) {
-    const share = Math.min(1, memory.used / limit);
-    $("memory-bar").firstElementChild.style.width = `${100 * share}%`;
-    $("memory-bar").dataset.full = String(memory.used > limit);
-  }
-  const place = memory.device.startsWith("cuda") ? "GPU" : "RAM";
-  const held = memory.conversations ? bytes(memory.conversations) : "none";
-  $("memory-note").textContent = `${place}; conversations hold ${held} of their ${bytes(memory.conversations_planned)}`;
-}
-
-function cacheFigure(cache) {
-  if (!cache.prototypes) {
-    $("hits").textContent = "all";
-    $("spark").hidden = true;
-    $("cache-note").textContent = "this model was left whole";
-    return;
-  }
-  if (before) {
-    const hits = cache.hits - before.hits, misses = cache.misses - before.misses;
-    if (hits + misses > 0) {
-      history.push(hits / (hits + misses));
-      if (history.length > 60) history.shift();
-      $("hits").textContent = `${(100 * history[history.length - 1]).toFixed(0)} %`;
-      $("hits-of").textContent = "lately";
-    }
-  }
-  before = { hits: cache.hits, misses: cache.misses };
-  const step = 120 / 59;
-  const points = history.map((share, i) => `${((60 - history.length + i) * step).toFixed(1)},${(35 - 34 * share).toFixed(1)}`);
-  $("spark").firstElementChild.setAttribute("points", points.join(" "));
-  const read = cache.disk_bytes + cache.host_bytes;
-  const share = Math.round(100 * cache.resident / cache.prototypes);
-  $("cache-note").textContent = `${cache.resident} of ${cache.prototypes} fit at once (${share} %); `
-    + `${bytes(read)} read since the start`;
-}
-
 function setState(state, text) {
   $("state").dataset.state = state;
-  $("state").textContent = text;
-  $("send").disabled = state !== "ready";
+  if ($("state").textContent !== text) $("state").textContent = text;
+  $("send").disabled = ["loading", "failed"].includes(state);
+}
+
+async function namesOfModels() {
+  const response = await ask("v1/models");
+  if (!response.ok) return;
+  const names = (await response.json()).data.map((one) => one.id);
+  const shown = Array.from($("models").options, (option) => option.value);
+  if (names.join("\n") !== shown.join("\n")) {
+    const chosen = $("models").value || names.find((name) => name === model) || names[0];
+    $("models").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  }
+  $("models").hidden = names.length < 2;
+  $("model").hidden = names.length > 1;
 }
 
 let timer = 0;
+let polls = 0;
 
 async function poll(soon) {
   clearTimeout(timer);
   if (soon) { timer = setTimeout(poll, 50); return; }
+  let next = document.hidden ? 10_000 : running || !model ? 1000 : 3000;
   try {
     const response = await ask("stats");
-    if (response.ok) figures(await response.json());
-  } catch {
-    setState("gone", "the server does not answer");
+    if (response.ok) {
+      const stats = await response.json();
+      model = stats.model;
+      context = stats.context || 0;
+      $("model").textContent = model;
+      document.title = `${model} · conmoe-edge`;
+      setState(stats.state, STATES[stats.state] || stats.state);
+      figures(stats);
+      if (polls++ % 10 === 0) await namesOfModels();
+    }
+  } catch (error) {
+    if (error.kind === "key") {
+      setState("gone", "waits for its API key");
+      next = 3_600_000; // until something is asked
+    } else if (error instanceof Failure) setState("gone", "the server does not answer");
+    else throw error;
+    polls = 0;
   }
-  timer = setTimeout(poll, document.hidden ? 10000 : running || !model ? 1000 : 3000);
+  clearTimeout(timer);
+  timer = setTimeout(poll, next);
 }
 
 // Controls
@@ -348,21 +349,53 @@ function grow() {
   box.style.height = `${box.scrollHeight + 2}px`;
 }
 
+function sends(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+}
+
 function send() {
   const text = $("question").value.trim();
   if (!text || running || $("send").disabled) return;
   $("question").value = "";
   grow();
-  answer(text);
+  const question = add(conversation, { role: "user", content: text }, conversation.leaf);
+  sessionStorage.setItem(OPENED, conversation.id);
+  answerTo(question.id);
 }
+
+function isDrawer(toggle, panel) {
+  $(toggle).addEventListener("click", () => {
+    const opened = !$(panel).classList.contains("open");
+    closeDrawers();
+    $(panel).classList.toggle("open", opened);
+    $(toggle).setAttribute("aria-expanded", String(opened));
+  });
+}
+
+function closeDrawers() {
+  for (const [toggle, panel] of DRAWERS) {
+    $(panel).classList.remove("open");
+    $(toggle).setAttribute("aria-expanded", "false");
+  }
+}
+
+const DRAWERS = [["figures-toggle", "figures"], ["list-toggle", "list"]];
+for (const [toggle, panel] of DRAWERS) isDrawer(toggle, panel);
 
 $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("question").addEventListener("input", grow);
 $("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+  if (sends(event)) { event.preventDefault(); send(); }
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(true); });
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (running) stop();
+  else closeDrawers();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) poll(true);
+  else if (running) keep(conversation); // the tab may be closed in the middle of an answer
+});
 $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", startAnew);
 $("ideas").addEventListener("click", (event) => {
@@ -370,12 +403,17 @@ $("ideas").addEventListener("click", (event) => {
   $("question").value = event.target.textContent;
   send();
 });
-$("figures-toggle").addEventListener("click", () => {
-  const open = $("figures").classList.toggle("open");
-  $("figures-toggle").setAttribute("aria-expanded", String(open));
-});
-$("temperature").addEventListener("input", () => {
-  const value = Number($("temperature").value);
-  $("temperature-value").textContent = value < 0 ? "model’s own" : value === 0 ? "0 (greedy)" : value.toFixed(1);
-});
-poll();
+
+async function start() {
+  startSettings();
+  poll();
+  await startList({
+    open,
+    gone: (id) => { if (id === conversation.id) startAnew(); },
+    renamed: (id, title) => { if (id === conversation.id) conversation.title = title; },
+  });
+  const opened = sessionStorage.getItem(OPENED);
+  if (opened && conversation.leaf === null) await reopen(opened);
+}
+
+start();

@@ -17,6 +17,7 @@ from conmoe_edge.checkpoint.format.layout import SMALL_RECORD
 from conmoe_edge.checkpoint.format.manifest import (
     CacheSettings,
     ExpertId,
+    LayerOriginal,
     LayerOverview,
     Manifest,
     PrototypeEntry,
@@ -423,3 +424,24 @@ def test_damaged_package_names_the_file(name: str, package: Path) -> None:
     with pytest.raises(PackageError) as caught:
         verify_package(package)
     assert name in caught.value.why
+
+
+def test_originals_come_back_and_older_manifests_have_none(tmp_path: Path) -> None:
+    known = {1: LayerOriginal(96, 1000, 2000, 0.25), 10: LayerOriginal(64, 500, 1000)}
+    whole = manifest(originals=known)
+    save_manifest(tmp_path, whole)
+    assert load_manifest(tmp_path) == whole
+    assert "originals" not in json.loads(to_json(manifest()))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {1: LayerOriginal(96, 1000, 2000)},
+        {1: LayerOriginal(96, 1000, 2000), 10: LayerOriginal(0, 1000, 2000)},
+        {1: LayerOriginal(96, 1000, 2000), 10: LayerOriginal(1, 1, 1, -0.5)},
+    ],
+)
+def test_originals_of_other_layers_are_refused(found: dict[int, LayerOriginal]) -> None:
+    with pytest.raises(PackageError, match="damaged"):
+        from_json(to_json(manifest(originals=found)))

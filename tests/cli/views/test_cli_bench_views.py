@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from bench_reports import BUDGET, report_of
 from rich.console import Console
+from svg_texts import SPACE, covered, outside, text_boxes
 
 from conmoe_edge.api.bench_report import BenchReport
 from conmoe_edge.cli.views.bench_svg import bench_svg
@@ -55,3 +56,32 @@ def test_the_picture_is_whole_and_holds_no_foreign_thing() -> None:
 def test_names_cannot_break_the_picture() -> None:
     report = report_of(runtime={"kernel": "<script>&", "policy": "", "reads": ""})
     assert "<script>" not in bench_svg(report)
+
+
+def test_nothing_has_an_empty_bar_and_every_axis_has_a_name() -> None:
+    usual = report_of()
+    idle = {"disk_bytes": 0.0, "host_bytes": 0.0, "waited_share": 0.0, "waited_seconds": 0.0}
+    still = replace(
+        usual,
+        decode=replace(usual.decode, **idle),
+        prefill=replace(usual.prefill, **idle, bound=None),
+    )
+    nothing = replace(still, decode=replace(still.decode, memory_bytes=None, bound=None))
+    long = report_of(package={**usual.facts.package, "path": "/very/long" * 12})
+    for report in (usual, still, nothing, long):
+        svg = bench_svg(report)
+        assert covered(svg) == [] and outside(svg) == []
+        boxes = [
+            one.attrib
+            for one in ElementTree.fromstring(svg).iter(f"{SPACE}rect")
+            if one.get("height") == "18"
+        ]
+        # Behind every rail comes what is drawn on it.
+        rails = [at for at, one in enumerate(boxes) if one["class"] == "rail"]
+        assert all(boxes[at + 1]["class"] != "rail" for at in rails)
+        assert all(float(one["width"]) > 0 for one in boxes)
+        words = [text for text, _ in text_boxes(svg)]
+        heads = [one for one in words if one.startswith(("Speed", "Where the", "What the"))]
+        assert sum(one.endswith((" (%)", "iB)")) for one in words) >= len(heads) - 1
+    assert "Where the bytes" not in bench_svg(nothing)
+    assert "waiting for experts" in bench_svg(usual) and "waiting" not in bench_svg(still)

@@ -360,3 +360,15 @@ def test_a_disk_that_cannot_be_written_costs_nothing_but_the_files(
     (tmp_path / "kept").write_text("no folder")
     assert kept.known(asked) == 0
     assert len(kept.told) == 1 and "No more prompts are kept" in kept.told[0]
+
+
+def test_keys_do_not_depend_on_what_was_asked_before(tmp_path: Path) -> None:
+    """A chunk that two prompts have at one place has another key where what comes before it differs."""
+    used = PromptFiles(tmp_path / "used", "x", torch.device("cpu"), 2)
+    prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [9, 9, 3, 4, 5, 6], [1, 2, 9, 9, 5, 6], [1, 2, 3]]
+    for prompt in [*prompts, *reversed(prompts)]:
+        fresh = PromptFiles(tmp_path / "fresh", "x", torch.device("cpu"), 2)
+        keys = fresh._keys(prompt)
+        assert used._keys(tuple(prompt)) == keys
+        assert len(keys) == len(prompt) // 2
+    assert len({used._keys(prompt)[-1] for prompt in prompts}) == len(prompts)

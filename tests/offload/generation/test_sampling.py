@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -193,6 +194,19 @@ def test_reasoning_is_free_and_the_answer_is_not(maker: GrammarMaker, tokenizer:
     made = answered(sampler, tokenizer, rows, 4)
     assert made.index(end) == sampler.thought == 15  # forced, against its bias
     json.loads(tokenizer.decode(made[16:]))
+
+
+def test_an_answer_that_has_to_come_does_not_end_in_its_reasoning(
+    maker: GrammarMaker, tokenizer: Any
+) -> None:
+    begin, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    marks = ThinkingMarks(begin, end, started=True)
+    plain = SamplingSettings(99, 0.0, 1.0, 0, 1.0, 1, (), 0.0, thinking=marks)
+    held = replace(plain, grammar=maker.json_schema({"type": "string"}))
+    scores = torch.zeros(1, len(tokenizer))
+    scores[0, tokenizer.eos_token_id], scores[0, end] = 9.0, 8.0
+    assert Sampler(plain, CPU).next([5], scores) == tokenizer.eos_token_id
+    assert Sampler(held, CPU).next([5], scores) == end
 
 
 def test_reasoning_may_begin_with_the_answer_alone(maker: GrammarMaker, tokenizer: Any) -> None:

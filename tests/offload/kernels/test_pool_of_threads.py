@@ -54,10 +54,10 @@ from conmoe_edge.offload.kernels.cpu.bindings import operator
 def threads():
     return len(os.listdir("/proc/self/task"))
 
+torch.set_num_threads(1)
 made = operator()
 matrix = made.prepare(quantise(torch.randn(1024, 1024), "int8"))
 x = torch.randn(1, 2, 1024)
-torch.set_num_threads(1)
 before, expected = threads(), made.few_rows([matrix], x)
 assert threads() == before
 torch.set_num_threads(3)

@@ -1,0 +1,142 @@
+"""What a fit itself needs of this machine's RAM, as named terms that add up; arithmetic only.
+
+The most of three moments: a layer is loaded, text runs through it, it is decided. b = bytes of a number as it is
+computed here, H = hidden size, E = experts of a layer, I = neurons of one, k = top-k, T = calibration tokens:
+
+=====================  ============================================================================
+in each of them        the process with torch; a layer; the text's hidden states T·H·b, a quarter for the held-out ones,
+                       and once more for the package's own stream, where the method aims or prototypes are rounded
+load                   one fused parameter of the layer twice more
+run                    the stream and the layer's tokens, T·H·b each; a batch of activations
+decide                 the layer's tokens, T·H·b, slots and gates; six Gram matrices of inputs, H·H·4, and one prototype
+                       four times in fp32; and beside that
+decide, ``auto``       activations of all routed tokens T·k·I·b, Gram matrices E·I·I·4, down projections E·H·I·4, what
+                       is left of the target T·H·4, gate and up as they are rounded
+decide, other methods  256 MiB of matrices that are rounded together
+=====================  ============================================================================
+
+All is counted as if no expert and no neuron went. Layers come and go, so nothing grows with the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from conmoe_edge.checkpoint.format.forms import LOW_BITS
+from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
+from conmoe_edge.plan.levers import PRECISIONS
+from conmoe_edge.plan.needs import PYTHON_BYTES
+from conmoe_edge.plan.plan import Term
+from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH
+from conmoe_edge.units import MIB
+
+SLACK_BYTES = 160 * MIB
+"""By which a process grows before its heap is trimmed (``memory/heap.py``), and what one expert's tokens take."""
+_AT_ONCE = 256 * MIB
+_BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
+_BYTES = {"float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class FitMemory:
+    """The moment of a fit that takes the most RAM. ``moment``: ``load``, ``run`` or ``decide``."""
+
+    moment: str
+    terms: tuple[Term, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """All of it, the process included."""
+        return sum(term.nbytes for term in self.terms)
+
+
+def fit_memory(
+    anatomy: ModelAnatomy, tokens: int, *, trims: bool, precision: str, wide: int, on_host: bool
+) -> FitMemory:
+    """What consolidating a model takes.
+
+    Args:
+        anatomy: of the model.
+        tokens: to calibrate on.
+        trims: whether the method gives prototypes fewer neurons, and refits them.
+        precision: of the prototypes.
+        wide: bytes of a number as it is computed.
+        on_host: whether layers run on the CPU; else their weights and batches are on the GPU.
+    """
+    kinds = {one for kind in PRECISIONS[precision].kinds for one in kind.split("-")}
+    rounds = bool(kinds & {"int8", "int4", *LOW_BITS})  # with error feedback
+    experts = max(anatomy.moe_experts, key=lambda one: one.count * one.expert_numel)
+    text = tokens * anatomy.hidden_size * wide
+    streams = (2 if trims or rounds else 1) * text + text // HELD_OUT_SHARE
+    always = (
+        Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch"),
+        Term("Hidden states", streams, f"of {tokens:,} calibration tokens, and those held out"),
+    )
+    layer = _layer_bytes(anatomy, experts, wide) if on_host else 0
+    held = (*always, Term("One layer", layer, "its weights"))
+    fused = max(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
+    batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
+    work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
+    if trims:
+        deciding = _refit_terms(anatomy, experts, tokens, wide)
+    else:
+        together = min(_AT_ONCE, 16 * experts.count * experts.expert_numel) if rounds else 0
+        deciding = (Term("Rounding", together, "a few prototypes at a time"),)
+    choices = 12 * tokens * experts.top_k + 8 * tokens * experts.count
+    moments = (
+        FitMemory(
+            "load", (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together"))
+        ),
+        FitMemory("run", (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens"))),
+        FitMemory(
+            "decide",
+            (
+                *held,
+                Term("Tokens of the layer", text + choices, "with what the router chose"),
+                *deciding,
+                Term("Work space", work, "one prototype being rounded"),
+            ),
+        ),
+    )
+    return max(moments, key=lambda one: one.nbytes)
+
+
+def _refit_terms(
+    anatomy: ModelAnatomy, experts: ExpertsAnatomy, tokens: int, wide: int
+) -> tuple[Term, ...]:
+    """What ``auto`` holds of all prototypes of a layer at once."""
+    neurons, outputs, count = experts.width, experts.outputs, experts.count
+    return (
+        Term("Target", 4 * tokens * anatomy.hidden_size, "what is left of it"),
+        Term("Activations", tokens * experts.top_k * neurons * wide, "of all routed tokens"),
+        Term("Gram matrices", 4 * count * neurons**2, "of activations"),
+        Term("Down projections", 4 * count * outputs * neurons, "as they are solved"),
+        Term("Rounded", count * experts.expert_numel // 2, "gate and up"),
+    )
+
+
+def _layer_bytes(anatomy: ModelAnatomy, experts: ExpertsAnatomy, wide: int) -> int:
+    """A loaded layer: experts in the checkpoint's numbers, the rest in those of the computation."""
+    held = sum(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
+    dense = max(layer.dense_bytes for layer in anatomy.layers)
+    return experts.count * held + dense * wide // _size(anatomy.dtype)
+
+
+def _size(dtype: str) -> int:
+    return _BYTES.get(dtype, 2)
+
+
+def most_tokens(limit: int, tokens: int, need: Callable[[int], FitMemory]) -> int:
+    """The most calibration tokens up to ``tokens``, in whole sequences, that need no more than ``limit`` bytes; 0 where
+    not even one sequence does.
+    """
+    low, high = 0, tokens // SEQUENCE_LENGTH
+    while low < high:
+        middle = (low + high + 1) // 2
+        if need(middle * SEQUENCE_LENGTH).nbytes <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low * SEQUENCE_LENGTH

@@ -1,0 +1,60 @@
+"""What a fit takes of this machine's RAM, as the plan says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conmoe_edge.plan.fit_memory import fit_memory, most_tokens
+from conmoe_edge.plan.needs import PYTHON_BYTES
+from conmoe_edge.units import GIB
+
+OLMOE: dict[str, int] = {"hidden": 2048, "width": 1024, "count": 64, "top_k": 8, "vocab": 50304}
+QWEN: dict[str, int] = {"hidden": 2048, "width": 768, "count": 128, "top_k": 8, "vocab": 151936}
+
+
+def need(anatomy: Any, tokens: int = 32768, **changed: Any):
+    given = {"trims": True, "precision": "free", "wide": 2, "on_host": True, **changed}
+    return fit_memory(anatomy, tokens, **given)
+
+
+def test_auto_on_olmoe_by_hand(model) -> None:
+    found = need(model(layers=16, **OLMOE))
+    assert found.moment == "decide"
+    tokens, hidden, width, count, routed = 32768, 2048, 1024, 64, 32768 * 8
+    layer = count * 3 * hidden * width * 2 + 4 * hidden * hidden * 2 + (4 + count) * hidden * 2
+    terms = {term.name: term.nbytes for term in found.terms}
+    assert terms.pop("Python and libraries") == PYTHON_BYTES
+    assert terms.pop("Hidden states") == (2 * tokens + tokens // 4) * hidden * 2
+    assert terms.pop("One layer") == layer
+    assert terms.pop("Tokens of the layer") == tokens * (hidden * 2 + 12 * 8 + 8 * count)
+    assert terms.pop("Target") == tokens * hidden * 4
+    assert terms.pop("Activations") == routed * width * 2
+    assert terms.pop("Gram matrices") == count * width * width * 4
+    assert terms.pop("Down projections") == count * hidden * width * 4
+    assert terms.keys() == {"Rounded", "Work space"}
+    assert found.nbytes < 5 * GIB
+
+
+@pytest.mark.parametrize("shape", [OLMOE, QWEN])
+def test_nothing_grows_with_the_depth(model, shape: dict[str, int]) -> None:
+    assert need(model(layers=2, **shape)) == need(model(layers=48, **shape))
+
+
+def test_wide_numbers_and_other_methods(model) -> None:
+    olmoe = model(layers=2, **OLMOE)
+    assert need(olmoe, wide=4).nbytes > need(olmoe).nbytes + GIB // 2
+    plain = need(olmoe, trims=False, precision="source")
+    assert plain.nbytes < need(olmoe, trims=False, precision="int4", tokens=1 << 17).nbytes
+    assert plain.nbytes < need(olmoe).nbytes
+    assert need(olmoe, on_host=False).nbytes < need(olmoe).nbytes
+
+
+def test_how_many_tokens_there_is_room_for(model) -> None:
+    olmoe = model(layers=2, **OLMOE)
+    limit = need(olmoe, 8192).nbytes
+    assert most_tokens(limit, 32768, lambda count: need(olmoe, count)) == 8192
+    assert most_tokens(limit - 1, 32768, lambda count: need(olmoe, count)) == 8192 - 512
+    assert most_tokens(limit, 4096, lambda count: need(olmoe, count)) == 4096
+    assert most_tokens(GIB // 2, 32768, lambda count: need(olmoe, count)) == 0

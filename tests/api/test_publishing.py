@@ -141,7 +141,9 @@ def test_an_upload_that_fails_shows_nothing_and_goes_on(package: Path, hub: Writ
 
 
 def test_a_model_left_as_it_was_does_not_travel(package: Path, hub: WritableHub) -> None:
-    manifest = replace(load_manifest(package), method=UNCHANGED, prototypes=(), slots={})
+    manifest = replace(
+        load_manifest(package), method=UNCHANGED, prototypes=(), slots={}, originals={}
+    )
     save_manifest(package, manifest)
     with pytest.raises(PackageError, match="left as it was"):
         api.push(package, NAME)

@@ -1,15 +1,13 @@
 // check_library LIBRARY CASES LEVEL: the library is of that level, and computes what product_cases.py has written down.
 //
 // Prints a line for each case: its function, the kind of its numbers and a digest of the bits that came out; then what is
-// wrong. The exit status is whether anything is.
+// wrong. The exit status is whether anything is. It needs no C++ library, so that it is compiled in a second.
 
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <new>
-#include <vector>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #if defined(_WIN32)
 #include <windows.h>
@@ -19,7 +17,7 @@ static void* found(void* library, const char* name) {
 }
 static const char* problem() {
   static char text[40];
-  std::snprintf(text, sizeof(text), "error %lu", GetLastError());
+  snprintf(text, sizeof(text), "error %lu", GetLastError());
   return text;
 }
 #else
@@ -50,24 +48,22 @@ using GatedExperts = int (*)(int64_t, int, int, int64_t, const void* const*, con
 
 struct Case {
   int64_t function, kind, rows, columns, group, tokens, bytes[3];
-  double near;
+  double allowed;
 };
 
-// As torch's tensors: at a multiple of 64.
-struct Place {
-  explicit Place(int64_t bytes) : at(static_cast<char*>(::operator new(size_t(bytes) + 64, std::align_val_t(64)))) {}
-  ~Place() { ::operator delete(at, std::align_val_t(64)); }
-  Place(const Place&) = delete;
-  char* at;
-};
+// As torch's tensors: at a multiple of 64. What is taken for a case is not given back.
+char* place(int64_t bytes) {
+  char* const at = static_cast<char*>(malloc(size_t(bytes) + 128));
+  return at + (64 - reinterpret_cast<uintptr_t>(at) % 64);
+}
 
-bool read(std::FILE* file, void* place, int64_t bytes) {
-  return std::fread(place, 1, size_t(bytes), file) == size_t(bytes);
+bool read(FILE* file, void* place, int64_t bytes) {
+  return fread(place, 1, size_t(bytes), file) == size_t(bytes);
 }
 
 [[noreturn]] void stop(const char* what, const char* why) {
-  std::printf("%s: %s\n", what, why);
-  std::exit(2);
+  printf("%s: %s\n", what, why);
+  exit(2);
 }
 
 }  // namespace
@@ -86,64 +82,61 @@ int main(int count, char** given) {
   const auto expand = reinterpret_cast<Expand>(function("conmoe_expand"));
   const auto gated_experts = reinterpret_cast<GatedExperts>(function("conmoe_gated_experts"));
   const char* const level = reinterpret_cast<const char* (*)()>(function("conmoe_level"))();
-  if (std::strcmp(level, given[3])) stop("its level", level);
+  if (strcmp(level, given[3])) stop("its level", level);
   const int64_t threads = 2;
-  std::FILE* const file = std::fopen(given[2], "rb");
+  FILE* const file = fopen(given[2], "rb");
   if (!file) stop(given[2], "cannot be opened");
   int cases = 0, wrong = 0;
   Case up{};
-  std::vector<char> up_values, up_scales;
+  const void* ups[] = {nullptr, nullptr};
   for (Case one; read(file, &one, sizeof(one)); ++cases) {
-    Place values(one.bytes[0]), scales(one.bytes[1]), x(one.bytes[2]);
+    char* const arrays[] = {place(one.bytes[0]), place(one.bytes[1]), place(one.bytes[2])};
     int64_t numbers = 0;
-    bool whole = read(file, values.at, one.bytes[0]) && read(file, scales.at, one.bytes[1]) &&
-                 read(file, x.at, one.bytes[2]) && read(file, &numbers, sizeof(numbers));
-    std::vector<double> wanted(static_cast<size_t>(numbers));
-    if (!whole || !read(file, wanted.data(), numbers * int64_t(sizeof(double)))) stop(given[2], "ends early");
+    bool whole = true;
+    for (int i = 0; i < 3; ++i) whole = whole && read(file, arrays[i], one.bytes[i]);
+    whole = whole && read(file, &numbers, sizeof(numbers));
+    double* const wanted = reinterpret_cast<double*>(place(numbers * int64_t(sizeof(double))));
+    if (!whole || !read(file, wanted, numbers * int64_t(sizeof(double)))) stop(given[2], "ends early");
+    const void* const both[] = {arrays[0], one.bytes[1] ? arrays[1] : nullptr};
     if (one.function == GATED) {  // the rest of it comes with the next
       up = one;
-      up_values.assign(values.at, values.at + one.bytes[0]);
-      up_scales.assign(scales.at, scales.at + one.bytes[1]);
+      ups[0] = both[0];
+      ups[1] = both[1];
       continue;
     }
-    const Place out(numbers * int64_t(sizeof(float)));
-    float* const y = reinterpret_cast<float*>(out.at);
-    const void* const both[] = {values.at, one.bytes[1] ? scales.at : nullptr};
+    const void* const x = arrays[2];
+    float* const y = reinterpret_cast<float*>(place(numbers * int64_t(sizeof(float))));
     const int kind = int(one.kind);
     int code = 0;
     if (one.function == FEW_ROWS)
-      code = few_rows(threads, kind, 1, &both[0], &both[1], x.at, 0, one.tokens, y, one.rows, one.columns, one.group, 0);
+      code = few_rows(threads, kind, 1, &both[0], &both[1], x, 0, one.tokens, y, one.rows, one.columns, one.group, 0);
     else if (one.function == MANY_ROWS)
-      code = many_rows(threads, kind, both[0], both[1], x.at, one.tokens, y, one.rows, one.columns, one.group, 0);
+      code = many_rows(threads, kind, both[0], both[1], x, one.tokens, y, one.rows, one.columns, one.group, 0);
     else if (one.function == EXPAND)
       code = expand(threads, kind, both[0], both[1], y, 0, one.rows, one.columns, one.group);
     else {
-      const Place first(int64_t(up_values.size())), steps(int64_t(up_scales.size()));
-      std::memcpy(first.at, up_values.data(), up_values.size());
-      std::memcpy(steps.at, up_scales.data(), up_scales.size());
-      const void* const ups[] = {first.at, steps.at};
       const Gate silu{0, 0, 0};
-      code = gated_experts(threads, int(up.kind), kind, 1, &ups[0], &ups[1], &both[0], &both[1], x.at, y, &one.columns,
+      code = gated_experts(threads, int(up.kind), kind, 1, &ups[0], &ups[1], &both[0], &both[1], x, y, &one.columns,
                            up.columns, up.group, &one.group, 0, nullptr, nullptr, &silu);
     }
-    double most = 1e-6, far = 0;
+    double most = 1e-6, most_apart = 0;
     bool numeric = true;
     uint64_t digest = 14695981039346656037u;
     for (int64_t i = 0; i < numbers; ++i) {
-      most = std::fmax(most, std::fabs(wanted[size_t(i)]));
-      const double apart = std::fabs(double(y[i]) - wanted[size_t(i)]);
-      far = std::fmax(far, apart);
+      most = fmax(most, fabs(wanted[i]));
+      const double apart = fabs(double(y[i]) - wanted[i]);
+      most_apart = fmax(most_apart, apart);
       numeric &= apart == apart;
       uint32_t bits;
-      std::memcpy(&bits, y + i, sizeof(bits));
+      memcpy(&bits, y + i, sizeof(bits));
       digest = (digest ^ bits) * 1099511628211u;
     }
-    std::printf("%s %d %016llx\n", NAMES[one.function], kind, static_cast<unsigned long long>(digest));
-    if (code || !numeric || far > one.near * most) {
+    printf("%s %d %016llx\n", NAMES[one.function], kind, static_cast<unsigned long long>(digest));
+    if (code || !numeric || most_apart > one.allowed * most) {
       ++wrong;
-      std::printf("WRONG: code %d, off by %g of %g\n", code, far, most);
+      printf("WRONG: code %d, off by %g of %g\n", code, most_apart, most);
     }
   }
-  std::printf("%d cases, %d wrong\n", cases, wrong);
+  printf("%d cases, %d wrong\n", cases, wrong);
   return cases == 0 || wrong;
 }

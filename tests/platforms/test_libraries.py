@@ -79,7 +79,8 @@ def program_for(compiler: Compiler, target: Target) -> Path:
     path = STAGED / target.name / ("check.exe" if target.system == "windows" else "check")
     if not path.is_file() or path.stat().st_mtime < CHECK.stat().st_mtime:
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = ["-target", target.triple, *COMMON, "-s", str(CHECK), "-o", str(path)]
+        plain = ["-fno-exceptions", "-fno-rtti", "-nostdlib++"]
+        options = ["-target", target.triple, *COMMON, "-s", *plain, str(CHECK), "-o", str(path)]
         compiler.run([*options, *(["-ldl"] if target.system == "linux" else [])])
     return path
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -173,7 +172,8 @@ def test_a_wheel_without_a_compiler_has_the_best_operator(
     )
     install = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     subprocess.run([*install, "--no-deps", "--target", str(packages), str(wheel)], check=True)
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    others = [one for one in sys.path if Path(one).name.endswith("-packages")]
+    (packages / "others.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
     empty = tmp_path / "empty"
     empty.mkdir()
     env = {

@@ -28,7 +28,7 @@ from conmoe_edge.extras import install_command
 from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 SECONDS = 1500
-"""For one call of a compiler: minutes on a busy machine. The first one of zig also builds a system's C++ library."""
+"""For one call of a compiler: minutes on a busy machine. The first one of zig also builds a C++ library."""
 _NAMES = ("g++", "clang++", "c++")
 
 

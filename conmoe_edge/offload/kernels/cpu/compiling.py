@@ -52,8 +52,8 @@ def compile_library(compiler: Compiler, target: Target, flags: Sequence[str], bu
         compiler.run([*options, "-include", str(SOURCE), "-c", str(text), "-o", str(code)])
         # The instruction set is not named here: zig would build its C++ library for each anew.
         linking = [*where, *target.link_flags, *sanitizers]
-        if zig:
-            linking.append("-O3")
+        if zig:  # its C++ library is always inside; told -static as well it would link nothing
+            linking = [*(one for one in linking if one != "-static"), "-O3"]
         if not sanitizers and (zig or target.system != "macos"):
             linking.append("-s")  # without the names of insides
         if target.system == "linux":

@@ -35,7 +35,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-versions test-lowest check-lowest test-asan test-gpu test-slow test-browser test-vllm quality style clean
+.PHONY: help demo test fuzz test-versions test-lowest check-lowest test-asan test-gpu test-slow test-browser test-vllm test-platforms wheels quality style clean
 
 help:
 	@echo "make demo       fit the model that ships with the project, then ask it something"
@@ -45,6 +45,8 @@ help:
 	@echo "make test-asan  run the tests of the CPU operator under the address and undefined-behaviour sanitizers"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-gpu   run the tests that need a CUDA device"
+	@echo "make test-platforms  run the operator's libraries on emulated processors and systems, and check the wheels"
+	@echo "make wheels     build the wheels that bring the operator compiled, for five systems, into dist/"
 	@echo "make test-browser  run the tests of the chat page; needs Chromium"
 	@echo "make test-vllm  run packages in vLLM, in an environment of its own (some GB)"
 	@echo "make quality    check lint, format, types and layers; changes nothing"
@@ -128,6 +130,22 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# All libraries are compiled here, for every system: half an hour of processor the first time, then they lie in build/.
+# What Debian has for it is installed where that is allowed; what is not there the tests skip by name, at the end.
+PLATFORM_PACKAGES := qemu-user-static libc6-arm64-cross wine64 llvm
+
+test-platforms: $(READY)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get install -y --no-install-recommends $(PLATFORM_PACKAGES) >/dev/null \
+			|| echo "note: not all of these could be installed: $(PLATFORM_PACKAGES)" >&2; \
+	else echo "note: used where they are installed: $(PLATFORM_PACKAGES)" >&2; fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,compile]"
+	$(BIN)/python -m pytest tests/platforms -m platforms -rs -s $(PYTEST_ARGS)
+
+wheels: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,compile]"
+	$(BIN)/python tools/platform_wheels.py
 
 # A Chromium or Chrome of the system will do; `$(BIN)/playwright install chromium` brings one where there is none.
 test-browser: $(READY)

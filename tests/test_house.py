@@ -158,8 +158,11 @@ READ_ELSEWHERE = {
     "offload/generation/prompt_files.py": OUR_OWN,
     "offload/generation/prompt_identity.py": OUR_OWN,
     "offload/generation/template_process.py": THE_SYSTEMS,
-    "offload/kernels/cpu/build.py": OUR_OWN,
+    "offload/kernels/cpu/compiling.py": OUR_OWN,
     "offload/kernels/cpu/levels.py": THE_SYSTEMS,
+    "offload/kernels/cpu/library_files.py": OUR_OWN,
+    "offload/kernels/cpu/processor.py": THE_SYSTEMS,
+    "offload/kernels/cpu/tried_apart.py": OUR_OWN,
     "report/measured.py": THE_USERS,
     "system_calls.py": "a file that is open already, by another descriptor",
 }

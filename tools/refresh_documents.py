@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^    conmoe-edge (.*?)(?:\s+#\s.*)?$", re.MULTILINE)
 _NUMBER = re.compile(r"[+-]?\d[\d,.]*")
 _BLANKS = re.compile(r"\s+")
@@ -44,12 +45,14 @@ class Page:
         before: commands that are run first: what its text says that the package is, and what its lines need.
         answers: for each printed block the command that prints it.
         elsewhere: commands that are not run here, and why not.
+        python: whether its lines of Python are run as well, in an empty folder of their own.
     """
 
     name: str
     before: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     elsewhere: dict[str, str] = field(default_factory=dict)
+    python: bool = False
 
 
 _HUB = "the model is on the hub"
@@ -62,6 +65,7 @@ PAGES = (
             "fit --gpu 8GB olmoe": _HUB,
             "chat ./out": "the first time it talks to that one; the second time it is run",
         },
+        python=True,
     ),
     Page(
         "docs/quick-start.md",
@@ -142,10 +146,17 @@ def printed_now(block: str, output: str) -> str:
 def run(line: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]:
     """One command line: its exit status, and what it printed, stdout before stderr."""
     words, _, into = line.partition(" > ")
-    command = [sys.executable, "-m", "conmoe_edge", *shlex.split(words)]
+    command = ["-m", "conmoe_edge", *shlex.split(words)]
     command += ["--yes"] if shlex.split(words)[0] in _ASK else []
+    status, said, errors = _run(command, folder, environment)
+    if into:
+        (folder / into).write_text(said, encoding="utf-8")
+    return status, f"{said}\n{errors}"
+
+
+def _run(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
     process = subprocess.Popen(
-        command,
+        [sys.executable, *words],
         cwd=folder,
         env=environment,
         stdin=subprocess.PIPE,
@@ -158,9 +169,7 @@ def run(line: str, folder: Path, environment: dict[str, str]) -> tuple[int, str]
     finally:
         if process.poll() is None:
             process.kill()
-    if into:
-        (folder / into).write_text(said, encoding="utf-8")
-    return process.returncode, f"{said}\n{errors}"
+    return process.returncode, said, errors
 
 
 def walk(page: Page, folder: Path, check: bool) -> list[str]:
@@ -178,6 +187,12 @@ def walk(page: Page, folder: Path, check: bool) -> list[str]:
         if status:
             wrong.append(f"{page.name}: conmoe-edge {line}: exit status {status}\n{output[-2000:]}")
     text = text_of(page)
+    for number, code in enumerate(PYTHON.findall(text) if page.python else ()):
+        apart = folder / f"python-{number}"
+        apart.mkdir()
+        status, said, errors = _run(["-c", code], apart, environment)
+        if status:
+            wrong.append(f"{page.name}: its Python: exit status {status}\n{said}\n{errors[-2000:]}")
     found = BLOCK.findall(text)
     if len(found) != len(page.answers):
         wrong.append(f"{page.name}: {len(found)} printed blocks, {len(page.answers)} are known")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conmoe_edge.api.finding import Finding
+from conmoe_edge.extras import install_command
 from conmoe_edge.system_calls import drop_from_cache
 from conmoe_edge.units import GIB, human_size, path_text
 
@@ -290,12 +291,14 @@ def hub_finding() -> Finding:
 
 
 def operator_finding() -> Finding:
-    """Whether the operator for few tokens on a processor compiles and computes what it should."""
-    from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
+    """Whether the operator for few tokens on a processor is there and computes what it should; its instruction set, and
+    the compiler, or the wheel, that it is from.
+    """
+    from conmoe_edge.offload.kernels.cpu.bindings import operator_library, why_not
 
-    fix = "install a C++ compiler: apt install g++, or xcode-select --install"
-    made = operator()
-    return _operator("cpu operator", made and made.name, why_not(), fix)
+    found = operator_library()
+    text = None if found is None else f"native, {found.level}, {found.made_by}"
+    return _operator("cpu operator", text, why_not(), install_command("compile"))
 
 
 def listed_finding() -> Finding:

@@ -306,7 +306,8 @@ def arithmetic_here(meter: Meter) -> Arithmetic | None:
     import torch
 
     from conmoe_edge.offload.generation.benchmark import byte_rate, matrix_rate
-    from conmoe_edge.offload.kernels.cpu.build import Unavailable, is_built
+    from conmoe_edge.offload.kernels.cpu.build import is_built
+    from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
     cpu = torch.device("cpu")
     try:

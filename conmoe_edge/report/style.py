@@ -56,6 +56,7 @@ figcaption{font-size:14px;font-weight:600;margin-bottom:2px}
 .up span{right:0;transform:translateY(50%)}
 .across span{transform:translateX(-50%)}
 .acrossname{text-align:center}
+.arcs+.across{margin-top:4px}
 .canvas{min-width:0;border-left:1px solid var(--rule);border-bottom:1px solid var(--rule)}
 .canvas>div>svg{height:100%}
 .plot+.key,.scroll+.key,.chart+.key,.chart+.keys{margin:10px 0 0}

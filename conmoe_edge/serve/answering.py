@@ -15,11 +15,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from conmoe_edge.offload.generation.answer_parts import PartReader
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
+from conmoe_edge.serve.clients import unless_left
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import entry_of
 from conmoe_edge.serve.http_errors import as_api_error
 from conmoe_edge.serve.jobs import Done, Job, Piece
-from conmoe_edge.serve.leaving import unless_left
 from conmoe_edge.serve.mailbox import Mailbox
 from conmoe_edge.serve.replies import STILL_HERE, Reply, Whole
 from conmoe_edge.serve.tokenising import Tokens

@@ -23,11 +23,11 @@ from conmoe_edge.offload.generation.sampling_settings import LONGEST_ANSWER, Sam
 from conmoe_edge.serve.answer_rules import answer_rule
 from conmoe_edge.serve.answering import Asked
 from conmoe_edge.serve.busy import Busy
+from conmoe_edge.serve.clients import ClientLeft, client_of, unless_left
 from conmoe_edge.serve.engine import Engine
 from conmoe_edge.serve.guard import body_of, entry_of
 from conmoe_edge.serve.http_errors import ApiError, as_api_error
 from conmoe_edge.serve.jobs import Loaded
-from conmoe_edge.serve.leaving import ClientLeft, unless_left
 from conmoe_edge.serve.requests import (
     MOST_VALUES,
     ChatRequest,
@@ -211,7 +211,7 @@ class Asking:
         return Asked(
             [tokens for tokens in prompts for _ in range(count)],
             each,
-            _client(request, wanted.user),
+            client_of(request, wanted.user),
             reader,
             bool(wanted.stream),
             self._headers(wanted),
@@ -290,7 +290,7 @@ class Asking:
     ) -> Tokens:
         """The tokens that ``make`` finds in ``texts``, when it is the client's turn."""
         entry = entry_of(request.scope)
-        client = _client(request, None if asked is None else asked.user)
+        client = client_of(request, None if asked is None else asked.user)
         nbytes = sum(map(sys.getsizeof, texts))
         entry.hold(nbytes)
         self._check_answers(answers, "n")
@@ -419,9 +419,3 @@ def _check_tokens(tokens: Sequence[int], loaded: Loaded, param: str = "prompt") 
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     if any(not 0 <= token < vocabulary for token in tokens):
         raise ApiError(400, f"Tokens are numbers from 0 to {vocabulary - 1}.", param=param)
-
-
-def _client(request: Request, user: str | None) -> str:
-    """Whose line a request joins: the user it names, else the address it comes from."""
-    where = request.client.host if request.client is not None else ""
-    return f"user:{user}" if user else f"address:{where}"

@@ -6,8 +6,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from conmoe_edge.serve.busy import Busy
+from conmoe_edge.serve.clients import ClientLeft
 from conmoe_edge.serve.http_errors import ApiError, as_api_error, body_for
-from conmoe_edge.serve.leaving import ClientLeft
 
 
 def new_app() -> FastAPI:

@@ -15,12 +15,19 @@ import httpx
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from conmoe_edge.serve.clients import unless_left
 from conmoe_edge.serve.guard import CLIENT_HEADER
 from conmoe_edge.serve.http_errors import ANTHROPIC_PATH, ApiError, body_for
-from conmoe_edge.serve.leaving import unless_left
 from conmoe_edge.serve.worker import Worker
 
-_PASSED = ("content-type", "content-length", "retry-after", "x-conmoe-ignored", "x-conmoe-model")
+_PASSED = (
+    "content-type",
+    "content-length",
+    "retry-after",
+    "x-conmoe-changed",
+    "x-conmoe-ignored",
+    "x-conmoe-model",
+)
 _CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 5.0
 

@@ -15,13 +15,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from conmoe_edge.errors import ConmoeError
+from conmoe_edge.serve.clients import client_of, unless_left
 from conmoe_edge.serve.error_handlers import new_app
 from conmoe_edge.serve.forwarding import Forwarding
 from conmoe_edge.serve.guard import body_of, entry_of
 from conmoe_edge.serve.http_errors import ApiError
 from conmoe_edge.serve.intake import Intake
 from conmoe_edge.serve.keep_alive import keep_alive_seconds
-from conmoe_edge.serve.leaving import unless_left
 from conmoe_edge.serve.listening import ROUTES
 from conmoe_edge.serve.metric_text import ModelMetrics
 from conmoe_edge.serve.model_list import model_json
@@ -138,7 +138,8 @@ def make_front_app(
         value = read_json(body, _MOST_VALUES)
         model = found(value.get("model"))
         keep = _keep_alive(value.get("keep_alive"))
-        client = "" if request.client is None else request.client.host
+        user = value.get("user")
+        client = client_of(request, user if isinstance(user, str) else None)
         del value
         entry = entry_of(request.scope)
         entry.enter(client)

@@ -243,6 +243,9 @@ class ModelPool:
             model.error = error, time.monotonic()
             self._tell(f"{model.name} cannot be loaded: {_line(error)}")
             _fail(model, error)
+        except Exception as error:  # a bug; those who wait for it raise it
+            model.failures += 1
+            _fail(model, error)
         else:
             self._hand_out(model)
 

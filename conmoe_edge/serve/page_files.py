@@ -12,14 +12,15 @@ from fastapi.responses import FileResponse
 
 from conmoe_edge.serve.http_errors import ApiError
 
-_FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "page"
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_FILES = {
-    path.relative_to(_FOLDER).as_posix(): _KINDS[path.suffix]
-    for path in sorted(_FOLDER.rglob("*"))
+FILES = {
+    path.relative_to(FOLDER).as_posix(): _KINDS[path.suffix]
+    for path in sorted(FOLDER.rglob("*"))
     if path.suffix in _KINDS
 }
-PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in _FILES)})
+"""Names below ``/page/``, and the media type of each. What is not here is no part of the page."""
+PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES)})
 
 
 def add_page(app: FastAPI) -> None:
@@ -27,10 +28,10 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/")
     async def page() -> Response:
-        return FileResponse(_FOLDER / "index.html", media_type="text/html")
+        return FileResponse(FOLDER / "index.html", media_type="text/html")
 
     @app.get("/page/{name:path}")
     async def page_file(name: str) -> Response:
-        if name not in _FILES:
+        if name not in FILES:
             raise ApiError(404, "There is nothing at this address.")
-        return FileResponse(_FOLDER / name, media_type=_FILES[name])
+        return FileResponse(FOLDER / name, media_type=FILES[name])

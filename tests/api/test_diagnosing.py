@@ -110,7 +110,7 @@ def test_an_operator_or_the_reason_why_there_is_none(monkeypatch: pytest.MonkeyP
         (gpu, diagnosing.gpu_operator_finding),
     ):
         monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-        for name in ("operator", "gpu_operator"):
+        for name in ("operator", "operator_library", "gpu_operator"):
             monkeypatch.setattr(package, name, lambda *_: None, raising=False)
         monkeypatch.setattr(package, "why_not", lambda *_: "no compiler\nand much more")
         found = check()

@@ -20,8 +20,9 @@ from conmoe_edge.offload.generation.answer_parts import Part, Said
 from conmoe_edge.serve.guard import _HEADERS
 from conmoe_edge.serve.http_errors import ApiError
 from conmoe_edge.serve.jobs import Done, Finish, Usage
+from conmoe_edge.serve.model_list import models
 from conmoe_edge.serve.page_files import FILES, FOLDER
-from conmoe_edge.serve.replies import ChatReply, models
+from conmoe_edge.serve.replies import ChatReply
 
 MIB = 1 << 20
 CONTEXT = 2048
@@ -186,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(self.scripted.stats)
         elif self.path == "/v1/models":
             first, *others = self.scripted.names
-            self._json(models(first, others, 1))
+            self._json(models(first, others, 1, loaded=True))
         else:
             self._error(ApiError(404, "There is nothing at this address."))
 

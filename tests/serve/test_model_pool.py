@@ -286,6 +286,18 @@ def test_what_cannot_be_loaded_costs_its_own_requests(whole: dict[str, str]) -> 
     run(story)
 
 
+def test_a_bug_is_raised_where_it_is_waited_for() -> None:
+    async def story() -> None:
+        world = World(100, a=(20, 40))
+        world.failures["a"] = KeyError("needs")
+        with pytest.raises(KeyError):
+            await world.ask("a")
+        await settled()
+        assert len(world.started) == 1 and world.pool.used == 0
+
+    run(story)
+
+
 def test_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_pool, "RETRY_SECONDS", 0.0)
 

@@ -116,6 +116,8 @@ def test_responses_go_on_behind_a_tool_that_took_a_text(client: openai.OpenAI) -
     [
         ({"previous_response_id": "resp_1"}, "stores nothing"),
         ({"background": True}, "stores nothing"),
+        ({"background": 0}, "stores nothing"),  # is no false
+        ({"tools": {"type": "function"}}, "tools: a list"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text"),
         ({"input": [{"type": "computer_call"}]}, "computer_call"),
         ({"input": []}, "input is missing"),

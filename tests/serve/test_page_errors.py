@@ -48,6 +48,7 @@ def test_a_wait_is_cut_short_or_stopped(window: Window, scripted: Scripted) -> N
     window.page.keyboard.press("Escape")
     window.answered()
     assert "stopped" in window.page.locator("li.answer .under").last.inner_text()
+    assert window.page.locator(".waiting").count() == 0
     window.answer("After?")
     assert users(scripted.asked[-1]) == ["Now?", "After?"], "what had no answer is not sent"
     assert window.page.locator("li.mine.unsent .text").inner_text() == "Then?"
@@ -82,7 +83,7 @@ def test_a_server_that_stops_and_comes_back(browser: Any) -> None:
     assert "serve" in item.locator(".hint").inner_text()
     settles(window.page.locator("#state"), "does not answer")
     with scripted_server(port) as second:
-        item.locator("[data-action=retry]").last.click()
+        item.locator("[data-action=retry]").click()
         window.answered()
         assert window.answers()[-1] == "Yes."
         assert users(second.asked[-1]) == ["Tell.", "Still there?"]

@@ -108,7 +108,7 @@ def _shape(value: Any) -> Any:
 def test_the_scripted_server_speaks_as_the_real_one(server: Running) -> None:
     assert _shape(STATS) == _shape(server.get("/stats").json())
     one = server.get("/v1/models").json()["data"][0]
-    assert set(one) == {"id", "object", "created", "owned_by"}
+    assert set(one) == {"id", "object", "created", "owned_by", "loaded"}
     summary = server.get("/stats").json()["compute"]["fast_path"]["summary"]
     assert isinstance(summary, type(STATS["compute"]["fast_path"]["summary"]))
     messages = {"messages": [{"role": "user", "content": "Name three rivers."}]}

@@ -24,7 +24,8 @@ class River(pydantic.BaseModel):
 
 def test_pydantic_models_come_back_filled(client: openai.OpenAI) -> None:
     reply = client.chat.completions.parse(messages=QUESTION, response_format=River, **GREEDY)
-    river = reply.choices[0].message.parsed
+    text, river = reply.choices[0].message.content, reply.choices[0].message.parsed
+    assert text is not None and "\n" not in text and "  " not in text
     assert isinstance(river, River) and reply.choices[0].finish_reason == "stop"
     again = client.chat.completions.parse(messages=QUESTION, response_format=River, **GREEDY)
     assert again.choices[0].message.parsed == river

@@ -20,8 +20,8 @@ import torch
 
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
 from conmoe_edge.checkpoint.fs.contained import path_inside, read_inside
-from conmoe_edge.offload.kernels.cpu.bindings import operator
-from conmoe_edge.offload.kernels.cpu.build import library, processor
+from conmoe_edge.offload.kernels.cpu.bindings import operator_library
+from conmoe_edge.offload.kernels.cpu.processor import processor
 from conmoe_edge.offload.runtime import Runtime
 
 FORMAT = 1
@@ -36,7 +36,7 @@ _SECRET = ("CONMOE_API_KEY",)
 def prompt_identity(model: Any) -> str:
     """For a loaded package, as JSON with sorted keys."""
     runtime: Runtime = model.conmoe
-    made = operator()
+    compiled = operator_library()
     value = {
         "format": FORMAT,
         "package": _package(runtime.folder),
@@ -48,7 +48,7 @@ def prompt_identity(model: Any) -> str:
         "device": _device(runtime.device),
         "misses": runtime.misses,
         "kernel": runtime.backend.name,
-        "operator": "" if made is None else library().stem,
+        "operator": "" if compiled is None else compiled.path.stem,
         "fast_path": "" if runtime.fast_path is None else runtime.fast_path.summary,
         "source": _source(),
         "versions": {name: version(name) for name in ("torch", "transformers", "conmoe-edge")},

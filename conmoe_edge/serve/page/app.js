@@ -11,6 +11,7 @@ import { AnswerItem, drawActions, drawAll, editQuestion, leftOutText } from "./t
 
 const $ = (id) => document.getElementById(id);
 const MOST_TRIES = 10; // while the server is busy
+const SHORTEST = 0.05; // seconds over which a speed means something
 const OPENED = "conmoe-opened"; // the conversation of this tab
 
 let conversation = newConversation();
@@ -58,6 +59,7 @@ async function answerTo(parent, leastOut = 0) {
 /** The response that streams; waits while the server is busy, and leaves out old turns while it is full. */
 async function answered(before, node, item, leastOut) {
   const wanted = wishes(), text = systemText(), { signal } = running.stop;
+  node.most = wanted.max_tokens;
   const first = text ? [{ role: "system", content: text }] : [];
   const sent = messages(before);
   const said = before.findLast((turn) => turn.role === "assistant")?.leftOut || 0;
@@ -89,17 +91,22 @@ function tellLeftOut(node, item, already, said) {
 }
 
 async function pause(item, failed, signal) {
-  for (let left = Math.ceil(failed.wait); left > 0; left--) {
-    item.wait(`${failed.message} Trying again in ${left} s.`);
-    const early = await new Promise((resolve, reject) => {
-      const timer = setTimeout(resolve, 1000, false);
-      running.now = () => { clearTimeout(timer); resolve(true); };
-      signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
-    });
-    if (early) break;
+  try {
+    for (let left = Math.ceil(failed.wait); left > 0; left--) {
+      const follow = followsEnd();
+      item.wait(`${failed.message} Trying again in ${left} s.`);
+      if (follow) toEnd();
+      const early = await new Promise((resolve, reject) => {
+        const timer = setTimeout(resolve, 1000, false);
+        running.now = () => { clearTimeout(timer); resolve(true); };
+        signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+      });
+      if (early) break;
+    }
+  } finally {
+    running.now = null;
+    item.waited();
   }
-  running.now = null;
-  item.waited();
 }
 
 function take(event, node, clock, draw) {
@@ -160,7 +167,7 @@ function over(node, clock) {
   const after = (performance.now() - clock.first) / 1000;
   if (clock.first) node.firstAfter = (clock.first - clock.start) / 1000;
   if (node.reasoning) node.thoughtFor ??= after;
-  if (node.usage?.completion_tokens > 1 && after > 0) node.perSecond = (node.usage.completion_tokens - 1) / after;
+  if (node.usage?.completion_tokens > 1 && after > SHORTEST) node.perSecond = (node.usage.completion_tokens - 1) / after;
   speedOver(node.perSecond || 0, clock.first ? `first token ${node.firstAfter.toFixed(1)} s` : "no answer");
   const said = node.content.slice(0, 300);
   $("spoken").textContent = node.problem ? "" : `Answer: ${said}${node.content.length > 300 ? " … and more." : ""}`;

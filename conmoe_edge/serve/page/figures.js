@@ -10,6 +10,7 @@ let before = null; // hits and misses of the poll before
 let own = null; // {first, last, pieces} of the answer that this page gets
 
 export function bytes(value) {
+  if (!value) return "0";
   if (value >= GIB) return `${(value / GIB).toFixed(2)} GiB`;
   return value >= MIB ? `${(value / MIB).toFixed(value < 10 * MIB ? 1 : 0)} MiB` : `${Math.round(value / 1024)} KiB`;
 }
@@ -124,7 +125,7 @@ function found(cache) {
 
 function percent(share) {
   const value = 100 * share;
-  return `${value > 99 && value < 100 ? value.toFixed(1) : value.toFixed(0)} %`;
+  return `${value > 99 && value < 100 ? Math.floor(10 * value) / 10 : Math.round(value)} %`; // 100 means all
 }
 
 let drawn = "";

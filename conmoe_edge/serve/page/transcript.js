@@ -111,7 +111,7 @@ export class AnswerItem {
     const node = this.thoughts.firstChild, text = this.turn.reasoning;
     if (text.length > node.length) node.appendData(text.slice(node.length));
     const seconds = this.turn.thoughtFor;
-    this.thinking.textContent = seconds === undefined ? "Reasoning …" : `Reasoned for ${seconds.toFixed(1)} s`;
+    this.thinking.textContent = seconds === undefined ? "Reasoning …" : seconds < 0.1 ? "Reasoning" : `Reasoned for ${seconds.toFixed(1)} s`;
   }
 
   /** Calls stand folded below it. */
@@ -191,7 +191,10 @@ function words(turn) {
   const known = turn.usage?.prompt_tokens_details?.cached_tokens;
   if (known) found.push(`${known} of ${turn.usage.prompt_tokens} prompt tokens were known`);
   if (turn.stopped) found.push("stopped");
-  if (turn.finish === "length") found.push("cut: it reached the longest answer or the end of the context");
+  if (turn.finish === "length") {
+    const wanted = turn.most && turn.usage?.completion_tokens >= turn.most;
+    found.push(wanted ? "cut at the longest answer of the settings" : "cut at the server’s longest answer or the end of the context");
+  }
   if (turn.finish && !turn.content && !turn.calls?.length) found.push("an empty answer");
   if (turn.ignored) found.push(`left out by the server: ${turn.ignored}`);
   return found;
@@ -211,7 +214,8 @@ export function drawActions(item, conversation, turn, running) {
     row.append(back, make("span", "count", `${at + 1} of ${others.length}`), on);
   }
   if (turn.content) row.append(button("Copy", "copy"));
-  if (!running) row.append(turn.role === "user" ? button("Edit", "edit") : button("Regenerate", "retry"));
+  if (!running && turn.role === "user") row.append(button("Edit", "edit"));
+  else if (!running && !turn.problem) row.append(button("Regenerate", "retry")); // a problem has its own way out
   if (row.childNodes.length) item.append(row);
 }
 

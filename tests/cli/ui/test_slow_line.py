@@ -24,6 +24,7 @@ def said(device: str, tmp_path: Path, **env: str) -> str:
         env={
             **plain,
             "PYTHONPATH": str(_ROOT),
+            "CXX": "none",
             "PATH": str(tmp_path),
             "XDG_CACHE_HOME": str(tmp_path),
             **env,

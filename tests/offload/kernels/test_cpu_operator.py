@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from conmoe_edge.checkpoint.format.forms import LOW_BITS, Grid, Kind
 from conmoe_edge.checkpoint.format.quantise import Matrix, quantise, stored
 from conmoe_edge.model.kv_rows import pack_rows, unpack_rows
 from conmoe_edge.offload.kernels.cpu import bindings as native
-from conmoe_edge.offload.kernels.cpu import build
+from conmoe_edge.offload.kernels.cpu import build, compilers, targets
 from conmoe_edge.offload.kernels.cpu.bindings import Operator
 from conmoe_edge.offload.kernels.cpu.reference import product
 from conmoe_edge.offload.kernels.cpu.self_test import check
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 GRIDS = {
     "grid4": Grid(32, "float16", False),
@@ -158,7 +160,7 @@ def test_what_it_does_not_take(operator: Operator) -> None:
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.SWITCH, "off")
-    with pytest.raises(build.Unavailable, match="CONMOE_OPERATOR=off"):
+    with pytest.raises(Unavailable, match="CONMOE_OPERATOR=off"):
         build.library()
 
 
@@ -166,19 +168,20 @@ def test_this_machine_uses_it_where_it_can_compile_it() -> None:
     """The check at the first use lets a right operator pass."""
     try:
         build.library()
-    except build.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(str(error))
     assert native.operator() is not None, native.why_not()
 
 
 def test_no_compiler_is_a_reason_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "no wheel")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
     native._state.cache_clear()
     try:
-        assert native.operator() is None
+        assert native.operator() is None and native.operator_library() is None
         assert "no C++ compiler" in native.why_not()
     finally:
         native._state.cache_clear()
@@ -189,8 +192,10 @@ def test_a_compiler_that_fails_leaves_nothing(
 ) -> None:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-fno-such-flag"))
-    with pytest.raises(build.Unavailable, match="failed"):
+    monkeypatch.setattr(build, "SHIPPED", cache / "no wheel")
+    monkeypatch.setattr(targets, "COMMON", ("-std=c++17", "-fno-such-flag"))
+    monkeypatch.setattr(compilers, "zig", lambda: None)  # it takes flags that it does not know
+    with pytest.raises(Unavailable, match="failed"):
         build.library()
     assert not [path for path in cache.rglob("*") if path.is_file()]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.offload.kernels.cpu import build
+from conmoe_edge.offload.kernels.cpu.compiling import SOURCE
 
 CHECK = Path(__file__).with_name("low_bit_sums.cpp")
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
@@ -41,7 +41,7 @@ def test_sums(name: str, tmp_path: Path) -> None:
         "-static",
     ]
     path = tmp_path / "check"
-    command = [compiler, *options, f"-I{build.SOURCE.parent}", str(CHECK), "-o", str(path)]
+    command = [compiler, *options, f"-I{SOURCE.parent}", str(CHECK), "-o", str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -21,59 +19,69 @@ from conmoe_edge.offload.kernels.cpu import (
     attention_tables,
     bindings,
     build,
+    compiling,
     decoder_tables,
+    levels,
     structs,
+    targets,
+    tried_apart,
 )
+from conmoe_edge.offload.kernels.cpu.compilers import Compiler, compilers
+from conmoe_edge.offload.kernels.cpu.library_files import put_library
 from conmoe_edge.offload.kernels.cpu.operator import _FUNCTIONS, Operator
 from conmoe_edge.offload.kernels.cpu.self_test import check
+from conmoe_edge.offload.kernels.cpu.targets import Target
+from conmoe_edge.offload.kernels.cpu.tried_apart import told_of
+from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 try:
     BUILT = build.library()
-except build.Unavailable as error:
+except Unavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
 @pytest.fixture
-def cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a library in it; the file's path."""
-    source = BUILT
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "no wheel")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "conmoe-edge" / "operator"
     folder.mkdir(parents=True, mode=0o700)
-    path = folder / source.name
-    shutil.copy(source, path)
-    path.chmod(0o600)
-    told = source.with_suffix(build.TOLD_SUFFIX)
-    shutil.copy(told, path.with_suffix(build.TOLD_SUFFIX))
+    (compiler, *_) = compilers()
+    path = put(BUILT.read_bytes(), build._Wanted.here()._key(compiler), folder)
+    told = told_of(path, folder)
+    told.write_text("")
+    told.chmod(0o600)
     return path
 
 
+def put(content: bytes, key: str, folder: Path) -> Path:
+    """A library of any content, under the name that one of this key would have."""
+    built = folder / "new"
+    built.write_bytes(content)
+    return put_library(built, folder, key, BUILT.suffix)
+
+
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The paths that were compiled to. What the compiler gives is there already, and it takes long."""
-    calls: list[Path] = []
-    content = BUILT.read_bytes()
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compilers that were asked. What they give is there already, and it takes long."""
+    calls: list[str] = []
 
-    def counted(*arguments: object) -> None:
-        path: Path = arguments[-1]  # type: ignore[assignment]
-        calls.append(path)
-        path.unlink(missing_ok=True)
-        path.write_bytes(content)
-        path.chmod(0o700)
+    def counted(compiler: Compiler, target: Target, flags: object, built: Path) -> None:
+        calls.append(compiler.name)
+        built.write_bytes(BUILT.read_bytes())
 
-    monkeypatch.setattr(build, "_compile", counted)
+    monkeypatch.setattr(build, "compile_library", counted)
     return calls
 
 
-def test_a_whole_library_is_opened_as_it_is(cache: Path, compiled: list[Path]) -> None:
-    assert build.library() == cache
+def test_a_whole_library_is_opened_as_it_is(cache: Path, compiled: list[str]) -> None:
+    assert build.library() == cache and build.is_built()
     assert not compiled
 
 
 @pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
-def test_a_damaged_library_is_built_once(cache: Path, compiled: list[Path], damage: str) -> None:
+def test_a_damaged_library_is_built_once(cache: Path, compiled: list[str], damage: str) -> None:
     content = bytearray(cache.read_bytes())
     if damage == "cut off":
         content = content[: len(content) // 2]
@@ -82,64 +90,64 @@ def test_a_damaged_library_is_built_once(cache: Path, compiled: list[Path], dama
     else:
         content = bytearray()
     cache.write_bytes(content)
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
     check(Operator(ctypes.CDLL(str(cache))))
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
 
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 def test_a_folder_that_others_can_write_is_closed_and_what_lay_there_is_built_again(
-    cache: Path, compiled: list[Path], bit: int
+    cache: Path, compiled: list[str], bit: int
 ) -> None:
     cache.parent.chmod(cache.parent.stat().st_mode | bit)
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
     assert cache.parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 def test_a_file_that_others_can_write_is_built_again(
-    cache: Path, compiled: list[Path], bit: int
+    cache: Path, compiled: list[str], bit: int
 ) -> None:
     cache.chmod(cache.stat().st_mode | bit)
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_link_is_built_again_and_not_followed(
-    cache: Path, compiled: list[Path], tmp_path: Path
+    cache: Path, compiled: list[str], tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere.so"
     cache.rename(elsewhere)
     cache.symlink_to(elsewhere)
     before = elsewhere.read_bytes()
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
     assert not cache.is_symlink() and elsewhere.read_bytes() == before
 
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other users")
+as_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files to other users"
+)
 NOBODY = 65534
 
 
 @as_root
-def test_a_file_of_another_user_is_built_again(cache: Path, compiled: list[Path]) -> None:
+def test_a_file_of_another_user_is_built_again(cache: Path, compiled: list[str]) -> None:
     os.chown(cache, NOBODY, NOBODY)
-    assert build.library() == cache and compiled == [cache]
+    assert build.library() == cache and len(compiled) == 1
     assert cache.stat().st_uid == os.geteuid()
 
 
 @as_root
 @pytest.mark.parametrize("above", [False, True], ids=["folder", "the folder above"])
-def test_a_folder_of_another_user_is_refused(
-    cache: Path, compiled: list[Path], above: bool
-) -> None:
+def test_a_folder_of_another_user_is_refused(cache: Path, compiled: list[str], above: bool) -> None:
     os.chown(cache.parent.parent if above else cache.parent, NOBODY, NOBODY)
-    with pytest.raises(build.Unavailable, match="belongs to another user"):
+    with pytest.raises(Unavailable, match="belongs to another user"):
         build.library()
     assert not compiled
 
 
 def test_what_root_owns_is_opened(
-    cache: Path, compiled: list[Path], monkeypatch: pytest.MonkeyPatch
+    cache: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where an administrator has built it for everybody."""
     owner = cache.stat().st_uid
@@ -147,29 +155,25 @@ def test_what_root_owns_is_opened(
     if owner == 0:
         assert build.library() == cache and not compiled
     else:
-        with pytest.raises(build.Unavailable, match="belongs to another user"):
+        with pytest.raises(Unavailable, match="belongs to another user"):
             build.library()
 
 
 def test_a_library_is_written_for_its_user_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a compiler, without optimisation, which takes seconds."""
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "no wheel")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-O0", "-pthread", "-fPIC", "-w"))
+    monkeypatch.setenv(levels.FORCED, levels.levels_here()[-1].name)
+    monkeypatch.setattr(targets, "COMMON", ("-std=c++17", "-O0", "-w"))
     before = os.umask(0)
     try:
         path = build.library()
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o077 == 0 and path.parent.stat().st_mode & 0o077 == 0
-    check(Operator(ctypes.CDLL(str(path))))
-    content = path.read_bytes()
-    path.unlink()  # it is mapped into this process
-    path.write_bytes(content[:-1000])
-    path.chmod(0o700)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_self_test", lambda *_: "")  # once is enough
-        assert build.library() == path
+    assert told_of(path, path.parent).read_text() == ""
     check(Operator(ctypes.CDLL(str(path))))
 
 
@@ -179,9 +183,11 @@ def test_a_structure_that_c_has_otherwise_does_not_compile(
     class _Norm(ctypes.Structure):
         _fields_ = [("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float)]
 
+    monkeypatch.setattr(build, "SHIPPED", tmp_path / "no wheel")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "STRUCTURES", (*decoder_tables.STRUCTURES, _Norm))
-    with pytest.raises(build.Unavailable, match=r"failed: .*static assertion"):
+    monkeypatch.setenv("CXX", next(compilers()).command[0])  # that one alone
+    monkeypatch.setattr(compiling, "STRUCTURES", (*decoder_tables.STRUCTURES, _Norm))
+    with pytest.raises(Unavailable, match=r"failed: .*static assertion"):
         build.library()
 
 
@@ -192,28 +198,15 @@ def test_every_structure_is_compared() -> None:
     assert mirrored == set(decoder_tables.STRUCTURES)
 
 
-def test_a_compiler_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
-    slow, child = tmp_path / "slow", tmp_path / "child"
-    slow.write_text(f'#!/bin/sh\nsleep 600 &\necho $! > "{child}"\nwait\n')
-    slow.chmod(0o755)
-    with pytest.raises(build.Unavailable, match="took longer than 1 s"):
-        build._run([str(slow)], 1)
-    pid = child.read_text().strip()
-    for _ in range(100):  # it is gone, or waits to be collected
-        status = Path(f"/proc/{pid}/status")
-        if not status.exists() or "State:\tZ" in status.read_text():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{pid} still runs")
-
-
 def state_with(
     monkeypatch: pytest.MonkeyPatch, library: Callable[[], Path]
 ) -> tuple[bindings.Operator | None, str]:
-    monkeypatch.setattr(bindings, "library", library)
+    monkeypatch.setattr(
+        bindings, "found_library", lambda: bindings.Library(library(), "a level", "a compiler")
+    )
     bindings._state.cache_clear()
     try:
-        return bindings._state()
+        return bindings._state()[:2]
     finally:
         bindings._state.cache_clear()
 
@@ -237,14 +230,17 @@ extern "C" { const char* conmoe_level() { return "plain"; } %s }
 """
 
 
-def rebuilt_as(path: Path, source: str) -> None:
-    """A library of another text under the name of the operator's, as a compiler that has gone wrong would leave it."""
-    text, built = path.parent / "other.cpp", path.parent / "other.so"
+def rebuilt_as(path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of another text under the key of the operator's, as a compiler that has gone wrong would leave it, and
+    no other compiler.
+    """
+    (compiler, *_) = compilers()
+    monkeypatch.setenv("CXX", compiler.command[0])
+    text, built = path.parent / "other.cpp", path.parent / "other.built"
     text.write_text(source)
-    subprocess.run(["g++", "-shared", "-fPIC", str(text), "-o", str(built)], check=True)
-    content = built.read_bytes()
-    path.write_bytes(content + hashlib.sha256(content).digest())
-    path.chmod(0o700)
+    compiler.run(["-shared", "-fPIC", str(text), "-o", str(built)])
+    path.unlink()
+    return put(built.read_bytes(), path.stem.rpartition("-")[0], path.parent)
 
 
 @pytest.mark.skipif(
@@ -254,41 +250,50 @@ def test_a_library_that_crashes_does_so_once_and_elsewhere(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = " ".join(f"int conmoe_{name}() {{ return std::raise(SIGSEGV); }}" for name in _FUNCTIONS)
-    rebuilt_as(cache, CRASHES % body)
-    with pytest.raises(build.Unavailable, match=r"crashes \(signal 11\)"):
+    path = rebuilt_as(cache, CRASHES % body, monkeypatch)
+    with pytest.raises(Unavailable, match=r"crashes \(signal 11\)"):
         build.library()
     tries: list[Path] = []
-    monkeypatch.setattr(build, "_self_test", lambda path, _: tries.append(path) or "")
-    with pytest.raises(build.Unavailable, match=r"crashes \(signal 11\) \(remove ") as again:
+    monkeypatch.setattr(tried_apart, "self_test", lambda path, _: tries.append(path) or "")
+    told = told_of(path, path.parent)
+    with pytest.raises(Unavailable, match=r"crashes \(signal 11\) \(remove ") as again:
         build.library()
-    assert not tries and str(cache.with_suffix(build.TOLD_SUFFIX)) in str(again.value)
+    assert not tries and str(told) in str(again.value)
     made, reason = state_of(monkeypatch)
     assert made is None and "crashes" in reason
-    cache.with_suffix(build.TOLD_SUFFIX).unlink()
-    assert build.library() == cache and tries == [cache]
+    told.unlink()
+    assert build.library() == path and tries == [path]
 
 
-def test_a_library_that_computes_nothing_is_remembered(cache: Path) -> None:
+def test_after_a_library_that_is_wrong_another_compiler_is_asked(
+    cache: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = " ".join(f"long conmoe_{name}() {{ return 0; }}" for name in _FUNCTIONS)
-    rebuilt_as(cache, CRASHES % body)
+    rebuilt_as(cache, CRASHES % body, monkeypatch)
+    first = Compiler(next(compilers()).command, next(compilers()).version, "gcc")
+    other = Compiler(("another",), "another compiler", "gcc")
+    monkeypatch.setattr(build, "compilers", lambda: iter((first, other)))
+    found = build.found_library()
+    assert found.made_by == "another compiler" and compiled == ["another"]
+
+
+def test_a_library_that_computes_nothing_is_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = " ".join(f"long conmoe_{name}() {{ return 0; }}" for name in _FUNCTIONS)
+    rebuilt_as(cache, CRASHES % body, monkeypatch)
     for _ in range(2):
-        with pytest.raises(build.Unavailable, match="wrongly"):
+        with pytest.raises(Unavailable, match="wrongly"):
             build.library()
 
 
-def test_a_library_without_a_function_is_remembered(cache: Path) -> None:
-    rebuilt_as(cache, CRASHES % "int conmoe_few_rows() { return 0; }")
+def test_a_library_without_a_function_is_remembered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuilt_as(cache, CRASHES % "int conmoe_few_rows() { return 0; }", monkeypatch)
     for _ in range(2):
-        with pytest.raises(build.Unavailable, match="conmoe_"):
+        with pytest.raises(Unavailable, match="conmoe_"):
             build.library()
-
-
-def test_what_was_said_of_another_library_does_not_count(cache: Path) -> None:
-    told = cache.with_suffix(build.TOLD_SUFFIX)
-    told.write_text("0" * 64 + "\nit crashes")
-    told.chmod(0o600)
-    assert build.library() == cache
-    assert told.read_text().endswith("\n")
 
 
 def test_modules_of_the_folder_in_which_it_runs_are_not_imported(
@@ -298,9 +303,10 @@ def test_modules_of_the_folder_in_which_it_runs_are_not_imported(
     here.mkdir()
     (here / "ctypes.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.chdir(here)
-    cache.with_suffix(build.TOLD_SUFFIX).unlink()
+    told = told_of(cache, cache.parent)
+    told.unlink()
     assert build.library() == cache
-    assert cache.with_suffix(build.TOLD_SUFFIX).is_file() and not (tmp_path / "ran").exists()
+    assert told.is_file() and not (tmp_path / "ran").exists()
 
 
 def state_of(monkeypatch: pytest.MonkeyPatch) -> tuple[bindings.Operator | None, str]:
@@ -318,7 +324,7 @@ def test_a_function_that_computes_something_else_is_found(name: str) -> None:
     assert hasattr(made, attribute)
     check(made)
     setattr(made, attribute, lambda *_: 0)
-    with pytest.raises(build.Unavailable, match="operator"):
+    with pytest.raises(Unavailable, match="operator"):
         check(made)
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.offload.kernels.cpu import build
 from conmoe_edge.offload.kernels.cpu.bindings import why_not
+from conmoe_edge.offload.kernels.cpu.compiling import SOURCE
 
 PROGRAM = Path(__file__).with_name("pool_of_threads.cpp")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 
 def built(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = ["g++", "-std=c++17", "-pthread", "-w", *options, f"-I{build.SOURCE.parent}"]
+    command = ["g++", "-std=c++17", "-pthread", "-w", *options, f"-I{SOURCE.parent}"]
     command += [str(PROGRAM), "-o", str(folder / "pool")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -17,7 +17,7 @@ from conmoe_edge.offload.kernels.cpu.attention_tables import (
     LatentTable,
     Positions,
 )
-from conmoe_edge.offload.kernels.cpu.build import library
+from conmoe_edge.offload.kernels.cpu.build import Library, found_library
 from conmoe_edge.offload.kernels.cpu.decoder_tables import BlockTable, RouterTable
 from conmoe_edge.offload.kernels.cpu.operator import Operator, takes_many
 from conmoe_edge.offload.kernels.cpu.self_test import check
@@ -42,6 +42,7 @@ __all__ = [
     "FoundTogether",
     "LatentTable",
     "LayerTable",
+    "Library",
     "MlpTable",
     "Operator",
     "Positions",
@@ -50,14 +51,20 @@ __all__ = [
     "RmsNorm",
     "RouterTable",
     "operator",
+    "operator_library",
     "takes_many",
     "why_not",
 ]
 
 
 def operator() -> Operator | None:
-    """This machine's operator, compiled on the first call ever; ``None`` where there is none."""
+    """This machine's operator, compiled on the first call unless the wheel has it; ``None`` where there is none."""
     return _state()[0]
+
+
+def operator_library() -> Library | None:
+    """The library that it is in, with its instruction set and who made it; ``None`` where there is none."""
+    return _state()[2]
 
 
 def why_not() -> str:
@@ -66,10 +73,11 @@ def why_not() -> str:
 
 
 @cache
-def _state() -> tuple[Operator | None, str]:
+def _state() -> tuple[Operator | None, str, Library | None]:
     try:
-        made = Operator(ctypes.CDLL(str(library())))
+        found = found_library()
+        made = Operator(ctypes.CDLL(str(found.path)))
         check(made)
     except (Unavailable, OSError, AttributeError) as error:
-        return None, str(error)
-    return made, ""
+        return None, str(error), None
+    return made, "", found

@@ -51,7 +51,7 @@ void rms_norm(const Norm& norm, const void* x, void* out, int64_t rows, bool nar
     for (; k + LANES <= columns; k += LANES)
       for (int64_t i = 0; i < LANES; ++i) sums[i] += from[k + i] * from[k + i];
     float total = 0;
-    for (; k < columns; ++k) total += from[k] * from[k];
+    for (; k < columns; ++k) total = std::fma(from[k], from[k], total);  // as in `dot_row`
     for (const float one : sums) total += one;
     const float scale = 1.0f / std::sqrt(total / float(columns) + norm.epsilon);
     for (k = 0; k < columns; ++k) {

@@ -491,7 +491,10 @@ void add_weighted(const typename Form::T* w, const float* p, int64_t step, float
   }
   for (int64_t t = 0; t < COUNT; ++t)
     for (int64_t j = k; j < columns; ++j)
-      for (int64_t r = 0; r < rows; ++r) y[t * columns + j] += Form::one(w[r * columns + j]) * p[t * step + r];
+      for (int64_t r = 0; r < rows; ++r) {
+        float& to = y[t * columns + j];
+        to = std::fma(Form::one(w[r * columns + j]), p[t * step + r], to);  // as in `dot_row`
+      }
 }
 
 // So many numbers for every thread of a shared loop. It is made outside of one, so that it fails before anything is done.

@@ -1,4 +1,4 @@
-"""To wait for something only as long as the client is there. No torch."""
+"""Who a client is, and waiting for something only as long as it is there. No torch."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ async def unless_left(request: Request, making: asyncio.Future[T]) -> T:
     finally:
         making.cancel()
         leaving.cancel()
+
+
+def client_of(request: Request, user: str | None) -> str:
+    """Whose line a request joins: the user it names, else the address it comes from."""
+    where = request.client.host if request.client is not None else ""
+    return f"user:{user}" if user else f"address:{where}"
 
 
 async def _left(request: Request) -> None:

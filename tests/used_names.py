@@ -18,7 +18,7 @@ ABSENT = {
     for module, names in table.items()
     for name in names.split()
 }
-QUESTIONS = ("os.name", "sys.platform", "platform.system", "hasattr", "getattr")
+QUESTIONS = ("os.name", "sys.platform", "platform.system", "hasattr", "getattr", "_POSIX")
 """What a condition asks when it asks for the system."""
 
 

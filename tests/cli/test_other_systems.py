@@ -21,8 +21,6 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("offload/storage/slot_pool.py", "mmap.MADV_DONTNEED"): "behind can_shrink, which is for Linux",
 }
 """(file, name): why it needs no question."""
-COMPILING = "offload/kernels/cpu/"
-"""What compiles the operator asks for the system once, before all of it."""
 
 
 def test_nothing_that_a_system_lacks_is_used_unasked() -> None:
@@ -31,7 +29,7 @@ def test_nothing_that_a_system_lacks_is_used_unasked() -> None:
         name = path.relative_to(PACKAGE).as_posix()
         mine = uses(path.read_text(encoding="utf-8"))
         left = [one for one in mine if (name, one[1]) not in ELSEWHERE]
-        if left and not name.startswith(COMPILING):
+        if left:
             found[name] = left
     assert found == {}
 
@@ -104,10 +102,9 @@ def without_encoding(source: str) -> list[int]:
 
 def test_text_files_say_their_encoding() -> None:
     found = {
-        name: lines
+        path.relative_to(PACKAGE).as_posix(): lines
         for path in SOURCES
-        if not (name := path.relative_to(PACKAGE).as_posix()).startswith(COMPILING)
-        and (lines := without_encoding(path.read_text(encoding="utf-8")))
+        if (lines := without_encoding(path.read_text(encoding="utf-8")))
     }
     assert found == {}
 

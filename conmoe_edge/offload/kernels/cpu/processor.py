@@ -13,7 +13,7 @@ def processor() -> str:
     """Its model and instruction sets, as far as the system says them; nothing is measured."""
     if platform.system() == "Darwin":
         asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-        said = subprocess.run(asked, capture_output=True, text=True, check=False)
+        said = subprocess.run(asked, capture_output=True, encoding="utf-8", check=False)
         return said.stdout.strip() or platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

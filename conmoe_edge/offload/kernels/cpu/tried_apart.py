@@ -70,7 +70,7 @@ def self_test(path: Path, seconds: int) -> str:
             env={**os.environ, "PYTHONPATH": modules},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=seconds,
             check=False,

@@ -208,7 +208,7 @@ def test_one_of_several_models_is_chosen(window: Window, scripted: Scripted) -> 
     page = window.page
     assert not page.is_visible("#models") and page.inner_text("#model") == "river-30b"
     scripted.names = ["river-30b", "sea-7b", "<b>lake</b>"]
-    listed = [{"name": "sea-7b", "state": "ready", "loaded": False}]
+    listed = [{"name": "sea-7b", "state": "unloaded", "loaded": False}]
     nothing = {"memory": None, "prompts": None, "compute": None, "cache": None, "context": None}
     scripted.stats_of["sea-7b"] = {"model": "sea-7b", "models": listed, **nothing}
     page.reload()

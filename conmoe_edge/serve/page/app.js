@@ -297,6 +297,9 @@ $("messages").addEventListener("keydown", (event) => {
 // The server's state
 
 const STATES = { ready: "ready", loading: "loading the model …", stopping: "stopping", failed: "failed" };
+const OF_SEVERAL = {
+  unloaded: "loads when it is asked", loading: "loading the model …", unloading: "leaves the memory", failed: "could not be loaded",
+};
 
 function setState(state, text) {
   $("state").dataset.state = state;
@@ -333,8 +336,8 @@ async function poll(soon) {
       context = stats.context || 0;
       $("model").textContent = model;
       document.title = `${model} · conmoe-edge`;
-      const waits = stats.models?.find((one) => one.name === model && one.state === "ready" && !one.loaded);
-      setState(stats.state, waits ? "loads when it is asked" : STATES[stats.state] || stats.state);
+      const one = stats.models?.find((other) => other.name === model); // of several, which load when they are asked
+      setState(stats.state, OF_SEVERAL[one?.state] || STATES[stats.state] || stats.state);
       figures(stats);
       if (polls++ % 10 === 0) await namesOfModels();
     }

@@ -235,10 +235,10 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
             model="one", input=QUESTION, temperature=0, max_output_tokens=12
         )
         assert respond.output_text == text
-        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+        schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
         wish = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
         found = json.loads(say(server, "one", response_format=wish, max_tokens=60))
-        assert isinstance(found["n"], int)
+        assert found["n"] in (1, 2)
         tokens = httpx.post(f"{server.url}/tokenize", json={"model": "one", "content": "hi"})
         assert tokens.status_code == 200 and tokens.json()["count"]
         with pytest.raises(openai.BadRequestError):
@@ -258,10 +258,12 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_nothing_stays_behind_a_server_that_was_killed(folders: dict[str, Path]) -> None:
+    gone = False
+    # that it did not leave with 0 is what it is about
     with contextlib.suppress(AssertionError), serving_all(folders, TWO_FIT) as server:
         say(server, "one")
         (worker,) = processes(server)
         os.kill(server.process.pid, signal.SIGKILL)
         until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
-        return
-    pytest.fail("it was not killed")
+        gone = True
+    assert gone

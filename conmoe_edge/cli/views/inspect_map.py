@@ -63,11 +63,11 @@ def _legend(facts: PackageSummary) -> Text:
     marks = [f"{_MARKS[kind]} {word}" for kind, word in words.items() if counts[kind]]
     if counts["alias"]:
         marks.append("~ another's" if facts.usage is None else "unmarked: another's")
-    lines = ["  A row is a layer, two characters a router slot: its weight, and what is behind it."]
+    lines = ["  A row is a layer, two characters a slot: its weight, and what is behind it."]
     lines.append(f"  Behind it: {', '.join(marks)}.")
     if facts.usage is not None:
         of = "routing weight" if facts.usage.source == "calibration" else "choices in the trace"
         lines.append(
-            f"  {of.capitalize()}: █ at least 2 equal shares, ▓ 1, ▒ 0.5, ░ 0.25, blank less."
+            f"  {of.capitalize()}: █ at least 2 equal shares, ▓ 1, ▒ 0.5, ░ 0.25, blank less"
         )
     return Text("\n".join(lines), style="dim")

@@ -59,7 +59,7 @@ def method_line(facts: PackageSummary) -> str:
     manifest = facts.manifest
     parts = [printable(manifest.method)]
     if manifest.scope > 1:
-        parts.append(f"prototypes shared by {manifest.scope} layers")
+        parts.append(f"shared by {manifest.scope} layers")
     forms = sorted({part for one in facts.layout_precisions for part in one.split("-")})
     if not facts.unchanged and forms:
         words = [precision_name(printable(form)) for form in forms]

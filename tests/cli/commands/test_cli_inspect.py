@@ -76,7 +76,8 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
     assert "\x1b" not in result.stdout
     for words in (
         "./out · demo (olmoe) · 6 MoE layers of 32 router slots · top-4",
-        "conmoe · 50 % fewer experts · scope 2",
+        "conmoe · shared by 2 layers",
+        "96 of 192 experts are left",
         "same top-1",
         "96 keep their expert, 96 share another's",
         "Busiest",

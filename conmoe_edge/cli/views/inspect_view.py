@@ -173,9 +173,7 @@ def _against_plan(facts: PackageSummary) -> RenderableType:
     )
     if measured is not None:
         return table
-    hint = (
-        f"  {_NONE} known after a run: `bench DIR --json > FILE`, then `inspect DIR --bench FILE`"
-    )
+    hint = f"  {_NONE} after a run: `bench DIR --json > FILE`, then `inspect DIR --bench FILE`"
     return Group(table, Text(hint, style="dim"))
 
 

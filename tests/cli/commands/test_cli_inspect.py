@@ -72,7 +72,7 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
     result = run("out")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert not [x for x in lines if len(x) > 80]
+    assert not [line for line in lines if len(line) > 80]
     assert "\x1b" not in result.stdout
     for words in (
         "./out · demo (olmoe) · 6 MoE layers of 32 router slots · top-4",
@@ -85,7 +85,7 @@ def test_everything_is_there_on_80_columns(scoped: Path, monkeypatch: pytest.Mon
         "Distances: 1.4",
     ):
         assert words in result.stdout
-    assert re.search(r"\n  prototypes +96 +96\n", result.stdout)
+    assert re.search(r"\n  experts left +96 +96\n", result.stdout)
     assert "--html report.html" in result.stderr
 
 

@@ -162,7 +162,10 @@ def run(command: Sequence[str], seconds: float, name: str) -> str:
         raise
     if process.returncode != 0:
         first = next((line for line in errors.splitlines() if "error" in line), "")
-        raise Unavailable(f"{name} failed: {first[:160]}")
+        said = first[
+            max(0, first.find("error")) :
+        ]  # what stands before is the path of a folder that is gone
+        raise Unavailable(f"{name} failed: {said[:160]}")
     return output
 
 

@@ -235,7 +235,12 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
             model="one", input=QUESTION, temperature=0, max_output_tokens=12
         )
         assert respond.output_text == text
-        schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+        schema = {
+            "type": "object",
+            "properties": {"n": {"enum": [1, 2]}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
         wish = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
         found = json.loads(say(server, "one", response_format=wish, max_tokens=60))
         assert found["n"] in (1, 2)

@@ -252,6 +252,7 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
         assert stats["model"] == "one" and stats["memory"]["budget"] < 700 * 10**6
         assert stats["models"] == [{"name": "one", "state": "loaded", "loaded": True}]
         assert server.get("/stats?model=none").status_code == 200  # one answers to any name
+        say(server, "one", messages=[{"role": "system", "content": "Be brief. " * 200}, *QUESTION])
         assert list((tmp_path / "prompts").glob("*.safetensors"))
         begun = client.chat.completions.create(
             model="one", messages=QUESTION, max_tokens=1500, stream=True

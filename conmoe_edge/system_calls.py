@@ -10,7 +10,7 @@ processors allowed      ``sched_getaffinity`` all                         all
 a file's owner          ``geteuid``           ``geteuid``                 not asked: the folder's own rights hold
 ======================  ====================  ==========================  ==========================================
 
-``tests/test_other_systems.py`` refuses such names anywhere else, unless they stand behind a question for the system.
+``tests/cli/test_other_systems.py`` refuses such names anywhere else, but behind a question for the system.
 What is missing changes speed, never a byte. No state; peak memory: nothing.
 """
 

@@ -17,7 +17,7 @@ import torch
 from conmoe_edge.checkpoint.format.manifest import MAX_CHUNK, USUAL_CHUNK, Manifest
 from conmoe_edge.errors import DoesNotFit, PackageError
 from conmoe_edge.integrations.load_options import LoadOptions
-from conmoe_edge.memory.budget import Budget, DeviceKind
+from conmoe_edge.memory.budget import Budget, DeviceKind, kind_of
 from conmoe_edge.model.accelerator import budget_here
 from conmoe_edge.model.anatomy import ModelAnatomy
 from conmoe_edge.model.bridge import without_quantization
@@ -108,7 +108,7 @@ def plan_memory(
         DoesNotFit: the budget holds not one prototype of each layout beside the package's chunk.
         UnsupportedModel: the cache has no form in the precision that is asked for.
     """
-    kind: DeviceKind = device.type if device.type in ("cpu", "mps", "xpu") else "cuda"  # type: ignore[assignment]
+    kind = kind_of(device.type)
     budget = options.budget or default_budget(planned_by(manifest), kind)
     chunk = min(chunk_of(manifest), context)
     kv = options.kv_precision or manifest.kv_precision

@@ -7,12 +7,17 @@ server for a laptop. Bandwidths are bytes per second and may be unknown (``None`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 DeviceKind = Literal["cpu", "cuda", "mps", "xpu"]
 """Where a package computes, in torch's words: AMD's GPUs are ``cuda`` to it, Apple's ``mps``, Intel's ``xpu``."""
 DeviceWord = Literal["auto", "cpu", "cuda", "mps", "xpu", "hip"]
 """What a user may say; ``hip`` is ``cuda`` on an AMD GPU."""
+
+
+def kind_of(word: str) -> DeviceKind:
+    """The kind of a device by torch's word or a user's; what is none of the others is ``cuda``."""
+    return word if word in get_args(DeviceKind) else "cuda"  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)

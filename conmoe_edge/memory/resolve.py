@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from conmoe_edge.errors import UsageError
 from conmoe_edge.memory.bandwidth import Meter
-from conmoe_edge.memory.budget import Budget, DeviceKind, DeviceWord
+from conmoe_edge.memory.budget import Budget, DeviceKind, DeviceWord, kind_of
 from conmoe_edge.memory.machine import GpuFacts, MachineFacts, measure_machine
 from conmoe_edge.memory.profiles import Profile, get_profile
 from conmoe_edge.units import MIB, human_size, parse_size
@@ -207,7 +207,7 @@ def _kind(device: str, facts: MachineFacts) -> DeviceKind:
         return "cpu"
     if device == "auto" and facts.gpu is not None:
         return facts.gpu.kind
-    return device if device in ("mps", "xpu") else "cuda"  # type: ignore[return-value]
+    return kind_of(device)
 
 
 def _gpu_of(kind: DeviceKind, facts: MachineFacts) -> GpuFacts | None:

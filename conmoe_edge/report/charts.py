@@ -71,12 +71,17 @@ def rows_axis(name: str, labels: Sequence[str]) -> Axis:
 def number_axis(name: str, most: float, least: float = 0.0) -> Axis:
     """Round figures between ``least`` and ``most``, three to six of them."""
     width = (most - least) or 1.0
-    power = 10.0 ** math.floor(math.log10(width / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if width / (factor * power) <= 5)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    step, digits = round_step(width)
     first = math.ceil(least / step - 1e-9)
     figures = [step * n for n in range(first, math.floor(most / step + 1e-9) + 1)]
     return Axis(name, tuple(((f - least) / width, f"{f:,.{digits}f}") for f in figures))
+
+
+def round_step(width: float) -> tuple[float, int]:
+    """Between round figures of which three to six fit into ``width``, and the digits behind their points."""
+    power = 10.0 ** math.floor(math.log10(width / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if width / (factor * power) <= 5)
+    return step, max(0, -math.floor(math.log10(step) + 1e-9))
 
 
 def count_axis(name: str, count: int) -> Axis:

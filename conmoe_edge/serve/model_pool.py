@@ -90,6 +90,12 @@ class PooledModel:
         """All that it is asked for by."""
         return (self.name, *self.aliases)
 
+    def stop_clock(self) -> None:
+        """Its time does not run."""
+        if self.clock is not None:
+            self.clock.cancel()
+            self.clock = None
+
 
 class _Nobody(Exception):
     """Nobody waits for the load any more."""
@@ -212,9 +218,7 @@ class ModelPool:
     def _take(self, model: PooledModel) -> None:
         model.answering += 1
         model.used = time.monotonic()
-        if model.clock is not None:
-            model.clock.cancel()
-            model.clock = None
+        model.stop_clock()
 
     def _begin(self, model: PooledModel) -> None:
         if model.task is None:
@@ -232,9 +236,8 @@ class ModelPool:
         """Have it loaded, and give it to those who wait."""
         try:
             async with self._one_load:
-                if (
-                    model.worker is None
-                ):  # one that had to make room may have stayed, since nobody came
+                # One that had to make room may have stayed, since nobody came.
+                if model.worker is None:
                     await self._bring(model)
         except _Nobody:
             return
@@ -346,9 +349,7 @@ class ModelPool:
 
     def _wind(self, model: PooledModel) -> None:
         """Nobody uses it now: the time that it stays begins."""
-        if model.clock is not None:
-            model.clock.cancel()
-            model.clock = None
+        model.stop_clock()
         if model.worker is None or model.keep == FOREVER:
             return
         loop = asyncio.get_running_loop()
@@ -364,9 +365,7 @@ class ModelPool:
         worker = model.worker
         assert worker is not None, "it is loaded"
         model.worker, model.leaving = None, False
-        if model.clock is not None:
-            model.clock.cancel()
-            model.clock = None
+        model.stop_clock()
         self._end(model, worker, why)
 
     def _end(self, model: PooledModel, worker: Worker, why: str) -> None:
@@ -397,9 +396,7 @@ class ModelPool:
         model.worker, model.leaving = None, False
         self._held.pop(worker, None)
         self._gone(model)
-        if model.clock is not None:
-            model.clock.cancel()
-            model.clock = None
+        model.stop_clock()
         self._tell(
             f"The process of {model.name} ended ({ended_by(status)}); the next request loads it again."
         )

@@ -21,7 +21,6 @@ from conmoe_edge.errors import ConmoeError, DoesNotFit, OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.garbage import settle
 from conmoe_edge.memory.heap import one_heap, trim_heap
-from conmoe_edge.memory.resolve import resolve_budget
 from conmoe_edge.serve.jobs import Loaded
 from conmoe_edge.serve.package_loader import PackageLoader
 from conmoe_edge.serve.server import Server
@@ -38,7 +37,8 @@ def main() -> int:
     order = WorkerOrder.of_line(sys.stdin.readline())
     one_heap()
     loader = PackageLoader(order.loading, tell=lambda text: say({"warning": text}))
-    whole = order.loading.budget or resolve_budget("auto")
+    whole = order.loading.budget
+    assert whole is not None, "the server says what all of them have"
     try:
         needs = loader.needs(whole)
         say({"needs": {"least": needs.least, "everything": needs.everything}})

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from platforms.product_cases import write_cases
 
-from conmoe_edge.offload.kernels.cpu.compilers import Compiler, zig
+from conmoe_edge.offload.kernels.cpu.compilers import Compiler
 from conmoe_edge.offload.kernels.cpu.levels import levels_here
 from conmoe_edge.offload.kernels.cpu.targets import COMMON, WHEELS, Target
 from tools.platform_wheels import STAGED, staged_libraries
@@ -57,14 +57,6 @@ def _machines() -> list[Machine]:
 
 
 RUNS = [(machine, level) for machine in _machines() for level in machine.levels]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Compiler:
-    found = zig()
-    if found is None:
-        pytest.skip("ziglang is not installed")
-    return found
 
 
 @pytest.fixture(scope="module")

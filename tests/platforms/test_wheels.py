@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conmoe_edge.offload.kernels.cpu.compilers import Compiler, zig
+from conmoe_edge.offload.kernels.cpu.compilers import Compiler
 from conmoe_edge.offload.kernels.cpu.levels import best_level, levels_of
 from conmoe_edge.offload.kernels.cpu.library_files import content_digest
 from conmoe_edge.offload.kernels.cpu.targets import WHEELS, here
@@ -29,14 +29,6 @@ ELSEWHERE = re.compile(
     re.IGNORECASE,
 )
 NEWEST_GLIBC = (2, 28)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Compiler:
-    found = zig()
-    if found is None:
-        pytest.skip("ziglang is not installed")
-    return found
 
 
 def wheel_of(name: str, compiler: Compiler, folder: Path) -> Path:

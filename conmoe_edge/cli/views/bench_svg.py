@@ -20,6 +20,7 @@ from conmoe_edge.cli.views.bench_table import (
     percent_text,
     runtime_line,
 )
+from conmoe_edge.report.charts import round_step
 from conmoe_edge.units import human_size, unit_for
 
 _WIDTH, _MARGIN = 480, 20
@@ -177,9 +178,7 @@ def _percents(full: float) -> tuple[tuple[float, str], ...]:
 
 def _figures(most: float, unit: int) -> tuple[tuple[float, str], ...]:
     """Round figures up to ``most``, three to six of them."""
-    power = 10.0 ** math.floor(math.log10(most / unit / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if most / unit / (factor * power) <= 5)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    step, digits = round_step(most / unit)
     count = math.floor(most / unit / step + 1e-9) + 1
     return tuple((n * step * unit, f"{n * step:,.{digits}f}") for n in range(count))
 

@@ -162,9 +162,8 @@ def run(command: Sequence[str], seconds: float, name: str) -> str:
         raise
     if process.returncode != 0:
         first = next((line for line in errors.splitlines() if "error" in line), "")
-        said = first[
-            max(0, first.find("error")) :
-        ]  # what stands before is the path of a folder that is gone
+        # What stands before the error is the path of a folder that is gone.
+        said = first[max(0, first.find("error")) :]
         raise Unavailable(f"{name} failed: {said[:160]}")
     return output
 

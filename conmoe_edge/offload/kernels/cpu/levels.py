@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from conmoe_edge.offload.kernels.cpu.targets import architecture
 from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 FORCED = "CONMOE_OPERATOR_LEVEL"
@@ -60,7 +61,6 @@ _LEVELS = {
         Level("neon", ("-march=armv8-a",)),
     ),
 }
-_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20
 """Of Linux for ARM: a key of ``getauxval``, and its bit for the dot product."""
 _SAME = {"fma3": "fma", "bmi": "bmi1"}
@@ -69,8 +69,7 @@ _SAME = {"fma3": "fma", "bmi": "bmi1"}
 
 def levels_of(machine: str) -> tuple[Level, ...]:
     """Those of an architecture (as of ``platform.machine``), best first; the last one runs on all processors of it."""
-    name = machine.lower()
-    return _LEVELS.get(_ARCHITECTURES.get(name, name), (Level(_PLAIN, ()),))
+    return _LEVELS.get(architecture(machine), (Level(_PLAIN, ()),))
 
 
 def levels_here() -> tuple[Level, ...]:
@@ -101,8 +100,7 @@ def best_level() -> Level:
 @cache
 def features() -> Set[str]:
     """What this processor has and the system lets programs use, by the names that Linux has without underscores."""
-    machine = platform.machine().lower()
-    if _ARCHITECTURES.get(machine, machine) == "aarch64" and platform.system() == "Linux":
+    if architecture(platform.machine()) == "aarch64" and platform.system() == "Linux":
         ask = ctypes.CDLL(None).getauxval
         ask.restype, ask.argtypes = ctypes.c_ulong, (ctypes.c_ulong,)
         return frozenset({"dot"} if ask(_HWCAP) & _HWCAP_ASIMDDP else ())

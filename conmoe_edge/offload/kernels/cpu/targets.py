@@ -13,7 +13,7 @@ from conmoe_edge.offload.kernels.cpu.unavailable import Unavailable
 
 System = Literal["linux", "windows", "macos"]
 _SYSTEMS: dict[str, System] = {"Linux": "linux", "Windows": "windows", "Darwin": "macos"}
-_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 COMMON = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp-simd", "-w")
 """Flags of every system. Vectors inside a loop are OpenMP's, threads are our own."""
 
@@ -83,6 +83,12 @@ WHEELS = {
 """Systems that wheels with libraries are made for, by name."""
 
 
+def architecture(machine: str) -> str:
+    """Of a processor, by what the system calls it (``platform.machine``): ``x86_64``, ``aarch64``, or its own word."""
+    name = machine.lower()
+    return _ARCHITECTURES.get(name, name)
+
+
 def here() -> Target:
     """This machine.
 
@@ -92,8 +98,6 @@ def here() -> Target:
     system = _SYSTEMS.get(platform.system())
     if system is None:
         raise Unavailable(f"not built on {platform.system()}")
-    machine = platform.machine().lower()
-    machine = _MACHINES.get(machine, machine)
     glibc = platform.libc_ver()[0] == "glibc"
     libc = "" if system != "linux" else GLIBC if glibc else "musl"
-    return Target(system, machine, libc)
+    return Target(system, architecture(platform.machine()), libc)

@@ -7,6 +7,16 @@
 
 namespace {
 
+constexpr int64_t NEAR = 16;  // rows that stay in the first cache while all tokens pass over them
+// Sums of `row_scores` that are made at once: with what they add up they take the processor's registers.
+#if CONMOE_AVX512
+constexpr int64_t SUMS = 8;
+#elif CONMOE_AVX2
+constexpr int64_t SUMS = 4;
+#else
+constexpr int64_t SUMS = 4;
+#endif
+
 // What a kind of row is, of `width` numbers.
 struct RowForm {
   int64_t width;
@@ -73,36 +83,85 @@ struct PackedRows {
   int64_t room(int64_t count) const { return count * form.width; }
 };
 
-// scores[i, t, r] = row r of i times x[i, t], in fp32: what `products` gives for the rows in bf16.
-void row_scores(int64_t count, const void* const* rows, RowForm form, const float* x, int64_t tokens, float* scores,
-                int64_t length) {
-  const int64_t columns = form.width;
-  if (!form.packed) {
-    const std::vector<const void*> none(size_t(count), nullptr);
-    products(BF16, count, rows, none.data(), x, false, tokens, Target{scores, false}, length, columns, 0);
-    return;
+// COUNT rows of `columns` numbers times TIMES tokens, as far as single vectors: `totals` has those of a row's tokens one
+// after another. The same numbers as in `dot_row`, whose vectors of a sum are made one after another here, so that those
+// of several sums fit into registers.
+template <class Form, int64_t COUNT, int64_t TIMES>
+inline void add_products(const typename Form::T* w, int64_t columns, const float* const* x, Lanes* totals) {
+  constexpr int64_t STRIDE = PARTS * LANES;
+  const int64_t whole = columns / STRIDE * STRIDE, last = columns / LANES * LANES;
+  Lanes parts[PARTS][COUNT * TIMES];
+  for (int64_t part = 0; part < (whole ? PARTS : 1); ++part) {
+    Lanes total[COUNT * TIMES];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < COUNT * TIMES; ++i) total[i] = zero();
+    const auto add_one = [&](int64_t k) {
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < COUNT; ++r) {
+        const Lanes value = Form::lanes(w + r * columns + k);
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < TIMES; ++t) total[r * TIMES + t] = fma(value, load(x[t] + k), total[r * TIMES + t]);
+      }
+    };
+    for (int64_t k = part * LANES; k < whole; k += STRIDE) add_one(k);
+    for (int64_t k = part ? last : whole; k < last; k += LANES) add_one(k);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < COUNT * TIMES; ++i) parts[part][i] = total[i];
   }
-  constexpr int64_t NEAR = 16;  // rows that stay in the first cache while all tokens pass over them
-  const PackedRows packed{rows, form};
+  for (int64_t i = 0; i < COUNT * TIMES; ++i)
+    totals[i] = whole ? add(add(parts[0][i], parts[1][i]), add(parts[2][i], parts[3][i])) : parts[0][i];
+}
+
+// scores[t, r] of `height` rows, at most NEAR, and TIMES tokens; a token's scores are `length` apart.
+template <class Form, int64_t TIMES>
+void scores_of_rows(const typename Form::T* w, int64_t height, int64_t columns, const float* x, float* scores,
+                    int64_t length) {
+  constexpr int64_t AT_ONCE = SUMS / TIMES;
+  const int64_t last = columns / LANES * LANES;
+  const float* inputs[TIMES];
+  for (int64_t t = 0; t < TIMES; ++t) inputs[t] = x + t * columns;
+  Lanes totals[NEAR * TIMES];
+  float sums[NEAR * TIMES];
+  int64_t row = 0;
+  for (; row + AT_ONCE <= height; row += AT_ONCE)
+    add_products<Form, AT_ONCE, TIMES>(w + row * columns, columns, inputs, totals + row * TIMES);
+  for (; row < height; ++row) add_products<Form, 1, TIMES>(w + row * columns, columns, inputs, totals + row * TIMES);
+  sums_of(totals, height * TIMES, sums);
+  for (int64_t t = 0; t < TIMES; ++t)
+    for (row = 0; row < height; ++row) {
+      float rest = 0;
+      for (int64_t j = last; j < columns; ++j) rest = std::fma(Form::one(w[row * columns + j]), inputs[t][j], rest);
+      scores[t * length + row] = sums[row * TIMES + t] + rest;
+    }
+}
+
+template <class Rows>
+void scores_of(int64_t count, const Rows& rows, const float* x, int64_t tokens, float* scores, int64_t length,
+               int64_t columns) {
+  using Form = typename Rows::Form;
   const int64_t blocks = (length + NEAR - 1) / NEAR;
-  RoomOfThreads rooms(packed.room(NEAR));
+  RoomOfThreads rooms(rows.room(NEAR));
   const int64_t at_once = evenly(count * blocks, count * length * columns > MANY);
   shared_loop(count * blocks, at_once, [&](int64_t number, int64_t thread) {
     const int64_t which = number / blocks, first = number % blocks * NEAR, height = std::min(NEAR, length - first);
-    const float* const w = packed.at(which, first, height, rooms.own(thread));
+    const auto* const w = rows.at(which, first, height, rooms.own(thread));
     const float* const input = x + which * tokens * columns;
     float* const to = scores + which * tokens * length + first;
-    for (int64_t token = 0; token < tokens; token += TOKENS) {
-      const int64_t some = std::min(TOKENS, tokens - token);
-      const float* inputs[TOKENS];
-      for (int64_t t = 0; t < some; ++t) inputs[t] = input + (token + t) * columns;
-      for (int64_t r = 0; r < height; ++r) {
-        float sums[TOKENS];
-        dot_tokens<Fp32>(w + r * columns, columns, inputs, some, sums);
-        for (int64_t t = 0; t < some; ++t) to[(token + t) * length + r] = sums[t];
-      }
-    }
+    int64_t token = 0;
+    for (; token + 2 <= tokens; token += 2)
+      scores_of_rows<Form, 2>(w, height, columns, input + token * columns, to + token * length, length);
+    if (token < tokens)
+      scores_of_rows<Form, 1>(w, height, columns, input + token * columns, to + token * length, length);
   });
+}
+
+// scores[i, t, r] = row r of i times x[i, t], in fp32: what `products` gives for the rows in bf16.
+void row_scores(int64_t count, const void* const* rows, RowForm form, const float* x, int64_t tokens, float* scores,
+                int64_t length) {
+  if (form.packed)
+    scores_of(count, PackedRows{rows, form}, x, tokens, scores, length, form.width);
+  else
+    scores_of(count, Bf16Rows{rows, form}, x, tokens, scores, length, form.width);
 }
 
 // y[i, t] = sum over r of p[i, t, r] times row r of i.

@@ -471,10 +471,10 @@ void down_rows(int64_t count, const void* const* values, const void* const* scal
 }
 
 // y[t] += sum over r < rows of p[t, r] * W[r] for `COUNT` tokens in `WIDE` times 16 columns at once. Tokens are `step`
-// numbers apart in p and `columns` in y.
+// numbers apart in p and `columns` in y. Columns before `k` are done.
 template <class Form, int64_t COUNT, int64_t WIDE>
-void add_weighted(const typename Form::T* w, const float* p, int64_t step, float* y, int64_t rows, int64_t columns) {
-  int64_t k = 0;
+void add_weighted(const typename Form::T* w, const float* p, int64_t step, float* y, int64_t rows, int64_t columns,
+                  int64_t k = 0) {
   for (; k + WIDE * LANES <= columns; k += WIDE * LANES) {
     Lanes total[COUNT][WIDE];
     for (int64_t t = 0; t < COUNT; ++t)
@@ -488,6 +488,11 @@ void add_weighted(const typename Form::T* w, const float* p, int64_t step, float
       }
     for (int64_t t = 0; t < COUNT; ++t)
       for (int64_t j = 0; j < WIDE; ++j) store(y + t * columns + k + j * LANES, total[t][j]);
+  }
+  // What is left of the columns, the same sums: by single vectors, then one by one.
+  if constexpr (WIDE > 1) {
+    if (k < columns) add_weighted<Form, COUNT, 1>(w, p, step, y, rows, columns, k);
+    return;
   }
   for (int64_t t = 0; t < COUNT; ++t)
     for (int64_t j = k; j < columns; ++j)
@@ -532,9 +537,10 @@ void weighted(int64_t count, const Values& values, const float* p, int64_t token
       for (; token + TOKENS <= tokens; token += TOKENS)
         add_weighted<Form, TOKENS, 1>(w, weights + token * rows + row, rows, to + token * columns, height,
                                       columns);
+      for (; token + 2 <= tokens; token += 2)
+        add_weighted<Form, 2, 4>(w, weights + token * rows + row, rows, to + token * columns, height, columns);
       for (; token < tokens; ++token)
-        add_weighted<Form, 1, 8>(w, weights + token * rows + row, rows, to + token * columns, height,
-                                 columns);
+        add_weighted<Form, 1, 8>(w, weights + token * rows + row, rows, to + token * columns, height, columns);
     }
   });
   for (int64_t which = 0; which < count; ++which)

@@ -1,4 +1,8 @@
-"""The whole-number sums of few bits bit for bit in every instruction set, those of ARM where they can be emulated."""
+"""Programs beside the operator's source, in every instruction set; those of ARM where they can be emulated.
+
+``low_bit_sums.cpp``: sums of few bits in whole numbers. ``cached_rows.cpp``: scores and weighted sums of a cache's rows.
+Each compares bit for bit with a plain loop.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import pytest
 
 from conmoe_edge.offload.kernels.cpu.compiling import SOURCE
 
-CHECK = Path(__file__).with_name("low_bit_sums.cpp")
+CHECKS = ("low_bit_sums.cpp", "cached_rows.cpp")
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 SETS = {
     "this processor": ("g++", "native", ""),
@@ -23,8 +27,9 @@ SETS = {
 }
 
 
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", SETS)
-def test_sums(name: str, tmp_path: Path) -> None:
+def test_it_finds_nothing_wrong(name: str, check: str, tmp_path: Path) -> None:
     compiler, march, emulator = SETS[name]
     for tool in filter(None, (compiler, emulator)):
         if shutil.which(tool) is None:
@@ -41,7 +46,7 @@ def test_sums(name: str, tmp_path: Path) -> None:
         "-static",
     ]
     path = tmp_path / "check"
-    command = [compiler, *options, f"-I{SOURCE.parent}", str(CHECK), "-o", str(path)]
+    command = [compiler, *options, f"-I{SOURCE.parent}", str(Path(__file__).with_name(check)), "-o", str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import cache_of
 from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, Rehearsal, unchanged
@@ -171,7 +172,13 @@ class FusedLayer:
         self._exact = self._attention.exact and not dense
         self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
+        self._standing: tuple[BlockTable, Prepared] | None = None
         self._written: _Ready | None = None
+
+    @property
+    def spec(self) -> Any:
+        """Of its attention: layers that share it have the positions of a token in common."""
+        return self._attention.spec
 
     def why_not_one_call(self) -> str:
         """Why not all of the layer is part of the call; empty where it is."""
@@ -196,6 +203,23 @@ class FusedLayer:
         if self._tried_all != (behind is not None):
             self._tried_all, self.verified = behind is not None, None
         self._ready = _Ready(cache, place, table, behind)
+        self._standing = None if behind is None else (table, behind)
+
+    def prepare_again(self, cache: Any, window: bool) -> bool:
+        """``prepare`` for a layer that could go alone before, with a ``window`` in the cache or not, and of which no
+        part has changed since; whether it still can.
+        """
+        standing, behind = self._standing, self._behind
+        if standing is None or isinstance(behind, Refusal) or not behind.still_has(standing[1]):
+            return False
+        table, prepared = standing
+        if table.attention is None:
+            return False
+        place = self._attention.place_with(table.attention, cache)
+        if place is None or isinstance(place.layer, DynamicSlidingWindowLayer) is not window:
+            return False
+        self._ready = _Ready(cache, place, table, prepared)
+        return True
 
     def _block_table(self, place: Place) -> BlockTable | None:
         if self._table is None or self._table[0] is not place.table:
@@ -243,6 +267,47 @@ class FusedLayer:
             self._served.layers += 1
         else:
             self._served.blocks += 1
+        return out
+
+    def may_go_alone(self, module: nn.Module, cache: Any, window: bool) -> bool:
+        """Whether the layer is ready for the next token of ``cache``, in which it has a ``window`` or not, and would
+        compute it in one call of the operator, whatever its model hands on to it.
+        """
+        ready, behind, attention = self._ready, self._behind, self._attention
+        if ready is None or ready.behind is None or isinstance(behind, Refusal):
+            return False
+        if self.verified is not True or ready.cache is not cache:
+            return False
+        if behind.gate is not None and behind.router() is None:
+            return False
+        if isinstance(ready.place.layer, DynamicSlidingWindowLayer) is not window:
+            return False
+        fronts = vars(module).get("forward"), self._attending.__dict__.get("forward")
+        return fronts == (self, attention) and attention.settings_hold
+
+    @property
+    def settings_hold(self) -> bool:
+        """As of its attention."""
+        return self._attention.settings_hold
+
+    def place_of(self, angles: Mapping[str, Any]) -> Positions | None:
+        """The position of a token with which the layer ``may_go_alone``, as ``FusedAttention.positions``."""
+        assert self._ready is not None, "may_go_alone has looked"
+        return self._attention.positions(angles, self._ready.place)
+
+    def alone(self, module: nn.Module, x: Tensor, positions: Positions) -> Tensor:
+        """The layer for a token with which it ``may_go_alone``, bf16 [1, 1, H] -> the same.
+
+        Raises:
+            Apart, Gathered: the token is one that several answers share a step for.
+        """
+        ready, self._ready = self._ready, None
+        assert ready is not None, "may_go_alone has looked"
+        if self._meeting.entries is not None:
+            return self._meeting.enter(self._entry(module, ready, positions, (x,)))
+        out = self._compute(x, positions, ready, ready.place.cached)
+        self._written = ready
+        self._served.layers += 1
         return out
 
     def _positions(

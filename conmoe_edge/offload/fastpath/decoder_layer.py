@@ -39,12 +39,13 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """What a layer needs for the next token, but for its activations."""
+    """What a layer needs for the next token, but for its activations. ``router``: where it has been looked at."""
 
     cache: Any
     place: Place
     table: BlockTable
     behind: Prepared | None
+    router: RouterTable | None = None
 
 
 class Apart(Exception):
@@ -172,7 +173,7 @@ class FusedLayer:
         self._exact = self._attention.exact and not dense
         self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
-        self._standing: tuple[BlockTable, Prepared] | None = None
+        self._standing: tuple[BlockTable, Prepared, RouterTable | None] | None = None
         self._written: _Ready | None = None
 
     @property
@@ -203,7 +204,9 @@ class FusedLayer:
         if self._tried_all != (behind is not None):
             self._tried_all, self.verified = behind is not None, None
         self._ready = _Ready(cache, place, table, behind)
-        self._standing = None if behind is None else (table, behind)
+        self._standing = None
+        if behind is not None and not isinstance(self._behind, Refusal):
+            self._standing = (table, behind, self._behind.router())
 
     def prepare_again(self, cache: Any, window: bool) -> bool:
         """``prepare`` for a layer that could go alone before, with a ``window`` in the cache or not, and of which no
@@ -212,13 +215,13 @@ class FusedLayer:
         standing, behind = self._standing, self._behind
         if standing is None or isinstance(behind, Refusal) or not behind.still_has(standing[1]):
             return False
-        table, prepared = standing
-        if table.attention is None:
+        table, prepared, router = standing
+        if table.attention is None or (router is None and behind.gate is not None):
             return False
         place = self._attention.place_with(table.attention, cache)
         if place is None or isinstance(place.layer, DynamicSlidingWindowLayer) is not window:
             return False
-        self._ready = _Ready(cache, place, table, prepared)
+        self._ready = _Ready(cache, place, table, prepared, router)
         return True
 
     def _block_table(self, place: Place) -> BlockTable | None:
@@ -344,7 +347,7 @@ class FusedLayer:
             raise Apart
         if self.verified is not True or ready.behind is None:
             raise Apart
-        router = behind.router()
+        router = ready.router or behind.router()
         if (router is None and behind.gate is not None) or module._forward_hooks:
             raise Apart
         return Entry(self, args[0], positions, ready, router)
@@ -423,7 +426,7 @@ class FusedLayer:
             if self._beside is not None:
                 given = given + self._beside(normed)
             return self._add(summed, given)
-        router = behind.router()
+        router = ready.router or behind.router()
         if router is not None or behind.gate is None:
             self._one_call = True
             out = behind.decoder(ready.behind, ready.table, router, x, positions, cached, engine)

@@ -205,15 +205,18 @@ class SingleStep:
 
 
 def why_around(model: Any) -> str:
-    """Why the steps around the layers of ``model`` are the model's own; empty where they need not be."""
+    """Why the steps around the layers of ``model`` are the model's own; empty where they need not be. A forward that is
+    not on the list is named with its digest.
+    """
     decoder = model.get_decoder()
     for module, known in ((decoder, _DECODERS), (model, _HEADS)):
+        name = type(module).__name__
         try:
-            found = forward_digest(type(module)) in known
+            digest = forward_digest(type(module))
         except OSError as error:
-            return f"the source of {type(module).__name__} cannot be read: {error}"
-        if not found:
-            return f"the forward of {type(module).__name__} is not on the list"
+            return f"the source of {name} cannot be read: {error}"
+        if digest not in known:
+            return f"the forward of {name}, {digest}, is not on the list"
     if set(vars(decoder)["_modules"]) != set(_PARTS):
         return f"{type(decoder).__name__} has other parts than its class"
     return ""

@@ -95,12 +95,12 @@ class SingleStep:
 
         @functools.wraps(whole)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            begun, self._begun = self._begun, None
             named = self._arguments.named(args, kwargs)
             cache = cache_of(named)
             ids: Any = named.get("input_ids")
             if cache is None or self._meeting.over or not self._takes(ids, named):
                 return whole(*args, **kwargs)
-            begun, self._begun = self._begun, None
             if self._output is None or not (begun is cache or self._may_begin(cache)):
                 out = whole(*args, **kwargs)
                 self._output = _scores_only(out, cache)

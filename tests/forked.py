@@ -22,6 +22,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from tests.patience import PATIENCE
+
 FORK: Any = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 NOBODY = 65534
 
@@ -103,7 +105,7 @@ def command(
     user: int | None = None,
     first: Callable[[], None] | None = None,
     interrupt_on: str = "",
-    timeout: float = 240.0,
+    timeout: float = PATIENCE,
 ) -> Done:
     """Run ``conmoe-edge`` with these words.
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.patience import PATIENCE
+
 VARIABLE = "CONMOE_LLAMA_PYTHON"
 _PROGRAM = Path(__file__).with_name("llama_program.py")
 
@@ -41,7 +43,7 @@ def ask(path: Path, **job: Any) -> dict[str, Any]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout)

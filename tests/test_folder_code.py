@@ -13,6 +13,8 @@ import pytest
 from families import save_tiny, save_tokenizer, tiny_model
 from hand_packages import identity, write_package
 
+from tests.patience import PATIENCE
+
 # Each folder is opened in every way, one after the other; what refuses it says so and the next one is tried.
 OPEN_ALL = """
 import sys
@@ -89,7 +91,7 @@ def test_no_code_of_a_folder_is_run(tmp_path: Path, answers: str) -> None:
             stdin=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
             env={**os.environ, "HF_HOME": str(tmp_path / "hub")},
         )
         asked = os.lseek(stdin, 0, os.SEEK_CUR) if answers == "y" else 0

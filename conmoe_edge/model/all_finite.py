@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,6 @@ def all_finite(values: Tensor) -> bool:
     A sum in another format converts all that it is given, so that is a piece at a time.
     """
     return all(
-        bool(piece.sum(dtype=torch.float32).isfinite()) or bool(piece.isfinite().all())
+        math.isfinite(float(piece.sum(dtype=torch.float32))) or bool(piece.isfinite().all())
         for piece in values.reshape(-1).split(_PIECE)
     )  # NaN and infinity survive a sum; large numbers may make one of their own

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -20,6 +21,7 @@ _TRANSPARENT = ("transformers.modeling_layers", "transformers.utils.deprecation"
 """Modules whose wrappers around a ``forward`` change nothing in a call for inference with the names of today."""
 _UNUSED = frozenset(("eager_attention_forward",))
 """Named by every attention, called only for another attention implementation than the one that is set here."""
+_DOCSTRING = re.compile(r'\n\s+r?"""[^\0]*?"""')
 
 
 def source_digest(kind: type) -> str:
@@ -37,6 +39,17 @@ def source_digest(kind: type) -> str:
                 for text in _sources(method, set()):
                     found.update(f"{base.__qualname__}.{name}\n{text}\n".encode())
     return found.hexdigest()[:16]
+
+
+def forward_digest(kind: type) -> str:
+    """As ``source_digest``, of the ``forward`` of ``kind`` alone and without texts for readers: for classes of models,
+    whose bases do much else. Models that compute in the same lines have the same digest.
+
+    Raises:
+        OSError: a function has no source file.
+    """
+    texts = [_DOCSTRING.sub("", text) for text in _sources(kind.forward, set())]  # pyright: ignore[reportAttributeAccessIssue]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:

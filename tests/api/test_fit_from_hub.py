@@ -26,6 +26,7 @@ from conmoe_edge.errors import (
     OutputExists,
 )
 from conmoe_edge.offload.simulate.machine_file import MACHINE_FILE
+from tests.patience import PATIENCE
 
 NAME = "org/tiny"
 HEADERS = 1 << 17
@@ -184,7 +185,7 @@ def child(run: Any, crash_at: int) -> int:
 
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode is not None
     return process.exitcode
 

@@ -37,7 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_killed_in_the_middle(name: str, source: Path, tmp_path: Path) -> None:
     """Between layers, at durable steps inside one, and while the receipt is measured."""

@@ -25,6 +25,7 @@ from conmoe_edge.memory.bandwidth import Meter
 from conmoe_edge.memory.outcomes import recall
 from conmoe_edge.offload.simulate import prefetch_search
 from conmoe_edge.offload.simulate.machine_file import MACHINE_FILE, with_machine_file
+from tests.patience import PATIENCE
 
 LEVERS: dict[str, Any] = {"rate": 0.25, "precision": "source", "min_resident": 0.5}
 
@@ -95,7 +96,7 @@ def in_a_child(run: Callable[[], None], crash_at: int | None = None) -> int:
 
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode is not None
     return process.exitcode
 

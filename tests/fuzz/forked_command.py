@@ -12,6 +12,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 SECONDS = 10
 EXTRA_BYTES = 1 << 30
 _DIED = 99
@@ -31,7 +33,7 @@ class Outcome:
 def run_command(words: list[str], folder: Path) -> Outcome:
     """Run ``conmoe-edge WORDS`` in a child; ``folder`` is empty and takes its output.
 
-    The child has ``SECONDS`` of CPU, as many of the clock three times over, and ``EXTRA_BYTES`` of address space more
+    The child has ``SECONDS`` of CPU, ``PATIENCE`` of the clock, and ``EXTRA_BYTES`` of address space more
     than this process has.
     """
     files = {name: folder / name for name in ("out", "err", "sockets")}
@@ -50,7 +52,7 @@ def run_command(words: list[str], folder: Path) -> Outcome:
 
 
 def _wait(child: int, start: float) -> int:
-    while time.monotonic() - start < 6 * SECONDS:
+    while time.monotonic() - start < PATIENCE:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)

@@ -149,7 +149,7 @@ def apart(run: Callable[[Case], Verdict], case: Case, log: Path) -> Verdict:
         os.close(reader)
         _child(run, case, log, writer)
     os.close(writer)
-    told = b""
+    told, hung = b"", False
     end = time.monotonic() + SECONDS
     with os.fdopen(reader, "rb") as pipe:
         while (left := end - time.monotonic()) > 0:
@@ -159,9 +159,10 @@ def apart(run: Callable[[Case], Verdict], case: Case, log: Path) -> Verdict:
                 break
             told += piece
         else:
+            hung = True
             os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    if end <= time.monotonic():
+    if hung:
         return Verdict("hung", f"after {SECONDS} s")
     if os.WIFSIGNALED(status) or not told:
         name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else str(status)

@@ -31,6 +31,7 @@ from conmoe_edge.serve.jobs import Done, Event, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import VOCAB, save_tokenizer, tiny_model
 from tests.hand_packages import identity, predict, thirds, write_package
+from tests.patience import PATIENCE
 from tests.scores import Scores, Turn, alone, turn
 
 FAMILIES = (
@@ -174,7 +175,7 @@ def _served(model: Any, tokenizer: Any, turns: list[Turn]) -> None:
 
         def text() -> str:
             said = ""
-            while isinstance(event := told.get(timeout=60), Piece):
+            while isinstance(event := told.get(timeout=PATIENCE), Piece):
                 said += event.text
             assert isinstance(event, Done), event
             return said
@@ -185,4 +186,4 @@ def _served(model: Any, tokenizer: Any, turns: list[Turn]) -> None:
     assert [one() for one in together] == wanted
     assert [ask(turn)() for turn in turns] == wanted
     engine.stop()
-    assert ready.get(timeout=60) is None
+    assert ready.get(timeout=PATIENCE) is None

@@ -17,6 +17,7 @@ from hand_packages import thirds, write_package
 
 import conmoe_edge
 from conmoe_edge.errors import ConmoeError, PackageError, UsageError
+from tests.patience import PATIENCE
 
 QUESTIONS = (
     ("abc abc ab", ["c", "zz"], 0),
@@ -163,5 +164,5 @@ def test_help_imports_neither_lm_eval_nor_torch(words: list[str]) -> None:
         f"try: main({words!r})\nexcept SystemExit: pass\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'lm_eval', 'transformers')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout

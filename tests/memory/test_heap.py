@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SCRIPT = """
 import psutil, torch
 from conmoe_edge.memory.heap import return_large_blocks
@@ -24,7 +26,7 @@ assert process.memory_info().rss - before < 8 << 20, process.memory_info().rss -
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_growing_blocks_leave_nothing_behind() -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=PATIENCE)
 
 
 TRIM = """
@@ -42,12 +44,12 @@ assert full - process.memory_info().rss > 100 << 20
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_trimming_gives_freed_blocks_back() -> None:
-    subprocess.run([sys.executable, "-c", TRIM], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", TRIM], check=True, timeout=PATIENCE)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_steps_of_a_loop_leave_no_pieces_behind() -> None:
-    subprocess.run([sys.executable, "-c", STEPS], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", STEPS], check=True, timeout=PATIENCE)
 
 
 STEPS = """
@@ -70,7 +72,7 @@ assert grown < (30 << 20) + GROWN + (32 << 20), grown
 def test_threads_share_one_heap() -> None:
     """Without it each thread that allocates has a heap of its own, whose free bytes are of no use to the others."""
     done = subprocess.run(
-        [sys.executable, "-c", ONE_HEAP], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ONE_HEAP], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
 

@@ -9,9 +9,9 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import httpx
 import openai
 import pytest
 
+from tests.patience import PATIENCE, wait_for
+from tests.serve.held_rounds import FOLDER, Holds
 from tests.serve.page_window import SIZES, Window, system_chromium
 from tests.serve.scripted_server import Scripted, scripted_server
 
@@ -32,7 +34,7 @@ With the same private memory (331 MB), a server has had 198 MB of files in one i
 """
 NAME = "demo-served"
 KEY = "correct-horse-battery"
-START_SECONDS = float(os.environ.get("CONMOE_START_SECONDS", "120"))
+HELD = Path(__file__).with_name("held")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -53,17 +55,18 @@ class Running:
 
     process: subprocess.Popen[str]
     url: str
+    holds: Holds
     key: str | None = None
     errors: str = ""
 
     def client(self, **settings: object) -> openai.OpenAI:
         """The real client; it does not try again on its own."""
         given = {"base_url": f"{self.url}/v1", "api_key": self.key or "none", "max_retries": 0}
-        return openai.OpenAI(**{**given, "timeout": 120, **settings})
+        return openai.OpenAI(**{**given, "timeout": PATIENCE, **settings})
 
     def get(self, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.get(self.url + path, headers=headers, timeout=30)
+        return httpx.get(self.url + path, headers=headers, timeout=PATIENCE)
 
     def metrics(self) -> dict[str, float]:
         """Every sample by its name and labels."""
@@ -71,16 +74,23 @@ class Running:
         pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
 
-    def wait_until(self, wanted: dict[str, float], seconds: float = 20.0) -> None:
+    def held(
+        self, after: int = 0, pid: int | None = None
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """No answer gets on behind the next ``after`` rounds of the server's process, or of process ``pid``, until the
+        block ends: what runs at its beginning runs at its end, unless its client leaves. See ``Holds``."""
+        return self.holds.held(self.process.pid if pid is None else pid, after)
+
+    def wait_until(self, wanted: dict[str, float]) -> None:
         """Until the samples have these values."""
-        end = time.monotonic() + seconds
-        while True:
+        seen: dict[str, float] = {}
+
+        def there() -> bool:
             now = self.metrics()
-            seen = {name: now[name] for name in wanted}
-            if seen == wanted:
-                return
-            assert time.monotonic() < end, f"{seen} is not {wanted}"
-            time.sleep(0.05)
+            seen.update({name: now[name] for name in wanted})
+            return seen == wanted
+
+        wait_for(there, lambda: f"{seen} is not {wanted}")
 
     def idle(self) -> None:
         """Until nothing runs or waits."""
@@ -97,28 +107,44 @@ def serving(folder: Path, *words: str, **variables: str) -> Iterator[Running]:
 @contextlib.contextmanager
 def running_server(*words: str, **variables: str) -> Iterator[Running]:
     """A server that is ready. It is stopped as a user would, and has to leave with 0."""
-    process = subprocess.Popen(
-        command("serve", *words, "--port", "0", "--device", "cpu", "--json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**variables),
-    )
-    running = Running(process, "")
-    try:
-        running.url = _ready(process)
-        yield running
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+    with started_server(*words, "--port", "0", "--json", **variables) as running:
+        process = running.process
         try:
-            _, errors = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    running.errors = errors
+            running.url = _ready(process)
+            yield running
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            _, running.errors = process.communicate(timeout=PATIENCE)
+    errors = running.errors
     assert process.returncode == 0, errors
     assert "Traceback" not in errors, errors
+
+
+@contextlib.contextmanager
+def started_server(*words: str, still_loading: bool = False, **variables: str) -> Iterator[Running]:
+    """A server that may not be ready yet, whose rounds can be held. It is over with the block.
+
+    ``still_loading`` holds it before its package is opened, until ``holds.let_load``.
+    """
+    path = os.pathsep.join([str(HELD), environment()["PYTHONPATH"]])
+    with tempfile.TemporaryDirectory() as folder:
+        holds = Holds(Path(folder))
+        if still_loading:
+            holds.hold_loading()
+        process = subprocess.Popen(
+            command("serve", *words, "--device", "cpu"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**variables, **{FOLDER: folder, "PYTHONPATH": path}),
+        )
+        try:
+            yield Running(process, "", holds)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
 
 def _ready(process: subprocess.Popen[str]) -> str:
@@ -136,7 +162,7 @@ def _ready(process: subprocess.Popen[str]) -> str:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        text = found.get(timeout=START_SECONDS)
+        text = found.get(timeout=PATIENCE)
         return json.loads(text)["url"]
     except (queue.Empty, json.JSONDecodeError):
         process.kill()

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
 _MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -31,7 +33,7 @@ def settles(locator: Any, pattern: str) -> None:
     """Wait until the text matches; without evaluating strings, which the page's own policy forbids."""
     sync_api = pytest.importorskip("playwright.sync_api")
     expected = re.compile(pattern, re.DOTALL)
-    sync_api.expect(locator).to_have_text(expected, timeout=30_000)
+    sync_api.expect(locator).to_have_text(expected, timeout=1000 * PATIENCE)
 
 
 class Window:
@@ -72,7 +74,7 @@ class Window:
         self.page.press("#question", "Enter")
 
     def answered(self) -> None:
-        self.page.wait_for_selector("#send:not([hidden])", timeout=90_000)
+        self.page.wait_for_selector("#send:not([hidden])", timeout=1000 * PATIENCE)
 
     def answer(self, question: str) -> Any:
         """Ask, wait, and find the answer's item."""

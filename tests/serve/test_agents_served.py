@@ -19,6 +19,7 @@ from openai.types.chat import ChatCompletionChunk
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from tests.patience import PATIENCE
 from tests.serve.agent_model import write_package
 from tests.serve.conftest import Running, serving
 
@@ -43,7 +44,7 @@ def path_of(recorded: dict[str, Any]) -> str:
 
 def asked(running: Running, recorded: dict[str, Any], body: dict[str, Any]) -> httpx.Response:
     headers = {**recorded["headers"], "authorization": "Bearer none"}
-    reply = httpx.post(running.url + recorded["path"], json=body, headers=headers, timeout=120)
+    reply = httpx.post(running.url + recorded["path"], json=body, headers=headers, timeout=PATIENCE)
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"].startswith("text/event-stream")
     return reply

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from tests.patience import PATIENCE
 from tests.serve.conftest import BUDGET, KEY, LIBRARY_SPREAD, NAME, Running, command, environment
 
 QUESTION = "Tell me a short story about a lighthouse."
@@ -234,7 +235,7 @@ def test_a_client_that_sends_everything_first_still_reads_why_it_was_refused(
     address = server.url.removeprefix("http://").split(":")
     total = 40 << 20
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {total}\r\n"
-    with socket.create_connection((address[0], int(address[1])), timeout=20) as one:
+    with socket.create_connection((address[0], int(address[1])), timeout=PATIENCE) as one:
         one.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n")
         for _ in range(total >> 16):
             one.sendall(b" " * (1 << 16))
@@ -256,24 +257,28 @@ def test_keys(strict: Running) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(strict: Running) -> None:
+    strict.idle()
     client = strict.client()
     long = {"max_tokens": 1500, "stream": True, "temperature": 1.0}
-    running = ask(client, **long)
-    next(iter(running))
-    strict.wait_until({"conmoe_running": 1})
-    waiting = ask(strict.client(), **long)
-    strict.wait_until({"conmoe_running": 1, "conmoe_queue_length": 1})
-    with pytest.raises(openai.RateLimitError) as caught:
-        ask(strict.client())
-    assert int(caught.value.response.headers["retry-after"]) >= 1
-    waiting.close()
-    strict.wait_until({"conmoe_queue_length": 0})
-    running.close()
-    strict.idle()
+    with strict.held():
+        running = ask(client, **long)
+        strict.wait_until({"conmoe_running": 1})
+        waiting = ask(strict.client(), **long)
+        strict.wait_until({"conmoe_running": 1, "conmoe_queue_length": 1})
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(strict.client())
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        waiting.close()
+        strict.wait_until({"conmoe_running": 1, "conmoe_queue_length": 0})
+        running.close()
+        strict.idle()
     assert text_of(ask(client, max_tokens=4))
 
 
 # Who leaves
+
+FEW_ROUNDS = 6
+"""Some tokens of ``QUESTION``'s answer, and not the 24 that it is known to have."""
 
 
 @pytest.mark.parametrize("stage", ["queued", "prefill", "mid-stream", "not streaming"])
@@ -282,32 +287,31 @@ def test_who_leaves_frees_the_place(server: Running, alone: dict[str, str], stag
     context = server.get("/stats").json()["context"]
     cancelled = 'conmoe_answers_total{outcome="cancelled"}'
     before = server.metrics()[cancelled]
-    blockers, expected = [], 1
-    if stage == "queued":
-        # Each asks for the whole context, so one runs and the others wait for room. Several, because a fast machine
-        # comes to the end of one within the time that it takes to ask again.
-        blockers += [ask(server.client(), max_tokens=context, stream=True) for _ in range(4)]
-        expected = 1 + len(blockers)
     long = "word " * (context - 300)
-    if stage == "not streaming":
-        _leave_while_it_runs(server, long)
-    else:
-        question = long if stage == "prefill" else QUESTION
-        stream = ask(server.client(), question, max_tokens=context, stream=True)
-        if stage == "mid-stream":
-            chunks = iter(stream)
-            for _ in range(4):
-                next(chunks)
-        elif stage == "queued":
-            assert server.metrics()["conmoe_queue_length"] >= 1
-        else:
+    with server.held(after={"queued": 0, "mid-stream": FEW_ROUNDS}.get(stage, 1)):
+        if stage == "queued":  # behind one that asks for the whole context
+            blocker = ask(server.client(), max_tokens=context, stream=True)
             server.wait_until({"conmoe_running": 1})
-        stream.close()
-    for blocker in blockers:
-        blocker.close()
-    server.idle()
-    # Some of what blocks may have come to its end.
-    assert expected - len(blockers) <= server.metrics()[cancelled] - before <= expected
+            stream = ask(server.client(), max_tokens=context, stream=True)
+            server.wait_until({"conmoe_running": 1, "conmoe_queue_length": 1})
+            stream.close()
+            server.wait_until({"conmoe_running": 1, "conmoe_queue_length": 0})
+            assert server.metrics()[cancelled] - before == 1
+            blocker.close()
+        elif stage == "not streaming":
+            _leave_while_it_runs(server, long)
+        else:
+            question = long if stage == "prefill" else QUESTION
+            stream = ask(server.client(), question, max_tokens=context, stream=True)
+            if stage == "mid-stream":
+                chunks = iter(stream)
+                for _ in range(4):
+                    next(chunks)
+            else:
+                server.wait_until({"conmoe_running": 1})
+            stream.close()
+        server.idle()
+        assert server.metrics()[cancelled] - before == (2 if stage == "queued" else 1)
     assert text_of(ask(server.client())) == alone[QUESTION]
 
 
@@ -322,13 +326,18 @@ def _leave_while_it_runs(server: Running, question: str) -> None:
 
 
 def test_who_leaves_touches_nobody_else(server: Running, alone: dict[str, str]) -> None:
-    client = server.client()
-    with ThreadPoolExecutor(1) as pool:
-        staying = pool.submit(lambda: text_of(ask(client)))
-        for _ in range(6):
-            stream = ask(server.client(), OTHERS[0], max_tokens=200, stream=True, temperature=1.0)
-            next(iter(stream))
+    server.idle()
+    with ThreadPoolExecutor(1) as pool, server.held() as let_pass:
+        staying = pool.submit(lambda: text_of(ask(server.client())))
+        server.wait_until({"conmoe_running": 1})
+        for _ in range(FEW_ROUNDS):
+            stream = ask(server.client(), OTHERS[0], max_tokens=200, stream=True)
+            server.wait_until({"conmoe_running": 2})
+            let_pass(1)  # a few tokens of both, in each other's company
+            next(chunk for chunk in stream if chunk.choices[0].delta.content)
             stream.close()
+            server.wait_until({"conmoe_running": 1})
+        let_pass(10**6)
         assert staying.result() == alone[QUESTION]
     server.idle()
 

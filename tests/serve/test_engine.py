@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from conmoe_edge.serve.jobs import Done, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import tiny_model
 from tests.hand_packages import thirds, write_package
+from tests.patience import PATIENCE, wait_for
+from tests.serve.held_rounds import EngineHold
 
 DEMO = Path(__file__).parents[2] / "conmoe_edge" / "data" / "demo"
 QUESTIONS = tuple(
@@ -82,6 +83,7 @@ class Driven:
             metrics=self.metrics,
             on_end=self.ends.append,
         )
+        self.hold = EngineHold(self.engine)
         self.engine.start()
         self.until(lambda: self.engine.snapshot.state == "ready")
 
@@ -91,11 +93,8 @@ class Driven:
         model.conmoe.prefill_chunk = CHUNK  # a question is longer than one
         return model
 
-    def until(self, condition: Any, seconds: float = 60.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.005)
+    def until(self, condition: Any) -> None:
+        wait_for(condition)
 
     def ask(self, question: str, tokens: int = TOKENS, client: str = "") -> tuple[Job, Any]:
         told: queue.Queue[Event] = queue.Queue()
@@ -116,13 +115,13 @@ def test_a_job_that_is_over_lets_go_of_its_cache(folder: Path, tokenizer: Any) -
     driven.idle()
     assert job.answer is None
     driven.engine.stop()
-    assert driven.engine.join(30)
+    assert driven.engine.join(PATIENCE)
 
 
 def finished(told: Any) -> tuple[str, Done]:
     text = ""
     while True:
-        one = told.get(timeout=60)
+        one = told.get(timeout=PATIENCE)
         if isinstance(one, Piece):
             text += one.text
         else:
@@ -135,7 +134,7 @@ def driven(folder: Path, tokenizer: Any) -> Iterator[Driven]:
     one = Driven(folder, tokenizer)
     yield one
     one.engine.stop()
-    assert one.engine.join(60)
+    assert one.engine.join(PATIENCE)
     assert one.ends == [None]
 
 
@@ -147,7 +146,7 @@ def test_turns_change_nobodys_tokens(
     asked = {question: driven.ask(question)[1] for question in QUESTIONS}
     assert {question: finished(told)[0] for question, told in asked.items()} == alone
     driven.engine.stop()
-    assert driven.engine.join(60)
+    assert driven.engine.join(PATIENCE)
 
 
 def test_a_prompt_that_was_kept_changes_nothing_either(driven: Driven) -> None:
@@ -203,27 +202,28 @@ def test_flags_of_the_config_change_nothing(
     driven = Driven(package, tokenizer)
     assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
     driven.engine.stop()
-    assert driven.engine.join(60)
+    assert driven.engine.join(PATIENCE)
 
 
 @pytest.mark.parametrize("when", ["waiting", "prompt", "answer"])
 def test_cancelled_is_freed(driven: Driven, alone: dict[str, str], when: str) -> None:
     room = driven.engine._room
-    blocker = driven.ask(QUESTIONS[0], tokens=400)[0] if when == "waiting" else None
     question = "word " * 380 if when == "prompt" else QUESTIONS[1]
-    job, told = driven.ask(question, tokens=400)
-    if when == "waiting":
-        driven.until(lambda: driven.engine.snapshot.queued == 1)
-    elif when == "prompt":
-        driven.until(lambda: driven.engine.snapshot.running == 1)
-    else:
-        assert isinstance(told.get(timeout=60), Piece)
-    driven.engine.cancel(job)
-    if blocker is not None:
-        driven.engine.cancel(blocker)
-    driven.idle()
-    assert room.used == 0
-    assert all(not isinstance(event, Done) for event in list(told.queue))
+    with driven.hold.held(after={"waiting": 0, "prompt": 1, "answer": 8}[when]):
+        blocker = driven.ask(QUESTIONS[0], tokens=400)[0] if when == "waiting" else None
+        job, told = driven.ask(question, tokens=400)
+        if when == "waiting":
+            driven.until(lambda: driven.engine.snapshot.queued == 1)
+        elif when == "prompt":
+            driven.until(lambda: driven.engine.snapshot.running == 1)
+        else:
+            assert isinstance(told.get(timeout=PATIENCE), Piece)
+        driven.engine.cancel(job)
+        if blocker is not None:
+            driven.engine.cancel(blocker)
+        driven.idle()
+        assert room.used == 0
+        assert all(not isinstance(event, Done) for event in list(told.queue))
     assert finished(driven.ask(QUESTIONS[2])[1])[0] == alone[QUESTIONS[2]]
 
 
@@ -244,7 +244,7 @@ def test_memory_that_is_gone_fails_the_answer_and_not_the_engine(
     assert driven.engine.loaded is not None
     undo = _fail(driven.engine.loaded.model.conmoe, None)
     _, told = driven.ask(QUESTIONS[0])
-    event = told.get(timeout=60)
+    event = told.get(timeout=PATIENCE)
     assert isinstance(event, Failed) and isinstance(event.error, OutOfMemory)
     undo()
     assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
@@ -285,19 +285,20 @@ def _restored() -> Iterator[None]:
 
 def test_full_and_stopping_are_said(folder: Path, tokenizer: Any) -> None:
     driven = Driven(folder, tokenizer, parallel=1, queue=1)
-    running, _ = driven.ask(QUESTIONS[0], tokens=400)
-    _, waiting = driven.ask(QUESTIONS[1], tokens=400)
-    with pytest.raises(Busy) as caught:
-        driven.ask(QUESTIONS[2])
-    assert caught.value.reason == "full" and caught.value.retry_after >= 1
-    driven.engine.stop()
-    event = waiting.get(timeout=60)
-    assert isinstance(event, Failed) and isinstance(event.error, Busy)
-    with pytest.raises(Busy) as caught:
-        driven.ask(QUESTIONS[2])
-    assert caught.value.reason == "stopping"
-    driven.engine.cancel(running)
-    assert driven.engine.join(60)
+    with driven.hold.held():
+        running, _ = driven.ask(QUESTIONS[0], tokens=400)
+        _, waiting = driven.ask(QUESTIONS[1], tokens=400)
+        with pytest.raises(Busy) as caught:
+            driven.ask(QUESTIONS[2])
+        assert caught.value.reason == "full" and caught.value.retry_after >= 1
+        driven.engine.stop()
+        event = waiting.get(timeout=PATIENCE)
+        assert isinstance(event, Failed) and isinstance(event.error, Busy)
+        with pytest.raises(Busy) as caught:
+            driven.ask(QUESTIONS[2])
+        assert caught.value.reason == "stopping"
+        driven.engine.cancel(running)
+    assert driven.engine.join(PATIENCE)
 
 
 def test_no_memory_to_begin_with_fails_that_answer_alone(
@@ -316,21 +317,22 @@ def test_no_memory_to_begin_with_fails_that_answer_alone(
     monkeypatch.setattr(runtime, "make_room", failing)
     for _ in range(2):
         _, told = driven.ask(QUESTIONS[0])
-        assert isinstance(told.get(timeout=60), Failed)
+        assert isinstance(told.get(timeout=PATIENCE), Failed)
         assert driven.engine._room.used == 0
     assert finished(driven.ask(QUESTIONS[0])[1])[0] == alone[QUESTIONS[0]]
 
 
 def test_what_waits_can_be_taken_out_and_what_runs_cannot(driven: Driven) -> None:
-    running, _ = driven.ask(QUESTIONS[0], tokens=400)
-    waiting, told = driven.ask(QUESTIONS[1], tokens=400)  # there is no room for both
-    driven.until(lambda: driven.engine.snapshot.running == 1)
-    assert not driven.engine.withdraw(running)
-    assert driven.engine.withdraw(waiting) and not driven.engine.withdraw(waiting)
-    event = told.get(timeout=60)
-    assert isinstance(event, Failed) and isinstance(event.error, Busy)
-    driven.engine.cancel(running)
-    driven.idle()
+    with driven.hold.held():
+        running, _ = driven.ask(QUESTIONS[0], tokens=400)
+        waiting, told = driven.ask(QUESTIONS[1], tokens=400)  # there is no room for both
+        driven.until(lambda: driven.engine.snapshot.running == 1)
+        assert not driven.engine.withdraw(running)
+        assert driven.engine.withdraw(waiting) and not driven.engine.withdraw(waiting)
+        event = told.get(timeout=PATIENCE)
+        assert isinstance(event, Failed) and isinstance(event.error, Busy)
+        driven.engine.cancel(running)
+        driven.idle()
 
 
 def test_an_engine_that_cannot_load_says_why(tokenizer: Any, tmp_path: Path) -> None:
@@ -341,6 +343,6 @@ def test_an_engine_that_cannot_load_says_why(tokenizer: Any, tmp_path: Path) -> 
 
     engine = Engine(load, parallel=1, queue=1, metrics=Metrics(), on_end=ends.append)
     engine.start()
-    assert engine.join(60)
+    assert engine.join(PATIENCE)
     assert isinstance(ends[0], FileNotFoundError)
     assert engine.snapshot.state == "failed"

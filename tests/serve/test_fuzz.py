@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.patience import PATIENCE
 from tests.serve.conftest import NAME, Running
 
 json_values = st.recursive(
@@ -60,7 +61,7 @@ bodies = st.fixed_dictionaries(
 
 def post(server: Running, path: str, body: bytes) -> httpx.Response:
     headers = {"content-type": "application/json"}
-    return httpx.post(server.url + path, headers=headers, content=body, timeout=60)
+    return httpx.post(server.url + path, headers=headers, content=body, timeout=PATIENCE)
 
 
 def check(server: Running, body: bytes) -> None:

@@ -26,6 +26,7 @@ from conmoe_edge.serve.kept_prompts import KeptPrompts
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import VOCAB, save_tokenizer, tiny_model
 from tests.hand_packages import identity, write_package
+from tests.patience import PATIENCE
 
 CHUNK, CONTEXT = 16, 700
 CASES = [
@@ -115,7 +116,7 @@ class Asked:
 
     def stop(self) -> None:
         self.engine.stop()
-        assert self.ended.get(timeout=60) is None
+        assert self.ended.get(timeout=PATIENCE) is None
         assert self.kept.nbytes == 0 and self.engine._room.used == 0
         runtime: Any = self.other.conmoe
         runtime.close()
@@ -138,7 +139,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def answer(told: queue.Queue[Event]) -> tuple[str, int]:
     """Its text, and how many tokens of its prompt were known."""
     text = ""
-    while isinstance(event := told.get(timeout=60), Piece):
+    while isinstance(event := told.get(timeout=PATIENCE), Piece):
         text += event.text
     assert isinstance(event, Done), event
     return text, event.usage.cached
@@ -198,7 +199,7 @@ def test_two_at_once_share_it_while_the_first_one_runs(asked: Asked) -> None:
     first, second = system + drawn(5, 3), system + drawn(7, 4)
     wanted = text(asked, first, 150), text(asked, second, 12)
     running = asked.ask(first, 150)
-    pieces = [running.get(timeout=60)]  # its prompt is in
+    pieces = [running.get(timeout=PATIENCE)]  # its prompt is in
     assert isinstance(pieces[0], Piece)
     found, known = answer(asked.ask(second, 12))
     assert (found, known) == (wanted[1], 6 * CHUNK)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,7 +12,8 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.conftest import NAME, Running, command, environment
+from tests.patience import PATIENCE, wait_for
+from tests.serve.conftest import NAME, Running, command, environment, started_server
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +22,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment(**variables),
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 
@@ -48,53 +47,46 @@ def test_keys_that_cannot_be_had(package: Path, tmp_path: Path) -> None:
 
 
 def test_a_life_from_loading_to_the_last_word(package: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = ("serve", str(package), "--port", str(port), "--name", NAME, "--device", "cpu")
-    process = subprocess.Popen(
-        command(*words), stderr=subprocess.PIPE, text=True, env=environment(CONMOE_API_KEY="k" * 9)
-    )
-    server = Running(process, f"http://127.0.0.1:{port}", "k" * 9)
-    try:
-        seen = list(_health_until_ready(server))
-        assert seen[0] == (503, "loading")
-        assert seen[-1] == (200, "ok")
-        stream = server.client().chat.completions.create(
-            model=NAME,
-            messages=[{"role": "user", "content": "Tell me about the sea."}],
-            max_tokens=30,
-            temperature=0,
-            stream=True,
-        )
-        chunks = [next(iter(stream))]
-        process.send_signal(signal.SIGTERM)  # what runs may finish
-        chunks += list(stream)
+    words = (str(package), "--port", "0", "--name", NAME)
+    with started_server(*words, still_loading=True, CONMOE_API_KEY="k" * 9) as server:
+        process, server.key = server.process, "k" * 9
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if line.startswith("Loading "))
+        server.url = said.split()[2].removesuffix("/health")
+        loading = server.get("/health")
+        assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+        assert "retry-after" in loading.headers
+        with pytest.raises(openai.InternalServerError) as early:
+            server.client().completions.create(model=NAME, prompt="x", max_tokens=1)
+        assert early.value.status_code == 503
+        server.holds.let_load()
+        wait_for(lambda: server.get("/health").status_code == 200)
+        assert server.get("/health").json() == {"status": "ok"}
+        with server.held():
+            stream = server.client().chat.completions.create(
+                model=NAME,
+                messages=[{"role": "user", "content": "Tell me about the sea."}],
+                max_tokens=30,
+                temperature=0,
+                stream=True,
+            )
+            server.wait_until({"conmoe_running": 1})
+            process.send_signal(signal.SIGTERM)  # what runs may finish
+            wait_for(lambda: _takes_nobody(server))
+        chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert errors.rstrip().endswith("Stopped.")
 
 
-def _health_until_ready(server: Running) -> Iterator[tuple[int, str]]:
-    end = time.monotonic() + 100
-    while time.monotonic() < end:
-        time.sleep(0.02)
-        try:
-            response = server.get("/health")
-        except httpx.TransportError:
-            continue
-        yield response.status_code, response.json()["status"]
-        if response.status_code == 200:
-            return
-        assert "retry-after" in response.headers
-        try:
-            server.client().completions.create(model=NAME, prompt="x", max_tokens=1)
-        except openai.InternalServerError as error:
-            assert error.status_code == 503
-        else:  # it became ready in between
-            assert server.get("/health").status_code == 200
+def _takes_nobody(server: Running) -> bool:
+    """Whether its socket is closed."""
+    try:
+        server.get("/health")
+    except httpx.ConnectError:
+        return True
+    return False
 
 
 @pytest.mark.slow
@@ -119,16 +111,17 @@ def test_slow_heads_and_bodies_do_not_hold_a_connection(server: Running) -> None
         b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
     )
     open_ones = set(heads)
-    end = time.monotonic() + 30
-    while open_ones and time.monotonic() < end:
-        time.sleep(0.5)
+
+    def all_closed() -> bool:
         assert server.get("/health").status_code == 200
         for connection in list(open_ones):
             try:
                 connection.sendall(b"x")  # a byte now and then does not help
             except OSError:
                 open_ones.discard(connection)
-    assert not open_ones
+        return not open_ones
+
+    wait_for(all_closed)
     assert b" 408 " in body.recv(1000)
     for connection in (*heads, body):
         connection.close()
@@ -137,7 +130,7 @@ def test_slow_heads_and_bodies_do_not_hold_a_connection(server: Running) -> None
 def _connection(server: Running) -> socket.socket:
     address = urlsplit(server.url)
     assert address.hostname and address.port
-    return socket.create_connection((address.hostname, address.port), timeout=30)
+    return socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
 
 
 def test_two_hundred_connections(server: Running) -> None:

@@ -8,6 +8,7 @@ from array import array
 from conmoe_edge.offload.generation.token_scores import TokenScore
 from conmoe_edge.serve.jobs import Done, Piece, Usage
 from conmoe_edge.serve.mailbox import Mailbox
+from tests.patience import PATIENCE
 
 SCORE = TokenScore(7, -0.5, array("i", [7]), array("f", [-0.5]))
 
@@ -57,7 +58,7 @@ def test_answers_to_one_request_are_told_apart() -> None:
         for index in range(3):
             assert not box.is_over
             box.into(index)(done)
-            assert await asyncio.wait_for(box.get(), 5) == (index, done)
+            assert await asyncio.wait_for(box.get(), PATIENCE) == (index, done)
         assert box.is_over
 
     asyncio.run(run())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +121,35 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise ConmoeError("It is damaged.", "a file is gone", "make it again")
         return digests.get(folder.name, "1")
 
+    async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)
+
     monkeypatch.setattr(model_pool, "_look_at", look)
+    monkeypatch.setattr(asyncio, "to_thread", at_once)  # what a thread does takes time
     return digests
 
 
-def run(story: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(story(), 20))
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(story())
 
 
 async def settled() -> None:
     """Everything that can happen without time has happened."""
     for _ in range(200):
         await asyncio.sleep(0)
-    await asyncio.sleep(0.05)  # the look at the folder is on a thread
+
+
+class Clock:
+    """That of the running loop, which a test puts forward."""
+
+    def __init__(self) -> None:
+        loop: Any = asyncio.get_running_loop()
+        own, self._ahead = loop.time, 0.0
+        loop.time = lambda: own() + self._ahead
+
+    async def forward(self, seconds: float) -> None:
+        self._ahead += seconds
+        await settled()
 
 
 def test_what_fits_stays_and_the_least_recently_used_goes() -> None:
@@ -233,15 +249,18 @@ def test_who_leaves_while_it_is_loaded_holds_nothing() -> None:
 
 def test_time_unloads_what_nobody_uses() -> None:
     async def story() -> None:
-        world = World(100, keep=0.15, a=(20, 30), b=(20, 30))
+        clock = Clock()
+        world = World(100, keep=3600, a=(20, 30), b=(20, 30))
         await world.once("a")
         await world.ask("b")
-        await asyncio.sleep(0.05)
+        await clock.forward(1800)
         assert world.loaded == ["a", "b"]
-        await asyncio.sleep(0.3)
+        await clock.forward(1801)
         assert world.loaded == ["b"], "it answers still"
         world.over("b")
-        await asyncio.sleep(0.4)
+        await clock.forward(1800)
+        assert world.loaded == ["b"]
+        await clock.forward(1801)
         assert world.loaded == [] and world.pool.used == 0
 
     run(story)
@@ -259,7 +278,11 @@ def test_a_request_says_how_long(keep: float | None, stays: bool) -> None:
     run(story)
 
 
-def test_what_cannot_be_loaded_costs_its_own_requests(whole: dict[str, str]) -> None:
+def test_what_cannot_be_loaded_costs_its_own_requests(
+    whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_pool, "RETRY_SECONDS", 1e9)
+
     async def story() -> None:
         world = World(100, a=(20, 40), broken=(20, 40), huge=(900, 900), gone=(20, 40))
         await world.once("a")

@@ -48,13 +48,15 @@ def test_it_streams_the_servers_answer(opened: Window, server: Running) -> None:
     assert opened.page.inner_text("#model") == NAME
     opened.setting("temperature", "0")
     opened.setting("max-tokens", "40")
-    opened.ask(QUESTION)
-    opened.page.wait_for_selector("li.answer.busy")
-    lengths = set()
-    while opened.page.locator("li.answer.busy").count():
-        lengths.add(len(opened.page.locator("li.answer .text").first.inner_text()))
-        opened.page.wait_for_timeout(50)
-    assert len(lengths) > 3, "the text grew"
+    text = opened.page.locator("li.answer .text").first
+    with server.held(after=2) as let_pass:
+        opened.ask(QUESTION)
+        opened.page.wait_for_selector("li.answer.busy")
+        length = 0
+        for _ in range(4):  # it grows while it is made
+            settles(text, f".{{{length + 1}}}")
+            length = len(text.inner_text())
+            let_pass(2)
     opened.answered()
     first = [{"role": "user", "content": QUESTION}]
     expected = greedy(server, first, 40)
@@ -74,14 +76,15 @@ def test_it_streams_the_servers_answer(opened: Window, server: Running) -> None:
 
 def test_it_stops_and_starts_anew(opened: Window, server: Running) -> None:
     opened.setting("max-tokens", "1500")
-    opened.setting("temperature", "1")
+    opened.setting("temperature", "0")  # the answer is known to be longer than a few rounds
     for stop in (lambda: opened.page.click("#stop"), lambda: opened.page.press("body", "Escape")):
-        opened.ask(QUESTION)
-        settles(opened.page.locator("li.answer .text").last, ".{6}")
-        server.wait_until({"conmoe_running": 1})
-        stop()
-        opened.answered()
-        server.idle()
+        with server.held(after=6):
+            opened.ask(QUESTION)
+            settles(opened.page.locator("li.answer .text").last, ".{6}")
+            server.wait_until({"conmoe_running": 1})
+            stop()
+            opened.answered()
+            server.idle()
         assert "stopped" in opened.page.locator("li.answer .under").last.inner_text()
     opened.page.click("#new")
     assert opened.answers() == []

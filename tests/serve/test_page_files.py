@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from conmoe_edge.serve.page_files import FILES, FOLDER
+from tests.patience import PATIENCE
 from tests.serve.conftest import KEY, Running
 from tests.serve.scripted_server import STATS
 
@@ -90,13 +91,15 @@ def test_names_that_scripts_look_for_are_there() -> None:
 
 def test_files_of_the_page_need_no_key(strict: Running) -> None:
     for name, kind in FILES.items():
-        response = httpx.get(f"{strict.url}/page/{name}", timeout=30)
+        response = httpx.get(f"{strict.url}/page/{name}", timeout=PATIENCE)
         assert response.status_code == 200, name
         assert response.headers["content-type"].startswith(kind)
         assert response.content == (FOLDER / name).read_bytes()
     for name in ("vendor/vendor.json", "index.html", "vendor/%2e%2e/index.html", "%2e%2e/app.py"):
         key = {"Authorization": f"Bearer {KEY}"}
-        assert httpx.get(f"{strict.url}/page/{name}", headers=key, timeout=30).status_code == 404
+        assert (
+            httpx.get(f"{strict.url}/page/{name}", headers=key, timeout=PATIENCE).status_code == 404
+        )
 
 
 def _shape(value: Any) -> Any:
@@ -112,5 +115,5 @@ def test_the_scripted_server_speaks_as_the_real_one(server: Running) -> None:
     summary = server.get("/stats").json()["compute"]["fast_path"]["summary"]
     assert isinstance(summary, type(STATS["compute"]["fast_path"]["summary"]))
     messages = {"messages": [{"role": "user", "content": "Name three rivers."}]}
-    counted = httpx.post(f"{server.url}/tokenize", json=messages, timeout=30).json()
+    counted = httpx.post(f"{server.url}/tokenize", json=messages, timeout=PATIENCE).json()
     assert counted["count"] == len(counted["tokens"]) and counted["max_model_len"] == 2048

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 import conmoe_edge
+from tests.patience import PATIENCE
 from tests.serve.conftest import NAME, Running, serving
 from tests.serve.test_tools_served import TOOL, check
 
@@ -141,7 +142,7 @@ def test_calls_through_the_models_own_template(thinking: Running) -> None:
 def test_wishes_that_a_model_cannot_have_are_said(thinking: Running, server: Running) -> None:
     wish = {**GREEDY, "max_tokens": 1, "reasoning_effort": "low", "thinking_budget": 5}
     said = [
-        httpx.post(f"{one.url}/v1/chat/completions", json=wish, timeout=60).headers.get(
+        httpx.post(f"{one.url}/v1/chat/completions", json=wish, timeout=PATIENCE).headers.get(
             "x-conmoe-ignored"
         )
         for one in (thinking, server)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import openai
 import psutil
 import pytest
 
-from tests.serve.conftest import START_SECONDS, Running, running_server
+from tests.patience import PATIENCE, wait_for
+from tests.serve.conftest import Running, running_server
 
 MIB = 1 << 20
 TWO_FIT = "1250MB"
@@ -47,7 +49,7 @@ def serving_all(folders: dict[str, Path], budget: str, *words: str) -> Iterator[
 
 
 def patient(server: Running, **more: Any) -> openai.OpenAI:
-    return server.client(timeout=START_SECONDS, **more)
+    return server.client(timeout=PATIENCE, **more)
 
 
 def say(server: Running, model: str, **more: Any) -> str:
@@ -74,13 +76,6 @@ def rss(server: Running) -> int:
     """Bytes of the server and all its processes."""
     everyone = [psutil.Process(server.process.pid), *processes(server)]
     return sum(one.memory_info().rss for one in everyone)
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 class Streaming(threading.Thread):
@@ -115,10 +110,12 @@ def test_a_day_with_two_models(folders: dict[str, Path]) -> None:
 
         first = say(server, "one")  # loaded by being asked
         assert loaded(server) == {"one"}
-        stream = Streaming(server, "one", 600)  # goes on while the other one is loaded
-        until(lambda: stream.text)
-        assert say(server, "two") == first, "the same package, the same answer"
-        assert loaded(server) == {"one", "two", "small"}
+        with server.held(after=4, pid=processes(server)[0].pid):
+            stream = Streaming(server, "one", 600)  # is there while the other one is loaded
+            wait_for(lambda: stream.text)
+            assert say(server, "two") == first, "the same package, the same answer"
+            assert loaded(server) == {"one", "two", "small"}
+            assert stream.finish is None
         stream.join()
         assert stream.finish in ("length", "stop") and stream.text.startswith(first[:10])
 
@@ -135,7 +132,7 @@ def test_a_day_with_two_models(folders: dict[str, Path]) -> None:
 
         both = rss(server)
         say(server, "one", extra_body={"keep_alive": 0})
-        until(lambda: len(processes(server)) == 1)
+        wait_for(lambda: len(processes(server)) == 1)
         one = rss(server)
         print(f"\nMiB: nothing {empty // MIB}, both {both // MIB}, one unloaded {one // MIB}")
         assert loaded(server) == {"two", "small"}
@@ -151,11 +148,12 @@ def test_a_day_with_two_models(folders: dict[str, Path]) -> None:
         with pytest.raises(openai.BadRequestError, match="keep_alive"):
             say(server, "two", extra_body={"keep_alive": "soon"})
 
-        broken = Streaming(server, "small", 1500)
-        until(lambda: broken.text)
-        for process in processes(server):
+        (process,) = processes(server)
+        with server.held(after=4, pid=process.pid):
+            broken = Streaming(server, "small", 1500)
+            wait_for(lambda: broken.text)
             process.kill()
-        broken.join()
+            broken.join()
         assert broken.error is not None and "ended" in str(broken.error)
         assert loaded(server) == set() and server.get("/health").status_code == 200
 
@@ -172,9 +170,14 @@ def test_a_day_with_two_models(folders: dict[str, Path]) -> None:
 @pytest.mark.slow
 def test_one_makes_room_for_another(folders: dict[str, Path]) -> None:
     with serving_all(folders, ONE_FITS) as server:
-        stream = Streaming(server, "one", 600)
-        until(lambda: stream.text, START_SECONDS)
-        text = say(server, "two")  # waits for the stream, whose answer is whole
+        say(server, "one")
+        with ThreadPoolExecutor(1) as pool:
+            with server.held(after=4, pid=processes(server)[0].pid):
+                stream = Streaming(server, "one", 600)
+                wait_for(lambda: stream.text)
+                other = pool.submit(lambda: say(server, "two"))
+                server.wait_until({'conmoe_model_waiting{model="two"}': 1})
+            text = other.result()  # waits for the stream, whose answer is whole
         stream.join()
         assert stream.finish in ("length", "stop") and stream.text.startswith(text[:10])
         assert loaded(server) == {"two"} and len(processes(server)) == 1
@@ -205,7 +208,7 @@ def test_folders_that_change_under_it(folders: dict[str, Path], tmp_path: Path) 
         text = say(server, "one")
         shutil.rmtree(mine["one"])
         assert say(server, "one", extra_body={"keep_alive": 0}) == text, "what is loaded goes on"
-        until(lambda: not loaded(server))
+        wait_for(lambda: not loaded(server))
         with pytest.raises(openai.InternalServerError, match=r"no folder|no package|not there"):
             say(server, "one")
         assert say(server, "two") == text
@@ -224,7 +227,7 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
         client = patient(server)
         text = say(server, "one")
         claude = anthropic.Anthropic(
-            base_url=server.url, api_key="none", max_retries=0, timeout=START_SECONDS
+            base_url=server.url, api_key="none", max_retries=0, timeout=PATIENCE
         )
         plain: dict[str, Any] = {"model": "one", "max_tokens": 12, "messages": QUESTION}
         reply: Any = claude.messages.create(**plain, extra_body={"temperature": 0})
@@ -254,12 +257,13 @@ def test_every_api_goes_through(folders: dict[str, Path], tmp_path: Path) -> Non
         assert server.get("/stats?model=none").status_code == 200  # one answers to any name
         say(server, "one", messages=[{"role": "system", "content": "Be brief. " * 200}, *QUESTION])
         assert list((tmp_path / "prompts").glob("*.safetensors"))
-        begun = client.chat.completions.create(
-            model="one", messages=QUESTION, max_tokens=1500, stream=True
-        )
-        next(iter(begun))
-        begun.close()  # a client that leaves ends its answer in the package's process
-        server.wait_until({'conmoe_running{model="one"}': 0})
+        with server.held(pid=processes(server)[0].pid):
+            begun = client.chat.completions.create(
+                model="one", messages=QUESTION, max_tokens=1500, stream=True
+            )
+            server.wait_until({'conmoe_running{model="one"}': 1})
+            begun.close()  # a client that leaves ends its answer in the package's process
+            server.wait_until({'conmoe_running{model="one"}': 0})
 
 
 @pytest.mark.slow
@@ -270,6 +274,6 @@ def test_nothing_stays_behind_a_server_that_was_killed(folders: dict[str, Path])
         say(server, "one")
         (worker,) = processes(server)
         os.kill(server.process.pid, signal.SIGKILL)
-        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+        wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
         gone = True
     assert gone

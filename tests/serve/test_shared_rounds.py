@@ -19,6 +19,7 @@ from conmoe_edge.serve.jobs import Done, Event, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
+from tests.patience import PATIENCE
 from tests.serve.test_engine import DEMO, QUESTIONS, Driven, finished, greedy
 
 CONTEXT, CHUNK = 4096, 64
@@ -54,7 +55,7 @@ class Sharing(Driven):
 
     def end(self) -> None:
         self.engine.stop()
-        assert self.engine.join(60) and self.ends == [None]
+        assert self.engine.join(PATIENCE) and self.ends == [None]
 
     @property
     def shared(self) -> int:
@@ -83,10 +84,11 @@ def test_company_changes_nobodys_tokens(folder: Path, tokenizer: Any, slots: Any
     by_itself.end()
     driven, draw = Sharing(folder, tokenizer, load={"slots": slots}), Random(3)
     told = []
-    for question, tokens in asked:
-        told.append(driven.ask(question, tokens, client=str(draw.random()))[1])
-        if draw.random() < 0.3:
-            driven.until(lambda: driven.engine.snapshot.running < 12)
+    with driven.hold.held() as let_pass:
+        for question, tokens in asked:
+            told.append(driven.ask(question, tokens, client=str(draw.random()))[1])
+            if draw.random() < 0.3:
+                let_pass(draw.randint(1, 6))
     assert [finished(one)[0] for one in told] == alone
     assert driven.shared > 3 * 200
     driven.end()
@@ -95,9 +97,6 @@ def test_company_changes_nobodys_tokens(folder: Path, tokenizer: Any, slots: Any
 def test_a_long_prompt_starves_nobody(folder: Path, tokenizer: Any) -> None:
     """Between two chunks of prompts every answer makes a token, and prompts take turns."""
     driven = Sharing(folder, tokenizer)
-    told = [driven.ask(question, 400)[1] for question in QUESTIONS[:2]]
-    for one in told:
-        assert isinstance(one.get(timeout=60), Piece)
     order: list[str] = []
     own = driven.engine._turn
 
@@ -111,8 +110,13 @@ def test_a_long_prompt_starves_nobody(folder: Path, tokenizer: Any) -> None:
         order.append("shared")
         return shared(jobs)
 
-    driven.engine._turn, driven.engine._shared_turn = turn, shared_turn  # pyright: ignore
-    long = [driven.ask("word " * count, 2)[1] for count in (700, 710)]
+    with driven.hold.held(after=8):
+        told = [driven.ask(question, 400)[1] for question in QUESTIONS[:2]]
+        for one in told:
+            assert isinstance(one.get(timeout=PATIENCE), Piece)
+        driven.engine._turn, driven.engine._shared_turn = turn, shared_turn  # pyright: ignore
+        long = [driven.ask("word " * count, 2)[1] for count in (700, 710)]
+        driven.until(lambda: driven.engine.snapshot.running == 4)
     for one in long:
         finished(one)
     for one in told:
@@ -130,7 +134,7 @@ def test_who_leaves_or_fails_takes_nobody_along(
     driven = Sharing(folder, tokenizer)
     text = finished(driven.ask(QUESTIONS[0], 40)[1])[0]
     stays, leaves = driven.ask(QUESTIONS[0], 40)[1], driven.ask(QUESTIONS[1], 400)
-    assert isinstance(leaves[1].get(timeout=60), Piece)
+    assert isinstance(leaves[1].get(timeout=PATIENCE), Piece)
     driven.engine.cancel(leaves[0])
     assert finished(stays)[0] == text
     driven.idle()
@@ -155,7 +159,7 @@ def broken(*arguments: Any) -> Any:
 
 
 def last(told: queue.Queue[Event]) -> Event:
-    while isinstance(event := told.get(timeout=60), Piece):
+    while isinstance(event := told.get(timeout=PATIENCE), Piece):
         pass
     return event
 
@@ -182,4 +186,4 @@ def test_models_that_share_no_steps_take_turns(tokenizer: Any, tmp_path: Path) -
     report = engine.loaded.model.conmoe.fast_path
     assert report.together is None and "float32" in report.apart
     engine.stop()
-    assert engine.join(60)
+    assert engine.join(PATIENCE)

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import conmoe_edge
+from tests.patience import PATIENCE
 from tests.serve.conftest import NAME, ROOT, Running, serving
 
 DEMO = ROOT / "conmoe_edge" / "data" / "demo"
@@ -51,7 +52,7 @@ def test_half_a_character_is_refused(server: Running) -> None:
         f"{server.url}/v1/chat/completions",
         content=body,
         headers={"Content-Type": "application/json"},
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert reply.status_code == 400
 

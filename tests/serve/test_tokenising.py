@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from conmoe_edge.serve.tokenising import Tokenising
+from tests.patience import PATIENCE
 
 
 def test_turns_go_round_and_who_left_is_dropped() -> None:
@@ -21,7 +22,7 @@ def test_turns_go_round_and_who_left_is_dropped() -> None:
             made.append(name)
             if name == "first":
                 begun.set()
-                assert go.wait(30)
+                assert go.wait(PATIENCE)
             return array("i", [len(name)])
 
         return make
@@ -30,7 +31,7 @@ def test_turns_go_round_and_who_left_is_dropped() -> None:
         pool = Tokenising(8)
         names = ("first", "a1", "a2", "left", "b1")
         tasks = {name: asyncio.create_task(pool.tokens(name[0], work(name), 1)) for name in names}
-        await asyncio.to_thread(begun.wait, 30)
+        await asyncio.to_thread(begun.wait, PATIENCE)
         assert len(pool) == 4
         tasks["left"].cancel()
         await asyncio.sleep(0.01)

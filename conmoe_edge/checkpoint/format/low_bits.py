@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -242,6 +243,32 @@ def picked(
     words = blocks[rows // tile, :, :, rows % tile]  # [n, G, bits, 4]
     head = scales[:HEAD].contiguous().view(-1, HEAD)[rows].contiguous()
     return words.flatten(1), torch.cat([head.view(HEAD, -1), scales[HEAD:, rows]])
+
+
+def one_row(values: Tensor, scales: Tensor, bits: int, tile: int, row: int) -> Tensor:
+    """fp32 [1, K]: the bits of ``expand`` of what is ``picked``, for a single row of a matrix on the CPU. By numpy, as
+    this is done for every token and one operation of torch takes as long as all of these.
+    """
+    wide, count = values.numpy(), scales.shape[1]
+    groups = wide.shape[1] * 8 // (bits * GROUP)
+    words = wide.reshape(-1, groups, bits, tile, 4)[row // tile, :, :, row % tile]  # [G, bits, 4]
+    codes, start, low = np.zeros((groups, GROUP), np.uint8), 0, 0
+    for plane in PLANES[bits]:
+        inside = np.arange(0, 8, plane, dtype=np.uint8)[:, None]
+        part = words[:, start : start + plane, None] >> inside & np.uint8((1 << plane) - 1)
+        codes |= part.reshape(groups, GROUP) << np.uint8(low)
+        start, low = start + plane, low + plane
+    packed = scales.numpy()
+    pair = packed[:HEAD].reshape(count, HEAD)[row].view(np.uint16).astype(np.uint32) << 16
+    scale, zero = pair.view(np.float32)
+    tail = packed[HEAD:, row]
+    step = (tail & np.uint8(15)).astype(np.float32) * scale
+    shift = zero * ((tail >> np.uint8(4)).astype(np.float32) - np.float32(_MIDDLE))
+    found = codes.astype(np.float32)
+    found -= np.float32(((1 << bits) - 1) / 2)
+    found *= step[:, None]
+    found += shift[:, None]
+    return torch.from_numpy(found.reshape(1, -1))
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -147,13 +147,21 @@ class Matrix:
             IndexError: a number that no row has.
         """
         assert self.scales is not None
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.rows:
-            raise IndexError(f"a row of {self.rows} that is not there: {rows.tolist()!s:.80}")
-        if self.kind == "int8":
+        bits = LOW_BITS.get(self.kind)
+        if len(rows) == 1 and bits is not None and self.values.is_cpu:
+            row = int(rows)
+            self._check_rows(row, row)
+            return low_bits.one_row(self.values, self.scales, bits, self.tile, row)
+        if len(rows):
+            self._check_rows(int(rows.min()), int(rows.max()))
+        if bits is None:
             return self.values[rows].float().mul_(self.scales[rows].float().unsqueeze(1))
-        bits = LOW_BITS[self.kind]
         values, scales = low_bits.picked(self.values, self.scales, bits, self.tile, rows)
         return low_bits.expand(values, scales, bits, 1)
+
+    def _check_rows(self, least: int, most: int) -> None:
+        if not 0 <= least <= most < self.rows:
+            raise IndexError(f"a row of {self.rows} that is not there: from {least} to {most}")
 
     @property
     def tile(self) -> int:

@@ -50,7 +50,8 @@ class TorchLayer:
                 mine = [routed(position) for position in positions]
                 self.arithmetic.add_all(module, experts, hidden, mine, total)
 
-            self.residency.visit(routes.prototypes, add, scan=True)
+            after = self.residency.scanned_next(self.number, len(routes.prototypes))
+            self.residency.visit(routes.prototypes, add, scan=True, ahead=after)
         else:
             found = [(routes.rows, hidden)] * len(routes.prototypes)
             # After the router's choices were read back, so that this does not wait for anything but itself.

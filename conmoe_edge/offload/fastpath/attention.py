@@ -67,7 +67,7 @@ class Place:
     def has_one_more(self) -> None:
         """The token has been written."""
         if isinstance(self.layer, GrowingLayer):
-            self.layer.has_one_more()
+            self.layer.has_one_more(self.cached)
         else:
             has_one_more(self.layer)
 
@@ -182,13 +182,23 @@ class FusedAttention:
         self._served.attention += 1
         return out, None
 
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether the model attends in the way that it was loaded with."""
+        return self._config._attn_implementation == self._implementation
+
+    @property
+    def settings_hold(self) -> bool:
+        """Whether the configuration still says what it has to."""
+        return self.is_as_it_was and all(self._settings.get(name) is None for name in self._unset)
+
     def takes(self, x: Tensor, arguments: Mapping[str, Any]) -> bool:
         """Whether ``x`` is one token in a format of the operator, and the ``arguments`` of the module's ``forward`` ask
         for nothing that it does not do.
         """
         if x.shape[:2] != (1, 1) or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return False
-        if not x.is_contiguous() or self._config._attn_implementation != self._implementation:
+        if not x.is_contiguous() or not self.is_as_it_was:
             return False
         for name, value in arguments.items():
             if name not in _KNOWN and value is not None and value is not False:
@@ -217,12 +227,14 @@ class FusedAttention:
         """The layer's weights, and the place of another token in ``cache``; ``None`` where the operator may not be
         asked.
         """
+        table = self._current()
+        return None if table is None else self.place_with(table, cache)
+
+    def place_with(self, table: AttentionTable | LatentTable, cache: Any) -> Place | None:
+        """``place``, where the weights still lie as ``table`` says."""
         if type(cache) is not DynamicCache or self._index >= len(cache.layers):
             return None
         layer: Any = cache.layers[self._index]
-        table = self._current()
-        if table is None:
-            return None
         if type(layer) in (GrowingLayer, PackedLayer):
             cached = layer.room_for_one(*table.cache)
         elif type(layer) in (DynamicSlidingWindowLayer, PackedWindowLayer) and self.windows:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from conmoe_edge.compat import cache_of
 from conmoe_edge.offload.fastpath.attention import FusedAttention, Place, Rehearsal, unchanged
@@ -38,12 +39,13 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """What a layer needs for the next token, but for its activations."""
+    """What a layer needs for the next token, but for its activations. ``router``: where it has been looked at."""
 
     cache: Any
     place: Place
     table: BlockTable
     behind: Prepared | None
+    router: RouterTable | None = None
 
 
 class Apart(Exception):
@@ -171,7 +173,13 @@ class FusedLayer:
         self._exact = self._attention.exact and not dense
         self._table: tuple[Any, BlockTable] | None = None
         self._ready: _Ready | None = None
+        self._standing: tuple[BlockTable, Prepared, RouterTable | None] | None = None
         self._written: _Ready | None = None
+
+    @property
+    def spec(self) -> Any:
+        """Of its attention: layers that share it have the positions of a token in common."""
+        return self._attention.spec
 
     def why_not_one_call(self) -> str:
         """Why not all of the layer is part of the call; empty where it is."""
@@ -196,6 +204,25 @@ class FusedLayer:
         if self._tried_all != (behind is not None):
             self._tried_all, self.verified = behind is not None, None
         self._ready = _Ready(cache, place, table, behind)
+        self._standing = None
+        if behind is not None and not isinstance(self._behind, Refusal):
+            self._standing = (table, behind, self._behind.router())
+
+    def prepare_again(self, cache: Any, window: bool) -> bool:
+        """``prepare`` for a layer that could go alone before, with a ``window`` in the cache or not, and of which no
+        part has changed since; whether it still can.
+        """
+        standing, behind = self._standing, self._behind
+        if standing is None or isinstance(behind, Refusal) or not behind.still_has(standing[1]):
+            return False
+        table, prepared, router = standing
+        if table.attention is None or (router is None and behind.gate is not None):
+            return False
+        place = self._attention.place_with(table.attention, cache)
+        if place is None or isinstance(place.layer, DynamicSlidingWindowLayer) is not window:
+            return False
+        self._ready = _Ready(cache, place, table, prepared, router)
+        return True
 
     def _block_table(self, place: Place) -> BlockTable | None:
         if self._table is None or self._table[0] is not place.table:
@@ -245,6 +272,47 @@ class FusedLayer:
             self._served.blocks += 1
         return out
 
+    def may_go_alone(self, module: nn.Module, cache: Any, window: bool) -> bool:
+        """Whether the layer is ready for the next token of ``cache``, in which it has a ``window`` or not, and would
+        compute it in one call of the operator, whatever its model hands on to it.
+        """
+        ready, behind, attention = self._ready, self._behind, self._attention
+        if ready is None or ready.behind is None or isinstance(behind, Refusal):
+            return False
+        if self.verified is not True or ready.cache is not cache:
+            return False
+        if behind.gate is not None and behind.router() is None:
+            return False
+        if isinstance(ready.place.layer, DynamicSlidingWindowLayer) is not window:
+            return False
+        fronts = vars(module).get("forward"), self._attending.__dict__.get("forward")
+        return fronts == (self, attention) and attention.settings_hold
+
+    @property
+    def settings_hold(self) -> bool:
+        """As of its attention."""
+        return self._attention.settings_hold
+
+    def place_of(self, angles: Mapping[str, Any]) -> Positions | None:
+        """The position of a token with which the layer ``may_go_alone``, as ``FusedAttention.positions``."""
+        assert self._ready is not None, "may_go_alone has looked"
+        return self._attention.positions(angles, self._ready.place)
+
+    def alone(self, module: nn.Module, x: Tensor, positions: Positions) -> Tensor:
+        """The layer for a token with which it ``may_go_alone``, bf16 [1, 1, H] -> the same.
+
+        Raises:
+            Apart, Gathered: the token is one that several answers share a step for.
+        """
+        ready, self._ready = self._ready, None
+        assert ready is not None, "may_go_alone has looked"
+        if self._meeting.entries is not None:
+            return self._meeting.enter(self._entry(module, ready, positions, (x,)))
+        out = self._compute(x, positions, ready, ready.place.cached)
+        self._written = ready
+        self._served.layers += 1
+        return out
+
     def _positions(
         self, ready: _Ready, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Positions | None:
@@ -279,7 +347,7 @@ class FusedLayer:
             raise Apart
         if self.verified is not True or ready.behind is None:
             raise Apart
-        router = behind.router()
+        router = ready.router or behind.router()
         if (router is None and behind.gate is not None) or module._forward_hooks:
             raise Apart
         return Entry(self, args[0], positions, ready, router)
@@ -358,7 +426,7 @@ class FusedLayer:
             if self._beside is not None:
                 given = given + self._beside(normed)
             return self._add(summed, given)
-        router = behind.router()
+        router = ready.router or behind.router()
         if router is not None or behind.gate is None:
             self._one_call = True
             out = behind.decoder(ready.behind, ready.table, router, x, positions, cached, engine)

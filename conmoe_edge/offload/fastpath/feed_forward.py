@@ -67,6 +67,13 @@ class FeedForward:
         dense = None if self._dense is None else self._dense.current()
         return None if self._dense is not None and dense is None else Prepared(whole, dense)
 
+    def still_has(self, ready: Prepared) -> bool:
+        """Whether ``prepare`` would give ``ready`` again, where no part was exchanged and none has hooks."""
+        if self._experts is None:
+            return True
+        handle: LayerHandle = getattr(self._experts, HANDLE)
+        return handle.backend is not None and handle.experts(self._experts) is ready.whole
+
     def router(self) -> RouterTable | None:
         """The router, where it is the operator's and has no hooks; a forward may begin with setting some."""
         gate = self.gate

@@ -33,6 +33,7 @@ from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
 from conmoe_edge.offload.fastpath.packed_cache import pack_in_steps
 from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
+from conmoe_edge.offload.fastpath.single_step import SingleStep, why_around
 from conmoe_edge.offload.fastpath.supported import Refusal, forget_digests
 from conmoe_edge.offload.fastpath.together import Together
 from conmoe_edge.offload.kernels.cpu.bindings import operator, why_not
@@ -79,10 +80,15 @@ def install(
     windows = _windows(model)
     paths = [_path(i, one, refused, i in windows) for i, one in enumerate(_decoder_layers(model))]
     together, apart = None, reason or _why_apart(paths)
+    around = apart
     if engine is not None and not apart:
         ordered = [_forward_of(one) for one in _decoder_layers(model)]
         together = Together(model, ordered, meeting, served, engine)
-    return FastPathReport(tuple(paths), reason, apart, served, together)
+        around = why_around(model)
+        if not around:
+            steps.single = SingleStep(model, ordered, windows, meeting)
+            steps.single.put_in_front()
+    return FastPathReport(tuple(paths), reason, apart, around, served, together)
 
 
 class _Steps:
@@ -104,6 +110,7 @@ class _Steps:
         self._context, self._layers, self._served = context, layers, served
         self._meeting = meeting
         self._packed = kv_precision != "source"
+        self.single: SingleStep | None = None
 
     def before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -126,6 +133,8 @@ class _Steps:
             return given
         if self._meeting.entries is None:
             self._served.tokens += single
+        if single and self.single is not None and self.single.prepare(held):
+            return given
         for layer in self._layers:
             layer.prepare(held if single else None)
         return given

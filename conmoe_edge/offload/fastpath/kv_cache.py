@@ -56,6 +56,7 @@ class GrowingLayer(DynamicLayer):
         self.limit = limit
         self._key_buffer: Tensor | None = None
         self._value_buffer: Tensor | None = None
+        self._shown: tuple[Any, Any, Cached] | None = None
 
     @classmethod
     def taking_over(cls, layer: DynamicLayer, limit: int) -> GrowingLayer:
@@ -101,10 +102,16 @@ class GrowingLayer(DynamicLayer):
         another width; ``None`` where it cannot. What is held moves where there is no room behind it, as it would in
         ``update``.
         """
-        if not takes_one_more(self, groups, width, value_width or width):
-            return None
         keys: Any = self.keys
         values: Any = self.values
+        if self._shown is not None:
+            # The views are those that the last token left: all but their length was looked at then.
+            shown_keys, shown_values, cached = self._shown
+            known = shown_keys is keys and shown_values is values
+            if known and cached.sizes == (groups, width, value_width or width):
+                return cached
+        if not takes_one_more(self, groups, width, value_width or width):
+            return None
         held = keys.shape[-2]
         key_buffer = _roomy(self._key_buffer, keys, keys, held, held + 1, self.limit)
         value_buffer = _roomy(self._value_buffer, values, values, held, held + 1, self.limit)
@@ -113,9 +120,17 @@ class GrowingLayer(DynamicLayer):
             self._show(held)
         return Cached.of(key_buffer, value_buffer, held, widths_of(self))
 
-    def has_one_more(self) -> None:
-        """What ``room_for_one`` gave has been written to."""
-        self._show(self.get_seq_length() + 1)
+    def has_one_more(self, cached: Cached | None = None) -> None:
+        """What ``room_for_one`` gave has been written to. With what that was, ``cached``, the next token's room is
+        known as well, where there is some.
+        """
+        held = self.keys.shape[-2] + 1  # pyright: ignore[reportOptionalMemberAccess]
+        self._show(held)
+        room = 0 if self._key_buffer is None else self._key_buffer.shape[-2]
+        if cached is None or held >= room or self._key_buffer.is_inference():  # pyright: ignore[reportOptionalMemberAccess]
+            return
+        place = (cached.keys, cached.values, cached.key_step, cached.value_step, held)
+        self._shown = self.keys, self.values, Cached(*place, cached.sizes, cached.packed)
 
     def reset(self) -> None:
         """Drop everything, the buffers too."""
@@ -124,10 +139,11 @@ class GrowingLayer(DynamicLayer):
 
     def forget_buffers(self) -> None:
         """Something else than the buffers' tokens is held from now on."""
-        self._key_buffer = self._value_buffer = None
+        self._key_buffer = self._value_buffer = self._shown = None
 
     def _show(self, held: int) -> None:
         assert self._key_buffer is not None and self._value_buffer is not None
+        self._shown = None
         self.keys = self._key_buffer.narrow(-2, 0, held)
         self.values = self._value_buffer.narrow(-2, 0, held)
 

@@ -79,12 +79,15 @@ class FastPathReport:
         layers: one entry a decoder layer.
         reason: why no layer does; empty where one does.
         apart: why several answers do not share the steps of their tokens; empty where they do.
+        around: why the steps of a token around its layers are the model's own; empty where they are not
+            (``single_step.py``).
         together: what takes such steps (``together.py``); ``None`` where they do not.
     """
 
     layers: tuple[LayerPath, ...]
     reason: str = ""
     apart: str = ""
+    around: str = ""
     served: Served = field(default_factory=Served, compare=False, repr=False)
     together: Any = field(default=None, compare=False, repr=False)
 
@@ -133,5 +136,6 @@ class FastPathReport:
                 for one in self.layers
             ],
             "apart": self.apart,
+            "around": self.around,
             "served": self.live(),
         }

@@ -82,7 +82,7 @@ class Generation:
         self._settings = settings
         self._context = context
         self._ends = ends
-        self._sampler = Sampler(settings, model.device)
+        self._sampler = Sampler(settings)
         self.scores: list[TokenScore] = []
 
     @property

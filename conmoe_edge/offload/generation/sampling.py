@@ -1,7 +1,12 @@
-"""How the next token is drawn: transformers' own logits processors, in transformers' own order."""
+"""How the next token is drawn: with what transformers' logits processors leave, in transformers' order.
+
+Penalties, bias and grammars change scores where they are; the draw is on the processor (``likely_tokens.py``), so that
+a seed gives the same answer on every device.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conmoe_edge.errors import CheckpointError
+from conmoe_edge.offload.generation.likely_tokens import likely
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.score_changes import ScoreChanges
 from conmoe_edge.offload.generation.thinking import Thinking
@@ -23,21 +29,20 @@ ONE_LEFT = 1e-6
 class Sampler:
     """Draws the tokens of one answer; the same seed gives the same answer."""
 
-    def __init__(self, settings: SamplingSettings, device: torch.device) -> None:
+    def __init__(self, settings: SamplingSettings) -> None:
         """``settings`` are filled."""
         temperature, top_p = settings.temperature, settings.top_p
         assert temperature is not None and top_p is not None, "the settings were filled"
-        # Where one token may be drawn it is the first of the likeliest; the library's filters keep
-        # all equals.
+        # Where one token may be drawn it is the first of the likeliest; ``top_k`` keeps all equals.
         self._greedy = temperature < GREEDY_BELOW or settings.top_k == 1 or top_p <= ONE_LEFT
         self._repetition = _repetition(settings)
-        self._filters = None if self._greedy else _filters(settings)
+        self._settings = settings
         self._changes = ScoreChanges(settings)
         self._logprobs = settings.logprobs
         self._rule = None if settings.grammar is None else settings.grammar.rule()
         self._thinking = None if settings.thinking is None else Thinking(settings.thinking)
         self.latest: TokenScore | None = None
-        self._generator = torch.Generator(device=device)
+        self._generator = torch.Generator()
         if settings.seed is None:
             self._generator.seed()
         else:
@@ -56,11 +61,11 @@ class Sampler:
             CheckpointError: the scores are no numbers, so that no token is more likely than another.
         """
         own = logits.float()
-        if not bool(own.max().isfinite()):
+        if not math.isfinite(float(own.max())):
             raise _no_number()
         scores = self._changed(tokens, own)
         forced = None if self._thinking is None else self._thinking.forced()
-        token = self._draw(tokens, scores) if forced is None else forced
+        token = self._draw(scores) if forced is None else forced
         self.latest = None if self._logprobs is None else token_score(own, token, self._logprobs)
         self._changes.took(token)
         reasoned = self._thinks
@@ -89,19 +94,15 @@ class Sampler:
             scores = self._rule.allowed(scores, begin)
         return scores
 
-    def _draw(self, tokens: Sequence[int], scores: Tensor) -> int:
-        if self._filters is None:
-            return int(scores.argmax(-1))
-        scores = self._filters(_before(tokens, scores), scores)
-        chances = torch.softmax(scores, dim=-1)
-        if not bool(chances.sum().isfinite()):
+    def _draw(self, scores: Tensor) -> int:
+        wide = scores[0].cpu().numpy()
+        if self._greedy:
+            return int(wide.argmax())  # the first of equals; torch's takes ten times as long
+        found = likely(wide, self._settings)
+        if found is None:
             raise _no_number()
-        before = self._generator.get_state()
-        try:
-            return int(torch.multinomial(chances, 1, generator=self._generator))
-        except RuntimeError:
-            self._generator.set_state(before)
-            raise
+        share = torch.rand((), dtype=torch.float64, generator=self._generator)
+        return found.at(float(share))
 
 
 def _before(tokens: Sequence[int], scores: Tensor) -> Tensor:
@@ -124,23 +125,3 @@ def _repetition(settings: SamplingSettings) -> Any:
     if settings.repetition_penalty in (None, 1.0):
         return None
     return RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
-
-
-def _filters(settings: SamplingSettings) -> Any:
-    """The temperature, and what leaves out unlikely tokens."""
-    from transformers.generation.logits_process import (
-        LogitsProcessorList,
-        MinPLogitsWarper,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    found = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature or 0.0))])
-    if settings.top_k:
-        found.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None and settings.top_p < 1.0:
-        found.append(TopPLogitsWarper(settings.top_p))
-    if settings.min_p:
-        found.append(MinPLogitsWarper(settings.min_p))
-    return found

@@ -8,7 +8,8 @@ run on while what is there computes.
   each together with those behind it that have come by then. So the order and the company depend on what is resident:
   the caller keeps the outputs by position and adds them in a fixed order.
 - A scan (a chunk of a prompt) computes in the order of ``numbers`` at any budget, one by one where something may have
-  to be read, and leaves what decode uses where it is.
+  to be read, and leaves what decode uses where it is. As its own reads come to an end, those of the next layer's scan
+  begin, and go on while it computes and whatever stands between the two layers.
 
 ``resident`` is the short way where nothing has to move. Shorter is a view of ``table``: there an operator sees by
 itself what is there, and ``asked`` says afterwards what it used. ``prefetch`` reads ahead while no demand read is
@@ -27,6 +28,7 @@ from torch import Tensor
 from conmoe_edge.checkpoint.format.manifest import CacheSettings, Manifest
 from conmoe_edge.errors import ConmoeError
 from conmoe_edge.offload.residency.address_table import AddressTable
+from conmoe_edge.offload.residency.next_scan import NextScan
 from conmoe_edge.offload.residency.policies import make_policy, pins_of, tables, warm_order
 from conmoe_edge.offload.residency.prefetch import Prefetcher
 from conmoe_edge.offload.residency.slot_cache import CacheCounts, Load, Pass, SlotCache
@@ -90,6 +92,8 @@ class Residency:
         self._resident_hits = 0
         self._demand: set[Place] = set()  # what a running visit waits for
         self._wanted: list[int] = []  # a prefetch that waits for the demand reads
+        self._next_scan = NextScan(manifest)
+        self._reading_on: set[int] = set()  # for the next scan, and not noticed yet
         # Compute that has returned is over on a CPU only; elsewhere a slot may be given away while it is read.
         self._direct = all(pool.device.type == "cpu" for pool in self.pools)
         self._caches: dict[int, SlotCache] = {}  # by layout, where a prototype has it
@@ -191,18 +195,20 @@ class Residency:
         """``compute(positions, experts)`` until every prototype of ``numbers`` (distinct) has had its turn: a scan in
         that order, one by one unless all of them stay, a decode first what is there, then the others as they come.
 
-        ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending.
+        ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending; with
+        a scan it is what the next scan will probably ask for, in its order, and as much of it is read as there are slots
+        on trial that this one is done with.
         """
         staying = self._staying(numbers)
         if staying is not None:
             if ahead:
-                self.prefetch(ahead)
+                self._read_on(ahead) if scan else self.prefetch(ahead)
             compute(list(range(len(staying))), staying)
             return
-        self._wanted = list(ahead)  # what was wanted before was for this visit
+        self._wanted = [] if scan else list(ahead)  # what was wanted before was for this visit
         try:
-            self.collect()
-            self._visit_cached(numbers, compute, scan)
+            self.collect(numbers if scan else ())
+            self._visit_cached(numbers, compute, scan, ahead if scan else ())
         except BaseException:
             # No read may still be writing into a slot that the policy gives away.
             self._transfer.drain()
@@ -217,6 +223,12 @@ class Residency:
         """
         return () if self.prefetcher is None else self.prefetcher.next(layer, hidden)
 
+    def scanned_next(self, layer: int, asked: int) -> Sequence[int]:
+        """What the MoE layer after ``layer`` will be asked for by a chunk of a prompt that asks ``layer`` for so many
+        prototypes; empty where that cannot be said.
+        """
+        return self._next_scan.after(layer, asked)
+
     def prefetch(self, numbers: Sequence[int], keep: Sequence[int] = ()) -> None:
         """Read what will probably be asked for next, the likeliest first, as far as slots can be given up for it.
 
@@ -229,18 +241,22 @@ class Residency:
             self.collect()
             self._start_prefetch(keep)
 
-    def collect(self) -> None:
-        """Notice prefetches that are over, and take back those that have not begun: a demand read is quicker.
+    def collect(self, scanned: Sequence[int] = ()) -> None:
+        """Notice reads ahead that are over, and take back those that have not begun: a demand read is quicker. Those
+        for a scan are demand reads, and go on if they are among what is ``scanned``.
 
         One that failed is forgotten: a visit that asks for it reads it again, and reports the error.
         """
+        going_on = self._reading_on.intersection(scanned)
+        self._reading_on.clear()
         for number in sorted(self.table.arriving):
             place, cache = self._place(number), self._caches[self.layout_of[number]]
             if not self._transfer.ready(place):
+                if number in going_on:
+                    continue
                 if self._transfer.cancel(number, place, self._record(place)):
                     self.bytes_read -= self.pools[place[0]].layout.nbytes
-                    cache.counts.prefetched -= 1
-                    cache.lost(number)
+                    cache.taken_back(number)
                 continue
             try:
                 self._transfer.wait(place)
@@ -262,6 +278,7 @@ class Residency:
 
     def _lose_prefetches(self) -> None:
         """After the transfer was drained: whether a read went well is not known any more."""
+        self._reading_on.clear()
         for number in sorted(self.table.arriving):
             self._caches[self.layout_of[number]].lost(number)
 
@@ -285,7 +302,9 @@ class Residency:
 
         return sorted(range(len(numbers)), key=rank)
 
-    def _visit_cached(self, numbers: Sequence[int], compute: Compute, scan: bool) -> None:
+    def _visit_cached(
+        self, numbers: Sequence[int], compute: Compute, scan: bool, after: Sequence[int]
+    ) -> None:
         left = list(range(len(numbers))) if scan else self._turns(numbers)
         with ExitStack() as stack:
             passes: dict[int, Pass] = {}
@@ -302,12 +321,14 @@ class Residency:
                     self._transfer.wait(place)
                     self._demand.discard(place)
                     self.table.arrived(numbers[position])
-                if self._wanted and all(one.complete for one in passes.values()):
+                if (self._wanted or after) and all(one.complete for one in passes.values()):
                     self._start_prefetch()
+                    self._read_on(after)
                 compute(turn, [self._stored(place) for place in places])
                 for position, place in zip(turn, places, strict=True):
                     self._transfer.used(place)
                     passes[place[0]].finish(numbers[position])
+        self._read_on(after)
 
     def _place(self, number: int) -> Place:
         """The place of a prototype that has one, whatever is in it."""
@@ -341,6 +362,13 @@ class Residency:
         self._wanted = []
         for layout, mine in self._shares(wanted[: self.most_ahead]):
             self._begin(self._caches[layout].prefetch(mine, keep), ahead=True)
+
+    def _read_on(self, after: Sequence[int]) -> None:
+        """For the next scan, into the slots on trial that are done with."""
+        for layout, mine in self._shares(after):
+            loads = self._caches[layout].read_on(mine)
+            self._reading_on.update(load.item for load in loads)
+            self._begin(loads)
 
     def _begin(self, loads: Iterable[Load], *, demand: bool = False, ahead: bool = False) -> None:
         for load in loads:

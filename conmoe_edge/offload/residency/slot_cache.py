@@ -18,7 +18,8 @@ and each rule is tested against a brute-force model:
   stays from chunk to chunk, so of P prototypes that are scanned over and over with S slots, at least S - ring are
   there, where least recently used would have none. The next pass that is no scan and asks for it makes a prototype on
   trial an ordinary one.
-- A prefetch puts its prototypes on trial too, and never takes the last unpinned slot.
+- A prefetch puts its prototypes on trial too, and never takes the last unpinned slot. So does what is read for the
+  scan that comes next (``read_on``); that scan counts it as read for itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from conmoe_edge.offload.residency.address_table import AddressTable
 from conmoe_edge.offload.residency.eviction import Lru, Policy
 from conmoe_edge.offload.storage.place import Place
 
-_SMALL_RING, _LARGE_RING = 2, 8
+_SMALL_RING, _LARGE_RING, _WIDE_RING = 2, 8, 32
+"""Slots on trial: two at least, up to eight where that is an eighth of the slots, more where it is a sixteenth. Each is
+a record that every chunk reads again, and one that is read while the layer before computes, in every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ def pin_order(weights: Sequence[float], slots: int, share: float = 0.5) -> tuple
 
 def ring_size(slots: int, pins: int) -> int:
     """How many slots are on trial at the most."""
-    return max(1, min(slots - pins, max(_SMALL_RING, min(_LARGE_RING, slots // 8))))
+    wanted = max(_SMALL_RING, min(_LARGE_RING, slots // 8), min(_WIDE_RING, slots // 16))
+    return max(1, min(slots - pins, wanted))
 
 
 class SlotCache:
@@ -100,6 +104,7 @@ class SlotCache:
         self._policy: Policy = Lru() if policy is None else policy
         self._trial: dict[int, None] = {}  # items on trial, the oldest first
         self._ahead: set[int] = set()  # items of a prefetch that have not been asked for yet
+        self._coming: set[int] = set()  # items that were read for a scan that has not asked for them yet
         self._free = list(range(slots - 1, -1, -1))  # taken from the end, lowest number first
         self._running: Pass | None = None
 
@@ -110,8 +115,8 @@ class SlotCache:
 
     @property
     def arriving(self) -> frozenset[int]:
-        """The items that a prefetch is still reading."""
-        return frozenset(self.table.arriving & self._ahead)
+        """The items that are still being read, not for the running pass."""
+        return frozenset(self.table.arriving & (self._ahead | self._coming))
 
     @property
     def resident(self) -> frozenset[int]:
@@ -170,23 +175,28 @@ class SlotCache:
 
         ``keep`` is in use beside what a running pass needs.
         """
-        kept = {*items, *keep, *(() if self._running is None else self._running.needed)}
-        loads = []
-        room = self.slots - len(self.pinned) - 1 - len(self.arriving)
-        for item in items:
-            if self.table.place(item) is not None:
-                continue
-            slot = self._place(item, kept, on_trial=True) if len(loads) < room else None
-            if slot is None:
-                break
-            self._trial[item] = None
-            self._ahead.add(item)
-            self.counts.prefetched += 1
-            loads.append(self._load(item, slot))
+        loads = self._on_trial(items, keep)
+        self._ahead.update(load.item for load in loads)
+        self.counts.prefetched += len(loads)
         return loads
 
+    def read_on(self, items: Sequence[int]) -> list[Load]:
+        """Slots for items that the next scan will ask for, in its order, as far as some on trial are done with.
+
+        May be called again with the same items, as more are.
+        """
+        loads = self._on_trial(items, ())
+        self._coming.update(load.item for load in loads)
+        return loads
+
+    def taken_back(self, item: int) -> None:
+        """A read that was not for a pass is not going to begin."""
+        if item in self._ahead:
+            self.counts.prefetched -= 1
+        self.lost(item)
+
     def lost(self, item: int) -> None:
-        """The prefetch of the item failed or was broken off: what its slot holds is not known."""
+        """A read of the item that was not for a pass failed or was broken off: what its slot holds is not known."""
         self._free.append(self._drop(item))
 
     # What the pass uses.
@@ -200,9 +210,24 @@ class SlotCache:
         self.table.assign(item, place)
         return Load(item, place)
 
+    def _on_trial(self, items: Sequence[int], keep: Iterable[int]) -> list[Load]:
+        """Slots for items that no pass has asked for yet."""
+        kept = {*items, *keep, *(() if self._running is None else self._running.needed)}
+        loads = []
+        room = self.slots - len(self.pinned) - 1 - len(self.arriving)
+        for item in items:
+            if self.table.place(item) is not None:
+                continue
+            slot = self._place(item, kept, on_trial=True) if len(loads) < room else None
+            if slot is None:
+                break
+            self._trial[item] = None
+            loads.append(self._load(item, slot))
+        return loads
+
     def _reading(self, item: int) -> bool:
-        """Whether a prefetch is still reading the item."""
-        return item in self._ahead and item in self.table.arriving
+        """Whether the item is still being read, not for the running pass."""
+        return item in self.table.arriving and (item in self._ahead or item in self._coming)
 
     def _evict(self, item: int, locked: Container[int]) -> int | None:
         """The slot of what the policy gives up for the item."""
@@ -252,6 +277,7 @@ class SlotCache:
         if item in self._trial:
             del self._trial[item]
             self._ahead.discard(item)
+            self._coming.discard(item)
         else:
             self._policy.leave(item)
         return self.table.free(item)[1]
@@ -263,6 +289,7 @@ class SlotCache:
         if item in self._ahead:
             self._ahead.discard(item)
             self.counts.useful += 1
+        self._coming.discard(item)
         if item in self._trial:
             del self._trial[item]
             self._policy.enter(item)
@@ -320,9 +347,13 @@ class Pass:
             raise RuntimeError("items are computed in the order of the pass")
         del self.needed[item]
         cache = self._cache
+        read = item in self._loaded
         if not self._scan:
             cache._asked(item)
-        if item in self._loaded:
+        elif item in cache._coming:
+            cache._coming.remove(item)
+            read = True
+        if read:
             cache.counts.misses += 1
         else:
             cache.counts.hits += 1

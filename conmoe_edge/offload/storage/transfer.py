@@ -145,8 +145,9 @@ class _ThreadedTransfer:
         self._futures[place] = threads.submit(job)
 
     def _take_back(self, place: Place) -> bool:
-        """Whether the read had not begun; then it does not."""
-        if not self._futures[place].cancel():
+        """Whether the read had not begun; then it does not. A copy that no thread makes has."""
+        future = self._futures.get(place)
+        if future is None or not future.cancel():
             return False
         del self._futures[place]
         return True
@@ -219,7 +220,7 @@ class StagedTransfer(_ThreadedTransfer):
         self._stream = torch.cuda.Stream(device)
         self._loaded: dict[Place, torch.cuda.Event] = {}
         self._free: dict[Place, torch.cuda.Event] = {}
-        # Free events that loads ahead have taken: the next load waits for them if this one is taken back.
+        # Free events that loads by threads have taken: the next load waits for them if this one is taken back.
         self._taken: dict[Place, torch.cuda.Event] = {}
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = SimpleQueue()
         for _ in range(RING_RECORDS):
@@ -231,12 +232,13 @@ class StagedTransfer(_ThreadedTransfer):
         # Taken here, on the caller's thread: the compute that still reads the place was issued
         # before this load.
         free = self._free.pop(place, None)
-        if ahead and free is not None:
-            self._taken[place] = free
+        self._taken.pop(place, None)
         if held is not None and not ahead:
             # Issuing a copy takes no longer than handing it to a thread, and nothing is waited for.
             self._loaded[place] = self._copy(held, target, free)
             return
+        if free is not None:
+            self._taken[place] = free
         self._start(place, lambda: self._bring(number, place, target, held, free), ahead=ahead)
 
     def cancel(self, number: int, place: Place, target: Tensor) -> bool:

@@ -179,7 +179,6 @@ def test_links_that_lead_nowhere_or_in_a_circle(folder: Path) -> None:
         check_entries(folder)
 
 
-@pytest.mark.timeout(10)
 def test_pipes_sockets_devices_and_folders(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.json")
     (folder / "link-to-pipe.json").symlink_to("pipe.json")
@@ -192,7 +191,6 @@ def test_pipes_sockets_devices_and_folders(folder: Path, tmp_path: Path) -> None
         check_entries(folder)
 
 
-@pytest.mark.timeout(10)
 def test_a_socket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)  # the name of a socket may not be long
     with socket.socket(socket.AF_UNIX) as one:
@@ -271,7 +269,6 @@ def open_files() -> int:
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("swap", ["link", "pipe", "file", "folder above"])
 def test_what_comes_between_the_decision_and_the_opening(
     swap: str, folder: Path, secret: Path, monkeypatch: pytest.MonkeyPatch

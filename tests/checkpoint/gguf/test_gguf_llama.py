@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conmoe_edge.checkpoint.sources.locate import locate
 from conmoe_edge.model.opened import OpenedModel, open_model
 from conmoe_edge.model.tokenizers import load_tokenizer
+from tests.patience import PATIENCE
 
 STEPS = 12
 TEXTS = (
@@ -107,7 +108,7 @@ def test_a_file_by_llama_cpps_own_quantiser(
     python = llama_python()
     assert python is not None
     words = [python, "-c", QUANTISE, str(tmp_path / "whole.gguf"), str(path), str(number)]
-    done = subprocess.run(words, capture_output=True, text=True, env={}, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, env={}, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     opened = open_model(locate(str(path)))
     assert form in opened.anatomy.source_form.split("+")

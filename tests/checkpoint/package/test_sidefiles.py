@@ -89,7 +89,6 @@ def test_a_link_that_leaves_the_folder_is_an_error(name: str, source: Path, tmp_
     assert list((tmp_path / "target").iterdir()) == []
 
 
-@pytest.mark.timeout(10)
 def test_dangling_links_and_pipes_are_errors(source: Path, tmp_path: Path) -> None:
     (source / "vocab.json").symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"vocab\.json"):

@@ -16,6 +16,7 @@ from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.fs.atomic_files import write_bytes
 from conmoe_edge.checkpoint.package.staged import StagedFolder
 from conmoe_edge.errors import InUse, OutputExists, ResumeMismatch, UsageError
+from tests.patience import PATIENCE
 
 SETTINGS = {"rate": 0.25, "plan": {"scope": 1}}
 
@@ -181,7 +182,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     assert str(other.pid) in caught.value.why
     # Another output beside it is free.
     build(tmp_path / "other")
-    other.communicate("go\n", timeout=30)
+    other.communicate("go\n", timeout=PATIENCE)
     build(tmp_path / "out")
     assert is_whole(tmp_path / "out", "new")
 

@@ -46,7 +46,6 @@ def test_a_link_out_of_any_name(name: str, single: Path, outside: Path) -> None:
     assert name in refusal(single).what
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_templates(kind: str, single: Path, outside: Path) -> None:
     templates = single / "additional_chat_templates"

@@ -309,7 +309,6 @@ def test_links_of_the_hub_cache_are_followed(sharded: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX])
 def test_a_pipe_does_not_hang(name: str, single: Path) -> None:
     (single / name).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from conmoe_edge.cli.chat_loop.repl import Repl
 from conmoe_edge.cli.chat_loop.silent_keys import silent_keys
 from conmoe_edge.cli.ui.output import Output
 from tests.cli.chat_loop.test_repl import Lines, Session
+from tests.patience import PATIENCE
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
@@ -58,7 +59,7 @@ class Screen:
         sys.stdout.close()
         sys.stdin.close()
         os.close(self.inner)
-        self._reader.join(10)
+        self._reader.join(PATIENCE)
         return self._seen.decode()
 
 

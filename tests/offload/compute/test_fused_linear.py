@@ -71,15 +71,18 @@ def test_bf16_is_no_worse_than_transformers_own(native, machine, rows, monkeypat
     torch.testing.assert_close(y.double(), right, **LOOSE)
 
 
-@pytest.mark.parametrize("kind", ["int8", "q6", "q4"])
+@pytest.mark.parametrize("kind", ["int8", "q6", "q4", "q3", "q2"])
 def test_rows_that_are_looked_up_are_those_of_the_whole(kind: Kind) -> None:
     matrix = quantise(random(192, 96, dtype=torch.float32), kind)
     rows = torch.tensor([0, 191, 63, 64, 5, 5, 130])
     assert torch.equal(matrix.look_up(rows), matrix.dequantise()[rows])
+    for row in rows:
+        assert torch.equal(matrix.look_up(row[None])[0], matrix.dequantise()[row])
     assert matrix.look_up(rows[:0]).shape == (0, 96)
     for wrong in (-1, 192):
-        with pytest.raises(IndexError):
-            matrix.look_up(torch.tensor([0, wrong]))
+        for some in ([0, wrong], [wrong]):
+            with pytest.raises(IndexError):
+                matrix.look_up(torch.tensor(some))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4", "q6", "q4"])

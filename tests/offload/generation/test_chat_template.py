@@ -21,6 +21,7 @@ from conmoe_edge.offload.generation.chat_template import TemplateRenderer
 from conmoe_edge.offload.generation.prompt import template_variables, template_view
 from tests import small_tokenizers
 from tests.chat_templates import ALL, CHATML
+from tests.patience import PATIENCE, wait_for
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SIMPLE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -167,7 +168,7 @@ def test_a_process_that_is_gone_is_replaced(renderer: TemplateRenderer) -> None:
     assert renderer.render(SIMPLE, [HELLO], {}) == ["user: Hello\n"]
     child = psutil.Process(renderer.pid)
     child.kill()
-    child.wait(5)
+    child.wait(PATIENCE)
     assert renderer.render(SIMPLE, [HELLO], {}) == ["user: Hello\n"]
 
 
@@ -191,7 +192,7 @@ def test_threads_get_their_own_texts(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert wrong == []
 
 
@@ -237,10 +238,14 @@ def test_the_process_ends_with_its_parent() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
-    end = time.monotonic() + 20
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: _is_over(pid))
+
+
+def _is_over(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_it_knows_no_secrets_and_little_memory(

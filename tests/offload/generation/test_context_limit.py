@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -26,6 +25,7 @@ from conmoe_edge.serve.jobs import Done, Failed, Job, Loaded, Piece
 from conmoe_edge.serve.prometheus import Metrics
 from tests.families import BY_NAME, tiny_model
 from tests.hand_packages import thirds, write_package
+from tests.patience import PATIENCE, wait_for
 
 LONG = SamplingSettings(temperature=0, max_tokens=60)
 DEMO = Path(__file__).parents[3] / "conmoe_edge" / "data" / "demo"
@@ -126,14 +126,13 @@ def test_the_server_s_engine_on_a_package(folder: Path, tokenizer: Any, rooms: l
         on_end=lambda error: None,
     )
     engine.start()
-    while engine.snapshot.state != "ready":
-        time.sleep(0.01)
+    wait_for(lambda: engine.snapshot.state == "ready")
     prompt = prompt_tokens(tokenizer, HELLO)
     try:
         engine.submit(Job(tuple(prompt), LONG, "", told.put))
         event: Any = Piece("")
         while not isinstance(event, Done | Failed):
-            event = told.get(timeout=60)
+            event = told.get(timeout=PATIENCE)
     finally:
         engine.stop()
     assert isinstance(event, Done) and event.finish == "length"

@@ -17,6 +17,7 @@ from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
 from conmoe_edge.offload.generation.session import ChatSession
 from tests.families import tiny_model
 from tests.hand_packages import thirds, write_package
+from tests.patience import PATIENCE
 
 DEMO = Path(__file__).parents[3] / "conmoe_edge" / "data" / "demo"
 PROMPTS = ([5, 9, 33, 12], [60, 61, 7, 8, 20], [40, 41])
@@ -35,7 +36,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
     start = threading.Barrier(len(calls))
 
     def call(one: Callable[[], Any]) -> Any:
-        start.wait(30)
+        start.wait(PATIENCE)
         return one()
 
     with ThreadPoolExecutor(len(calls)) as pool:

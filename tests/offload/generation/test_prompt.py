@@ -234,7 +234,7 @@ def test_threads(bytes_tokenizer: Any) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert wrong == []
 
 

@@ -19,17 +19,16 @@ from conmoe_edge.offload.generation.sampling_settings import GREEDY, SamplingSet
 from conmoe_edge.offload.generation.thinking import ThinkingMarks
 from tests.small_tokenizers import make
 
-CPU = torch.device("cpu")
 SCORES = torch.tensor([[1.0, 4.0, 3.0, 2.5, -1.0]])
 
 
 def greedy(**more: Any) -> Sampler:
     plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    return Sampler(SamplingSettings(**{**plain, "min_p": 0.0, **more}), CPU)
+    return Sampler(SamplingSettings(**{**plain, "min_p": 0.0, **more}))
 
 
 def drawn(settings: SamplingSettings, scores: Tensor, times: int) -> set[int]:
-    sampler = Sampler(settings, CPU)
+    sampler = Sampler(settings)
     return {sampler.next([0], scores) for _ in range(times)}
 
 
@@ -82,7 +81,7 @@ def test_scores_are_the_models_own_whatever_changes_the_choice() -> None:
 def test_wishes_that_ask_for_nothing_change_no_bit() -> None:
     torch.manual_seed(1)
     scores = torch.randn(50, 1, 300)
-    plain, wishing = Sampler(GREEDY, CPU), greedy(logprobs=5, logit_bias=((299, 0.0),))
+    plain, wishing = Sampler(GREEDY), greedy(logprobs=5, logit_bias=((299, 0.0),))
     for one in scores:
         assert plain.next([3], one) == wishing.next([3], one) == int(one.argmax())
     with pytest.raises(CheckpointError, match="NaN"):
@@ -133,7 +132,7 @@ def test_noise_held_to_a_schema_is_of_the_schema(
     seen = set()
     for seed in range(6):
         settings = SamplingSettings(400, temperature, 1.0, 0, 1.0, seed, (), 0.0, grammar=grammar)
-        made = answered(Sampler(settings, CPU), tokenizer, len(tokenizer) + 30, seed)
+        made = answered(Sampler(settings), tokenizer, len(tokenizer) + 30, seed)
         value = json.loads(tokenizer.decode(made))
         assert set(value) == {"name", "count", "kind"} and value["kind"] in ("river", "sea")
         assert isinstance(value["count"], int) and len(value["name"]) <= 8
@@ -190,7 +189,7 @@ def test_reasoning_is_free_and_the_answer_is_not(maker: GrammarMaker, tokenizer:
         thinking=marks,
         logit_bias=((end, -100.0), (tokenizer.eos_token_id, -9.0)),
     )
-    sampler = Sampler(settings, CPU)
+    sampler = Sampler(settings)
     made = answered(sampler, tokenizer, rows, 4)
     assert made.index(end) == sampler.thought == 15  # forced, against its bias
     json.loads(tokenizer.decode(made[16:]))
@@ -205,8 +204,8 @@ def test_an_answer_that_has_to_come_does_not_end_in_its_reasoning(
     held = replace(plain, grammar=maker.json_schema({"type": "string"}))
     scores = torch.zeros(1, len(tokenizer))
     scores[0, tokenizer.eos_token_id], scores[0, end] = 9.0, 8.0
-    assert Sampler(plain, CPU).next([5], scores) == tokenizer.eos_token_id
-    assert Sampler(held, CPU).next([5], scores) == end
+    assert Sampler(plain).next([5], scores) == tokenizer.eos_token_id
+    assert Sampler(held).next([5], scores) == end
 
 
 def test_reasoning_may_begin_with_the_answer_alone(maker: GrammarMaker, tokenizer: Any) -> None:
@@ -215,7 +214,7 @@ def test_reasoning_may_begin_with_the_answer_alone(maker: GrammarMaker, tokenize
     settings = SamplingSettings(
         99, 0.0, 1.0, 0, 1.0, 1, (), 0.0, grammar=grammar, thinking=ThinkingMarks(begin, end)
     )
-    sampler, scores = Sampler(settings, CPU), torch.zeros(1, len(tokenizer))
+    sampler, scores = Sampler(settings), torch.zeros(1, len(tokenizer))
     scores[0, begin] = 9.0
     assert sampler.next([5], scores) == begin
     scores[0, end] = 10.0

@@ -72,7 +72,7 @@ def answer(tokenizer: Any, text: str, seed: int, shown: frozenset[int], most: in
     plain = [n for text, n in tokenizer.get_added_vocab().items() if text in PLAIN_MARKS]
     grammar = GrammarMaker(tokenizer, rows, [tokenizer.eos_token_id]).lark(text)
     settings = SamplingSettings(most, 0.0, 1.0, 0, 1.0, seed, (), 0.0, grammar=grammar)
-    sampler, stream = Sampler(settings, torch.device("cpu")), TextStream(tokenizer, shown)
+    sampler, stream = Sampler(settings), TextStream(tokenizer, shown)
     draw = torch.Generator().manual_seed(seed)
     said, made = "", []
     while len(made) < most:

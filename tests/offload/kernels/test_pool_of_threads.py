@@ -11,6 +11,7 @@ import pytest
 
 from conmoe_edge.offload.kernels.cpu.bindings import why_not
 from conmoe_edge.offload.kernels.cpu.compiling import SOURCE
+from tests.patience import PATIENCE
 
 PROGRAM = Path(__file__).with_name("pool_of_threads.cpp")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
@@ -24,7 +25,11 @@ def built(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def run(folder: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [str(folder / "pool"), *arguments], capture_output=True, text=True, timeout=300, check=False
+        [str(folder / "pool"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert (done.returncode, done.stderr[-2000:]) == (0, "")
 

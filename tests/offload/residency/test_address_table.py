@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from conmoe_edge.offload.storage.slot_pool import SlotPool, can_shrink
 from conmoe_edge.offload.storage.transfer import DirectTransfer
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
+from tests.patience import wait_for
 
 CPU = torch.device("cpu")
 
@@ -172,10 +172,8 @@ class Bench:
 
     def settle(self) -> None:
         """Until every prefetch is over, whatever became of it."""
-        deadline = time.monotonic() + 30
-        while not all(self.transfer.ready(self.table.place(n)) for n in self.table.arriving):  # type: ignore[arg-type]
-            assert time.monotonic() < deadline
-            time.sleep(0.0005)
+        place: Any = self.table.place
+        wait_for(lambda: all(self.transfer.ready(place(n)) for n in self.table.arriving))
 
     def close(self) -> None:
         self.residency.close()

@@ -30,6 +30,7 @@ from conmoe_edge.plan.pace import Pace
 from conmoe_edge.plan.trace import Predictions, PrototypeTrace
 from tests.families import tiny_model
 from tests.hand_packages import identity, predict, write_package
+from tests.patience import PATIENCE
 
 PROMPT = [5, 17, 33, 80, 12]
 HIDDEN = 32
@@ -233,7 +234,7 @@ class SlowStore:
 
     def read_into(self, number: int, target: torch.Tensor) -> None:
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(PATIENCE)
         self.read.append(number)
 
 
@@ -243,7 +244,7 @@ def test_reads_ahead_go_one_at_a_time_and_can_be_taken_back() -> None:
     target = torch.zeros(100, dtype=torch.uint8)
     for number in range(3):
         transfer.load(number, (0, number), target, ahead=True)
-    assert store.begun.wait(10)
+    assert store.begun.wait(PATIENCE)
     assert not transfer.cancel(0, (0, 0), target), "it has begun"
     assert transfer.cancel(1, (0, 1), target) and transfer.ready((0, 1))
     assert transfer.counts.disk_bytes == 200

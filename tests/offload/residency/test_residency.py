@@ -27,6 +27,7 @@ from conmoe_edge.offload.storage.slot_pool import SlotPool
 from conmoe_edge.offload.storage.transfer import DirectTransfer
 from tests.families import tiny_model
 from tests.hand_packages import identity, write_package
+from tests.patience import PATIENCE, wait_for
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9, 41, 27]])
@@ -63,10 +64,11 @@ class Bench:
 
     def settle(self) -> None:
         """Until every prefetch is over, whatever became of it."""
-        deadline = time.monotonic() + 30
-        while not all(self.transfer.ready((0, self.cache.slot_of(n))) for n in self.cache.arriving):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for(
+            lambda: all(
+                self.transfer.ready((0, self.cache.slot_of(n))) for n in self.cache.arriving
+            )
+        )
 
     def visit(self, numbers: list[int], *, scan: bool = False) -> list[int]:
         """Positions in the order of compute; every expert is checked against the disk."""
@@ -150,7 +152,7 @@ class Gate:
         read = store.read_into
 
         def later(number: int, target: torch.Tensor) -> None:
-            assert self.open.wait(30)
+            assert self.open.wait(PATIENCE)
             read(number, target)
 
         monkeypatch.setattr(store, "read_into", later)

@@ -190,8 +190,9 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
                 begun(loads)
                 loaded += [load.item for load in loads]
                 held = [i for i in order[turn:] if cache.slot_of(i) is not None]
-                if data.draw(st.booleans()):
-                    begun(cache.prefetch(ahead))
+                way = data.draw(st.sampled_from([None, cache.prefetch, cache.read_on]))
+                if way is not None:
+                    begun(way(ahead))
                     assert all(cache.slot_of(i) is not None for i in held), "a locked item went"
                 reading.pop(cache.slot_of(item), None)
                 cache.table.arrived(item)
@@ -201,13 +202,15 @@ def test_no_policy_scan_or_prefetch_breaks_a_rule(
         assert set(pins) <= cache.resident
         places = [cache.slot_of(item) for item in cache.resident]
         assert len(set(places)) == len(places) <= slots
-        if data.draw(st.booleans()):
-            begun(cache.prefetch(ahead))
+        way = data.draw(st.sampled_from([None, cache.prefetch, cache.read_on]))
+        if way is not None:
+            begun(way(ahead))
         for item in sorted(cache.arriving):
             slot = cache.slot_of(item)
             assert slot is not None and reading[slot] == item
-            if data.draw(st.booleans()):
-                cache.table.arrived(item)
+            end = data.draw(st.sampled_from([None, cache.table.arrived, cache.taken_back]))
+            if end is not None:
+                end(item)
                 del reading[slot]
     assert cache.counts.useful <= cache.counts.prefetched
     assert cache.counts.hits + cache.counts.misses == sum(len(order) for order, _, _ in passes)
@@ -265,6 +268,29 @@ def test_a_scan_leaves_what_decode_uses() -> None:
         one.loads()
         one.finish(70)
     assert trial[0] in cache.resident and trial[1] not in cache.resident
+
+
+def test_what_is_read_for_the_next_scan_is_its_own_and_costs_nothing_resident() -> None:
+    cache = SlotCache(16)
+    cache.fill(range(16))
+    assert cache.ring == 2
+    read = 0
+    for first in range(16, 48, 8):
+        order, after = range(first, first + 8), range(first + 8, first + 16)
+        with cache.begin(order, scan=True) as one:
+            for item in order:
+                read += len(one.loads())
+                cache.table.arrived(item)
+                if one.complete:
+                    read += len(cache.read_on(after))
+                one.finish(item)
+        read += len(cache.read_on(after))
+        assert [item in cache.arriving for item in after][:2] == [True, True]
+    assert set(range(14)) <= cache.resident
+    assert (cache.counts.misses, read) == (32, 34), "each read once, and two for a scan to come"
+    assert (cache.counts.hits, cache.counts.prefetched) == (0, 0)
+    cache.taken_back(48)
+    assert cache.slot_of(48) is None and cache.slot_of(49) is not None
 
 
 def test_prefetch_takes_no_locked_slot_and_never_the_last() -> None:

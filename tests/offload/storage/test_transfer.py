@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conmoe_edge.checkpoint.format.manifest import ExpertId, PrototypeEntry, RecordLayout
 from conmoe_edge.errors import PackageError
+from conmoe_edge.offload.storage import transfer as transfer_module
 from conmoe_edge.offload.storage.record_store import RecordStore
 from conmoe_edge.offload.storage.slot_pool import host_buffer
 from conmoe_edge.offload.storage.transfer import DirectTransfer, QueuedTransfer
+from tests.patience import PATIENCE
 
 LAYOUT = RecordLayout("source", (), 8192)
 
@@ -24,7 +27,7 @@ class _Held(RecordStore):
     go: threading.Event
 
     def read_into(self, number: int, target: torch.Tensor) -> None:
-        assert self.go.wait(10)
+        assert self.go.wait(PATIENCE)
         super().read_into(number, target)
 
 
@@ -39,16 +42,29 @@ def store(tmp_path: Path) -> _Held:
     return store
 
 
-def test_ready_when_waiting_would_take_no_time(store: _Held) -> None:
+def _go_on_when_waited_for(store: _Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads go on from the moment that one is waited for."""
+    wait = transfer_module.wait_for_futures
+
+    def waiting(futures: Any) -> Any:
+        store.go.set()
+        return wait(futures)
+
+    monkeypatch.setattr(transfer_module, "wait_for_futures", waiting)
+
+
+def test_ready_when_waiting_would_take_no_time(
+    store: _Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transfer = DirectTransfer(store)
     target = host_buffer(LAYOUT.nbytes)
     assert transfer.ready((0, 0)), "nothing is on its way"
     transfer.load(1, (0, 0), target)
     assert not transfer.ready((0, 0)) and transfer.ready((0, 1))
-    threading.Timer(0.05, store.go.set).start()
+    _go_on_when_waited_for(store, monkeypatch)
     transfer.wait((0, 0))
     assert transfer.ready((0, 0))
-    assert 0.02 < transfer.counts.waited_seconds < 60
+    assert transfer.counts.waited_seconds > 0
     waited = transfer.counts.waited_seconds
     transfer.wait((0, 0))
     transfer.load(2, (0, 0), target)
@@ -62,10 +78,12 @@ def test_ready_when_waiting_would_take_no_time(store: _Held) -> None:
     transfer.close()
 
 
-def test_draining_waits_for_reads_and_swallows_what_became_of_them(store: _Held) -> None:
+def test_draining_waits_for_reads_and_swallows_what_became_of_them(
+    store: _Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transfer = DirectTransfer(store)
     transfer.load(3, (0, 0), host_buffer(LAYOUT.nbytes))
-    threading.Timer(0.02, store.go.set).start()
+    _go_on_when_waited_for(store, monkeypatch)
     transfer.drain()
     assert transfer.ready((0, 0))
     transfer.wait((0, 0))  # forgotten

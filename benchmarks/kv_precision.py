@@ -6,7 +6,7 @@
 
 Both are one package that is loaded twice. Loss and KL are over held-out text in sequences of the whole context, each
 of which goes through both in the package's chunks. The row "other chunks" is the first setting against itself with
-half of the chunk: how far rounding alone goes, which a router near a tie makes a choice of. Speed is that of single
+half of the chunk: how far rounding alone goes, which a router near a tie makes a choice of. Speed is that of a chat's
 tokens behind a context that is nearly full, the two settings in turns, the median of all rounds.
 """
 
@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def measure(folder: Path, context: int, sequences: int, rounds: int, tokens: int
     ids = _held_out(folder, context, sequences)
     with torch.inference_mode():
         quality = _quality(models, ids)
-        speed, memory = _speed_and_memory(models, ids[0], context, rounds, tokens)
+        speed, memory = _speed_and_memory(folder, models, ids[0], context, rounds, tokens)
     for model in models.values():
         model.conmoe.close()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     return {
@@ -124,34 +123,32 @@ def _quality(models: dict[str, Any], ids: Tensor) -> dict[str, dict[str, float]]
 
 
 def _speed_and_memory(
-    models: dict[str, Any], row: Tensor, context: int, rounds: int, tokens: int
+    folder: Path, models: dict[str, Any], row: Tensor, context: int, rounds: int, tokens: int
 ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-    from conmoe_edge.compat import cache_argument, cache_of
+    from conmoe_edge.compat import cache_of
+    from conmoe_edge.model.tokenizers import load_tokenizer
+    from conmoe_edge.offload.generation.benchmark import measure as rounds_of
+    from conmoe_edge.offload.generation.session import ChatSession
 
     held = context - tokens
-    caches = {}
-    for kind, model in models.items():
-        caches[kind] = cache_of(model(row[None, :held], use_cache=True, logits_to_keep=1))
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    tokenizer = load_tokenizer(folder)
+    prompt = row[:held].tolist()
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     memory: dict[str, dict[str, int]] = {}
-    for number in range(rounds + 1):
-        for kind, model in models.items():
-            token, cache = row[None, held : held + 1], caches[kind]
-            started = time.perf_counter()
-            for _ in range(tokens):
-                out = model(token, **cache_argument(model, cache))
-                token = out.logits[:, -1:].argmax(-1)
-            if number:  # the first one finds nothing warm
-                seconds[kind].append(time.perf_counter() - started)
-            memory[kind] = {
-                "planned": model.conmoe.cache_bytes(context),
-                "measured": _held_bytes(cache),
-            }
-            try:
-                cache.crop(-tokens)
-            except RuntimeError:  # a window that has moved on: as good behind other tokens
-                caches[kind] = cache_of(model(row[None, :held], use_cache=True, logits_to_keep=1))
-    return {kind: tokens / statistics.median(found) for kind, found in seconds.items()}, memory
+    sessions = {
+        kind: ChatSession(model, tokenizer, context=context) for kind, model in models.items()
+    }
+    for _ in range(rounds):
+        for kind, session in sessions.items():
+            (one,) = rounds_of(session, [prompt], tokens - 1)
+            found[kind].append(one.decode.tokens_per_second)
+    for kind, model in models.items():
+        cache = cache_of(model(row[None, :held], use_cache=True, logits_to_keep=1))
+        memory[kind] = {
+            "planned": model.conmoe.cache_bytes(context),
+            "measured": _held_bytes(cache),
+        }
+    return {kind: statistics.median(speeds) for kind, speeds in found.items()}, memory
 
 
 def _held_bytes(cache: Any) -> int:

@@ -46,7 +46,14 @@ def test_it_finds_nothing_wrong(name: str, check: str, tmp_path: Path) -> None:
         "-static",
     ]
     path = tmp_path / "check"
-    command = [compiler, *options, f"-I{SOURCE.parent}", str(Path(__file__).with_name(check)), "-o", str(path)]
+    command = [
+        compiler,
+        *options,
+        f"-I{SOURCE.parent}",
+        str(Path(__file__).with_name(check)),
+        "-o",
+        str(path),
+    ]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run(

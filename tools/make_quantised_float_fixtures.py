@@ -227,7 +227,15 @@ def bitsandbytes(kind: str, nested: bool = False) -> Callable[[Path], None]:
                 )
                 layer = layer.to("cpu")
                 state = layer.state_dict()
-                back = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                # Whole blocks as rows: for shorter ones the library's AVX-512 kernel takes another block's largest
+                # value (0.50.2).
+                known = layer.weight.quant_state
+                shape, known.shape = (
+                    known.shape,
+                    torch.Size((weight.numel() // known.blocksize, known.blocksize)),
+                )
+                back = dequantize_4bit(layer.weight.data, known).view(shape)
+                known.shape = shape
             stored.update({base + part: one.detach().clone() for part, one in state.items()})
             expanded[name] = back.to(torch.bfloat16)
         declared = {

@@ -174,9 +174,14 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
         offset = torch.tensor(state.offset)
     elif not bool(absmax.isfinite().all()) or bool((absmax < 0).any()):
         raise logical.broken("absmax", "holds NaN, infinity or a number below 0")
+    # Blocks lie one after another whatever the rows are, but for rows shorter than a block the library's AVX-512 kernel
+    # takes another block's largest value (0.50.2). So each block is a row of its own here.
+    count = math.prod(state.shape)
+    values = torch.zeros(len(absmax), state.block // 2, dtype=torch.uint8)
+    values.view(-1)[: -(-count // 2)] = parts["values"].reshape(-1).view(torch.uint8)
     whole = QuantState(
         absmax=absmax,
-        shape=torch.Size(state.shape),
+        shape=torch.Size((len(absmax), state.block)),
         code=parts["map"],
         blocksize=state.block,
         quant_type=state.kind,
@@ -184,7 +189,4 @@ def expand(logical: Logical, parts: Mapping[str, Tensor]) -> Tensor:
         offset=offset,
         state2=outer,
     )
-    values = parts["values"].reshape(-1).view(torch.uint8)
-    # For rows of odd lengths the library would compile a program first.
-    with torch.compiler.set_stance("force_eager"):
-        return dequantize_4bit(values, whole)
+    return dequantize_4bit(values, whole).reshape(-1)[:count].reshape(state.shape)

@@ -90,7 +90,8 @@ def test_an_expert_that_is_kept_whole_is_kept_bit_for_bit(kind: str, tmp_path: P
             assert same, (expert, name)
     receipt = open_package(tmp_path / "out").manifest.receipt
     assert receipt is not None
-    assert receipt["kl"] == 0.0 and receipt["top1_agreement"] == 1.0
+    # Where a processor has no bf16 products the two are computed in fp32, with scales finer than bf16 in one of them.
+    assert receipt["kl"] < 1e-6 and receipt["top1_agreement"] == 1.0
 
 
 @pytest.mark.parametrize("kind", list(GRIDS))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bench_reports import report_of
 from families import tiny_model
 from hand_packages import thirds, write_package
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conmoe_edge.api.bench_facts import byte_share, record_shares, replayed_hit_rate
 from conmoe_edge.checkpoint.format.manifest import CacheSettings
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
 from conmoe_edge.cli.views.bench_table import machine_line
-from conmoe_edge.offload.generation.benchmark import byte_rate
+from conmoe_edge.offload.generation import benchmark
+from conmoe_edge.offload.generation.benchmark import byte_rate, matrix_rate
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 
 
@@ -68,3 +71,23 @@ def test_the_rate_of_products_of_bytes_is_one_of_a_processor() -> None:
         pytest.skip("this machine cannot compile the operator")
     assert engine.byte_products(0) == 0
     assert byte_rate(torch.device("cpu")) == 0 or 1e8 < byte_rate(torch.device("cpu")) < 1e15
+
+
+def test_a_processor_without_bf16_is_not_asked_for_products_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of them takes it seconds, and every plan would wait for it."""
+    seen: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.overloadpacket is torch.ops.aten.mm:
+                seen.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(benchmark, "native_bf16", lambda: False)
+    with Products():
+        assert matrix_rate(torch.device("cpu")) > 1e8
+    assert seen == {torch.float32}

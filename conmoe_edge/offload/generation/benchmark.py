@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conmoe_edge.compat import native_bf16
 from conmoe_edge.model.accelerator import synchronize
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.offload.compute.fused_linear import FusedLinear
@@ -195,10 +196,10 @@ def byte_rate(device: torch.device) -> float:
 
 def matrix_rate(device: torch.device) -> float:
     """Floating-point operations a second that a large matrix product reaches here, in the better of
-    float32 and bfloat16.
+    float32 and bfloat16; a CPU without bf16 products is not asked for them.
     """
     best = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in _formats(device):
         left = torch.ones(512, 2048, dtype=dtype, device=device)
         right = torch.ones(2048, 2048, dtype=dtype, device=device)
         out = torch.mm(left, right)
@@ -212,6 +213,12 @@ def matrix_rate(device: torch.device) -> float:
             if now >= end:
                 break
     return best
+
+
+def _formats(device: torch.device) -> tuple[torch.dtype, ...]:
+    # Where a processor has no such instructions one product of this size takes eight seconds, and no prompt makes any.
+    by_float32_alone = device.type == "cpu" and not native_bf16()
+    return (torch.float32,) if by_float32_alone else (torch.float32, torch.bfloat16)
 
 
 def _dense_tensors(model: nn.Module) -> Iterator[Tensor]:

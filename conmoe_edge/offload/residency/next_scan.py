@@ -32,8 +32,8 @@ class NextScan:
         }
 
     def after(self, layer: int, asked: int) -> Sequence[int]:
-        """What the MoE layer after ``layer`` will be asked for, ascending, where a chunk has asked ``layer`` for so many
-        prototypes; nothing where that does not say, and after the last layer.
+        """What the MoE layer after ``layer`` will be asked for, ascending, where a chunk has asked ``layer`` for so
+        many prototypes; nothing where that does not say, and after the last layer.
         """
         count, numbers = self._after.get(layer, (0, ()))
         return numbers if asked >= NEARLY_ALL * count else ()

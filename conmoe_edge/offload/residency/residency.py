@@ -195,9 +195,9 @@ class Residency:
         """``compute(positions, experts)`` until every prototype of ``numbers`` (distinct) has had its turn: a scan in
         that order, one by one unless all of them stay, a decode first what is there, then the others as they come.
 
-        ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending; with
-        a scan it is what the next scan will probably ask for, in its order, and as much of it is read as there are slots
-        on trial that this one is done with.
+        ``experts`` are valid during the call only. ``ahead`` is prefetched when no read for ``numbers`` is pending;
+        with a scan it is what the next scan will probably ask for, in its order, and as much of it is read as there are
+        slots on trial that this one is done with.
         """
         staying = self._staying(numbers)
         if staying is not None:

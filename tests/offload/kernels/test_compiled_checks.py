@@ -1,7 +1,7 @@
 """Programs beside the operator's source, in every instruction set; those of ARM where they can be emulated.
 
-``low_bit_sums.cpp``: sums of few bits in whole numbers. ``cached_rows.cpp``: scores and weighted sums of a cache's rows.
-Each compares bit for bit with a plain loop.
+``low_bit_sums.cpp``: sums of few bits in whole numbers. ``cached_rows.cpp``: scores and weighted sums of a cache's
+rows. Each compares bit for bit with a plain loop.
 """
 
 from __future__ import annotations

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conmoe_edge.serve.engine import Engine
 
-FOLDER = "CONMOE_TEST_HELD"
-"""Environment variable: where the files are that hold processes, each with its process's id as its name."""
+FOLDER = "HELD_ROUNDS_OF_CONMOE"
+"""Environment variable: where the files are that hold processes, each with its process's id as its name.
+
+It does not begin with ``CONMOE_``: files of kept prompts count only where the variables that do are the same.
+"""
 _LOADING = "loading"
 _LOOK_SECONDS = 0.005
 _LENIENT_SECONDS = 60

@@ -46,6 +46,7 @@ class FrontServer:
         *,
         keep_alive: float,
         tell: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         """Listens; nothing is loaded.
 
@@ -56,6 +57,7 @@ class FrontServer:
             budget: of all together.
             keep_alive: seconds that a package stays after its last answer.
             tell: gets one line for people.
+            warn: gets one line of what is not as it should be.
 
         Raises:
             DoesNotFit: the budget holds no package whatever.
@@ -79,6 +81,7 @@ class FrontServer:
             kept_back=kept_back,
             keep_alive=keep_alive,
             tell=tell,
+            warn=warn,
             last_look=self._last_look,
             gone=lambda model: self._of_models.gone(model.name),
         )

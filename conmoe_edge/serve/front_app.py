@@ -27,7 +27,7 @@ from conmoe_edge.serve.metric_text import ModelMetrics
 from conmoe_edge.serve.model_list import model_json
 from conmoe_edge.serve.model_pool import RETRY_SECONDS, ModelPool, PooledModel
 from conmoe_edge.serve.page_files import add_page
-from conmoe_edge.serve.page_stats import SCHEMA_VERSION
+from conmoe_edge.serve.page_stats import stats_without_model
 from conmoe_edge.serve.prometheus import CONTENT_TYPE, Metrics, escaped, family, single, taken_in
 from conmoe_edge.serve.requests import MOST_VALUES, read_json
 from conmoe_edge.serve.settings import Settings
@@ -78,24 +78,13 @@ def make_front_app(
     @app.get("/stats")
     async def stats(model: str | None = None) -> Response:
         chosen = _latest(pool) if model is None else found(model)
-        value: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "model": chosen.name,
-            "state": "ready",
-            "queued": len(chosen.waiters),
-            "running": 0,
-            "parallel": settings.limits.parallel,
-            "tokens_per_second": 0.0,
-            "totals": {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0},
-            "memory": None,
-            "prompts": None,
-            "compute": None,
-            "cache": None,
-        }
         worker = chosen.worker
         text = None if worker is None else await forwarding.look(worker, "/stats")
-        if text is not None:
-            value = json.loads(text)
+        value = (
+            json.loads(text)
+            if text is not None
+            else stats_without_model(chosen.name, "ready", Metrics(), len(chosen.waiters), settings)
+        )
         value["models"] = [
             {"name": one.name, "state": one.state, "loaded": one.worker is not None}
             for one in pool.models

@@ -114,6 +114,7 @@ class ModelPool:
         kept_back: int,
         keep_alive: float,
         tell: Callable[[str], None],
+        warn: Callable[[str], None],
         last_look: Callable[[PooledModel, Worker], Awaitable[None]],
         gone: Callable[[PooledModel], None],
     ) -> None:
@@ -127,6 +128,7 @@ class ModelPool:
             kept_back: bytes of the budget beside ``total``.
             keep_alive: seconds that a package stays where the request does not say.
             tell: gets one line for people.
+            warn: gets one line of what is not as it should be; what all packages have in common once.
             last_look: what is due before a process is ended.
             gone: what is due once it is, whatever ended it.
         """
@@ -137,6 +139,8 @@ class ModelPool:
         self._start_bytes = start_bytes
         self._kept_back = kept_back
         self._tell = tell
+        self._warn = warn
+        self._said_slow = False
         self._last_look = last_look
         self._gone = gone
         self._held: dict[Worker, int] = {}
@@ -296,7 +300,7 @@ class ModelPool:
             await self._make_room(model, wanted - self._start_bytes)
             self._held[worker] = wanted
             model.stats = await worker.load(
-                wanted, self._tell, lambda status: self._ended(model, worker, status)
+                wanted, self._warn, lambda status: self._ended(model, worker, status)
             )
         except BaseException:
             worker.kill()
@@ -306,6 +310,9 @@ class ModelPool:
         model.digest = digest
         model.loads += 1
         model.load_seconds = time.monotonic() - begun
+        if model.stats["slow"] and not self._said_slow:
+            self._warn(model.stats["slow"])
+            self._said_slow = True
         self._tell(_loaded_line(model, wanted))
 
     def _too_large(self, model: PooledModel, least: int) -> WorkerFailed:

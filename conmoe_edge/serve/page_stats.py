@@ -7,31 +7,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from conmoe_edge.serve.engine import Engine
     from conmoe_edge.serve.intake import Intake
-    from conmoe_edge.serve.prometheus import Metrics
+    from conmoe_edge.serve.prometheus import Metrics, State
     from conmoe_edge.serve.settings import Settings
 
 SCHEMA_VERSION = 1
 
 
-def page_stats(
-    engine: Engine, metrics: Metrics, settings: Settings, intake: Intake
+def stats_without_model(
+    name: str, state: State, metrics: Metrics, queued: int, settings: Settings
 ) -> dict[str, Any]:
-    """Sizes in bytes. ``memory``, ``prompts``, ``compute`` and ``cache`` are ``null`` before the model is there."""
-    now = engine.snapshot
-    value: dict[str, Any] = {
+    """Of a package that is not loaded; what it would take and compute with is ``null``."""
+    return {
         "schema_version": SCHEMA_VERSION,
-        "model": settings.name,
-        "state": now.state,
-        "queued": now.queued,
-        "running": now.running,
+        "model": name,
+        "state": state,
+        "queued": queued,
+        "running": 0,
         "parallel": settings.limits.parallel,
-        "tokens_per_second": round(now.tokens_per_second, 2),
+        "tokens_per_second": 0.0,
         "totals": metrics.totals(),
         "memory": None,
         "prompts": None,
         "compute": None,
         "cache": None,
     }
+
+
+def page_stats(
+    engine: Engine, metrics: Metrics, settings: Settings, intake: Intake
+) -> dict[str, Any]:
+    """Sizes in bytes. As ``stats_without_model`` before the model is there."""
+    now = engine.snapshot
+    value = stats_without_model(settings.name, now.state, metrics, now.queued, settings)
+    value["running"] = now.running
+    value["tokens_per_second"] = round(now.tokens_per_second, 2)
     if now.runtime is None or engine.loaded is None:
         return value
     stats = now.runtime

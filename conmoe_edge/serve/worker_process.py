@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TextIO
 
+from conmoe_edge.api.slow_line import slow_line
 from conmoe_edge.errors import ConmoeError, DoesNotFit, OutOfMemory
 from conmoe_edge.memory.budget import Budget
 from conmoe_edge.memory.garbage import settle
@@ -96,6 +97,7 @@ def _ready(server: Server, loaded: Loaded, say: Callable[[dict[str, Any]], None]
                 "resident": stats.resident,
                 "prototypes": stats.prototypes,
                 "device": stats.device,
+                "slow": slow_line(stats.device),
             }
         }
     )

@@ -19,6 +19,9 @@ from conmoe_edge.serve.worker import WorkerFailed
 START = 10
 
 
+SLOW = "Answers are slow."
+
+
 class Process:
     """What the pool sees of a package's process."""
 
@@ -39,7 +42,7 @@ class Process:
         if self.failure is not None:
             raise self.failure
         self.given, self.on_end = nbytes, on_end
-        return {"resident": 1, "prototypes": 2}
+        return {"resident": 1, "prototypes": 2, "slow": SLOW}
 
     async def stop(self) -> None:
         await asyncio.sleep(0)
@@ -64,6 +67,7 @@ class World:
         self.needs = needs
         self.started: list[tuple[str, Process]] = []
         self.told: list[str] = []
+        self.warned: list[str] = []
         self.most = 0
         models = [PooledModel(name, Path(name)) for name in needs]
         self.pool = ModelPool(
@@ -74,6 +78,7 @@ class World:
             kept_back=5,
             keep_alive=keep,
             tell=self.told.append,
+            warn=self.warned.append,
             last_look=self.last_look,  # type: ignore[arg-type]
             gone=lambda model: None,
         )
@@ -164,6 +169,18 @@ def test_what_fits_stays_and_the_least_recently_used_goes() -> None:
         assert [name for name, _ in world.started] == ["a", "b", "c"]
         await world.once("b")
         assert world.loaded == ["b", "c"]
+
+    run(story)
+
+
+def test_that_answers_are_slow_here_is_said_once() -> None:
+    async def story() -> None:
+        world = World(100, a=(20, 40), b=(20, 40))
+        for name in "aba":
+            await world.once(name, 0.0)
+            await settled()
+        assert [name for name, _ in world.started] == ["a", "b", "a"]
+        assert world.warned == [SLOW]
 
     run(story)
 

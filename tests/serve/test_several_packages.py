@@ -167,6 +167,19 @@ def test_a_day_with_two_models(folders: dict[str, Path]) -> None:
     assert "signal 9" in server.errors
 
 
+def test_that_answers_are_slow_for_want_of_a_compiler_is_said_once(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    bare = {"CXX": "none", "XDG_CACHE_HOME": str(tmp_path)}
+    words = ("--gpu", "700MB", "--keep-alive", "0")
+    with running_server(str(folders["one"]), *words, **bare) as server:
+        for _ in range(2):
+            say(server, "one", max_tokens=2)
+            wait_for(lambda: not loaded(server))
+    assert server.errors.count("Unloaded one") == 2
+    assert server.errors.count("several times slower than they could be: CXX names no") == 1
+
+
 @pytest.mark.slow
 def test_one_makes_room_for_another(folders: dict[str, Path]) -> None:
     with serving_all(folders, ONE_FITS) as server:

@@ -63,8 +63,8 @@ def bench(
       conmoe-edge bench ./out --json > speed.json
     """
     from conmoe_edge import api
+    from conmoe_edge.api.slow_line import slow_line
     from conmoe_edge.cli.commands.chat import check_package
-    from conmoe_edge.cli.ui.slow_line import slow_line
     from conmoe_edge.cli.ui.text import path_text
     from conmoe_edge.cli.views.bench_table import bench_view
     from conmoe_edge.memory.garbage import settle

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.api.slow_line import slow_line
 from conmoe_edge.cli.chat_loop.make_room import ON_FULL, OnFull
 from conmoe_edge.cli.chat_loop.silent_keys import silent_keys
 from conmoe_edge.cli.ui.cli_options import (
@@ -25,7 +26,6 @@ from conmoe_edge.cli.ui.cli_options import (
     special_tokens_option,
     template_option,
 )
-from conmoe_edge.cli.ui.slow_line import slow_line
 from conmoe_edge.errors import PackageError, UsageError
 
 if TYPE_CHECKING:

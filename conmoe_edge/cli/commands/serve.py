@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conmoe_edge.api.slow_line import slow_line
 from conmoe_edge.cli.commands.chat import check_package
 from conmoe_edge.cli.ui.cli_options import (
     Tokens,
@@ -21,7 +22,6 @@ from conmoe_edge.cli.ui.cli_options import (
     special_tokens_option,
     template_option,
 )
-from conmoe_edge.cli.ui.slow_line import slow_line
 from conmoe_edge.errors import ConmoeError, UsageError
 from conmoe_edge.extras import install_command
 
@@ -245,7 +245,13 @@ def _serve_several(
     ]
     stays = DEFAULT_SECONDS if keep_alive is None else keep_alive
     server = FrontServer(
-        settings, models, loading, loading.budget, keep_alive=stays, tell=output.note
+        settings,
+        models,
+        loading,
+        loading.budget,
+        keep_alive=stays,
+        tell=output.note,
+        warn=output.warning,
     )
     output.value({"url": server.url, "models": names, "api": f"{server.url}/v1"})
     after = (

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_whole_library_is_opened_as_it_is(cache: Path, compiled: list[str]) -> None:
     assert build.library() == cache and build.is_built()
     assert not compiled
+
+
+def test_no_more_compilers_are_asked_than_it_takes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = next(build.compilers())
+
+    def one_alone() -> Iterator[Compiler]:
+        yield first
+        pytest.fail("the library of the first one is there")
+
+    monkeypatch.setattr(build, "compilers", one_alone)
+    assert build.is_built() and build.library() == cache
 
 
 @pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])

@@ -109,11 +109,17 @@ def is_built() -> bool:
     """
     wanted, folder = _Wanted.here(), cache_folder()
     shipped = wanted.shipped()
-    found = [] if shipped is None else [shipped]
-    made = [wanted.compiled(one, folder) for one in ([] if found else wanted.compilers())]
-    if not found and not made:
+    if shipped is not None:
+        return told_of(shipped, folder).is_file()
+    there_is_one = False
+    for compiler in wanted.compilers():  # each is a process that says its version
+        there_is_one = True
+        path = wanted.compiled(compiler, folder)
+        if path is not None and told_of(path, folder).is_file():
+            return True
+    if not there_is_one:
         raise none_found()
-    return any(one is not None and told_of(one, folder).is_file() for one in (*found, *made))
+    return False
 
 
 def cache_folder() -> Path:

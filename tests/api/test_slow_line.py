@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[3]
-_SAY = (
-    "from conmoe_edge.cli.ui.slow_line import slow_line; import sys; print(slow_line(sys.argv[1]))"
-)
+_ROOT = Path(__file__).resolve().parents[2]
+_SAY = "from conmoe_edge.api.slow_line import slow_line; import sys; print(slow_line(sys.argv[1]))"
 
 
 def said(device: str, tmp_path: Path, **env: str) -> str:

@@ -23,7 +23,6 @@ KINDS = ("int8", "int4", "q6", "q4", "q3", "q2")
 TOKENS = (1, 4, 64, 256)
 SIZE = 2048
 """Rows and columns of the matrix."""
-FEW = 16
 CALLS, CALLS_OF_MANY = 40, 8
 
 
@@ -52,6 +51,7 @@ def times() -> dict[str, Any]:
     import torch
 
     from conmoe_edge.checkpoint.format.quantise import quantise
+    from conmoe_edge.offload.compute.torch_backend import MANY_ROWS
     from conmoe_edge.offload.kernels.cpu.bindings import operator
     from conmoe_edge.offload.kernels.cpu.build import found_library
 
@@ -69,9 +69,9 @@ def times() -> dict[str, Any]:
         for tokens in TOKENS:
             x = torch.randn(tokens, SIZE, generator=drawn).bfloat16()
             best = float("inf")
-            for _ in range(CALLS if tokens < FEW else CALLS_OF_MANY):
+            for _ in range(CALLS if tokens < MANY_ROWS else CALLS_OF_MANY):
                 started = time.thread_time()
-                if tokens < FEW:
+                if tokens < MANY_ROWS:
                     engine.few_rows([prepared], x.unsqueeze(0))
                 else:
                     engine.many_rows(prepared, x)

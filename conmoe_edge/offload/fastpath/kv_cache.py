@@ -120,14 +120,14 @@ class GrowingLayer(DynamicLayer):
             self._show(held)
         return Cached.of(key_buffer, value_buffer, held, widths_of(self))
 
-    def has_one_more(self, cached: Cached | None = None) -> None:
-        """What ``room_for_one`` gave has been written to. With what that was, ``cached``, the next token's room is
-        known as well, where there is some.
+    def has_one_more(self, cached: Cached) -> None:
+        """What ``room_for_one`` gave, ``cached``, has been written to. So the next token's room is known as well, where
+        there is some.
         """
         held = self.keys.shape[-2] + 1  # pyright: ignore[reportOptionalMemberAccess]
         self._show(held)
-        room = 0 if self._key_buffer is None else self._key_buffer.shape[-2]
-        if cached is None or held >= room or self._key_buffer.is_inference():  # pyright: ignore[reportOptionalMemberAccess]
+        buffer: Any = self._key_buffer
+        if held >= buffer.shape[-2] or buffer.is_inference():
             return
         place = (cached.keys, cached.values, cached.key_step, cached.value_step, held)
         self._shown = self.keys, self.values, Cached(*place, cached.sizes, cached.packed)

@@ -31,11 +31,8 @@ from conmoe_edge.offload.kernels.cpu.bindings import Positions
 
 _DECODERS = frozenset(
     (  # one after the other those of transformers 5.24, 5.23, and 5.22 with 5.21
-        *(
-            "9f1670fcb03d31fd",
-            "371f907705da7e33",
-            "91c792fcc29012b4",
-        ),  # olmoe, deepseek, glm4_moe, ...
+        # olmoe, deepseek, glm4_moe, ...
+        *("9f1670fcb03d31fd", "371f907705da7e33", "91c792fcc29012b4"),
         *("1458346be7b59baf", "957f84c86dd7e782", "e84980d4c703b56d"),  # mixtral, phimoe, qwen3_moe
         *("d99504d313746c6b", "9e0db576f0e0f5d8", "c3659e037588ee67"),  # ernie4_5_moe, flex_olmo
         *("cfbf2daeba974beb", "e117e8a6a23f879f", "ba5435e31fbe2067"),  # dots1, exaone_moe

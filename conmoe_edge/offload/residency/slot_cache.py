@@ -104,9 +104,7 @@ class SlotCache:
         self._policy: Policy = Lru() if policy is None else policy
         self._trial: dict[int, None] = {}  # items on trial, the oldest first
         self._ahead: set[int] = set()  # items of a prefetch that have not been asked for yet
-        self._coming: set[int] = (
-            set()
-        )  # items that were read for a scan that has not asked for them yet
+        self._coming: set[int] = set()  # items read for a scan that has not asked for them yet
         self._free = list(range(slots - 1, -1, -1))  # taken from the end, lowest number first
         self._running: Pass | None = None
 

@@ -4,7 +4,6 @@ its say in a module once it is imported. Nothing is imported for it, so the proc
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from typing import Any
@@ -32,5 +31,4 @@ class _Finder:
         return spec
 
 
-if "HELD_ROUNDS_OF_CONMOE" in os.environ:
-    sys.meta_path.insert(0, _Finder)  # pyright: ignore[reportArgumentType]
+sys.meta_path.insert(0, _Finder)  # pyright: ignore[reportArgumentType]

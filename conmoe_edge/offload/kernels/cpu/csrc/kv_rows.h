@@ -7,12 +7,9 @@
 
 namespace {
 
-constexpr int64_t NEAR = 16;  // rows that stay in the first cache while all tokens pass over them
 // Sums of `row_scores` that are made at once: with what they add up they take the processor's registers.
 #if CONMOE_AVX512
 constexpr int64_t SUMS = 8;
-#elif CONMOE_AVX2
-constexpr int64_t SUMS = 4;
 #else
 constexpr int64_t SUMS = 4;
 #endif

@@ -329,56 +329,41 @@ inline float sum(Lanes a) {
 
 #endif
 
-// sums[i] = sum(x[i]), the same bits: what is added up is the same pairs in the same order, of many vectors at once.
-#if CONMOE_AVX512
+// sums[i] = sum(x[i]), the same bits: what is added up is the same pairs in the same order, of many vectors at once where
+// the processor has shuffles for it. Two vectors become one that has both their halves added up, four one with the
+// quarters, and so on.
 inline void sums_of(const Lanes* x, int64_t count, float* sums) {
-  // Two vectors become one that has both their halves added up, four one with the quarters, and so on. In the end each
-  // quarter begins with a sum of the first four vectors and one of the second four.
+  int64_t i = 0;
+#if CONMOE_AVX512
   const auto halve = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   };
   const auto quarter = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  const auto couple = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  };
-  const auto single = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
-  };
-  int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
     const __m512 a = quarter(halve(x[i].v, x[i + 1].v), halve(x[i + 2].v, x[i + 3].v));
     const __m512 b = quarter(halve(x[i + 4].v, x[i + 5].v), halve(x[i + 6].v, x[i + 7].v));
-    const __m512 c = couple(a, b), found = single(c, c);
+    const __m512 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    // Each quarter begins with a sum of the first four vectors and one of the second four.
+    const __m512 found = _mm512_add_ps(_mm512_shuffle_ps(c, c, 0x88), _mm512_shuffle_ps(c, c, 0xdd));
     const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
     _mm256_storeu_ps(sums + i, _mm512_castps512_ps256(_mm512_permutexvar_ps(places, found)));
   }
-  for (; i < count; ++i) sums[i] = sum(x[i]);
-}
 #elif CONMOE_AVX2
-inline void sums_of(const Lanes* x, int64_t count, float* sums) {
-  const auto halve = [](__m256 a, __m256 b) {
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const auto halve = [](Lanes a, Lanes b) {
+    const __m256 first = _mm256_add_ps(a.a, a.b), second = _mm256_add_ps(b.a, b.b);
+    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
   };
-  const auto couple = [](__m256 a, __m256 b) {
-    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
-  };
-  int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    __m256 whole[4];
-    for (int64_t j = 0; j < 4; ++j) whole[j] = _mm256_add_ps(x[i + j].a, x[i + j].b);
-    const __m256 c = couple(halve(whole[0], whole[1]), halve(whole[2], whole[3]));
+    const __m256 a = halve(x[i], x[i + 1]), b = halve(x[i + 2], x[i + 3]);
+    const __m256 c = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
     const __m256 found = _mm256_add_ps(_mm256_shuffle_ps(c, c, 0x88), _mm256_shuffle_ps(c, c, 0xdd));
     const __m256 sorted = _mm256_permutevar8x32_ps(found, _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0));
     _mm_storeu_ps(sums + i, _mm256_castps256_ps128(sorted));
   }
+#endif
   for (; i < count; ++i) sums[i] = sum(x[i]);
 }
-#else
-inline void sums_of(const Lanes* x, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = sum(x[i]);
-}
-#endif
 
 }  // namespace

@@ -23,6 +23,7 @@ constexpr int64_t PARTS = 4;        // vectors of a row that are summed side by 
 constexpr int64_t PAGE = 4096;      // bytes; what a processor reads ahead ends with a page, and in a page is one stream
 constexpr int64_t MOST = 64;        // rows of a block, at most
 constexpr int64_t TOKENS = 4;       // that a row is multiplied with at once
+constexpr int64_t NEAR = 16;        // rows that stay in the first cache while all tokens pass over them
 constexpr int64_t BLOCK = 32;       // columns of activations in 8 bits that share a scale, beside int8 weights
 constexpr int64_t MANY = 1 << 15;   // numbers that are worth a second thread
 constexpr int64_t CHUNK = 1 << 18;  // bytes of weights that a thread takes at a time, and below which one does it all
@@ -520,7 +521,7 @@ template <class Values>
 void weighted(int64_t count, const Values& values, const float* p, int64_t tokens, Target y, int64_t rows,
               int64_t columns) {
   using Form = typename Values::Form;
-  constexpr int64_t PART = 512, NEAR = 16;  // NEAR rows stay in the first cache while all tokens pass over them
+  constexpr int64_t PART = 512;
   const int64_t parts = (rows + PART - 1) / PART, size = tokens * columns;
   std::vector<float> sums(size_t(count * parts * size), 0.0f);
   RoomOfThreads rooms(values.room(NEAR));

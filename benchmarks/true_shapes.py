@@ -14,7 +14,7 @@ and never on the disk. A cell is SHAPE[/LAYERS[xEXPERTS]]:BUDGET, and has three 
   part beside the bounds of ``fit_bounds.py``, seconds for each layer, most memory, most disk;
 * bench: tokens a second and memory under a hard limit of the budget, beside the plan's prediction, for routes of the
   model's own. Memory is what belongs to no file, and the pages of the libraries: what else is mapped is the kernel's
-  to drop.
+  to drop. The context is the bench's own in all stages (``--context``), so that what was planned is what is used.
 
 A fit of 30 billion weights takes hours on two cores. For a cell that ends in =PRECISION:DENSE a package of the true
 shape is written with random numbers in its records (``comparison/random_package.py``), every expert there, and the
@@ -175,8 +175,8 @@ class Bench:
 
     Args:
         work: folder for the package and small files.
-        settings: ``calibration_tokens``, ``prompt_tokens``, ``tokens``, ``fit_limit`` (bytes; ``None``: nothing is
-            limited), ``words``.
+        settings: ``calibration_tokens``, ``prompt_tokens``, ``tokens``, ``context``, ``fit_limit`` (bytes; ``None``:
+            nothing is limited), ``words``.
     """
 
     def __init__(self, cell: Cell, work: Path, settings: Mapping[str, Any]) -> None:
@@ -192,10 +192,10 @@ class Bench:
 
     def plan(self) -> dict[str, Any]:
         """Seconds, and what was planned."""
-        levers = {}
+        levers: dict[str, Any] = {"context": self.settings["context"]}
         if self.cell.written:  # what such a package is expected to take
             precision, _, dense = self.cell.written.partition(":")
-            levers = {"method": "conmoe", "rate": 0, "kv_precision": "source"}
+            levers |= {"method": "conmoe", "rate": 0, "kv_precision": "source"}
             levers |= {"precision": precision, "dense_precision": dense}
         words = [self.name, self.cell.budget, json.dumps(levers)]
         child = run_child([sys.executable, "-c", _PLAN, *words])
@@ -211,6 +211,7 @@ class Bench:
         fetched_rate = fetch_rate(url)
         before, raw = measure_rates(None, self.folder, sizes, scope=1)
         words = ["--calibration-tokens", str(self.settings["calibration_tokens"]), "--overwrite"]
+        words += ["--context", str(self.settings["context"])]
         words += self.settings["words"]
         command = command_of(self.name, self.cell.budget, self.out, words)
         done = fit(hub, command, self.folder, self.out, self.settings["fit_limit"])
@@ -252,6 +253,7 @@ class Bench:
         command += ["--gpu", self.cell.budget, "--repeats", "1", "--json"]
         command += ["--prompt-tokens", str(self.settings["prompt_tokens"])]
         command += ["--tokens", str(self.settings["tokens"])]
+        command += ["--context", str(self.settings["context"])]
         child = run_child(command, self.limit)
         if child.returncode:
             raise SystemExit(f"bench ended with {child.returncode}\n{child.stdout}")
@@ -480,6 +482,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument(
+        "--context", type=int, help="tokens to keep room for; those of the bench by default"
+    )
+    parser.add_argument(
         "--fit-limit", type=parse_size, default=parse_size("15GB"), help="memory of fit (15GB)"
     )
     parser.add_argument("--no-limit", action="store_true", help="no hard limits of memory")
@@ -502,6 +507,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "calibration_tokens": args.calibration_tokens,
         "prompt_tokens": args.prompt_tokens,
         "tokens": args.tokens,
+        "context": args.context or args.prompt_tokens + args.tokens,
         "fit_limit": None if args.no_limit else args.fit_limit,
         "words": list(args.words),
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -47,20 +48,30 @@ def trim_heap() -> bool:
 
 
 def trimmed(items: Iterable[One]) -> Iterator[One]:
-    """Each of ``items``, the heap trimmed before the first and wherever the process has grown by ``GROWN`` since that
-    was done last.
-
-    For loops whose every step leaves something behind and needs a multiple of it for a while: what it needs for a while
-    is free again in pieces between what stays, and the next step, a little larger, finds room behind them.
-    """
-    process, least = psutil.Process(), 0
+    """Each of ``items``, the heap looked at before it (``Trimming``)."""
+    trimming = Trimming()
     for one in items:
-        now = process.memory_info().rss
-        if now > least + GROWN:
-            trim_heap()
-            least = process.memory_info().rss
-        least = min(least, now)
+        trimming.look()
         yield one
+
+
+class Trimming:
+    """For loops whose every step leaves something behind and needs a multiple of it for a while: what it needs for a
+    while is free again in pieces between what stays, and the next step, a little larger, finds room behind them.
+    """
+
+    def __init__(self) -> None:
+        self._process, self._least = psutil.Process(), 0
+        self._lock = threading.Lock()
+
+    def look(self) -> None:
+        """Trim the heap the first time, and wherever the process has grown by ``GROWN`` since that was done last."""
+        with self._lock:
+            now = self._process.memory_info().rss
+            if now > self._least + GROWN:
+                trim_heap()
+                self._least = self._process.memory_info().rss
+            self._least = min(self._least, now)
 
 
 def _call(name: str, *args: int) -> bool:

@@ -8,7 +8,7 @@ a larger ridge every neuron looks dear, and whole experts go instead.
 
 A down projection with more than ``slot_errors.SKETCH`` rows is sketched as outputs are there.
 
-Peak memory: one [I, I] in fp32 an expert, and the activations of one expert on its tokens.
+Peak memory: one [I, I] in fp32 an expert, and the activations of the experts that go side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from conmoe_edge.compress.solvers.neuron_pruning import cuts
 from conmoe_edge.compress.solvers.refit import Features
 from conmoe_edge.compress.solvers.slot_errors import sketch
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.memory.heap import trimmed
+from conmoe_edge.compress.work.side_by_side import side_by_side
 
 PRIOR = 1.0
 _NEARLY_CONSTANT = 0.01
@@ -49,13 +49,14 @@ def narrowings(
         tokens: of the layer.
         gates: fp32 [T, E], the gate of every slot that a token chose, else 0.
     """
-    grams, found = [], []
-    for expert in trimmed(range(len(scope.pool))):
+
+    def of(expert: int) -> tuple[Tensor, Narrowing]:
         gate = gates[:, expert]
         one = activations(scope, tokens, expert, gate)
-        grams.append(one.gram)
-        found.append(narrowing(scope, expert, one, gate[one.rows]))
-    return grams, found
+        return one.gram, narrowing(scope, expert, one, gate[one.rows])
+
+    found = side_by_side(of, range(len(scope.pool)))
+    return [gram for gram, _ in found], [one for _, one in found]
 
 
 def narrowing(scope: ScopeView, expert: int, own: Features, gates: Tensor) -> Narrowing:

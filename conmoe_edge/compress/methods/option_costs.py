@@ -11,7 +11,8 @@ of each times the length of its column of the down projection; of w neurons it i
 f_down(b') are measured on the layer itself: ``MEASURED`` experts, from the one with the most output to one with little,
 are rounded the way packages are, some rows of each matrix, and the mean of error over E is taken.
 
-Peak memory: four [H, H] in fp32 and what ``round_matrix`` takes for ``ROWS`` rows.
+Peak memory: four [H, H] in fp32 for each of the experts that go side by side, and what ``round_matrix`` takes for
+``ROWS`` rows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from conmoe_edge.compress.solvers.gram_matrix import gram as gram_of
 from conmoe_edge.compress.solvers.neuron_pruning import take_neurons
 from conmoe_edge.compress.solvers.rounding import FED_BACK, inputs_of, round_for
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
-from conmoe_edge.memory.heap import trimmed
+from conmoe_edge.compress.work.side_by_side import side_by_side
 from conmoe_edge.model.experts import inner_activations
 
 MEASURED = 4
@@ -63,9 +64,14 @@ def option_errors(
         narrowed: what ``narrowings`` found on the same tokens.
     """
     forms = _forms(scope)
-    samples = [_Inputs.of(scope, tokens, gates, one) for one in trimmed(range(len(scope.pool)))]
-    inputs = [one.changed(lambda weight: _nearest(weight, _COARSE)) for one in samples]
-    downs = [_Down.of(scope, one, grams[one]) for one in trimmed(range(len(scope.pool)))]
+
+    def of(expert: int) -> tuple[_Inputs, float, _Down]:
+        sample = _Inputs.of(scope, tokens, gates, expert)
+        error = sample.changed(lambda weight: _nearest(weight, _COARSE))
+        return sample, error, _Down.of(scope, expert, grams[expert])
+
+    found = side_by_side(of, range(len(scope.pool)))
+    samples, inputs, downs = ([one[place] for one in found] for place in range(3))
     factors = _Factors.measured(scope, tokens, gates, forms, samples, inputs, downs, narrowed)
     places = {width: place for place, width in enumerate(scope.widths)}
     return [
@@ -188,20 +194,26 @@ class _Factors:
         order = sorted(range(len(narrowed)), key=lambda one: (-narrowed[one].errors[0], one))
         there = [one for one in order if inputs[one] > 0]
         picked = [there[int(place)] for place in _spread(len(there), MEASURED)]
-        found: dict[Kind, list[float]] = {}
-        below: dict[Kind, list[float]] = {}
-        for expert in picked:
+
+        def of(expert: int) -> tuple[dict[Kind, float], dict[Kind, float]]:
             rows = gates[:, expert].nonzero().squeeze(1)
             moments = gram_of(tokens.hidden[rows], gates[rows, expert])
             own = inputs_of(moments.unsqueeze(0), common)
-            whole = downs[expert].noise(torch.arange(len(downs[expert].columns)))
-            for kind in _distinct(forms, 0):
-                error = samples[expert].changed(_rounding(own, kind))
-                found.setdefault(kind, []).append(error / inputs[expert])
-            inside = inputs_of(downs[expert].gram.unsqueeze(0))
-            for kind in _distinct(forms, 1):
-                below.setdefault(kind, []).append(downs[expert].rounded(kind, inside) / whole)
-        return cls(_means(found, forms, 0), _means(below, forms, 1))
+            lost = {
+                kind: samples[expert].changed(_rounding(own, kind)) / inputs[expert]
+                for kind in _distinct(forms, 0)
+            }
+            down = downs[expert]
+            whole = down.noise(torch.arange(len(down.columns)))
+            inside = inputs_of(down.gram.unsqueeze(0))
+            below = {kind: down.rounded(kind, inside) / whole for kind in _distinct(forms, 1)}
+            return lost, below
+
+        found = side_by_side(of, picked)
+        return cls(
+            _means([lost for lost, _ in found], _distinct(forms, 0)),
+            _means([below for _, below in found], _distinct(forms, 1)),
+        )
 
 
 def _forms(scope: ScopeView) -> dict[tuple[int, str], tuple[Kind, Kind]]:
@@ -255,16 +267,9 @@ def _spread(count: int, most: int) -> Tensor:
     return torch.arange(wanted) * count // max(1, wanted)
 
 
-def _means(
-    found: Mapping[Kind, Sequence[float]],
-    forms: Mapping[tuple[int, str], tuple[Kind, Kind]],
-    at: int,
-) -> dict[Kind, float]:
-    """0 for forms that no expert was there to be measured on: nothing comes to any."""
-    return {
-        kind: sum(found[kind]) / len(found[kind]) if found.get(kind) else 0.0
-        for kind in _distinct(forms, at)
-    }
+def _means(found: Sequence[Mapping[Kind, float]], kinds: Sequence[Kind]) -> dict[Kind, float]:
+    """0 where no expert was there to be measured: nothing comes to any."""
+    return {kind: sum(one[kind] for one in found) / max(1, len(found)) for kind in kinds}
 
 
 def _distinct(forms: Mapping[tuple[int, str], tuple[Kind, Kind]], at: int) -> list[Kind]:

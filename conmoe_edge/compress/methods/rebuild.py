@@ -28,7 +28,7 @@ from conmoe_edge.compress.solvers.refit import Features, refit
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
 from conmoe_edge.compress.stream.expert_hooks import MappedTap, expert_sum
 from conmoe_edge.compress.stream.layer_stream import compute_dtype
-from conmoe_edge.memory.heap import trimmed
+from conmoe_edge.compress.work.side_by_side import side_by_side
 from conmoe_edge.model.experts import inner_activations
 
 
@@ -69,10 +69,9 @@ def rebuild(
     alpha = weights_of(chosen.slot_map, tokens.slots, tokens.gates)
     kinds = {scope.pool[expert]: kind for expert, kind in chosen.kinds.items()}
     rounding = Rounding.of(scope, tokens, gates, kinds)
-    features: list[Features] = []
-    down: list[Tensor] = []
-    kept: list[Tensor] = []
-    for position, expert in enumerate(trimmed(chosen.prototypes)):
+
+    def trimmed(item: tuple[int, int]) -> tuple[Tensor, Tensor, Features]:
+        position, expert = item
         known, weights = chosen.neurons.get(expert), alpha[:, position]
         whole = None
         if grams is None:
@@ -84,13 +83,14 @@ def rebuild(
         if rounding is not None:
             own = _with_neurons(scope, expert, neurons)
             instead = rounding.inputs(scope.pool[expert], own, weights)
-            features.append(activations(scope, tokens, expert, weights, neurons, instead))
-        elif whole is not None:
-            features.append(whole.of(neurons))
-        else:
-            features.append(activations(scope, tokens, expert, weights, neurons))
-        down.append(weight)
-        kept.append(neurons)
+            return neurons, weight, activations(scope, tokens, expert, weights, neurons, instead)
+        if whole is not None:
+            return neurons, weight, whole.of(neurons)
+        return neurons, weight, activations(scope, tokens, expert, weights, neurons)
+
+    found = side_by_side(trimmed, enumerate(chosen.prototypes))
+    kept, down, features = ([one[place] for one in found] for place in range(3))
+    del found
     names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
     left = None
@@ -120,7 +120,7 @@ def rebuild(
         return with_down(scope, *solution[name])
 
     widths = {name: len(neurons) for name, neurons in zip(names, kept, strict=True)}
-    made = {} if rounding is None else rounding.made
+    made = {} if rounding is None else {name: rounding.made[name] for name in names}
     return Decision(
         *(tuple(names), slots, constants),
         parts=parts,

@@ -33,6 +33,7 @@ from conmoe_edge.compress.solvers.gram_matrix import gram
 from conmoe_edge.compress.solvers.refit import solve_constants
 from conmoe_edge.compress.solvers.rounding import round_matrices
 from conmoe_edge.compress.stats.layer_tokens import LayerTokens
+from conmoe_edge.compress.work.side_by_side import side_by_side
 from conmoe_edge.model.experts import Routes, expert_forward, inner_activations
 from conmoe_edge.model.slot_tensors import SlotTensors
 
@@ -126,10 +127,10 @@ class RoundedPrototypes:
         made = {expert: dict(self._decision.made.get(expert, {})) for expert in experts}
         missing, layout = self._missing(experts[0]), self._layouts[experts[0]]
         for name in [one for one in missing if one != DOWN]:
-            grams = torch.stack([gram(*self._inputs(expert)) for expert in experts])
+            grams = torch.stack(side_by_side(lambda one: gram(*self._inputs(one)), experts))
             self._fill(made, own, name, grams, layout, self._common_inputs())
         if DOWN in missing:
-            inside = [self._inside(expert, own[expert], made[expert]) for expert in experts]
+            inside = side_by_side(lambda one: self._inside(one, own[one], made[one]), experts)
             grams, common = (torch.stack(one) for one in zip(*inside, strict=True))
             self._fill(made, own, DOWN, grams, layout, common)
         for expert in experts:

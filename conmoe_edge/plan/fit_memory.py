@@ -22,7 +22,7 @@ All is counted as if no expert and no neuron went. Layers come and go, so nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from conmoe_edge.checkpoint.format.forms import LOW_BITS
@@ -42,10 +42,17 @@ _BYTES = {"float32": 4, "float64": 8}
 
 @dataclass(frozen=True, slots=True)
 class FitMemory:
-    """The moment of a fit that takes the most RAM. ``moment``: ``load``, ``run``, ``survey`` or ``decide``."""
+    """The moment of a fit that takes the most RAM.
+
+    Attributes:
+        moment: ``load``, ``run``, ``survey`` or ``decide``.
+        terms: of that moment.
+        moments: bytes of each.
+    """
 
     moment: str
     terms: tuple[Term, ...]
+    moments: Mapping[str, int]
 
     @property
     def nbytes(self) -> int:
@@ -95,30 +102,24 @@ def fit_memory(
         together = min(_AT_ONCE, 16 * experts.count * experts.expert_numel) if rounds else 0
         deciding = (Term("Rounding", together, "a few prototypes at a time"),)
     choices = 12 * tokens * experts.top_k + 8 * tokens * experts.count
-    moments = (
-        FitMemory(
-            "load", (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together"))
+    moments = {
+        "load": (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together")),
+        "run": (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens")),
+        "survey": (
+            always[0],
+            loaded,
+            Term("Stand-ins", 3 * layer if surveys else 0, "at most; --passes 1 has none"),
         ),
-        FitMemory("run", (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens"))),
-        FitMemory(
-            "survey",
-            (
-                always[0],
-                loaded,
-                Term("Stand-ins", 3 * layer if surveys else 0, "at most; --passes 1 has none"),
-            ),
+        "decide": (
+            *held,
+            Term("Tokens of the layer", text + choices, "with what the router chose"),
+            *deciding,
+            Term("Work space", work, "one prototype being rounded"),
         ),
-        FitMemory(
-            "decide",
-            (
-                *held,
-                Term("Tokens of the layer", text + choices, "with what the router chose"),
-                *deciding,
-                Term("Work space", work, "one prototype being rounded"),
-            ),
-        ),
-    )
-    return max(moments, key=lambda one: one.nbytes)
+    }
+    sums = {name: sum(term.nbytes for term in terms) for name, terms in moments.items()}
+    most = max(sums, key=lambda name: sums[name])
+    return FitMemory(most, moments[most], sums)
 
 
 def _refit_terms(

@@ -6,8 +6,8 @@
 
 A cell is ``demo`` or SHAPE[/LAYERS[xEXPERTS]] of ``generated_checkpoint.py``, served by a hub in this process. ``fit``
 runs in a process of its own, in which a thread looks every 10 ms at the bytes that belong to no file, and at where the
-program is. Printed for each moment of ``plan/fit_memory.py``: planned, measured, their ratio, and where it was most.
-Words behind ``--`` go to ``fit``. Memory does not depend on what else the machine does.
+program is. Printed for each moment of ``plan/fit_memory.py``: planned, measured with the pages of libraries, their
+ratio, and where it was most. Words behind ``--`` go to ``fit``. What else the machine does changes nothing of it.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from conmoe_edge.units import GIB
 CELLS = ("demo", "olmoe-7b/2x16", "qwen3-30b/2x32")
 _LOOK_SECONDS = 0.01
 _MOMENTS = {
-    "survey": "survey",
-    "measure": "receipt",
-    "decide": "decide",
-    "propagate": "propagate",
     "load_outside": "outside",
+    "open_streams": "embed",
+    "survey": "survey",
     "load_subset": "load",
-    "run_layer": "run",
     "enter": "run",
     "aim": "run",
+    "decide": "decide",
+    "propagate": "propagate",
+    "_compare": "receipt",
+    "run_layer": "run",
 }
-"""Functions of the program -> the moment that it is in, the outermost first."""
+"""Functions of the program -> the moment that it is in; the first that is running counts."""
 _SHOWN = 4
 
 
@@ -70,7 +71,8 @@ class Most(threading.Thread):
         assert self._main is not None
         frame = sys._current_frames().get(self._main)
         names = list(_names(frame))
-        moment = next((_MOMENTS[one] for _, one in reversed(names) if one in _MOMENTS), "other")
+        running = {name for _, name in names}
+        moment = next((_MOMENTS[one] for one in _MOMENTS if one in running), "other")
         now = _anonymous()
         if now > self.found.get(moment, (0, ""))[0]:
             place = " < ".join(f"{file}:{name}" for file, name in names[:_SHOWN])
@@ -93,6 +95,19 @@ def _anonymous() -> int:
     raise RuntimeError("this system does not say what belongs to no file")
 
 
+def _libraries() -> int:
+    """Resident pages of the files of libraries: those that code is run from."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        first = line.split(None, 1)[0]
+        if not first.endswith(":"):
+            name = line.split()[5:]
+            inside = bool(name) and (".so" in name[0] or "/bin/" in name[0])
+        elif inside and first == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 def inside(notes: Path, words: Sequence[str]) -> None:
     """A command of the program in this process, its most memory into ``notes``."""
     from conmoe_edge.cli.main import main as program
@@ -102,7 +117,8 @@ def inside(notes: Path, words: Sequence[str]) -> None:
     try:
         program(list(words))
     finally:
-        notes.write_text(json.dumps(most.stop()), encoding="utf-8")
+        found = {"most": most.stop(), "libraries": _libraries()}
+        notes.write_text(json.dumps(found), encoding="utf-8")
 
 
 def measured(cell: str, work: Path, gpu: str, words: Sequence[str]) -> dict[str, Any]:
@@ -124,7 +140,7 @@ def measured(cell: str, work: Path, gpu: str, words: Sequence[str]) -> dict[str,
         "cell": cell,
         "words": list(words),
         "planned": json.loads(done.stdout)["fit_memory"],
-        "most": json.loads(notes.read_text(encoding="utf-8")),
+        **json.loads(notes.read_text(encoding="utf-8")),
         "cpu_seconds": done.cpu_seconds,
     }
     shutil.rmtree(work)
@@ -134,17 +150,22 @@ def measured(cell: str, work: Path, gpu: str, words: Sequence[str]) -> dict[str,
 def lines(found: Mapping[str, Any]) -> list[str]:
     """For a reader."""
     planned, most = found["planned"], found["most"]
-    first = f"{found['cell']} {' '.join(found['words'])} ({found['cpu_seconds']:.0f} CPU seconds)"
+    libraries = found["libraries"]
+    first = (
+        f"{found['cell']} {' '.join(found['words'])} ({found['cpu_seconds']:.0f} CPU seconds; "
+        f"GiB, of which {libraries / GIB:.2f} libraries)"
+    )
     shown = [first, f"  {'moment':<10}{'planned':>9}{'measured':>10}{'ratio':>7}  most in"]
     for moment in dict.fromkeys((*planned["moments"], *most)):
         wanted, (seen, where) = planned["moments"].get(moment), most.get(moment, (0, "-"))
+        seen += libraries if seen else 0
         ratio = "-" if not wanted or not seen else f"{seen / wanted:.2f}"
         said = "-" if wanted is None else f"{wanted / GIB:.2f}"
         shown.append(f"  {moment:<10}{said:>9}{seen / GIB:>10.2f}{ratio:>7}  {where}")
-    peak = max(one for one, _ in most.values())
+    peak = max(one for one, _ in most.values()) + libraries
     shown.append(
         f"  {'in all':<10}{planned['bytes'] / GIB:>9.2f}{peak / GIB:>10.2f}"
-        f"{peak / planned['bytes']:>7.2f}  GiB"
+        f"{peak / planned['bytes']:>7.2f}"
     )
     terms = ", ".join(f"{one['name']} {one['nbytes'] / GIB:.2f}" for one in planned["terms"])
     return [*shown, f"  planned in {planned['moment']}: {terms}"]

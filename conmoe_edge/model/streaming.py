@@ -116,8 +116,13 @@ class StreamedModel:
         }
         targets = bridge.targets_of(self.model, keys)
         check_places(self.model, self.prefix, keys, targets)
+        outside: dict[str, list[str]] = {}
         for key, target in targets.items():
-            self._keys_of[self._layer_of(target)].append(key)
+            layer = self._layer_of(target)
+            self._keys_of[layer].append(key)
+            if layer is None:
+                outside.setdefault(target, []).append(key)
+        self._outside = list(outside.values())
         expert_targets = {
             f"{path}.{name}"
             for path, module in self.experts.values()
@@ -159,7 +164,8 @@ class StreamedModel:
 
     def load_outside(self) -> None:
         """Load what is outside the decoder layers: embeddings, final norm, head."""
-        bridge.load_subset(self.model, self._read(self._keys_of[None]), self.device)
+        for keys in self._outside:  # a parameter at a time: each is there twice while it is loaded
+            bridge.load_subset(self.model, self._read(keys), self.device)
         bridge.tie(self.model)
         bridge.fill_buffers(self.model, "", self.device)
         for path, module in self.model.named_modules():

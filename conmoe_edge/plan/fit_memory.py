@@ -1,11 +1,15 @@
 """What a fit itself needs of this machine's RAM, as named terms that add up; arithmetic only.
 
-The most of four moments: a layer is loaded, text runs through it, it is surveyed, it is decided. b = bytes of a number
-as it is computed here, H = hidden size, E = experts of a layer, I = neurons of one, k = top-k, T = calibration tokens:
+The most of some moments: what is outside the layers is loaded, the text is embedded, a layer is loaded, text runs
+through it, it is surveyed, it is decided, the package is measured. b = bytes of a number as it is computed here, H =
+hidden size, V = vocabulary, E = experts of a layer, I = neurons of one, k = top-k, T = calibration tokens:
 
 =====================  ============================================================================
-in each of them        the process with torch; a layer; the text's hidden states T·H·b, a quarter for the held-out ones,
+in all of them         the process with torch
+load, run, decide      a layer; the text's hidden states T·H·b, a quarter for the held-out ones,
                        and once more for the package's own stream, where the method aims or prototypes are rounded
+outside                what is outside the layers, b a number, and one such table as the checkpoint has it
+embed                  the same, and the hidden states
 load                   one fused parameter of the layer twice more
 run                    the stream and the layer's tokens, T·H·b each; a batch of activations
 survey                 at most the layer three times more, as stand-ins of each division that is tried
@@ -14,6 +18,8 @@ decide                 the layer's tokens, T·H·b, slots and gates; six Gram ma
 decide, ``auto``       activations of all routed tokens T·k·I·b, Gram matrices E·I·I·4, down projections E·H·I·4, what
                        is left of the target T·H·4, gate and up as they are rounded
 decide, other methods  256 MiB of matrices that are rounded together
+receipt                what is outside the layers, of the original as well where the package's is rounded; the held-out
+                       hidden states of both; scores of a sequence, 2·512·V·b, and some of 64 positions
 =====================  ============================================================================
 
 All is counted as if no expert and no neuron went. Layers come and go, so nothing grows with the depth.
@@ -23,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conmoe_edge.checkpoint.format.forms import LOW_BITS
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
@@ -37,6 +43,8 @@ SLACK_BYTES = 160 * MIB
 """By which a process grows before its heap is trimmed (``memory/heap.py``), and what one expert's tokens take."""
 _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
+_POSITIONS = 6 * 64
+"""What is compared at once (``compress/quality/receipt.py``), and how often that is there."""
 _BYTES = {"float32": 4, "float64": 8}
 
 
@@ -45,7 +53,7 @@ class FitMemory:
     """The moment of a fit that takes the most RAM.
 
     Attributes:
-        moment: ``load``, ``run``, ``survey`` or ``decide``.
+        moment: ``outside``, ``embed``, ``load``, ``run``, ``survey``, ``decide`` or ``receipt``.
         terms: of that moment.
         moments: bytes of each.
     """
@@ -66,6 +74,7 @@ def fit_memory(
     *,
     trims: bool,
     precision: str,
+    dense: str,
     surveys: bool,
     wide: int,
     on_host: bool,
@@ -77,6 +86,7 @@ def fit_memory(
         tokens: to calibrate on.
         trims: whether the method gives prototypes fewer neurons, and refits them.
         precision: of the prototypes.
+        dense: precision of the rest; where that is none of the checkpoint's own, a receipt has two heads.
         surveys: whether it is measured first what each layer is worth.
         wide: bytes of a number as it is computed.
         on_host: whether layers run on the CPU; else their weights and batches are on the GPU.
@@ -86,13 +96,14 @@ def fit_memory(
     experts = max(anatomy.moe_experts, key=lambda one: one.count * one.expert_numel)
     text = tokens * anatomy.hidden_size * wide
     streams = (2 if trims or rounds else 1) * text + text // HELD_OUT_SHARE
-    always = (
-        Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch"),
-        Term("Hidden states", streams, f"of {tokens:,} calibration tokens, and those held out"),
-    )
+    process = Term("Python and libraries", PYTHON_BYTES, "the process itself, with torch")
+    hidden = Term("Hidden states", streams, f"of {tokens:,} calibration tokens, and those held out")
+    outside = anatomy.outside_bytes * wide // _size(anatomy.dtype) if on_host else 0
+    ends = Term("Outside of the layers", outside, "embeddings and head")
+    table = anatomy.vocab_size * anatomy.hidden_size * _size(anatomy.dtype)
     layer = _layer_bytes(anatomy, experts, wide) if on_host else 0
     loaded = Term("One layer", layer, "its weights")
-    held = (*always, loaded)
+    held = (process, hidden, loaded)
     fused = max(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
     batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
     work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
@@ -102,11 +113,15 @@ def fit_memory(
         together = min(_AT_ONCE, 16 * experts.count * experts.expert_numel) if rounds else 0
         deciding = (Term("Rounding", together, "a few prototypes at a time"),)
     choices = 12 * tokens * experts.top_k + 8 * tokens * experts.count
+    scores = anatomy.vocab_size * (2 * SEQUENCE_LENGTH * wide + 4 * _POSITIONS) if on_host else 0
+    measured = replace(ends, nbytes=outside * (1 if dense == "source" else 2))
     moments = {
+        "outside": (process, ends, Term("Loading", table, "the one that comes last")),
+        "embed": (process, ends, hidden),
         "load": (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together")),
         "run": (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens")),
         "survey": (
-            always[0],
+            process,
             loaded,
             Term("Stand-ins", 3 * layer if surveys else 0, "at most; --passes 1 has none"),
         ),
@@ -115,6 +130,12 @@ def fit_memory(
             Term("Tokens of the layer", text + choices, "with what the router chose"),
             *deciding,
             Term("Work space", work, "one prototype being rounded"),
+        ),
+        "receipt": (
+            process,
+            measured,
+            Term("Hidden states", 2 * text // HELD_OUT_SHARE, "held out: original and package"),
+            Term("Scores", scores, "of a sequence, of both"),
         ),
     }
     sums = {name: sum(term.nbytes for term in terms) for name, terms in moments.items()}

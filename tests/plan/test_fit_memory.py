@@ -18,6 +18,7 @@ def need(anatomy: Any, tokens: int = 32768, **changed: Any):
     given = {
         "trims": True,
         "precision": "free",
+        "dense": "source",
         "surveys": False,
         "wide": 2,
         "on_host": True,

@@ -34,6 +34,7 @@ _LOOK_SECONDS = 0.01
 _MOMENTS = {
     "load_outside": "outside",
     "open_streams": "embed",
+    "divergences": "receipt",
     "survey": "survey",
     "load_subset": "load",
     "enter": "run",

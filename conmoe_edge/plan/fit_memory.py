@@ -12,7 +12,8 @@ outside                what is outside the layers, b a number, and one such tabl
 embed                  the same, and the hidden states
 load                   one fused parameter of the layer twice more
 run                    the stream and the layer's tokens, T·H·b each; a batch of activations
-survey                 at most the layer three times more, as stand-ins of each division that is tried
+survey                 hidden states of 24 sequences at the most; the layer once more, as stand-ins; Gram matrices
+                       E·I·I·4; and the work space of decide
 decide                 the layer's tokens, T·H·b, slots and gates; six Gram matrices of inputs, H·H·4, and one prototype
                        four times in fp32; and beside that
 decide, ``auto``       activations of all routed tokens T·k·I·b, Gram matrices E·I·I·4, down projections E·H·I·4, what
@@ -45,6 +46,8 @@ _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
 _POSITIONS = 6 * 64
 """What is compared at once (``compress/quality/receipt.py``), and how often that is there."""
+_SURVEYED = 24
+"""Sequences of the survey: six and three of the original, three of each changed model, and those that are running."""
 _BYTES = {"float32": 4, "float64": 8}
 
 
@@ -106,6 +109,7 @@ def fit_memory(
     held = (process, hidden, loaded)
     fused = max(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
     batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
+    few = _SURVEYED * SEQUENCE_LENGTH * anatomy.hidden_size * wide
     work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
     if trims:
         deciding = _refit_terms(anatomy, experts, tokens, wide)
@@ -114,17 +118,21 @@ def fit_memory(
         deciding = (Term("Rounding", together, "a few prototypes at a time"),)
     choices = 12 * tokens * experts.top_k + 8 * tokens * experts.count
     scores = anatomy.vocab_size * (2 * SEQUENCE_LENGTH * wide + 4 * _POSITIONS) if on_host else 0
+    surveyed = (
+        process,
+        replace(hidden, nbytes=few, note="of a few sequences"),
+        loaded,
+        Term("Stand-ins", layer, "at most; --passes 1 has none"),
+        Term("Gram matrices", 4 * experts.count * experts.width**2, "of activations"),
+        Term("Work space", work, "one prototype being rounded"),
+    )
     measured = replace(ends, nbytes=outside * (1 if dense == "source" else 2))
     moments = {
         "outside": (process, ends, Term("Loading", table, "the one that comes last")),
         "embed": (process, ends, hidden),
         "load": (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together")),
         "run": (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens")),
-        "survey": (
-            process,
-            loaded,
-            Term("Stand-ins", 3 * layer if surveys else 0, "at most; --passes 1 has none"),
-        ),
+        "survey": surveyed if surveys else (),
         "decide": (
             *held,
             Term("Tokens of the layer", text + choices, "with what the router chose"),
@@ -138,7 +146,7 @@ def fit_memory(
             Term("Scores", scores, "of a sequence, of both"),
         ),
     }
-    sums = {name: sum(term.nbytes for term in terms) for name, terms in moments.items()}
+    sums = {name: sum(term.nbytes for term in terms) for name, terms in moments.items() if terms}
     most = max(sums, key=lambda name: sums[name])
     return FitMemory(most, moments[most], sums)
 

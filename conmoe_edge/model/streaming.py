@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_places
 from conmoe_edge.model.checked_attention import check_attention
@@ -164,6 +165,7 @@ class StreamedModel:
 
     def load_outside(self) -> None:
         """Load what is outside the decoder layers: embeddings, final norm, head."""
+        trim_heap()  # what was computed before has left pieces
         for keys in self._outside:  # a parameter at a time: each is there twice while it is loaded
             bridge.load_subset(self.model, self._read(keys), self.device)
         bridge.tie(self.model)

@@ -23,7 +23,8 @@ receipt                what is outside the layers, of the original as well where
                        hidden states of both; scores of a sequence, 2·512·V·b, and some of 64 positions
 =====================  ============================================================================
 
-All is counted as if no expert and no neuron went. Layers come and go, so nothing grows with the depth.
+Beside that, pieces that the heap keeps. All is counted as if no expert and no neuron went. Layers come and go, so
+nothing grows with the depth.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from conmoe_edge.units import MIB
 
 SLACK_BYTES = 160 * MIB
 """By which a process grows before its heap is trimmed (``memory/heap.py``), and what one expert's tokens take."""
+_HEAP = 64 * MIB
+"""What the heap keeps in pieces where nothing is rounded."""
 _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
 _POSITIONS = 6 * 64
@@ -108,6 +111,7 @@ def fit_memory(
     loaded = Term("One layer", layer, "its weights")
     held = (process, hidden, loaded)
     fused = max(math.prod(part.shape) * _size(part.dtype) for part in experts.parts)
+    loading = 2 * experts.count * fused + _HEAP
     batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
     few = _SURVEYED * SEQUENCE_LENGTH * anatomy.hidden_size * wide
     work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
@@ -128,9 +132,9 @@ def fit_memory(
     )
     measured = replace(ends, nbytes=outside * (1 if dense == "source" else 2))
     moments = {
-        "outside": (process, ends, Term("Loading", table, "the one that comes last")),
-        "embed": (process, ends, hidden),
-        "load": (*held, Term("Loading", 2 * experts.count * fused, "a parameter put together")),
+        "outside": (process, ends, Term("Loading", table + _HEAP, "the one that comes last")),
+        "embed": (process, ends, hidden, Term("Work space", _HEAP, "what the heap keeps")),
+        "load": (*held, Term("Loading", loading, "a parameter put together")),
         "run": (*held, Term("A batch", batch * wide + 2 * text, "activations, tokens")),
         "survey": surveyed if surveys else (),
         "decide": (
@@ -144,6 +148,7 @@ def fit_memory(
             measured,
             Term("Hidden states", 2 * text // HELD_OUT_SHARE, "held out: original and package"),
             Term("Scores", scores, "of a sequence, of both"),
+            Term("Work space", _HEAP, "what the heap keeps"),
         ),
     }
     sums = {name: sum(term.nbytes for term in terms) for name, terms in moments.items() if terms}

@@ -155,12 +155,14 @@ def _compare(targets: Tensor, original: Tensor, consolidated: Tensor) -> _Sums:
     """targets [n], logits [n, V] each."""
     p = torch.log_softmax(original.float(), dim=-1)
     q = torch.log_softmax(consolidated.float(), dim=-1)
-    weights = p.exp()
-    return _Sums(
+    found = _Sums(
         positions=targets.numel(),
         original=-_likelihood(p, targets),
         consolidated=-_likelihood(q, targets),
-        kl=max(0.0, float((weights * (p - q)).sum(-1).double().sum())),
         agreed=int((p.argmax(-1) == q.argmax(-1)).sum()),
-        overlap=float(torch.minimum(weights, q.exp()).sum(-1).double().sum()),
     )
+    weights = p.exp()
+    # In place from here on: a row is as long as the vocabulary.
+    found.kl = max(0.0, float(p.sub_(q).mul_(weights).sum(-1).double().sum()))
+    found.overlap = float(torch.minimum(weights, q.exp_(), out=q).sum(-1).double().sum())
+    return found

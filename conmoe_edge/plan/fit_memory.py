@@ -42,8 +42,8 @@ from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH
 from conmoe_edge.units import MIB
 
 SLACK_BYTES = 288 * MIB
-"""By which a process grows before its heap is trimmed (``memory/heap.py``), what one expert's tokens take, and what some
-layers have left in pieces: 0.24 GiB more in the third layer of OLMoE's shape than in its second.
+"""By which a process grows before its heap is trimmed (``memory/heap.py``), what one expert's tokens take, and what
+some layers have left in pieces: 0.24 GiB more in the third layer of OLMoE's shape than in its second.
 """
 _HEAP = 64 * MIB
 """What the heap keeps in pieces where nothing is rounded."""

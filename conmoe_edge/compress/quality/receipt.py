@@ -104,6 +104,7 @@ def compare_heads(
         tracker.add(row, wanted, found)
         if matches is not None:
             matches.add(row, found, wanted)
+        del wanted, found  # before the next ones are made
     counts = {} if matches is None else matches.result()
     exact = {"exact_match": {kind: asdict(one) for kind, one in counts.items()}} if counts else {}
     return {**tracker.result(), **exact}

@@ -46,7 +46,7 @@ from benchmarks.comparison.arms import (
 )
 from benchmarks.comparison.artefacts import Workshop
 from benchmarks.comparison.report import Row, claim_lines, claims, make_row, ratios, table
-from benchmarks.comparison.turns import Ledger, Turn, prepare_operator, run_turn
+from benchmarks.comparison.turns import Ledger, Turn, prepare_operator, run_turn, take_turns
 from benchmarks.measure import disk_read_rate, machine
 from benchmarks.plots import compare_svg
 from conmoe_edge.units import parse_size
@@ -298,16 +298,15 @@ def main() -> None:
         if jobs:
             prepare_operator()
             prompt = shop.prompt(settings.prompt_tokens + settings.steps)
-            ledger.add("rates", measure_rates(shop))
-        for cell, repeat in jobs:
-            entry = run_cell(cell, repeat, shop, settings, prompt)
-            ledger.add("runs", entry)
-            notes = entry["notes"].get("step_seconds") or []
-            speed = f", {len(notes) / sum(notes):.2f} tokens/s" if notes else ""
-            print(f"{cell.key} {repeat}: {entry['outcome']}{speed}", file=sys.stderr, flush=True)
-            write_results(ledger, shop, settings, args.name)
-        if jobs:
-            ledger.add("rates", measure_rates(shop))
+
+            def run(cell: Cell, repeat: int, prompt: Sequence[int] = prompt) -> dict[str, Any]:
+                return run_cell(cell, repeat, shop, settings, prompt)
+
+            take_turns(
+                *(ledger, jobs, run),
+                rates=lambda: measure_rates(shop),
+                report=lambda: write_results(ledger, shop, settings, args.name),
+            )
         if args.discard:
             later = [cell for cell in chosen if cell.group in groups[number + 1 :]]
             discard(shop, group, later)

@@ -1,13 +1,19 @@
 """How long a ``fit`` has to take on a machine: the work that cannot be left out over what the machine does best.
 
-* read: every byte of the checkpoint once, from the disk or the hub, and every byte of the package once, for the
-  receipt;
+* read: every byte of the checkpoint once from the disk, or what has to come from the hub (the experts twice more where
+  the layers are surveyed); every byte of the package once, for the receipt;
 * attention: for every calibration and every held-out token, the attention projections, half of the score matrix (it is
   causal), the router, shared experts and layers without experts; twice for calibration tokens where the package's own
   stream is followed too;
 * experts: for the same tokens, the three projections of the chosen experts;
 * method: where records are rounded with error feedback, half of every Gram matrix (they are symmetric), one Cholesky
-  factor of each, and for R rows of C columns R C^2 for what columns make up for each other;
+  factor of each, and for R rows of C columns R C^2 for what columns make up for each other. With ``auto`` beside that:
+  - what neurons are worth: gate and up of every expert on its tokens, half a Gram matrix of the activations, its factor
+    and its inverse, and where there are bits to choose one more factor;
+  - the refit: gate and up of every prototype as it is stored, three products of its down projection (what it gives, the
+    gradient, what its change gives), one factor and one solution of its equations;
+* survey: the original over the sequences that stand-ins are made from, and twice over three others; stand-ins once over
+  three, and three divisions of them over three more; what neurons are worth, on the first;
 * distance: the Gram matrices of each scope's experts, half of them, for methods that compare weights;
 * write: every byte of the package that is not a link, fsync included;
 * receipt: the held-out tokens through the attention and the consolidated experts of the package, where slots that share
@@ -35,9 +41,18 @@ from benchmarks.measure import BLOCK, disk_read_rate, disk_write_rate, forget, r
 
 SEQUENCE = 512
 _REFITS = "auto"
+_FITTED, _MEASURED, _DIVISIONS = (2, 6, 4), 3, 3
+"""Of the survey, as ``compress/phases`` has them: stand-ins are made from a fourth of the sequences, at least two, at
+most six, and measured on three; divisions that are tried, fewer where two are alike."""
 _AS_THEY_ARE = ("source", "bf16", "mxfp4", "lowrank")
 """Precisions that nothing is rounded to with feedback; for the others the package's own stream is followed too."""
 _COMPARE_WEIGHTS = ("conmoe",)
+_FREE = "free"
+"""Precision of a package whose prototypes have kinds of their own."""
+
+
+Prototypes = Sequence[tuple[int, int]]
+"""Neurons of a prototype, and how many of all layers together have so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +137,69 @@ class Sizes:
         pools = [scope * self.experts] * whole + ([rest * self.experts] if rest else [])
         return float(sum(pool**2 * numel for pool in pools))
 
-    def rounding_flops(self, tokens: int) -> float:
-        """Gram matrices of what comes to every expert, their factors, and columns that make up for each other."""
-        inner, outer = self.width, self.hidden
-        grams = tokens * self.top_k * (outer**2 + inner**2)
-        factors = self.experts * (outer**3 + inner**3) / 3
-        columns = self.experts * (2 * inner * outer**2 + outer * inner**2)
-        return self.moe_layers * (grams + factors + columns)
+    def rounding_flops(self, tokens: int, prototypes: Prototypes) -> float:
+        """Gram matrices of what comes to every prototype, their factors, and columns that make up for each other.
+
+        Args:
+            tokens: of calibration.
+            prototypes: of all layers.
+        """
+        inner, total = self.hidden, 0.0
+        for width, count in prototypes:
+            grams = self.visits(tokens, prototypes) * (inner**2 + width**2)
+            factors = (inner**3 + width**3) / 3
+            total += count * (grams + factors + 2 * width * inner**2 + inner * width**2)
+        return total
+
+    def narrowing_flops(self, tokens: int, *, choosing_bits: bool) -> float:
+        """What the neurons of every expert are worth, and what noise in its down projection costs."""
+        width = self.width
+        seen = tokens * self.top_k * (2 * 2 * self.hidden * width + width**2)
+        solved = self.experts * width**3 * (1 + 1 / 3 * choosing_bits)
+        return self.moe_layers * (seen + solved)
+
+    def refit_flops(self, tokens: int, prototypes: Prototypes, *, rounds: bool) -> float:
+        """Activations, products with down projections and their equations; where nothing is rounded the Gram matrices
+        of the activations, too (else they are those of ``rounding_flops``).
+        """
+        total = 0.0
+        for width, count in prototypes:
+            products = (2 + 3) * 2 * self.hidden * width + (0 if rounds else width**2)
+            system = width**3 / 3 + 2 * width**2 * self.hidden
+            total += count * (self.visits(tokens, prototypes) * products + system)
+        return total
+
+    def visits(self, tokens: int, prototypes: Prototypes) -> float:
+        """Tokens that come to a prototype, if routing were even and every slot led to one."""
+        return tokens * self.top_k * self.moe_layers / sum(count for _, count in prototypes)
+
+    def survey_flops(self, tokens: int, prototypes: Prototypes, *, choosing_bits: bool) -> Survey:
+        """``tokens``: of calibration."""
+        least, most, share = _FITTED
+        fitted = max(least, min(most, tokens // SEQUENCE // share)) * SEQUENCE
+        measured = _MEASURED * SEQUENCE
+        original, others = fitted + 2 * measured, (1 + _DIVISIONS) * measured
+        left = sum(width * count for width, count in prototypes) / self.width
+        evaluations = self.moe_layers * self.top_k * left / (self.moe_layers * self.experts)
+        return Survey(
+            self.attention_flops(original + others),
+            self.experts_flops(original, self.moe_layers * self.top_k)
+            + self.experts_flops(others, evaluations),
+            self.narrowing_flops(fitted, choosing_bits=choosing_bits),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """FLOPs of a survey."""
+
+    attention: float
+    experts: float
+    narrowing: float
+
+    def all(self) -> float:
+        """Together."""
+        return self.attention + self.experts + self.narrowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,16 +310,27 @@ def parts_of(
         rest = [Part(name, spent, None, "") for name, spent in sorted(seconds.items())]
         return [Part("fetch", sum(seconds.values()), own, work), *rest]
     held_out = int(report["receipt"]["tokens"])
+    kept = [(int(one["width"]), int(one["prototypes"])) for one in report["division"]]
     rounds = manifest["precision"] not in _AS_THEY_ARE
+    changes = rounds or any(width < sizes.width for width, _ in kept)
+    changes |= sum(count for _, count in kept) < sizes.moe_layers * sizes.experts
+    solves = method == _REFITS and changes
     streams = 2 if rounds or method == _REFITS else 1
     seen = calibration_tokens + held_out
     package = sum(path.stat().st_size for path in weights_of(out))
     own = sum(path.stat().st_size for path in weights_of(out) if path.stat().st_nlink == 1)
+    choosing = manifest["precision"] == _FREE
 
     attention = sizes.attention_flops(streams * calibration_tokens + held_out)
     experts = sizes.experts_flops(seen, sizes.moe_layers * sizes.top_k)
-    rounding = sizes.rounding_flops(calibration_tokens) if rounds else 0.0
+    solving = sizes.rounding_flops(calibration_tokens, kept) if rounds else 0.0
+    if solves:
+        solving += sizes.narrowing_flops(calibration_tokens, choosing_bits=choosing)
+        solving += sizes.refit_flops(calibration_tokens, kept, rounds=rounds)
     distance = sizes.distance_flops(int(manifest["scope"])) if method in _COMPARE_WEIGHTS else 0.0
+    surveyed = None
+    if "survey" in report["seconds"]:
+        surveyed = sizes.survey_flops(calibration_tokens, kept, choosing_bits=choosing)
     again_attention = sizes.attention_flops(held_out)
     again_experts = sizes.experts_flops(held_out, evaluations(manifest, sizes.top_k))
     heads = 2 * sizes.head_flops(held_out)
@@ -257,16 +339,22 @@ def parts_of(
         + again_experts / rates.experts()
         + heads / rates.gemm["head"]
     )
-    reading = sizes.nbytes / (source_rate or rates.read) + package / rates.read
+    fetched = report.get("fetching")
+    source = sizes.nbytes if fetched is None else int(fetched["nbytes"])
+    reading = source / (source_rate or rates.read) + package / rates.read
     bounds = {
-        "read": (reading, f"{(sizes.nbytes + package) / 1e9:.2f} GB"),
+        "read": (reading, f"{(source + package) / 1e9:.2f} GB"),
         "attention": (attention / rates.gemm["attention"], f"{attention / 1e12:.2f} TFLOP"),
         "experts": (experts / rates.experts(), f"{experts / 1e12:.2f} TFLOP"),
-        "method": (rounding / rates.gemm["attention"], f"{rounding / 1e12:.2f} TFLOP"),
+        "method": (solving / rates.gemm["attention"], f"{solving / 1e12:.2f} TFLOP"),
         "distance": (distance / rates.gemm["distance"], f"{distance / 1e12:.2f} TFLOP"),
         "write": (own / rates.write, f"{own / 1e9:.2f} GB"),
         "receipt": (again, f"{(again_attention + again_experts + heads) / 1e12:.2f} TFLOP"),
     }
+    if surveyed is not None:
+        spent = surveyed.experts / rates.experts()
+        spent += (surveyed.attention + surveyed.narrowing) / rates.gemm["attention"]
+        bounds["survey"] = (spent, f"{surveyed.all() / 1e12:.2f} TFLOP")
     bounds = {name: one for name, one in bounds.items() if one[0]}
     seconds = dict(report["seconds"])
     parts = [

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.arms import Cell
+from benchmarks.comparison.arms import Cell, order
 from benchmarks.comparison.report import make_row
 from benchmarks.comparison.turns import (
     Ledger,
@@ -41,6 +41,7 @@ from benchmarks.comparison.turns import (
     kernel_note,
     prepare_operator,
     run_turn,
+    take_turns,
 )
 from benchmarks.make_olmoe_shape import Shape
 from benchmarks.measure import machine
@@ -291,28 +292,23 @@ def main() -> None:
     job = job_of(args) | {"warm": True}
     chosen = [known[key] for key in args.only] if args.only else list(MATCHES)
     for number, match in enumerate(chosen):
+        cells = [Cell(side, None, "", needed=True) for side in match.sides]
         wanted = [
-            (side, repeat)
-            for repeat in range(args.repeats)
-            for side in ((0, 1) if repeat % 2 == 0 else (1, 0))
-            if not ledger.has(match.sides[side], repeat)
+            (cell.system, repeat)
+            for cell, repeat in order(cells, args.repeats, args.repeats)
+            if not ledger.has(cell.system, repeat)
         ]
         if not wanted:
             continue
         if not args.keep:
             files.keep(chosen[number : number + 1])
-        turns = turns_of(match, files, job)
-        ledger.add("rates", rates())
-        for side, repeat in wanted:
+        turns = dict(zip(match.sides, turns_of(match, files, job), strict=True))
+
+        def run(side: str, repeat: int, turns: Mapping[str, Turn] = turns) -> dict[str, Any]:
             limit = 600 + 2 * args.seconds_per_arm
-            entry = run_turn(turns[side], repeat, args.work / "jobs", args.threads, limit)
-            ledger.add("runs", entry)
-            steps = entry["notes"].get("step_seconds") or []
-            speed = f", {1 / statistics.median(steps):.2f} tokens/s" if steps else ""
-            said = f"{turns[side].key} {repeat}: {entry['outcome']}{speed}"
-            print(said, file=sys.stderr, flush=True)
-            report(ledger, shape, args.name)
-        ledger.add("rates", rates())
+            return run_turn(turns[side], repeat, args.work / "jobs", args.threads, limit)
+
+        take_turns(ledger, wanted, run, rates, lambda: report(ledger, shape, args.name))
     if not args.keep:
         files.keep([])
     print("\n".join(report(ledger, shape, args.name)))

@@ -190,6 +190,29 @@ def reads_elsewhere(source: str) -> list[str]:
     return found
 
 
+RENAMED_ELSEWHERE = {
+    "checkpoint/fs/durable.py": "the function itself",
+    "memory/bandwidth.py": "figures that are measured again where they are lost",
+    "memory/outcomes.py": "what earlier fits cost: a note, and no fit waits for the disk to have it",
+    "offload/kernels/cpu/library_files.py": "compiled again where it is lost; its digest is compared",
+}
+"""Files that rename without ``durable.replace``, and why they may."""
+
+
+def renames(source: str) -> list[str]:
+    """Places where a file or a folder gets another name, and nothing waits until that is on the disk."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, last = dotted(node.func), node.func.attr
+        # Of a path it has one argument; of a text, of a date and of ``durable`` itself another number.
+        of_a_path = last == "replace" and len(node.args) == 1 and not node.keywords
+        if last in ("rename", "renames") or name in ("os.replace", "shutil.move") or of_a_path:
+            found.append(f"line {node.lineno}: {name or last}")
+    return found
+
+
 MAY_RUN_CODE = {"from_pretrained", "from_config"}
 """Last names of transformers' calls that ask whether to run code from a model folder unless they are told not to."""
 
@@ -255,6 +278,34 @@ def test_files_of_a_model_are_read_by_one_function(path: Path) -> None:
     may = path.relative_to(PACKAGE).as_posix() in READ_ELSEWHERE
     # A reason that no longer applies is taken off the list.
     assert bool(elsewhere) == may, elsewhere
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_names_change_by_one_function(path: Path) -> None:
+    found = renames(path.read_text(encoding="utf-8"))
+    assert bool(found) == (path.relative_to(PACKAGE).as_posix() in RENAMED_ELSEWHERE), found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a.rename(b)",
+        "os.replace(a, b)",
+        "Path(a).replace(b)",
+        "os.renames(a, b)",
+        "shutil.move(a, b)",
+    ],
+)
+def test_the_rule_about_names_finds(source: str) -> None:
+    assert len(renames(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["durable.replace(a, b)", "text.replace('a', 'b')", "replace(a, b=c)", "day.replace(hour=1)"],
+)
+def test_the_rule_about_names_leaves_alone(source: str) -> None:
+    assert renames(source) == []
 
 
 # The first looks at the folder and hands it on; the second copies what it looked at, and hands the copy on.

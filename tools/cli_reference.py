@@ -31,23 +31,114 @@ on stderr; so is whatever libraries print. A number that JSON cannot write is `n
 | 3 | does not fit; the fix is the smallest change that would |
 | 130 | interrupted |
 
-| Variable | Meaning |
-|---|---|
-| `CONMOE_DEBUG=1` | tracebacks, as with `--debug` |
-| `CONMOE_CONFIG_DIR` | folder of your own profiles and aliases |
-| `CONMOE_STATE_DIR` | folder of the chat history |
-| `CONMOE_CACHE_DIR` | folder of what was measured on this machine |
-| `XDG_CACHE_HOME` | folder of the compiled operator, in `conmoe-edge/operator` |
-| `NO_COLOR` | no colours |
-| `HF_HOME`, `HF_HUB_OFFLINE` | where downloaded models lie; use only those |
 """
+
+_VARIABLES = (
+    (
+        ("CONMOE_DEBUG=1",),
+        "tracebacks, as with `--debug`",
+    ),
+    (
+        ("CONMOE_CONFIG_DIR",),
+        "folder of your own profiles and aliases",
+    ),
+    (
+        ("CONMOE_STATE_DIR",),
+        "folder of the chat history",
+    ),
+    (
+        ("CONMOE_CACHE_DIR",),
+        "folder of what was measured on this machine",
+    ),
+    (
+        ("CONMOE_DATA_DIR",),
+        "folder of the packages that `run` makes",
+    ),
+    (
+        ("CONMOE_API_KEY",),
+        "the key that `serve` asks its clients for, as `--api-key`",
+    ),
+    (
+        ("CONMOE_OPERATOR=off",),
+        "torch's own kernels instead of the compiled operator: several times slower",
+    ),
+    (
+        ("CONMOE_OPERATOR_LEVEL",),
+        "instruction set of the operator, one that this processor has: `avx512-vnni`, "
+        "`avx512`, `avx-vnni`, `avx2`, `dotprod`, `neon` or `plain`; the best by default",
+    ),
+    (
+        ("CONMOE_OPERATOR_AWAKE",),
+        "microseconds for which a thread of the operator waits awake for its next work, "
+        "up to 1000000; 50 by default",
+    ),
+    (
+        ("CONMOE_OPERATOR_SANITIZE=1",),
+        "the operator compiled with sanitizers, which have to be loaded before Python: "
+        "for its tests (`make test-asan`)",
+    ),
+    (
+        ("CXX",),
+        "the C++ compiler of the operator, with its flags; `g++`, `clang++` or `c++` by default",
+    ),
+    (
+        ("OMP_NUM_THREADS",),
+        "threads that compute; by default as many as torch takes",
+    ),
+    (
+        ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+        "how threads of torch's OpenMP wait; where neither is set, for 2000 turns at the "
+        "most (Linux)",
+    ),
+    (
+        ("CUDA_VISIBLE_DEVICES",),
+        "which GPU counts: the first that it names; none where it is empty",
+    ),
+    (
+        ("XDG_CACHE_HOME",),
+        "folder of the compiled operator, in `conmoe-edge/operator`",
+    ),
+    (
+        ("SHELL",),
+        "the shell that `completion` is for, where none is named",
+    ),
+    (
+        ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "ZDOTDIR"),
+        "where `completion install` writes",
+    ),
+    (
+        ("WAYLAND_DISPLAY", "DISPLAY"),
+        "the display whose clipboard `/copy` in a chat writes to",
+    ),
+    (
+        ("NO_COLOR",),
+        "no colours",
+    ),
+    (
+        ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"),
+        "how much these libraries say; errors alone by default",
+    ),
+    (
+        ("HF_HOME", "HF_HUB_OFFLINE"),
+        "where downloaded models lie; use only those",
+    ),
+    (
+        ("HF_TOKEN", "HF_ENDPOINT"),
+        "the key for models that are not open to all; another hub",
+    ),
+)
 
 
 def page() -> str:
     """The whole page."""
     from conmoe_edge.cli.main import main
 
-    return _HEAD + "".join(_sections(main, "conmoe-edge", None))
+    rows = (
+        f"| {', '.join(f'`{one}`' for one in names)} | {meaning} |\n"
+        for names, meaning in _VARIABLES
+    )
+    head = "".join((_HEAD, "| Variable | Meaning |\n|---|---|\n", *rows))
+    return head + "".join(_sections(main, "conmoe-edge", None))
 
 
 def _sections(command: click.Command, path: str, parent: click.Context | None) -> Iterator[str]:

@@ -33,6 +33,7 @@ from benchmarks.comparison.turns import (
     kernel_note,
     prepare_operator,
     run_turn,
+    take_turns,
 )
 from benchmarks.fit_from_hub import command_of, fit, serving
 from benchmarks.generated_checkpoint import SHAPES, repository
@@ -405,19 +406,18 @@ def _run_block(
     largest = max(
         (path for turn in turns.values() for path in turn.files), key=lambda p: p.stat().st_size
     )
-    ledger.add("rates", rates(largest))
     limit = args.load_seconds + args.prompt_seconds + args.seconds_per_arm
-    for arm, repeat in wanted:
+
+    def run(arm: Arm, repeat: int) -> dict[str, Any]:
         turn = turns[arm.key]
         entry = run_turn(turn, repeat, files.work / "jobs", args.threads, limit)
-        entry["file_bytes"] = sum(path.stat().st_size for path in turn.files)
-        ledger.add("runs", entry)
-        steps = entry["notes"].get("step_seconds") or []
-        speed = f", {1 / statistics.median(steps):.2f} tokens/s" if steps else ""
-        said = f"{turn.key} {repeat}: {entry['outcome']}{speed}"
-        print(said, file=sys.stderr, flush=True)
-        report(files.cell, ledger, cache_bytes)
-    ledger.add("rates", rates(largest))
+        return {**entry, "file_bytes": sum(path.stat().st_size for path in turn.files)}
+
+    take_turns(
+        *(ledger, wanted, run),
+        rates=lambda: rates(largest),
+        report=lambda: report(files.cell, ledger, cache_bytes),
+    )
 
 
 def _number(value: float | None, width: int, digits: int) -> str:

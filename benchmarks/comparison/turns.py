@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.comparison.arms import MODULES
 from benchmarks.comparison.capped import Capped, run_capped, says_out_of_memory
@@ -23,6 +24,7 @@ from conmoe_edge.checkpoint.fs.atomic_files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = dict[str, Any]
+Arm = TypeVar("Arm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,36 @@ def run_turn(turn: Turn, repeat: int, work: Path, threads: int, seconds: float) 
         "tail": "" if done.returncode == 0 else done.tail,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def take_turns(
+    ledger: Ledger,
+    wanted: Sequence[tuple[Arm, int]],
+    run: Callable[[Arm, int], Run],
+    rates: Callable[[], Mapping[str, float]],
+    report: Callable[[], object],
+) -> None:
+    """Run each arm and repeat in turn; what this machine can do is measured before and behind, if there is any.
+
+    Args:
+        ledger: gets every run, and the rates.
+        wanted: what was not run yet, in its order.
+        run: gives the entry of one turn.
+        rates: bytes a second of what is a bound here.
+        report: writes the results; called after every turn.
+    """
+    if not wanted:
+        return
+    ledger.add("rates", rates())
+    for arm, repeat in wanted:
+        entry = run(arm, repeat)
+        ledger.add("runs", entry)
+        steps = entry["notes"].get("step_seconds") or []
+        speed = f", {1 / statistics.median(steps):.2f} tokens/s" if steps else ""
+        said = f"{entry['cell']} {repeat}: {entry['outcome']}{speed}"
+        print(said, file=sys.stderr, flush=True)
+        report()
+    ledger.add("rates", rates())
 
 
 def outcome_of(done: Capped, notes: Mapping[str, Any]) -> str:

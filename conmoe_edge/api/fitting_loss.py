@@ -20,7 +20,7 @@ from typing import Any
 
 from conmoe_edge.api.fitting import FitReport, fit
 from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
-from conmoe_edge.checkpoint.fs.durable import fsync_folder, remove_tree
+from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.errors import OutputExists, UsageError
 from conmoe_edge.plan.levers import FREE
 from conmoe_edge.plan.priors import DEMO
@@ -35,6 +35,8 @@ _CLOSE = 0.85
 _LEAST_SLOPE = 0.2
 """By which the logarithm of the loss falls with a bit, at the least."""
 _TINY = 1e-7
+_REPLACED = "replaced"
+"""Name of the package that was at the place before, until the new one is there."""
 _STEP = 0.1
 """Bits between two fits that are close enough."""
 
@@ -71,13 +73,14 @@ def fit_within_loss(
     """
     request, place = request or PlanRequest(), Path(out)
     _check(request, max_loss)
+    folder = place.parent / f".{place.name}.max-loss"
+    put_back(place, folder)
     if place.exists() and not overwrite:
         raise OutputExists(
             f"{place} is there already.", "", "--overwrite to replace it, or another --out DIR"
         )
     if place.exists() and not (place / MANIFEST_NAME).is_file():
         raise OutputExists(f"{place} is there and is no package.", "", "another --out DIR")
-    folder = place.parent / f".{place.name}.max-loss"
 
     def fitted(bits: float) -> tuple[FitReport, float]:
         asked = replace(request, bits=bits, precision=FREE)
@@ -86,7 +89,7 @@ def fit_within_loss(
 
     found, tried = search(max_loss, fitted)
     if found is None:
-        remove_tree(folder)
+        durable.remove_tree(folder)
         best = min(one.rise for one in tried)
         raise UsageError(
             f"No package of {model} was found whose loss rises by no more than {max_loss:g} nats.",
@@ -94,12 +97,27 @@ def fit_within_loss(
             f"the least rise was {best:.4f}",
             f"--max-loss {math.ceil(best * 1e4) / 1e4:g}",
         )
-    if place.exists():
-        place.rename(folder / "replaced")
-    found.out.rename(place)
-    fsync_folder(place.parent)
-    remove_tree(folder)
+    put(found.out, place, folder)
     return replace(found, out=place), tuple(tried)
+
+
+def put(package: Path, place: Path, folder: Path) -> None:
+    """Move a package out of ``folder`` to its ``place``, in the place of what is there; ``folder`` is deleted."""
+    if place.exists():
+        durable.replace(place, folder / _REPLACED)
+    durable.replace(package, place)
+    durable.remove_tree(folder)
+
+
+def put_back(place: Path, folder: Path) -> None:
+    """After a ``put`` that was cut short: what it had taken away is at ``place`` again, where nothing else is yet."""
+    taken = folder / _REPLACED
+    if not taken.exists():
+        return
+    if place.exists():
+        durable.remove_tree(taken)
+    else:
+        durable.replace(taken, place)
 
 
 def rise_of(receipt: dict[str, Any]) -> float:

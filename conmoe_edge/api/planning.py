@@ -22,7 +22,7 @@ from conmoe_edge.model.tokenizers import tried_tokenizer
 from conmoe_edge.plan.advice import advise
 from conmoe_edge.plan.fetching import Fetching, fetching_of
 from conmoe_edge.plan.fit_memory import FitMemory, fit_memory
-from conmoe_edge.plan.levers import FREE
+from conmoe_edge.plan.levers import FREE, shares_out
 from conmoe_edge.plan.plan import Plan
 from conmoe_edge.plan.planner import make_plan
 from conmoe_edge.plan.prompt_speed import Arithmetic, PromptSpeed, planned_prompt
@@ -300,10 +300,17 @@ def memory_of_fit(report: PlanReport, asked: Resolved, tokens: int, passes: int)
         tokens,
         trims=asked.method.trims,
         precision=report.plan.chosen.precision,
-        surveys=passes > 1 and asked.method.budgets,
+        dense=report.plan.dense_precision,
+        surveys=passes > 1 and _surveys(report, asked),
         wide=wide,
         on_host=on_host,
     )
+
+
+def _surveys(report: PlanReport, asked: Resolved) -> bool:
+    """Whether a second pass measures what each layer is worth."""
+    chosen = report.plan.chosen
+    return asked.method.budgets and shares_out(chosen.precision, chosen.rate, chosen.width)
 
 
 def arithmetic_here(meter: Meter) -> Arithmetic | None:
@@ -355,7 +362,8 @@ def with_fetching(
         total_bytes=sum(sizes.values()),
         layer_bytes=max(layers.values(), default=0),
         whole=whole,
-        passes=passes if asked.method.budgets or report.scopes_tried else 1,
+        passes=passes,
+        tries=bool(report.scopes_tried) or _surveys(report, asked),
     )
     return replace(report, fetching=found)
 

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from conmoe_edge.compat import cache_argument, cache_of
 from conmoe_edge.errors import UnsupportedModel
+from conmoe_edge.memory.heap import trim_heap
 from conmoe_edge.model import bridge
 from conmoe_edge.model.agreement import check_places
 from conmoe_edge.model.checked_attention import check_attention
@@ -116,8 +117,13 @@ class StreamedModel:
         }
         targets = bridge.targets_of(self.model, keys)
         check_places(self.model, self.prefix, keys, targets)
+        outside: dict[str, list[str]] = {}
         for key, target in targets.items():
-            self._keys_of[self._layer_of(target)].append(key)
+            layer = self._layer_of(target)
+            self._keys_of[layer].append(key)
+            if layer is None:
+                outside.setdefault(target, []).append(key)
+        self._outside = list(outside.values())
         expert_targets = {
             f"{path}.{name}"
             for path, module in self.experts.values()
@@ -159,7 +165,9 @@ class StreamedModel:
 
     def load_outside(self) -> None:
         """Load what is outside the decoder layers: embeddings, final norm, head."""
-        bridge.load_subset(self.model, self._read(self._keys_of[None]), self.device)
+        trim_heap()  # what was computed before has left pieces
+        for keys in self._outside:  # a parameter at a time: each is there twice while it is loaded
+            bridge.load_subset(self.model, self._read(keys), self.device)
         bridge.tie(self.model)
         bridge.fill_buffers(self.model, "", self.device)
         for path, module in self.model.named_modules():

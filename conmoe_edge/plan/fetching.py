@@ -38,6 +38,7 @@ def fetching_of(
     layer_bytes: int,
     whole: bool,
     passes: int,
+    tries: bool,
 ) -> Fetching:
     """For a plan.
 
@@ -46,7 +47,8 @@ def fetching_of(
         total_bytes: of all tensors on the hub.
         layer_bytes: of the largest decoder layer there.
         whole: the model goes into the hub's cache and is read from there.
-        passes: as asked for; the survey of the second goes over the experts twice.
+        passes: as asked for.
+        tries: whether something is tried in a second one: a survey goes over the experts twice.
     """
     scratch = plan.scratch_bytes
     if whole:
@@ -61,5 +63,5 @@ def fetching_of(
     )  # wait until their scope is whole
     if plan.dense_precision != "source":
         scratch += anatomy.dense_bytes  # as it was, for the original's stream
-    again = 2 * anatomy.experts_bytes if passes == 2 and plan.chosen.rate else 0
+    again = 2 * anatomy.experts_bytes if passes == 2 and tries else 0
     return Fetching(total_bytes + again, scratch, plan.disk_bytes + scratch, 0, passes)

@@ -168,6 +168,16 @@ def record_bytes(experts: ExpertsAnatomy, kind: str) -> int:
     return make_layout(record_parts(experts, kind)).nbytes
 
 
+def shares_out(precision: str, rate: float, width: int) -> bool:
+    """Whether layers get bytes of their own, by methods that divide them: not where every expert is kept and all have
+    ``width`` neurons, where none goes, or in a mixed precision, whose division is the plan's.
+    """
+    if width:
+        return False
+    kind = PRECISIONS[precision]
+    return kind.free or (rate > 0.0 and not kind.mixed)
+
+
 def spread(total: int, counts: Sequence[int]) -> tuple[int, ...]:
     """``total`` wide records over scopes of ``counts`` prototypes: evenly, what is left to the
     first, none more than it has.

@@ -124,14 +124,17 @@ def test_a_folder_gives_the_same_weights(source: Path, hub: Hub, tmp_path: Path)
     }
 
 
-def test_two_passes_are_the_local_default(source: Path, hub: Hub, tmp_path: Path) -> None:
-    fit(source, tmp_path / "parts", passes=2)
+@pytest.mark.parametrize("levers", [{"rate": 0.5}, {"rate": "auto", "bits": 3.0}], ids=str)
+def test_two_passes_are_the_local_default(
+    source: Path, hub: Hub, tmp_path: Path, levers: Any
+) -> None:
+    fit(source, tmp_path / "parts", passes=2, **levers)
     plan = api.plan(
-        NAME, budget="4GB", device="cpu", rate=0.5, calibration_tokens=512, passes=2
+        NAME, budget="4GB", device="cpu", calibration_tokens=512, passes=2, **levers
     ).fetching
     assert plan is not None
     assert weights(source) < hub.weight_bytes() <= plan.nbytes + 2 * allowance(source)
-    fit(source, tmp_path / "whole", keep_source=True)
+    fit(source, tmp_path / "whole", keep_source=True, **levers)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
     assert load_manifest(tmp_path / "whole").notes == ()
 

@@ -15,9 +15,13 @@ from conmoe_edge.api.fitting_loss import (
     MOST_BITS,
     MOST_FITS,
     fit_within_loss,
+    put,
+    put_back,
     rise_of,
     search,
 )
+from conmoe_edge.checkpoint.format.manifest import MANIFEST_NAME
+from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest, verify_package
 from conmoe_edge.errors import OutputExists, UsageError
 from conmoe_edge.plan.request import PlanRequest
@@ -104,3 +108,48 @@ def test_a_package_that_keeps_to_it_is_found_and_nothing_else_is_left(tmp_path: 
     kept = [one for one in tried if one.rise <= 0.0002]
     assert kept and rise_of(dict(manifest.receipt)) == min(kept, key=lambda one: one.bits).rise
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "text.txt"]
+
+
+@pytest.mark.parametrize("former", ["former", ""])
+def test_a_package_is_put_in_its_place_whole_wherever_that_is_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: str
+) -> None:
+    """The process ends before each of its durable steps in turn, until there is none left."""
+
+    class Ended(BaseException):
+        pass
+
+    def end_at(step: int) -> None:
+        left = iter(range(step, -1, -1))
+
+        def count() -> None:
+            if next(left, 1) == 0:
+                raise Ended
+
+        monkeypatch.setattr(durable, "_step", count)
+
+    def said(place: Path) -> str:
+        return (place / MANIFEST_NAME).read_text() if place.exists() else ""
+
+    for step in range(20):
+        place, folder = tmp_path / str(step) / "out", tmp_path / str(step) / ".out.max-loss"
+        for path, text in ((place, former), (folder / "2.60", "new")):
+            if text:
+                path.mkdir(parents=True)
+                (path / MANIFEST_NAME).write_text(text)
+        end_at(step)
+        try:
+            put(folder / "2.60", place, folder)
+            break
+        except Ended:
+            monkeypatch.undo()
+        put_back(place, folder)
+        assert said(place) in (former, "new"), step
+        assert said(place) == "new" or said(folder / "2.60") == "new", step
+        put_back(place, folder)
+        if said(place) != "new":
+            put(folder / "2.60", place, folder)
+            assert said(place) == "new" and not folder.exists(), step
+    else:
+        raise AssertionError("it has no end")
+    assert step > 2 and said(place) == "new" and not folder.exists()

@@ -75,3 +75,31 @@ def test_ratios_are_of_medians_and_the_faster_peer_counts(tmp_path: Path) -> Non
     assert {match.key for match in MATCHES} >= set(ratios)
     with pytest.raises(SystemExit, match="other settings"):
         Ledger(tmp_path / "run.json", {**settings, "steps": 3})
+
+
+def test_turns_go_there_and_back_and_on_where_they_stopped(tmp_path: Path) -> None:
+    from benchmarks.comparison.arms import Cell, order
+    from benchmarks.comparison.turns import Ledger, Run, take_turns
+
+    cells = [Cell(name, None, "", needed=True) for name in ("a", "b")]
+    told: list[str] = []
+
+    def run(name: str, repeat: int) -> Run:
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        told.append(f"{name}{repeat}")
+        return {"cell": name, "repeat": repeat, "outcome": "ok", "notes": {"step_seconds": [0.5]}}
+
+    def go_on() -> Ledger:
+        ledger = Ledger(tmp_path / "run.json", {})
+        wanted = [(c.system, n) for c, n in order(cells, 3, 3) if not ledger.has(c.system, n)]
+        take_turns(ledger, wanted, run, lambda: {"memory": float(len(told))}, lambda: None)
+        return ledger
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    first, told[:] = list(told), []
+    ledger = go_on()
+    assert (first, told) == (["a0", "b0", "b1"], ["a1", "a2", "b2"])
+    assert ledger.data["rates"] == [{"memory": 0.0}, {"memory": 0.0}, {"memory": 3.0}]
+    assert go_on().data == ledger.data  # nothing is left, so nothing is measured

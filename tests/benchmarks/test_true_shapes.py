@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the package
 from benchmarks import true_shapes  # noqa: E402
 from benchmarks.comparison import large  # noqa: E402
 from benchmarks.comparison.turns import Ledger  # noqa: E402
-from benchmarks.fit_bounds import Sizes  # noqa: E402
+from benchmarks.fit_bounds import Rates, Sizes, parts_of  # noqa: E402
 from benchmarks.generated_checkpoint import (  # noqa: E402
     SHAPES,
     entries,
@@ -82,9 +82,12 @@ def test_work_is_counted_layer_by_layer() -> None:
     olmoe = Sizes.of(SHAPES["olmoe-7b"].config(), 0)
     once = 16 * (4 * 2 * 2048**2 + 2 * 2 * 2048 * 513 / 2 + 2 * 2048 * 64)
     assert olmoe.attention_flops(10) == pytest.approx(10 * once)
-    assert olmoe.rounding_flops(0) == pytest.approx(
+    whole = [(1024, 16 * 64)]
+    assert olmoe.rounding_flops(0, whole) == pytest.approx(
         16 * 64 * (2 * 1024 * 2048**2 + 2048 * 1024**2 + (2048**3 + 1024**3) / 3)
     )
+    more = olmoe.rounding_flops(10, whole) - olmoe.rounding_flops(0, whole)
+    assert more == pytest.approx(16 * 10 * 8 * (2048**2 + 1024**2))
     deep = SHAPES["deepseek-16b"]
     two, three = (
         Sizes.of(dataclasses.replace(deep, layers=n).config(), 0).attention_flops(8) for n in (2, 3)
@@ -96,6 +99,76 @@ def test_work_is_counted_layer_by_layer() -> None:
     assert Sizes.of(SHAPES["gpt-oss-20b"].config(), 0).experts == 32
     with pytest.raises(ValueError, match="mixtral"):
         Sizes.of({"model_type": "mixtral"}, 0)
+
+
+def test_the_work_of_auto_is_counted_by_hand() -> None:
+    """Multiply-adds twice, Gram matrices half: as docs/auto.md has the steps."""
+    olmoe = Sizes.of(SHAPES["olmoe-7b"].config(), 0)
+    hidden, width, layers, experts, visits = 2048, 1024, 16, 64, 100 * 8
+    seen = visits * (2 * 2 * hidden * width + width**2)
+    worth = layers * (seen + experts * width**3)
+    assert olmoe.narrowing_flops(100, choosing_bits=False) == pytest.approx(worth)
+    pivots = layers * experts * width**3 / 3
+    assert olmoe.narrowing_flops(100, choosing_bits=True) == pytest.approx(worth + pivots)
+
+    kept = [(1024, 300), (512, 100)]  # of all layers
+    each = layers * visits / 400
+    wide = 10 * hidden * width * each + width**3 / 3 + 2 * width**2 * hidden
+    narrow = 10 * hidden * 512 * each + 512**3 / 3 + 2 * 512**2 * hidden
+    refit = 300 * wide + 100 * narrow
+    assert olmoe.refit_flops(100, kept, rounds=True) == pytest.approx(refit)
+    grams = each * (300 * width**2 + 100 * 512**2)
+    assert olmoe.refit_flops(100, kept, rounds=False) == pytest.approx(refit + grams)
+
+
+@pytest.mark.parametrize(("tokens", "fitted"), [(512, 2), (8192, 4), (32768, 6)])
+def test_the_work_of_the_survey_is_counted_by_hand(tokens: int, fitted: int) -> None:
+    olmoe = Sizes.of(SHAPES["olmoe-7b"].config(), 0)
+    kept = [(512, 16 * 64)]  # stand-ins are half as wide
+    found = olmoe.survey_flops(tokens, kept, choosing_bits=True)
+    own, others = (fitted + 6) * 512, 12 * 512
+    assert found.attention == pytest.approx(olmoe.attention_flops(own + others))
+    assert found.experts == pytest.approx(olmoe.experts_flops(own + others / 2, 16 * 8))
+    assert found.narrowing == olmoe.narrowing_flops(fitted * 512, choosing_bits=True)
+    assert found.all() == pytest.approx(found.attention + found.experts + found.narrowing)
+
+
+def test_parts_of_a_fit_by_auto(tmp_path: Path) -> None:
+    """Which work stands beside which part, at a rate of 1 FLOP and 1 byte a second."""
+    olmoe = dataclasses.replace(Sizes.of(SHAPES["olmoe-7b"].config(), 10_000), moe_layers=1)
+    names = ("attention", "experts up", "experts down", "head", "distance")
+    rates = Rates(1.0, 1.0, dict.fromkeys(names, 1.0))
+    division = [{"width": 1024, "prototypes": 60}, {"width": 512, "prototypes": 4}]
+    report: dict[str, Any] = {
+        "receipt": {"tokens": 512},
+        "division": division,
+        "fetching": {"nbytes": 25_000},
+        "seconds": {"method": 5.0, "survey": 3.0, "journal": 1.0},
+    }
+    manifest: dict[str, Any] = {"method": "auto", "precision": "free", "scope": 1, "remap": {}}
+
+    def bounds() -> dict[str, float | None]:
+        (tmp_path / "conmoe.json").write_text(json.dumps(manifest))
+        return {one.name: one.bound for one in parts_of(olmoe, rates, report, tmp_path, 1024)}
+
+    kept = [(1024, 60), (512, 4)]
+    found = bounds()
+    worth = olmoe.narrowing_flops(1024, choosing_bits=True)
+    refit = olmoe.refit_flops(1024, kept, rounds=True)
+    assert found["method"] == pytest.approx(olmoe.rounding_flops(1024, kept) + worth + refit)
+    survey = olmoe.survey_flops(1024, kept, choosing_bits=True)
+    assert found["survey"] == pytest.approx(survey.all())
+    assert found["read"] == pytest.approx(25_000)
+    assert found["journal"] is None
+    del report["seconds"]["survey"], report["fetching"]
+    manifest["precision"] = "source"
+    found = bounds()
+    assert "survey" not in found and found["read"] == pytest.approx(10_000)
+    worth = olmoe.narrowing_flops(1024, choosing_bits=False)
+    refit = olmoe.refit_flops(1024, kept, rounds=False)
+    assert found["method"] == pytest.approx(worth + refit)
+    report["division"] = [{"width": 1024, "prototypes": 64}]  # nothing changes, nothing is solved
+    assert bounds()["method"] is None
 
 
 def test_cells_are_read_and_named() -> None:

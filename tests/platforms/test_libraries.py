@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from emulators import emulator
 from platforms.product_cases import write_cases
 
 from conmoe_edge.offload.kernels.cpu.compilers import Compiler
@@ -23,8 +23,6 @@ from tools.platform_wheels import STAGED, staged_libraries
 pytestmark = pytest.mark.platforms
 CHECK = Path(__file__).with_name("check_library.cpp")
 THIS = "this machine"
-WINE = "/usr/lib/wine/wine64"
-"""Where Debian has it; beside the path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +36,8 @@ class Machine:
 
 
 def _machines() -> list[Machine]:
-    arm = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", "-cpu")
-    intel = ("qemu-x86_64-static", "-cpu")
+    arm = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
+    intel = ("qemu-x86_64", "-cpu")
     there = tuple(one.name for one in levels_here())
     found = [
         Machine("x86-64 without AVX2", "linux-x86_64", ("plain",), (*intel, "qemu64")),
@@ -84,8 +82,8 @@ def test_a_library_computes_what_is_written_down(
 ) -> None:
     command = list(machine.command)
     if command:
-        found = shutil.which(command[0]) or (WINE if command[0] == "wine64" else "")
-        if not Path(found).is_file() or (
+        found = emulator(command[0])
+        if found is None or (
             "-L" in command and not Path(command[command.index("-L") + 1]).is_dir()
         ):
             pytest.skip(f"{' '.join(command[:3])} is not here")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,108 @@ def unknown(line: str) -> str:
         return ", ".join(one for one in words[4:] if one.startswith("--") and one not in flags)
     ours = module in ("pytest", "pip", "zipfile")
     return "" if not ours or importlib.util.find_spec(module) else module
+
+
+WORKFLOW = {"name", "on", "permissions", "concurrency", "env", "jobs", "defaults", "run-name"}
+JOB = {
+    *("name", "permissions", "needs", "if", "runs-on", "environment", "concurrency", "outputs"),
+    *("env", "defaults", "steps", "timeout-minutes", "strategy", "continue-on-error"),
+    *("container", "services", "uses", "with", "secrets"),
+}
+STEP = {
+    *("id", "if", "name", "uses", "run", "working-directory", "shell", "with", "env"),
+    *("continue-on-error", "timeout-minutes"),
+}
+"""Keys, as GitHub's "Workflow syntax" has them; any other is refused there when the workflow starts."""
+PINNED = re.compile(r"[\w-]+/[\w./-]+@v\d+")
+CONTEXTS = ("github", "matrix", "runner", "env", "needs", "steps", "secrets", "inputs", "job")
+
+
+def faults(workflow: Mapping[Any, Any]) -> list[str]:
+    """What GitHub would refuse, or what would come to nothing there: keys that are none, jobs and values of the matrix
+    that are not there, actions without a version.
+    """
+    found = _strange("workflow", {"on" if one is True else one for one in workflow}, WORKFLOW)
+    for name, job in workflow["jobs"].items():
+        found += _strange(name, job, JOB)
+        needs = job.get("needs", [])
+        for one in [needs] if isinstance(needs, str) else needs:
+            found += [] if one in workflow["jobs"] else [f"{name}: needs {one}"]
+        values = _values(job.get("strategy", {}).get("matrix", {}))
+        for context, rest in re.findall(r"\$\{\{\s*(\w+)\.([\w.-]+)\s*\}\}", str(job)):
+            if context not in CONTEXTS or (context == "matrix" and rest not in values):
+                found.append(f"{name}: {context}.{rest}")
+        for step in job["steps"]:
+            found += _strange(name, step, STEP)
+            if ("run" in step) == ("uses" in step):
+                found.append(f"{name}: a step either runs something or uses an action")
+            if "uses" in step and not PINNED.fullmatch(step["uses"]):
+                found.append(f"{name}: {step['uses']}")
+    return found
+
+
+def _strange(place: str, keys: Iterable[str], known: set[str]) -> list[str]:
+    return [f"{place}: {one}" for one in sorted(set(keys) - known)]
+
+
+def _values(matrix: Mapping[str, Any]) -> set[str]:
+    """Names of what a job is repeated for."""
+    rows = matrix.get("include", [])
+    return {*(matrix.keys() - {"include", "exclude"}), *(key for row in rows for key in row)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_github_would_refuse(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert faults(workflow) == []
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_one_version_of_every_action() -> None:
+    used = {
+        step["uses"]
+        for path in FILES
+        for job in jobs(path).values()
+        for step in job["steps"]
+        if "uses" in step
+    }
+    names = [one.partition("@")[0] for one in used]
+    assert used and len(names) == len(set(names)), sorted(used)
+
+
+GOOD = """
+on: push
+jobs:
+  one:
+    runs-on: ubuntu-latest
+    strategy: {matrix: {os: [a, b], include: [{os: c, wheel: d}]}}
+    steps:
+      - uses: actions/checkout@v4
+      - run: echo ${{ matrix.os }} ${{ matrix.wheel }} ${{ github.ref }}
+  two:
+    needs: one
+    runs-on: ubuntu-latest
+    steps: [{run: "true"}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("checkout@v4", "checkout"),
+        ("checkout@v4", "checkout@main"),
+        ("needs: one", "needs: three"),
+        ("needs: one", "need: one"),
+        ("matrix.wheel", "matrix.weel"),
+        ("github.ref", "git.ref"),
+        ("jobs:", "perms: {}\njobs:"),
+        ("- run: echo", "- runs: echo"),
+        ("- uses: actions", "- run: x\n        uses: actions"),
+    ],
+)
+def test_a_fault_is_found(good: str, bad: str) -> None:
+    assert faults(yaml.safe_load(GOOD)) == []
+    assert faults(yaml.safe_load(GOOD.replace(good, bad)))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from conmoe_edge.checkpoint.fs import durable
 from conmoe_edge.errors import ConmoeError, UsageError
 
 KIND = "conmoe-edge chat"
@@ -94,7 +95,8 @@ class Conversation:
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
                     json.dump(value, file, ensure_ascii=False, indent=2)
-                Path(name).replace(path)
+                durable.fsync_file(Path(name))
+                durable.replace(Path(name), path)
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise

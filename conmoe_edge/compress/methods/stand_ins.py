@@ -3,7 +3,8 @@
 Nothing is refitted but the down projection of an expert whose neurons go, and numbers are rounded to the nearest: more
 is lost than in a package, in every layer about as much more.
 
-Peak memory: the stand-ins that were made, each expert once in every record that some division has for it.
+Peak memory: the stand-ins of one division, where the tap of the one before is given up first; a Gram matrix [I, I] in
+fp32 of every expert whose neurons go.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from conmoe_edge.checkpoint.format.records import decode, encode
 from conmoe_edge.checkpoint.format.slot_map import NONE
@@ -90,7 +91,17 @@ class StandInLayer:
         self._scope, self._tokens, self._unit = scope, tokens, unit
         self._gates = gates_of(tokens, len(scope.pool))
         self._grams: dict[int, Tensor] = {}
-        self._made: dict[tuple[int, Record], Parts] = {}  # divisions have much in common
+        self._made: dict[tuple[int, Record], Parts] = {}  # neighbours have much in common
+
+    @property
+    def index(self) -> int:
+        """The decoder layer."""
+        return self._scope.layers[0].layer
+
+    @property
+    def module(self) -> nn.Module:
+        """The loaded experts of the layer."""
+        return self._scope.module
 
     def narrowed(self) -> NarrowedLayer:
         """What its experts lose, by its tokens."""
@@ -111,11 +122,12 @@ class StandInLayer:
         )
 
     def tap(self, narrowed: NarrowedLayer, units: int) -> MappedTap:
-        """The layer in so many units."""
+        """The layer in so many units. What the tap before had and this one has not is given up."""
         return self._tap(narrowed.experts, narrowed.chosen(units))
 
     def _tap(self, experts: Sequence[Narrowing], chosen: Sequence[Record]) -> MappedTap:
-        parts = {}
+        parts, wanted = {}, set(enumerate(chosen))
+        self._made = {key: one for key, one in self._made.items() if key in wanted}
         for expert, record in enumerate(chosen):
             place, kind = record
             if place:

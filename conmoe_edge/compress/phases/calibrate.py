@@ -78,7 +78,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
             moments = forms.layer_moments(run, model, index, own)
             seen = _observe(run, model, index, streams, trace)
             forms.round_layer(run, model, index, moments)
-            entered = left = None
+            entering = entered = left = None
             if index in model.experts:
                 entering = _entering(run, model, index, streams)
                 if needs.target and entering is not None:
@@ -87,6 +87,7 @@ def calibrate(run: Run, model: StreamedModel, trace: Trace) -> list[WrittenFile]
                 entered, left = decide(run, module, index, seen, model.routers, entering)
             if run.has_package_stream:
                 propagate(run, model, index, streams["package"], entered, left)
+        seen = entering = entered = left = None  # the next layer needs the room
         run.layer_done("calibrate", index, streams)
     forms.round_head(run, model, own)
     run.work.save_hidden("original", 0, {"held_out": streams["held_out"].hidden})

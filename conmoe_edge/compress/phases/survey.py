@@ -6,14 +6,14 @@ layer's worth. ``layer_budgets.py`` makes a division of the bytes from that. A l
 the cost is linear in the depth.
 
 Trial: the whole model with the uniform division, with this one, and with one half way. The one whose final distribution
-is nearest to the original's is taken (ties to the uniform one).
+is nearest to the original's is taken (ties to the more uniform one).
 
 A narrowed layer has stand-ins for its experts (``methods/narrowing.py``); nothing is refitted. Stand-ins are made from
 some sequences, worth is measured on others, and the trial on others again. The tokens of the first wait in the work
 folder for the trial.
 
-Peak memory: one decoder layer, the hidden states of a few sequences once for every division, the activations of as
-many tokens in one layer, the logits of one sequence twice.
+Peak memory: one decoder layer, stand-ins of one division (``stand_ins.py``), the hidden states of a few sequences once
+for every division; the logits of one sequence twice.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def survey(run: Run, model: StreamedModel) -> dict[int, int]:
             shared.update(zip(alike, share_out([worth[one] for one in alike], each), strict=True))
         half = dict(zip(uniform, between([*uniform.values()], [*shared.values()]), strict=True))
         divisions = [uniform]
-        divisions += [one for one in (shared, half) if one not in divisions]
+        divisions += [one for one in (half, shared) if one not in divisions]
         left = _trial(run, model, found, divisions) if len(divisions) > 1 else [0.0]
     return divisions[left.index(min(left))]
 
@@ -73,10 +73,9 @@ def _worth(
                 module = model.experts[index][1]
                 layer = _stand_ins(run, module, index, recorded)
                 found[index] = layer.narrowed()
-                mapped = layer.tap(found[index], run.sizes.uniform((index,)))
-                attach(module, mapped)
-                measured.beside.run_layer(index, [changed], mapped)
-                attach(module, RoutedTap())  # the tap holds on to the layer's weights
+                uniform = run.sizes.uniform((index,))
+                _run_narrowed(measured, layer, found[index], uniform, changed)
+                layer = recorded = None  # the next one needs the room
                 worth[index] = LayerWorth(found[index].curve(), measured.changed_by(changed))
     return worth
 
@@ -101,11 +100,23 @@ def _trial(
             recorded = LayerTokens.load(run.work.tokens(index))
             layer = _stand_ins(run, module, index, recorded)
             for one, division in zip(tried, divisions, strict=True):
-                mapped = layer.tap(found[index], division[index])
-                attach(module, mapped)
-                measured.beside.run_layer(index, [one], mapped)
-            attach(module, RoutedTap())  # the tap holds on to the layer's weights
+                _run_narrowed(measured, layer, found[index], division[index], one)
+            layer = None  # it holds on to the layer's weights, and to stand-ins
     return measured.divergences(tried)
+
+
+def _run_narrowed(
+    measured: Originals,
+    layer: StandInLayer,
+    narrowed: NarrowedLayer,
+    units: int,
+    hidden: torch.Tensor,
+) -> None:
+    """``hidden`` through a loaded layer in so many units, in place."""
+    mapped = layer.tap(narrowed, units)
+    attach(layer.module, mapped)
+    measured.beside.run_layer(layer.index, [hidden], mapped)
+    attach(layer.module, RoutedTap())  # the tap holds on to the stand-ins
 
 
 def _stand_ins(run: Run, module: nn.Module, index: int, tokens: LayerTokens) -> StandInLayer:

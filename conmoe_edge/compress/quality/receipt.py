@@ -17,7 +17,7 @@ and a few blocks of 64 positions in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,10 +70,8 @@ class ReceiptTracker:
     def add(self, row: int, original: Tensor, consolidated: Tensor) -> None:
         """Compare the logits [T, V] of one sequence."""
         sums = self._sums.setdefault(self._tokens.domains[row], _Sums())
-        targets, (before, after) = _predicted(self._tokens, row, original, consolidated)
-        for start in range(0, targets.numel(), _POSITIONS):
-            block = slice(start, start + _POSITIONS)
-            sums.add(_compare(targets[block], before[block], after[block]))
+        for targets, before, after in _predicted(self._tokens, row, original, consolidated):
+            sums.add(_compare(targets, before, after))
 
     def result(self) -> dict[str, Any]:
         """The receipt."""
@@ -106,6 +104,7 @@ def compare_heads(
         tracker.add(row, wanted, found)
         if matches is not None:
             matches.add(row, found, wanted)
+        del wanted, found  # before the next ones are made
     counts = {} if matches is None else matches.result()
     exact = {"exact_match": {kind: asdict(one) for kind, one in counts.items()}} if counts else {}
     return {**tracker.result(), **exact}
@@ -121,12 +120,10 @@ class LossTracker:
     def add(self, row: int, logits: Tensor) -> None:
         """Add the logits [T, V] of one sequence."""
         count, loss = self._sums.get(self._tokens.domains[row], (0, 0.0))
-        targets, (found,) = _predicted(self._tokens, row, logits)
-        for start in range(0, targets.numel(), _POSITIONS):
-            block = slice(start, start + _POSITIONS)
-            q = torch.log_softmax(found[block].float(), dim=-1)
-            loss -= _likelihood(q, targets[block])
-        self._sums[self._tokens.domains[row]] = (count + targets.numel(), loss)
+        for targets, found in _predicted(self._tokens, row, logits):
+            loss -= _likelihood(torch.log_softmax(found.float(), dim=-1), targets)
+            count += targets.numel()
+        self._sums[self._tokens.domains[row]] = (count, loss)
 
     def result(self) -> tuple[tuple[int, float], dict[str, tuple[int, float]]]:
         """(tokens, mean loss) over all and by domain."""
@@ -139,11 +136,14 @@ class LossTracker:
         return (count, loss / max(1, count)), by_domain
 
 
-def _predicted(tokens: TokenSet, row: int, *logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The tokens [n] of a sequence that count, and for each of the logits [T, V] those that say them."""
+def _predicted(tokens: TokenSet, row: int, *logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some positions of a sequence at a time: the tokens [n] that count, and for each of the logits [T, V] those [n, V]
+    that say them.
+    """
     mask = tokens.mask[row]
-    valid = mask[1:] & mask[:-1]
-    return tokens.ids[row][1:][valid], tuple(one[:-1][valid.to(one.device)] for one in logits)
+    valid = (mask[1:] & mask[:-1]).nonzero().squeeze(1)
+    for places in valid.split(_POSITIONS):
+        yield tokens.ids[row][places + 1], *(one[places.to(one.device)] for one in logits)
 
 
 def _likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
@@ -156,12 +156,14 @@ def _compare(targets: Tensor, original: Tensor, consolidated: Tensor) -> _Sums:
     """targets [n], logits [n, V] each."""
     p = torch.log_softmax(original.float(), dim=-1)
     q = torch.log_softmax(consolidated.float(), dim=-1)
-    weights = p.exp()
-    return _Sums(
+    found = _Sums(
         positions=targets.numel(),
         original=-_likelihood(p, targets),
         consolidated=-_likelihood(q, targets),
-        kl=max(0.0, float((weights * (p - q)).sum(-1).double().sum())),
         agreed=int((p.argmax(-1) == q.argmax(-1)).sum()),
-        overlap=float(torch.minimum(weights, q.exp()).sum(-1).double().sum()),
     )
+    weights = p.exp()
+    # In place from here on: a row is as long as the vocabulary.
+    found.kl = max(0.0, float(p.sub_(q).mul_(weights).sum(-1).double().sum()))
+    found.overlap = float(torch.minimum(weights, q.exp_(), out=q).sum(-1).double().sum())
+    return found

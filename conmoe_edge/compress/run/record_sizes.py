@@ -14,7 +14,14 @@ from conmoe_edge.compress.methods.interface import Method
 from conmoe_edge.compress.run.job import Job
 from conmoe_edge.compress.run.journal import StoredRecord
 from conmoe_edge.model.anatomy import ExpertsAnatomy, ModelAnatomy
-from conmoe_edge.plan.levers import PRECISIONS, record_bytes, record_parts, scopes, spread
+from conmoe_edge.plan.levers import (
+    PRECISIONS,
+    record_bytes,
+    record_parts,
+    scopes,
+    shares_out,
+    spread,
+)
 from conmoe_edge.plan.record_options import (
     RecordOption,
     layer_room,
@@ -83,9 +90,7 @@ class RecordSizes:
             scopes=tuple(scopes(job.anatomy, job.scope)),
             trims=trims,
             differs=differs,
-            shares_out=method.budgets
-            and (free or (job.rate > 0.0 and len(kinds) == 1))
-            and not every,
+            shares_out=method.budgets and shares_out(job.precision, job.rate, job.width),
             wide=job.wide_prototypes,
             every=every,
             pool_bytes=job.decided.chosen.pool_bytes if free else 0,

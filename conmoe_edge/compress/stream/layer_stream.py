@@ -221,7 +221,7 @@ def require_numbers(logits: Tensor) -> None:
     Raises:
         CheckpointError: there is NaN or infinity among them.
     """
-    if not bool(logits.isfinite().all()):
+    if not all_finite(logits):
         raise CheckpointError(
             "The output layer gives NaN or infinity.",
             "all decoder layers before it gave numbers",

@@ -85,8 +85,10 @@ class RoutingRecorder:
                 self._rows[self._set].append(rows.cpu())
 
     def taken(self) -> tuple[Tensor, Tensor]:
-        """Of the layer that ran: [T, H] bf16 hidden rows and [T, K] router slots of the trace's tokens."""
-        rows = [piece for name in self._order for piece in self._rows[name]]
+        """Of the layer that ran: [T, H] bf16 hidden rows, which are given up, and [T, K] router slots of the trace's
+        tokens.
+        """
+        rows = [piece for name in self._order for piece in self._rows.pop(name)]
         slots = [piece for name in self._order for piece in self._taken[name]]
         return torch.cat(rows), torch.cat(slots)
 

@@ -15,18 +15,22 @@ Memory: one token's activations.
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, Arguments, cache_of
 from conmoe_edge.model.source_digest import forward_digest
 from conmoe_edge.offload.fastpath.decoder_layer import FusedLayer, Meeting
 from conmoe_edge.offload.fastpath.fingerprint import Fingerprint
+from conmoe_edge.offload.fastpath.supported import LISTED, module_of
 from conmoe_edge.offload.kernels.cpu.bindings import Positions
 
 _DECODERS = frozenset(
@@ -217,6 +221,41 @@ def why_around(model: Any) -> str:
     if set(vars(decoder)["_modules"]) != set(_PARTS):
         return f"{type(decoder).__name__} has other parts than its class"
     return ""
+
+
+def installed_forwards() -> dict[str, tuple[str | None, bool]]:
+    """Class -> the digest of its ``forward`` in the installed transformers, ``None`` where that has no source, and
+    whether its list has it: of the models that write text in the families of ``LISTED``, and of their decoders. Imports
+    every family.
+    """
+    found: dict[str, tuple[str | None, bool]] = {}
+    for family in sorted({name.partition(".")[0] for name in LISTED} - {"torch"}):
+        try:
+            module = module_of(family)
+        except ImportError:
+            continue
+        for head in _models_of(module):
+            decoders = [(one, _DECODERS) for one in _made_by(head, module)]
+            for kind, known in (*decoders, (head, _HEADS)):
+                try:
+                    digest = forward_digest(kind)
+                except OSError:
+                    digest = None
+                found[f"{family}.{kind.__name__}"] = (digest, digest in known)
+    return found
+
+
+def _models_of(module: ModuleType) -> list[type]:
+    """The classes of a module with a decoder and a head."""
+    kinds = [one for one in vars(module).values() if isinstance(one, type)]
+    own = [one for one in kinds if one.__module__ == module.__name__]
+    return [one for one in own if one.__name__.endswith("ForCausalLM")]
+
+
+def _made_by(head: type, module: ModuleType) -> list[type]:
+    """The decoder that a model makes: the models that its ``__init__`` names."""
+    named = (vars(module).get(name) for name in inspect.unwrap(head.__init__).__code__.co_names)
+    return [one for one in named if isinstance(one, type) and issubclass(one, PreTrainedModel)]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import importlib
 import re
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import TypeVar
 
 import transformers
@@ -566,6 +567,16 @@ def listed_name(kind: type) -> str | None:
     return f"{found[1]}.{kind.__qualname__}" if found else None
 
 
+def module_of(family: str) -> ModuleType:
+    """The module with the classes of a family, as the names of the list have it.
+
+    Raises:
+        ImportError: the installed transformers has none.
+    """
+    place = OWN if family == "deepseek" else f"transformers.models.{family}.modeling_{family}"
+    return importlib.import_module(place)
+
+
 def installed_digests() -> dict[str, tuple[str | None, bool]]:
     """Class on the list -> its digest in the installed transformers, ``None`` where that has no such class, and whether
     the list has it. Imports every family.
@@ -575,9 +586,8 @@ def installed_digests() -> dict[str, tuple[str | None, bool]]:
         family, _, kind = name.partition(".")
         if family == "torch":
             continue
-        place = OWN if family == "deepseek" else f"transformers.models.{family}.modeling_{family}"
         try:
-            digest = source_digest(getattr(importlib.import_module(place), kind))
+            digest = source_digest(getattr(module_of(family), kind))
         except (ImportError, AttributeError, OSError):
             found[name] = (None, False)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from families import save_tiny, save_tokenizer
 
 from conmoe_edge import api
 from conmoe_edge.checkpoint.package.manifest_io import load_manifest
+from conmoe_edge.compress.methods.stand_ins import NarrowedLayer, StandInLayer
 from conmoe_edge.compress.phases import survey as survey_module
 from conmoe_edge.compress.stream.expert_hooks import MappedTap
 from conmoe_edge.model.streaming import StreamedModel
@@ -111,9 +113,18 @@ def test_the_trial_measures_what_the_divisions_do(
 
 
 def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a layer has been left, in the survey or after it, no tap holds on to its experts."""
+    """When a layer has been left, in the survey or after it, no tap holds on to its experts, and nothing to stand-ins.
+    Of those there are never more than one division has.
+    """
     holding: list[bool] = []
-    leave = StreamedModel.layer
+    standing: list[bool] = []
+    leave, tap = StreamedModel.layer, StandInLayer.tap
+
+    def one_division(self: StandInLayer, narrowed: NarrowedLayer, units: int) -> MappedTap:
+        made = tap(self, narrowed, units)
+        chosen = narrowed.chosen(units)
+        standing.append(len(self._made) == sum(place > 0 for place, _ in chosen))
+        return made
 
     @contextmanager
     def layer(self: StreamedModel, index: int, *, with_experts: bool = True) -> Iterator[Any]:
@@ -121,8 +132,13 @@ def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             yield module
         taps = [getattr(experts, "_conmoe_tap", None) for _, experts in self.experts.values()]
         holding.append(any(isinstance(tap, MappedTap) for tap in taps))
+        holding.append(any(type(one) is StandInLayer for one in gc.get_objects()))
 
     monkeypatch.setattr(StreamedModel, "layer", layer)
+    monkeypatch.setattr(StandInLayer, "tap", one_division)
+    monkeypatch.setattr(
+        survey_module, "share_out", lambda layers, each: [each - 2, each + 2][: len(layers)]
+    )
     source = save_tiny("afmoe", tmp_path / "source")  # a norm comes after its experts
     save_tokenizer(source)
     text = tmp_path / "text.txt"
@@ -130,3 +146,4 @@ def test_no_layer_stays_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     levers: dict[str, Any] = {"budget": "4GB", "device": "cpu", "rate": 0.5, "method": "auto"}
     api.fit(str(source), tmp_path / "out", calibration=text, calibration_tokens=512, **levers)
     assert holding and not any(holding)
+    assert len(standing) > 3 and all(standing)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from conmoe_edge.checkpoint.format.slot_map import NONE, SlotMap
 from conmoe_edge.model.experts import find_experts, part_names
 from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute.backend import LayerExperts
 from conmoe_edge.offload.compute.cpu_layer import CpuBackend
 from conmoe_edge.offload.compute.experts_forward import (
     HANDLE,
@@ -115,7 +116,7 @@ class LoadedHandle(LayerHandle):
         super().__init__(slots)
         self._places = weights.places
 
-    def experts(self, module: nn.Module) -> Any:
+    def experts(self, module: nn.Module) -> LayerExperts | None:
         """As of ``LayerHandle``; ``None`` where a parameter of ``module`` is not where it was. Then it stays so."""
         own = module._parameters
         for name, place in self._places.items():
@@ -145,8 +146,11 @@ class LoadedExperts:
 
 
 def take_loaded_experts(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """Let the operator compute the experts of ``model``, an unchanged one whose weights are where they stay, wherever it
+    """Let the operator compute the experts of ``model``, an unchanged one whose weights are where they stay, where it
     takes them as they lie. A layer that is left to transformers has the reason in ``HANDLE``.
+
+    Weights in fp32 stay there as well: transformers' functions are as fast, for prompts faster than one expert after
+    the other, and such a model gives transformers' own numbers.
     """
     for layer, (_, module) in find_experts(model).items():
         reason = _why_not(module)

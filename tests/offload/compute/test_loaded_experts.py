@@ -214,8 +214,15 @@ def test_hooks_and_another_forward_are_called(tmp_path: Path, loaded: Any) -> No
     hook.remove()
     assert torch.equal(steps(model, TOKENS[:9])[0], wanted)
     own = module.forward
-    module.forward = lambda *given: own(*given) * 0
-    assert not torch.equal(steps(model, TOKENS[:9])[0], wanted)
+    seen.clear()
+
+    def another(*given: Any) -> Tensor:
+        seen.append(given)
+        return own(*given)
+
+    module.forward = another
+    near(steps(model, TOKENS[:9])[0], wanted)
+    assert len(seen) >= 10  # the prompt and every token
     module.forward = own
     assert torch.equal(steps(model, TOKENS[:9])[0], wanted)
 

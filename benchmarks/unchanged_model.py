@@ -53,30 +53,34 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="of the answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     given = parser.parse_args()
+    dtype = getattr(torch, given.dtype)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print("tokens a second by the clock (by the processor's time)")
     for name in given.models:
         with tempfile.TemporaryDirectory() as folder:
-            ways = loaded(demo() if name == "demo" else olmoe(), Path(folder))
+            plain = demo(dtype) if name == "demo" else olmoe(dtype)
+            ways = loaded(plain, Path(folder))
+            del plain
             found = measure(ways, given.prompt, given.tokens, given.rounds)
             report(name, ways, found, given.prompt, given.tokens)
             for model in ways.values():
                 model.conmoe.close()
 
 
-def demo() -> Any:
+def demo(dtype: torch.dtype) -> Any:
     """The demo model."""
-    return AutoModelForCausalLM.from_pretrained(DEMO)
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype)
 
 
-def olmoe() -> Any:
-    """Few layers of OLMoE-1B-7B's shape in bf16, random; the vocabulary has its true share."""
+def olmoe(dtype: torch.dtype) -> Any:
+    """Few layers of OLMoE-1B-7B's shape, random; the vocabulary has its true share."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         num_hidden_layers=LAYERS, vocab_size=VOCAB * LAYERS // 16, eos_token_id=None
     )
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
@@ -95,7 +99,6 @@ def loaded(plain: Any, folder: Path) -> dict[str, Any]:
     """The three ways of ``plain``."""
     unchanged = write_unchanged(plain.eval(), folder / "unchanged")
     records = write_package(plain, folder / "records", identity(plain))
-    del plain
     ways = {"unchanged, operator": load_package(unchanged, device="cpu", context=CONTEXT)}
     with transformers_experts():
         ways["unchanged, transformers"] = load_package(unchanged, device="cpu", context=CONTEXT)

@@ -14,6 +14,7 @@ from conmoe_edge.checkpoint.format.forms import Kind, Part, bits_of, quantised_p
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.manifest import (
     PREDICTOR_FILE,
+    UNCHANGED,
     ExpertId,
     LayerOriginal,
     Manifest,
@@ -177,6 +178,25 @@ def write_package(
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     config["quantization_config"] = {"quant_method": "conmoe", "format_version": 1}
     (folder / "config.json").write_text(json.dumps(config, default=str))
+    return folder
+
+
+def write_unchanged(model: Any, folder: Path, plan: dict[str, Any] | None = None) -> Path:
+    """Write ``model`` as a package of a model that fits as it is."""
+    model.save_pretrained(folder)
+    manifest = Manifest(
+        source={"name": "tiny", "revision": None, "fingerprint": "0"},
+        method=UNCHANGED,
+        rate=0.0,
+        scope=1,
+        precision="source",
+        layouts=(),
+        prototypes=(),
+        slots={},
+        files={},
+        plan=plan or {},
+    )
+    save_manifest(folder, manifest)
     return folder
 
 

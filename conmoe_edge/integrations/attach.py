@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conmoe_edge.checkpoint.format.manifest import Manifest
+from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
 from conmoe_edge.checkpoint.format.slot_map import SlotMap
 from conmoe_edge.checkpoint.package.opened_package import OpenedPackage
 from conmoe_edge.checkpoint.package.record_headers import record_index
@@ -45,6 +45,7 @@ from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.model.text_part import keep_text, lies_in, other_parts
 from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, conmoe_experts_forward
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
+from conmoe_edge.offload.compute.loaded_experts import take_loaded_experts
 from conmoe_edge.offload.fastpath.install import install
 from conmoe_edge.offload.generation.context_limit import check_context, guard_context
 from conmoe_edge.offload.generation.finite import guard_output
@@ -168,6 +169,8 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
         progress=options.progress,
     )
     model.conmoe = runtime  # type: ignore[assignment]
+    if loading.manifest.method == UNCHANGED and loading.device.type == "cpu":
+        take_loaded_experts(model, runtime.arithmetic)
     check_device(model, runtime)
     guard_context(model, context, runtime.make_room)
     guard_output(model, loading.folder, loading.manifest)

@@ -14,8 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conmoe_edge import compat
-from conmoe_edge.checkpoint.format.manifest import UNCHANGED, Manifest
-from conmoe_edge.checkpoint.package.manifest_io import save_manifest
 from conmoe_edge.errors import (
     CheckpointError,
     ContextFull,
@@ -36,7 +34,7 @@ from conmoe_edge.plan.request import PlanRequest
 from conmoe_edge.plan.serialise import plan_to_json
 from conmoe_edge.units import parse_size
 from tests.families import tiny_model
-from tests.hand_packages import identity, write_package
+from tests.hand_packages import identity, write_package, write_unchanged
 
 IDS = torch.tensor([[5, 17, 33, 80, 12, 64, 9, 9, 41, 27]])
 
@@ -220,23 +218,10 @@ def test_the_chunk_is_the_manifests_whatever_became_of_the_plan(tmp_path: Path) 
 
 def test_a_model_that_was_left_unchanged(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
-    plain.save_pretrained(tmp_path)
     planned = make_plan(
         probe(copy.deepcopy(plain.config)), _budget(2_000_000_000), PlanRequest(context=96)
     )
-    manifest = Manifest(
-        source={"name": "tiny", "revision": None, "fingerprint": "0"},
-        method=UNCHANGED,
-        rate=0.0,
-        scope=1,
-        precision="source",
-        layouts=(),
-        prototypes=(),
-        slots={},
-        files={},
-        plan=plan_to_json(planned),
-    )
-    save_manifest(tmp_path, manifest)
+    write_unchanged(plain, tmp_path, plan_to_json(planned))
     model = load_package(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from conmoe_edge.model.experts import sum_dtype
 from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute.prototype_source import PrototypeSource
 from conmoe_edge.offload.compute.torch_backend import Arithmetic, expert_gate, gates_in_one_call
 from conmoe_edge.offload.compute.torch_layer import TorchBackend, TorchLayer
 from conmoe_edge.offload.kernels.cpu.bindings import (
@@ -36,7 +37,6 @@ from conmoe_edge.offload.kernels.cpu.bindings import (
     RouterTable,
     operator,
 )
-from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.storage.place import Place
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
@@ -49,7 +49,7 @@ class HostAddresses:
     ``table``: the present prototypes that one call takes (``StoredExpert.matrices``).
     """
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: PrototypeSource) -> None:
         self.table = PrototypeTable(residency.count)
         self._pools = residency.pools  # not the residency, which would never be dropped
         residency.table.watch(self)
@@ -74,7 +74,7 @@ class CpuLayer(TorchLayer):
 
     def __init__(
         self,
-        residency: Residency,
+        residency: PrototypeSource,
         arithmetic: Arithmetic,
         slots: SlotTensors,
         engine: Operator | None,
@@ -250,7 +250,9 @@ class CpuLayer(TorchLayer):
 class CpuBackend(TorchBackend):
     """``ExpertBackend`` by the operator; where there is no compiler, by torch one expert after the other."""
 
-    def __init__(self, device: torch.device, residency: Residency, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, device: torch.device, residency: PrototypeSource, arithmetic: Arithmetic
+    ) -> None:
         super().__init__(device, residency, arithmetic)
         self._engine = operator()
         self._addresses = HostAddresses(residency)

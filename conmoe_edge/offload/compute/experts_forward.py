@@ -17,7 +17,7 @@ from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.backend import ExpertBackend, LayerExperts
 
 HANDLE = "_conmoe"
-"""The attribute of an experts module that holds its ``LayerHandle``."""
+"""The attribute of an experts module that holds its ``LayerHandle``, or why it has none (``LeftAlone``)."""
 
 
 @dataclass(slots=True)
@@ -46,6 +46,13 @@ class LayerHandle:
         if self._experts is None and self.backend is not None:
             self._experts = self.backend.layer(self.slots, module)
         return self._experts
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """What hangs there instead on experts that transformers computes, in a model that was left unchanged, and why."""
+
+    reason: str
 
 
 @torch.no_grad()

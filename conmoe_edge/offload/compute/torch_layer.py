@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from conmoe_edge.model.experts import sum_dtype
 from conmoe_edge.model.slot_tensors import SlotTensors
+from conmoe_edge.offload.compute.prototype_source import PrototypeSource
 from conmoe_edge.offload.compute.torch_backend import MANY_ROWS, Arithmetic, Routed
-from conmoe_edge.offload.residency.residency import Residency
 from conmoe_edge.offload.storage.stored_expert import StoredExpert
 
 
 class TorchLayer:
     """``LayerExperts`` by torch."""
 
-    def __init__(self, residency: Residency, arithmetic: Arithmetic, slots: SlotTensors) -> None:
+    def __init__(
+        self, residency: PrototypeSource, arithmetic: Arithmetic, slots: SlotTensors
+    ) -> None:
         self.residency, self.arithmetic, self.slots = residency, arithmetic, slots
         self.number = slots.slot_map.layer
 
@@ -74,7 +76,9 @@ class TorchLayer:
 class TorchBackend:
     """``ExpertBackend`` by torch."""
 
-    def __init__(self, device: torch.device, residency: Residency, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, device: torch.device, residency: PrototypeSource, arithmetic: Arithmetic
+    ) -> None:
         self.device, self.residency, self.arithmetic = device, residency, arithmetic
         self.name = arithmetic.name
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conmoe_edge.offload.compute.cpu_layer import CpuLayer
-from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle
+from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, LeftAlone
 from conmoe_edge.offload.fastpath.attention import unchanged
 from conmoe_edge.offload.fastpath.dense_mlp import DenseMlp, dense_mlp
 from conmoe_edge.offload.fastpath.fused_router import FusedRouter
@@ -50,6 +50,7 @@ class FeedForward:
         self._parts = dict(module.named_children())
         self.gate = None if spec is None else self._parts[spec.router]
         self._experts = None if spec is None else self._parts[spec.experts]
+        self._front = None if self._experts is None else vars(self._experts).get("forward")
 
     def why_not(self) -> str:
         """Why the operator does not take all of it now; empty where it does."""
@@ -148,7 +149,7 @@ class FeedForward:
         """The experts, where the operator takes them."""
         experts = self._parts[spec.experts]
         handle: LayerHandle = getattr(experts, HANDLE)
-        if handle.backend is None:
+        if handle.backend is None or vars(experts).get("forward") is not self._front:
             return None
         if not unchanged(self._module, self._parts, called=(spec.router,)):
             return None
@@ -174,7 +175,10 @@ def feed_forward(
     wanted = {spec.router, spec.experts, *([spec.shared] if spec.shared in parts else [])}
     if set(parts) != wanted | ({spec.share} - {""}):
         return Refusal(f"{name} has other parts than its class")
-    if not isinstance(getattr(parts[spec.experts], HANDLE, None), LayerHandle):
+    handle = getattr(parts[spec.experts], HANDLE, None)
+    if isinstance(handle, LeftAlone):
+        return Refusal(f"its experts are transformers': {handle.reason}")
+    if not isinstance(handle, LayerHandle):
         return Refusal("its experts are not those of a package")
     if shared is None:
         return FeedForward(module, spec, None)

@@ -20,7 +20,7 @@ from conmoe_edge.offload.generation.sequence import CachedTokens
 from conmoe_edge.offload.generation.shared_steps import is_next_single, may_share, shared_scores
 from conmoe_edge.offload.kernels.cpu.bindings import operator
 from tests.families import VOCAB, tiny_model
-from tests.hand_packages import identity, predict, thirds, write_package
+from tests.hand_packages import identity, predict, thirds, write_package, write_unchanged
 
 CHUNK, CONTEXT = 16, 120
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
@@ -130,6 +130,16 @@ def test_every_family(name: str, tmp_path: Path, loaded: Any) -> None:
     same(model, wanted, in_company(model, wanted, 3, seed=3))
     live = model.conmoe.fast_path.live()
     assert live["together"] > 0 and live["transformers"] <= len(model.conmoe.fast_path.layers)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "olmoe", "qwen2_moe"])
+def test_a_model_that_was_left_unchanged(name: str, tmp_path: Path, loaded: Any) -> None:
+    torch.manual_seed(0)
+    model = loaded(write_unchanged(tiny_model(name, dtype=torch.bfloat16), tmp_path))
+    assert model.conmoe.fast_path.apart == ""
+    wanted = prompts(5, seed=1)
+    alone(model, *wanted[0])
+    same(model, wanted, in_company(model, wanted, 3, seed=3))
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "q4"])

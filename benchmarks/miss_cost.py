@@ -5,13 +5,13 @@
     python -m benchmarks.miss_cost --precision q3 --folder ./package
 
 The package has random numbers (``comparison/random_package.py``) and is opened twice, with a cache slot for every
-prototype and for a share of them. Both go through the same random tokens in turns, record by record as the second one
-misses them, read through the page cache, where they are, or directly. For each turn the difference of both, over the
-misses, is what a miss costs; the bytes' share of it is what one thread takes to read the same records into the same
-slots with nothing around the system's call. Printed are the medians of the turns in microseconds of a miss: processor
-time of all threads, which does not depend on what else runs, and time. Scores of both are compared, to the bit.
+prototype and for a share of them. Both go through the same random tokens in turns, records being read through the page
+cache, where they are, or directly. For each turn the difference of both, over the misses, is what a miss costs; the
+bytes' share of its processor time is what one thread takes to read such records into one buffer with nothing around the
+system's call. Printed are the medians of the turns in microseconds of a miss: processor time of all threads, and the
+time that answers take longer. Scores of both are compared, to the bit.
 
-Peak memory: the package twice, with the page cache.
+Peak memory: the package one and a half times, and the page cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,14 +37,6 @@ from conmoe_edge.offload.storage.slot_pool import host_buffer
 from conmoe_edge.system_calls import read_at
 
 LAYERS, VOCAB, CONTEXT, PROMPT = 4, 4096, 256, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What something took, in seconds."""
-
-    time: float
-    processor: float
 
 
 def main() -> None:
@@ -81,7 +72,7 @@ def measure(every: Any, some: Any, tokens: int, turns: int) -> None:
         f"{torch.get_num_threads()} threads, {some.conmoe.stats().kernel}; records of {record:,} bytes, "
         f"{residency.resident_count} of {residency.count} have a slot; microseconds of a miss"
     )
-    print("reads     misses/token  processor  of it bytes    rest     time  of it bytes    rest")
+    print("reads     misses/token  processor  of it bytes    rest     time")
     ways: dict[str, Callable[[], Any]] = {"buffered": store.read_buffered}
     if store.read_direct():
         ways["direct"] = store.read_direct
@@ -91,50 +82,51 @@ def measure(every: Any, some: Any, tokens: int, turns: int) -> None:
         text = [draw.randrange(VOCAB) for _ in range(PROMPT + tokens)]
         for way, choose in ways.items():
             choose()
-            right, base = answered(every, text)
+            right, *base = answered(every, text)
             before = residency.misses
-            found, taken = answered(some, text)
+            found, *taken = answered(some, text)
             misses = residency.misses - before
             if not torch.equal(found, right):
                 raise SystemExit("another answer than with all prototypes")
             raw = bytes_alone(store, residency, misses)
             if turn:  # the first of them warms up
-                processor = (taken.processor - base.processor) / misses
-                seconds = (taken.time - base.time) / misses
-                rows[way].append((misses, processor, raw.processor, seconds, raw.time))
+                seconds, processor = (
+                    (mine - its) / misses for mine, its in zip(taken, base, strict=True)
+                )
+                rows[way].append((misses, processor, raw, seconds))
     for way, found in rows.items():
-        misses, processor, its, seconds, alone = map(statistics.median, zip(*found, strict=True))
+        misses, processor, raw, seconds = map(statistics.median, zip(*found, strict=True))
         print(
-            f"{way:9} {misses / (tokens + 1):12.1f} {1e6 * processor:10.0f} {1e6 * its:12.0f} "
-            f"{1e6 * (processor - its):7.0f} {1e6 * seconds:8.0f} {1e6 * alone:12.0f} "
-            f"{1e6 * (seconds - alone):7.0f}"
+            f"{way:9} {misses / (tokens + 1):12.1f} {1e6 * processor:10.0f} {1e6 * raw:12.0f} "
+            f"{1e6 * (processor - raw):7.0f} {1e6 * seconds:8.0f}"
         )
 
 
-def answered(model: Any, text: list[int]) -> tuple[Tensor, Taken]:
-    """The last scores of ``text``, whose first ``PROMPT`` tokens are a prompt, and what the others took."""
+def answered(model: Any, text: list[int]) -> tuple[Tensor, float, float]:
+    """The last scores of ``text``, whose first ``PROMPT`` tokens are a prompt; seconds and processor seconds of the
+    others.
+    """
     cached = CachedTokens(model, model.conmoe.prefill_chunk)
     cached.step(text[:PROMPT], PROMPT)
     scores = None
     start = time.perf_counter(), time.process_time()
     for end in range(PROMPT + 1, len(text) + 1):
         scores = cached.step(text[:end], PROMPT)
-    taken = Taken(time.perf_counter() - start[0], time.process_time() - start[1])
+    taken = time.perf_counter() - start[0], time.process_time() - start[1]
     assert scores is not None, "all tokens are in"
-    return scores, taken
+    return scores, *taken
 
 
-def bytes_alone(store: Any, residency: Any, count: int) -> Taken:
-    """A record's reading by one thread, the system's call alone, from places spread over the package."""
+def bytes_alone(store: Any, residency: Any, count: int) -> float:
+    """Processor seconds of a record's reading, the system's call alone, from places spread over the package."""
     pool, numbers = residency.pools[0], Random(1).choices(range(store.count), k=min(count, 64))
     handles = store._direct if store.mode == "direct" else store._files
     room = memoryview(host_buffer(pool.layout.nbytes).numpy())  # type: ignore[arg-type]
-    start = time.perf_counter(), time.process_time()
+    start = time.process_time()
     for number in numbers:
         entry = store._prototypes[number]
         read_at(handles[entry.file], room, entry.offset, store._lock)
-    taken = time.perf_counter() - start[0], time.process_time() - start[1]
-    return Taken(taken[0] / len(numbers), taken[1] / len(numbers))
+    return (time.process_time() - start) / len(numbers)
 
 
 if __name__ == "__main__":

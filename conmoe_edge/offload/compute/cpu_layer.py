@@ -240,7 +240,7 @@ class CpuLayer(TorchLayer):
             self.residency.asked(self.table.asked(count))
 
 
-def _in_order(rows: Sequence[Tensor], turns: Sequence[int]) -> Tensor:
+def _in_order(rows: list[Tensor], turns: Sequence[int]) -> Tensor:
     """The rows of several calls by position, where ``turns`` says the position of each."""
     every = rows[0] if len(rows) == 1 else torch.cat(rows)
     where = sorted(range(len(turns)), key=turns.__getitem__)

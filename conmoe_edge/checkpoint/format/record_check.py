@@ -26,8 +26,8 @@ from conmoe_edge.checkpoint.format.forms import (
 )
 from conmoe_edge.checkpoint.format.manifest import RecordLayout, RecordPart
 
-_SIGN_OFF = np.int16(0x7FFF)
-"""All bits of a number but its sign."""
+_SIGN = 0x8000
+"""The bit of a number's sign. Read as whole numbers without a sign, numbers below zero follow those above."""
 _INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
 """Number format of scales -> the least bits without the sign that are infinity or NaN."""
 _NOT_ONE = 255
@@ -67,8 +67,8 @@ class RecordCheck:
             return ""
         raw = record.numpy()
         for part, end in self._scales:
-            values = raw[part.offset : end].view(np.int16)
-            if int((values & _SIGN_OFF).max()) >= _INFINITE.get(part.dtype, _INFINITE["bfloat16"]):
+            infinite = _INFINITE.get(part.dtype, _INFINITE["bfloat16"])
+            if _any_is_none(raw[part.offset : end], infinite):
                 return f"{part.name} holds NaN or infinity"
         for part in self._exponents:
             if int(raw[part.offset : part.offset + part.nbytes].max()) == _NOT_ONE:
@@ -80,6 +80,16 @@ class RecordCheck:
             ):
                 return f"{part.name} are not ascending columns of {width}"
         return ""
+
+
+def _any_is_none(raw: np.ndarray, infinite: int) -> bool:
+    """Whether 16-bit numbers have one whose bits without the sign are ``infinite`` or more. Largest values alone are
+    asked for, which needs no room: this is done for each record that an answer waits for.
+    """
+    largest = int(raw.view(np.uint16).max())
+    if largest < infinite:  # and none is below zero
+        return False
+    return largest >= _SIGN | infinite or int(raw.view(np.int16).max()) >= infinite
 
 
 def _in_few_bits(values: RecordPart | None, scales: RecordPart) -> bool:

@@ -20,7 +20,6 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from conmoe_edge.model.experts import sum_dtype
 from conmoe_edge.model.slot_tensors import SlotTensors
 from conmoe_edge.offload.compute.prototype_source import PrototypeSource
 from conmoe_edge.offload.compute.torch_backend import Arithmetic, expert_gate, gates_in_one_call
@@ -138,21 +137,15 @@ class CpuLayer(TorchLayer):
         merged = self.slots.slot_map.merge(chosen, given)
         numbers = list(merged)
         residency, arithmetic = self.residency, self.arithmetic
-        ahead = residency.likely_next(self.number, hidden)
-        experts = residency.resident(numbers)
-        if not numbers:
-            out = torch.empty(0, hidden.shape[1], dtype=sum_dtype(hidden))
-        elif experts is not None:
-            if ahead:
-                residency.prefetch(ahead, keep=numbers)
-            out = arithmetic.one_token(module, experts, hidden)  # [n, H]
-        else:
-            out = torch.empty(len(numbers), hidden.shape[1], dtype=sum_dtype(hidden))
+        turns: list[int] = []
+        rows: list[Tensor] = []  # [n, H] each, in the order of the turns
 
-            def compute(positions: Sequence[int], some: Sequence[StoredExpert]) -> None:
-                out[list(positions)] = arithmetic.one_token(module, some, hidden)
+        def compute(positions: Sequence[int], some: Sequence[StoredExpert]) -> None:
+            turns.extend(positions)
+            rows.append(arithmetic.one_token(module, some, hidden))
 
-            residency.visit(numbers, compute, ahead=ahead)
+        residency.visit(numbers, compute, ahead=residency.likely_next(self.number, hidden))
+        out = _in_order(rows, turns)
         constants: Sequence[tuple[Tensor, float]] = ()
         if self._constants:
             pairs = self.slots.slot_map.gated_constants(chosen, given)
@@ -245,6 +238,13 @@ class CpuLayer(TorchLayer):
             self.residency.used(count)
         else:
             self.residency.asked(self.table.asked(count))
+
+
+def _in_order(rows: list[Tensor], turns: Sequence[int]) -> Tensor:
+    """The rows of several calls by position, where ``turns`` says the position of each."""
+    every = rows[0] if len(rows) == 1 else torch.cat(rows)
+    where = sorted(range(len(turns)), key=turns.__getitem__)
+    return every if where == list(range(len(turns))) else every[where]
 
 
 class CpuBackend(TorchBackend):

@@ -434,7 +434,8 @@ class FusedLayer:
                 return out
             assert router is not None, "only prototypes can be absent"
             found = router.between
-            given = behind.output(ready.behind, found.normed, found.slots, found.gates, engine)
+            routed = found.normed, found.slots, found.gates
+            given = behind.output_with_misses(ready.behind, *routed, engine)
             return self._add(found.summed, given).view(x.shape)
         summed, normed = engine.block(ready.table, x, positions, cached)
         flat = normed.view(1, -1)

@@ -135,10 +135,18 @@ class FeedForward:
         self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator
     ) -> Tensor:
         """[1, H], [1, K], [1, K] -> [1, H]: experts, missing prototypes being read, and the dense layer."""
-        assert ready.whole is not None and self._experts is not None
+        assert ready.whole is not None
         out = ready.whole.output(hidden, slots, gates)
         if out is None:
-            out = ready.whole.forward_with_misses(self._experts, hidden, slots, gates)
+            return self.output_with_misses(ready, hidden, slots, gates, engine)
+        return out if ready.dense is None else out + engine.dense(ready.dense, hidden)
+
+    def output_with_misses(
+        self, ready: Prepared, hidden: Tensor, slots: Tensor, gates: Tensor, engine: Operator
+    ) -> Tensor:
+        """``output`` where it is known that a prototype has to be read."""
+        assert ready.whole is not None and self._experts is not None
+        out = ready.whole.forward_with_misses(self._experts, hidden, slots, gates)
         return out if ready.dense is None else out + engine.dense(ready.dense, hidden)
 
     def _correction(self) -> Tensor | None:

@@ -293,14 +293,16 @@ class Residency:
 
     def _turns(self, numbers: Sequence[int]) -> list[int]:
         """Positions in the order of a decode: what is there, what a prefetch is bringing, what is missing."""
-
-        def rank(position: int) -> int:
-            number = numbers[position]
-            if self.table.place(number) is None:
-                return 2
-            return 1 if number in self.table.arriving else 0
-
-        return sorted(range(len(numbers)), key=rank)
+        there: list[int] = []
+        coming: list[int] = []
+        missing: list[int] = []
+        place, arriving = self.table.place, self.table.arriving
+        for position, number in enumerate(numbers):
+            if place(number) is None:
+                missing.append(position)
+            else:
+                (coming if number in arriving else there).append(position)
+        return [*there, *coming, *missing]
 
     def _visit_cached(
         self, numbers: Sequence[int], compute: Compute, scan: bool, after: Sequence[int]
@@ -312,7 +314,8 @@ class Residency:
                 passes[layout] = stack.enter_context(self._caches[layout].begin(mine, scan=scan))
             while left:
                 for one in passes.values():
-                    self._begin(one.loads(), demand=True)
+                    if not one.complete:
+                        self._begin(one.loads(), demand=True)
                 places = [self._place(numbers[left[0]])]
                 if not scan:
                     places += self._ready_after(numbers, left)

@@ -302,7 +302,11 @@ class SlotCache:
 
 
 class Pass:
-    """One forward of one layer. Use as a context manager; leaving it early forgets the reads that it began."""
+    """One forward of one layer. Use as a context manager; leaving it early forgets the reads that it began.
+
+    ``complete``: whether everything that is still needed has a slot, so that no further read will begin; known once
+    ``loads`` was asked.
+    """
 
     def __init__(self, cache: SlotCache, order: Sequence[int], scan: bool) -> None:
         self._cache = cache
@@ -310,6 +314,7 @@ class Pass:
         self.needed: dict[int, None] = dict.fromkeys(order)  # in the order of their turns
         if len(self.needed) != len(order):
             raise ValueError("a pass names each item once")
+        self.complete = False
         self._loaded: set[int] = set()
 
     def __enter__(self) -> Pass:
@@ -329,17 +334,12 @@ class Pass:
             slot = cache._place(item, self.needed, on_trial=self._scan)
             if slot is None:
                 if turn > 0:
-                    break
+                    return begun
                 slot = cache._force(item, self.needed)
             self._loaded.add(item)
             begun.append(cache._enter(item, slot, on_trial=self._scan))
+        self.complete = True
         return begun
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything that is still needed has a slot: no further read will begin."""
-        place = self._cache.table.place
-        return all(place(item) is not None for item in self.needed)
 
     def finish(self, item: int) -> None:
         """The item, whose turn it is, has been computed; it may be evicted from now on."""

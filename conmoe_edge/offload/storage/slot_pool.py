@@ -43,18 +43,22 @@ class SlotPool:
         self.nbytes = slots * layout.nbytes
         self._mapping: mmap.mmap | None = None
         self._memory: Tensor | None = self._allocate()
+        self._records: list[Tensor | None] = [None] * slots
         self._experts: list[StoredExpert | None] = [None] * slots
 
     def record(self, slot: int) -> Tensor:
-        """The raw bytes of a slot: uint8 [record bytes].
+        """The raw bytes of a slot: uint8 [record bytes]; a view, made once a slot.
 
         Raises:
             RuntimeError: the pool is closed, or does not have the slot.
         """
         if self._memory is None or not 0 <= slot < self.slots:
             raise RuntimeError(f"cache slot {slot} of {self.slots} is not there")
-        start = slot * self.layout.nbytes
-        return self._memory[start : start + self.layout.nbytes]
+        record = self._records[slot]
+        if record is None:
+            start = slot * self.layout.nbytes
+            record = self._records[slot] = self._memory[start : start + self.layout.nbytes]
+        return record
 
     def parts(self, slot: int) -> StoredExpert:
         """The record in a slot as compute takes it; views, made once a slot."""
@@ -76,14 +80,14 @@ class SlotPool:
             )
         end, self.nbytes = self.nbytes, slots * self.layout.nbytes
         self.slots = slots
-        del self._experts[slots:]
+        del self._experts[slots:], self._records[slots:]
         start = round_up(self.nbytes, mmap.PAGESIZE)
         if self._mapping is not None and start < end:
             self._mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Give the memory back; views that are still held keep it alive."""
-        self._experts = []
+        self._experts, self._records = [], []
         self._memory = self._mapping = None
 
     def _allocate(self) -> Tensor:

@@ -14,6 +14,9 @@ Three ways with one interface:
 Reads ``ahead`` of any demand have a thread of their own and go one at a time, so that no more than the rest of one of
 them stands in the way of a demand read; those that have not begun can be taken back with ``cancel``.
 
+Loads that are begun one after the other wake one thread, and each thread that begins to read wakes the next one while
+there is more to read: between two of them the computing thread would meet the one that it woke.
+
 A caller says ``load`` when the policy gave a place, ``wait`` before the compute that reads it, ``used`` after that
 compute was issued. ``counts`` says what was brought from which tier, and how long the caller stood in ``wait``. Memory:
 the ring, ``RING_RECORDS`` records of pinned host memory on CUDA, a record for each thread on other GPUs, nothing on the
@@ -25,9 +28,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
@@ -102,54 +106,145 @@ class Transfer(Protocol):
         """Drain and let the threads go."""
 
 
+class _Read:
+    """A record on its way. Lighter than a future: one thread waits for it, and an answer begins one for each miss.
+
+    ``over``: whether it was read, or failed.
+    """
+
+    __slots__ = ("_ended", "_error", "_job", "over")
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self.over = False
+        self._job: Callable[[], None] | None = job
+        self._error: BaseException | None = None
+        self._ended = threading.Lock()  # held until it is over
+        self._ended.acquire()
+
+    def run(self) -> None:
+        """Read; called once."""
+        job, self._job = self._job, None
+        assert job is not None, "it is run once"
+        try:
+            job()
+        except BaseException as error:
+            self._error = error
+        self.over = True
+        self._ended.release()
+
+    def give_up(self) -> None:
+        """It is over without having been run."""
+        self._error, self.over = CancelledError(), True
+        self._ended.release()
+
+    def wait(self) -> None:
+        """Until it is over."""
+        if not self.over:
+            with self._ended:
+                pass
+
+    def result(self) -> None:
+        """Raises what it failed with; it is over."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+class _Reading:
+    """Threads that run reads in the order in which they were begun."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
+        self._waiting: deque[_Read] = deque()  # its methods are one step for other threads
+        self._called = False  # whether a thread was woken that has not looked yet
+
+    def begin(self, read: _Read) -> None:
+        """Run it when a thread is free."""
+        self._waiting.append(read)
+        if not self._called:
+            self._called = True
+            self._threads.submit(self._run)
+
+    def take_back(self, read: _Read) -> bool:
+        """Whether it had not begun; then it does not."""
+        try:
+            self._waiting.remove(read)
+        except ValueError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Wait for what has begun; the rest does not."""
+        while self._waiting:
+            with suppress(IndexError):  # a thread was quicker
+                self._waiting.popleft().give_up()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self) -> None:
+        self._called, woken = False, False
+        while True:
+            try:
+                read = self._waiting.popleft()
+            except IndexError:
+                return
+            if self._waiting and not woken:
+                woken = True
+                with suppress(RuntimeError):  # the threads are being let go
+                    self._threads.submit(self._run)
+            read.run()
+
+
 class _ThreadedTransfer:
     """What both ways have in common: reads by threads, under way by place."""
 
     def __init__(self, store: RecordStore, readers: int) -> None:
         self.counts = TransferCounts()
         self._store = store
-        self._threads = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="conmoe-read")
-        self._ahead: ThreadPoolExecutor | None = None  # made when it is first needed
-        self._futures: dict[Place, Future[None]] = {}
+        self._reading = _Reading(readers, "conmoe-read")
+        self._ahead: _Reading | None = None  # made when it is first needed
+        self._reads: dict[Place, _Read] = {}
 
     def ready(self, place: Place) -> bool:
-        future = self._futures.get(place)
-        return future is None or future.done()
+        read = self._reads.get(place)
+        return read is None or read.over
 
     def wait(self, place: Place) -> None:
-        future = self._futures.pop(place, None)
-        if future is None:
+        read = self._reads.pop(place, None)
+        if read is None:
             return
-        if not future.done():
+        if not read.over:
             before = time.perf_counter()
-            wait_for_futures((future,))
+            read.wait()
             self.counts.waited_seconds += time.perf_counter() - before
-        future.result()
+        read.result()
 
     def used(self, place: Place) -> None:
         """Nothing to do: on a CPU the compute is over when the call returns."""
 
     def drain(self) -> None:
-        wait_for_futures(self._futures.values())
-        self._futures.clear()
+        for read in self._reads.values():
+            read.wait()
+        self._reads.clear()
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._reading.close()
         if self._ahead is not None:
-            self._ahead.shutdown(wait=True, cancel_futures=True)
+            self._ahead.close()
 
     def _start(self, place: Place, job: Callable[[], None], *, ahead: bool) -> None:
         if ahead and self._ahead is None:
-            self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="conmoe-ahead")
-        threads = self._ahead if ahead and self._ahead is not None else self._threads
-        self._futures[place] = threads.submit(job)
+            self._ahead = _Reading(1, "conmoe-ahead")
+        reading = self._ahead if ahead and self._ahead is not None else self._reading
+        read = self._reads[place] = _Read(job)
+        reading.begin(read)
 
     def _take_back(self, place: Place) -> bool:
         """Whether the read had not begun; then it does not. A copy that no thread makes has."""
-        future = self._futures.get(place)
-        if future is None or not future.cancel():
+        read = self._reads.get(place)
+        ways = (self._reading, self._ahead)
+        if read is None or not any(one is not None and one.take_back(read) for one in ways):
             return False
-        del self._futures[place]
+        del self._reads[place]
         return True
 
 

@@ -9,7 +9,7 @@ from conmoe_edge.checkpoint.format.factored import Factors
 from conmoe_edge.checkpoint.format.forms import Part, factored_parts, quantised_parts
 from conmoe_edge.checkpoint.format.layout import make_layout
 from conmoe_edge.checkpoint.format.quantise import quantise
-from conmoe_edge.checkpoint.format.record_check import RecordCheck
+from conmoe_edge.checkpoint.format.record_check import _INFINITE, RecordCheck, _any_is_none
 from conmoe_edge.checkpoint.format.records import pack, view
 
 
@@ -26,6 +26,20 @@ def test_a_scale_that_is_no_number(kind, value: float) -> None:  # type: ignore[
     assert "w.scale holds NaN" in RecordCheck(layout).wrong(record)
     scales.fill_(torch.finfo(torch.bfloat16).max)
     assert RecordCheck(layout).wrong(record) == ""
+
+
+@pytest.mark.parametrize("dtype", sorted(_INFINITE))
+def test_every_number_in_16_bits(dtype: str) -> None:
+    """Alone, and beside the largest and the least that are numbers."""
+    kind = getattr(torch, dtype)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    finite = every.view(kind).isfinite().tolist()
+    ends = torch.tensor([torch.finfo(kind).max, torch.finfo(kind).min], dtype=kind)
+    for bits, good in zip(every.split(1), finite, strict=True):
+        raw = bits.view(torch.uint8).numpy()
+        assert _any_is_none(raw, _INFINITE[dtype]) is not good
+        beside = torch.cat([ends, bits.view(kind)]).view(torch.uint8).numpy()
+        assert _any_is_none(beside, _INFINITE[dtype]) is not good
 
 
 @pytest.mark.parametrize("kind", ["q4", "q3", "q2"])

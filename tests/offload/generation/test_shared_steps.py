@@ -199,6 +199,47 @@ def test_what_several_miss_is_read_once(tmp_path: Path, loaded: Any) -> None:
     assert decoded(4) == by_itself
 
 
+@pytest.mark.parametrize("slots", [8, 16])
+def test_a_step_reads_what_its_answers_miss_together_once(
+    slots: int, tmp_path: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers with tokens of their own: of what a layer's tokens ask for, each that is not there is one read."""
+    model = loaded(package(tmp_path / "package", "olmoe"), slots=(slots,), cache_policy="lru")
+    together = may_share(model.conmoe)
+    assert together is not None
+    alone(model, [3, 4, 5], 4)
+    answers = [asked(model, prompt, 30) for prompt, _ in prompts(4, seed=11)]
+    for one in answers:
+        while not is_next_single(one):
+            one.advance()
+    runtime, read = model.conmoe, list[int]()
+    residency, store = runtime.residency, runtime._store
+    own, visit = store.read_into, residency.visit
+
+    def reading(number: int, target: Tensor) -> None:
+        read.append(number)
+        own(number, target)
+
+    counts = [0, 0]  # visits, and what they missed
+
+    def visiting(numbers: Any, compute: Any, **settings: Any) -> None:
+        missing = [number for number in numbers if not residency.table.present([number])]
+        read.clear()
+        visit(numbers, compute, **settings)
+        assert sorted(read) == sorted(missing)
+        counts[0] += 1
+        counts[1] += len(missing)
+
+    monkeypatch.setattr(store, "read_into", reading)
+    monkeypatch.setattr(residency, "visit", visiting)
+    for _ in range(12):
+        scores = shared_scores(together, answers)
+        assert scores is not None
+        for one, row in zip(answers, scores, strict=True):
+            one.draw(row)
+    assert counts[0] > 10 and counts[1] > counts[0]
+
+
 def test_no_memory_or_a_damaged_record_leaves_every_answer_as_it_was(
     tmp_path: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

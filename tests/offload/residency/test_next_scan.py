@@ -91,7 +91,7 @@ def test_what_is_not_asked_for_is_taken_back(
     scan(bench, first, ())
     before = bench.residency.bytes_read
     gate.open.clear()
-    busy = [bench.transfer._threads.submit(gate.open.wait, 30) for _ in range(3)]
+    busy = [bench.transfer._reading._threads.submit(gate.open.wait, 30) for _ in range(3)]
     bench.residency._read_on(second)
     coming = sorted(bench.cache.arriving)
     assert coming and coming[0] in second

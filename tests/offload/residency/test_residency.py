@@ -192,6 +192,34 @@ def test_what_has_come_computes_together(bench: Bench, monkeypatch: pytest.Monke
     assert turns == [[1, 3], [0, 2]], "what is there, then the two that were read meanwhile"
 
 
+def test_all_reads_are_begun_before_anything_is_waited_for_or_computed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read a miss, whatever comes together."""
+    told: list[tuple[str, int]] = []
+    load, wait = bench.transfer.load, bench.transfer.wait
+
+    def loading(number: int, *args: Any, **kwargs: Any) -> None:
+        told.append(("load", number))
+        load(number, *args, **kwargs)
+
+    def waiting(place: Any) -> None:
+        told.append(("wait", place[1]))
+        wait(place)
+
+    monkeypatch.setattr(bench.transfer, "load", loading)
+    monkeypatch.setattr(bench.transfer, "wait", waiting)
+
+    def compute(positions: Sequence[int], experts: Sequence[Any]) -> None:
+        told.append(("compute", len(positions)))
+
+    bench.residency.visit([9, 1, 12, 3, 20], compute)
+    assert told[:3] == [("load", 9), ("load", 12), ("load", 20)]
+    kinds = [kind for kind, _ in told[3:]]
+    assert "load" not in kinds and kinds.count("wait") == 5
+    assert (bench.residency.hits, bench.residency.misses) == (2, 3)
+
+
 def test_a_compute_that_fails_leaves_nothing_half_read(bench: Bench) -> None:
     def fail(positions: Sequence[int], experts: Sequence[Any]) -> None:
         raise RuntimeError("no memory")

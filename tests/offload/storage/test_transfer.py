@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ def store(tmp_path: Path) -> _Held:
 
 def _go_on_when_waited_for(store: _Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads go on from the moment that one is waited for."""
-    wait = transfer_module.wait_for_futures
+    wait = transfer_module._Read.wait
 
-    def waiting(futures: Any) -> Any:
+    def waiting(read: Any) -> None:
         store.go.set()
-        return wait(futures)
+        wait(read)
 
-    monkeypatch.setattr(transfer_module, "wait_for_futures", waiting)
+    monkeypatch.setattr(transfer_module._Read, "wait", waiting)
 
 
 def test_ready_when_waiting_would_take_no_time(
@@ -122,3 +123,84 @@ def test_a_read_for_another_gpu_can_be_taken_back(store: _Held) -> None:
     store.go.set()
     transfer.drain()
     transfer.close()
+
+
+class _Noted(_Held):
+    """Says what is read, in order."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.begun: list[int] = []
+        self.reading = threading.Event()
+
+    def read_into(self, number: int, target: torch.Tensor) -> None:
+        self.begun.append(number)
+        self.reading.set()
+        super().read_into(number, target)
+
+
+def test_reads_that_are_begun_together_wake_one_thread(
+    store: _Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = _Noted(tmp_path, store._prototypes, store._layouts)
+    noted.go = threading.Event()
+    transfer = DirectTransfer(noted, readers=1)
+    transfer.load(0, (0, 0), host_buffer(LAYOUT.nbytes))
+    assert noted.reading.wait(PATIENCE)
+    woken: list[Any] = []
+    submit = transfer._reading._threads.submit
+
+    def counted(job: Any) -> Any:
+        woken.append(job)
+        return submit(job)
+
+    monkeypatch.setattr(transfer._reading._threads, "submit", counted)
+    for place, number in enumerate((2, 1, 2, 0, 1), start=1):
+        transfer.load(number, (0, place), host_buffer(LAYOUT.nbytes))
+    assert len(woken) == 1
+    noted.go.set()
+    transfer.drain()
+    assert noted.begun == [0, 2, 1, 2, 0, 1], "in the order in which they were begun"
+    transfer.close()
+
+
+def test_several_threads_read_what_is_begun_together(store: _Held) -> None:
+    """Each read waits for the others: with fewer threads at work none would end."""
+    meet = threading.Barrier(3)
+    read = store.read_into
+
+    def together(number: int, target: torch.Tensor) -> None:
+        meet.wait(PATIENCE)
+        read(number, target)
+
+    store.read_into = together  # type: ignore[method-assign]
+    store.go.set()
+    transfer = DirectTransfer(store, readers=3)
+    for _ in range(20):
+        for number in range(3):
+            transfer.load(number, (0, number), host_buffer(LAYOUT.nbytes))
+        for number in range(3):
+            transfer.wait((0, number))
+    transfer.close()
+
+
+def test_reads_that_a_closed_transfer_did_not_begin_are_told_of(store: _Held) -> None:
+    transfer = DirectTransfer(store, readers=1)
+    begun = threading.Event()
+    read = store.read_into
+
+    def noted(number: int, target: torch.Tensor) -> None:
+        begun.set()
+        read(number, target)
+
+    store.read_into = noted  # type: ignore[method-assign]
+    transfer.load(0, (0, 0), host_buffer(LAYOUT.nbytes))
+    assert begun.wait(PATIENCE)
+    transfer.load(1, (0, 1), host_buffer(LAYOUT.nbytes))
+    closing = threading.Thread(target=transfer.close)
+    closing.start()
+    with pytest.raises(CancelledError):
+        transfer.wait((0, 1))
+    store.go.set()
+    closing.join(PATIENCE)
+    transfer.wait((0, 0))

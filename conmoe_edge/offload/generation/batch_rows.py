@@ -32,7 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from conmoe_edge.compat import CACHE_ARGUMENTS, Arguments, cache_of
 from conmoe_edge.errors import UsageError
-from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
+from conmoe_edge.offload.fastpath.kv_cache import StandsForOthers, grow_in_steps
 from conmoe_edge.offload.fastpath.packed_cache import pack_in_steps
 from conmoe_edge.offload.fastpath.report import warn_once
 from conmoe_edge.offload.fastpath.together import Together
@@ -72,7 +72,7 @@ _SAYS_NOTHING = ("use_cache", "return_dict")
 _LOOKED_AT = (*CACHE_ARGUMENTS, "input_ids", "attention_mask", "position_ids", "logits_to_keep")
 
 
-class RowsCache(DynamicCache):
+class RowsCache(StandsForOthers):
     """Stands for the caches of a batch's rows while one ``generate`` runs; it has no keys and values itself."""
 
     def __init__(self, config: Any, ends: frozenset[int]) -> None:

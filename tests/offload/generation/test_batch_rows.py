@@ -29,9 +29,9 @@ CHUNK, CONTEXT, PAD = 16, 1000, 0
 pytestmark = pytest.mark.skipif(operator() is None, reason="no compiler here")
 
 
-def package(folder: Path, name: str, kind: Kind = "plain") -> Path:
+def package(folder: Path, name: str, kind: Kind = "plain", **changes: Any) -> Path:
     torch.manual_seed(0)
-    plain = tiny_model(name, dtype=torch.bfloat16, max_position_embeddings=4096)
+    plain = tiny_model(name, dtype=torch.bfloat16, max_position_embeddings=4096, **changes)
     return write_package(plain, folder, identity(plain), prefill_chunk=CHUNK, kind=kind)
 
 
@@ -116,7 +116,8 @@ def test_every_family(name: str, tmp_path: Path, loaded: Any) -> None:
 
 
 def test_more_rows_than_a_step_takes_and_8_bits(tmp_path: Path, loaded: Any) -> None:
-    folder = package(tmp_path / "package", "qwen3_moe", "q4")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 16}
+    folder = package(tmp_path / "package", "qwen3_moe", "q4", **sizes)
     same(loaded(folder, kv_precision="int8", context=2000), prompts(19, seed=3))
 
 
@@ -190,7 +191,7 @@ def test_what_goes_transformers_way_says_so(olmoe: Any, settings: Any, why: str)
     if settings.pop("hole", False):
         given["attention_mask"][:, -2] = 0
     before = olmoe.conmoe.fast_path.live()["together"]
-    common = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": PAD, "eos_token_id": []}
+    common = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": PAD}
     with pytest.warns(FastPathWarning, match=why):
         found = olmoe.generate(**given, **common, **settings)
     assert found.shape[1] == given["input_ids"].shape[1] + 5

@@ -91,7 +91,7 @@ class RowsCache(StandsForOthers):
         raise UsageError(
             "The cache of a batch holds an answer for each of its rows, and ends with them.",
             "it has no keys and values of one shape that could be cut, copied or gone on with",
-            "give past_key_values=DynamicCache() to generate, which goes transformers' way then",
+            "give generate a DynamicCache of your own, which goes transformers' way",
         )
 
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse

@@ -3,7 +3,7 @@
 ``begin_loading`` works on the model on the meta device, before any weight is read: experts out, closed router slots
 closed, handles on, places for weights in fewer bits. ``finish_loading`` runs when the dense weights are where they
 stay: dense products, memory plan, runtime, guards of the context and of the output, prompts in chunks, growing cache,
-fast path, one thread at a time.
+fast path, batches, one thread at a time.
 
 Peak memory: dense weights, cache slots and what the plan's terms name; never two copies of an expert.
 """
@@ -47,6 +47,7 @@ from conmoe_edge.offload.compute.experts_forward import HANDLE, LayerHandle, con
 from conmoe_edge.offload.compute.fused_linear import DenseProducts
 from conmoe_edge.offload.compute.loaded_experts import take_loaded_experts
 from conmoe_edge.offload.fastpath.install import install
+from conmoe_edge.offload.generation.batch_rows import take_batches
 from conmoe_edge.offload.generation.context_limit import check_context, guard_context
 from conmoe_edge.offload.generation.finite import guard_output
 from conmoe_edge.offload.generation.long_forward import run_in_chunks
@@ -176,6 +177,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context, memory.kv_precision)
+    take_batches(model)
     take_turns(model)
     refuse_copies(model, loading.folder)
 

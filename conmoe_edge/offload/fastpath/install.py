@@ -29,7 +29,7 @@ from conmoe_edge.offload.fastpath.decoder_layer import (
     fused_layer,
 )
 from conmoe_edge.offload.fastpath.fused_router import FusedRouter, fused_router
-from conmoe_edge.offload.fastpath.kv_cache import grow_in_steps
+from conmoe_edge.offload.fastpath.kv_cache import StandsForOthers, grow_in_steps
 from conmoe_edge.offload.fastpath.packed_cache import pack_in_steps
 from conmoe_edge.offload.fastpath.report import FastPathReport, LayerPath, Served, warn_once
 from conmoe_edge.offload.fastpath.rms_norm import fused_norm
@@ -123,7 +123,7 @@ class _Steps:
         given = None
         if not self._packed:
             grow_in_steps(held, self._context)
-        else:
+        elif not isinstance(held, StandsForOthers):
             if held is None:
                 held = DynamicCache(config=module.config)
                 given = self._arguments.with_cache(args, kwargs, held)

@@ -42,6 +42,10 @@ def widths_of(layer: Any) -> tuple[int, int] | None:
     return None if packing is None else packing.widths
 
 
+class StandsForOthers(DynamicCache):
+    """A cache without keys and values: a forward that it comes with calls the model with caches of its own."""
+
+
 class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, tokens, width], each a view of a buffer [B, heads, room, width].
 

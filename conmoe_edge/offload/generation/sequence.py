@@ -45,13 +45,21 @@ from conmoe_edge.offload.storage.out_of_memory import is_out_of_memory
 class CachedTokens:
     """A key-value cache and the tokens in it."""
 
-    def __init__(self, model: Any, chunk: int, retreat: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        chunk: int,
+        retreat: Callable[[], bool] | None = None,
+        *,
+        empty: Callable[[], Any] = lambda: None,
+    ) -> None:
         """Nothing is held yet.
 
         Args:
             model: with its runtime as ``model.conmoe``.
             chunk: tokens of a prompt that go through the model at a time; the package's.
             retreat: gives memory up and says whether it could; the runtime's own by default.
+            empty: makes the cache that the first forward gets; by default the model makes it.
         """
         self.held: list[int] = []
         self.chunk = chunk
@@ -65,6 +73,7 @@ class CachedTokens:
         self._model = model
         self._runtime: Runtime = model.conmoe
         self._retreat = retreat or self._runtime.retreat
+        self._empty = empty
         self._cache: Any = None
         accepted = Arguments.of(model)
         self._cache_name = accepted.cache
@@ -244,6 +253,7 @@ class CachedTokens:
         # cache behind.
         cache, held, whole, ends = self._cache, self.held, self.whole, self.ends
         self.forget()
+        cache = self._empty() if cache is None else cache
         out = self._model(**self._call(tokens, start, end, cache))
         grown = cache_of(out)
         if self.in_chunks and end < prompt and not is_plain(grown):

@@ -65,7 +65,7 @@ def test_a_large_vocabulary_counts_where_it_is_loaded(model) -> None:
     """Qwen3's vocabulary beside layers of few experts: embeddings and head are most of what there is at one time."""
     few = model(layers=2, **{**QWEN, "count": 8})
     found = need(few, 512, wide=4)
-    tables, scores = 2 * 151936 * 2048, 151936 * (2 * 512 * 4 + 4 * 6 * 64)
+    tables, scores = 2 * 151936 * 2048, 151936 * (2 * 512 * 4 + 4 * 8 * 64)
     assert found.moment == "receipt" and found.nbytes == found.moments["receipt"]
     terms = {term.name: term.nbytes for term in found.terms}
     assert terms["Outside of the layers"] == 4 * tables + 2048 * 4

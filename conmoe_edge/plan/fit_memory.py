@@ -45,11 +45,11 @@ SLACK_BYTES, _IN_PIECES = 96 * MIB, 16
 """By which a process grows before its heap is trimmed (``memory/heap.py``); and the share of what comes and goes that
 some layers leave in pieces, one in so many: 0.23 GiB of 4 in the third layer of OLMoE's shape.
 """
-_HEAP = 64 * MIB
+_HEAP = 128 * MIB
 """What the heap keeps in pieces where nothing is rounded."""
 _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
-_POSITIONS = 8 * 64
+_POSITIONS = 6 * 64
 """What is compared at once (``compress/quality/receipt.py``), and how often that is there."""
 _SURVEYED = 24
 """Sequences of the survey: six and three of the original, three of each changed model, and those that are running."""

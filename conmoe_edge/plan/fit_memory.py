@@ -41,11 +41,11 @@ from conmoe_edge.plan.plan import Term
 from conmoe_edge.plan.request import HELD_OUT_SHARE, SEQUENCE_LENGTH
 from conmoe_edge.units import MIB
 
-SLACK_BYTES = 288 * MIB
-"""By which a process grows before its heap is trimmed (``memory/heap.py``), what one expert's tokens take, and what
-some layers have left in pieces: 0.24 GiB more in the third layer of OLMoE's shape than in its second.
+SLACK_BYTES, _IN_PIECES = 96 * MIB, 16
+"""By which a process grows before its heap is trimmed (``memory/heap.py``); and the share of what comes and goes that
+some layers leave in pieces, one in so many: 0.23 GiB of 4 in the third layer of OLMoE's shape.
 """
-_HEAP = 64 * MIB
+_HEAP = 128 * MIB
 """What the heap keeps in pieces where nothing is rounded."""
 _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
@@ -123,6 +123,11 @@ def fit_memory(
         together = min(_AT_ONCE, 16 * experts.count * experts.expert_numel) if rounds else 0
         deciding = (Term("Rounding", together, "a few prototypes at a time"),)
     choices = 12 * tokens * experts.top_k + 8 * tokens * experts.count
+    deciding = (
+        Term("Tokens of the layer", text + choices, "with what the router chose"),
+        *deciding,
+    )
+    pieces = sum(term.nbytes for term in (hidden, loaded, *deciding)) // _IN_PIECES
     scores = anatomy.vocab_size * (2 * SEQUENCE_LENGTH * wide + 4 * _POSITIONS) if on_host else 0
     surveyed = (
         process,
@@ -141,9 +146,8 @@ def fit_memory(
         "survey": surveyed if surveys else (),
         "decide": (
             *held,
-            Term("Tokens of the layer", text + choices, "with what the router chose"),
             *deciding,
-            Term("Work space", work, "one prototype being rounded"),
+            Term("Work space", work + pieces, "one prototype being rounded"),
         ),
         "receipt": (
             process,

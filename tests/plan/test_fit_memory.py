@@ -75,7 +75,7 @@ def test_a_large_vocabulary_counts_where_it_is_loaded(model) -> None:
     assert found.moments["outside"] == PYTHON_BYTES + 4 * tables + 2048 * 4 + tables + kept
     rounded = need(few, 512, wide=4, dense="q4")  # the package's own head, and the original's
     assert rounded.nbytes == found.nbytes + 4 * tables + 2048 * 4
-    assert need(few, 512, wide=4, on_host=False).moments["receipt"] < PYTHON_BYTES + GIB // 100
+    assert need(few, 512, wide=4, on_host=False).moments["receipt"] < PYTHON_BYTES + GIB // 4
 
 
 def test_how_many_tokens_there_is_room_for(model) -> None:

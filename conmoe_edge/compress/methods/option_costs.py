@@ -71,7 +71,9 @@ def option_errors(
         return sample, error, _Down.of(scope, expert, grams[expert])
 
     found = side_by_side(of, range(len(scope.pool)))
-    samples, inputs, downs = ([one[place] for one in found] for place in range(3))
+    samples = [sample for sample, _, _ in found]
+    inputs = [error for _, error, _ in found]
+    downs = [down for _, _, down in found]
     factors = _Factors.measured(scope, tokens, gates, forms, samples, inputs, downs, narrowed)
     places = {width: place for place, width in enumerate(scope.widths)}
     return [

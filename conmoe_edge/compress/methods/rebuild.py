@@ -89,8 +89,10 @@ def rebuild(
         return neurons, weight, activations(scope, tokens, expert, weights, neurons)
 
     found = side_by_side(trimmed, enumerate(chosen.prototypes))
-    kept, down, features = ([one[place] for one in found] for place in range(3))
-    del found
+    kept = [neurons for neurons, _, _ in found]
+    down = [weight for _, weight, _ in found]
+    features = [own for _, _, own in found]
+    del found  # down projections are held by their list alone, which gives them up
     names = [scope.pool[expert] for expert in chosen.prototypes]
     constants: Mapping[int, Tensor] = {}
     left = None

@@ -177,6 +177,7 @@ def finish_loading(model: PreTrainedModel, loading: Loading) -> None:
     guard_output(model, loading.folder, loading.manifest)
     run_in_chunks(model, lambda: runtime.prefill_chunk)
     runtime.fast_path = install(model, runtime.arithmetic.machine, context, memory.kv_precision)
+    model.eval()  # transformers has done so before its parts were exchanged, and new ones are made for training
     take_batches(model)
     take_turns(model)
     refuse_copies(model, loading.folder)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conmoe_edge.checkpoint.format.forms import Kind
 from conmoe_edge.integrations.load import load_package
+from conmoe_edge.offload.fastpath.single_step import SingleStep
 from conmoe_edge.offload.fastpath.together import Together
 from conmoe_edge.offload.generation.answer import Generation
 from conmoe_edge.offload.generation.sampling_settings import SamplingSettings
@@ -351,3 +352,18 @@ def test_families_that_go_by_themselves_say_why(tmp_path: Path, loaded: Any) -> 
     assert may_share(model.conmoe) is None
     report = model.conmoe.fast_path.to_json()
     assert report["apart"].startswith("layer 0 is not one call")
+
+
+def test_what_was_looked_at_for_one_token_is_known_for_the_next(
+    tmp_path: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that are exchanged at loading are made for training; a module in training is looked at anew each time."""
+    model = loaded(package(tmp_path / "package", "olmoe"))
+    assert not [name for name, one in model.named_modules() if one.training]
+    found: list[bool] = []
+    own = SingleStep.prepare
+    monkeypatch.setattr(
+        SingleStep, "prepare", lambda *given: found.append(own(*given)) or found[-1]
+    )
+    alone(model, [3, 4, 5], 8)
+    assert found == [False, False, True, True, True, True, True]

@@ -14,8 +14,8 @@ load                   one fused parameter of the layer twice more
 run                    the stream and the layer's tokens, T·H·b each; a batch of activations
 survey                 hidden states of 24 sequences at the most; the layer once more, as stand-ins; Gram matrices
                        E·I·I·4; and the work space of decide
-decide                 the layer's tokens, T·H·b, slots and gates; six Gram matrices of inputs, H·H·4, and one prototype
-                       four times in fp32; and beside that
+decide                 the layer's tokens, T·H·b, slots and gates; of two experts at a time six Gram matrices of inputs,
+                       H·H·4, and the prototype four times in fp32; and beside that
 decide, ``auto``       activations of all routed tokens T·k·I·b, Gram matrices E·I·I·4, down projections E·H·I·4, what
                        is left of the target T·H·4, gate and up as they are rounded
 decide, other methods  256 MiB of matrices that are rounded together
@@ -49,6 +49,8 @@ _HEAP = 128 * MIB
 """What the heap keeps in pieces where nothing is rounded."""
 _AT_ONCE = 256 * MIB
 _BATCH_VALUES, _MOST_TOKENS = 1 << 24, 1 << 14
+AT_A_TIME = 2
+"""Experts that are decided on at the same time (``compress/work/side_by_side.py``)."""
 _POSITIONS = 6 * 64
 """What is compared at once (``compress/quality/receipt.py``), and how often that is there."""
 _SURVEYED = 24
@@ -116,7 +118,7 @@ def fit_memory(
     loading = 2 * experts.count * fused + _HEAP
     batch = 16 * min(_MOST_TOKENS, _BATCH_VALUES // anatomy.hidden_size) * anatomy.hidden_size
     few = _SURVEYED * SEQUENCE_LENGTH * anatomy.hidden_size * wide
-    work = 24 * anatomy.hidden_size**2 + 16 * experts.expert_numel + SLACK_BYTES
+    work = AT_A_TIME * (24 * anatomy.hidden_size**2 + 16 * experts.expert_numel) + SLACK_BYTES
     if trims:
         deciding = _refit_terms(anatomy, experts, tokens, wide)
     else:
@@ -135,7 +137,7 @@ def fit_memory(
         loaded,
         Term("Stand-ins", layer, "at most; --passes 1 has none"),
         Term("Gram matrices", 4 * experts.count * experts.width**2, "of activations"),
-        Term("Work space", work, "one prototype being rounded"),
+        Term("Work space", work, "two prototypes being rounded"),
     )
     measured = replace(ends, nbytes=outside * (1 if dense == "source" else 2))
     moments = {
@@ -147,7 +149,7 @@ def fit_memory(
         "decide": (
             *held,
             *deciding,
-            Term("Work space", work + pieces, "one prototype being rounded"),
+            Term("Work space", work + pieces, "two prototypes being rounded"),
         ),
         "receipt": (
             process,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from conmoe_edge.plan.fit_memory import fit_memory, most_tokens
+from conmoe_edge.compress.work.side_by_side import MOST
+from conmoe_edge.plan.fit_memory import AT_A_TIME, fit_memory, most_tokens
 from conmoe_edge.plan.needs import PYTHON_BYTES
 from conmoe_edge.units import GIB
 
@@ -85,3 +86,7 @@ def test_how_many_tokens_there_is_room_for(model) -> None:
     assert most_tokens(limit - 1, 32768, lambda count: need(olmoe, count)) == 8192 - 512
     assert most_tokens(limit, 4096, lambda count: need(olmoe, count)) == 4096
     assert most_tokens(GIB // 2, 32768, lambda count: need(olmoe, count)) == 0
+
+
+def test_experts_side_by_side_are_counted() -> None:
+    assert AT_A_TIME == MOST

@@ -201,14 +201,16 @@ class _Factors:
             rows = gates[:, expert].nonzero().squeeze(1)
             moments = gram_of(tokens.hidden[rows], gates[rows, expert])
             own = inputs_of(moments.unsqueeze(0), common)
-            lost = {
+            lost: dict[Kind, float] = {
                 kind: samples[expert].changed(_rounding(own, kind)) / inputs[expert]
                 for kind in _distinct(forms, 0)
             }
             down = downs[expert]
             whole = down.noise(torch.arange(len(down.columns)))
             inside = inputs_of(down.gram.unsqueeze(0))
-            below = {kind: down.rounded(kind, inside) / whole for kind in _distinct(forms, 1)}
+            below: dict[Kind, float] = {
+                kind: down.rounded(kind, inside) / whole for kind in _distinct(forms, 1)
+            }
             return lost, below
 
         found = side_by_side(of, picked)

@@ -27,7 +27,7 @@ MOST = 2
 def side_by_side(step: Callable[[One], Found], items: Iterable[One]) -> list[Found]:
     """``step`` of each of ``items``, the heap trimmed between them (``memory/heap.py``).
 
-    One after another inside another ``side_by_side``, and wherever torch has a single thread.
+    One after another wherever torch has a single thread.
 
     Raises:
         Exception: what a step has raised, of several that of the first item.

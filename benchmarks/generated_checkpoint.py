@@ -33,7 +33,7 @@ from benchmarks.make_gpt_oss_shape import SCALES, Entry
 _TABLE_VALUES, _PIECE = 1 << 24, 1 << 20
 _SPREAD, _EMBEDDING_SPREAD = 0.02, 1.0
 _SHARD_BYTES = 4e9
-_SKEW = 0.4
+SKEW = 0.4
 _DEMO = Path(__file__).resolve().parents[1] / "conmoe_edge" / "data" / "demo"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 ROUTERS = (".mlp.gate.weight", ".mlp.router.weight")
@@ -56,10 +56,10 @@ class TrueShape(Protocol):
         ...
 
 
-def router_row(expert: int, experts: int) -> float:
-    """How long an expert's row of the router is, beside 1; long rows are chosen more often."""
+def router_row(expert: int, experts: int, skew: float = SKEW) -> float:
+    """How long an expert's row of the router is, beside 1: long ones are chosen more often. 0 is no ``skew``."""
     place = expert * 37 % experts  # so that neighbours differ
-    return 1.0 - _SKEW + 2 * _SKEW * place / max(1, experts - 1)
+    return 1.0 - skew + 2 * skew * place / max(1, experts - 1)
 
 
 @dataclass(frozen=True)

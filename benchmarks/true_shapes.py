@@ -18,7 +18,8 @@ and never on the disk. A cell is SHAPE[/LAYERS[xEXPERTS]]:BUDGET, and has three 
 
 A fit of 30 billion weights takes hours on two cores. For a cell that ends in =PRECISION:DENSE a package of the true
 shape is written with random numbers in its records (``comparison/random_package.py``), every expert there, and the
-stages are plan, write and bench: what was predicted for that package beside what was measured.
+stages are plan, write and bench: what was predicted for that package beside what was measured. ``--router-skew 0``
+gives its routers rows of one length: all experts are asked for about as often, the worst case for a cache.
 
 Few calibration tokens are enough, since weights are random. Finished stages are not run again under the same ``--run``,
 and a fit that was stopped goes on where it was (its seconds are then only the last run's, and the table says so).
@@ -47,7 +48,7 @@ from typing import Any
 from benchmarks.comparison.turns import Ledger, environment, prepare_operator
 from benchmarks.fit_bounds import Rates, Sizes, measure_rates, parts_of, rate_lines
 from benchmarks.fit_from_hub import command_of, fit, serving
-from benchmarks.generated_checkpoint import SHAPES, TrueShape, repository, total_bytes
+from benchmarks.generated_checkpoint import SHAPES, SKEW, TrueShape, repository, total_bytes
 from benchmarks.hub_server import Hub
 from benchmarks.measure import forget, machine, run_child
 from conmoe_edge.checkpoint.fs.atomic_files import write_json
@@ -175,8 +176,8 @@ class Bench:
 
     Args:
         work: folder for the package and small files.
-        settings: ``calibration_tokens``, ``prompt_tokens``, ``tokens``, ``context``, ``fit_limit`` (bytes; ``None``:
-            nothing is limited), ``words``.
+        settings: ``calibration_tokens``, ``prompt_tokens``, ``tokens``, ``context``, ``router_skew``, ``fit_limit``
+            (bytes; ``None``: nothing is limited), ``words``.
     """
 
     def __init__(self, cell: Cell, work: Path, settings: Mapping[str, Any]) -> None:
@@ -242,6 +243,7 @@ class Bench:
         command = [sys.executable, "-m", "benchmarks.comparison.random_package"]
         command += ["--config", str(config), "--out", str(self.out)]
         command += ["--precision", precision, "--dense-precision", dense or "source"]
+        command += ["--router-skew", str(self.settings["router_skew"])]
         subprocess.run(command, check=True, env=environment(2))
         written = sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
         return {"package_bytes": written}
@@ -370,6 +372,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], ledger: Ledger) -> list[str]:
     lines = [
         f"{here['cpu']}, {here['cores']} cores; {settings['calibration_tokens']} calibration tokens, prompt of "
         f"{settings['prompt_tokens']} tokens and {settings['tokens']} more, "
+        + ("" if settings["router_skew"] == SKEW else f"router skew {settings['router_skew']:g}, ")
         + (
             "no limit"
             if settings["fit_limit"] is None
@@ -485,6 +488,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--context", type=int, help="tokens to keep room for; those of the bench by default"
     )
     parser.add_argument(
+        "--router-skew", type=float, default=SKEW, help="of written packages; 0: rows alike"
+    )
+    parser.add_argument(
         "--fit-limit", type=parse_size, default=parse_size("15GB"), help="memory of fit (15GB)"
     )
     parser.add_argument("--no-limit", action="store_true", help="no hard limits of memory")
@@ -508,6 +514,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "prompt_tokens": args.prompt_tokens,
         "tokens": args.tokens,
         "context": args.context or args.prompt_tokens + args.tokens,
+        "router_skew": args.router_skew,
         "fit_limit": None if args.no_limit else args.fit_limit,
         "words": list(args.words),
     }

@@ -6,7 +6,8 @@
 For measuring speed: forms, layouts, files and manifest are those that ``fit`` writes, through the same writers, and
 the numbers in a matrix are random bytes under scales that give its weights a spread of ``STD`` about zero. Embeddings
 have a spread of 1, norms are ones and routers those of ``generated_checkpoint.py``, so that activations and routes stay
-sane through all layers. Every router slot has an expert of its own. It takes as long as writing the files.
+sane through all layers; with ``--router-skew 0`` all experts are asked for about as often, the worst case for a cache.
+Every router slot has an expert of its own. It takes as long as writing the files.
 
 Peak memory: the largest matrix outside the experts, as stored.
 """
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.generated_checkpoint import ROUTERS, router_row
+from benchmarks.generated_checkpoint import ROUTERS, SKEW, router_row
 from conmoe_edge.checkpoint.format.forms import (
     DENSE_KINDS,
     LOW_HEAD,
@@ -64,9 +65,10 @@ _LEVELS = {"int8": 256, "int4": 16, "q6": 64, "q4": 16, "q3": 8, "q2": 4}
 
 
 class Drawing:
-    """Random tensors from one seed."""
+    """Random tensors from one seed. ``skew``: of the rows of routers."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, skew: float = SKEW) -> None:
+        self.skew = skew
         self._draw = np.random.Generator(np.random.PCG64(seed))
 
     def numbers(self, shape: tuple[int, ...], dtype: str, std: float) -> Tensor:
@@ -169,7 +171,7 @@ def dense_sources(model: Any, precision: str, draw: Drawing) -> Iterator[TensorS
 def _dense(draw: Drawing, name: str, shape: tuple[int, ...], dtype: str, std: float) -> Tensor:
     numbers = draw.numbers(shape, dtype, std)
     if name.endswith(ROUTERS):
-        rows = [router_row(one, shape[0]) for one in range(shape[0])]
+        rows = [router_row(one, shape[0], draw.skew) for one in range(shape[0])]
         numbers *= torch.tensor(rows, dtype=numbers.dtype).unsqueeze(1)
     return numbers
 
@@ -183,14 +185,22 @@ def layouts_of(anatomy: ModelAnatomy, kind: str) -> dict[int, RecordLayout]:
     }
 
 
-def write(settings: dict[str, Any], out: Path, precision: str, dense: str) -> int:
-    """The package; bytes of its weights. ``settings``: ``config.json`` of the shape."""
+def write(
+    settings: dict[str, Any], out: Path, precision: str, dense: str, skew: float = SKEW
+) -> int:
+    """The package; bytes of its weights.
+
+    Args:
+        settings: ``config.json`` of the shape.
+        precision, dense: of the records, and of the other matrices.
+        skew: of the routers' rows (``router_row``).
+    """
     folder = out.with_name(out.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = {key: one for key, one in settings.items() if key != "quantization_config"}
     config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    anatomy, draw = probe(config), Drawing()
+    anatomy, draw = probe(config), Drawing(skew=skew)
     of_layer = layouts_of(anatomy, precision)
     layouts = list(dict.fromkeys(of_layer.values()))
     counts = {
@@ -249,10 +259,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="config.json of the shape")
     parser.add_argument("--precision", required=True, help="of the records: int4, q3, q2-q3, ...")
     parser.add_argument("--dense-precision", choices=("source", *DENSE_KINDS), default="source")
+    parser.add_argument(
+        "--router-skew", type=float, default=SKEW, help="0: routers with rows alike"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     settings = json.loads(args.config.read_text(encoding="utf-8"))
-    nbytes = write(settings, args.out, args.precision, args.dense_precision)
+    nbytes = write(settings, args.out, args.precision, args.dense_precision, args.router_skew)
     print(f"{args.out.name}: {nbytes:,} bytes", file=sys.stderr)
 
 

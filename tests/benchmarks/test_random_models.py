@@ -49,6 +49,19 @@ def test_a_random_package_opens_and_runs(tmp_path: Path, precision: str, dense: 
     assert len(set(logits.argmax(-1).tolist())) > 1  # tokens are told apart
 
 
+def test_rows_of_routers_are_alike_where_nothing_is_skewed(tmp_path: Path) -> None:
+    spreads = {}
+    for skew in (0.0, 0.4):
+        out = tmp_path / str(skew)
+        write(dict(SHAPE.config()), out, "int4", "source", skew)
+        router = conmoe_edge.load(out, budget="1GiB", device="cpu", context=64).get_parameter(
+            "model.layers.0.mlp.gate.weight"
+        )
+        rows = router.detach().float().std(1)
+        spreads[skew] = float(rows.max() / rows.min())
+    assert spreads[0.0] < 1.5 < 1.8 < spreads[0.4]
+
+
 def test_ratios_are_of_medians_and_the_faster_peer_counts(tmp_path: Path) -> None:
     from benchmarks.comparison.turns import Ledger
 

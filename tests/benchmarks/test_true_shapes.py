@@ -185,6 +185,7 @@ def test_cells_are_read_and_named() -> None:
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     settings = {"calibration_tokens": 1, "prompt_tokens": 2, "tokens": 3, "fit_limit": 8 << 30}
+    settings |= {"router_skew": 0.4}
     ledger = Ledger(tmp_path / "run.json", settings)
     rates = {"read": 1e9, "write": 1e9, "gemm": {"head": 1e11}, "hub": 1e9}
     chosen = {"precision": "free", "bits": 3.0, "resident_share": 0.5}

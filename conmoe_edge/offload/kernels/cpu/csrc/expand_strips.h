@@ -13,11 +13,14 @@ struct Stored {
   int64_t rows, columns, group;
 };
 
-// Of each form: OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SIGNED, SAFE and BY as `Sums` and
+// Of each form: OFFSET, what is subtracted from its numbers in strips; SCALES, ZEROS, SAFE and BY as `Sums` and
 // `Part` take them; `slice`, which writes some columns of 64 rows, or of as many as there are from `row` on; `ahead`, which
-// has the memory bring the lines `i`... `stop` - 1 of the next columns, of LINES.
+// has the memory bring the lines `i`... `stop` - 1, of LINES, of what `slice` writes.
 template <class Form>
 struct Strips;
+
+// SAFE of a form whose products have no sign: so many fit into 16 bits, where there are such sums.
+constexpr int64_t short_quads(int64_t most) { return Quads::SHORT ? most : 0; }
 
 #if CONMOE_INTEGERS
 
@@ -48,13 +51,13 @@ template <>
 struct Strips<Int8> {
   static constexpr int64_t LINES = PANEL * SLICE / LINE;
   static constexpr int32_t OFFSET = int32_t(HIGHER);
-  static constexpr bool SCALES = false, ZEROS = false, SIGNED = true;
-  static constexpr int64_t SAFE = 1;
+  static constexpr bool SCALES = false, ZEROS = false;
+  static constexpr int64_t SAFE = 0;  // with a sign two products fill 16 bits
   static constexpr int16_t BY = 1;
 
   static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
     for (; i < stop; ++i) {
-      const int64_t line = i / (SLICE / LINE), at = from + SLICE + i % (SLICE / LINE) * LINE;
+      const int64_t line = i / (SLICE / LINE), at = from + i % (SLICE / LINE) * LINE;
       __builtin_prefetch(static_cast<const int8_t*>(w.values) + (row + line) * w.columns + at, 0, 2);
     }
   }
@@ -85,8 +88,8 @@ struct Strips<Low<WIDTH>> {
   using Form = Low<WIDTH>;
   static constexpr int64_t LINES = PANEL * SLICE * WIDTH / 8 / LINE;
   static constexpr int32_t OFFSET = Form::LAST;
-  static constexpr bool SCALES = true, ZEROS = true, SIGNED = false;
-  static constexpr int64_t SAFE = WIDTH == 6 ? 2 : 8;
+  static constexpr bool SCALES = true, ZEROS = true;
+  static constexpr int64_t SAFE = short_quads(WIDTH == 6 ? 2 : 8);
   static constexpr int16_t BY = Quads::SHORT ? 2 : 1;
   static constexpr int64_t TIMES = Quads::SHORT ? 1 : 2;
 
@@ -94,7 +97,7 @@ struct Strips<Low<WIDTH>> {
     return static_cast<const uint8_t*>(w.values) + (row * w.columns + first * TILE) * WIDTH / 8;
   }
   static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
-    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from + SLICE) + i * LINE, 0, 2);
+    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from) + i * LINE, 0, 2);
   }
 
   static void slice(const Stored& from, int64_t row, int64_t first, const Panel& to) {
@@ -190,15 +193,15 @@ template <class Form>
 struct Strips<Halves<Form>> {
   static constexpr int64_t LINES = PANEL * SLICE / 2 / LINE;
   static constexpr int32_t OFFSET = Form::OFFSET;
-  static constexpr bool SCALES = true, ZEROS = has_zeros(Form{}), SIGNED = false;
-  static constexpr int64_t SAFE = std::is_same_v<Form, Mxfp4> ? 4 : 8;
+  static constexpr bool SCALES = true, ZEROS = has_zeros(Form{});
+  static constexpr int64_t SAFE = short_quads(std::is_same_v<Form, Mxfp4> ? 4 : 8);
   static constexpr int16_t BY = 1;
 
   static const uint8_t* place(const Stored& w, int64_t row, int64_t first) {
     return static_cast<const uint8_t*>(w.values) + (row * w.columns + first * TILE) / 2;
   }
   static void ahead(const Stored& w, int64_t row, int64_t from, int64_t i, int64_t stop) {
-    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from + SLICE) + i * LINE, 0, 2);
+    for (; i < stop; ++i) __builtin_prefetch(place(w, row, from) + i * LINE, 0, 2);
   }
 
   static void slice(const Stored& from, int64_t row, int64_t first, const Panel& to) {

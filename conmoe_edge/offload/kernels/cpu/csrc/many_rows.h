@@ -30,13 +30,21 @@ inline int64_t block_of(int kind, int64_t group) { return kind == INT8 ? BLOCK :
 // Floats of a thread for rows that begin anywhere: two tiles.
 inline int64_t panel_room(int64_t block) { return Panel::size(2 * PANEL / STRIP, SLICE, SLICE / block); }
 
+// Rows that a thread takes after others: their first columns are brought while the last ones of those are multiplied. No
+// values: none.
+struct Coming {
+  Stored w;
+  int64_t row;
+};
+
 // Rows `row`... of a matrix times the tokens `first`... of `x` (a tile begins there), [tokens, step].
 template <class Form>
 void panel_times(const Stored& w, int64_t row, int64_t height, const Packed& x, int64_t first, int64_t tokens, float* room,
-                 float* out, int64_t step) {
+                 float* out, int64_t step, const Coming& next) {
   using How = Strips<Form>;
   const int64_t wide = up_to(w.columns, x.block);  // of tokens that are there for wider matrices, the first columns
-  const int64_t begin = std::is_same_v<Form, Int8> ? 0 : row % TILE;  // whole tiles
+  constexpr int64_t WHOLE = std::is_same_v<Form, Int8> ? 1 : TILE;  // tiles
+  const int64_t begin = row % WHOLE;
   const int64_t tiles = (tokens + Quads::TOKENS - 1) / Quads::TOKENS;
   for (int64_t from = 0; from < wide; from += SLICE) {
     const int64_t columns = std::min(SLICE, wide - from);
@@ -44,11 +52,15 @@ void panel_times(const Stored& w, int64_t row, int64_t height, const Packed& x, 
     How::slice(w, row - begin, from, panel);
     if (begin + height > TILE) How::slice(w, row - begin + TILE, from, panel.from(TILE / STRIP));
     const Panel here = panel.from(begin / STRIP);
-    const Part part{from == 0, from + columns == wide, x.block / QUAD, How::SAFE, How::BY};
+    const bool last = from + columns == wide;
+    const Part part{from == 0, last, x.block / QUAD, How::BY};
+    const Stored& behind = last ? next.w : w;
+    const int64_t its_row = last ? next.row - next.row % WHOLE : row - begin, its_from = last ? 0 : from + SLICE;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t t = tile * Quads::TOKENS, count = std::min(Quads::TOKENS, tokens - t);
-      How::ahead(w, row - begin, from, How::LINES * tile / tiles, How::LINES * (tile + 1) / tiles);
-      Sums<How::SCALES, How::ZEROS, How::SIGNED && Quads::SHORT>::template tile<>(
+      if (behind.values)
+        How::ahead(behind, its_row, its_from, How::LINES * tile / tiles, How::LINES * (tile + 1) / tiles);
+      Sums<How::SCALES, How::ZEROS, How::SAFE>::template tile<>(
           here, height, x.tile(first + t, count, from), part, out + t * step, step);
     }
   }
@@ -56,7 +68,7 @@ void panel_times(const Stored& w, int64_t row, int64_t height, const Packed& x, 
 
 // `panel_times` of a form, and what it subtracts from its numbers.
 struct Times {
-  void (*panel)(const Stored&, int64_t, int64_t, const Packed&, int64_t, int64_t, float*, float*, int64_t);
+  void (*panel)(const Stored&, int64_t, int64_t, const Packed&, int64_t, int64_t, float*, float*, int64_t, const Coming&);
   int32_t offset;
 };
 
@@ -130,12 +142,12 @@ void many_rows(int kind, const Stored& w, const Rows& x, int64_t tokens, Target 
   shared_loop(tokens, evenly(tokens, worth), [&](int64_t t, int64_t) {
     pack_row(packed, x, nullptr, t, 0, tokens, t, times.offset);
   });
-  shared_loop(panels, worth ? 1 : panels, [&](int64_t panel, int64_t thread) {
+  shared_loop(panels, evenly(panels, worth), [&](int64_t panel, int64_t thread) {
     const int64_t row = panel * PANEL, height = std::min(PANEL, w.rows - row);
     float *const room = rooms.own(thread), *const out = room + space;
     for (int64_t first = 0; first < tokens; first += AT_A_TIME) {
       const int64_t some = std::min(AT_A_TIME, tokens - first);
-      times.panel(w, row, height, packed, first, some, room, out, PANEL);
+      times.panel(w, row, height, packed, first, some, room, out, PANEL, {w, first + some < tokens ? row : row + PANEL});
       for (int64_t t = 0; t < some; ++t)
         for (int64_t r = 0; r < height; ++r) y.put((first + t) * w.rows + row + r, out[t * PANEL + r]);
     }
@@ -250,6 +262,12 @@ int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t firs
   const int64_t space = std::max(panel_room(block), panel_room(down_block));
   RoomOfThreads rooms(space + most * 2 * strip);
   const bool apart_rows = ups.gate.interleaved != 0;
+  const auto up_of = [&](int64_t which) {
+    return Stored{ups.values[which], ups.scales[which], 2 * ups.widths[which], columns, up_group};
+  };
+  const auto down_of = [&](int64_t which) {
+    return Stored{all.downs.values[which], all.downs.scales[which], columns, ups.widths[which], all.downs.groups[which]};
+  };
   const bool worth = tokens * widest * columns > MANY;
   shared_loop(packing, evenly(packing, worth), [&](int64_t slot, int64_t) {
     const int64_t which = std::upper_bound(all.starts + first, all.starts + last + 1, begin + slot) - all.starts - 1;
@@ -261,18 +279,28 @@ int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t firs
     int64_t place = number;
     const int64_t which = first + strips.find(&place), width = ups.widths[which], neuron = place * strip;
     const int64_t height = std::min(strip, width - neuron);
-    const Stored w{ups.values[which], ups.scales[which], 2 * width, columns, up_group};
+    const Stored w = up_of(which);
     const uint16_t* const bias = ups.bias_of(which);
     float *const room = rooms.own(thread), *const both = room + space;
     const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
     // Two runs of rows, as in `gated_rows`.
     const int64_t run[2] = {apart_rows ? 2 * neuron : neuron, apart_rows ? 2 * neuron + height : width + neuron};
+    Coming after{};
+    if (number + 1 < strips.all()) {
+      place = number + 1;
+      after.w = up_of(first + strips.find(&place));
+      after.row = (apart_rows ? 2 : 1) * place * strip;
+    }
     for (int64_t t = 0; t < mine; t += AT_A_TIME) {
       const int64_t some = std::min(AT_A_TIME, mine - t);
       for (int64_t half = 0; half < 2; ++half)
-        for (int64_t row = 0; row < height; row += PANEL)
-          up.panel(w, run[half] + row, std::min(PANEL, height - row), packed, from + t, some, room,
-                          both + half * strip + row, 2 * strip);
+        for (int64_t row = 0; row < height; row += PANEL) {
+          const int64_t rest = height - row;
+          const bool done = rest <= PANEL && half == 1;
+          const Coming more{w, rest > PANEL ? run[half] + row + PANEL : run[1 - half]};
+          up.panel(w, run[half] + row, std::min(PANEL, rest), packed, from + t, some, room, both + half * strip + row,
+                   2 * strip, done && t + some == mine ? after : more);
+        }
       for (int64_t i = 0; i < some; ++i) {
         float* const one = both + i * 2 * strip;
         float* const other = one + strip;
@@ -310,12 +338,16 @@ int64_t some_experts(int up_kind, int down_kind, const Routed& all, int64_t firs
         }
         continue;
       }
-      const Stored w{all.downs.values[which], all.downs.scales[which], columns, ups.widths[which], all.downs.groups[which]};
+      const Stored w = down_of(which);
       const uint16_t* const bias = all.downs.bias ? all.downs.bias[which] : nullptr;
+      int64_t then = which + 1;
+      while (then < last && aside.outputs[size_t(then - first)]) ++then;
+      Coming after{};
+      if (then < last) after = {down_of(then), row};
       const int64_t from = all.starts[which] - begin, mine = all.starts[which + 1] - all.starts[which];
       for (int64_t t = 0; t < mine; t += AT_A_TIME) {
         const int64_t some = std::min(AT_A_TIME, mine - t);
-        down.panel(w, row, height, inner, from + t, some, room, found, PANEL);
+        down.panel(w, row, height, inner, from + t, some, room, found, PANEL, t + some < mine ? Coming{w, row} : after);
         for (int64_t i = 0; i < some; ++i) {
           const int64_t slot = all.starts[which] + t + i;
           const float weight = all.weights[slot];

@@ -22,7 +22,7 @@ constexpr int64_t LINE = 64;   // bytes of a line of the processor's caches, and
 // Rows times tokens in vectors. `ROWS` rows of four columns are a vector of weights, `VECTORS` of them meet `TOKENS` tokens.
 // UNSIGNED: weights are taken as numbers of 0..255, so those that have a sign are stored 128 higher. SHORT: beside weights
 // without a sign `add_short` sums in 16 bits, and `widen` adds the pairs, times 1 or 2; so many products fit as
-// `Strips<Form>::SAFE` says.
+// `short_quads` (expand_strips.h) says.
 #if CONMOE_INTEGERS
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -205,17 +205,17 @@ struct TokenTile {
   const float* sum;
 };
 
-// Some columns of a product, the first and the last of which may be among them; quads of a block. Where `Quads::SHORT`
-// sums are: so many quads fit into them, and they are times `by`.
+// Some columns of a product, the first and the last of which may be among them; quads of a block, and what sums in 16 bits
+// are multiplied with.
 struct Part {
   bool first, last;
-  int64_t quads, safe;
+  int64_t quads;
   int16_t by;
 };
 
-// What a form has the products do: whether blocks of a row have scales of their own, and zeros; whether weights have a
-// sign where `Quads::SHORT` sums are.
-template <bool SCALES, bool ZEROS, bool SIGNED>
+// What a form has the products do: whether blocks of a row have scales of their own, and zeros; how many quads are summed in
+// 16 bits, a divisor of UNROLLED, 0 where sums have 32.
+template <bool SCALES, bool ZEROS, int64_t SAFE>
 struct Sums {
   template <int64_t COUNT, class V>
   static void times(const Panel& w, int64_t row, const TokenTile& x, const Part& part, float* out, int64_t step) {
@@ -223,7 +223,7 @@ struct Sums {
     for (int64_t v = 0; v < V::VECTORS; ++v)
       for (int64_t t = 0; t < COUNT; ++t)
         total[v][t] = part.first ? V::all(0.0f) : V::load(out + t * step + v * V::ROWS);
-    const int64_t quads = part.quads, safe = part.safe;
+    const int64_t quads = part.quads;
     const int8_t* place[V::VECTORS];
     const float *scales[V::VECTORS], *zeros[V::VECTORS];
     for (int64_t v = 0; v < V::VECTORS; ++v) {
@@ -237,19 +237,23 @@ struct Sums {
       typename V::Sum sums[V::VECTORS][COUNT];
       for (auto& some : sums)
         for (int64_t t = 0; t < COUNT; ++t) some[t] = V::start(x.start[block * COUNT + t]);
-      if constexpr (V::SHORT && !SIGNED) {
-        for (int64_t from = 0; from < quads; from += safe) {
+      if constexpr (SAFE > 0) {
+        for (int64_t from = 0; from < quads; from += SAFE) {
           typename V::Sum parts[V::VECTORS][COUNT];
           for (auto& some : parts)
             for (auto& one : some) one = V::start(0);
-          const int64_t stop = std::min(quads, from + safe);
-          for (int64_t quad = from; quad < stop; ++quad, q += COUNT * QUAD)
+#pragma GCC unroll 2
+          for (int64_t quad = 0; quad < SAFE; ++quad, q += COUNT * QUAD) {
+            typename V::Bytes4 weights[V::VECTORS];
             for (int64_t v = 0; v < V::VECTORS; ++v) {
-              const auto weights = V::load(place[v]);
+              weights[v] = V::load(place[v]);
               place[v] += LINE;
-              for (int64_t t = 0; t < COUNT; ++t)
-                parts[v][t] = V::add_short(parts[v][t], weights, V::four(q + t * QUAD));
             }
+            for (int64_t t = 0; t < COUNT; ++t) {
+              const auto token = V::four(q + t * QUAD);
+              for (int64_t v = 0; v < V::VECTORS; ++v) parts[v][t] = V::add_short(parts[v][t], weights[v], token);
+            }
+          }
           for (int64_t v = 0; v < V::VECTORS; ++v)
             for (int64_t t = 0; t < COUNT; ++t) sums[v][t] = V::widen(sums[v][t], parts[v][t], part.by);
         }

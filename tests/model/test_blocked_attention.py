@@ -111,9 +111,7 @@ def test_without_bf16_units_the_products_are_in_fp32(
 
     monkeypatch.setattr(gpt_oss, "eager_attention_forward", watched)
     monkeypatch.setattr(blocks, "native_bf16", lambda: False)
-    found, _ = blocks.blocked_attention(
-        module, query, key, value, mask.bfloat16(), scaling=0.25
-    )
+    found, _ = blocks.blocked_attention(module, query, key, value, mask.bfloat16(), scaling=0.25)
     assert found.dtype == torch.bfloat16
     assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-6)  # rounded once
     assert {one.dtype for one in seen} == {torch.float32}

@@ -17,7 +17,7 @@ values for all heads); in fp32 less, for no more than half of the heads are ther
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ _MODULES = (
 """Of classes whose function is known to take queries and their rows of the mask, and nothing else that has as many; and
 of its module what ``_Heads`` has.
 """
+
+_Function = Callable[..., tuple[Tensor, Tensor]]
+"""A class's own, with the interface of ``blocked_attention``."""
 
 
 def blocked(kind: type[PreTrainedModel]) -> bool:
@@ -77,34 +80,38 @@ def blocked_attention(
         return _in_fp32(whole, module, (query, key, value), attention_mask, kwargs), None
     if tokens <= QUERIES:
         return whole(module, query, key, value, attention_mask, **kwargs)
-    parts = [
-        whole(module, query[:, :, span], key, value, _rows(attention_mask, span), **kwargs)[0]
-        for span in _spans(tokens)
-    ]
-    return torch.cat(parts, dim=1), None
+    return _in_blocks(whole, module, (query, key, value), attention_mask, kwargs), None
 
 
 def _is_slow(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not native_bf16()
 
 
-def _spans(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, QUERIES):
-        yield slice(start, start + QUERIES)
-
-
-def _rows(mask: Tensor | None, span: slice) -> Tensor | None:
-    return None if mask is None else mask[:, :, span]
-
-
-def _in_fp32(
-    whole: Callable[..., tuple[Tensor, Tensor]],
+def _in_blocks(
+    whole: _Function,
     module: Any,
     rows: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
     """As of ``blocked_attention``, without weights."""
+    query, key, value = rows
+    parts = []
+    for start in range(0, query.shape[2], QUERIES):
+        span = slice(start, start + QUERIES)
+        own = None if mask is None else mask[:, :, span]
+        parts.append(whole(module, query[:, :, span], key, value, own, **kwargs)[0])
+    return torch.cat(parts, dim=1)
+
+
+def _in_fp32(
+    whole: _Function,
+    module: Any,
+    rows: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """``_in_blocks`` in fp32, for some of the heads at a time."""
     query, key, value = rows
     batch, heads, tokens, _ = query.shape
     groups = key.shape[1]
@@ -118,7 +125,6 @@ def _in_fp32(
             sinks = None if module.sinks is None else module.sinks[mine]
             part = _Heads(mine.stop - mine.start, sinks, module.training)
             own = mask if mask is None or mask.shape[1] == 1 else mask[:, mine]
-            for span in _spans(tokens):
-                some = query[:, mine, span].float()
-                out[:, span, mine] = whole(part, some, keys, values, _rows(own, span), **kwargs)[0]
+            some = query[:, mine].float(), keys, values
+            out[:, :, mine] = _in_blocks(whole, part, some, own, kwargs)
     return out
